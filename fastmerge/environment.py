@@ -1,0 +1,135 @@
+"""What a run ran on: versions, hardware, and which optional parts are there.
+
+Every figure fastmerge writes down goes with one of these, so a question such as "which torch was that?" has an answer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("numpy", "triton", "torchvision", "safetensors", "scikit-learn", "matplotlib", "pillow")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, Any]:
+    """Describes the software and hardware of this process.
+
+    It never raises: what can't be found out is None. Optional packages are looked up in the installation's metadata and
+    not imported, so asking costs milliseconds.
+
+    Returns:
+        Plain JSON values. ``fastmerge``, ``python``, ``torch``, ``cuda``, ``cudnn`` and ``packages`` are version strings or
+        None; ``commit`` is the git commit of a source checkout, with ``-dirty`` where tracked files differ from it, or None
+        for an installed package; ``cpu`` holds ``name``, ``cores`` (usable by this process) and ``threads`` (torch's);
+        ``gpus`` lists ``name``, ``memory_gib`` and ``capability`` of each, ``driver`` is their driver's version;
+        ``extension`` says whether the compiled compaction is built, ``kernels`` whether the Triton kernels can run,
+        ``dali`` is DALI's version or None.
+    """
+    gpus = _gpus()
+    packages = {name: _version(name) for name in _PACKAGES}
+    return {
+        "fastmerge": _version("fastmerge"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn(),
+        "packages": packages,
+        "dali": _dali(),
+        "cpu": {"name": _cpu_name(), "cores": _cores(), "threads": torch.get_num_threads()},
+        "gpus": gpus,
+        "driver": _driver() if gpus else None,
+        "extension": _found("fastmerge._compaction"),
+        "kernels": bool(gpus) and packages["triton"] is not None and _found("fastmerge.kernels"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _dali() -> str | None:
+    # DALI's distribution carries the CUDA version in its name: nvidia-dali-cuda120, nvidia-dali-cuda130, ...
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"] or ""
+        if name.lower().replace("_", "-").startswith("nvidia-dali-cuda"):
+            return distribution.version
+    return None
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _cudnn() -> int | None:
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError:  # torch found a cuDNN other than the one it was compiled for
+        return None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    gpus = []
+    try:
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"{properties.major}.{properties.minor}"
+            memory_gib = round(properties.total_memory / 2**30, 1)
+            gpus.append({"name": properties.name, "memory_gib": memory_gib, "capability": capability})
+    except (RuntimeError, AssertionError):  # a driver too old for this torch, or a card that fell off the bus
+        return gpus
+    return gpus
+
+
+def _driver() -> str | None:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _cpu_name() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or None
+
+
+def _commit() -> str | None:
+    # A package installed into a virtual environment inside somebody else's repository must not report their commit.
+    if not (_ROOT / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
+    if not commit:
+        return None
+    return f"{commit}-dirty" if _output("git", "-C", str(_ROOT), "status", "--porcelain", "-uno") else commit
+
+
+def _output(command: str, *arguments: str) -> str:
+    if shutil.which(command) is None:
+        return ""
+    try:
+        done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
