@@ -1,0 +1,210 @@
+"""Plots of a run, drawn from its results.json, history.json and curves.npz.
+
+history.json, every part optional::
+
+    {"curves": {strategy: {"epochs": [...], "train_loss": [...], "test_accuracy": [...], ...}},
+     "stages": {strategy: {"merge": 600, "fine-tune": 750}},
+     "gates": {"epochs": [...], "lam": [...], "target": 0.5, "open_probability": {group: [...]}}}
+
+A series has one entry per entry of its "epochs": a number, or a list of one number per replicate; null is a gap. "stages"
+says at which epoch a stage begins. curves.npz holds ``x`` and ``true``, both of shape (points,), and under the name of each
+strategy its predictions, of shape (points,) or (replicates, points).
+
+matplotlib is imported when a plot is drawn, and without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastmerge.reporting.paper import paper_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; a double-width strategy is its sibling's lighter shade.
+_COLOURS = {"student": "#D55E00", "bo3": "#0072B2", "one": "#009E73", "bo3-big": "#56B4E9", "one-big": "#7CCBAE"}
+_SPARE = ("#CC79A7", "#E69F00", "#666666", "#000000")
+_LABELS = {"test_loss": "test loss", "test_accuracy": "test accuracy", "train_loss": "training loss"}
+_NAMED_GROUPS = 8
+
+
+def save_plots(out: str | Path, results: dict[str, Any], history: dict[str, Any] | None) -> list[Path]:
+    """Draws every plot that the run's files allow, as PNG files in ``out``.
+
+    Returns:
+        The files written, of strategies.png, learned.png, gates.png and training.png.
+    """
+    out = Path(out)
+    history = history or {}
+    figures = {"strategies": plot_strategies(results)}
+    if (out / "curves.npz").is_file():
+        with np.load(out / "curves.npz", allow_pickle=False) as arrays:
+            figures["learned"] = plot_learned(dict(arrays))
+    if history.get("gates"):
+        figures["gates"] = plot_gates(history["gates"])
+    if history.get("curves"):
+        figures["training"] = plot_training(history["curves"], history.get("stages"))
+    return [_save(figure, out / f"{name}.png") for name, figure in figures.items()]
+
+
+def plot_strategies(results: dict[str, Any]) -> Figure:
+    """Box plot of the strategies, every replicate a dot (paper, Fig. 9), the paper's mean a diamond where it has one."""
+    strategies = results["strategies"]
+    figure, axes = _figure(1.6 + 1.1 * len(strategies), 3.8)
+    jitter = np.random.default_rng(0)
+    labelled = False
+    for position, (name, strategy) in enumerate(strategies.items()):
+        values = np.asarray(strategy["values"], dtype=float)
+        values, colour = values[np.isfinite(values)], _colour(name, position)
+        if len(values) > 3:
+            axes.boxplot(
+                values,
+                positions=[position],
+                widths=0.5,
+                showfliers=False,  # every replicate is drawn as a dot already
+                patch_artist=True,
+                boxprops={"facecolor": f"{colour}33", "edgecolor": colour},
+                medianprops={"color": colour, "linewidth": 2},
+                whiskerprops={"color": colour},
+                capprops={"color": colour},
+            )
+        spread = jitter.uniform(-0.14, 0.14, len(values))
+        axes.scatter(position + spread, values, s=14, color=colour, alpha=0.7, linewidths=0, zorder=3)
+        if (paper := paper_mean(results["recipe"], name)) is not None:
+            label = None if labelled else "paper's mean"
+            axes.scatter([position + 0.36], [paper], marker="D", s=28, facecolors="white", edgecolors="black", label=label, zorder=4)
+            labelled = True
+    axes.set_xticks(range(len(strategies)), [f"{name}\nn = {len(s['values'])}" for name, s in strategies.items()])
+    axes.set_xlim(-0.6, len(strategies) - 0.4)
+    axes.set_ylabel(_LABELS[results["metric"]] + (" (lower is better)" if results["metric"] == "test_loss" else ""))
+    axes.set_title(results["recipe"], loc="left")
+    if labelled:
+        axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def plot_learned(arrays: Mapping[str, np.ndarray]) -> Figure:
+    """The function that each strategy's median replicate learned, one panel per strategy, over the true one (paper, Fig. 10).
+
+    The median is by mean squared distance from the true function. The other replicates stand behind it, faint.
+    """
+    x, true = arrays["x"], arrays["true"]
+    order = np.argsort(x)
+    strategies = [name for name in arrays if name not in ("x", "true")]
+    figure, panels = _figure(8.0, 1.9 * len(strategies) + 0.4, rows=len(strategies))
+    for position, (name, axes) in enumerate(zip(strategies, np.atleast_1d(panels))):
+        predictions, colour = np.atleast_2d(arrays[name]), _colour(name, position)
+        error = np.mean((predictions - true) ** 2, axis=1)
+        median = np.argsort(error)[(len(error) - 1) // 2]
+        axes.plot(x[order], predictions[:, order].T, color=colour, linewidth=0.6, alpha=min(0.3, 3 / len(predictions)))
+        axes.plot(x[order], true[order], color="black", linewidth=1, linestyle=(0, (4, 2)), label="true")
+        axes.plot(x[order], predictions[median, order], color=colour, linewidth=2, label=f"{name}, median of {len(predictions)}")
+        axes.set_ylim(true.min() - 0.5, true.max() + 0.5)
+        axes.set_ylabel("y")
+        axes.legend(frameon=False, fontsize="small", loc="upper right", ncols=2, bbox_to_anchor=(1, 1.2))
+        axes.set_title(name, loc="left")
+    np.atleast_1d(panels)[-1].set_xlabel("x")
+    return figure
+
+
+def plot_gates(gates: dict[str, Any]) -> Figure:
+    """P[g > 0] of every channel group, and λ, over the epochs of the merge stage (paper, Fig. 5)."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+
+    epochs, groups = np.asarray(gates["epochs"]), gates["open_probability"]
+    figure, (top, bottom) = _figure(7.0, 4.8, rows=2, height_ratios=[3, 1], sharex=True)
+    shades = colormaps["viridis"].resampled(max(len(groups), 2))
+    for index, (name, series) in enumerate(groups.items()):
+        middle, low, high = _over_replicates(series)
+        top.plot(epochs, middle, color=shades(index), linewidth=1.5, label=name, marker="." if len(epochs) < 3 else None)
+        if np.any(high > low):
+            top.fill_between(epochs, low, high, color=shades(index), alpha=0.15, linewidth=0)
+    if (target := gates.get("target")) is not None:
+        top.axhline(target, color="black", linewidth=1, linestyle=(0, (4, 2)), label=f"1/T = {target:.3g}")
+    if len(groups) <= _NAMED_GROUPS:
+        top.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        bar = figure.colorbar(ScalarMappable(cmap=shades), ax=[top, bottom], pad=0.02, ticks=[0, 1])
+        bar.ax.set_yticklabels(["first\ngroup", "last\ngroup"], fontsize="small")
+    top.set_ylim(0, 1.02)
+    top.set_ylabel("P[g > 0], mean of the group")
+    top.set_title("gates", loc="left")
+    bottom.plot(epochs, _over_replicates(gates["lam"])[0], color="black", linewidth=1.5)
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("λ")
+    bottom.set_xlabel("epoch of the merge stage")
+    return figure
+
+
+def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | None = None) -> Figure:
+    """Loss and metric of every strategy over its epochs; the band spans the replicates, the line is their median."""
+    series = list(dict.fromkeys(key for values in curves.values() for key in values if key != "epochs"))
+    figure, panels = _figure(7.0, 2.6 * len(series) + 0.3, rows=len(series), sharex=True)
+    panels = np.atleast_1d(panels)
+    for key, axes in zip(series, panels):
+        for position, (name, values) in enumerate(curves.items()):
+            if key not in values:
+                continue
+            middle, low, high = _over_replicates(values[key])
+            epochs = np.asarray(values.get("epochs", range(1, len(middle) + 1)))
+            colour = _colour(name, position)
+            axes.plot(epochs, middle, color=colour, linewidth=1.5, label=name, marker="." if len(epochs) < 3 else None)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_ylabel(_LABELS.get(key, key.replace("_", " ")))
+        _mark_stages(axes, stages or {})
+    panels[0].legend(frameon=False, fontsize="small", ncols=len(curves), loc="lower left", bbox_to_anchor=(0, 1))
+    panels[-1].set_xlabel("epoch")
+    return figure
+
+
+def _mark_stages(axes: Axes, stages: dict[str, dict[str, float]]) -> None:
+    for name, starts in stages.items():
+        for stage, epoch in starts.items():
+            axes.axvline(epoch, color="#999999", linewidth=0.8, linestyle=":")
+            axes.annotate(
+                f" {name}: {stage}", (epoch, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7, color="#666666"
+            )
+
+
+def _over_replicates(series: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Median, min and max over the replicates of each entry, three arrays of shape (entries,); NaN where there is none."""
+    entries = [np.atleast_1d(np.asarray(entry, dtype=float)) for entry in series]
+    finite = [entry[np.isfinite(entry)] if np.isfinite(entry).any() else np.array([np.nan]) for entry in entries]
+    middle, low, high = ([f(entry) for entry in finite] for f in (np.median, np.min, np.max))
+    return np.array(middle), np.array(low), np.array(high)
+
+
+def _colour(strategy: str, position: int) -> str:
+    return _COLOURS.get(strategy, _SPARE[position % len(_SPARE)])
+
+
+def _figure(width: float, height: float, *, rows: int = 1, sharex: bool = False, height_ratios: list[float] | None = None) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, 1, sharex=sharex, height_ratios=height_ratios)
+    for axes in np.atleast_1d(panels):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        figure.savefig(file, format="png")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+    return path

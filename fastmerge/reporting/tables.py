@@ -1,0 +1,102 @@
+"""Tables of a run's results: min, max, median, mean and std per strategy, beside the paper's mean."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastmerge.reporting.paper import paper_mean
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics over the replicates of a strategy.
+
+    Attributes:
+        n: Replicates with a finite value; the statistics are over these.
+        diverged: Replicates without one.
+        min, max, median, mean: NaN where n is 0.
+        std: Sample standard deviation (n - 1); NaN where n is below 2.
+    """
+
+    n: int
+    diverged: int
+    min: float
+    max: float
+    median: float
+    mean: float
+    std: float
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Summarises one value per replicate; values that are not finite count as diverged."""
+    finite = [value for value in values if math.isfinite(value)]
+    n, diverged = len(finite), len(values) - len(finite)
+    if not finite:
+        return Summary(n, diverged, *[math.nan] * 5)
+    std = statistics.stdev(finite) if n > 1 else math.nan
+    return Summary(n, diverged, min(finite), max(finite), statistics.median(finite), statistics.fmean(finite), std)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """Lays out cells in aligned columns, the first to the left and the others to the right."""
+    lengths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [cell.rjust(length) if column else cell.ljust(length) for column, (cell, length) in enumerate(zip(cells, lengths))]
+        return f"| {' | '.join(aligned)} |" if markdown else "  ".join(aligned).rstrip()
+
+    if markdown:
+        rule = "|".join("-" * (length + 1) + (":" if column else "-") for column, length in enumerate(lengths))
+        return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
+    return "\n".join([line(header), "  ".join("-" * length for length in lengths), *map(line, rows)])
+
+
+def results_table(results: dict[str, Any], *, markdown: bool = False) -> str:
+    """The table of a run: one row per strategy.
+
+    Args:
+        results: As ``results.read`` returns it.
+        markdown: Markdown for a file, else plain text for a terminal.
+    """
+    recipe, strategies = results["recipe"], results["strategies"]
+    summaries = {name: summarise(strategy["values"]) for name, strategy in strategies.items()}
+    papers = {name: paper_mean(recipe, name) for name in strategies}
+    best = _best(results["metric"])(summaries.values())
+    header = ["strategy", "epochs", "n", "min", "max", "median", "mean", "std"]
+    if any(paper is not None for paper in papers.values()):
+        header.append("paper's mean")
+    rows = []
+    for name, summary in summaries.items():
+        mean = _number(summary.mean)
+        emphasised = f"**{mean}**" if markdown and summary is best else mean
+        numbers = [_number(value) for value in (summary.min, summary.max, summary.median)]
+        row = [name, f"{strategies[name]['epochs']:g}", str(summary.n), *numbers, emphasised, _number(summary.std)]
+        rows.append((row + [_number(papers[name])])[: len(header)])
+    return table(header, rows, markdown=markdown)
+
+
+def caption(results: dict[str, Any]) -> str:
+    """One or two sentences under the table: the metric, how long it took, and what diverged."""
+    metric = "Test loss, lower is better" if results["metric"] == "test_loss" else "Test accuracy, higher is better"
+    strategies = results["strategies"]
+    seconds = ", ".join(f"{name} {strategy['seconds']:.0f} s" for name, strategy in strategies.items())
+    diverged = {name: summarise(strategy["values"]).diverged for name, strategy in strategies.items()}
+    lost = ", ".join(f"{count} of {name}" for name, count in diverged.items() if count)
+    return f"{metric}. Seconds for all replicates: {seconds}." + (f" Diverged and left out: {lost}." if lost else "")
+
+
+def _best(metric: str) -> Callable[..., Summary]:
+    def key(summary: Summary) -> float:
+        if math.isnan(summary.mean):
+            return math.inf
+        return summary.mean if metric == "test_loss" else -summary.mean
+
+    return lambda summaries: min(summaries, key=key)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
