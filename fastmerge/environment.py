@@ -27,12 +27,12 @@ def environment() -> dict[str, Any]:
     not imported, so asking costs milliseconds.
 
     Returns:
-        Plain JSON values. ``fastmerge``, ``python``, ``torch``, ``cuda``, ``cudnn`` and ``packages`` are version strings or
-        None; ``commit`` is the git commit of a source checkout, with ``-dirty`` where tracked files differ from it, or None
-        for an installed package; ``cpu`` holds ``name``, ``cores`` (usable by this process) and ``threads`` (torch's);
-        ``gpus`` lists ``name``, ``memory_gib`` and ``capability`` of each, ``driver`` is their driver's version;
-        ``extension`` says whether the compiled compaction is built, ``kernels`` whether the Triton kernels can run,
-        ``dali`` is DALI's version or None.
+        Plain JSON values. ``fastmerge``, ``python``, ``torch``, ``cuda``, ``cudnn``, ``dali`` and ``packages`` (a dict)
+        are versions or None; ``commit`` is the git commit of a source checkout, with ``-dirty`` where tracked files
+        differ from it, or None for an installed package; ``cpu`` holds ``name``, ``cores`` (usable by this process) and
+        ``threads`` (torch's); ``gpus`` lists ``name``, ``memory_gib`` and ``capability`` of each, ``driver`` is their
+        driver's version; ``extension`` says whether the compiled compaction is built, ``kernels`` whether the Triton
+        kernels can run here.
     """
     gpus = _gpus()
     packages = {name: _version(name) for name in _PACKAGES}

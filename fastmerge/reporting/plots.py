@@ -6,9 +6,9 @@ history.json, every part optional::
      "stages": {strategy: {"merge": 600, "fine-tune": 750}},
      "gates": {"epochs": [...], "lam": [...], "target": 0.5, "open_probability": {group: [...]}}}
 
-A series has one entry per entry of its "epochs": a number, or a list of one number per replicate; null is a gap. "stages"
-says at which epoch a stage begins. curves.npz holds ``x`` and ``true``, both of shape (points,), and under the name of each
-strategy its predictions, of shape (points,) or (replicates, points).
+A series has one entry per entry of its "epochs": a number, or a list of one number per replicate; null is a gap.
+"stages" says at which epoch a stage begins. curves.npz holds ``x`` and ``true``, both of shape (points,), and under the
+name of each strategy its predictions, of shape (points,) or (replicates, points).
 
 matplotlib is imported when a plot is drawn, and without pyplot: no window, no global state.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; a double-width strategy is its sibling's lighter shade.
+# The palette of Okabe and Ito, safe for colour-blind readers; a double-width strategy is a lighter shade.
 _COLOURS = {"student": "#D55E00", "bo3": "#0072B2", "one": "#009E73", "bo3-big": "#56B4E9", "one-big": "#7CCBAE"}
 _SPARE = ("#CC79A7", "#E69F00", "#666666", "#000000")
 _LABELS = {"test_loss": "test loss", "test_accuracy": "test accuracy", "train_loss": "training loss"}
@@ -56,7 +56,7 @@ def save_plots(out: str | Path, results: dict[str, Any], history: dict[str, Any]
 
 
 def plot_strategies(results: dict[str, Any]) -> Figure:
-    """Box plot of the strategies, every replicate a dot (paper, Fig. 9), the paper's mean a diamond where it has one."""
+    """Box plot of the strategies, one dot per replicate (paper, Fig. 9); a diamond is the paper's own mean."""
     strategies = results["strategies"]
     figure, axes = _figure(1.6 + 1.1 * len(strategies), 3.8)
     jitter = np.random.default_rng(0)
@@ -80,7 +80,16 @@ def plot_strategies(results: dict[str, Any]) -> Figure:
         axes.scatter(position + spread, values, s=14, color=colour, alpha=0.7, linewidths=0, zorder=3)
         if (paper := paper_mean(results["recipe"], name)) is not None:
             label = None if labelled else "paper's mean"
-            axes.scatter([position + 0.36], [paper], marker="D", s=28, facecolors="white", edgecolors="black", label=label, zorder=4)
+            axes.scatter(
+                [position + 0.36],
+                [paper],
+                marker="D",
+                s=28,
+                facecolors="white",
+                edgecolors="black",
+                label=label,
+                zorder=4,
+            )
             labelled = True
     axes.set_xticks(range(len(strategies)), [f"{name}\nn = {len(s['values'])}" for name, s in strategies.items()])
     axes.set_xlim(-0.6, len(strategies) - 0.4)
@@ -92,7 +101,7 @@ def plot_strategies(results: dict[str, Any]) -> Figure:
 
 
 def plot_learned(arrays: Mapping[str, np.ndarray]) -> Figure:
-    """The function that each strategy's median replicate learned, one panel per strategy, over the true one (paper, Fig. 10).
+    """The function that each strategy's median replicate learned, a panel each, over the true one (paper, Fig. 10).
 
     The median is by mean squared distance from the true function. The other replicates stand behind it, faint.
     """
@@ -100,13 +109,15 @@ def plot_learned(arrays: Mapping[str, np.ndarray]) -> Figure:
     order = np.argsort(x)
     strategies = [name for name in arrays if name not in ("x", "true")]
     figure, panels = _figure(8.0, 1.9 * len(strategies) + 0.4, rows=len(strategies))
-    for position, (name, axes) in enumerate(zip(strategies, np.atleast_1d(panels))):
+    for position, (name, axes) in enumerate(zip(strategies, np.atleast_1d(panels), strict=True)):
         predictions, colour = np.atleast_2d(arrays[name]), _colour(name, position)
         error = np.mean((predictions - true) ** 2, axis=1)
         median = np.argsort(error)[(len(error) - 1) // 2]
         axes.plot(x[order], predictions[:, order].T, color=colour, linewidth=0.6, alpha=min(0.3, 3 / len(predictions)))
         axes.plot(x[order], true[order], color="black", linewidth=1, linestyle=(0, (4, 2)), label="true")
-        axes.plot(x[order], predictions[median, order], color=colour, linewidth=2, label=f"{name}, median of {len(predictions)}")
+        axes.plot(
+            x[order], predictions[median, order], color=colour, linewidth=2, label=f"median of {len(predictions)}"
+        )
         axes.set_ylim(true.min() - 0.5, true.max() + 0.5)
         axes.set_ylabel("y")
         axes.legend(frameon=False, fontsize="small", loc="upper right", ncols=2, bbox_to_anchor=(1, 1.2))
@@ -119,17 +130,23 @@ def plot_gates(gates: dict[str, Any]) -> Figure:
     """P[g > 0] of every channel group, and λ, over the epochs of the merge stage (paper, Fig. 5)."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
 
     epochs, groups = np.asarray(gates["epochs"]), gates["open_probability"]
     figure, (top, bottom) = _figure(7.0, 4.8, rows=2, height_ratios=[3, 1], sharex=True)
-    shades = colormaps["viridis"].resampled(max(len(groups), 2))
+    # viridis without its last tenth, which is hard to see on white
+    shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, max(len(groups), 2))))
     for index, (name, series) in enumerate(groups.items()):
         middle, low, high = _over_replicates(series)
-        top.plot(epochs, middle, color=shades(index), linewidth=1.5, label=name, marker="." if len(epochs) < 3 else None)
-        if np.any(high > low):
+        top.plot(
+            epochs, middle, color=shades(index), linewidth=1.5, label=name, marker="." if len(epochs) < 3 else None
+        )
+        if len(groups) <= _NAMED_GROUPS:
             top.fill_between(epochs, low, high, color=shades(index), alpha=0.15, linewidth=0)
     if (target := gates.get("target")) is not None:
-        top.axhline(target, color="black", linewidth=1, linestyle=(0, (4, 2)), label=f"1/T = {target:.3g}")
+        top.axhline(target, color="black", linewidth=1, linestyle=(0, (4, 2)))
+        where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (4, -4)}
+        top.annotate(f"1/T = {target:.3g}", (0, target), va="top", fontsize="small", **where)
     if len(groups) <= _NAMED_GROUPS:
         top.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     else:
@@ -150,7 +167,7 @@ def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | 
     series = list(dict.fromkeys(key for values in curves.values() for key in values if key != "epochs"))
     figure, panels = _figure(7.0, 2.6 * len(series) + 0.3, rows=len(series), sharex=True)
     panels = np.atleast_1d(panels)
-    for key, axes in zip(series, panels):
+    for key, axes in zip(series, panels, strict=True):
         for position, (name, values) in enumerate(curves.items()):
             if key not in values:
                 continue
@@ -171,12 +188,17 @@ def _mark_stages(axes: Axes, stages: dict[str, dict[str, float]]) -> None:
         for stage, epoch in starts.items():
             axes.axvline(epoch, color="#999999", linewidth=0.8, linestyle=":")
             axes.annotate(
-                f" {name}: {stage}", (epoch, 1), xycoords=("data", "axes fraction"), va="top", fontsize=7, color="#666666"
+                f" {name}: {stage}",
+                (epoch, 1),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                fontsize=7,
+                color="#666666",
             )
 
 
 def _over_replicates(series: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Median, min and max over the replicates of each entry, three arrays of shape (entries,); NaN where there is none."""
+    """Median, min and max over each entry's finite replicates, NaN where there are none; arrays of shape (entries,)."""
     entries = [np.atleast_1d(np.asarray(entry, dtype=float)) for entry in series]
     finite = [entry[np.isfinite(entry)] if np.isfinite(entry).any() else np.array([np.nan]) for entry in entries]
     middle, low, high = ([f(entry) for entry in finite] for f in (np.median, np.min, np.max))
@@ -187,7 +209,9 @@ def _colour(strategy: str, position: int) -> str:
     return _COLOURS.get(strategy, _SPARE[position % len(_SPARE)])
 
 
-def _figure(width: float, height: float, *, rows: int = 1, sharex: bool = False, height_ratios: list[float] | None = None) -> Any:
+def _figure(
+    width: float, height: float, *, rows: int = 1, sharex: bool = False, height_ratios: list[float] | None = None
+) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

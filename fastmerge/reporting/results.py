@@ -17,12 +17,13 @@ _KEYS = ("recipe", "metric", "strategies", "environment", "config")
 def write(out: str | Path, results: dict[str, Any], history: dict[str, Any] | None = None) -> None:
     """Writes ``out/results.json`` and, where given, ``out/history.json``.
 
-    Each file appears under its name only when it is complete; results.json comes last, so where it is, the run is whole.
-    Tensors and arrays become lists. A number that is not finite (a replicate that diverged) becomes null, which JSON can say.
+    Each file appears under its name only when it is complete; results.json comes last, so where it is, the run is
+    whole. Tensors and arrays become lists. A number that is not finite (a replicate that diverged) becomes null.
 
     Args:
         out: Directory of the run; made if missing.
-        results: ``{"recipe", "metric", "strategies": {name: {"values", "epochs", "seconds"}}, "environment", "config"}``.
+        results: An object with ``recipe``, ``metric`` ("test_loss" or "test_accuracy"), ``strategies`` (for each name
+            ``values``, one per replicate, ``epochs`` and ``seconds``), ``environment`` and ``config``.
         history: Per-epoch values for the plots; see ``fastmerge.reporting.plots``.
 
     Raises:
@@ -57,8 +58,8 @@ def read(out: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Reads what ``write`` wrote.
 
     Returns:
-        (results, history); history is None where the run has no history.json. A null among a strategy's values comes back
-        as NaN.
+        (results, history); history is None where the run has no history.json. A null among a strategy's values comes
+        back as NaN.
 
     Raises:
         FileNotFoundError: There is no results.json in ``out``.
@@ -99,8 +100,14 @@ def _validate(results: Any, where: str) -> None:
         if not isinstance(strategy, dict):
             raise ValueError(f"{where}: strategy {name} must be an object; it is a {type(strategy).__name__}")
         values = strategy.get("values")
-        if not isinstance(values, list) or not values or not all(value is None or _is_number(value) for value in values):
-            raise ValueError(f"{where}: strategy {name} needs values, a list of one number per replicate; it has {values!r}")
+        if (
+            not isinstance(values, list)
+            or not values
+            or not all(value is None or _is_number(value) for value in values)
+        ):
+            raise ValueError(
+                f"{where}: strategy {name} needs values, a list of one number per replicate; it has {values!r}"
+            )
         for key in ("epochs", "seconds"):
             if not _is_number(strategy.get(key)):
                 raise ValueError(f"{where}: strategy {name} needs {key}, a number; it has {strategy.get(key)!r}")

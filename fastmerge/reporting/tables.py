@@ -46,7 +46,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: boo
     lengths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        aligned = [cell.rjust(length) if column else cell.ljust(length) for column, (cell, length) in enumerate(zip(cells, lengths))]
+        aligned = [
+            cell.rjust(length) if column else cell.ljust(length)
+            for column, (cell, length) in enumerate(zip(cells, lengths, strict=True))
+        ]
         return f"| {' | '.join(aligned)} |" if markdown else "  ".join(aligned).rstrip()
 
     if markdown:
