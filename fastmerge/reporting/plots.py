@@ -15,14 +15,13 @@ matplotlib is imported when a plot is drawn, and without pyplot: no window, no g
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastmerge.files import atomic
 from fastmerge.reporting.paper import paper_mean
 
 if TYPE_CHECKING:
@@ -226,9 +225,6 @@ def _figure(
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        figure.savefig(file, format="png")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from fastmerge.files import atomic
 
 METRICS = ("test_loss", "test_accuracy")
 _KEYS = ("recipe", "metric", "strategies", "environment", "config")
@@ -32,26 +32,16 @@ def write(out: str | Path, results: dict[str, Any], history: dict[str, Any] | No
     out = Path(out)
     plain = _plain(results)
     _validate(plain, "results")
-    out.mkdir(parents=True, exist_ok=True)
     if history is not None:
         write_json(out / "history.json", history)
     write_json(out / "results.json", plain)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, atomically: a reader sees the old file or the whole new one."""
-    path = Path(path)
+    """Writes a value as JSON, atomically; tensors and arrays become lists, NaN and Inf null."""
     text = json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's files are its owner's alone; results are to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read(out: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
