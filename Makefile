@@ -1,0 +1,73 @@
+# Every target does its own set-up: a virtual environment in .venv with fastmerge, its extension and the tested versions.
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/fastmerge.stamp
+
+# Tests hold one thread each and run beside each other; small tensors gain nothing from more.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench coverage clean
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## the virtual environment alone
+
+$(READY): pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/compact.h
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "fastmerge needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing). Name another: make PYTHON=python3.12" >&2; \
+	    exit 1; }
+	@rm -f $(READY)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@echo "Installing fastmerge and what it needs into $(VENV): a few minutes, once."
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -c "import fastmerge._compaction" 2>/dev/null || echo "The C++ extension was not built; compaction runs in Python."
+	@touch $(READY)
+
+demo: $(READY) ## merges sine networks, then networks that read real digits, and reports
+	$(BIN)/fastmerge run sine --replicates 5 --strategy student,bo3,one --out runs/demo/sine
+	$(BIN)/fastmerge run digits --out runs/demo/digits
+	$(BIN)/fastmerge report runs/demo/sine
+	$(BIN)/fastmerge report runs/demo/digits
+
+test: $(READY) ## the tests that need no GPU and no patience
+	$(TEST) -n $(JOBS)
+
+test-slow: $(READY) ## the tests that take minutes: every torchvision network, isolated installs
+	$(TEST) -n $(JOBS) -m "slow and not gpu"
+
+test-gpu: $(READY) ## the tests that need a CUDA GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## what ruff can put right by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The sanitizers' runtime must be the first library of the process, so Python starts with it preloaded. Leaks are not looked
+# for: the interpreter and torch leave plenty at exit.
+SANITIZED := build/sanitize/lib
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g
+sanitize: $(READY) ## the extension's tests under the address and undefined-behaviour sanitizers
+	rm -rf build/sanitize
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
+	nm -D $(SANITIZED)/fastmerge/_compaction*.so | grep -q __asan_init
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    PYTHONPATH=$(SANITIZED) $(TEST) -p no:cacheprovider --override-ini pythonpath=$(SANITIZED) tests/test_compaction.py
+
+bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks -m "not slow" --benchmark-enable --benchmark-json runs/benchmarks.json
+
+coverage: $(READY) ## docs/coverage.md: which torchvision networks merge, and how exactly
+	$(BIN)/python -m benchmarks.coverage
+
+clean: ## removes what was built, the virtual environment too
+	rm -rf $(VENV) build dist *.egg-info fastmerge/*.so

@@ -1,0 +1,200 @@
+"""Dropping rows and columns of a tensor inside its own memory.
+
+A weight of the big student holds T·n channels of which n stay. ``index_select`` would need old and new side by side;
+``compact_`` moves what stays to the front of the same storage and gives the rest of it back. Sorted indices make that
+safe: what stays at position i comes from an index of at least i, so rows only move forward, onto what is already read.
+
+CPU tensors go through the C++ extension (csrc/compact.h). Without it, and on other devices, the same order of steps runs
+in PyTorch with a bounded amount of scratch memory.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_compaction: Any = None
+_why_missing = ""
+try:
+    from fastmerge import _compaction
+except ImportError as error:
+    _why_missing = str(error)
+
+_SCRATCH_BYTES = 1 << 24
+_warned = False
+
+
+def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) -> None:
+    """Keeps the given rows, and optionally columns, of a tensor in place and gives the freed memory back.
+
+    Afterwards ``tensor`` equals ``tensor[keep_out]`` or ``tensor[keep_out][:, keep_in]`` of before, as the same Python
+    object in the same storage (which shrank, so its address may have changed), in the memory format it had: contiguous
+    stays contiguous, channels-last stays channels-last, any other order of dimensions in memory stays too. Every check
+    comes before the first write: a call that raises has changed nothing. A gradient of the old shape is dropped
+    (``tensor.grad`` becomes None).
+
+    Args:
+        tensor: Any strided tensor of one dimension or more that alone owns its storage: a weight (out, in, ...), a bias
+            or BatchNorm buffer (out,), a parameter's momentum. A leaf may require grad.
+        keep_out: (rows that stay,) int64, ascending and unique, on any device: indices into dimension 0.
+        keep_in: (columns that stay,) likewise for dimension 1; None keeps all.
+
+    Raises:
+        TypeError: ``tensor`` is no plain strided tensor, or a keep is no int64 tensor.
+        IndexError: A keep has an index outside its dimension.
+        ValueError: A keep is not ascending, unique and of one dimension; ``tensor`` has no dimension to keep, is part of
+            a graph, overlaps itself (``expand``), or shares its storage with another tensor, with numpy or with another
+            process, which would be left with memory that is no longer theirs.
+    """
+    _check_tensor(tensor)
+    keeps: list[Tensor | None] = [None] * tensor.dim()
+    keeps[0] = _checked_keep("keep_out", keep_out, tensor, 0)
+    if keep_in is not None:
+        keeps[1:2] = [_checked_keep("keep_in", keep_in, tensor, 1)]
+    shape = [size if keep is None else len(keep) for size, keep in zip(tensor.shape, keeps, strict=True)]
+    strides = _dense_strides(tensor, shape)
+    move = _move_in_cpp if tensor.device.type == "cpu" and _has_extension() else _move_in_torch
+    with torch.no_grad():
+        move(tensor, keeps)
+        _shrink(tensor, shape, strides)
+
+
+def _check_tensor(tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"compact_ needs a tensor; it got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
+        raise TypeError(f"compact_ needs a plain strided tensor; it got {type(tensor).__name__} of layout {tensor.layout}")
+    if tensor.dim() == 0:
+        raise ValueError("compact_ needs a tensor of one dimension or more; it got a number")
+    if not tensor.is_leaf:
+        raise ValueError(f"compact_ needs a leaf, not the result of {tensor.grad_fn}; detach() it first")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("compact_ needs a tensor that may change; this one was made under torch.inference_mode()")
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError("compact_ needs the values themselves in memory; resolve_conj() and resolve_neg() the tensor first")
+    if not _nested(tensor):
+        raise ValueError(
+            f"compact_ needs a tensor whose elements do not overlap; shape {tuple(tensor.shape)} has strides {tensor.stride()}"
+        )
+    _check_storage(tensor)
+
+
+def _check_storage(tensor: Tensor) -> None:
+    storage = tensor.untyped_storage()
+    if tensor.storage_offset() != 0:
+        raise ValueError(
+            f"compact_ needs a tensor at the start of its storage; this one is a view that starts {tensor.storage_offset()} "
+            "elements in"
+        )
+    if not storage.resizable() or (tensor.device.type == "cpu" and storage.is_shared()):
+        raise ValueError("compact_ needs memory of torch's own, not numpy's, a file's or another process's; clone() the tensor")
+    # One use is the tensor's, one is that of the variable `storage`.
+    if torch._C._storage_Use_Count(storage._cdata) > 2:
+        raise ValueError("compact_ needs a tensor that alone uses its storage; a view, detach() or .data of it is still there")
+
+
+def _checked_keep(name: str, keep: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    if not isinstance(keep, Tensor) or keep.dtype != torch.int64:
+        kind = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f"compact_ needs an int64 tensor of indices as {name}; it got {kind}")
+    if keep.dim() != 1:
+        raise ValueError(f"compact_ needs {name} of one dimension; it has shape {tuple(keep.shape)}")
+    if dim >= tensor.dim():
+        raise ValueError(f"compact_ needs a dimension {dim} for {name}; the tensor has shape {tuple(tensor.shape)}")
+    keep = keep.detach().cpu()
+    size = tensor.shape[dim]
+    wrong = ((keep < 0) | (keep >= size)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise IndexError(f"compact_ needs indices in [0, {size}) as {name}; position {at} has {int(keep[at])}")
+    wrong = (keep[1:] <= keep[:-1]).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(f"compact_ needs {name} ascending and unique; {int(keep[at])} is followed by {int(keep[at + 1])}")
+    return keep
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions as they lie in memory, the outermost first; those of size 1 first of all, for they lie nowhere."""
+    return sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] != 1, -tensor.stride(d)))
+
+
+def _nested(tensor: Tensor) -> bool:
+    extent = 1
+    for d in reversed(_memory_order(tensor)):
+        if tensor.shape[d] != 1 and tensor.numel() > 0:
+            if tensor.stride(d) < extent:
+                return False
+            extent = tensor.stride(d) * tensor.shape[d]
+    return True
+
+
+def _dense_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor of this shape in the memory format of ``tensor``."""
+    # Dimensions of size 1 leave the format open; torch tells one from another by their strides, so copy a named one whole.
+    formats = {3: [], 4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(tensor.dim(), [])
+    for memory_format in (torch.contiguous_format, *formats):
+        if _empty_strides(tensor.shape, memory_format) == tensor.stride():
+            return _empty_strides(shape, memory_format)
+    strides, extent = [1] * len(shape), 1
+    for d in reversed(_memory_order(tensor)):
+        strides[d] = extent
+        extent *= max(shape[d], 1)
+    return tuple(strides)
+
+
+def _empty_strides(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta", memory_format=memory_format).stride()
+
+
+def _has_extension() -> bool:
+    global _warned
+    if _compaction is None and not _warned:
+        _warned = True
+        warnings.warn(
+            f"fastmerge was installed without its C++ extension ({_why_missing}): compaction runs in Python. "
+            "Install it again with a C++ compiler there to change that.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return _compaction is not None
+
+
+def _move_in_cpp(tensor: Tensor, keeps: Sequence[Tensor | None]) -> None:
+    lists = [None if keep is None else keep.tolist() for keep in keeps]
+    _compaction.compact(
+        tensor.data_ptr(), tensor.element_size(), tensor.shape, tensor.stride(), lists, threads=torch.get_num_threads()
+    )
+
+
+def _move_in_torch(tensor: Tensor, keeps: Sequence[Tensor | None]) -> None:
+    order = _memory_order(tensor)
+    source = tensor.detach().permute(order)
+    keeps = [None if (keep := keeps[d]) is None else keep.to(tensor.device) for d in order]
+    shape = [size if keep is None else len(keep) for size, keep in zip(source.shape, keeps, strict=True)]
+    if 0 in shape:
+        return
+    target = source.as_strided(shape, torch.empty(shape, device="meta").stride())
+    row_bytes = math.prod(source.shape[1:]) * tensor.element_size()
+    step = max(1, _SCRATCH_BYTES // row_bytes)
+    for first in range(0, shape[0], step):
+        last = min(first + step, shape[0])
+        rows = source[first:last] if keeps[0] is None else source.index_select(0, keeps[0][first:last])
+        for d, keep in enumerate(keeps[1:], start=1):
+            rows = rows if keep is None else rows.index_select(d, keep)
+        # Rows that were only sliced still lie where the target may begin.
+        target[first:last] = rows.clone() if rows._base is not None else rows
+
+
+def _shrink(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
+    storage = tensor.untyped_storage()
+    tensor.grad = None
+    tensor.data = tensor.new_empty(0).set_(storage, 0, tuple(shape), tuple(strides))
+    torch.autograd.graph.increment_version(tensor)
+    storage.resize_(math.prod(shape) * tensor.element_size())
