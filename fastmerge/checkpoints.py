@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,8 +119,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds Python objects, which are not loaded because they could run code; "
             "save the weights alone: torch.save(network.state_dict(), path)"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

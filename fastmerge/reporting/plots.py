@@ -15,6 +15,8 @@ matplotlib is imported when a plot is drawn, and without pyplot: no window, no g
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,16 +37,20 @@ _LABELS = {"test_loss": "test loss", "test_accuracy": "test accuracy", "train_lo
 _NAMED_GROUPS = 8
 
 
-def save_plots(out: str | Path, results: dict[str, Any], history: dict[str, Any] | None) -> list[Path]:
-    """Draws every plot that the run's files allow, as PNG files in ``out``.
+def save_plots(out: str | Path, history: dict[str, Any] | None, results: dict[str, Any] | None = None) -> list[Path]:
+    """Draws every plot that the files of a run (or, without results, of a merge) allow, as PNG files in ``out``.
 
     Returns:
-        The files written, of strategies.png, learned.png, gates.png and training.png.
+        The files written, of strategies.png, learned.png, gates.png and training.png; none, with a warning, where
+        matplotlib is not installed.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        warnings.warn("no plots were drawn: matplotlib is not installed", stacklevel=2)
+        return []
     out = Path(out)
     history = history or {}
-    figures = {"strategies": plot_strategies(results)}
-    if (out / "curves.npz").is_file():
+    figures = {} if results is None else {"strategies": plot_strategies(results)}
+    if results is not None and (out / "curves.npz").is_file():
         with np.load(out / "curves.npz", allow_pickle=False) as arrays:
             figures["learned"] = plot_learned(dict(arrays))
     if history.get("gates"):

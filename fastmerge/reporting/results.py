@@ -12,6 +12,7 @@ from fastmerge.files import atomic
 
 METRICS = ("test_loss", "test_accuracy")
 _KEYS = ("recipe", "metric", "strategies", "environment", "config")
+_MERGE_KEYS = ("borders", "num_teachers", "kept", "warnings", "gates", "curves", "environment", "config")
 
 
 def write(out: str | Path, results: dict[str, Any], history: dict[str, Any] | None = None) -> None:
@@ -67,6 +68,20 @@ def read(out: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if history is not None and not isinstance(history, dict):
         raise ValueError(f"{out / 'history.json'} must hold an object; it holds a {type(history).__name__}")
     return results, history
+
+
+def read_merge(out: str | Path) -> dict[str, Any]:
+    """Reads the history.json of ``fastmerge merge``.
+
+    Raises:
+        ValueError: It is not JSON, or not the history of a merge.
+    """
+    path = Path(out) / "history.json"
+    history = _load(path)
+    if not isinstance(history, dict) or (missing := [key for key in _MERGE_KEYS if key not in history]):
+        lacks = f"; it lacks {', '.join(missing)}" if isinstance(history, dict) else ""
+        raise ValueError(f"{path} is not the history of a merge{lacks}")
+    return history
 
 
 def _load(path: Path) -> Any:

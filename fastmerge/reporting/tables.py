@@ -1,4 +1,4 @@
-"""Tables of a run's results: min, max, median, mean and std per strategy, beside the paper's mean."""
+"""Tables: a run's statistics per strategy beside the paper's mean; the scores and channels of a merge."""
 
 from __future__ import annotations
 
@@ -78,8 +78,29 @@ def results_table(results: dict[str, Any], *, markdown: bool = False) -> str:
         emphasised = f"**{mean}**" if markdown and summary is best else mean
         numbers = [_number(value) for value in (summary.min, summary.max, summary.median)]
         row = [name, f"{strategies[name]['epochs']:g}", str(summary.n), *numbers, emphasised, _number(summary.std)]
-        rows.append((row + [_number(papers[name])])[: len(header)])
+        rows.append(([*row, _number(papers[name])])[: len(header)])
     return table(header, rows, markdown=markdown)
+
+
+def borders_table(history: dict[str, Any], *, markdown: bool = False) -> str:
+    """Scores at the borders of a merge's stages: one row each.
+
+    Args:
+        history: As ``results.read_merge`` returns it.
+        markdown: Markdown for a file, else plain text for a terminal.
+    """
+    rows = [[name, _number(score["loss"]), _number(score["accuracy"])] for name, score in history["borders"].items()]
+    return table(["network", "val loss", "val accuracy"], rows, markdown=markdown)
+
+
+def groups_table(history: dict[str, Any], *, markdown: bool = False) -> str:
+    """A merge's channel groups: channels, mean P[g > 0] at the end, and how many kept channels each teacher gave."""
+    teachers = [f"from teacher {number}" for number in range(history["num_teachers"])]
+    rows = [
+        [name, str(sum(counts)), _number(history["gates"]["open_probability"][name][-1]), *map(str, counts)]
+        for name, counts in history["kept"].items()
+    ]
+    return table(["channel group", "channels", "P[g>0]", *teachers], rows, markdown=markdown)
 
 
 def caption(results: dict[str, Any]) -> str:

@@ -1,0 +1,69 @@
+"""The command line: ``fastmerge run | merge | report | info``, or ``python -m fastmerge``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fastmerge.cli import info, merge, report, run
+
+_BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
+_FAILED = (FloatingPointError, torch.OutOfMemoryError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Without the program's name; None takes them from ``sys.argv``.
+
+    Returns:
+        Exit status: 0, or 1 where the work failed (it diverged, memory ran out), 2 for bad input, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        with _plain_warnings():
+            options.command(options)
+    except KeyboardInterrupt:
+        print("fastmerge: interrupted", file=sys.stderr)
+        return 130
+    except _BAD_INPUT + _FAILED as error:
+        if getattr(options, "debug", False):
+            traceback.print_exc()
+        else:
+            print(f"fastmerge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, _FAILED) else 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastmerge", description="Merge trained neural networks into a better one.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (run, merge, report, info):
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(command=module.command)
+    return parser
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+        print(f"fastmerge: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

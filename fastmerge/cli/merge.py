@@ -1,0 +1,117 @@
+"""Merge trained networks of one architecture into one of the same architecture.
+
+  fastmerge merge --model resnet18 --teachers a.safetensors b.pt --data imagewoof/ --out merged/
+  fastmerge merge --model mynets:SmallNet --model-args width=32 --teachers a.pt b.pt c.pt --data x.npz --out merged/
+
+Checkpoints hold weights only (safetensors, or .pt loaded with weights_only=True). Data is a directory with
+train/<class>/<image> and val/<class>/<image>, or an .npz of uint8 arrays train_images, train_labels, test_images and
+test_labels. DIR gets student.safetensors, history.json, report.md and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmerge.checkpoints import build_network, load_weights, save_weights
+from fastmerge.cli.arguments import integer, key_value
+from fastmerge.data.loaders import ImageLoaders, image_loaders
+from fastmerge.environment import environment
+from fastmerge.merging import merge
+from fastmerge.reporting.report import write_report
+from fastmerge.reporting.results import write_json
+
+SUMMARY = "merge your own trained networks"
+_MERGE_OPTIONS = (
+    "merge_epochs",
+    "finetune_epochs",
+    "link_at",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "gate_lr",
+    "lam_start",
+    "lam_step",
+    "finetune_lr",
+    "milestones",
+    "channels_last",
+    "seed",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastmerge merge``."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="torchvision model, or module:factory of your own")
+    add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
+    add("--teachers", nargs="+", type=Path, required=True, metavar="FILE", help="two or more checkpoints")
+    add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
+    add("--merge-epochs", type=integer(1), default=30, metavar="N", help="epochs of the big student; default 30")
+    add("--finetune-epochs", type=integer(0), default=30, metavar="N", help="epochs of the student; default 30")
+    add("--batch-size", type=integer(1), default=64, metavar="N", help="default 64")
+    add("--lr", type=float, default=0.01, metavar="X", help="learning rate of the weights; default 0.01")
+    add("--finetune-lr", type=float, metavar="X", help="learning rate of the fine-tuning; default --lr")
+    add(
+        "--milestones",
+        nargs="*",
+        type=integer(1),
+        metavar="N",
+        help="fine-tune epochs that end with lr / 10; default 2/3",
+    )
+    add("--momentum", type=float, default=0.9, metavar="X", help="default 0.9")
+    add("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
+    add("--gate-lr", type=float, default=0.2, metavar="X", help="learning rate of the gates; default 0.2")
+    add("--lam-start", type=float, default=0.01, metavar="X", help="weight of the gate loss at first; default 0.01")
+    add("--lam-step", type=float, metavar="X", help="its growth per epoch; default 7.5 / merge epochs")
+    add(
+        "--link-at",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="fraction of the merge before linking; 1 never; default 0",
+    )
+    add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
+    add("--workers", type=integer(0), default=2, metavar="N", help="processes that decode an image tree; default 2")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
+    add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
+    add("--channels-last", action="store_true", help="channels-last layout")
+    add("--seed", type=integer(0), metavar="S", help="makes the merge repeatable")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def command(options: argparse.Namespace) -> None:
+    """Merges, writes the student and its history, and prints the scores."""
+    options.out.mkdir(parents=True, exist_ok=True)  # what can't be written to is better known before the training
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaders = image_loaders(options.data, options.batch_size, options.image_size, options.workers)
+    teachers = [_teacher(options, loaders, path) for path in options.teachers]
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
+    student, history = merge(
+        teachers,
+        loaders.train,
+        val_loader=loaders.val,
+        device=device,
+        autocast=None if options.autocast is None else getattr(torch, options.autocast),
+        progress=False if options.quiet else None,
+        **chosen,
+    )
+    save_weights(student, options.out / "student.safetensors")
+    config = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "quiet", "out")}
+    record = history.to_dict() | {"config": config | {"device": device}, "environment": environment()}
+    write_json(options.out / "history.json", record)
+    print(write_report(options.out))
+    print(f"\nstudent.safetensors, history.json, report.md and plots in {options.out}")
+
+
+def _teacher(options: argparse.Namespace, loaders: ImageLoaders, path: Path) -> nn.Module:
+    arguments = dict(options.model_args)
+    if ":" not in options.model:
+        arguments = {"num_classes": loaders.classes} | arguments
+    network = build_network(options.model, **arguments)
+    load_weights(network, path)
+    return network

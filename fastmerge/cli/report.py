@@ -1,0 +1,21 @@
+"""Print the table of a run, and write report.md and the plots into its directory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastmerge.reporting.report import write_report
+
+SUMMARY = "table and plots of a run's directory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastmerge report``."""
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the --out of a run or merge")
+
+
+def command(options: argparse.Namespace) -> None:
+    """Prints the table and says where the rest is."""
+    print(write_report(options.directory))
+    print(f"\n{options.directory / 'report.md'} and plots written")

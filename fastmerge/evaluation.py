@@ -1,0 +1,146 @@
+"""How a network meets a batch: where, in which dtype and layout, and what counts as right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.history import Score
+
+Criterion = Callable[[Any, Any], Tensor]
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Device, precision, layout and criterion of a merge.
+
+    Attributes:
+        device: Where networks and batches go.
+        criterion: ``criterion(output, target)``, a mean over the batch.
+        autocast: Dtype of ``torch.autocast``, or None for none.
+        channels_last: Whether networks and four-dimensional inputs are laid out channels-last.
+    """
+
+    device: torch.device
+    criterion: Criterion
+    autocast: torch.dtype | None = None
+    channels_last: bool = False
+
+    def place(self, network: Network) -> Network:
+        """Moves a network, in place, to the device and layout."""
+        network.to(self.device)
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+        """Yields (inputs, target) on the device; several inputs come as a tuple in place of one tensor."""
+        for inputs, target in loader:
+            inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+            yield tuple(map(self._input, inputs)), self._target(target)
+
+    def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
+        """Runs network and criterion; returns (output, loss)."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            output = network(*inputs)
+            return output, self.criterion(output, target)
+
+    def _input(self, value: Tensor) -> Tensor:
+        if self.channels_last and value.dim() == 4:
+            return value.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return value.to(self.device, non_blocking=True)
+
+    def _target(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [self._target(item) for item in value]
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def has_classes(output: Any, target: Any) -> bool:
+    """Whether targets are class indices of shape (N, ...) for outputs of shape (N, K, ...)."""
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+        return False
+    integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    return integer and output.dim() >= 2 and target.shape == output.shape[:1] + output.shape[2:]
+
+
+class Tally:
+    """Sums loss and accuracy over batches without waiting for the device, except now and then.
+
+    Args:
+        every: How many batches may go unread.
+    """
+
+    def __init__(self, every: int = 20) -> None:
+        self.every = every
+        self.samples = self.steps = 0
+        self._sums: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+
+    def add(self, output: Any, target: Any, samples: int, **losses: Tensor) -> bool:
+        """Adds a batch. True when the sums were just read from the device, every ``every`` batches.
+
+        Raises:
+            FloatingPointError: A loss of one of the last batches is NaN or Inf; args are (step, its name, its value).
+        """
+        values = {name: loss.detach().float() for name, loss in losses.items()}
+        if has_classes(output, target):
+            right = (output.detach().argmax(1) == target).float()
+            values["accuracy"] = right.mean() if samples else right.sum()
+        self._pending.append((samples, values))
+        return len(self._pending) >= self.every and self.read()
+
+    def read(self) -> bool:
+        """Brings the sums up to date."""
+        if not self._pending:
+            return True
+        names = list(self._pending[0][1])
+        rows = torch.stack([torch.stack([values[name] for name in names]) for _, values in self._pending]).tolist()
+        for (samples, _), row in zip(self._pending, rows, strict=True):
+            self.steps += 1
+            self.samples += samples
+            for name, value in zip(names, row, strict=True):
+                if value - value != 0:  # NaN and Inf
+                    raise FloatingPointError(self.steps, name, value)
+                self._sums[name] = self._sums.get(name, 0.0) + samples * value
+        self._pending.clear()
+        return True
+
+    def mean(self, name: str) -> float:
+        """Mean over the samples read so far."""
+        return self._sums[name] / self.samples
+
+    def rate(self) -> float:
+        """Samples per second since the tally was made, of those read so far."""
+        return self.samples / (time.perf_counter() - self._started)
+
+    def score(self) -> Score:
+        """Mean of the loss called ``loss``, and accuracy."""
+        return Score(self.mean("loss"), self.mean("accuracy") if "accuracy" in self._sums else None)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, loader: Iterable[Any], setting: Setting) -> Score:
+    """Scores a network in eval mode; its mode is restored.
+
+    Raises:
+        FloatingPointError: As ``Tally.add``.
+    """
+    mode = network.training
+    network.eval()
+    try:
+        tally = Tally()
+        for inputs, target in setting.batches(loader):
+            output, loss = setting.apply(network, inputs, target)
+            tally.add(output, target, len(inputs[0]), loss=loss)
+        tally.read()
+        return tally.score()
+    finally:
+        network.train(mode)

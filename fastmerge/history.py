@@ -1,0 +1,95 @@
+"""What happened in a merge, epoch by epoch and at the borders of its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["merge", "finetune"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean of the criterion over a data set, and accuracy in 0..1, None where the targets are no classes."""
+
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch.
+
+    Attributes:
+        stage: "merge" (the big student) or "finetune" (the student).
+        epoch: Counts from 1 in each stage.
+        train: Criterion and accuracy over the epoch's batches, in training mode, as it went.
+        val: The same on the validation data after the epoch, in eval mode; None without validation data.
+        lr: Learning rate of the weights in this epoch.
+        lam: λ in this epoch; None in fine-tuning, as are the next three.
+        gate_loss: Mean gate loss, without λ.
+        open_probability: Mean P[g > 0] of each channel group after the epoch.
+        linked: Whether the big student was dense in this epoch.
+        images_per_second: Training samples per second, evaluation left out.
+    """
+
+    stage: Stage
+    epoch: int
+    train: Score
+    val: Score | None
+    lr: float
+    images_per_second: float
+    lam: float | None = None
+    gate_loss: float | None = None
+    open_probability: dict[str, float] | None = None
+    linked: bool | None = None
+
+
+@dataclass
+class History:
+    """The record of a merge.
+
+    Attributes:
+        num_teachers: T.
+        epochs: One record per epoch, the merge stage's first.
+        borders: Scores on the validation data by name: ``teacher 0`` and so on, ``big student, gates open`` (the mean
+            of the teachers' outputs), ``big student`` (at the end of its stage), ``compressed`` (before fine-tuning),
+            ``student``. Empty without validation data.
+        kept: For each channel group how many of the kept channels came from each teacher, T numbers.
+        warnings: What the merge warned of.
+    """
+
+    num_teachers: int
+    epochs: list[EpochRecord] = field(default_factory=list)
+    borders: dict[str, Score] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def stage(self, stage: Stage) -> list[EpochRecord]:
+        """The records of one stage."""
+        return [record for record in self.epochs if record.stage == stage]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole record as JSON values, with ``curves``, ``stages`` and ``gates`` as the plots read them."""
+        return dataclasses.asdict(self) | self._plotted()
+
+    def _plotted(self) -> dict[str, Any]:
+        merge = self.stage("merge")
+        curves: dict[str, list[Any]] = {"epochs": list(range(1, len(self.epochs) + 1))}
+        curves["train_loss"] = [record.train.loss for record in self.epochs]
+        curves["train_accuracy"] = [record.train.accuracy for record in self.epochs]
+        curves["val_loss"] = [record.val and record.val.loss for record in self.epochs]
+        curves["val_accuracy"] = [record.val and record.val.accuracy for record in self.epochs]
+        groups = list(merge[0].open_probability or {}) if merge else []
+        gates = {
+            "epochs": [record.epoch for record in merge],
+            "lam": [record.lam for record in merge],
+            "target": 1 / self.num_teachers,
+            "open_probability": {name: [(record.open_probability or {})[name] for record in merge] for name in groups},
+        }
+        return {
+            "curves": {"student": {key: values for key, values in curves.items() if values and values[0] is not None}},
+            "stages": {"student": {"merge": 0, "fine-tune": len(merge)}},
+            "gates": gates,
+        }

@@ -1,0 +1,136 @@
+"""What merge() finds out before its first epoch: options, data and networks that can't work."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastmerge.evaluation import Setting, has_classes
+
+
+def check_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Returns the teachers as a list; whether they fit together is for BigStudent to say."""
+    if isinstance(teachers, nn.Module) or not isinstance(teachers, Iterable):
+        raise TypeError(
+            f"merge needs a list of teachers, as in merge([t1, t2], loader); got a {type(teachers).__name__}"
+        )
+    teachers = list(teachers)
+    for number, teacher in enumerate(teachers):
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"merge needs networks (torch.nn.Module); teacher {number} is a {type(teacher).__name__}")
+    if len(teachers) < 2:
+        raise ValueError(f"merge needs at least two teachers; got {len(teachers)}")
+    return teachers
+
+
+def check_epochs(merge_epochs: int, finetune_epochs: int) -> None:
+    """The merge stage needs an epoch, fine-tuning may have none."""
+    for name, epochs, least in (("merge_epochs", merge_epochs, 1), ("finetune_epochs", finetune_epochs, 0)):
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < least:
+            raise ValueError(f"merge needs {name}, a whole number of at least {least}; got {epochs!r}")
+
+
+def check_numbers(positive: dict[str, float], not_negative: dict[str, float], link_at: float) -> None:
+    """Learning rates and the like, by the names the user gave them under."""
+    for name, value in (positive | not_negative).items():
+        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+            raise ValueError(
+                f"merge needs a finite {name} {'above' if name in positive else 'of at least'} 0; got {value}"
+            )
+    if not 0 <= link_at <= 1:
+        raise ValueError(f"merge needs link_at, the fraction of the merge stage before linking, in 0..1; got {link_at}")
+
+
+def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch.device:
+    """The device asked for, else the teachers' own."""
+    if device is None:
+        parameter = next(teacher.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"merge can't use device {device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: Setting) -> tuple[Tensor, ...]:
+    """Runs a teacher and the criterion on the first batch of a loader.
+
+    Returns:
+        The batch's inputs, as the loader gave them.
+
+    Raises:
+        TypeError: The loader can't be iterated again and again, or does not yield (input, target).
+        ValueError: It is empty, or the teacher or the criterion fails on its first batch, or gives NaN or Inf.
+    """
+    inputs, target = _first_batch(name, loader)
+    for value in inputs:
+        if value.dtype == torch.uint8:
+            raise ValueError(f"{name} yields uint8 inputs; convert them to floating point and normalise them")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} yields NaN or Inf in the inputs of its first batch")
+    probe = setting.place(copy.deepcopy(teacher)).eval()
+    on_device, target = next(setting.batches([(inputs, target)]))
+    shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
+    with torch.no_grad():
+        try:
+            with torch.autocast(setting.device.type, setting.autocast, enabled=setting.autocast is not None):
+                output = probe(*on_device)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"the teachers can't read {name}'s inputs of shape {shapes}: {error}") from error
+        if setting.criterion is cross_entropy and has_classes(output, target):
+            _check_classes(name, target, output.shape[1])
+        try:
+            _, loss = setting.apply(probe, on_device, target)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            came = f"output {_describe(output)}, target {_describe(target)}"
+            raise ValueError(f"the criterion failed on {name}'s first batch, {came}: {error}") from error
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        raise ValueError(
+            f"the criterion must return a 0-d tensor, the mean over the batch; it returned {_describe(loss)}"
+        )
+    if not loss.isfinite():
+        raise ValueError(f"teacher 0's loss on {name}'s first batch is {loss.item()}; look at its weights and the data")
+    return inputs
+
+
+def _first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], Any]:
+    try:
+        iterator = iter(loader)
+    except TypeError:
+        raise TypeError(f"merge needs {name}, a DataLoader or the like; got a {type(loader).__name__}") from None
+    if iterator is loader:
+        raise TypeError(f"{name} can be iterated only once (it is an iterator); merge goes over it every epoch")
+    batch = next(iterator, None)
+    if batch is None:
+        raise ValueError(f"{name} is empty; merge needs at least one batch")
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"{name} must yield pairs (input, target); it yields {_describe(batch)}")
+    inputs, target = batch
+    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    for value in inputs:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise TypeError(f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}")
+    return inputs, target
+
+
+def _check_classes(name: str, target: Tensor, classes: int) -> None:
+    counted = target[target != -100]  # cross_entropy's ignore_index
+    if counted.numel() and (counted.min() < 0 or counted.max() >= classes):
+        low, high = int(counted.min()), int(counted.max())
+        raise ValueError(f"{name} has targets {low}..{high}; the teachers have {classes} classes, 0..{classes - 1}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

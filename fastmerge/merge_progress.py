@@ -1,0 +1,68 @@
+"""The progress bar of a merge: stage, epoch, loss, accuracy, λ, P[g>0], images per second and the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from fastmerge.evaluation import Tally
+from fastmerge.history import EpochRecord
+
+
+class Progress:
+    """A bar per stage on stderr; a context manager, so that no bar outlives an error.
+
+    Args:
+        show: Whether to; None means where stderr is a terminal.
+    """
+
+    def __init__(self, show: bool | None = None) -> None:
+        self._disable = None if show is None else not show
+        self._bar: tqdm[Any] | None = None
+        self._figures: dict[str, str] = {}
+        self._epochs = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, stage: str, epochs: int, loader: object) -> None:
+        """Begins the bar of a stage; it knows the time left where the loader has a length."""
+        if self._bar is not None:
+            self._bar.close()
+        steps = epochs * len(loader) if isinstance(loader, Sized) else None
+        self._bar = tqdm(total=steps, desc=stage, unit="step", disable=self._disable, dynamic_ncols=True)
+        self._figures = {"epoch": f"1/{epochs}"}
+        self._epochs = epochs
+
+    def step(self, tally: Tally, *, fresh: bool) -> None:
+        """Counts a step; a fresh tally, one just read from the device, refreshes loss, accuracy and speed."""
+        if self._bar is None:
+            return
+        if fresh:
+            score = tally.score()
+            self._figures["loss"] = f"{score.loss:.4f}"
+            if score.accuracy is not None:
+                self._figures["accuracy"] = f"{score.accuracy:.3f}"
+            self._figures["images/s"] = f"{tally.rate():.0f}"
+            self._bar.set_postfix(self._figures, refresh=False)
+        self._bar.update()
+
+    def end_epoch(self, record: EpochRecord) -> None:
+        """Shows what is known once an epoch: λ, P[g>0] over the groups, validation accuracy."""
+        if self._bar is None:
+            return
+        self._figures["epoch"] = f"{min(record.epoch + 1, self._epochs)}/{self._epochs}"
+        if record.lam is not None:
+            self._figures["λ"] = f"{record.lam:.3g}"
+        if record.open_probability:
+            self._figures["P[g>0]"] = f"{fmean(record.open_probability.values()):.3f}"
+        if record.val is not None and record.val.accuracy is not None:
+            self._figures["val"] = f"{record.val.accuracy:.3f}"
+        self._bar.set_postfix(self._figures)

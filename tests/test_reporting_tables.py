@@ -1,0 +1,62 @@
+"""Tables: the statistics, the layout, and the paper's figures beside them."""
+
+import math
+from statistics import mean, stdev
+
+import pytest
+
+from fastmerge.reporting.tables import caption, results_table, summarise, table
+
+VALUES = [0.07, 0.08, 0.12]
+
+
+def results(**changes):
+    strategies = {
+        "student": {"values": VALUES, "epochs": 900, "seconds": 12.3},
+        "one": {"values": [0.25, math.nan], "epochs": 900, "seconds": 4},
+    }
+    return {
+        "recipe": "sine",
+        "metric": "test_loss",
+        "strategies": strategies,
+        "environment": {},
+        "config": {},
+    } | changes
+
+
+def test_statistics_are_of_the_finite_values():
+    summary = summarise([*VALUES, math.nan, math.inf])
+    assert (summary.n, summary.diverged) == (3, 2)
+    assert (summary.min, summary.max, summary.median) == (0.07, 0.12, 0.08)
+    assert summary.mean == pytest.approx(mean(VALUES))
+    assert summary.std == pytest.approx(stdev(VALUES))
+    assert summarise([1.0]).mean == 1.0
+    assert math.isnan(summarise([1.0]).std)
+    assert math.isnan(summarise([math.nan]).mean)
+
+
+def test_columns_are_aligned():
+    assert table(["a", "b"], [["long", "1"], ["x", "22"]]) == "a      b\n----  --\nlong   1\nx     22"
+    assert table(["a", "b"], [["x", "22"]], markdown=True) == "| a |  b |\n|---|---:|\n| x | 22 |"
+
+
+def test_the_papers_mean_stands_beside_the_runs():
+    header, _, student, one = results_table(results()).splitlines()
+    assert header.split()[:8] == ["strategy", "epochs", "n", "min", "max", "median", "mean", "std"]
+    assert header.endswith("paper's mean")
+    assert student.split() == ["student", "900", "3", "0.0700", "0.1200", "0.0800", "0.0900", "0.0265", "0.0770"]
+    assert one.split() == ["one", "900", "1", "0.2500", "0.2500", "0.2500", "0.2500", "–", "0.2490"]
+    assert "paper" not in results_table(results(recipe="digits"))
+
+
+@pytest.mark.parametrize(("metric", "best"), [("test_loss", "**0.0900**"), ("test_accuracy", "**0.2500**")])
+def test_markdown_marks_the_best_mean(metric, best):
+    text = results_table(results(metric=metric), markdown=True)
+    assert best in text
+    assert text.count("**") == 2
+
+
+def test_the_caption_says_what_the_table_does_not():
+    seconds = "Seconds for all replicates: student 12 s, one 4 s."
+    assert caption(results()) == f"Test loss, lower is better. {seconds} Diverged and left out: 1 of one."
+    assert "higher is better" in caption(results(metric="test_accuracy"))
