@@ -10,3 +10,18 @@ __version__ = "0.1.0"
 _checkout = Path(__file__).resolve().parent.parent
 if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "csrc" / "bindings.cpp").is_file():
     __path__.append(str(_checkout))
+
+from fastmerge.big_student import BigStudent
+from fastmerge.channel_groups import ChannelGroup, ChannelGroups, channel_groups
+from fastmerge.gates import HardConcrete
+from fastmerge.schedules import QuadraticLambda
+
+__all__ = [
+    "BigStudent",
+    "ChannelGroup",
+    "ChannelGroups",
+    "HardConcrete",
+    "QuadraticLambda",
+    "__version__",
+    "channel_groups",
+]

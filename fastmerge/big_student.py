@@ -1,0 +1,225 @@
+"""The big student: several teachers as one network, gated, trainable, and compressible to one teacher's size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastmerge.channel_groups import ChannelGroups, group_channels
+from fastmerge.channel_ids import run_on_ids
+from fastmerge.compression import Compressor, kept_candidates
+from fastmerge.examples import infer_example_inputs
+from fastmerge.gates import HardConcrete
+from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
+from fastmerge.optimizer_state import carry_through_link, carry_to_student
+from fastmerge.streams import lower
+from fastmerge.student_template import StudentTemplate
+from fastmerge.tracing import trace
+from fastmerge.validation import check_same_code, check_teachers
+from fastmerge.wide_network import Analysis, build_network
+from fastmerge.widening import GateStreams, WideLayer
+
+
+class BigStudent(nn.Module):
+    """Several networks of one architecture as one network, with a gate on every channel that can be left out.
+
+    Layer by layer the teachers stand side by side: hidden layers block-diagonal, the first reading the shared input, the
+    last giving the mean. With every gate open its output is exactly the mean of the teachers' outputs; trained with
+    :meth:`gate_loss`, the gates learn which 1/T of the channels to keep; :meth:`compress` keeps them, in a network of the
+    teachers' own class.
+
+    In training mode every sample draws its own gates, one per channel, whichever layers read it; in eval mode gates are
+    deterministic.
+
+    Args:
+        teachers: two or more networks of one architecture, on one device; they are copied and never changed.
+        example_inputs: a tensor (N, C, ...) or tuple of tensors that their forward takes; needed only where it can't be
+            inferred from the first layer.
+
+    Attributes:
+        gates: ``nn.ModuleDict`` of one :class:`~fastmerge.HardConcrete` per channel group; candidate t·n + j is channel j
+            of teacher t.
+        groups: the :class:`~fastmerge.channel_groups.ChannelGroups`.
+        network: the wide modules under the teachers' own paths.
+        num_teachers: T.
+        linked: whether the off-diagonal weights are there and trained.
+
+    Raises:
+        TypeError: if a teacher is no network, or they are of different classes.
+        ValueError: if they can't be merged, naming the layer and what is needed.
+
+    Source: Pašen & Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
+    """
+
+    def __init__(self, *teachers: nn.Module, example_inputs: Any = None) -> None:
+        super().__init__()
+        check_teachers(teachers)
+        traced = [trace(teacher) for teacher in teachers]
+        check_same_code(traced)
+        inputs = infer_example_inputs(traced[0], example_inputs)
+        record = run_on_ids(traced[0], inputs)
+        self.groups: ChannelGroups = group_channels(record)
+        if not len(self.groups):
+            raise ValueError(
+                f"{type(teachers[0]).__name__} has no hidden channels to choose among: there is nothing to merge"
+            )
+        self.num_teachers = len(teachers)
+        analysis = Analysis(traced[0], self.groups)
+        self._each = analysis.needs_each(record.nonlinear_nodes)
+        self.network, self._layout = build_network(analysis, teachers, keep_each_bias=self._each)
+        reference = next(teachers[0].parameters())
+        self.gates = nn.ModuleDict(
+            {
+                group.name: HardConcrete(self.num_teachers * group.size, device=reference.device, dtype=reference.dtype)
+                for group in self.groups
+            }
+        )
+        self._template = (StudentTemplate(teachers[0], self._layout),)  # in a tuple: no submodule of this one
+        self._input_dims = inputs[0].dim()
+        self._linked = False
+        self._gates_open = False
+        self._lower(analysis)
+        self.train(teachers[0].training)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The teachers' forward, gated: same inputs, same output structure.
+
+        Raises:
+            ValueError: if the first input has no batch dimension.
+        """
+        mode = "train" if self.training else "eval"
+        gates = None if self._gates_open else self._draw_gates(inputs, kwargs)
+        return self._forwards[mode, self._gates_open and self._each](self.network, gates, *inputs, **kwargs)
+
+    @property
+    def linked(self) -> bool:
+        """Whether the off-diagonal weights are there and trained."""
+        return self._linked or any(layer.linked for layer in self._wide_layers())
+
+    def link(self, optimizer: Optimizer | None = None) -> None:
+        """Turns block-diagonal layers into dense ones, whose off-diagonal weights start at zero and are trained.
+
+        The output does not change. Parameters stay the same objects with data of the new shape, so an optimizer goes on
+        working if it is passed here. Wrap in DistributedDataParallel or compile after linking.
+
+        Args:
+            optimizer: whose state (momentum, moments) grows along.
+        """
+        layers = [layer for layer in self._wide_layers() if layer.wiring.has_off_diagonal and not layer.linked]
+        if optimizer is not None:
+            carry_through_link(optimizer, layers)
+        for layer in layers:
+            layer.link()
+        self._linked = True
+
+    @contextmanager
+    def open_gates(self) -> Iterator[BigStudent]:
+        """Within this context every gate is 1: until trained, the output is exactly the mean of the teachers' outputs.
+
+        Where a network goes on after its last layer (SqueezeNet's final ReLU, a log-softmax), the mean is taken at the
+        output here and in the last layer otherwise, since only the latter can be compressed into one network.
+        """
+        before, self._gates_open = self._gates_open, True
+        try:
+            yield self
+        finally:
+            self._gates_open = before
+
+    def gate_loss(self) -> Tensor:
+        """``sum over groups of (1/T - mean of P[g > 0])²``, a 0-d tensor; zero when each group is on course to keep 1/T."""
+        means = [gate.open_probability().mean() for gate in self._gate_modules()]
+        return (torch.stack(means) - 1 / self.num_teachers).square().sum()
+
+    def gate_parameters(self) -> Iterator[nn.Parameter]:
+        """The gates' ``loc``; to be trained by a group or optimizer of its own, without weight decay."""
+        return self.gates.parameters()
+
+    def weight_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters but the gates'."""
+        return self.network.parameters()
+
+    def keep(self) -> dict[str, Tensor]:
+        """What :meth:`compress` would keep now: per group the candidates with the most open gates.
+
+        Returns:
+            int64 (n,) per group name, ascending; candidate t·n + j is channel j of teacher t.
+        """
+        return kept_candidates(self.groups, self.gates)
+
+    def compress(self, optimizer: Optimizer | None = None) -> Any:
+        """Keeps the n most open candidates of every group and drops the gates.
+
+        The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0. This network
+        stays as it is.
+
+        Args:
+            optimizer: an optimizer of this network's parameters; it is pointed at the student's parameters, with its state
+                cut down like them and the gates' group gone.
+
+        Returns:
+            A network of the teachers' class, in this network's mode, dtype and device, with all parameters trainable.
+        """
+        compressor = Compressor(self.network, self._layout, self.groups, self.keep())
+        with torch.no_grad():
+            tensors = dict(compressor.student_tensors(lambda tensor: tensor.detach()))
+            student = self._template[0].build(tensors, next(self.gates.parameters()))
+            if optimizer is not None:
+                carry_to_student(optimizer, compressor, student)
+        return student.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_teachers} teachers, {len(self.groups)} channel groups, {'' if self.linked else 'not '}linked"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_forwards"] = None  # compiled from the template's code, and again after loading
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lower(Analysis(trace(self._template[0].skeleton), self.groups))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BigStudent:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return clone
+
+    def _lower(self, analysis: Analysis) -> None:
+        variants = [(mode, each) for mode in ("train", "eval") for each in (False, True) if self._each or not each]
+        self._forwards: dict[tuple[str, bool], Callable[..., Any]] = {
+            (mode, each): lower(analysis, self.network, mode, self.num_teachers, each) for mode, each in variants
+        }
+        total = self.num_teachers * sum(group.size for group in self.groups)
+        readers = [module for module in self.network.modules() if isinstance(module, GateStreams)]
+        self._has_ungated_channels = any(bool((reader.index == total).any()) for reader in readers)
+
+    def _draw_gates(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """All groups' gates side by side and, where some channel has none, a column of ones: (N or 1, columns)."""
+        x = next(value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor))
+        if x.dim() < self._input_dims:
+            raise ValueError(
+                f"BigStudent draws one gate per sample, so its input needs a batch dimension: {self._input_dims} "
+                f"dimensions; got shape {tuple(x.shape)}"
+            )
+        first, *_ = modules = self._gate_modules()
+        loc = torch.cat([gate.loc for gate in modules])
+        if self.training:
+            gates = sample_gates(loc, x.shape[0], beta=first.beta, gamma=first.gamma, zeta=first.zeta)
+        else:
+            gates = hard_concrete_mean(loc, gamma=first.gamma, zeta=first.zeta).unsqueeze(0)
+        if self._has_ungated_channels:
+            gates = torch.cat([gates, gates.new_ones(gates.shape[0], 1)], dim=1)
+        return gates
+
+    def _gate_modules(self) -> list[HardConcrete]:
+        return [self.gates[group.name] for group in self.groups]  # type: ignore[misc]
+
+    def _wide_layers(self) -> Iterator[WideLayer]:
+        return (module for module in self.network.modules() if isinstance(module, WideLayer))

@@ -1,0 +1,327 @@
+"""Which channels live and die together: units, and groups of units that can change places.
+
+A *unit* is a set of channel ids that is kept or dropped as a whole: one channel, or a block of a grouped convolution with its
+inputs and outputs. Units with the same readers, writers and operations can change places, so they form a *channel group*: one
+gate vector, n places, T·n candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmerge.channel_ids import IdRecord, run_on_ids
+from fastmerge.examples import infer_example_inputs
+from fastmerge.tracing import trace
+
+SHARED = -1  # network input without any parameter of its own: the same for all teachers
+OUTPUT = -2  # the network's output: averaged
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that compete for the same places.
+
+    Attributes:
+        name: readable and unique, a valid key of ``nn.ModuleDict``.
+        size: places per network, n.
+        channels: channels per place: 1, or more for blocks of a grouped convolution.
+        producers: layers (and other parameters) that write these channels.
+        consumers: layers that read them.
+    """
+
+    name: str
+    size: int
+    channels: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AxisUnits:
+    """Where the units lie along one dimension.
+
+    Attributes:
+        group: int64 per index; number of the group, SHARED or OUTPUT.
+        place: int64 per index; the unit's place within its group, 0 where there is no group.
+    """
+
+    group: np.ndarray
+    place: np.ndarray
+
+    @property
+    def has_groups(self) -> bool:
+        return bool((self.group >= 0).any())
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """What running a network on channel ids found.
+
+    Iterates over its :class:`ChannelGroup` items; ``str()`` is a table.
+
+    Attributes:
+        groups: the groups, in the order of the network.
+        inputs: per layer (by weight name) the units its input dimension reads.
+        outputs: per layer the units its output dimension writes.
+        tensors: per other parameter or buffer its units and the dimension they lie along; None: kept as a whole.
+        reads: per (mode, node name) of a layer call, the units it reads.
+        kept_whole: (layer, operation) pairs that mix channels, which therefore are kept from one teacher as a whole.
+    """
+
+    groups: list[ChannelGroup]
+    inputs: dict[str, AxisUnits]
+    outputs: dict[str, AxisUnits]
+    tensors: dict[str, tuple[int | None, AxisUnits]]
+    reads: dict[tuple[str, str], AxisUnits]
+    kept_whole: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __getitem__(self, index: int) -> ChannelGroup:
+        return self.groups[index]
+
+    def __str__(self) -> str:
+        rows = [("group", "places", "channels", "written by", "read by")]
+        rows += [
+            (g.name, str(g.size), str(g.channels), ", ".join(g.producers), ", ".join(g.consumers)) for g in self.groups
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]} -> {row[4]}" for row in rows
+        ]
+        notes = [f"kept from one teacher as a whole: what {where} mixes ({what})" for where, what in self.kept_whole]
+        return "\n".join([*lines, *notes])
+
+
+def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:
+    """Finds the channel groups of a network: which channels a merge would choose among.
+
+    Args:
+        model: any network of convolutions and linear layers that ``torch.fx`` can trace; it is not changed.
+        example_inputs: a tensor (N, C, ...) or a tuple of tensors that its forward takes, N at least 2; inferred for
+            networks with one image, signal or vector input.
+
+    Raises:
+        ValueError: if the network can't be traced or merged, naming the layer.
+    """
+    traced = trace(model)
+    return group_channels(run_on_ids(traced, infer_example_inputs(traced, example_inputs)))
+
+
+def group_channels(record: IdRecord) -> ChannelGroups:
+    """Groups the channels of a network that was run on ids.
+
+    Raises:
+        ValueError: naming the layer, if it makes the network's output in a way that can't be averaged.
+    """
+    return _Grouping(record).result()
+
+
+def connected(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The smallest member of each id's connected component.
+
+    Args:
+        count: number of ids.
+        pairs: edges, as two int64 arrays of equal length each.
+    """
+    label = np.arange(count)
+    if not pairs:
+        return label
+    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    while True:
+        la, lb = label[a], label[b]
+        if np.array_equal(la, lb):
+            return label
+        low = np.minimum(la, lb)
+        np.minimum.at(label, la, low)
+        np.minimum.at(label, lb, low)
+        while not np.array_equal(label[label], label):
+            label = label[label]
+
+
+def _mix(*values: Any) -> np.ndarray:
+    """A 64-bit hash of equally long integer arrays, element by element (splitmix64 rounds)."""
+    h = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        for value in values:
+            h = h ^ np.asarray(value).astype(np.uint64)
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            h = h ^ (h >> np.uint64(31))
+    return np.asarray(h)
+
+
+class _Grouping:
+    """Turns an :class:`IdRecord` into groups."""
+
+    def __init__(self, record: IdRecord) -> None:
+        self.record = record
+        self.tensor_axes = {name: _axis_of(ids.numpy(), record) for name, ids in record.tensors.items()}
+        self.channel = connected(record.count, record.united)
+        self.unit = connected(record.count, record.united + record.tied)
+        roots = np.unique(self.channel)
+        order = np.lexsort((roots, self.unit[roots]))
+        starts = np.r_[True, np.diff(self.unit[roots][order]) != 0]
+        rank = np.arange(len(roots)) - np.maximum.accumulate(np.where(starts, np.arange(len(roots)), 0))
+        self.slot = np.zeros(record.count, dtype=np.int64)
+        self.slot[roots[order]] = rank
+        self.slot = self.slot[self.channel]
+        self.kind = self._kinds()
+
+    def _kinds(self) -> np.ndarray:
+        """Per id 0 for a unit to choose among, SHARED or OUTPUT."""
+        record, unit = self.record, self.unit
+        owned = np.zeros(record.count, dtype=bool)
+        for layer in record.layers.values():
+            owned[unit[layer.outputs]] = True
+            if layer.call.groups > 1:
+                owned[unit[layer.inputs]] = True
+        for ids in record.tensors.values():
+            owned[unit[np.unique(ids.numpy())]] = True
+        kind = np.where(owned, 0, SHARED)
+        for ids in record.outputs:
+            kind[unit[ids[ids >= 0]]] = OUTPUT
+        kind = kind[unit]
+        self._refuse_used_outputs(kind)
+        return kind
+
+    def _refuse_used_outputs(self, kind: np.ndarray) -> None:
+        for layer in self.record.layers.values():
+            name = layer.call.name
+            if (kind[layer.inputs] == OUTPUT).any():
+                raise ValueError(
+                    f"layer '{name}' reads channels that are also an output of the network. The big student averages the "
+                    "teachers' outputs, so what layer reads must not be one; return it from a separate layer"
+                )
+            output = kind[layer.outputs] == OUTPUT
+            if layer.call.groups > 1 and output.any():
+                raise ValueError(
+                    f"layer '{name}' is a grouped convolution that makes the network's output; it can't be averaged"
+                )
+            if output.any() and not output.all():
+                raise ValueError(
+                    f"layer '{name}' makes both outputs of the network and hidden channels; split it into two layers"
+                )
+        for name, ids in self.record.tensors.items():
+            if (kind[np.unique(ids.numpy())] == OUTPUT).any():
+                raise ValueError(
+                    f"parameter or buffer '{name}' acts on the network's output, after the last layer, where the teachers "
+                    "are already averaged. The network must end in a convolution or linear layer"
+                )
+
+    def _signatures(self) -> np.ndarray:
+        """Two 64-bit hashes per id (equal within a unit) of everything its unit takes part in."""
+        record = self.record
+        total = np.zeros((record.count, 2), dtype=np.uint64)
+
+        def add(ids: np.ndarray, *values: Any) -> None:
+            for column in (0, 1):
+                np.add.at(total[:, column], self.unit[ids], _mix(column + 1, *values))
+
+        for number, (_, ids) in enumerate(self._axes()):
+            occurrence = _occurrence(self.unit[ids])
+            add(ids, np.full(len(ids), 3), np.full(len(ids), number), occurrence, self.slot[ids])
+        labels: dict[str, int] = {}
+        for label, ids in record.memberships:
+            ids = ids[np.unique(self.channel[ids], return_index=True)[1]]
+            number = labels.setdefault(label, len(labels))
+            add(ids, np.full(len(ids), 5), np.full(len(ids), number), self.slot[ids])
+        for text, i in record.positions:
+            add(np.array([i]), np.array([7]), np.array([i]), np.array([labels.setdefault(text, len(labels))]))
+        return total[self.unit]
+
+    def _axes(self) -> list[tuple[str, np.ndarray]]:
+        axes = []
+        for weight, layer in self.record.layers.items():
+            axes += [(f"{weight} in", layer.inputs), (f"{weight} out", layer.outputs)]
+        for name, ids in self.record.tensors.items():
+            axes.append((name, np.unique(ids.numpy()) if self.tensor_axes[name] is None else self._along(name)))
+        return axes
+
+    def _along(self, name: str) -> np.ndarray:
+        return np.asarray(self.record.tensors[name].reshape(-1).numpy())
+
+    def result(self) -> ChannelGroups:
+        """Numbers groups and places in the order of the network and names them."""
+        candidates = np.unique(self.unit[self.kind == 0])
+        signatures = self._signatures()[candidates]
+        _, first, inverse = np.unique(signatures, axis=0, return_index=True, return_inverse=True)
+        number = np.argsort(np.argsort(first))[inverse.reshape(-1)] if len(candidates) else np.zeros(0, dtype=np.int64)
+        group = np.full(self.record.count, 0, dtype=np.int64)
+        place = np.zeros(self.record.count, dtype=np.int64)
+        group[candidates] = number
+        place[candidates] = _occurrence(number)
+        group = np.where(self.kind == 0, group[self.unit], self.kind)
+        place = np.where(self.kind == 0, place[self.unit], 0)
+
+        def units(ids: np.ndarray) -> AxisUnits:
+            return AxisUnits(group[ids], place[ids])
+
+        layers = self.record.layers
+        tensors = {n: (self.tensor_axes[n], units(self._along(n))) for n in self.record.tensors}
+        for weight, layer in layers.items():
+            if layer.call.groups > 1:  # whole blocks, so that only the weight's first dimension is chosen among
+                transposed = layer.call.geometry.kind == "conv_transpose"
+                tensors[weight] = (0, units(layer.inputs if transposed else layer.outputs))
+                if layer.call.bias is not None:
+                    tensors[layer.call.bias] = (0, units(layer.outputs))
+        return ChannelGroups(
+            self._named_groups(group, place),
+            {w: units(layer.inputs) for w, layer in layers.items()},
+            {w: units(layer.outputs) for w, layer in layers.items()},
+            tensors,
+            {key: units(ids) for key, ids in self.record.reads.items()},
+            sorted({(w, op) for w, op, ids in self.record.mixed if (group[ids] >= 0).any()}),
+        )
+
+    def _named_groups(self, group: np.ndarray, place: np.ndarray) -> list[ChannelGroup]:
+        count = int(group.max(initial=-1)) + 1
+        producers: list[list[str]] = [[] for _ in range(count)]
+        consumers: list[list[str]] = [[] for _ in range(count)]
+        for layer in self.record.layers.values():
+            for names, ids in ((producers, layer.outputs), (consumers, layer.inputs)):
+                for g in np.unique(group[ids][group[ids] >= 0]):
+                    names[g].append(layer.call.name)
+        owners: list[list[str]] = [[] for _ in range(count)]
+        for name in self.record.tensors:
+            for g in np.unique(group[self._along(name)]):
+                if g >= 0:
+                    owners[g].append(name.rpartition(".")[0] or name)
+        channels = np.unique(self.channel[group >= 0])
+        sizes = [(int(place[group == g].max()) + 1, int((group[channels] == g).sum())) for g in range(count)]
+        taken: dict[str, int] = {}
+        groups = []
+        for g, (size, total) in enumerate(sizes):
+            written = producers[g] or list(dict.fromkeys(owners[g]))
+            stem = written[0].replace(".", "_")
+            taken[stem] = taken.get(stem, 0) + 1
+            name = stem if taken[stem] == 1 else f"{stem}__{taken[stem]}"
+            groups.append(ChannelGroup(name, size, total // size, tuple(written), tuple(consumers[g])))
+        return groups
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """For each element, how many equal ones stand before it."""
+    order = np.argsort(values, kind="stable")
+    sorted_values = values[order]
+    starts = np.r_[True, np.diff(sorted_values) != 0] if len(values) else np.zeros(0, dtype=bool)
+    index = np.arange(len(values))
+    result = np.empty(len(values), dtype=np.int64)
+    result[order] = index - np.maximum.accumulate(np.where(starts, index, 0)) if len(values) else 0
+    return result
+
+
+def _axis_of(ids: np.ndarray, record: IdRecord) -> int | None:
+    """The dimension that a parameter's ids lie along; None if one id stands for the whole tensor."""
+    long = [d for d in range(ids.ndim) if ids.shape[d] > 1]
+    return long[0] if len(long) == 1 else None

@@ -1,0 +1,290 @@
+"""Run a network on channel ids instead of numbers.
+
+Every convolution and linear layer issues fresh ids for its output channels, and every other parameter for its elements.
+From there ids go where numbers go: a view, a concatenation, a shuffle moves them, an elementwise function keeps them, and
+where two ids meet in one number they are *united*: they are the same channel. What is left is a record of who writes and who
+reads each channel, with no line about any architecture.
+
+Ids live in int64 tensors of the activation's shape, expanded (stride 0) where they repeat, so that they cost little.
+-1 marks an element without a channel, such as zero padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastmerge.id_rules import apply_rule, compact
+from fastmerge.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.tracing import TracedNetwork, module_path
+
+NO_ID = -1
+
+
+@dataclass
+class Axis:
+    """One dimension of one tensor and the channel ids along it.
+
+    Attributes:
+        owner: name of the parameter or buffer, or of a layer's reading side.
+        ids: int64, one id per index.
+    """
+
+    owner: str
+    ids: np.ndarray
+
+
+@dataclass
+class LayerRecord:
+    """A convolution or linear layer: one weight, all its calls."""
+
+    call: LayerCall
+    inputs: np.ndarray
+    outputs: np.ndarray
+
+
+@dataclass
+class IdRecord:
+    """Everything a run on ids wrote down.
+
+    Attributes:
+        layers: by weight name.
+        tensors: element ids of every other floating parameter and buffer that the forward uses, by name.
+        united: pairs of ids that are one channel.
+        tied: pairs of ids that are kept or dropped together without being one channel.
+        memberships: per operation and output, the ids it computed, and a text that tells the operation apart.
+        positions: ids that can't change places with others, each with its distinguishing text.
+        inputs: ids of the network's input channels.
+        outputs: ids in the network's outputs.
+        nonlinear_tail_nodes: names of nodes whose operation does not commute with a mean.
+        reads: by (mode, node name) of a layer call, the ids of the channels it reads.
+    """
+
+    layers: dict[str, LayerRecord] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    tied: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    memberships: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    positions: list[tuple[str, int]] = field(default_factory=list)
+    mixed: list[tuple[str, str, np.ndarray]] = field(default_factory=list)
+    inputs: list[np.ndarray] = field(default_factory=list)
+    outputs: list[np.ndarray] = field(default_factory=list)
+    nonlinear_nodes: set[tuple[str, str]] = field(default_factory=set)
+    reads: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    count: int = 0
+
+    def new_ids(self, n: int) -> Tensor:
+        """n fresh ids."""
+        self.count += n
+        return torch.arange(self.count - n, self.count)
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        """Says that ids meeting in one number are one channel. ``a`` and ``b`` broadcast."""
+        self._pair(self.united, a, b)
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Says that channels can only be kept together."""
+        self._pair(self.tied, a, b)
+
+    def collapse(self, parts: list[Tensor], where: str, why: str) -> Tensor:
+        """Unites all ids that an operation mixes: exact whatever it does, as one teacher's are kept as a whole."""
+        ids = torch.cat([compact(p).reshape(-1) for p in parts])
+        ids = torch.unique(ids[ids != NO_ID])
+        if len(ids) > 1:
+            self.unite(ids[:1].expand(len(ids) - 1), ids[1:])
+            self.mixed.append((where, why, ids.numpy()))
+        return ids[0] if len(ids) else torch.tensor(NO_ID)
+
+    @staticmethod
+    def _pair(pairs: list[tuple[np.ndarray, np.ndarray]], a: Tensor, b: Tensor) -> None:
+        a, b = torch.broadcast_tensors(a, b)
+        a, b = compact(a, b)
+        keep = (a != b) & (a != NO_ID) & (b != NO_ID)
+        if keep.any():
+            both = torch.unique(a[keep] << 32 | b[keep])
+            pairs.append(((both >> 32).numpy(), (both & 0xFFFFFFFF).numpy()))
+
+
+class _IdMode(TorchDispatchMode):
+    """Carries ids through every ATen operation beside its numbers."""
+
+    def __init__(self, record: IdRecord) -> None:
+        super().__init__()
+        self.record = record
+        self.ids = WeakIdKeyDictionary()
+        self.noise = WeakIdKeyDictionary()
+        self.mode = ""
+        self.node: fx.Node | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        apply_rule(self, func, args, kwargs or {}, out)
+        return out
+
+    def where(self) -> str:
+        return module_path(self.node) if self.node is not None else "?"
+
+
+class _IdInterpreter(fx.Interpreter):
+    """Runs one mode's graph node by node, layers by their own rule, everything else under the id mode."""
+
+    def __init__(self, traced: TracedNetwork, mode: str, ids: _IdMode, names: dict[int, str]) -> None:
+        self.graph_mode = mode
+        super().__init__(traced.graph_module(mode), garbage_collect_values=True)
+        self.root = traced.root
+        self.ids = ids
+        self.names = names
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.ids.node, self.ids.mode = n, self.graph_mode
+        call = layer_call(n, self.root, self.names)
+        if call is None:
+            with self.ids:
+                return super().run_node(n)
+        out = super().run_node(n)
+        record_layer(self.ids, call, self.env[call.input], out, n)
+        return out
+
+
+def record_layer(mode: _IdMode, call: LayerCall, x: Tensor, out: Tensor, node: fx.Node) -> None:
+    """A layer reads the ids of its input's channels and writes fresh ones (or, called again, the same)."""
+    record = mode.record
+    dim = call.geometry.channel_dim
+    if x not in mode.ids:
+        raise ValueError(
+            f"layer '{call.name}' reads a tensor whose channels can't be followed back to the network's input or to a "
+            "parameter (made inside the forward, for example by torch.zeros and assignment). Build it by torch.cat instead"
+        )
+    read = channel_ids(mode, mode.ids[x], dim, call.name).clone()
+    previous = record.layers.get(call.weight)
+    if previous is None:
+        written = record.new_ids(out.shape[dim])
+        record.layers[call.weight] = LayerRecord(call, read.numpy(), written.numpy())
+    else:
+        if (previous.call.bias, previous.call.geometry, previous.call.groups) != (
+            call.bias,
+            call.geometry,
+            call.groups,
+        ):
+            raise ValueError(
+                f"layers '{previous.call.name}' and '{call.name}' share a weight but differ in bias or stride"
+            )
+        record.unite(torch.from_numpy(previous.inputs), read)
+        written = torch.from_numpy(previous.outputs)
+    record.reads[(mode.mode, node.name)] = read.numpy()
+    record.memberships.append((f"{node.name} of {mode.mode}", written.numpy()))
+    if call.groups > 1:
+        blocks_in, blocks_out = read.view(call.groups, -1), written.view(call.groups, -1)
+        for block in (blocks_in, blocks_out):
+            record.tie(block[:, :1], block)
+        record.tie(blocks_in[:, :1], blocks_out[:, :1])
+    shape = [1] * out.dim()
+    shape[dim] = len(written)
+    mode.ids[out] = written.view(shape).expand(out.shape)
+
+
+def channel_ids(mode: _IdMode, ids: Tensor, dim: int, where: str) -> Tensor:
+    """The ids along the channel dimension; a channel that holds several keeps them together, named by the first."""
+    columns = compact(ids.movedim(dim, 0), keep_first=True)
+    columns = columns.reshape(columns.shape[0], -1)
+    first = columns.max(dim=1).values if (columns == NO_ID).any() else columns[:, 0]
+    mixed = (columns != first[:, None]) & (columns != NO_ID)
+    for c in mixed.any(dim=1).nonzero().flatten().tolist():
+        values, pattern = columns[c].unique(return_inverse=True)
+        mode.record.tie(values[:1].expand(len(values)), values)
+        first[c] = values[values != NO_ID][0]
+        digest = hash(pattern.numpy().tobytes())
+        mode.record.memberships.append((f"{where} pattern {digest}", values[values != NO_ID].numpy()))
+    return first
+
+
+def run_on_ids(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> IdRecord:
+    """Runs both graphs of a network on ids.
+
+    Args:
+        traced: the network; its buffers change (BatchNorm statistics), as it runs in training mode too.
+        example_inputs: what its forward takes; float tensors of shape (N, C, ...).
+
+    Raises:
+        ValueError: naming the layer, if it can't be merged.
+    """
+    record = IdRecord()
+    mode = _IdMode(record)
+    names = parameter_names(traced.root)
+    called = _called_weights(traced, names)
+    inputs = [_input_ids(record, x) for x in example_inputs if isinstance(x, Tensor)]
+    parameters = _element_ids(record, traced.root, called)
+    with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(example_inputs)):
+        for graph_mode in ("train", "eval"):
+            for x, ids in zip([x for x in example_inputs if isinstance(x, Tensor)], inputs, strict=True):
+                mode.ids[x] = ids
+            for name, ids in parameters.items():
+                mode.ids[_tensor(traced.root, name)] = ids
+            out = _IdInterpreter(traced, graph_mode, mode, names).run(*example_inputs)
+            record.outputs += [
+                np.unique(compact(mode.ids[y]))
+                for y in torch.utils._pytree.tree_leaves(out)
+                if isinstance(y, Tensor) and y in mode.ids
+            ]
+    record.tensors = _used(traced, parameters)
+    return record
+
+
+def _input_ids(record: IdRecord, x: Tensor) -> Tensor:
+    ids = record.new_ids(x.shape[1] if x.dim() > 1 else 1)
+    record.inputs.append(ids.numpy())
+    record.positions += [("input", i) for i in ids.tolist()]
+    return ids.view(1, -1, *[1] * (x.dim() - 2)).expand(x.shape) if x.dim() > 1 else ids.expand(x.shape)
+
+
+def _called_weights(traced: TracedNetwork, names: dict[int, str]) -> set[str]:
+    """Parameters that belong to layers, which have a rule of their own."""
+    called = set()
+    for graph in traced.graphs.values():
+        calls = {n: c for n in graph.nodes if (c := layer_call(n, traced.root, names)) is not None}
+        called |= {name for call in calls.values() for name in (call.weight, call.bias) if name is not None}
+    for graph in traced.graphs.values():
+        for node in graph.nodes:
+            name = names.get(id(_tensor(traced.root, str(node.target)))) if node.op == "get_attr" else None
+            if name in called and any(layer_call(user, traced.root, names) is None for user in node.users):
+                raise ValueError(
+                    f"parameter '{name}' is the weight or bias of a layer and also used outside it (in '{module_path(node)}'); "
+                    "use a parameter of its own there"
+                )
+    return called
+
+
+def _element_ids(record: IdRecord, root: nn.Module, called: set[str]) -> dict[str, Tensor]:
+    """Fresh ids for the elements of every floating tensor that no layer owns; one id for all where it has two dimensions."""
+    ids = {}
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        if name in called or not tensor.is_floating_point():
+            continue
+        vector = sum(k > 1 for k in tensor.shape) <= 1
+        ids[name] = (
+            record.new_ids(tensor.numel()).view(tensor.shape) if vector else record.new_ids(1).expand(tensor.shape)
+        )
+    return ids
+
+
+def _used(traced: TracedNetwork, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those tensors that a graph refers to, directly or through the module that owns them."""
+    targets = {str(n.target) for g in traced.graphs.values() for n in g.nodes if n.op in ("get_attr", "call_module")}
+    return {k: v for k, v in parameters.items() if k in targets or k.rpartition(".")[0] in targets}
+
+
+def _tensor(root: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(root.get_submodule(owner), attribute)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _cuda_devices(example_inputs: tuple[Any, ...]) -> list[torch.device]:
+    return list({x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda})

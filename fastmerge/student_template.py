@@ -1,0 +1,65 @@
+"""A teacher without its weights: what a student is built on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.wide_network import Layout
+
+
+class StudentTemplate:
+    """The class, options and constants of a teacher, its merged tensors on the meta device so that they take no memory.
+
+    Args:
+        teacher: a network; it is copied.
+        layout: names the tensors that a merge replaces.
+
+    Attributes:
+        skeleton: the copy.
+    """
+
+    def __init__(self, teacher: nn.Module, layout: Layout) -> None:
+        self.skeleton = copy.deepcopy(teacher)
+        merged = {*layout.layers, *layout.biases, *layout.per_teacher}
+        names = _names(self.skeleton)
+        replacements = {
+            tensor: torch.empty_like(tensor, device="meta") for tensor, name in names.items() if name in merged
+        }
+        _replace(self.skeleton, replacements)
+
+    def build(self, tensors: Mapping[str, Tensor], like: Tensor) -> nn.Module:
+        """A network with the given parameters and buffers.
+
+        Args:
+            tensors: by name; tied parameters under their first name.
+            like: device and dtype for what is not among them.
+        """
+        student = copy.deepcopy(self.skeleton)
+        names = _names(student)
+        _replace(student, {t: tensors[name] if name in tensors else _like(t, like) for t, name in names.items()})
+        return student
+
+
+def _names(module: nn.Module) -> dict[Tensor, str]:
+    return {tensor: name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def _like(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.detach().to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _replace(module: nn.Module, replacements: Mapping[Tensor, Tensor]) -> None:
+    """Puts other tensors in the place of a module's parameters and buffers, ties kept."""
+    made = {
+        old: nn.Parameter(new, new.is_floating_point()) if isinstance(old, nn.Parameter) else new
+        for old, new in replacements.items()
+    }
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for key, old in tensors.items():
+                if old is not None and old in made:
+                    tensors[key] = made[old]

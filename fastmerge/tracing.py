@@ -1,0 +1,80 @@
+"""From a network's code to graphs: one of its training forward, one of its eval forward.
+
+A network may do different things in the two modes (auxiliary heads, functional dropout), so each is traced with
+``torch.fx``. Layers of ``torch.nn`` stay single nodes; containers and the user's own modules are looked into.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class TracedNetwork:
+    """The graphs of one network.
+
+    Attributes:
+        root: a copy of the network that the graphs' targets refer to; running it leaves the original alone.
+        graphs: ``{"train": graph, "eval": graph}``.
+    """
+
+    root: nn.Module
+    graphs: dict[str, fx.Graph]
+
+    def graph_module(self, mode: str) -> fx.GraphModule:
+        """An executable view of one mode's graph over :attr:`root`, the root switched to that mode."""
+        self.root.train(mode == "train")
+        return fx.GraphModule(self.root, self.graphs[mode])
+
+
+class _PathTracer(fx.Tracer):
+    """A tracer that knows which module it is in when tracing fails."""
+
+    proxy_buffer_attributes = True  # buffers as nodes, like parameters: they hold per-channel values too
+
+    def __init__(self) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.entered: list[str] = []
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.entered.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.entered.pop()  # not in a finally: after a failure the path says where it was
+        return result
+
+
+def trace(model: nn.Module) -> TracedNetwork:
+    """Traces a network's training and eval forward.
+
+    Raises:
+        ValueError: if the code can't be traced, naming the module and the reason.
+    """
+    root = copy.deepcopy(model)
+    graphs = {}
+    for mode in ("train", "eval"):
+        root.train(mode == "train")
+        tracer = _PathTracer()
+        try:
+            graphs[mode] = tracer.trace(root)
+        except Exception as error:
+            where = f"module '{tracer.entered[-1]}'" if tracer.entered else "its forward"
+            raise ValueError(
+                f"{type(model).__name__} can't be traced: {where} ({mode} mode) needs its input's values or a construct "
+                f"torch.fx can't follow ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                "Make the control flow independent of the data"
+            ) from error
+    return TracedNetwork(root, graphs)
+
+
+def module_path(node: fx.Node) -> str:
+    """Where in the network a node comes from, for messages: the module's path, or the node's own name at the top."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    innermost = str(list(stack.values())[-1][0]) if stack else ""
+    return innermost or node.name

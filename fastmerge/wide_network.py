@@ -1,0 +1,220 @@
+"""The modules of the big student, under the teachers' own paths, and where each teacher's tensor went."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fastmerge.channel_groups import OUTPUT, ChannelGroups
+from fastmerge.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.tracing import TracedNetwork
+from fastmerge.widening import StreamTensors, WideLayer, Wiring
+
+
+@dataclass
+class Analysis:
+    """What is known of a traced network before anything is built.
+
+    Attributes:
+        traced: the first teacher's graphs.
+        groups: its channel groups.
+        calls: per mode, the layer call of each node that is one (dense and grouped).
+        names: the one name of each parameter by ``id``.
+    """
+
+    traced: TracedNetwork
+    groups: ChannelGroups
+    names: dict[int, str] = field(init=False)
+    calls: dict[str, dict[fx.Node, LayerCall]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = parameter_names(self.traced.root)
+        self.calls = {
+            mode: {n: c for n in graph.nodes if (c := layer_call(n, self.traced.root, self.names)) is not None}
+            for mode, graph in self.traced.graphs.items()
+        }
+
+    @property
+    def stateful(self) -> Collection[str]:
+        """Names of tensors that each stream has its own of: all that are used, but for dense layers'."""
+        return self.groups.tensors.keys()
+
+    def dense_call(self, mode: str, node: fx.Node) -> LayerCall | None:
+        """The dense layer a node calls, if any."""
+        call = self.calls[mode].get(node)
+        return call if call is not None and call.groups == 1 else None
+
+    def averages(self, call: LayerCall) -> bool:
+        """Whether a layer makes the network's output, which is the teachers' mean."""
+        return bool((self.groups.outputs[call.weight].group == OUTPUT).any())
+
+    def tensor_name(self, target: str) -> str:
+        """The one name of the parameter or buffer behind a graph's ``get_attr`` target."""
+        owner, _, attribute = target.rpartition(".")
+        return self.names.get(id(getattr(self.traced.root.get_submodule(owner), attribute)), target)
+
+    def is_stateful(self, node: fx.Node) -> bool:
+        """Whether a node brings in values of its own for each teacher, other than a dense layer's."""
+        if node.op == "get_attr":
+            return self.tensor_name(str(node.target)) in self.stateful
+        if node.op == "call_module":
+            module = self.traced.root.get_submodule(str(node.target))
+            tensors = [*module.named_parameters(), *module.named_buffers()]
+            names = {self.names.get(id(tensor), f"{node.target}.{name}") for name, tensor in tensors}
+            return not names.isdisjoint(self.stateful)
+        return False
+
+    def streams(self, mode: str, each: bool = False) -> set[fx.Node]:
+        """The nodes whose value is T streams rather than one shared tensor.
+
+        Args:
+            mode: "train" or "eval".
+            each: whether output layers give each teacher's own output instead of the mean.
+        """
+        found: set[fx.Node] = set()
+        for node in self.traced.graphs[mode].nodes:
+            call = self.dense_call(mode, node)
+            if call is not None:
+                is_stream = each or not self.averages(call)
+            else:
+                is_stream = self.is_stateful(node) or any(source in found for source in node.all_input_nodes)
+            if is_stream and node.op not in ("placeholder", "output"):
+                found.add(node)
+        return found
+
+    def wirings(self) -> dict[str, tuple[LayerCall, Wiring]]:
+        """Per dense layer (by weight name) one of its calls and what it connects."""
+        wirings: dict[str, tuple[LayerCall, Wiring]] = {}
+        for mode in self.traced.graphs:
+            streams = self.streams(mode)
+            for node in self.traced.graphs[mode].nodes:
+                call = self.dense_call(mode, node)
+                if call is not None:
+                    before = wirings.get(call.weight, (call, Wiring(False, False)))[1]
+                    reads = before.reads_streams or call.input in streams
+                    wirings[call.weight] = (call, Wiring(reads, not self.averages(call)))
+        return wirings
+
+    def needs_each(self, nonlinear: set[tuple[str, str]]) -> bool:
+        """Whether the mean of the teachers' outputs differs from what follows from the mean of their last layers."""
+        for mode, graph in self.traced.graphs.items():
+            tail: set[fx.Node] = set()
+            for node in graph.nodes:
+                call = self.dense_call(mode, node)
+                if (call is not None and self.averages(call)) or any(source in tail for source in node.all_input_nodes):
+                    tail.add(node)
+                    if call is None and (mode, node.name) in nonlinear:
+                        return True
+        return False
+
+
+@dataclass
+class Layout:
+    """Where the teachers' tensors lie in the wide network.
+
+    Attributes:
+        layers: per weight name of a dense layer, its path.
+        biases: per bias name of a dense layer, its weight's name.
+        per_teacher: per name of any other tensor, its T qualified names.
+    """
+
+    layers: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
+    per_teacher: dict[str, list[str]] = field(default_factory=dict)
+
+
+def build_network(analysis: Analysis, teachers: Sequence[nn.Module], keep_each_bias: bool) -> tuple[nn.Module, Layout]:
+    """Builds the big student's modules from the teachers'.
+
+    Args:
+        analysis: of the first teacher.
+        teachers: T networks of one architecture.
+        keep_each_bias: see :class:`~fastmerge.widening.WideLayer`.
+
+    Returns:
+        A tree of modules with the teachers' paths, and where everything is.
+    """
+    network, layout = nn.Module(), Layout()
+    parameters = [dict(t.named_parameters()) for t in teachers]
+    for weight, (call, wiring) in analysis.wirings().items():
+        biases = None if call.bias is None else [p[call.bias].detach() for p in parameters]
+        wide = WideLayer(
+            call.geometry,
+            wiring,
+            [p[weight].detach() for p in parameters],
+            biases,
+            keep_each_bias and not wiring.writes_streams,
+        )
+        attach(network, call.name, wide)
+        layout.layers[weight] = call.name
+        if call.bias is not None:
+            layout.biases[call.bias] = weight
+    for mode, graph in analysis.traced.graphs.items():
+        for node in graph.nodes:
+            _attach_node(network, layout, analysis, teachers, mode, node)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    return network, layout
+
+
+def _attach_node(
+    network: nn.Module, layout: Layout, analysis: Analysis, teachers: Sequence[nn.Module], mode: str, node: fx.Node
+) -> None:
+    """Attaches what one node refers to, unless it is there."""
+    target = str(node.target)
+    if node.op == "call_module" and analysis.dense_call(mode, node) is None and not has(network, target):
+        module = analysis.traced.root.get_submodule(target)
+        if not analysis.is_stateful(node):
+            attach(network, target, copy.deepcopy(module))
+            return
+        copies = nn.ModuleList(copy.deepcopy(t.get_submodule(target)) for t in teachers)
+        attach(network, target, copies)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            full = analysis.names.get(id(tensor), f"{target}.{name}")
+            layout.per_teacher.setdefault(full, [f"{target}.{t}.{name}" for t in range(len(teachers))])
+    elif node.op == "get_attr" and not has(network, target):
+        name = analysis.tensor_name(target)
+        if name in analysis.stateful:
+            tensors = StreamTensors([_get(t, name) for t in teachers])
+            attach(network, target, tensors)
+            names = [f"{target}.{tensors.attribute(t)}" for t in range(len(teachers))]
+            layout.per_teacher.setdefault(name, names)
+        elif name not in layout.layers and name not in layout.biases:
+            attach(network, target, copy.deepcopy(_get(analysis.traced.root, target)))
+
+
+def attach(network: nn.Module, path: str, value: Any) -> None:
+    """Puts a module or constant tensor at a dotted path, making containers on the way."""
+    *containers, last = path.split(".")
+    for name in containers:
+        if name not in network._modules:
+            network.add_module(name, nn.Module())
+        network = network.get_submodule(name)
+    if isinstance(value, nn.Module):
+        children = dict(network._modules[last].named_children()) if network._modules.get(last) is not None else {}
+        network.add_module(last, value)
+        for name, child in children.items():  # what was put below a container that turns out to be a module
+            value.add_module(name, child)
+    elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        network.register_buffer(last, value, persistent=False)
+    else:
+        setattr(network, last, value)
+
+
+def has(network: nn.Module, path: str) -> bool:
+    """Whether something other than a bare container lies at a dotted path."""
+    value: Any = network
+    for name in path.split("."):
+        if not hasattr(value, name):
+            return False
+        value = getattr(value, name)
+    return type(value) is not nn.Module
+
+
+def _get(root: nn.Module, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(root.get_submodule(owner), attribute)
