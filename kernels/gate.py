@@ -1,13 +1,19 @@
-"""Sampling of all hard concrete gates of a network at once. Formula and reference: ``gate_formulas``.
+"""Sampling of all hard concrete gates of a network in one launch. Formula and reference: ``gate_formulas``.
 
-Dims: N batch, C channels (all channel groups of a network, concatenated).
+The gates come from a seed tensor on the device: Philox with the seed as key and (channel, sample) as counter. The same
+seed gives the same gates; a replayed CUDA graph draws a new seed. The backward pass needs the gates alone,
+
+    dz/dloc = (z - gamma) (zeta - z) / (beta (zeta - gamma)),   0 where z is 0 or 1.
+
+Dims: N batch, C channels (all channel groups of a network, concatenated), S seeds, B the batch of ``torch.func.vmap``.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import importlib.util
+from typing import Any
 
+import torch
 from fastmerge.kernels.gate_formulas import (
     BETA,
     GAMMA,
@@ -17,8 +23,71 @@ from fastmerge.kernels.gate_formulas import (
     open_probability,
     sample_gates_reference,
 )
+from torch import Tensor
 
 __all__ = ["hard_concrete", "hard_concrete_mean", "open_probability", "sample_gates", "sample_gates_reference"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_MAX_SEED = 2**63 - 1
+
+
+@torch.library.custom_op("fastmerge::sample_gates", mutates_args=())
+def _sample(loc: Tensor, seed: Tensor, n: int, beta: float, gamma: float, zeta: float, dtype: torch.dtype) -> Tensor:
+    # Imported here: a machine without CUDA never imports Triton.
+    from fastmerge.kernels import gate_triton
+
+    return gate_triton.sample(loc, seed, n, beta, gamma, zeta, dtype)
+
+
+@_sample.register_fake
+def _(loc: Tensor, seed: Tensor, n: int, beta: float, gamma: float, zeta: float, dtype: torch.dtype) -> Tensor:
+    return loc.new_empty((n, loc.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("fastmerge::sample_gates_backward", mutates_args=())
+def _sample_backward(dz: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, dtype: torch.dtype) -> Tensor:
+    from fastmerge.kernels import gate_triton
+
+    return gate_triton.sample_backward(dz, z, beta, gamma, zeta, dtype)
+
+
+@_sample_backward.register_fake
+def _(dz: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, dtype: torch.dtype) -> Tensor:
+    return z.new_empty(z.shape[1], dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    loc, _, _, ctx.beta, ctx.gamma, ctx.zeta, _ = inputs
+    ctx.dtype = loc.dtype
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    (z,) = ctx.saved_tensors
+    return _sample_backward(dz, z, ctx.beta, ctx.gamma, ctx.zeta, ctx.dtype), None, None, None, None, None, None
+
+
+_sample.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_sample.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], loc: Tensor, seed: Tensor, n: int, *constants: Any) -> tuple[Tensor, int]:
+    # One launch for the whole batch: its channels side by side, each element's under its own seeds.
+    loc_BC, seed_BS = (_batch_first(t, dim, info.batch_size) for t, dim in zip((loc, seed), in_dims[:2], strict=True))
+    z = _sample(loc_BC.flatten(), seed_BS.flatten(), n, *constants)
+    return z.unflatten(1, loc_BC.shape), 1
+
+
+@_sample_backward.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], dz: Tensor, z: Tensor, *constants: Any) -> tuple[Tensor, int]:
+    dz_NBC, z_NBC = (
+        _batch_first(t, dim, info.batch_size).movedim(0, 1) for t, dim in zip((dz, z), in_dims[:2], strict=True)
+    )
+    return _sample_backward(dz_NBC.flatten(1), z_NBC.flatten(1), *constants).unflatten(0, z_NBC.shape[1:]), 0
+
+
+def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def sample_gates(
@@ -34,6 +103,9 @@ def sample_gates(
 
     ``u ~ U(0, 1)``, ``s = sigmoid((log u - log(1 - u) + loc) / beta)``, ``z = clamp(s (zeta - gamma) + gamma, 0, 1)``.
 
+    One fused launch on a CUDA device where Triton is installed, plain PyTorch elsewhere. The draws come from the
+    device's default generator (``torch.manual_seed`` repeats them), but are others in the two cases.
+
     Args:
         loc: location of each gate, shape (C,): all channel groups of a network, concatenated.
         n: number of samples.
@@ -44,7 +116,7 @@ def sample_gates(
             computed in float32, or in float64 for a float64 ``loc``.
 
     Returns:
-        Gates in [0, 1], shape (n, C), differentiable with respect to ``loc``.
+        Gates in [0, 1], shape (n, C), differentiable once with respect to ``loc``.
 
     Raises:
         ValueError: if ``loc`` isn't one-dimensional and floating, or ``n`` is negative.
@@ -53,4 +125,11 @@ def sample_gates(
         raise ValueError(f"sample_gates needs floating loc of shape (C,); got {loc.dtype} of shape {tuple(loc.shape)}")
     if n < 0:
         raise ValueError(f"sample_gates needs a number of samples of at least 0; got {n}")
+    if _runs_fused(loc):
+        seed = torch.randint(_MAX_SEED, (1,), device=loc.device)
+        return _sample(loc, seed, n, beta, gamma, zeta, dtype or loc.dtype)
     return sample_gates_reference(loc, n, beta=beta, gamma=gamma, zeta=zeta, dtype=dtype)
+
+
+def _runs_fused(loc: Tensor) -> bool:
+    return loc.is_cuda and _HAS_TRITON

@@ -86,7 +86,7 @@ def sample_gates_reference(
     zeta: float = ZETA,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Draws hard concrete gates in plain PyTorch; arguments and result as in ``fastmerge.kernels.gate.sample_gates``."""
+    """Draws hard concrete gates in plain PyTorch; arguments and result as those of ``gate.sample_gates``."""
     u = torch.rand(n, loc.shape[0], device=loc.device, dtype=computing_dtype(loc.dtype))
     return hard_concrete(u, loc, beta, gamma, zeta).to(dtype or loc.dtype)
 
