@@ -16,7 +16,7 @@ help: ## what there is to make
 
 setup: $(READY) ## the virtual environment alone
 
-$(READY): pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/compact.h
+$(READY): pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/compact.h csrc/release.h
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "fastmerge needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing). Name another: make PYTHON=python3.12" >&2; \
 	    exit 1; }

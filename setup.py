@@ -12,7 +12,7 @@ setup(
         Pybind11Extension(
             "fastmerge._compaction",
             ["csrc/bindings.cpp"],
-            depends=["csrc/compact.h"],
+            depends=["csrc/compact.h", "csrc/release.h"],
             cxx_std=17,  # given, or pybind11 asks the compiler and a missing one ends the install
             optional=True,  # without a compiler fastmerge.compaction runs in Python
         )

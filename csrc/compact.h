@@ -89,25 +89,46 @@ inline Plan make_plan(std::int64_t itemsize, const Indices& shape, const Indices
     return plan;
 }
 
+// Moves runs of a size that the compiler knows: one load and one store each, where memmove would be a call.
+template <std::size_t size>
+void move_small_runs(const Axis& axis, std::int64_t first, std::int64_t last, const std::byte* source, std::byte* target) {
+    for (std::int64_t i = first; i < last; ++i) {
+        std::byte run[size];  // source and target may overlap
+        std::memcpy(run, source + axis.source(i) * axis.source_stride, size);
+        std::memcpy(target + i * axis.target_stride, run, size);
+    }
+}
+
+// Moves runs of any size, neighbours that stay as one.
+inline void move_runs(const Axis& axis, std::int64_t run, std::int64_t first, std::int64_t last, const std::byte* source,
+                      std::byte* target) {
+    for (std::int64_t i = first, next; i < last; i = next) {
+        next = i + 1;
+        while (axis.source_stride == run && next < last && axis.source(next) == axis.source(next - 1) + 1) ++next;
+        const std::byte* from = source + axis.source(i) * axis.source_stride;
+        std::byte* to = target + i * axis.target_stride;
+        if (from != to) std::memmove(to, from, static_cast<std::size_t>((next - i) * run));
+    }
+}
+
 // Moves what stays of positions [first, last) of axis `level`; `source` and `target` are where the axis starts.
 inline void move_forward(const Plan& plan, std::size_t level, std::int64_t first, std::int64_t last, const std::byte* source,
                          std::byte* target) {
     const Axis& axis = plan.axes[level];
-    const bool innermost = level + 1 == plan.axes.size();
-    for (std::int64_t i = first; i < last;) {
-        const std::byte* from = source + axis.source(i) * axis.source_stride;
-        std::byte* to = target + i * axis.target_stride;
-        if (!innermost) {
-            move_forward(plan, level + 1, 0, plan.axes[level + 1].kept(), from, to);
-            ++i;
-            continue;
+    if (level + 1 < plan.axes.size()) {
+        const std::int64_t inner = plan.axes[level + 1].kept();
+        for (std::int64_t i = first; i < last; ++i) {
+            move_forward(plan, level + 1, 0, inner, source + axis.source(i) * axis.source_stride, target + i * axis.target_stride);
         }
-        std::int64_t next = i + 1;  // neighbours that stay move as one
-        if (axis.source_stride == plan.run) {
-            while (next < last && axis.source(next) == axis.source(next - 1) + 1) ++next;
-        }
-        if (from != to) std::memmove(to, from, static_cast<std::size_t>((next - i) * plan.run));
-        i = next;
+        return;
+    }
+    switch (plan.run) {
+        case 1: return move_small_runs<1>(axis, first, last, source, target);
+        case 2: return move_small_runs<2>(axis, first, last, source, target);
+        case 4: return move_small_runs<4>(axis, first, last, source, target);
+        case 8: return move_small_runs<8>(axis, first, last, source, target);
+        case 16: return move_small_runs<16>(axis, first, last, source, target);
+        default: return move_runs(axis, plan.run, first, last, source, target);
     }
 }
 
@@ -129,13 +150,14 @@ inline void move_in_parallel(const Plan& plan, std::int64_t first, std::int64_t 
     for (std::thread& helper : helpers) helper.join();
 }
 
-// Keeps, along each dimension, the given indices (none given: all) of the tensor at `data`, in place.
-inline void compact(std::byte* data, std::int64_t itemsize, const Indices& shape, const Indices& strides,
+// Keeps, along each dimension, the given indices (none given: all) of the tensor at `address`, in place.
+inline void compact(std::uintptr_t address, std::int64_t itemsize, const Indices& shape, const Indices& strides,
                     const std::vector<std::optional<Indices>>& keeps, std::int64_t threads) {
     constexpr std::int64_t worth_threads = std::int64_t{1} << 20;  // bytes: below, starting threads costs more than they save
     const Plan plan = make_plan(itemsize, shape, strides, keeps);
     if (plan.kept == 0 || plan.axes.empty()) return;
-    if (!data) throw std::invalid_argument("compact needs the tensor's memory; the pointer is null");
+    auto* data = reinterpret_cast<std::byte*>(address);
+    if (!data) throw std::invalid_argument("compact needs the tensor's memory; the address is 0");
     const Axis& outer = plan.axes.front();
     const std::int64_t kept = outer.kept();
     for (std::int64_t first = 0; first < kept;) {

@@ -4,8 +4,8 @@ A weight of the big student holds T·n channels of which n stay. ``index_select`
 ``compact_`` moves what stays to the front of the same storage and gives the rest of it back. Sorted indices make that
 safe: what stays at position i comes from an index of at least i, so rows only move forward, onto what is already read.
 
-CPU tensors go through the C++ extension (csrc/compact.h). Without it, and on other devices, the same order of steps runs
-in PyTorch with a bounded amount of scratch memory.
+CPU tensors go through the C++ extension (csrc/compact.h). Without it, and on other devices, the same steps run in
+PyTorch with 16 MiB of scratch memory, or that of one row if it is larger.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _warned = False
 def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) -> None:
     """Keeps the given rows, and optionally columns, of a tensor in place and gives the freed memory back.
 
+    No second copy of the tensor is made; on the CPU, dropping half or more never takes more memory than the tensor had.
     Afterwards ``tensor`` equals ``tensor[keep_out]`` or ``tensor[keep_out][:, keep_in]`` of before, as the same Python
     object in the same storage (which shrank, so its address may have changed), in the memory format it had: contiguous
     stays contiguous, channels-last stays channels-last, any other order of dimensions in memory stays too. Every check
@@ -48,9 +49,9 @@ def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) ->
     Raises:
         TypeError: ``tensor`` is no plain strided tensor, or a keep is no int64 tensor.
         IndexError: A keep has an index outside its dimension.
-        ValueError: A keep is not ascending, unique and of one dimension; ``tensor`` has no dimension to keep, is part of
-            a graph, overlaps itself (``expand``), or shares its storage with another tensor, with numpy or with another
-            process, which would be left with memory that is no longer theirs.
+        ValueError: A keep is not ascending, unique and of one dimension; ``tensor`` lacks the dimension, is the result
+            of recorded operations, overlaps itself (``expand``), or shares its storage with another tensor, with numpy
+            or with another process, which would be left with memory that is no longer theirs.
     """
     _check_tensor(tensor)
     keeps: list[Tensor | None] = [None] * tensor.dim()
@@ -62,14 +63,18 @@ def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) ->
     move = _move_in_cpp if tensor.device.type == "cpu" and _has_extension() else _move_in_torch
     with torch.no_grad():
         move(tensor, keeps)
+        if move is _move_in_cpp:
+            _release(tensor, math.prod(shape))
         _shrink(tensor, shape, strides)
 
 
 def _check_tensor(tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"compact_ needs a tensor; it got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
-        raise TypeError(f"compact_ needs a plain strided tensor; it got {type(tensor).__name__} of layout {tensor.layout}")
+    wrapper: object = tensor
+    if tensor.layout != torch.strided or tensor.is_quantized or is_traceable_wrapper_subclass(wrapper):
+        kind = f"{type(tensor).__name__} of layout {tensor.layout} and {tensor.dtype}"
+        raise TypeError(f"compact_ needs a plain strided tensor; it got {kind}")
     if tensor.dim() == 0:
         raise ValueError("compact_ needs a tensor of one dimension or more; it got a number")
     if not tensor.is_leaf:
@@ -77,26 +82,25 @@ def _check_tensor(tensor: Tensor) -> None:
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("compact_ needs a tensor that may change; this one was made under torch.inference_mode()")
     if tensor.is_conj() or tensor.is_neg():
-        raise ValueError("compact_ needs the values themselves in memory; resolve_conj() and resolve_neg() the tensor first")
+        raise ValueError("compact_ needs the values themselves in memory; call resolve_conj() and resolve_neg() first")
     if not _nested(tensor):
-        raise ValueError(
-            f"compact_ needs a tensor whose elements do not overlap; shape {tuple(tensor.shape)} has strides {tensor.stride()}"
-        )
+        layout = f"shape {tuple(tensor.shape)} has strides {tensor.stride()}"
+        raise ValueError(f"compact_ needs a tensor whose elements do not overlap; {layout}")
     _check_storage(tensor)
 
 
 def _check_storage(tensor: Tensor) -> None:
     storage = tensor.untyped_storage()
     if tensor.storage_offset() != 0:
-        raise ValueError(
-            f"compact_ needs a tensor at the start of its storage; this one is a view that starts {tensor.storage_offset()} "
-            "elements in"
-        )
+        offset = tensor.storage_offset()
+        raise ValueError(f"compact_ needs a tensor at the start of its storage; this view starts {offset} elements in")
     if not storage.resizable() or (tensor.device.type == "cpu" and storage.is_shared()):
-        raise ValueError("compact_ needs memory of torch's own, not numpy's, a file's or another process's; clone() the tensor")
+        raise ValueError("compact_ needs memory of torch's own, not numpy's, a file's or another process's; clone() it")
     # One use is the tensor's, one is that of the variable `storage`.
     if torch._C._storage_Use_Count(storage._cdata) > 2:
-        raise ValueError("compact_ needs a tensor that alone uses its storage; a view, detach() or .data of it is still there")
+        raise ValueError(
+            "compact_ needs a tensor that alone uses its storage; a view, detach() or .data of it is alive"
+        )
 
 
 def _checked_keep(name: str, keep: Tensor, tensor: Tensor, dim: int) -> Tensor:
@@ -116,13 +120,14 @@ def _checked_keep(name: str, keep: Tensor, tensor: Tensor, dim: int) -> Tensor:
     wrong = (keep[1:] <= keep[:-1]).nonzero()
     if len(wrong):
         at = int(wrong[0])
-        raise ValueError(f"compact_ needs {name} ascending and unique; {int(keep[at])} is followed by {int(keep[at + 1])}")
+        pair = f"{int(keep[at])} is followed by {int(keep[at + 1])}"
+        raise ValueError(f"compact_ needs {name} ascending and unique; {pair}")
     return keep
 
 
 def _memory_order(tensor: Tensor) -> list[int]:
-    """The dimensions as they lie in memory, the outermost first; those of size 1 first of all, for they lie nowhere."""
-    return sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] != 1, -tensor.stride(d)))
+    """The dimensions as they lie in memory, the outermost first; those of size 1, which lie nowhere, last."""
+    return sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] == 1, -tensor.stride()[d]))
 
 
 def _nested(tensor: Tensor) -> bool:
@@ -137,9 +142,11 @@ def _nested(tensor: Tensor) -> bool:
 
 def _dense_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a dense tensor of this shape in the memory format of ``tensor``."""
-    # Dimensions of size 1 leave the format open; torch tells one from another by their strides, so copy a named one whole.
-    formats = {3: [], 4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(tensor.dim(), [])
-    for memory_format in (torch.contiguous_format, *formats):
+    # Dimensions of size 1 leave the format open and torch tells it by their strides, so a named one is copied whole.
+    formats = [torch.contiguous_format]
+    formats += [torch.channels_last] if tensor.dim() == 4 else []
+    formats += [torch.channels_last_3d] if tensor.dim() == 5 else []
+    for memory_format in formats:
         if _empty_strides(tensor.shape, memory_format) == tensor.stride():
             return _empty_strides(shape, memory_format)
     strides, extent = [1] * len(shape), 1
@@ -173,11 +180,16 @@ def _move_in_cpp(tensor: Tensor, keeps: Sequence[Tensor | None]) -> None:
     )
 
 
+def _release(tensor: Tensor, kept: int) -> None:
+    begin, storage = tensor.data_ptr(), tensor.untyped_storage()
+    _compaction.release(begin + kept * tensor.element_size(), begin + storage.nbytes())
+
+
 def _move_in_torch(tensor: Tensor, keeps: Sequence[Tensor | None]) -> None:
     order = _memory_order(tensor)
     source = tensor.detach().permute(order)
-    keeps = [None if (keep := keeps[d]) is None else keep.to(tensor.device) for d in order]
-    shape = [size if keep is None else len(keep) for size, keep in zip(source.shape, keeps, strict=True)]
+    indices = [None if (keep := keeps[d]) is None else keep.to(tensor.device) for d in order]
+    shape = [size if keep is None else len(keep) for size, keep in zip(source.shape, indices, strict=True)]
     if 0 in shape:
         return
     target = source.as_strided(shape, torch.empty(shape, device="meta").stride())
@@ -185,11 +197,11 @@ def _move_in_torch(tensor: Tensor, keeps: Sequence[Tensor | None]) -> None:
     step = max(1, _SCRATCH_BYTES // row_bytes)
     for first in range(0, shape[0], step):
         last = min(first + step, shape[0])
-        rows = source[first:last] if keeps[0] is None else source.index_select(0, keeps[0][first:last])
-        for d, keep in enumerate(keeps[1:], start=1):
+        rows = source[first:last] if indices[0] is None else source.index_select(0, indices[0][first:last])
+        for d, keep in enumerate(indices[1:], start=1):
             rows = rows if keep is None else rows.index_select(d, keep)
-        # Rows that were only sliced still lie where the target may begin.
-        target[first:last] = rows.clone() if rows._base is not None else rows
+        # keep_out is never None, so rows are a copy by now and the target may begin where they lay.
+        target[first:last] = rows
 
 
 def _shrink(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
