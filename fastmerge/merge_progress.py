@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastmerge.evaluation import Tally
-from fastmerge.history import EpochRecord
+from fastmerge.history import EpochRecord, Score
 
 
 class Progress:
@@ -46,16 +46,11 @@ class Progress:
         if self._bar is None:
             return
         if fresh:
-            score = tally.score()
-            self._figures["loss"] = f"{score.loss:.4f}"
-            if score.accuracy is not None:
-                self._figures["accuracy"] = f"{score.accuracy:.3f}"
-            self._figures["images/s"] = f"{tally.rate():.0f}"
-            self._bar.set_postfix(self._figures, refresh=False)
+            self._show(tally.score(), tally.rate())
         self._bar.update()
 
     def end_epoch(self, record: EpochRecord) -> None:
-        """Shows what is known once an epoch: λ, P[g>0] over the groups, validation accuracy."""
+        """Shows an epoch's figures; λ, the mean P[g>0] of the groups and the validation accuracy are known but then."""
         if self._bar is None:
             return
         self._figures["epoch"] = f"{min(record.epoch + 1, self._epochs)}/{self._epochs}"
@@ -65,4 +60,12 @@ class Progress:
             self._figures["P[g>0]"] = f"{fmean(record.open_probability.values()):.3f}"
         if record.val is not None and record.val.accuracy is not None:
             self._figures["val"] = f"{record.val.accuracy:.3f}"
-        self._bar.set_postfix(self._figures)
+        self._show(record.train, record.images_per_second)
+
+    def _show(self, score: Score, rate: float) -> None:
+        self._figures["loss"] = f"{score.loss:.4f}"
+        if score.accuracy is not None:
+            self._figures["accuracy"] = f"{score.accuracy:.3f}"
+        self._figures["images/s"] = f"{rate:.0f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self._figures)

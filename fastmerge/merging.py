@@ -188,22 +188,28 @@ def fitting_lam_step(epochs: int, steps: int | None, channels: int, lam_start: f
 
 
 def gate_warnings(before: dict[str, float], after: dict[str, float], target: float, lam_step: float) -> list[str]:
-    """Says which channel groups' mean P[g > 0] did not move in the merge stage, and which did not arrive near 1/T.
+    """Says which channel groups' mean P[g > 0] did not move in the merge stage, or did not arrive near 1/T.
 
     Args:
         before, after: Mean P[g > 0] by group, before and after the stage.
         target: 1/T.
-        lam_step: What to raise.
+        lam_step: What there is to change.
     """
     still = [name for name in after if abs(after[name] - before[name]) < _MOVED]
-    far = [name for name in after if name not in still and abs(after[name] - target) > _NEAR]
-    remedy = f"raise lam_step (now {lam_step:g}), gate_lr or merge_epochs"
+    above = [name for name in after if name not in still and after[name] > target + _NEAR]
+    below = [name for name in after if name not in still and after[name] < target - _NEAR]
     found = []
     if still:
-        found.append(f"P[g>0] did not move in {_listed(still, after)}; which channels stay is chance: {remedy}")
-    if far:
-        found.append(f"P[g>0] is not near 1/T = {target:.2f} in {_listed(far, after)}; compression cuts: {remedy}")
-    return found
+        found.append(f"P[g>0] did not move in {_listed(still, after)}; chance decides which channels stay")
+    if above:
+        found.append(f"P[g>0] is above 1/T = {target:.2f} in {_listed(above, after)}; compression cuts channels in use")
+    if below:
+        found.append(
+            f"P[g>0] is below 1/T = {target:.2f} in {_listed(below, after)}; compression keeps closed channels"
+        )
+    remedies = [f"raise lam_step (now {lam_step:g}), gate_lr or merge_epochs"] * (bool(still) + bool(above))
+    remedies += [f"lower lam_step (now {lam_step:g}) or raise merge_epochs"] * bool(below)
+    return [f"{problem}: {remedy}" for problem, remedy in zip(found, remedies, strict=True)]
 
 
 def origins(big: BigStudent) -> dict[str, list[int]]:

@@ -1,0 +1,420 @@
+"""merge(): the whole journey on a small task, and what it says when it can't go."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastmerge.merging as module
+from fastmerge.evaluation import Setting, evaluate
+from fastmerge.merging import fitting_lam_step, gate_warnings, merge
+from fastmerge.schedules import QuadraticLambda
+
+# Stages this short leave the gates where they are, which only some tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+SHORT = {"merge_epochs": 2, "finetune_epochs": 1, "lam_step": 5.0, "seed": 0, "progress": False}
+
+
+class SmallNet(nn.Module):
+    def __init__(self, classes: int = 3, width: int = 6) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.hidden = nn.Linear(width * 9, 16)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.norm(self.conv(x)).relu(), 2)
+        return self.head(self.hidden(x.flatten(1)).relu())
+
+
+def task(samples: int = 320):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 1, 6, 6, generator=generator)
+    hidden = (x.flatten(1) @ torch.randn(36, 8, generator=generator)).relu()
+    return x, (hidden @ torch.randn(8, 3, generator=generator)).argmax(1)
+
+
+X, Y = task()
+TRAIN = TensorDataset(X[:256], Y[:256])
+VAL = [(X[256:], Y[256:])]
+
+
+def train_loader(batch_size: int = 32) -> DataLoader:
+    return DataLoader(TRAIN, batch_size, shuffle=True)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    teachers = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        teacher = SmallNet()
+        optimizer = torch.optim.SGD(teacher.parameters(), 0.02, momentum=0.9)
+        for _ in range(10):
+            for x, y in train_loader():
+                optimizer.zero_grad()
+                cross_entropy(teacher(x), y).backward()
+                optimizer.step()
+        teachers.append(teacher.eval())
+    return teachers
+
+
+@pytest.fixture
+def teachers(trained):
+    return [copy.deepcopy(teacher) for teacher in trained[:2]]
+
+
+def state_of(network: nn.Module):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_student_is_of_the_teachers_class_and_holds_the_task(trained, count):
+    teachers = [copy.deepcopy(teacher) for teacher in trained[:count]]
+    teachers[0].train()
+    before = [state_of(teacher) for teacher in teachers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every group arrives near 1/T, with λ fitted to so short a stage
+        student, history = merge(teachers, train_loader(), val_loader=VAL, merge_epochs=12, finetune_epochs=4, seed=0)
+    assert type(student) is SmallNet
+    assert not student.training
+    SmallNet().load_state_dict(student.state_dict())
+    assert all(same(state, teacher.state_dict()) for state, teacher in zip(before, teachers, strict=True))
+    assert [teacher.training for teacher in teachers] == [True] + [False] * (count - 1)
+    assert all(parameter.grad is None for teacher in teachers for parameter in teacher.parameters())
+
+    accuracies = [history.borders[f"teacher {number}"].accuracy for number in range(count)]
+    assert history.borders["student"].accuracy > sum(accuracies) / count - 0.03
+    setting = Setting(torch.device("cpu"), cross_entropy)
+    assert evaluate(student, VAL, setting) == history.borders["student"]
+
+
+def test_the_history_tells_what_happened(teachers):
+    _, history = merge(
+        teachers, train_loader(), val_loader=VAL, merge_epochs=4, finetune_epochs=3, lam_start=0.5, lam_step=9.0, seed=0
+    )
+    assert [(record.stage, record.epoch) for record in history.epochs] == (
+        [("merge", n) for n in (1, 2, 3, 4)] + [("finetune", n) for n in (1, 2, 3)]
+    )
+    lam = QuadraticLambda(0.5, 9.0)
+    assert [record.lam for record in history.stage("merge")] == [0.5, lam.step(), lam.step(), lam.step()]
+    last = history.stage("merge")[-1]
+    assert last.gate_loss > 0
+    assert set(last.open_probability) == set(history.kept)
+    assert all(0 < value < 0.8 for value in last.open_probability.values())  # they start at 0.93
+    assert all(record.open_probability is None for record in history.stage("finetune"))
+    assert {sum(counts) for counts in history.kept.values()} == {6, 16}
+    assert all(len(counts) == 2 for counts in history.kept.values())
+    assert [record.lr for record in history.stage("finetune")] == pytest.approx([0.01, 0.01, 0.001])
+
+    borders = "teacher 0", "teacher 1", "big student, gates open", "big student", "compressed", "student"
+    assert tuple(history.borders) == borders
+    with torch.no_grad():
+        mean = torch.stack([teacher(VAL[0][0]) for teacher in teachers]).mean(0)
+    assert history.borders["big student, gates open"].loss == pytest.approx(cross_entropy(mean, VAL[0][1]).item(), 1e-4)
+    assert history.borders["big student"] == last.val
+    assert history.borders["student"] == history.epochs[-1].val
+
+    written = json.loads(json.dumps(history.to_dict()))
+    assert written["gates"]["lam"] == [record.lam for record in history.stage("merge")]
+    assert written["gates"]["target"] == 0.5
+    assert written["curves"]["student"]["train_loss"] == [record.train.loss for record in history.epochs]
+    assert written["stages"]["student"] == {"merge": 0, "fine-tune": 4}
+
+
+def test_the_first_epochs_figures_are_those_of_the_plain_loop(teachers):
+    seen = []
+
+    def criterion(output, target):
+        loss = cross_entropy(output, target)
+        if output.requires_grad:
+            seen.append((loss.item(), (output.argmax(1) == target).float().mean().item(), len(target)))
+        return loss
+
+    _, history = merge(teachers, train_loader(batch_size=100), criterion=criterion, **SHORT)
+    first, total = seen[:3], 256
+    assert history.epochs[0].train.loss == pytest.approx(sum(loss * n for loss, _, n in first) / total)
+    assert history.epochs[0].train.accuracy == pytest.approx(sum(right * n for _, right, n in first) / total)
+
+
+def test_a_seed_repeats_the_merge_and_leaves_the_callers_random_state(teachers):
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    first, _ = merge(teachers, train_loader(), **SHORT)
+    assert torch.equal(torch.rand(3), expected)
+    second, _ = merge(teachers, train_loader(), **SHORT)
+    other, _ = merge(teachers, train_loader(), **SHORT | {"seed": 1})
+    assert same(first.state_dict(), second.state_dict())
+    assert not same(first.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("link_at", "linked"), [(0, [1, 1, 1, 1]), (0.5, [0, 0, 1, 1]), (0.6, [0, 0, 0, 1]), (1, [0] * 4)]
+)
+def test_link_at_says_when_the_big_student_becomes_dense(teachers, link_at, linked):
+    _, history = merge(teachers, train_loader(64), link_at=link_at, **SHORT | {"merge_epochs": 4})
+    assert [record.linked for record in history.stage("merge")] == linked
+
+
+def test_weights_and_gates_have_their_own_optimizers(teachers, monkeypatch):
+    made = []
+
+    class Recorded(torch.optim.SGD):
+        def __init__(self, parameters, lr, momentum=0.0, **options):
+            super().__init__(parameters, lr, momentum, **options)
+            group = self.param_groups[0]
+            count = sum(parameter.numel() for parameter in group["params"])
+            made.append((count, group["lr"], group["momentum"], group["weight_decay"]))
+
+    monkeypatch.setattr(module, "SGD", Recorded)
+    merge(teachers, train_loader(), lr=0.02, momentum=0.8, weight_decay=1e-3, finetune_lr=0.03, gate_lr=0.4, **SHORT)
+    weights, gates, student = made
+    assert gates == (2 * (6 + 16), 0.4, 0.9, 0)
+    assert weights[1:] == (0.02, 0.8, 1e-3)
+    assert student == (sum(p.numel() for p in SmallNet().parameters()), 0.03, 0.8, 1e-3)
+
+
+def test_a_schedule_replaces_the_milestones(teachers):
+    short = SHORT | {"finetune_epochs": 4}
+    _, history = merge(teachers, train_loader(), schedule=lambda optimizer: CosineAnnealingLR(optimizer, 4), **short)
+    assert [record.lr for record in history.stage("finetune")] == pytest.approx(
+        [0.01, 0.00853553, 0.005, 0.00146447], 1e-4
+    )
+    _, history = merge(teachers, train_loader(), milestones=[1, 3], **short)
+    assert [record.lr for record in history.stage("finetune")] == pytest.approx([1e-2, 1e-3, 1e-3, 1e-4])
+
+
+def test_without_validation_or_fine_tuning(teachers):
+    student, history = merge(teachers, train_loader(), **SHORT | {"finetune_epochs": 0})
+    assert history.borders == {}
+    assert {record.val for record in history.epochs} == {None}
+    assert len(history.epochs) == 2
+    assert json.dumps(history.to_dict())
+    assert type(student) is SmallNet
+
+
+def test_regression_has_no_accuracy_and_inputs_may_be_several():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.out = nn.Linear(2, 8), nn.Linear(3, 8), nn.Linear(8, 1)
+
+        def forward(self, a, b):
+            return self.out((self.left(a) + self.right(b)).relu())
+
+    a, b = torch.randn(64, 2), torch.randn(64, 3)
+    loader = [((a[i : i + 16], b[i : i + 16]), (a[i : i + 16].sum(1) * 2)[:, None]) for i in range(0, 64, 16)]
+    student, history = merge([Sum(), Sum()], loader, val_loader=loader, criterion=mse_loss, **SHORT)
+    assert type(student) is Sum
+    assert history.borders["student"].accuracy is None
+    assert history.epochs[0].train.loss > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_channels_last(teachers, dtype):
+    layouts = []
+
+    def criterion(output, target):
+        layouts.append(output.dtype)
+        return cross_entropy(output.float(), target)
+
+    student, history = merge(
+        teachers, train_loader(), criterion=criterion, autocast=dtype, channels_last=True, val_loader=VAL, **SHORT
+    )
+    assert set(layouts) == {dtype}
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert history.borders["student"].loss < 2
+    wide = SmallNet(width=8)
+    assert Setting(torch.device("cpu"), cross_entropy, channels_last=True).place(wide) is wide
+    inputs, _ = next(
+        Setting(torch.device("cpu"), cross_entropy, channels_last=True).batches([(torch.ones(2, 3, 4, 4), 0)])
+    )
+    assert inputs[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_callback_sees_each_epoch_and_an_interrupt_leaves_nothing_behind(teachers, capsys):
+    before, state = [state_of(teacher) for teacher in teachers], torch.get_rng_state()
+    seen = []
+
+    def callback(record):
+        seen.append(record)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(teachers, train_loader(), callback=callback, **SHORT | {"finetune_epochs": 5, "progress": True})
+    assert [(record.stage, record.epoch) for record in seen] == [("merge", 1), ("merge", 2), ("finetune", 1)]
+    assert all(same(old, teacher.state_dict()) for old, teacher in zip(before, teachers, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    shown = capsys.readouterr().err
+    for part in ("merge:", "fine-tune:", "epoch=2/2", "λ=", "P[g>0]=", "loss=", "accuracy=", "images/s="):
+        assert part in shown
+
+
+def test_gates_that_do_not_arrive_are_warned_of(teachers):
+    with pytest.warns(UserWarning, match=r"did not move in 2 of 2 channel groups, .*raise lam_step \(now 5\), gate_lr"):
+        _, history = merge(teachers, train_loader(), **SHORT | {"gate_lr": 1e-7})
+    assert len(history.warnings) == 1
+    with pytest.warns(UserWarning, match=r"above 1/T = 0\.50 in [12] of 2 channel groups, \w+ \(0\.[6-9]"):
+        merge(teachers, train_loader(), **SHORT | {"lam_start": 4.0, "lam_step": 0.5})
+
+
+def test_gate_warnings_tell_the_groups_apart():
+    before = {"still": 0.9, "far": 0.9, "near": 0.9, **{f"g{i}": 0.9 for i in range(6)}}
+    after = before | {"still": 0.895, "far": 0.7, "near": 0.41} | {f"g{i}": 0.2 for i in range(6)}
+    still, above, below = gate_warnings(before, after, 1 / 3, 0.05)
+    assert still.startswith("P[g>0] did not move in 1 of 9 channel groups, still (0.90);")
+    assert above.startswith("P[g>0] is above 1/T = 0.33 in 1 of 9 channel groups, far (0.70);")
+    assert below.startswith("P[g>0] is below 1/T = 0.33 in 6 of 9 channel groups, g0 (0.20), g1 (0.20)")
+    assert "g3 (0.20) and 2 more; " in below
+    assert gate_warnings(before, dict.fromkeys(before, 0.3), 1 / 3, 0.05) == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "channels"), [(2, 20, 50), (10, 400, 240), (30, 10**6, 1024), (7, None, 9)]
+)
+def test_the_fitting_lam_step_is_the_smallest_that_pulls_enough(epochs, steps, channels):
+    def enough(lam_step):
+        lam = QuadraticLambda(0.01, lam_step)
+        values = [0.01] + [lam.step() for _ in range(epochs - 1)]
+        pull = sum(values) * (steps or 10**9) / epochs * 0.2 / 0.1 / channels
+        return values[-1] >= 14.8 and pull >= 100
+
+    step = fitting_lam_step(epochs, steps, channels, 0.01, gate_lr=0.2)
+    assert enough(step)
+    assert not enough(step * 0.99)
+
+
+def test_a_stage_of_the_papers_length_gets_the_papers_growth():
+    assert fitting_lam_step(150, 150 * 313, 200, 0.01, 0.2) == pytest.approx(0.05, rel=0.03)
+
+
+class NaNFromTheSecondPassOn:
+    """A loader whose first pass, which merge() checks, is not like the others."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield X[:8] * (1 if self.passes == 1 else torch.nan), Y[:8]
+
+
+def test_a_diverging_loss_stops_with_step_stage_and_cause(teachers, monkeypatch):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss became \w+ in step \d+ of epoch 1 of the merge stage; the learn"
+    ):
+        merge(teachers, train_loader(), **SHORT | {"lr": 1e30})
+    with pytest.raises(
+        FloatingPointError, match=r"step 1 of epoch 1 of the merge stage, its first; look for NaN or Inf in"
+    ):
+        merge(teachers, NaNFromTheSecondPassOn(), **SHORT)
+    monkeypatch.setattr(module.BigStudent, "gate_loss", lambda big: torch.tensor(torch.inf))
+    with pytest.raises(FloatingPointError, match=r"the gate loss became inf in step 1 .*lower gate_lr or lam_step"):
+        merge(teachers, train_loader(), **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("bad", "where"),
+    [(3 + 8 + 1, r"step 4 of epoch 2 of the merge"), (16 + 1 + 1, "step 2 of epoch 1 of the finetune")],
+)
+def test_the_step_that_is_named_is_the_one_that_was_bad(teachers, bad, where):
+    steps = 0
+
+    def criterion(output, target):
+        nonlocal steps
+        steps += output.requires_grad
+        return cross_entropy(output, target) * (torch.nan if output.requires_grad and steps == bad else 1)
+
+    with pytest.raises(FloatingPointError, match=where):
+        merge(teachers, train_loader(), criterion=criterion, **SHORT)
+
+
+def classes(n):
+    return [(X[:8], torch.arange(8) % n)]
+
+
+BAD = [
+    ("no list", lambda t: {"teachers": t[0]}, TypeError, r"merge\(\[t1, t2\], loader\); got a SmallNet"),
+    ("one", lambda t: {"teachers": t[:1]}, ValueError, "at least two teachers; got 1"),
+    ("no network", lambda t: {"teachers": [t[0], 3]}, TypeError, "teacher 1 is a int"),
+    ("other width", lambda t: {"teachers": [t[0], SmallNet(width=8)]}, ValueError, r"conv\.weight is \(6, 1, 3, 3\)"),
+    ("no epoch", lambda t: {"merge_epochs": 0}, ValueError, "merge_epochs, a whole number of at least 1; got 0"),
+    (
+        "half epochs",
+        lambda t: {"finetune_epochs": 1.5},
+        ValueError,
+        "finetune_epochs, a whole number of at least 0; got 1.5",
+    ),
+    ("lr 0", lambda t: {"lr": 0.0}, ValueError, "finite lr above 0; got 0"),
+    ("lr nan", lambda t: {"finetune_lr": float("nan")}, ValueError, "finite finetune_lr above 0; got nan"),
+    ("negative", lambda t: {"weight_decay": -1.0}, ValueError, "finite weight_decay of at least 0; got -1"),
+    ("link_at", lambda t: {"link_at": 1.5}, ValueError, "link_at, the fraction .* in 0..1; got 1.5"),
+    ("device", lambda t: {"device": "gpu"}, ValueError, "can't use device gpu"),
+    ("no loader", lambda t: {"train_loader": 3}, TypeError, "needs train_loader, a DataLoader or the like; got a int"),
+    ("iterator", lambda t: {"train_loader": iter(train_loader())}, TypeError, "train_loader can be iterated only once"),
+    ("empty", lambda t: {"train_loader": []}, ValueError, "train_loader is empty"),
+    (
+        "no pair",
+        lambda t: {"train_loader": [X[:8]]},
+        TypeError,
+        r"must yield pairs \(input, target\); it yields \(8, 1, 6, 6\)",
+    ),
+    ("no tensor", lambda t: {"train_loader": [("x", Y[:8])]}, TypeError, "must yield tensors .* it yields a str"),
+    ("uint8", lambda t: {"train_loader": [(X[:8].byte(), Y[:8])]}, ValueError, "uint8 inputs; convert them"),
+    ("inf", lambda t: {"train_loader": [(X[:8] / 0, Y[:8])]}, ValueError, "NaN or Inf in the inputs"),
+    (
+        "channels",
+        lambda t: {"train_loader": [(X[:8].expand(-1, 3, -1, -1), Y[:8])]},
+        ValueError,
+        r"of shape \(8, 3, 6, 6\)",
+    ),
+    (
+        "classes",
+        lambda t: {"train_loader": classes(5)},
+        ValueError,
+        r"targets 0\.\.4; the teachers have 3 classes, 0\.\.2",
+    ),
+    ("val classes", lambda t: {"val_loader": classes(4)}, ValueError, r"val_loader has targets 0\.\.3"),
+    (
+        "target shape",
+        lambda t: {"train_loader": [(X[:8], Y[:7])]},
+        ValueError,
+        r"criterion failed .*target \(7,\) int64",
+    ),
+    (
+        "criterion",
+        lambda t: {"criterion": nn.CrossEntropyLoss(reduction="none")},
+        ValueError,
+        r"0-d tensor.*returned \(32,\)",
+    ),
+    ("nan", lambda t: {"criterion": lambda o, y: o.sum() * torch.nan}, ValueError, "teacher 0's loss on train_loader"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_what_can_not_work_is_refused_before_the_first_epoch(teachers, change, error, message):
+    def never(record):
+        raise AssertionError("an epoch was trained")
+
+    arguments = {"teachers": teachers, "train_loader": train_loader()} | SHORT | change(teachers)
+    with pytest.raises(error, match=message):
+        merge(arguments.pop("teachers"), arguments.pop("train_loader"), callback=never, **arguments)
+
+
+def test_weights_that_are_not_finite_are_refused(teachers):
+    with torch.no_grad():
+        teachers[1].head.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"head\.bias' of teacher 1 holds NaN"):
+        merge(teachers, train_loader(), **SHORT)
