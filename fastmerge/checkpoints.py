@@ -142,9 +142,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """
     weights, own = read_weights(path), network.state_dict()
     shapes = [
-        (name, tuple(value.shape), tuple(own[name].shape))
-        for name, value in weights.items()
-        if name in own and isinstance(value, Tensor) and value.shape != own[name].shape
+        (name, tuple(weights[name].shape), tuple(value.shape))
+        for name, value in own.items()
+        if isinstance(weights.get(name), Tensor) and weights[name].shape != value.shape
     ]
     if shapes:
         raise ValueError(f"{path} does not fit {type(network).__name__}: {_misfit(shapes)}")

@@ -1,0 +1,192 @@
+"""``fastmerge merge`` from files to files, and what it says to bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fastmerge.checkpoints import save_weights
+from fastmerge.cli import main
+
+# Stages this short leave the gates where they are.
+pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+
+MODEL = "fastmerge_cli_test_net:make"
+SOURCE = """
+from torch import nn
+
+def make(classes=3, width=4):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, classes)
+    )
+"""
+SHORT = [
+    "--merge-epochs",
+    "2",
+    "--finetune-epochs",
+    "1",
+    "--batch-size",
+    "16",
+    "--seed",
+    "0",
+    "--device",
+    "cpu",
+    "--quiet",
+]
+
+
+def make(classes: int = 3, width: int = 4) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(width * 16, classes)
+    )
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A directory with a network's module, teachers a.safetensors and b.pt, and data.npz."""
+    (tmp_path / "fastmerge_cli_test_net.py").write_text(SOURCE)
+    save_weights(make(), tmp_path / "a.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in make().state_dict().items()}}, tmp_path / "b.pt")
+    random = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "data.npz",
+        train_images=random.integers(0, 256, (49, 6, 6), np.uint8),
+        train_labels=np.arange(49) % 3,
+        test_images=random.integers(0, 256, (20, 6, 6), np.uint8),
+        test_labels=np.arange(20) % 3,
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def arguments(**changes: list[str]) -> list[str]:
+    chosen = {"model": [MODEL], "teachers": ["a.safetensors", "b.pt"], "data": ["data.npz"], "out": ["out"]} | changes
+    return ["merge", *SHORT, *(part for name, values in chosen.items() for part in (f"--{name}", *values))]
+
+
+def test_two_checkpoints_become_a_student(place, capsys):
+    before = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
+    assert main(arguments()) == 0
+    assert {name: (place / name).read_bytes() for name in before} == before
+    student = make()
+    student.load_state_dict(load_file("out/student.safetensors"))
+
+    printed = capsys.readouterr().out
+    rows = [line.split("  ")[0].strip() for line in printed.splitlines()]
+    names = "teacher 0", "teacher 1", "big student, gates open", "big student", "compressed", "student"
+    assert [row for row in rows if row in names] == list(names)
+    history = json.loads(Path("out/history.json").read_text())
+    assert [record["stage"] for record in history["epochs"]] == ["merge", "merge", "finetune"]
+    assert history["config"]["teachers"] == ["a.safetensors", "b.pt"]
+    assert history["config"]["seed"] == 0
+    assert history["environment"]["torch"] == torch.__version__
+    assert "| student" in Path("out/report.md").read_text()
+    for name in ("gates", "training"):
+        assert Path(f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    arrays = np.load("data.npz")
+    pixels, tests = arrays["train_images"].astype(np.float32), arrays["test_images"].astype(np.float32)
+    inputs = torch.from_numpy((tests - pixels.mean()) / pixels.std())[:, None]
+    with torch.no_grad():
+        accuracy = (student.eval()(inputs).argmax(1) == torch.from_numpy(arrays["test_labels"])).double().mean().item()
+    assert history["borders"]["student"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_options_reach_the_merge(place):
+    options = ["--merge-epochs", "3", "--link-at", "0.5", "--lr", "0.02", "--finetune-lr", "0.04", "--milestones"]
+    options += ["--lam-start", "0.5", "--lam-step", "4", "--autocast", "bfloat16", "--channels-last"]
+    save_weights(make(), "c.safetensors")
+    teachers = ["a.safetensors", "b.pt", "c.safetensors"]
+    assert main([*arguments(teachers=teachers), *options]) == 0
+    history = json.loads(Path("out/history.json").read_text())
+    merge = [record for record in history["epochs"] if record["stage"] == "merge"]
+    assert [record["linked"] for record in merge] == [False, False, True]
+    assert [record["lr"] for record in history["epochs"]] == [0.02, 0.02, 0.02, 0.04]
+    assert merge[1]["lam"] == pytest.approx(0.5 + 4 * 0.5**0.5)
+    assert history["num_teachers"] == 3
+    assert history["config"]["autocast"] == "bfloat16"
+
+
+def test_a_seed_repeats_the_student(place):
+    weights = []
+    for out in ("first", "second"):
+        assert main(arguments(out=[out])) == 0
+        weights.append(load_file(f"{out}/student.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_model_arguments_build_the_network(place):
+    for name in ("a.safetensors", "c.safetensors"):
+        save_weights(make(width=6), name)
+    wide = arguments(teachers=["a.safetensors", "c.safetensors"], **{"model-args": ["width=6"]})
+    assert main(wide) == 0
+    assert load_file("out/student.safetensors")["0.weight"].shape[0] == 6
+
+
+def test_an_image_tree_and_a_torchvision_model(tmp_path, monkeypatch, capsys):
+    models = pytest.importorskip("torchvision.models")
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "tree" / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8))
+                image.save(tmp_path / "tree" / split / name / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_weights(models.squeezenet1_1(num_classes=2), f"{seed}.safetensors")
+    tree = arguments(model=["squeezenet1_1"], teachers=["0.safetensors", "1.safetensors"], data=["tree"])
+    assert main([*tree, "--image-size", "32", "--workers", "0"]) == 0
+    models.squeezenet1_1(num_classes=2).load_state_dict(load_file("out/student.safetensors"))
+    assert "compressed" in capsys.readouterr().out
+
+
+BAD = [
+    ({"teachers": ["a.safetensors"]}, [], "at least two teachers; got 1"),
+    ({"teachers": ["a.safetensors", "none.pt"]}, [], "there is no checkpoint none.pt"),
+    ({"teachers": ["a.safetensors", "data.npz"]}, [], "data.npz is damaged or no checkpoint"),
+    ({"model": ["no_such_module:make"]}, [], "could not import 'no_such_module'"),
+    ({"model": ["fastmerge_cli_test_net:other"]}, [], "has no 'other'"),
+    ({"model-args": ["width=5"]}, [], "does not fit Sequential: 0.weight is (4, 1, 3, 3) in it and (5, 1, 3, 3)"),
+    ({"model-args": ["depth=5"]}, [], "unexpected keyword argument 'depth'"),
+    ({"model-args": ["classes=7"]}, [], "has 3 classes and the network 7 (4.weight, 4.bias); build the network for 3"),
+    ({"data": ["none.npz"]}, [], "none.npz"),
+    ({"data": ["b.pt"]}, [], "b.pt"),
+    ({"data": ["."]}, [], "a tree needs train/<class>/<image> and val/<class>/<image>"),
+    ({"out": ["b.pt"]}, [], "b.pt"),
+    ({}, ["--link-at", "2"], "link_at, the fraction of the merge stage before linking, in 0..1; got 2"),
+    ({}, ["--lr", "-1"], "finite lr above 0; got -1"),
+    ({}, ["--device", "abacus"], "can't use device abacus"),
+    ({}, ["--image-size", "9"], "the images of data.npz are 6 high"),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), BAD, ids=[case[2][:40] for case in BAD])
+def test_bad_input_gets_one_line_and_exit_code_2(place, capsys, changes, options, message):
+    assert main([*arguments(**changes), *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("fastmerge: error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not Path("out/student.safetensors").exists()
+
+
+def test_classes_the_teachers_do_not_have_are_bad_input(place, capsys):
+    arrays = dict(np.load("data.npz"))
+    arrays["train_labels"] = np.arange(49) % 5
+    np.savez("data.npz", **arrays)
+    assert main(arguments()) == 2
+    assert "the teachers have 3 classes, 0..2" in capsys.readouterr().err
+
+
+def test_a_divergence_is_a_failure_and_no_bad_input(place, capsys):
+    assert main([*arguments(), "--lr", "1e30"]) == 1
+    assert "the loss became" in capsys.readouterr().err
+    assert not Path("out/student.safetensors").exists()
