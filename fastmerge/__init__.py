@@ -12,7 +12,7 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "
     __path__.append(str(_checkout))
 
 from fastmerge.big_student import BigStudent
-from fastmerge.channel_groups import ChannelGroup, ChannelGroups, channel_groups
+from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups
 from fastmerge.gates import HardConcrete
 from fastmerge.schedules import QuadraticLambda
 

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastmerge.channel_groups import ChannelGroups, group_channels
-from fastmerge.channel_ids import run_on_ids
-from fastmerge.compression import Compressor, kept_candidates
-from fastmerge.examples import infer_example_inputs
+from fastmerge.channels.examples import infer_example_inputs
+from fastmerge.channels.grouping import group_channels
+from fastmerge.channels.groups import ChannelGroups
+from fastmerge.channels.ids import run_on_ids
+from fastmerge.channels.tracing import trace
 from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
-from fastmerge.optimizer_state import carry_through_link, carry_to_student
-from fastmerge.streams import lower
-from fastmerge.student_template import StudentTemplate
-from fastmerge.tracing import trace
 from fastmerge.validation import check_same_code, check_teachers
-from fastmerge.wide_network import Analysis, build_network
-from fastmerge.widening import GateStreams, WideLayer
+from fastmerge.wide.compression import Compressor, kept_candidates
+from fastmerge.wide.layers import GateStreams, WideLayer
+from fastmerge.wide.lowering import lower
+from fastmerge.wide.network import Analysis, build_network
+from fastmerge.wide.optimizer_state import carry_through_link, carry_to_student
+from fastmerge.wide.template import StudentTemplate
 
 
 class BigStudent(nn.Module):
@@ -45,7 +46,7 @@ class BigStudent(nn.Module):
     Attributes:
         gates: ``nn.ModuleDict`` of one :class:`~fastmerge.HardConcrete` per channel group; candidate t·n + j is channel j
             of teacher t.
-        groups: the :class:`~fastmerge.channel_groups.ChannelGroups`.
+        groups: the :class:`~fastmerge.channels.grouping.ChannelGroups`.
         network: the wide modules under the teachers' own paths.
         num_teachers: T.
         linked: whether the off-diagonal weights are there and trained.

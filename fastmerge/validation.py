@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from fastmerge.tracing import TracedNetwork
+from fastmerge.channels.tracing import TracedNetwork
 
 
 def check_teachers(teachers: Sequence[nn.Module]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastmerge.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.tracing import TracedNetwork
+from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.channels.tracing import TracedNetwork
 
 _SIZES = (64, 32, 28, 96, 128, 224, 299, 16, 8, 48, 256, 20, 24, 40, 56, 84, 112, 160, 192, 384, 512)
 

@@ -14,17 +14,33 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-if TYPE_CHECKING:
-    from fastmerge.channel_ids import _IdMode
+from fastmerge.channels.record import NO_ID, compact
 
-_SAME = set(
-    "clone contiguous _to_copy alias detach lift_fresh lift_fresh_copy to dropout native_dropout _fused_dropout zero".split()
-)
+if TYPE_CHECKING:
+    from fastmerge.channels.ids import _IdMode
+
+_SAME = {
+    *("clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift_fresh_copy", "to", "zero"),
+    *("dropout", "native_dropout", "_fused_dropout"),
+}
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-_MOVEMENTS = set(
-    "permute transpose t unsqueeze squeeze expand slice select split split_with_sizes unbind cat stack flip roll index "
-    "index_select narrow pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat unfold gather tile".split()
-)
+_MOVEMENTS = {
+    *("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat", "tile", "flip", "roll", "unfold"),
+    *(
+        "slice",
+        "select",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "cat",
+        "stack",
+        "index",
+        "index_select",
+        "gather",
+    ),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
+}
 _POOLS = (
     "max_pool",
     "avg_pool",
@@ -36,44 +52,17 @@ _POOLS = (
     "replication_pad",
 )
 _REDUCTIONS = {
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "prod",
-    "max",
-    "min",
-    "linalg_vector_norm",
-    "norm",
-    "logsumexp",
+    *("mean", "sum", "amax", "amin", "max", "min", "median", "prod", "var", "std", "var_mean", "std_mean"),
+    *("linalg_vector_norm", "norm", "logsumexp", "nanmean", "nansum"),
 }
-_REDUCTIONS |= {"var_mean", "std_mean", "median", "nanmean", "nansum"}
 # pointwise operations that PyTorch does not tag as such
-_POINTWISE = set(
-    "hardswish leaky_relu prelu _prelu_kernel rrelu rrelu_with_noise log_sigmoid_forward hardshrink softshrink celu selu "
-    "where lerp".split()
-)
+_POINTWISE = {
+    *("hardswish", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "rrelu_with_noise", "log_sigmoid_forward"),
+    *("hardshrink", "softshrink", "celu", "selu", "where", "lerp"),
+}
 _ALONG = {"_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "_safe_softmax"}
 _LINEAR = {*_SAME, *_RESHAPES, *_MOVEMENTS, "mean", "sum", "add", "sub", "neg", "constant_pad_nd"}
 _LINEAR_PREFIXES = ("avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "upsample_", "_upsample_")
-NO_ID = -1
-
-
-def compact(ids: Tensor, *others: Tensor, keep_first: bool = False) -> Any:
-    """Index 0 along every dimension in which all tensors merely repeat (stride 0).
-
-    Args:
-        ids: an int64 tensor.
-        others: more tensors of the same shape.
-        keep_first: whether dimension 0 is left at its length.
-    """
-    tensors = [ids, *others]
-    for d in range(int(keep_first), ids.dim()):
-        if ids.shape[d] > 1 and all(t.stride(d) == 0 for t in tensors):
-            tensors = [t.narrow(d, 0, 1) for t in tensors]
-    return tensors if others else tensors[0]
 
 
 def apply_rule(mode: _IdMode, func: Any, args: Any, kwargs: Any, out: Any) -> None:

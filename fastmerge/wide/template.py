@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmerge.wide_network import Layout
+from fastmerge.wide.network import Layout
 
 
 class StudentTemplate:
@@ -59,7 +60,8 @@ def _replace(module: nn.Module, replacements: Mapping[Tensor, Tensor]) -> None:
         for old, new in replacements.items()
     }
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        owned: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in owned:
             for key, old in tensors.items():
                 if old is not None and old in made:
                     tensors[key] = made[old]

@@ -1,121 +1,19 @@
-"""Which channels live and die together: units, and groups of units that can change places.
+"""From a record of who writes and reads which channel id to channel groups.
 
-A *unit* is a set of channel ids that is kept or dropped as a whole: one channel, or a block of a grouped convolution with its
-inputs and outputs. Units with the same readers, writers and operations can change places, so they form a *channel group*: one
-gate vector, n places, T·n candidates.
+A *unit* is a set of channel ids that is kept or dropped as a whole: one channel, or a block of a grouped convolution with
+its inputs and outputs. Units with the same readers, writers and operations can change places, so they form a *channel
+group*: one gate vector, n places, T·n candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from numpy.typing import NDArray
 
-from fastmerge.channel_ids import IdRecord, run_on_ids
-from fastmerge.examples import infer_example_inputs
-from fastmerge.tracing import trace
-
-SHARED = -1  # network input without any parameter of its own: the same for all teachers
-OUTPUT = -2  # the network's output: averaged
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that compete for the same places.
-
-    Attributes:
-        name: readable and unique, a valid key of ``nn.ModuleDict``.
-        size: places per network, n.
-        channels: channels per place: 1, or more for blocks of a grouped convolution.
-        producers: layers (and other parameters) that write these channels.
-        consumers: layers that read them.
-    """
-
-    name: str
-    size: int
-    channels: int
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AxisUnits:
-    """Where the units lie along one dimension.
-
-    Attributes:
-        group: int64 per index; number of the group, SHARED or OUTPUT.
-        place: int64 per index; the unit's place within its group, 0 where there is no group.
-    """
-
-    group: np.ndarray
-    place: np.ndarray
-
-    @property
-    def has_groups(self) -> bool:
-        return bool((self.group >= 0).any())
-
-
-@dataclass(frozen=True)
-class ChannelGroups:
-    """What running a network on channel ids found.
-
-    Iterates over its :class:`ChannelGroup` items; ``str()`` is a table.
-
-    Attributes:
-        groups: the groups, in the order of the network.
-        inputs: per layer (by weight name) the units its input dimension reads.
-        outputs: per layer the units its output dimension writes.
-        tensors: per other parameter or buffer its units and the dimension they lie along; None: kept as a whole.
-        reads: per (mode, node name) of a layer call, the units it reads.
-        kept_whole: (layer, operation) pairs that mix channels, which therefore are kept from one teacher as a whole.
-    """
-
-    groups: list[ChannelGroup]
-    inputs: dict[str, AxisUnits]
-    outputs: dict[str, AxisUnits]
-    tensors: dict[str, tuple[int | None, AxisUnits]]
-    reads: dict[tuple[str, str], AxisUnits]
-    kept_whole: list[tuple[str, str]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __iter__(self) -> Iterator[ChannelGroup]:
-        return iter(self.groups)
-
-    def __getitem__(self, index: int) -> ChannelGroup:
-        return self.groups[index]
-
-    def __str__(self) -> str:
-        rows = [("group", "places", "channels", "written by", "read by")]
-        rows += [
-            (g.name, str(g.size), str(g.channels), ", ".join(g.producers), ", ".join(g.consumers)) for g in self.groups
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]} -> {row[4]}" for row in rows
-        ]
-        notes = [f"kept from one teacher as a whole: what {where} mixes ({what})" for where, what in self.kept_whole]
-        return "\n".join([*lines, *notes])
-
-
-def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:
-    """Finds the channel groups of a network: which channels a merge would choose among.
-
-    Args:
-        model: any network of convolutions and linear layers that ``torch.fx`` can trace; it is not changed.
-        example_inputs: a tensor (N, C, ...) or a tuple of tensors that its forward takes, N at least 2; inferred for
-            networks with one image, signal or vector input.
-
-    Raises:
-        ValueError: if the network can't be traced or merged, naming the layer.
-    """
-    traced = trace(model)
-    return group_channels(run_on_ids(traced, infer_example_inputs(traced, example_inputs)))
+from fastmerge.channels.groups import OUTPUT, SHARED, AxisUnits, ChannelGroup, ChannelGroups
+from fastmerge.channels.ids import IdRecord
 
 
 def group_channels(record: IdRecord) -> ChannelGroups:
@@ -151,14 +49,14 @@ def connected(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndar
 
 def _mix(*values: Any) -> np.ndarray:
     """A 64-bit hash of equally long integer arrays, element by element (splitmix64 rounds)."""
-    h = np.uint64(0x9E3779B97F4A7C15)
+    h: NDArray[np.uint64] = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for value in values:
             h = h ^ np.asarray(value).astype(np.uint64)
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             h = h ^ (h >> np.uint64(31))
-    return np.asarray(h)
+    return h
 
 
 class _Grouping:
@@ -186,8 +84,8 @@ class _Grouping:
             owned[unit[layer.outputs]] = True
             if layer.call.groups > 1:
                 owned[unit[layer.inputs]] = True
-        for ids in record.tensors.values():
-            owned[unit[np.unique(ids.numpy())]] = True
+        for tensor in record.tensors.values():
+            owned[unit[np.unique(tensor.numpy())]] = True
         kind = np.where(owned, 0, SHARED)
         for ids in record.outputs:
             kind[unit[ids[ids >= 0]]] = OUTPUT
@@ -196,12 +94,13 @@ class _Grouping:
         return kind
 
     def _refuse_used_outputs(self, kind: np.ndarray) -> None:
+        network_input = np.concatenate([np.zeros(0, dtype=np.int64), *self.record.inputs])
         for layer in self.record.layers.values():
             name = layer.call.name
-            if (kind[layer.inputs] == OUTPUT).any():
+            if (kind[np.setdiff1d(layer.inputs, network_input)] == OUTPUT).any():
                 raise ValueError(
                     f"layer '{name}' reads channels that are also an output of the network. The big student averages the "
-                    "teachers' outputs, so what layer reads must not be one; return it from a separate layer"
+                    "teachers' outputs, so what a layer reads must not be one; return it from a separate layer"
                 )
             output = kind[layer.outputs] == OUTPUT
             if layer.call.groups > 1 and output.any():

@@ -11,7 +11,6 @@ Ids live in int64 tensors of the activation's shape, expanded (stride 0) where t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,95 +19,10 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastmerge.id_rules import apply_rule, compact
-from fastmerge.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.tracing import TracedNetwork, module_path
-
-NO_ID = -1
-
-
-@dataclass
-class Axis:
-    """One dimension of one tensor and the channel ids along it.
-
-    Attributes:
-        owner: name of the parameter or buffer, or of a layer's reading side.
-        ids: int64, one id per index.
-    """
-
-    owner: str
-    ids: np.ndarray
-
-
-@dataclass
-class LayerRecord:
-    """A convolution or linear layer: one weight, all its calls."""
-
-    call: LayerCall
-    inputs: np.ndarray
-    outputs: np.ndarray
-
-
-@dataclass
-class IdRecord:
-    """Everything a run on ids wrote down.
-
-    Attributes:
-        layers: by weight name.
-        tensors: element ids of every other floating parameter and buffer that the forward uses, by name.
-        united: pairs of ids that are one channel.
-        tied: pairs of ids that are kept or dropped together without being one channel.
-        memberships: per operation and output, the ids it computed, and a text that tells the operation apart.
-        positions: ids that can't change places with others, each with its distinguishing text.
-        inputs: ids of the network's input channels.
-        outputs: ids in the network's outputs.
-        nonlinear_tail_nodes: names of nodes whose operation does not commute with a mean.
-        reads: by (mode, node name) of a layer call, the ids of the channels it reads.
-    """
-
-    layers: dict[str, LayerRecord] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    tied: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    memberships: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    positions: list[tuple[str, int]] = field(default_factory=list)
-    mixed: list[tuple[str, str, np.ndarray]] = field(default_factory=list)
-    inputs: list[np.ndarray] = field(default_factory=list)
-    outputs: list[np.ndarray] = field(default_factory=list)
-    nonlinear_nodes: set[tuple[str, str]] = field(default_factory=set)
-    reads: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    count: int = 0
-
-    def new_ids(self, n: int) -> Tensor:
-        """n fresh ids."""
-        self.count += n
-        return torch.arange(self.count - n, self.count)
-
-    def unite(self, a: Tensor, b: Tensor) -> None:
-        """Says that ids meeting in one number are one channel. ``a`` and ``b`` broadcast."""
-        self._pair(self.united, a, b)
-
-    def tie(self, a: Tensor, b: Tensor) -> None:
-        """Says that channels can only be kept together."""
-        self._pair(self.tied, a, b)
-
-    def collapse(self, parts: list[Tensor], where: str, why: str) -> Tensor:
-        """Unites all ids that an operation mixes: exact whatever it does, as one teacher's are kept as a whole."""
-        ids = torch.cat([compact(p).reshape(-1) for p in parts])
-        ids = torch.unique(ids[ids != NO_ID])
-        if len(ids) > 1:
-            self.unite(ids[:1].expand(len(ids) - 1), ids[1:])
-            self.mixed.append((where, why, ids.numpy()))
-        return ids[0] if len(ids) else torch.tensor(NO_ID)
-
-    @staticmethod
-    def _pair(pairs: list[tuple[np.ndarray, np.ndarray]], a: Tensor, b: Tensor) -> None:
-        a, b = torch.broadcast_tensors(a, b)
-        a, b = compact(a, b)
-        keep = (a != b) & (a != NO_ID) & (b != NO_ID)
-        if keep.any():
-            both = torch.unique(a[keep] << 32 | b[keep])
-            pairs.append(((both >> 32).numpy(), (both & 0xFFFFFFFF).numpy()))
+from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.channels.record import NO_ID, IdRecord, LayerRecord, compact
+from fastmerge.channels.rules import apply_rule
+from fastmerge.channels.tracing import TracedNetwork, module_path
 
 
 class _IdMode(TorchDispatchMode):

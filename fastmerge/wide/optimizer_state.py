@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastmerge.compression import Compressor
-from fastmerge.widening import WideLayer
+from fastmerge.wide.compression import Compressor
+from fastmerge.wide.layers import WideLayer
 
 
 def carry_through_link(optimizer: Optimizer, layers: Iterable[WideLayer]) -> None:

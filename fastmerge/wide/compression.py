@@ -1,4 +1,4 @@
-"""From the big student to a network of the teachers' size: which candidates to keep, and every tensor cut down to them."""
+"""From the big student to one teacher's size: which candidates to keep, and every tensor cut down to them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmerge.channel_groups import AxisUnits, ChannelGroups
+from fastmerge.channels.groups import AxisUnits, ChannelGroups
 from fastmerge.gates import HardConcrete
-from fastmerge.wide_network import Layout
-from fastmerge.widening import WideLayer
+from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.network import Layout
 
 
 def kept_candidates(groups: ChannelGroups, gates: nn.ModuleDict) -> dict[str, Tensor]:
@@ -89,7 +89,8 @@ class Compressor:
                 yield weight, self._weight(wide, weight, source)
         for bias, weight in self.layout.biases.items():
             wide = self.network.get_submodule(self.layout.layers[weight])
-            assert isinstance(wide, WideLayer) and wide.bias is not None
+            assert isinstance(wide, WideLayer)
+            assert wide.bias is not None
             source = read(wide.bias)
             if source is not None:
                 yield bias, self._bias(wide, weight, source)

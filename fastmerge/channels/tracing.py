@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,19 @@ class TracedNetwork:
 class _PathTracer(fx.Tracer):
     """A tracer that knows which module it is in when tracing fails."""
 
-    proxy_buffer_attributes = True  # buffers as nodes, like parameters: they hold per-channel values too
-
     def __init__(self) -> None:
         super().__init__(param_shapes_constant=True)
         self.entered: list[str] = []
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Buffers become nodes too, like parameters: they hold per-channel values."""
+        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            name = next((n for n, buffer in self.root.named_buffers() if buffer is attr_val), None)
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.entered.append(self.path_of_module(m))

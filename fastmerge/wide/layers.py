@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.layer_calls import Geometry
+from fastmerge.channels.layer_calls import Geometry
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -126,11 +126,11 @@ class WideLayer(nn.Module):
         if self.wiring.has_off_diagonal and not self.linked:
             return self._block_diagonal(streams, output_size)
         x = streams[0] if len(streams) == 1 else torch.cat(list(streams), dim=self.geometry.channel_dim)
-        out = self._apply(x, self.weight, self.bias, output_size)
+        out = self._compute(x, self.weight, self.bias, output_size)
         if not self.wiring.writes_streams:
             return (out,)
-        dim = self.geometry.channel_dim
-        return tuple(out.narrow(dim, t * self.out_channels, self.out_channels) for t in range(self.num_teachers))
+        # unsafe: as tensors of their own to autograd, so that a ReLU in place on one stream leaves the others' versions alone
+        return tuple(torch.unsafe_split(out, self.out_channels, dim=self.geometry.channel_dim))
 
     def each(self, streams: Sequence[Tensor], output_size: Any = None) -> tuple[Tensor, ...]:
         """Each teacher's own output of an averaging layer; their mean is :meth:`forward`."""
@@ -140,7 +140,7 @@ class WideLayer(nn.Module):
                 self.weight.narrow(self.geometry.in_dim, t * self.in_channels, self.in_channels) * self.num_teachers
             )
             bias = self.bias if self.bias is None or self.bias_offset is None else self.bias + self.bias_offset[t]
-            outputs.append(self._apply(x, weight, bias, output_size))
+            outputs.append(self._compute(x, weight, bias, output_size))
         return tuple(outputs)
 
     def _block_diagonal(self, streams: Sequence[Tensor], output_size: Any) -> tuple[Tensor, ...]:
@@ -148,10 +148,10 @@ class WideLayer(nn.Module):
         outputs = []
         for t, x in enumerate(streams):
             bias = None if self.bias is None else self.bias.narrow(0, t * self.out_channels, self.out_channels)
-            outputs.append(self._apply(x, self.weight.narrow(0, t * rows, rows), bias, output_size))
+            outputs.append(self._compute(x, self.weight.narrow(0, t * rows, rows), bias, output_size))
         return tuple(outputs)
 
-    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any) -> Tensor:
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any) -> Tensor:
         geometry, options = self.geometry, dict(self.geometry.options)
         if geometry.kind == "linear":
             return F.linear(x, weight, bias)

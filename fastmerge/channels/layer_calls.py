@@ -133,9 +133,9 @@ def _module_call(node: fx.Node, module: nn.Module, parameter_names: dict[int, st
 
 def _function_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) -> LayerCall | None:
     kind, spatial_dims, names = _FUNCTIONS[node.target]
-    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     source, weight, bias = arguments.get("input"), arguments.get("weight"), arguments.get("bias")
-    groups = arguments.get("groups", 1)
+    groups: Any = arguments.get("groups", 1)
     weight_name = _parameter_of(weight, root, parameter_names)
     bias_name = _parameter_of(bias, root, parameter_names)
     options = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias", "groups")}

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fastmerge.channel_groups import OUTPUT, ChannelGroups
-from fastmerge.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.tracing import TracedNetwork
-from fastmerge.widening import StreamTensors, WideLayer, Wiring
+from fastmerge.channels.groups import OUTPUT, ChannelGroups
+from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.wide.layers import StreamTensors, WideLayer, Wiring
 
 
 @dataclass
@@ -133,7 +133,7 @@ def build_network(analysis: Analysis, teachers: Sequence[nn.Module], keep_each_b
     Args:
         analysis: of the first teacher.
         teachers: T networks of one architecture.
-        keep_each_bias: see :class:`~fastmerge.widening.WideLayer`.
+        keep_each_bias: see :class:`~fastmerge.wide.layers.WideLayer`.
 
     Returns:
         A tree of modules with the teachers' paths, and where everything is.
@@ -195,10 +195,11 @@ def attach(network: nn.Module, path: str, value: Any) -> None:
             network.add_module(name, nn.Module())
         network = network.get_submodule(name)
     if isinstance(value, nn.Module):
-        children = dict(network._modules[last].named_children()) if network._modules.get(last) is not None else {}
+        container = network._modules.get(last)
         network.add_module(last, value)
-        for name, child in children.items():  # what was put below a container that turns out to be a module
-            value.add_module(name, child)
+        if container is not None:  # what was put below a container that turns out to be a module
+            for name, child in container.named_children():
+                value.add_module(name, child)
     elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         network.register_buffer(last, value, persistent=False)
     else:

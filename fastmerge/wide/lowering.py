@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastmerge.channel_groups import AxisUnits, ChannelGroups
-from fastmerge.layer_calls import LayerCall
-from fastmerge.wide_network import Analysis, attach, has
-from fastmerge.widening import GateStreams
+from fastmerge.channels.groups import AxisUnits, ChannelGroups
+from fastmerge.channels.layer_calls import LayerCall
+from fastmerge.wide.layers import GateStreams
+from fastmerge.wide.network import Analysis, attach, has
 
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm, torch.batch_norm, torch.group_norm, torch.instance_norm)
@@ -130,7 +130,9 @@ class _Lowering:
         """The path of the module that gates what a layer reads; a layer used twice may read different channels."""
         path = f"gates_before.{call.name.replace('.', '_')}"
         while has(self.network, path):
-            if torch.equal(self.network.get_submodule(path).index, columns):
+            gate = self.network.get_submodule(path)
+            assert isinstance(gate, GateStreams)
+            if torch.equal(gate.index.cpu(), columns):
                 return path
             path += "_"
         attach(self.network, path, GateStreams(columns, call.geometry.channel_dim))

@@ -1,0 +1,30 @@
+"""Which channels of a network live and die together: found by running it on channel ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastmerge.channels.examples import infer_example_inputs
+from fastmerge.channels.grouping import group_channels
+from fastmerge.channels.groups import ChannelGroup, ChannelGroups
+from fastmerge.channels.ids import run_on_ids
+from fastmerge.channels.tracing import trace
+
+__all__ = ["ChannelGroup", "ChannelGroups", "channel_groups"]
+
+
+def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:
+    """Finds the channel groups of a network: which channels a merge would choose among.
+
+    Args:
+        model: any network of convolutions and linear layers that ``torch.fx`` can trace; it is not changed.
+        example_inputs: a tensor (N, C, ...) or a tuple of tensors that its forward takes, N at least 2; inferred for
+            networks with one image, signal or vector input.
+
+    Raises:
+        ValueError: if the network can't be traced or merged, naming the layer.
+    """
+    traced = trace(model)
+    return group_channels(run_on_ids(traced, infer_example_inputs(traced, example_inputs)))
