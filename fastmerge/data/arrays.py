@@ -1,0 +1,110 @@
+"""Images and their classes as uint8 arrays, from an .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """Images to train on and images to test on.
+
+    Attributes:
+        train_images, test_images: uint8 (N, H, W, C), of one H, W and C.
+        train_labels, test_labels: int64 (N,), classes from 0 on.
+    """
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+
+    @property
+    def classes(self) -> int:
+        """How many classes the training labels name."""
+        return int(self.train_labels.max()) + 1
+
+
+def load_npz(path: str | Path) -> ImageArrays:
+    """Loads an .npz file with ``train_images, train_labels, test_images, test_labels``; other arrays may be in it.
+
+    Args:
+        path: the file. Images are uint8 (N, H, W, C), or (N, H, W) for grey ones, with 1, 3 or 4 channels; labels are
+            integers (N,), at least 0.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no .npz, lacks an array, or holds one of another dtype, shape or range; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file")
+    with np.load(path, allow_pickle=False) as file:
+        if missing := [key for key in KEYS if key not in file.files]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(KEYS)}")
+        try:
+            arrays = {key: file[key] for key in KEYS}
+        except (ValueError, zipfile.BadZipFile) as error:  # pickled objects, a truncated or damaged file
+            raise ValueError(f"{path} can't be read: {error}") from error
+    return check_arrays(str(path), arrays)
+
+
+def check_arrays(where: str, arrays: dict[str, NDArray[Any]]) -> ImageArrays:
+    """Checks four arrays and brings them to one form.
+
+    Args:
+        where: what messages call the source.
+        arrays: by the names of :class:`ImageArrays`.
+
+    Raises:
+        ValueError: as :func:`load_npz`.
+    """
+    images = {split: _images(f"{where}: {split}_images", arrays[f"{split}_images"]) for split in ("train", "test")}
+    labels = {
+        split: _labels(f"{where}: {split}_labels", arrays[f"{split}_labels"], len(images[split]))
+        for split in ("train", "test")
+    }
+    if images["train"].shape[1:] != images["test"].shape[1:]:
+        raise ValueError(
+            f"{where}: train_images and test_images must be of one height, width and channels; they are "
+            f"{images['train'].shape[1:]} and {images['test'].shape[1:]}"
+        )
+    if labels["test"].max() > labels["train"].max():
+        raise ValueError(
+            f"{where}: test_labels go up to {labels['test'].max()}, train_labels only to {labels['train'].max()}"
+        )
+    return ImageArrays(images["train"], labels["train"], images["test"], labels["test"])
+
+
+def _images(name: str, images: NDArray[Any]) -> NDArray[np.uint8]:
+    if images.dtype != np.uint8:
+        raise ValueError(f"{name} must be uint8, 0..255; it is {images.dtype}")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} must have shape (N, H, W, C) with 1, 3 or 4 channels, or (N, H, W); got {images.shape}"
+        )
+    if 0 in images.shape:
+        raise ValueError(f"{name} is empty: {images.shape}")
+    return images
+
+
+def _labels(name: str, labels: NDArray[Any], count: int) -> NDArray[np.int64]:
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers; it is {labels.dtype}")
+    if labels.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), one label per image; got {labels.shape}")
+    if labels.min() < 0:
+        raise ValueError(f"{name} must be at least 0; it holds {labels.min()}")
+    return labels.astype(np.int64)

@@ -1,0 +1,140 @@
+"""Every choice of one experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fastmerge.data.dataset import Dataset
+from fastmerge.training.order import Augment
+from fastmerge.training.stacked import Criterion, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every choice of one experiment; strategies are compared at equal epochs.
+
+    Attributes:
+        name: as on the command line.
+        metric: what strategies are compared by, and what best-of-three chooses by, on the test data.
+        make_network: ``make_network(width)``, a network with fresh weights.
+        load_data: ``load_data(path, seed)``, the data set.
+        criterion: of one network and batch, a mean over the batch.
+        epochs: in all, of each strategy: teachers take 1/3 each, merge stage and fine-tuning 1/6 each.
+        batch_size: samples per step.
+        lr: learning rate of the weights at the start of every stage.
+        teacher_milestones, long_milestones, finetune_milestones: epochs of a teacher, of ``one``, and of fine-tuning
+            after which the learning rate is divided by ten. The merge stage has none.
+        momentum, weight_decay: of SGD; gates have the same momentum and no weight decay.
+        gate_lr: learning rate of the gates.
+        lam_start, lam_step: λ grows as :class:`~fastmerge.QuadraticLambda`.
+        link_at: fraction of the merge stage before the big student becomes dense.
+        augment: random changes of training images, or None.
+        test_every: epochs between two looks at the test data; the end of a stage always has one.
+        stack: replicates trained as one batched network. Results depend on it only by rounding and by gates' draws.
+        curve: for a regression of one variable, ``curve()`` gives inputs (points, 1) and the true values to draw.
+        source: where the choices come from.
+    """
+
+    name: str
+    metric: Literal["test_loss", "test_accuracy"]
+    make_network: Callable[[int], nn.Module]
+    load_data: Callable[[Path | None, int], Dataset]
+    criterion: Criterion
+    epochs: int
+    batch_size: int
+    lr: float
+    teacher_milestones: tuple[int, ...]
+    long_milestones: tuple[int, ...]
+    finetune_milestones: tuple[int, ...]
+    momentum: float
+    weight_decay: float
+    gate_lr: float
+    lam_start: float
+    lam_step: float
+    link_at: float
+    augment: Augment | None
+    test_every: int
+    stack: int
+    source: str
+    curve: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 6 or self.epochs % 6:
+            raise ValueError(f"a recipe needs epochs that divide by 6, for its stages to add up; got {self.epochs}")
+
+    @property
+    def unit(self) -> int:
+        """A sixth of the epochs: the merge stage, fine-tuning, half a teacher."""
+        return self.epochs // 6
+
+    def scaled(self, budget: float) -> Recipe:
+        """The same experiment with a fraction of the epochs.
+
+        Every stage and milestone shrinks by the budget, rounded so that the strategies stay equal, and λ grows faster,
+        so that it ends where it would have.
+
+        Raises:
+            ValueError: the budget is not above 0.
+        """
+        if not budget > 0:
+            raise ValueError(f"a budget must be above 0; got {budget}")
+        unit = max(1, round(self.unit * budget))
+        factor = unit / self.unit
+
+        def milestones(values: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(max(1, round(value * factor)) for value in values)
+
+        return replace(
+            self,
+            epochs=6 * unit,
+            teacher_milestones=milestones(self.teacher_milestones),
+            long_milestones=milestones(self.long_milestones),
+            finetune_milestones=milestones(self.finetune_milestones),
+            lam_step=self.lam_step / factor,
+            test_every=max(1, round(self.test_every * factor)),
+        )
+
+    def teacher_stage(self) -> Stage:
+        """A teacher, or one of three."""
+        return self._stage("teachers", 2 * self.unit, self.teacher_milestones)
+
+    def long_stage(self) -> Stage:
+        """One network for all epochs."""
+        return self._stage("long run", self.epochs, self.long_milestones)
+
+    def merge_stages(self) -> tuple[Stage, Stage]:
+        """The merge stage before and after linking; either may have no epochs."""
+        before = round(self.link_at * self.unit)
+        return self._stage("merge", before, ()), self._stage("merge", self.unit - before, ())
+
+    def finetune_stage(self) -> Stage:
+        """The student after compression."""
+        return self._stage("fine-tune", self.unit, self.finetune_milestones)
+
+    def config(self) -> dict[str, Any]:
+        """The choices as JSON values; functions by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: _name(value) if callable(value) else value for key, value in values.items() if value is not None}
+
+    def _stage(self, name: str, epochs: int, milestones: tuple[int, ...]) -> Stage:
+        return Stage(
+            name=name,
+            epochs=epochs,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            criterion=self.criterion,
+            milestones=milestones,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            gate_lr=self.gate_lr,
+            augment=self.augment,
+        )
+
+
+def _name(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,176 @@
+"""The paper's strategy: two teachers, a merge stage, compression, fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.big_student import BigStudent
+from fastmerge.data.dataset import Dataset
+from fastmerge.kernels.gate import open_probability
+from fastmerge.merging import gate_warnings, origins
+from fastmerge.schedules import QuadraticLambda
+from fastmerge.training.jobs import Job, Outcome, Reporter, predictions, state_on_cpu, train_stage
+from fastmerge.training.scores import Curves, score, spread
+from fastmerge.training.stack import Stack
+from fastmerge.training.stacked import EpochLosses
+
+TEACHERS = 2
+
+
+def student(job: Job, data: Dataset, reporter: Reporter) -> Outcome:
+    """Two thirds of the epochs in two teachers, a sixth in the merge stage, a sixth in fine-tuning."""
+    return _StudentRun(job, data, reporter).run()
+
+
+class _StudentRun:
+    """One job of the student strategy; ``rows`` are the replicates that have not diverged."""
+
+    def __init__(self, job: Job, data: Dataset, reporter: Reporter) -> None:
+        self.job, self.data, self.reporter, self.recipe = job, data, reporter, job.recipe
+        self.size = len(job.replicates)
+        self.rows = list(range(self.size))
+        self.curves = Curves(self.size)
+        self.borders: dict[str, list[float]] = {}
+        self.open_probability: list[dict[str, Tensor]] = []
+        self.lam: list[float] = []
+        self.kept: list[dict[str, list[int]] | None] = [None] * self.size
+
+    def run(self) -> Outcome:
+        teachers = self._teachers()
+        if not self.rows:
+            return Outcome([math.nan] * self.size, self.curves, [None] * self.size)
+        students = self._finetune(self._merge(teachers))
+        final = self.borders["student"]
+        drawn = predictions(self.job, students)
+        networks: list[dict[str, Tensor] | None] = [None] * self.size
+        for row, network in zip(self.rows, students.networks(), strict=True):
+            networks[row] = state_on_cpu(network) if math.isfinite(final[row]) else None
+        return Outcome(
+            values=final,
+            curves=self.curves,
+            networks=networks,
+            predictions=None if drawn is None else spread(drawn, self.rows, self.size),
+            student={"gates": self._gates(), "borders": self.borders, "kept": self.kept},
+        )
+
+    def _teachers(self) -> list[nn.Module]:
+        """Trains the teachers and returns those of the replicates that go on, two by two."""
+        stack = Stack(self.job.fresh_networks(TEACHERS, 1))
+        stage = self.recipe.teacher_stage()
+        values: dict[str, Tensor] = {}
+        for losses in train_stage(self.job, stack, self.data, stage, self.rows, self.reporter):
+            if self._is_tested(losses.epoch, stage.epochs):
+                values = {"train_loss": losses.loss, **self._score(stack)}
+                self._record(TEACHERS * losses.epoch, {name: _mean_of_two(value) for name, value in values.items()})
+        metric = values[self.recipe.metric].view(self.size, TEACHERS)
+        for index in range(TEACHERS):
+            self.borders[f"teacher {index}"] = metric[:, index].tolist()
+        finite = _mean_of_two(values["train_loss"]).isfinite()
+        self.rows = [row for row in self.rows if finite[row]]
+        return [stack.network(TEACHERS * row + index) for row in self.rows for index in range(TEACHERS)]
+
+    def _merge(self, teachers: list[nn.Module]) -> Stack:
+        """Trains the big students and returns them compressed."""
+        example = self.data.normalise(self.data.train_inputs[:2])
+        bigs = []
+        for position, row in enumerate(self.rows):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.job.seed_for("gates", self.job.replicates[row]))
+                pair = teachers[TEACHERS * position : TEACHERS * (position + 1)]
+                bigs.append(BigStudent(*pair, example_inputs=example))
+        stack = Stack(bigs)
+        before = _open_probabilities(stack)
+        first = TEACHERS * 2 * self.recipe.unit
+        for linked, losses in self._merge_epochs(stack):
+            stack = linked
+            self.open_probability.append(_open_probabilities(stack))
+            if losses.lam is not None:
+                self.lam.append(losses.lam)
+            if self._is_tested(losses.epoch, self.recipe.unit):
+                self._record(first + losses.epoch, {"train_loss": losses.loss, **self._score(stack)})
+        self._border("big student", stack)
+        self._warn_of_gates(before, self.open_probability[-1])
+        students = []
+        for index, row in enumerate(self.rows):
+            big: Any = stack.network(index)
+            self.kept[row] = origins(big)
+            students.append(big.compress())
+        compressed = Stack(students)
+        self._border("compressed", compressed)
+        return compressed
+
+    def _merge_epochs(self, stack: Stack) -> Iterator[tuple[Stack, EpochLosses]]:
+        """The merge stage, epoch by epoch. Linking restarts the momentum, which ten steps build up again."""
+        lam = QuadraticLambda(self.recipe.lam_start, self.recipe.lam_step)
+        before, after = self.recipe.merge_stages()
+        options: dict[str, Any] = {"lam": lam, "gates": _gate_names(stack), "total": self.recipe.unit}
+        for losses in train_stage(self.job, stack, self.data, before, self.rows, self.reporter, **options):
+            yield stack, losses
+        if not after.epochs:
+            return
+        bigs: list[Any] = stack.networks()
+        for big in bigs:
+            big.link()
+        stack = Stack(bigs)
+        options["done"] = before.epochs
+        for losses in train_stage(self.job, stack, self.data, after, self.rows, self.reporter, **options):
+            yield stack, EpochLosses(before.epochs + losses.epoch, losses.loss, losses.gate_loss, losses.lam)
+
+    def _finetune(self, stack: Stack) -> Stack:
+        stage = self.recipe.finetune_stage()
+        first = self.recipe.epochs - self.recipe.unit
+        for losses in train_stage(self.job, stack, self.data, stage, self.rows, self.reporter):
+            if self._is_tested(losses.epoch, stage.epochs):
+                self._record(first + losses.epoch, {"train_loss": losses.loss, **self._score(stack)})
+        self._border("student", stack)
+        return stack
+
+    def _is_tested(self, epoch: int, last: int) -> bool:
+        return epoch % self.recipe.test_every == 0 or epoch == last
+
+    def _score(self, stack: Stack) -> dict[str, Tensor]:
+        return score(stack, self.data, self.recipe.criterion)
+
+    def _record(self, epoch: int, values: dict[str, Tensor]) -> None:
+        full = {name: spread(value.double(), self.rows, self.size) for name, value in values.items()}
+        self.curves.add(epoch, full)
+
+    def _border(self, name: str, stack: Stack) -> None:
+        self.borders[name] = spread(self._score(stack)[self.recipe.metric], self.rows, self.size).tolist()
+
+    def _warn_of_gates(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+        start, end = ({name: value.nanmean().item() for name, value in each.items()} for each in (before, after))
+        for warning in gate_warnings(start, end, 1 / TEACHERS, self.recipe.lam_step):
+            self.reporter.warn(f"mean of {len(self.rows)} replicates: {warning}")
+
+    def _gates(self) -> dict[str, Any]:
+        def rows(name: str) -> list[list[float]]:
+            return [spread(each[name], self.rows, self.size).tolist() for each in self.open_probability]
+
+        groups = list(self.open_probability[0])
+        return {"lam": self.lam, "open_probability": {name: rows(name) for name in groups}}
+
+
+def _mean_of_two(values: Tensor) -> Tensor:
+    return values.view(-1, TEACHERS).mean(1)
+
+
+def _gate_names(stack: Stack) -> set[str]:
+    big: Any = stack.skeleton
+    gates = {id(parameter) for parameter in big.gate_parameters()}
+    return {name for name, parameter in big.named_parameters() if id(parameter) in gates}
+
+
+def _open_probabilities(stack: Stack) -> dict[str, Tensor]:
+    """Mean P[g > 0] of every channel group, (R,), on the CPU."""
+    big: Any = stack.skeleton
+    found = {}
+    for group, gate in big.gates.items():
+        loc = stack.parameters[f"gates.{group}.loc"]
+        found[group] = open_probability(loc, gate.beta, gate.gamma, gate.zeta).mean(1).cpu()
+    return found

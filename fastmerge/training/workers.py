@@ -1,0 +1,153 @@
+"""Jobs in processes of their own, with one thread each.
+
+Small networks gain nothing from threads, and everything from cores. A job computes the same wherever it runs, so results
+don't depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import traceback
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from fastmerge.data.dataset import Dataset
+from fastmerge.training.jobs import Job, Outcome, Reporter
+
+
+class Run(Protocol):
+    """A function that does a job; at the top level of a module, so that another process can find it."""
+
+    def __call__(self, job: Job, data: Dataset, reporter: Reporter) -> Outcome: ...
+
+
+def run_jobs(run: Run, jobs: Sequence[Job], data: Dataset, workers: int | None, progress: bool) -> list[Outcome]:
+    """Does all jobs and returns their outcomes, in the order of the jobs.
+
+    Args:
+        run: does one job.
+        jobs: the longest first, for the processes to end together.
+        data: on the CPU.
+        workers: processes; None for one per core where jobs run on the CPU. With one, or one job, or on a GPU, jobs run
+            one after another in this process.
+        progress: whether to show a bar of epochs, summed over networks.
+
+    Raises:
+        RuntimeError: a process died, or raised what can't be sent; whatever else a job raises, it raises here too.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    total = sum(job.recipe.epochs * len(job.replicates) for job in jobs)
+    with tqdm(total=total, disable=not progress, unit="epoch", smoothing=0.05, dynamic_ncols=True) as bar:
+        if min(workers, len(jobs)) > 1 and all(job.device.type == "cpu" for job in jobs):
+            return _in_processes(run, jobs, data, min(workers, len(jobs)), bar)
+        return [_in_this_process(run, job, data, bar) for job in jobs]
+
+
+class _Bar:
+    """Shows a job's epochs on a bar."""
+
+    def __init__(self, job: Job, bar: Any) -> None:
+        self.job, self.bar = job, bar
+
+    def epoch(self, stage: str, done: int, total: int, weight: int) -> None:
+        self.bar.set_postfix_str(f"{self.job.strategy}: {stage} {done}/{total}", refresh=False)
+        self.bar.update(weight)
+
+    def warn(self, message: str) -> None:
+        with self.bar.external_write_mode():
+            warnings.warn(f"{self.job.recipe.name}, {message}", stacklevel=2)
+
+
+def _in_this_process(run: Run, job: Job, data: Dataset, bar: Any) -> Outcome:
+    devices = [job.device] if job.device.type == "cuda" else []
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.set_num_threads(1)
+            return run(job, data.to(job.device), _Bar(job, bar))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _in_processes(run: Run, jobs: Sequence[Job], data: Dataset, workers: int, bar: Any) -> list[Outcome]:
+    context = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
+    waiting = list(enumerate(jobs))
+    running: dict[Connection, tuple[int, BaseProcess]] = {}
+    outcomes: dict[int, Outcome] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                index, job = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                # As bytes, by value: multiprocessing would put tensors into /dev/shm, which containers keep small.
+                payload = pickle.dumps((run, job, data))
+                process: BaseProcess = context.Process(target=_work, args=(theirs, payload), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = (index, process)
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection)
+                index, process = running[connection]
+                message = _receive(connection, process, jobs[index])
+                if message[0] == "outcome":
+                    outcomes[index] = pickle.loads(message[1])
+                    process.join()
+                    del running[connection]
+                elif message[0] == "error":
+                    raise message[1]
+                else:
+                    getattr(_Bar(jobs[index], bar), message[0])(*message[1:])
+    finally:  # after an error or Ctrl-C the others must not go on
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
+    return [outcomes[index] for index in range(len(jobs))]
+
+
+def _receive(connection: Connection, process: BaseProcess, job: Job) -> tuple[Any, ...]:
+    try:
+        message: tuple[Any, ...] = connection.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"the process for {job.strategy}, replicates {job.replicates[0]}..{job.replicates[-1]}, ended with exit "
+            f"code {process.exitcode}; it may have run out of memory: try workers=1 or fewer replicates"
+        ) from None
+    return message
+
+
+def _work(connection: Connection, payload: bytes) -> None:
+    """Runs in the other process."""
+    torch.set_num_threads(1)
+    try:
+        run, job, data = pickle.loads(payload)
+        outcome = run(job, data, _Messages(connection))
+        connection.send(("outcome", pickle.dumps(outcome)))
+    except KeyboardInterrupt:  # Ctrl-C reaches the whole process group; the main process tells of it
+        pass
+    except Exception as error:
+        error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
+        connection.send(("error", error))
+
+
+class _Messages:
+    """Sends a job's reports to the main process."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def epoch(self, *values: Any) -> None:
+        self.connection.send(("epoch", *values))
+
+    def warn(self, message: str) -> None:
+        self.connection.send(("warn", message))
