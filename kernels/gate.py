@@ -103,8 +103,10 @@ def sample_gates(
 
     ``u ~ U(0, 1)``, ``s = sigmoid((log u - log(1 - u) + loc) / beta)``, ``z = clamp(s (zeta - gamma) + gamma, 0, 1)``.
 
-    One fused launch on a CUDA device where Triton is installed, plain PyTorch elsewhere. The draws come from the
-    device's default generator (``torch.manual_seed`` repeats them), but are others in the two cases.
+    One fused launch on a CUDA device where Triton is installed, plain PyTorch elsewhere. Either way the draws come from
+    the device's default generator, so ``torch.manual_seed`` repeats them, and ``torch.func.vmap`` needs its
+    ``randomness``; the two ways draw different numbers. The fused one can't be differentiated by ``torch.func.grad``
+    (PyTorch's custom operations can't), only by autograd, through ``vmap`` too.
 
     Args:
         loc: location of each gate, shape (C,): all channel groups of a network, concatenated.

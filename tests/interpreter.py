@@ -8,12 +8,12 @@ with TRITON_INTERPRET=1 they run in place, which is how to debug one.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import inspect
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,8 +30,8 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def report(request: pytest.FixtureRequest, **arguments: object) -> None:
-        outcomes = _outcomes(request.path, _chosen(request))
-        outcome, message = outcomes.get(request.node.name, ("failure", "the child process didn't run this test"))
+        outcomes, log = _outcomes(request)
+        outcome, message = outcomes.get(request.node.name, ("failure", f"the child process didn't run it:\n{log}"))
         if outcome == "skipped":
             pytest.skip(message)
         if outcome != "passed":
@@ -45,30 +45,34 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
     return report
 
 
-def _chosen(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """The ids of the interpreted tests of this test's module that this session is going to run."""
+def _outcomes(request: pytest.FixtureRequest) -> tuple[dict[str, tuple[str, str]], str]:
+    """How each interpreted test of this module ended, with its message, by name; and all that their process printed."""
+    folder: Path = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    results, log = (folder / f"interpreted-{request.path.stem}{suffix}" for suffix in (".xml", ".log"))
+    # The workers of pytest-xdist share one child process: the first to come runs it, the others wait for the log.
+    with (folder / f"{log.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            log.write_text(_run_interpreted(request, results))
+    cases = ElementTree.parse(results).iter("testcase") if results.exists() else []
+    return {case.attrib["name"]: _outcome(case) for case in cases}, log.read_text()
+
+
+def _run_interpreted(request: pytest.FixtureRequest, results: Path) -> str:
     items = [item for item in request.session.items if item.path == request.path]
-    return tuple(item.nodeid for item in items if hasattr(getattr(item, "function", None), "interpreted"))
-
-
-@functools.cache
-def _outcomes(path: Path, node_ids: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """Runs the tests in a child process and returns, by name, how each ended and its message."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "results.xml"
-        options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--strict-markers", f"--junitxml={results}"]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        child = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *node_ids],
-            cwd=path.parent.parent,
-            env={**environment, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if not results.exists():
-            pytest.fail(f"the interpreter's process wrote no results:\n{child.stdout}\n{child.stderr}", pytrace=False)
-        return {case.attrib["name"]: _outcome(case) for case in ElementTree.parse(results).iter("testcase")}
+    tests = [item.nodeid for item in items if hasattr(getattr(item, "function", None), "interpreted")]
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={results}", *tests],
+        cwd=request.config.rootpath,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return child.stdout
 
 
 def _outcome(case: ElementTree.Element) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from interpreter import INTERPRETING
 
 # The names under which Triton assembles: Hopper's wgmma exists on sm_90a alone.

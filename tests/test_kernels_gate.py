@@ -9,20 +9,23 @@ import pytest
 import torch
 from fastmerge.kernels import gate
 from fastmerge.kernels.gate_formulas import BETA, GAMMA, ZETA, hard_concrete, open_probability
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from gate_checks import (
     CONSTANTS,
     SEED,
     by_dtype,
     by_shape,
     check_against_float64,
+    check_ends_of_the_uniform_numbers,
+    check_extreme_loc,
     poisoned_memory,  # noqa: F401
     sample,
     sample_backward,
 )
 from interpreter import INTERPRETING, interpreted
 from philox import philox, uniforms
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -37,6 +40,12 @@ def seeds(*values: int) -> Tensor:
 @by_shape
 def test_against_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check_against_float64(shape, dtype, "cpu")
+
+
+@interpreted
+@by_dtype
+def test_gates_of_another_dtype(dtype: torch.dtype) -> None:
+    check_against_float64((33, 40), dtype, "cpu", loc_dtype=torch.float32)
 
 
 def test_known_answers_of_philox() -> None:
@@ -85,14 +94,12 @@ def test_clamped_gates_pass_no_gradient() -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_extreme_loc(dtype: torch.dtype) -> None:
-    loc = torch.tensor([-math.inf, -1e4, 1e4, math.inf, math.nan], dtype=dtype, requires_grad=True)
-    z = sample(loc, seeds(SEED), 6, *CONSTANTS, dtype)
-    assert z[:, :4].tolist() == [[0, 0, 1, 1]] * 6
-    assert z[:, 4].isnan().all()
-    z.sum().backward()
-    assert loc.grad is not None
-    assert loc.grad[:4].tolist() == [0, 0, 0, 0]
-    assert loc.grad[4].isnan()
+    check_extreme_loc(dtype, "cpu")
+
+
+@interpreted
+def test_ends_of_the_uniform_numbers() -> None:
+    check_ends_of_the_uniform_numbers("cpu")
 
 
 @interpreted

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from fastmerge.kernels.gate_formulas import BETA, GAMMA, ZETA
+
 from offline_compile import TARGETS, compile_offline
 
 triton = pytest.importorskip("triton")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +116,18 @@ def test_torch_compile_takes_it_whole() -> None:
     compiled(loc).sum().backward()
     assert loc.grad is not None
     assert (loc.grad > 0).all()
+
+
+def test_works_without_triton() -> None:
+    # None in sys.modules makes every import of triton an ImportError.
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from fastmerge.kernels.gate import sample_gates
+assert sample_gates(torch.zeros(3), 2).shape == (2, 3)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize(("n", "channels"), [(0, 4), (4, 0)])

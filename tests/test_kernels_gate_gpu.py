@@ -6,11 +6,14 @@ import pytest
 import torch
 from fastmerge.kernels.gate import sample_gates
 from fastmerge.kernels.gate_formulas import hard_concrete
+
 from gate_checks import (
     CONSTANTS,
     by_dtype,
     by_shape,
     check_against_float64,
+    check_ends_of_the_uniform_numbers,
+    check_extreme_loc,
     poisoned_memory,  # noqa: F401
     sample,
     sample_backward,
@@ -29,6 +32,20 @@ pytestmark = [
 @by_shape
 def test_against_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check_against_float64(shape, dtype, "cuda")
+
+
+@by_dtype
+def test_gates_of_another_dtype(dtype: torch.dtype) -> None:
+    check_against_float64((33, 40), dtype, "cuda", loc_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_extreme_loc(dtype: torch.dtype) -> None:
+    check_extreme_loc(dtype, "cuda")
+
+
+def test_ends_of_the_uniform_numbers() -> None:
+    check_ends_of_the_uniform_numbers("cuda")
 
 
 def test_gates_are_never_rounded_up_to_open() -> None:
