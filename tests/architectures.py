@@ -1,0 +1,103 @@
+"""The zoo: small networks, each with its own way of moving channels around.
+
+Every test of the core that should hold for *any* network runs over :data:`ZOO`. The networks stand in ``zoo_*.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import zoo_concatenating as cat
+import zoo_grouped as grouped
+import zoo_heads as heads
+import zoo_plain as plain
+import zoo_residual as residual
+import zoo_unusual as unusual
+from teachers import make_batch
+from torch import Tensor, nn
+
+IMAGE = (3, 8, 8)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One network of the zoo.
+
+    Attributes:
+        name: the test's id.
+        make: returns a new network.
+        example_shape: shape of one sample, or one shape per input.
+        stochastic: whether the network itself draws numbers in training mode (dropout).
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    example_shape: tuple[int, ...] | tuple[tuple[int, ...], ...] = IMAGE
+    stochastic: bool = False
+
+    def inputs(self, batch: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """One tensor (batch, *shape) per input of the network, from :func:`teachers.make_batch`."""
+        several = isinstance(self.example_shape[0], tuple)
+        shapes = self.example_shape if several else (self.example_shape,)
+        return tuple(make_batch(batch, shape, seed + i, dtype) for i, shape in enumerate(shapes))
+
+
+ZOO = [
+    Architecture("resnet_padded_shortcut", partial(residual.ResNet, shortcut="pad")),
+    Architecture("resnet_projected_shortcut", partial(residual.ResNet, shortcut="project")),
+    Architecture("resnet_preactivation", residual.PreActivationResNet),
+    Architecture("resnet_squeeze_excitation", partial(residual.ResNet, shortcut="project", excite=True)),
+    Architecture("resnet_odd_widths", partial(residual.ResNet, shortcut="project", widths=(5, 7))),
+    Architecture("resnext", residual.ResNeXt),
+    Architecture("resnet_scaled_without_norm", residual.ScaledResidual),
+    Architecture("residual_mlp", residual.ResidualMLP, (5,)),
+    Architecture("residual_to_output", residual.Denoiser),
+    Architecture("mobilenet", grouped.MobileNet),
+    Architecture("depthwise_multiplier", grouped.DepthwiseMultiplier),
+    Architecture("shufflenet_v1", grouped.ShuffleNetV1),
+    Architecture("shufflenet_v2", grouped.ShuffleNetV2),
+    Architecture("group_norm", grouped.GroupNormed),
+    Architecture("instance_norm", grouped.InstanceNormed),
+    Architecture("gated_linear_unit", grouped.GatedLinearUnits),
+    Architecture("pixel_shuffle", grouped.PixelShuffled),
+    Architecture("densenet", cat.DenseNet),
+    Architecture("unet", cat.UNet),
+    Architecture("squeezenet", cat.SqueezeNet),
+    Architecture("inception", cat.Inception),
+    Architecture("input_concatenated", cat.InputConcatenated),
+    Architecture("two_poolings", cat.TwoPoolings),
+    Architecture("two_activations", cat.TwoActivations),
+    Architecture("mlp", plain.MLP, (5,)),
+    Architecture("sine_mlp", plain.sine_mlp, (1,)),
+    Architecture("lenet", plain.LeNet, (1, 16, 16)),
+    Architecture("vgg", plain.VGG, (3, 16, 16)),
+    Architecture("sequential", plain.sequential),
+    Architecture("dropout_modules", plain.DropoutModules, stochastic=True),
+    Architecture("dropout_functional", plain.DropoutFunctional, stochastic=True),
+    Architecture("inplace_relu", plain.InplaceReLU),
+    Architecture("relu_statement", plain.ReLUStatement),
+    Architecture("prelu", plain.prelu),
+    Architecture("convolution_1d", plain.convolution_1d, (2, 20)),
+    Architecture("convolution_3d", plain.convolution_3d, (2, 6, 6, 6)),
+    Architecture("transposed", plain.transposed, (4, 4, 4)),
+    Architecture("mixed_biases", plain.mixed_biases),
+    Architecture("token_mlp", plain.TokenMLP, (6, 5)),
+    Architecture("tuple_heads", heads.TupleHeads),
+    Architecture("dict_heads", heads.DictHeads),
+    Architecture("two_inputs", heads.TwoInputs, ((3, 8, 8), (4,))),
+    Architecture("auxiliary_in_training", heads.AuxiliaryInTraining),
+    Architecture("log_softmax", heads.LogSoftmax),
+    Architecture("layer_used_twice", unusual.LayerUsedTwice),
+    Architecture("norm_used_twice", unusual.NormUsedTwice),
+    Architecture("functional_parameters", unusual.FunctionalParameters),
+    Architecture("channel_scale", unusual.ChannelScale),
+    Architecture("normalised_input", unusual.NormalisedInput),
+    Architecture("convolution_to_tokens", unusual.ConvolutionToTokens),
+    Architecture("flatten_in_two_parts", unusual.FlattenInTwoParts),
+    Architecture("permuted_channels", unusual.PermutedChannels),
+]
+
+BY_NAME = {architecture.name: architecture for architecture in ZOO}

@@ -1,0 +1,203 @@
+"""How gates act in the big student: who shares a draw, what a closed one hides, and what seeds repeat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import BY_NAME, ZOO, Architecture
+from closed_channels import change_closed_channels
+from teachers import OPEN, make_teachers, relative_error, select_gates, set_gates
+from torch import Tensor, nn
+
+import fastmerge
+
+N, C = 5, 8
+
+
+class Probe(nn.Module):
+    """Hidden channels that are 1 and are read by identity layers, so that the output is half the first teacher's gates."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        hidden = F.relu(self.write(x))
+        return self.read(hidden), self.read_again(hidden)
+
+
+class LinearProbe(Probe):
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = nn.Linear(2, C)
+        self.read, self.read_again = nn.Linear(C, C), nn.Linear(C, C)
+
+
+class ConvolutionProbe(Probe):
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = nn.Conv2d(2, C, 3, padding=1)
+        self.read, self.read_again = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
+
+
+class ResidualProbe(LinearProbe):
+    """The second reader sits behind a block that adds zero to the same stream, which is gated again there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.relu(self.write(x))
+        later = F.relu(hidden + self.block(hidden))
+        return self.read(hidden), self.read_again(later)
+
+
+class PoolingProbe(ConvolutionProbe):
+    """One reader reads the tensor, the other reads it pooled, chunked and put together again."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.relu(self.write(x))
+        halves = F.max_pool2d(hidden, 2).chunk(2, dim=1)
+        return self.read(hidden), self.read_again(torch.cat(halves, dim=1))
+
+
+PROBES = [
+    (LinearProbe, (N, 2)),
+    (LinearProbe, (N, 3, 2)),
+    (ConvolutionProbe, (N, 2, 4, 4)),
+    (ResidualProbe, (N, 2)),
+    (PoolingProbe, (N, 2, 4, 4)),
+]
+every_probe = pytest.mark.parametrize(("probe", "shape"), PROBES, ids=lambda v: v.__name__ if isinstance(v, type) else str(len(v)))
+
+
+@torch.no_grad()
+def probe_big(probe: type[Probe], shape: tuple[int, ...]) -> fastmerge.BigStudent:
+    """A big student of a probe and a teacher that reads nothing; its gates are neither closed nor open."""
+    first, second = probe(), probe()
+    for teacher in (first, second):
+        for name, layer in teacher.named_children():
+            layer.weight.zero_()
+            layer.bias.fill_(1.0 if name == "write" else 0.0)
+    for layer in (first.read, first.read_again):
+        layer.weight.copy_(torch.eye(C).view(layer.weight.shape))
+    big = fastmerge.BigStudent(first, second, example_inputs=torch.randn(shape))
+    set_gates(big, 0.0)
+    return big.train()
+
+
+def first_teachers_gates(big: fastmerge.BigStudent, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What the two readers saw of the first teacher's channels, (N, C, positions) each."""
+    outputs = [2 * y.detach() for y in big(torch.randn(shape))]
+    if isinstance(big.network.write, nn.Module) and len(shape) == 3:
+        outputs = [y.transpose(1, 2) for y in outputs]
+    first, again = (y.reshape(*y.shape[:2], -1) for y in outputs)
+    return first, again
+
+
+@every_probe
+def test_one_draw_per_sample_and_channel_whoever_reads_it(probe: type[Probe], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    big = probe_big(probe, shape)
+    first, again = first_teachers_gates(big, shape)
+    assert torch.equal(first, first[..., :1].expand_as(first)), "positions of one channel see different draws"
+    seen_by_other = first**2 if probe is ResidualProbe else first
+    assert torch.allclose(again[..., 0], seen_by_other[..., 0], atol=1e-6), "two readers of one channel see different draws"
+    gates = first[..., 0]
+    assert gates.min() >= 0
+    assert gates.max() <= 1
+    inside = gates[(gates > 0) & (gates < 1)]
+    assert len(inside) > N
+    assert len(inside.unique()) == len(inside), "two samples or two channels share a draw"
+
+
+@every_probe
+def test_linked_draws_as_unlinked(probe: type[Probe], shape: tuple[int, ...]) -> None:
+    big = probe_big(probe, shape)
+    torch.manual_seed(1)
+    unlinked, _ = first_teachers_gates(big, shape)
+    big.link()
+    torch.manual_seed(1)
+    linked, _ = first_teachers_gates(big, shape)
+    assert torch.allclose(unlinked, linked)
+
+
+def test_seeds_repeat_and_differ() -> None:
+    big = probe_big(LinearProbe, (N, 2))
+    x = torch.randn(N, 2)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outputs.append(big(x)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(big(x)[0], big(x)[0]), "two steps see the same draws"
+
+
+def test_drawn_gates_follow_their_distribution() -> None:
+    """Of many samples a third of closed, inside and open gates each as the closed forms say; teachers draw independently."""
+    big = probe_big(LinearProbe, (N, 2))
+    (gate,) = big.gates.values()
+    torch.manual_seed(0)
+    samples = 4000
+    gates = 2 * big(torch.randn(samples, 2))[0].detach()
+    closed = 1 - gate.open_probability()[:C].detach()
+    error = 5 * (0.25 / samples) ** 0.5
+    assert ((gates == 0).float().mean(0) - closed).abs().max() < error
+    correlation = torch.corrcoef(gates.T) - torch.eye(C)
+    assert correlation.abs().max() < 5 / samples**0.5
+
+
+def test_eval_mode_and_open_gates_draw_nothing() -> None:
+    big = probe_big(LinearProbe, (N, 2))
+    x = torch.randn(N, 2)
+    state = torch.get_rng_state()
+    big.eval()(x)
+    with big.train().open_gates():
+        output = big(x)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(output, torch.full_like(output, 0.5))
+
+
+def test_open_gates_ends_with_its_context_even_after_an_error() -> None:
+    big = probe_big(LinearProbe, (N, 2))
+    with pytest.raises(RuntimeError, match="inside"), big.open_gates():
+        raise RuntimeError("inside")
+    assert (big(torch.randn(N, 2))[0] < 0.5).any()
+    with big.open_gates():
+        with big.open_gates():
+            pass
+        assert (big(torch.randn(N, 2))[0] == 0.5).all()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_gate_loss_is_the_squared_distance_to_one_in_t(count: int) -> None:
+    architecture = BY_NAME["lenet"]
+    big = fastmerge.BigStudent(*(architecture.make() for _ in range(count)), example_inputs=architecture.inputs(2, dtype=torch.float32))
+    assert len(big.gates) == 4
+    with torch.no_grad():
+        for gate in big.gates.values():
+            gate.loc.normal_(0, 2)
+    expected = sum((1 / count - gate.open_probability().mean()) ** 2 for gate in big.gates.values())
+    loss = big.gate_loss()
+    assert loss.shape == ()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(gate.loc.grad is not None and gate.loc.grad.abs().min() > 0 for gate in big.gates.values())
+    assert all(parameter.grad is None for parameter in big.weight_parameters())
+
+
+@pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
+@torch.no_grad()
+def test_what_a_closed_gate_hides_does_not_matter(architecture: Architecture) -> None:
+    """Every weight and statistic of a channel whose gate is closed may be anything."""
+    x = architecture.inputs(6)
+    teachers = make_teachers(architecture.make, x)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x).eval()
+    opened = select_gates(big, x, seed=6)
+    expected = big(*x)
+    changed = change_closed_channels(teachers, big.groups, opened)
+    assert any(not torch.equal(a, b) for t, c in zip(teachers, changed, strict=True) for a, b in zip(t.parameters(), c.parameters(), strict=True))
+    other = fastmerge.BigStudent(*changed, example_inputs=x).eval()
+    for name, gate in other.gates.items():
+        gate.loc.fill_(-OPEN)
+        gate.loc[opened[name]] = OPEN
+    assert relative_error(other(*x), expected) <= 1e-9

@@ -1,0 +1,192 @@
+"""Which channels live and die together, in networks where people can count them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+import torchvision_networks as vision
+from architectures import BY_NAME, ZOO, Architecture
+from torch import nn
+
+import fastmerge
+
+ACTIVATIONS = [
+    "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish RReLU ReLU ReLU6 SELU SiLU Sigmoid",
+    "Softplus Softshrink Softsign Tanh Tanhshrink Dropout Dropout2d AlphaDropout FeatureAlphaDropout Identity",
+]
+PER_CHANNEL: dict[str, nn.Module] = {
+    "max_pool": nn.MaxPool2d(2),
+    "average_pool": nn.AvgPool2d(3, 2, 1),
+    "power_pool": nn.LPPool2d(2, 2),
+    "fractional_pool": nn.FractionalMaxPool2d(2, 4),
+    "adaptive_max": nn.AdaptiveMaxPool2d(3),
+    "adaptive_average": nn.AdaptiveAvgPool2d(3),
+    "nearest": nn.Upsample(scale_factor=2),
+    "bilinear": nn.Upsample(scale_factor=2, mode="bilinear"),
+    "bicubic": nn.Upsample(scale_factor=2, mode="bicubic"),
+    "zero_pad": nn.ZeroPad2d(1),
+    "constant_pad": nn.ConstantPad2d(1, 0.5),
+    "reflection_pad": nn.ReflectionPad2d(1),
+    "replication_pad": nn.ReplicationPad2d(1),
+    "batch_norm": nn.BatchNorm2d(6),
+    "instance_norm": nn.InstanceNorm2d(6, affine=True),
+    "group_norm": nn.GroupNorm(6, 6),
+    "prelu": nn.PReLU(6),
+    "depthwise": nn.Conv2d(6, 6, 3, groups=6),
+    "circular": nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="circular"),
+    "shuffle": nn.ChannelShuffle(2),
+}
+
+
+def sizes(model: nn.Module, shape: tuple[int, ...] = (2, 3, 8, 8)) -> Counter[int]:
+    return Counter(group.size for group in fastmerge.channel_groups(model, torch.randn(shape)))
+
+
+def between_convolutions(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), layer, nn.Conv2d(6, 4, 3, padding=1))
+
+
+def activations() -> list[nn.Module]:
+    found = []
+    for name in " ".join(ACTIVATIONS).split():
+        cls = getattr(nn, name)
+        found.append(cls())
+        try:
+            found.append(cls(inplace=True))
+        except TypeError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("layer", [*activations(), nn.Threshold(0.1, 0.2), nn.Threshold(0.1, 0.2, inplace=True)], ids=repr)
+def test_activations_keep_channels_apart(layer: nn.Module) -> None:
+    groups = fastmerge.channel_groups(between_convolutions(layer), torch.randn(2, 3, 8, 8))
+    assert [group.size for group in groups] == [6]
+    assert not groups.kept_whole
+
+
+@pytest.mark.parametrize("name", PER_CHANNEL)
+def test_layers_that_work_channel_by_channel_keep_channels_apart(name: str) -> None:
+    groups = fastmerge.channel_groups(between_convolutions(PER_CHANNEL[name]), torch.randn(2, 3, 8, 8))
+    assert [group.size for group in groups] == [6]
+    assert not groups.kept_whole
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Softmax2d(), nn.LocalResponseNorm(3), nn.PReLU(), nn.GroupNorm(1, 6)], ids=lambda m: type(m).__name__
+)
+def test_what_mixes_channels_is_kept_from_one_teacher(layer: nn.Module) -> None:
+    assert sizes(between_convolutions(layer)) == Counter([1])
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 2), (3, 3), (6, 6)])
+def test_group_norm_ties_the_channels_it_normalises_together(groups: int, size: int) -> None:
+    assert sizes(between_convolutions(nn.GroupNorm(groups, 6))) == Counter([size])
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_grouped_convolution_keeps_whole_blocks(groups: int) -> None:
+    (group,) = fastmerge.channel_groups(between_convolutions(nn.Conv2d(6, 6, 3, groups=groups)), torch.randn(2, 3, 8, 8))
+    assert group.size == groups
+    assert set(group.producers) == {"0", "1"}
+    assert set(group.consumers) == {"1", "2"}
+
+
+def test_lenet() -> None:
+    groups = fastmerge.channel_groups(BY_NAME["lenet"].make())
+    assert [(g.name, g.size, g.channels, g.producers, g.consumers) for g in groups] == [
+        ("conv1", 6, 1, ("conv1",), ("conv2",)),
+        ("conv2", 8, 1, ("conv2",), ("fc1",)),
+        ("fc1", 12, 1, ("fc1",), ("fc2",)),
+        ("fc2", 10, 1, ("fc2",), ("fc3",)),
+    ]
+
+
+def test_residual_stream_is_one_group() -> None:
+    groups = fastmerge.channel_groups(BY_NAME["resnet_projected_shortcut"].make(), torch.randn(2, 3, 8, 8))
+    assert Counter(group.size for group in groups) == Counter({4: 3, 8: 3})
+    stream = next(group for group in groups if "conv1" in group.producers)
+    assert set(stream.producers) == {"conv1", "layer1.0.conv2", "layer1.1.conv2"}
+    assert set(stream.consumers) == {"layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.shortcut.0"}
+
+
+def test_zero_padded_shortcut_splits_the_wider_stream() -> None:
+    """The middle four of eight channels carry the narrow stream on; the other four are new."""
+    groups = fastmerge.channel_groups(BY_NAME["resnet_padded_shortcut"].make(), torch.randn(2, 3, 8, 8))
+    narrow, new = (next(g for g in groups if p in g.producers and q not in g.producers) for p, q in (("conv1", "-"), ("layer2.0.conv2", "conv1")))
+    assert narrow.size == new.size == 4
+    assert "layer2.0.conv2" in narrow.producers
+
+
+def test_parts_that_are_treated_differently_are_different_groups() -> None:
+    pooled = fastmerge.channel_groups(BY_NAME["two_poolings"].make(), torch.randn(2, 3, 8, 8))
+    assert sorted(g.size for g in pooled if "conv1" in g.producers) == [4, 4]
+    activated = fastmerge.channel_groups(BY_NAME["two_activations"].make(), torch.randn(2, 3, 8, 8))
+    assert sorted(g.size for g in activated) == [3, 4]
+
+
+def test_gated_linear_unit_pairs_its_halves() -> None:
+    assert sizes(BY_NAME["gated_linear_unit"].make()) == Counter([6, 4])
+
+
+def test_pixel_shuffle_ties_four_channels() -> None:
+    groups = fastmerge.channel_groups(BY_NAME["pixel_shuffle"].make(), torch.randn(2, 3, 8, 8))
+    assert [group.size for group in groups] == [3, 5]
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "depthwise_multiplier"])
+def test_depthwise_convolution_passes_its_channels_on(name: str) -> None:
+    groups = fastmerge.channel_groups(BY_NAME[name].make(), torch.randn(2, 3, 8, 8))
+    expected = {"mobilenet": [4, 6, 8, 8, 10, 12], "depthwise_multiplier": [4]}[name]
+    assert sorted(group.size for group in groups) == expected
+
+
+TORCHVISION_SIZES = {
+    "resnet18": {64: 3, 128: 3, 256: 3, 512: 3},
+    "mobilenet_v2": {16: 1, 24: 1, 32: 2, 64: 1, 96: 2, 144: 2, 160: 1, 192: 3, 320: 1, 384: 4, 576: 3, 960: 3, 1280: 1},
+    "squeezenet1_1": {16: 2, 32: 2, 48: 2, 64: 7, 128: 4, 192: 4, 256: 4},
+    "vgg11_bn": {64: 1, 128: 1, 256: 2, 512: 4, 4096: 2},
+}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
+def test_torchvision_networks(name: str) -> None:
+    assert sizes(vision.make(name), (2, 3, 64, 64)) == Counter(TORCHVISION_SIZES[name])
+
+
+@pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
+def test_names_are_unique_and_readable(architecture: Architecture) -> None:
+    model = architecture.make()
+    groups = fastmerge.channel_groups(model, architecture.inputs(2, dtype=torch.float32))
+    names = [group.name for group in groups]
+    assert len(set(names)) == len(names)
+    assert all(name and "." not in name for name in names)
+    assert all(group.size >= 1 and group.producers and group.consumers for group in groups)
+    owners = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    assert all(name in owners for group in groups for name in (*group.producers, *group.consumers))
+    assert len(groups) == len(list(groups)) == len(groups.groups)
+    nn.ModuleDict({name: nn.Identity() for name in names})
+    assert all(group.name in str(groups) for group in groups)
+
+
+@pytest.mark.parametrize("name", ["lenet", "unet"])
+def test_the_model_and_the_random_state_are_left_alone(name: str) -> None:
+    architecture = BY_NAME[name]
+    model = architecture.make().train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    fastmerge.channel_groups(model, architecture.inputs(2, dtype=torch.float32))
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gates_are_the_groups_of_all_teachers() -> None:
+    make = partial(BY_NAME["shufflenet_v2"].make)
+    x = torch.randn(2, 3, 8, 8)
+    groups = fastmerge.channel_groups(make(), x)
+    big = fastmerge.BigStudent(make(), make(), make(), example_inputs=x)
+    assert {name: gate.loc.numel() for name, gate in big.gates.items()} == {g.name: 3 * g.size for g in groups}
