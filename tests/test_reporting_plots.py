@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection, PathCollection
 
 from fastmerge.reporting import plots
 from fastmerge.reporting.report import write_report
@@ -42,10 +43,12 @@ def arrays():
 
 def test_every_replicate_is_a_dot_and_the_paper_a_diamond():
     axes = plots.plot_strategies(RESULTS).axes[0]
-    dots = [collection.get_offsets()[:, 1].tolist() for collection in axes.collections]
+    dots = [part.get_offsets()[:, 1].tolist() for part in axes.collections if isinstance(part, PathCollection)]
     assert dots == [[0.07, 0.08, 0.09, 0.1, 0.11], [0.077], [0.2, 0.3], [0.249]]
     assert [label.get_text().split("\n")[0] for label in axes.get_xticklabels()] == ["student", "one"]
     assert len(axes.patches) == 1  # a box needs more than three values
+    medians = [part for part in axes.collections if isinstance(part, LineCollection)]
+    assert [line.get_segments()[0][0][1] for line in medians] == [0.25]
 
 
 def test_the_median_replicate_stands_for_its_strategy():

@@ -59,4 +59,7 @@ def test_markdown_marks_the_best_mean(metric, best):
 def test_the_caption_says_what_the_table_does_not():
     seconds = "Seconds for all replicates: student 12 s, one 4 s."
     assert caption(results()) == f"Test loss, lower is better. {seconds} Diverged and left out: 1 of one."
+    short = caption(results(config={"budget": 0.25}))
+    assert "This run had 0.25 of the paper's epochs." in short
+    assert "paper" not in caption(results(recipe="digits", config={"budget": 0.25}))
     assert "higher is better" in caption(results(metric="test_accuracy"))

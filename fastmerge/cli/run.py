@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=integer(0), default=0, metavar="S", help="default 0")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, ...; default cpu")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/RECIPE")
+    parser.add_argument(
+        "--workers",
+        type=integer(1),
+        metavar="N",
+        help="processes that share the training on the CPU; default one per core",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -51,6 +57,7 @@ def command(options: argparse.Namespace) -> None:
         out=out,
         data_path=options.data,
         progress=not options.quiet,
+        workers=options.workers,
     )
     print(write_report(out))
     print(f"\nresults, students, report.md and plots in {out}")

@@ -81,6 +81,8 @@ def plot_strategies(results: dict[str, Any]) -> Figure:
                 whiskerprops={"color": colour},
                 capprops={"color": colour},
             )
+        elif len(values):
+            axes.hlines(np.median(values), position - 0.25, position + 0.25, color=colour, linewidth=2)
         spread = jitter.uniform(-0.14, 0.14, len(values))
         axes.scatter(position + spread, values, s=14, color=colour, alpha=0.7, linewidths=0, zorder=3)
         if (paper := paper_mean(results["recipe"], name)) is not None:

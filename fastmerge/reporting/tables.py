@@ -104,13 +104,19 @@ def groups_table(history: dict[str, Any], *, markdown: bool = False) -> str:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """One or two sentences under the table: the metric, how long it took, and what diverged."""
+    """Sentences under the table: the metric, how long it took, how the paper's length compares, and what diverged."""
     metric = "Test loss, lower is better" if results["metric"] == "test_loss" else "Test accuracy, higher is better"
     strategies = results["strategies"]
     seconds = ", ".join(f"{name} {strategy['seconds']:.0f} s" for name, strategy in strategies.items())
     diverged = {name: summarise(strategy["values"]).diverged for name, strategy in strategies.items()}
     lost = ", ".join(f"{count} of {name}" for name, count in diverged.items() if count)
-    return f"{metric}. Seconds for all replicates: {seconds}." + (f" Diverged and left out: {lost}." if lost else "")
+    sentences = [f"{metric}. Seconds for all replicates: {seconds}."]
+    budget = results["config"].get("budget", 1)
+    if budget != 1 and any(paper_mean(results["recipe"], name) is not None for name in strategies):
+        sentences.append(f"This run had {budget:.2g} of the paper's epochs.")
+    if lost:
+        sentences.append(f"Diverged and left out: {lost}.")
+    return " ".join(sentences)
 
 
 def _best(metric: str) -> Callable[..., Summary]:

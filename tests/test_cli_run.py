@@ -1,0 +1,95 @@
+"""``fastmerge run`` from recipe to files, at the smallest budget, and what it says to bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from fastmerge.cli import main
+from fastmerge.networks.lenet import small_lenet
+
+# One epoch of merging leaves the gates where they are.
+pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0. did not move:UserWarning")
+SMALLEST = ["--budget", "0.0001", "--workers", "1", "--device", "cpu", "--quiet"]
+
+
+def run(*words: str) -> int:
+    return main(["run", *words, *SMALLEST])
+
+
+def images(path: Path) -> Path:
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 40), ("test", 20)):
+        arrays[f"{split}_images"] = random.integers(0, 256, (count, 28, 28, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 10
+    np.savez(path, **arrays)
+    return path
+
+
+def test_a_run_writes_results_students_report_and_plots(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    assert run("digits", "--replicates", "2", "--seed", "3") == 0
+    out = tmp_path / "runs" / "digits"
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["strategies"]) == ["student", "bo3", "one"]
+    for strategy in results["strategies"].values():
+        assert len(strategy["values"]) == 2
+        assert strategy["epochs"] == 6
+    assert results["metric"] == "test_accuracy"
+    assert results["config"]["seed"] == 3
+    assert results["environment"]["torch"]
+    for number in (0, 1):
+        small_lenet(width=1).load_state_dict(load_file(out / f"student-{number}.safetensors"))
+    for name in ("strategies", "gates", "training"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    printed = capsys.readouterr().out
+    assert printed.startswith("strategy")
+    best = max(results["strategies"], key=lambda name: np.mean(results["strategies"][name]["values"]))
+    assert f"**{np.mean(results['strategies'][best]['values']):.4f}**" in (out / "report.md").read_text()
+    assert main(["report", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]
+
+
+def test_sine_draws_what_each_strategy_learned(tmp_path):
+    assert run("sine", "--replicates", "1", "--strategy", "one,bo3-big", "--out", str(tmp_path)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["strategies"]) == ["one", "bo3-big"]
+    assert (tmp_path / "learned.png").is_file()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_imagewoof_reads_an_npz(tmp_path):
+    data, out = images(tmp_path / "woof.npz"), tmp_path / "out"
+    assert run("lenet-imagewoof", "--replicates", "1", "--data", str(data), "--out", str(out)) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"]["train_samples"] == 40
+    assert "This run had 0.0001 of the paper's epochs." in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lenet-imagewoof"], "lenet-imagewoof needs data: an .npz"),
+        (["lenet-imagewoof", "--data", "none.npz"], "none.npz"),
+        (["sine", "--data", "x.npz"], "sine makes its own data"),
+        (["sine", "--strategy", "student,luck"], "unknown strategy luck"),
+        (["sine", "--strategy", "one,one"], "each once"),
+        (["sine", "--device", "abacus"], "abacus"),
+        (["sine", "--out", "taken"], "taken"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    quiet = [*SMALLEST[:4], "--quiet"] if "--device" in words else SMALLEST
+    assert main(["run", *words, *quiet]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastmerge: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("results.json"))
