@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
+from fastmerge.compaction import compact_
 from fastmerge.gates import HardConcrete
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
@@ -123,7 +124,8 @@ class Compressor:
                 _select(out, in_dim, t * wide.in_channels + columns.index[columns.common])
                 for t in range(wide.num_teachers if bool(columns.common.any()) else 0)
             ]
-            out = _select(out, in_dim, columns.teacher * wide.in_channels + columns.index)
+            kept = columns.teacher * wide.in_channels + columns.index
+            out = _select(out, in_dim, kept) if out is source else _reduce(out, in_dim, kept)
             if shared:
                 where = columns.common.nonzero().flatten().to(out.device)
                 out.index_copy_(in_dim, where, torch.stack(shared).sum(0))
@@ -174,3 +176,12 @@ def _shape_like(source: Tensor, out_dim: int, in_dim: int, rows: int, columns: i
 def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     """The given indices along a dimension, as a new tensor."""
     return tensor.index_select(dim, index.to(tensor.device))
+
+
+def _reduce(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """As :func:`_select` of a tensor that is no longer needed: in its own memory where the indices ascend."""
+    if dim > 1 or not bool((index.diff() > 0).all()):
+        return _select(tensor, dim, index)
+    every = torch.arange(tensor.shape[1 - dim])
+    compact_(tensor, *((index, every) if dim == 0 else (every, index)))
+    return tensor
