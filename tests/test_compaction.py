@@ -13,6 +13,7 @@ import warnings
 from ast import FunctionDef, parse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -334,11 +335,14 @@ def test_without_the_extension_it_says_so_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_extension
-def test_other_threads_run_meanwhile() -> None:
+def test_other_threads_run_meanwhile(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-4)  # far below the time of the call, or waiting for the lock counts as running
+
     def longest_wait() -> float:
         """The longest this thread stood still while another compacted, as a share of the compaction's time."""
-        tensor, keep = torch.randn(4000, 4000), list(range(0, 4000, 2))
-        arguments = tensor.data_ptr(), 4, tensor.shape, tensor.stride(), [keep, keep]
+        tensor, keep = torch.zeros(12000, 12000, dtype=torch.uint8), list(range(0, 12000, 2))
+        arguments = tensor.data_ptr(), 1, tensor.shape, tensor.stride(), [keep, keep]
         seconds = []
 
         def compact() -> None:
@@ -351,10 +355,11 @@ def test_other_threads_run_meanwhile() -> None:
         thread.start()
         while thread.is_alive():
             times.append(time.perf_counter())
+        times.append(time.perf_counter())
         return max(after - before for before, after in pairwise(times)) / seconds[0]
 
     # A busy machine may hold this thread up; with the lock held it would stand still every time.
-    assert any(longest_wait() < 0.7 for _ in range(10))
+    assert any(longest_wait() < 0.6 for _ in range(5))
 
 
 MEMORY = """
