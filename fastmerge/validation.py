@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -32,10 +33,10 @@ def check_teachers(teachers: Sequence[nn.Module]) -> None:
                 f"teacher 0 is a {type(first).__qualname__}, teacher {number} a {type(teacher).__qualname__}"
             )
         _check_same_structure(first, teacher, number)
-    for number, teacher in enumerate(teachers):
-        _check_finite(number, teacher)
     _check_devices(teachers)
     _check_not_shared(teachers)
+    for number, teacher in enumerate(teachers):
+        _check_finite(number, teacher)
 
 
 def check_same_code(traced: Sequence[TracedNetwork]) -> None:
@@ -84,6 +85,9 @@ def _check_module(number: int, teacher: nn.Module) -> None:
         raise TypeError(f"teacher {number} is wrapped in {wrapper}; pass the network inside, teacher.module")
     if wrapper == "OptimizedModule":
         raise TypeError(f"teacher {number} is compiled; pass the network itself and compile the big student")
+    for name, tensor in teacher.named_parameters():
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter '{name}' of teacher {number} is not initialised; run the network once")
     for name, module in teacher.named_modules():
         if parametrize.is_parametrized(module):
             raise ValueError(
@@ -94,9 +98,6 @@ def _check_module(number: int, teacher: nn.Module) -> None:
             raise ValueError(
                 f"layer '{name}' of teacher {number} has forward hooks, which a merge would lose; remove them"
             )
-    for name, tensor in teacher.named_parameters():
-        if isinstance(tensor, nn.parameter.UninitializedParameter):
-            raise ValueError(f"parameter '{name}' of teacher {number} is not initialised; run the network once")
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -154,7 +155,9 @@ def _check_same_tensors(module: nn.Module, other: nn.Module, name: str, number: 
 
 def _check_finite(number: int, teacher: nn.Module) -> None:
     for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or math.isfinite(tensor.detach().sum(dtype=torch.float64)):
+            continue  # one pass; a sum that overflows is looked at closely
+        if not bool(torch.isfinite(tensor).all()):
             bad = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
             raise ValueError(f"'{name}' of teacher {number} holds {bad}; BigStudent needs finite weights")
 

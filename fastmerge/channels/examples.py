@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
 from fastmerge.channels.tracing import TracedNetwork
@@ -39,7 +40,7 @@ def infer_example_inputs(traced: TracedNetwork, given: Any = None) -> tuple[Any,
         return inputs
     last_error: Exception | None = None
     for candidate in _candidates(traced):
-        last_error = _failure(traced, (candidate,))
+        last_error = _failure(traced, (candidate,), keeps_batch=True)
         if last_error is None:
             return (candidate,)
     raise ValueError(
@@ -49,14 +50,25 @@ def infer_example_inputs(traced: TracedNetwork, given: Any = None) -> tuple[Any,
     )
 
 
-def _failure(traced: TracedNetwork, inputs: tuple[Any, ...]) -> Exception | None:
+def _failure(traced: TracedNetwork, inputs: tuple[Any, ...], keeps_batch: bool = False) -> Exception | None:
+    """Why the network does not run on these inputs, if so.
+
+    Args:
+        traced: the network.
+        inputs: what its forward takes.
+        keeps_batch: whether a batch that changes its size on the way is a failure: ``x.view(-1, 400)`` accepts images of a
+            wrong size that way.
+    """
     devices = [x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda]
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         for mode in ("eval", "train"):
             try:
-                fx.Interpreter(traced.graph_module(mode)).run(*inputs)
+                out = fx.Interpreter(traced.graph_module(mode)).run(*inputs)
             except Exception as error:  # whatever the user's forward raises on a wrong shape
                 return error
+            sizes = [y.shape[0] for y in tree_leaves(out) if isinstance(y, Tensor) and y.dim()]
+            if keeps_batch and any(size != inputs[0].shape[0] for size in sizes):
+                return ValueError(f"a batch of {inputs[0].shape[0]} comes out as {sizes}")
     return None
 
 

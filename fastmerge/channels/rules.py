@@ -14,55 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastmerge.channels.operations import (
+    ALONG,
+    LINEAR,
+    LINEAR_PREFIXES,
+    MOVEMENTS,
+    NEW,
+    POOLS,
+    REDUCTIONS,
+    RESHAPES,
+    SAME,
+    is_pointwise,
+)
 from fastmerge.channels.record import NO_ID, compact
 
 if TYPE_CHECKING:
     from fastmerge.channels.ids import _IdMode
-
-_SAME = {
-    *("clone", "contiguous", "_to_copy", "alias", "detach", "lift_fresh", "lift_fresh_copy", "to", "zero"),
-    *("dropout", "native_dropout", "_fused_dropout"),
-}
-_RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-_MOVEMENTS = {
-    *("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat", "tile", "flip", "roll", "unfold"),
-    *(
-        "slice",
-        "select",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "cat",
-        "stack",
-        "index",
-        "index_select",
-        "gather",
-    ),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
-}
-_POOLS = (
-    "max_pool",
-    "avg_pool",
-    "adaptive_",
-    "_adaptive_",
-    "upsample_",
-    "_upsample_",
-    "reflection_pad",
-    "replication_pad",
-)
-_REDUCTIONS = {
-    *("mean", "sum", "amax", "amin", "max", "min", "median", "prod", "var", "std", "var_mean", "std_mean"),
-    *("linalg_vector_norm", "norm", "logsumexp", "nanmean", "nansum"),
-}
-# pointwise operations that PyTorch does not tag as such
-_POINTWISE = {
-    *("hardswish", "leaky_relu", "prelu", "_prelu_kernel", "rrelu", "rrelu_with_noise", "log_sigmoid_forward"),
-    *("hardshrink", "softshrink", "celu", "selu", "where", "lerp"),
-}
-_ALONG = {"_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "_safe_softmax"}
-_LINEAR = {*_SAME, *_RESHAPES, *_MOVEMENTS, "mean", "sum", "add", "sub", "neg", "constant_pad_nd"}
-_LINEAR_PREFIXES = ("avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "upsample_", "_upsample_")
 
 
 def apply_rule(mode: _IdMode, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -78,17 +45,9 @@ def apply_rule(mode: _IdMode, func: Any, args: Any, kwargs: Any, out: Any) -> No
                 if isinstance(t, Tensor):
                     mode.noise[t] = True
         return
-    if name in (
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "rand_like",
-        "full_like",
-        "new_zeros",
-        "new_empty",
-        "new_ones",
-        "new_full",
-    ):
+    if name in NEW:
+        if name in ("empty_like", "rand_like", "randn_like"):  # to be filled with noise
+            mode.noise[out] = True
         return
     if name == "bernoulli" or (random and name in ("normal", "uniform", "random", "exponential")):
         mode.noise[out] = True
@@ -97,8 +56,8 @@ def apply_rule(mode: _IdMode, func: Any, args: Any, kwargs: Any, out: Any) -> No
     if result is not None:
         _write(mode, name, result, out)
     if (
-        name not in _LINEAR
-        and not name.startswith(_LINEAR_PREFIXES)
+        name not in LINEAR
+        and not name.startswith(LINEAR_PREFIXES)
         and not _scaling(name, known)
         and mode.node is not None
     ):
@@ -122,18 +81,18 @@ def _write(mode: _IdMode, name: str, result: Any, out: Any) -> None:
 
 def _result(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any, out: Any, known: list[Tensor]) -> Any:
     ids = mode.ids
-    if name in _SAME:
+    if name in SAME:
         return ids[known[0]]
-    if name in _RESHAPES:
+    if name in RESHAPES:
         return ids[args[0]].reshape(out.shape)
-    if name in _MOVEMENTS:
+    if name in MOVEMENTS:
         return _move(mode, func, args, kwargs)
     if name == "constant_pad_nd":
         return torch.constant_pad_nd(ids[args[0]], args[1], NO_ID)
     if name == "copy":
         return ids[args[1]].expand(out.shape) if args[1] in ids else None
-    if name.startswith(_POOLS):
-        return _pool(mode, ids[args[0]], tree_leaves(out))
+    if name.startswith(POOLS):
+        return _pool(mode, name, ids[args[0]], tree_leaves(out))
     if "batch_norm" in name:
         return _batch_norm(mode, args)
     if name == "native_group_norm":
@@ -143,16 +102,21 @@ def _result(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any, out: An
             f"layer '{mode.where()}' is a layer normalisation, which fastmerge can't merge yet: its statistics would mix the "
             "teachers' channels. Networks of convolutions, linear layers and Batch-, Group- or InstanceNorm can be merged"
         )
+    if name in ("_local_scalar_dense", "item"):
+        raise ValueError(
+            f"module '{mode.where()}' can't be traced: it turns a tensor into a Python number, by which the teachers' channels "
+            "would depend on each other unseen. Keep it a tensor, and the control flow independent of the data"
+        )
     if name == "glu":
         first, second = mode.ids[args[0]].chunk(2, dim=_argument(func, "dim", args, kwargs))
         mode.record.unite(first, second)
         return first
-    if name in _REDUCTIONS and known[0] is args[0]:
+    if name in REDUCTIONS and known[0] is args[0]:
         return _reduce(mode, func, name, args, kwargs, out)
-    if name in _ALONG:
+    if name in ALONG:
         return _along(mode, func, name, args, kwargs)
-    if torch.Tag.pointwise in func.tags or name in _POINTWISE:
-        return _pointwise(mode, args, kwargs, out)
+    if is_pointwise(name):
+        return _pointwise(mode, name, args, kwargs, out)
     return _unknown(mode, name, known, out)
 
 
@@ -170,14 +134,12 @@ def _move(mode: _IdMode, func: Any, args: Any, kwargs: Any) -> Any:
     return overload(*tree_map(swap, args), **tree_map(swap, kwargs))
 
 
-def _pool(mode: _IdMode, x: Tensor, outs: list[Any]) -> list[Tensor]:
+def _pool(mode: _IdMode, name: str, x: Tensor, outs: list[Any]) -> list[Tensor]:
     """Channels stay; a channel of several ids becomes one, as pooling mixes them."""
-    spatial = outs[0].dim() - 2
-    small = compact(x)
-    if small[0, 0].numel() > 1:
-        mode.record.unite(small.flatten(2)[..., :1], small.flatten(2))
-    per_channel = x.flatten(2)[..., 0] if spatial else x
-    return [per_channel.view(*per_channel.shape, *[1] * spatial).expand(t.shape) for t in outs if isinstance(t, Tensor)]
+    spatial = x.dim() - 2
+    first = x.flatten(2).amax(dim=2)[(...,) + (None,) * spatial] if spatial else x
+    _unite_with(mode, name, first, x)
+    return [first.expand(t.shape) for t in outs if isinstance(t, Tensor)]
 
 
 def _vector(mode: _IdMode, tensor: Any, dims: int) -> Tensor | None:
@@ -193,7 +155,7 @@ def _batch_norm(mode: _IdMode, args: Any) -> Tensor:
         if vector is not None:
             mode.record.unite(vector, x)
     if x.dim() > 2:
-        mode.record.unite(x.flatten(2)[..., :1], x.flatten(2))
+        mode.record.unite(x.flatten(2).amax(dim=2, keepdim=True), x.flatten(2))
     return x
 
 
@@ -221,10 +183,8 @@ def _reduce(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any, out: An
     dims = list(range(x.dim())) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
     keep = bool(_argument(func, "keepdim", args, kwargs))
     dims = [d % x.dim() for d in dims]
-    first = x
-    for d in dims:
-        first = first.narrow(d, 0, 1)
-    _unite_along(mode, name, first, x)
+    first = x.amax(dim=dims, keepdim=True)
+    _unite_with(mode, name, first, x)
     if not keep:
         for d in sorted(dims, reverse=True):
             first = first.squeeze(d)
@@ -233,31 +193,44 @@ def _reduce(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any, out: An
 
 def _along(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
     x: Tensor = mode.ids[args[0]]
-    _unite_along(mode, name, x.narrow(_argument(func, "dim", args, kwargs), 0, 1), x)
+    _unite_with(mode, name, x.amax(dim=_argument(func, "dim", args, kwargs), keepdim=True), x)
     return [x, x]
 
 
-def _unite_along(mode: _IdMode, name: str, first: Tensor, x: Tensor) -> None:
+def _unite_with(mode: _IdMode, name: str, first: Tensor, x: Tensor) -> None:
+    """Unites ids with the one that stands for them; more than one in a place means that the operation mixes channels."""
     first, x = compact(first.expand(x.shape), x)
-    if not torch.equal(first, x):
+    mixed = (first != x) & (x != NO_ID)
+    if mixed.any():
         mode.record.unite(first, x)
-        mode.record.mixed.append((mode.where(), name, np.unique(x.numpy())))
+        mode.record.mixed.append((mode.where(), name, np.unique(x[x != NO_ID].numpy())))
 
 
-def _pointwise(mode: _IdMode, args: Any, kwargs: Any, out: Any) -> Tensor:
+def _pointwise(mode: _IdMode, name: str, args: Any, kwargs: Any, out: Any) -> Tensor:
     shape = tree_leaves(out)[0].shape
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     result = torch.tensor(NO_ID).expand(shape)
     for t in tensors:
         if t in mode.ids:
-            other = mode.ids[t].expand(shape)
-            mode.record.unite(result, other)
-            a, b = compact(result, other)
+            a, b = compact(result, mode.ids[t].expand(shape))
+            _unite_pairwise(mode, name, a, b)
             result = torch.maximum(a, b).expand(shape)
     for t in tensors:
         if t not in mode.ids and t not in mode.noise and t.numel() > 1:
             _fixed_positions(mode, t, result)
     return result
+
+
+def _unite_pairwise(mode: _IdMode, name: str, a: Tensor, b: Tensor) -> None:
+    """Unites what meets, and notes where one channel meets several (a single slope or map for many channels)."""
+    meet = (a != NO_ID) & (b != NO_ID)
+    if not meet.any():
+        return
+    a, b = a[meet], b[meet]
+    mode.record.unite(a, b)
+    pairs = torch.unique(a << 32 | b)
+    if len(pairs) > min(len(torch.unique(a)), len(torch.unique(b))):
+        mode.record.mixed.append((mode.where(), name, torch.unique(torch.cat([a, b])).numpy()))
 
 
 def _fixed_positions(mode: _IdMode, constant: Tensor, ids: Tensor) -> None:
