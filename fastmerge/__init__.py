@@ -14,6 +14,8 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "
 from fastmerge.big_student import BigStudent
 from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups
 from fastmerge.gates import HardConcrete
+from fastmerge.history import History
+from fastmerge.merging import merge
 from fastmerge.schedules import QuadraticLambda
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "HardConcrete",
+    "History",
     "QuadraticLambda",
     "__version__",
     "channel_groups",
+    "merge",
 ]
