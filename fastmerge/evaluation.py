@@ -122,7 +122,13 @@ class Tally:
         return self.samples / (time.perf_counter() - self._started)
 
     def score(self) -> Score:
-        """Mean of the loss called ``loss``, and accuracy."""
+        """Mean of the loss called ``loss``, and accuracy.
+
+        Raises:
+            ValueError: There were no samples.
+        """
+        if not self.samples:
+            raise ValueError("the loader gave no samples in this pass; it must give them in every one")
         return Score(self.mean("loss"), self.mean("accuracy") if "accuracy" in self._sums else None)
 
 

@@ -1,6 +1,5 @@
-"""merge(): the whole journey on a small task, and what it says when it can't go."""
+"""merge(): the whole journey on a small task, its history and its options."""
 
-import copy
 import json
 import warnings
 
@@ -9,66 +8,25 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, TensorDataset
 
 import fastmerge.merging as module
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging import fitting_lam_step, gate_warnings, merge
 from fastmerge.schedules import QuadraticLambda
+from small_task import SHORT, VAL, SmallNet, copies, train_loader, train_teachers
 
 # Stages this short leave the gates where they are, which only some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
-SHORT = {"merge_epochs": 2, "finetune_epochs": 1, "lam_step": 5.0, "seed": 0, "progress": False}
-
-
-class SmallNet(nn.Module):
-    def __init__(self, classes: int = 3, width: int = 6) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, width, 3, padding=1)
-        self.norm = nn.BatchNorm2d(width)
-        self.hidden = nn.Linear(width * 9, 16)
-        self.head = nn.Linear(16, classes)
-
-    def forward(self, x):
-        x = nn.functional.max_pool2d(self.norm(self.conv(x)).relu(), 2)
-        return self.head(self.hidden(x.flatten(1)).relu())
-
-
-def task(samples: int = 320):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, 1, 6, 6, generator=generator)
-    hidden = (x.flatten(1) @ torch.randn(36, 8, generator=generator)).relu()
-    return x, (hidden @ torch.randn(8, 3, generator=generator)).argmax(1)
-
-
-X, Y = task()
-TRAIN = TensorDataset(X[:256], Y[:256])
-VAL = [(X[256:], Y[256:])]
-
-
-def train_loader(batch_size: int = 32) -> DataLoader:
-    return DataLoader(TRAIN, batch_size, shuffle=True)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    teachers = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        teacher = SmallNet()
-        optimizer = torch.optim.SGD(teacher.parameters(), 0.02, momentum=0.9)
-        for _ in range(10):
-            for x, y in train_loader():
-                optimizer.zero_grad()
-                cross_entropy(teacher(x), y).backward()
-                optimizer.step()
-        teachers.append(teacher.eval())
-    return teachers
+    return train_teachers(3)
 
 
 @pytest.fixture
 def teachers(trained):
-    return [copy.deepcopy(teacher) for teacher in trained[:2]]
+    return copies(trained[:2])
 
 
 def state_of(network: nn.Module):
@@ -81,7 +39,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_student_is_of_the_teachers_class_and_holds_the_task(trained, count):
-    teachers = [copy.deepcopy(teacher) for teacher in trained[:count]]
+    teachers = copies(trained[:count])
     teachers[0].train()
     before = [state_of(teacher) for teacher in teachers]
     with warnings.catch_warnings():
@@ -299,122 +257,3 @@ def test_the_fitting_lam_step_is_the_smallest_that_pulls_enough(epochs, steps, c
 
 def test_a_stage_of_the_papers_length_gets_the_papers_growth():
     assert fitting_lam_step(150, 150 * 313, 200, 0.01, 0.2) == pytest.approx(0.05, rel=0.03)
-
-
-class NaNFromTheSecondPassOn:
-    """A loader whose first pass, which merge() checks, is not like the others."""
-
-    passes = 0
-
-    def __iter__(self):
-        self.passes += 1
-        yield X[:8] * (1 if self.passes == 1 else torch.nan), Y[:8]
-
-
-def test_a_diverging_loss_stops_with_step_stage_and_cause(teachers, monkeypatch):
-    with pytest.raises(
-        FloatingPointError, match=r"the loss became \w+ in step \d+ of epoch 1 of the merge stage; the learn"
-    ):
-        merge(teachers, train_loader(), **SHORT | {"lr": 1e30})
-    with pytest.raises(
-        FloatingPointError, match=r"step 1 of epoch 1 of the merge stage, its first; look for NaN or Inf in"
-    ):
-        merge(teachers, NaNFromTheSecondPassOn(), **SHORT)
-    monkeypatch.setattr(module.BigStudent, "gate_loss", lambda big: torch.tensor(torch.inf))
-    with pytest.raises(FloatingPointError, match=r"the gate loss became inf in step 1 .*lower gate_lr or lam_step"):
-        merge(teachers, train_loader(), **SHORT)
-
-
-@pytest.mark.parametrize(
-    ("bad", "where"),
-    [(3 + 8 + 1, r"step 4 of epoch 2 of the merge"), (16 + 1 + 1, "step 2 of epoch 1 of the finetune")],
-)
-def test_the_step_that_is_named_is_the_one_that_was_bad(teachers, bad, where):
-    steps = 0
-
-    def criterion(output, target):
-        nonlocal steps
-        steps += output.requires_grad
-        return cross_entropy(output, target) * (torch.nan if output.requires_grad and steps == bad else 1)
-
-    with pytest.raises(FloatingPointError, match=where):
-        merge(teachers, train_loader(), criterion=criterion, **SHORT)
-
-
-def classes(n):
-    return [(X[:8], torch.arange(8) % n)]
-
-
-BAD = [
-    ("no list", lambda t: {"teachers": t[0]}, TypeError, r"merge\(\[t1, t2\], loader\); got a SmallNet"),
-    ("one", lambda t: {"teachers": t[:1]}, ValueError, "at least two teachers; got 1"),
-    ("no network", lambda t: {"teachers": [t[0], 3]}, TypeError, "teacher 1 is a int"),
-    ("other width", lambda t: {"teachers": [t[0], SmallNet(width=8)]}, ValueError, r"conv\.weight is \(6, 1, 3, 3\)"),
-    ("no epoch", lambda t: {"merge_epochs": 0}, ValueError, "merge_epochs, a whole number of at least 1; got 0"),
-    (
-        "half epochs",
-        lambda t: {"finetune_epochs": 1.5},
-        ValueError,
-        "finetune_epochs, a whole number of at least 0; got 1.5",
-    ),
-    ("lr 0", lambda t: {"lr": 0.0}, ValueError, "finite lr above 0; got 0"),
-    ("lr nan", lambda t: {"finetune_lr": float("nan")}, ValueError, "finite finetune_lr above 0; got nan"),
-    ("negative", lambda t: {"weight_decay": -1.0}, ValueError, "finite weight_decay of at least 0; got -1"),
-    ("link_at", lambda t: {"link_at": 1.5}, ValueError, "link_at, the fraction .* in 0..1; got 1.5"),
-    ("device", lambda t: {"device": "gpu"}, ValueError, "can't use device gpu"),
-    ("no loader", lambda t: {"train_loader": 3}, TypeError, "needs train_loader, a DataLoader or the like; got a int"),
-    ("iterator", lambda t: {"train_loader": iter(train_loader())}, TypeError, "train_loader can be iterated only once"),
-    ("empty", lambda t: {"train_loader": []}, ValueError, "train_loader is empty"),
-    (
-        "no pair",
-        lambda t: {"train_loader": [X[:8]]},
-        TypeError,
-        r"must yield pairs \(input, target\); it yields \(8, 1, 6, 6\)",
-    ),
-    ("no tensor", lambda t: {"train_loader": [("x", Y[:8])]}, TypeError, "must yield tensors .* it yields a str"),
-    ("uint8", lambda t: {"train_loader": [(X[:8].byte(), Y[:8])]}, ValueError, "uint8 inputs; convert them"),
-    ("inf", lambda t: {"train_loader": [(X[:8] / 0, Y[:8])]}, ValueError, "NaN or Inf in the inputs"),
-    (
-        "channels",
-        lambda t: {"train_loader": [(X[:8].expand(-1, 3, -1, -1), Y[:8])]},
-        ValueError,
-        r"of shape \(8, 3, 6, 6\)",
-    ),
-    (
-        "classes",
-        lambda t: {"train_loader": classes(5)},
-        ValueError,
-        r"targets 0\.\.4; the teachers have 3 classes, 0\.\.2",
-    ),
-    ("val classes", lambda t: {"val_loader": classes(4)}, ValueError, r"val_loader has targets 0\.\.3"),
-    (
-        "target shape",
-        lambda t: {"train_loader": [(X[:8], Y[:7])]},
-        ValueError,
-        r"criterion failed .*target \(7,\) int64",
-    ),
-    (
-        "criterion",
-        lambda t: {"criterion": nn.CrossEntropyLoss(reduction="none")},
-        ValueError,
-        r"0-d tensor.*returned \(32,\)",
-    ),
-    ("nan", lambda t: {"criterion": lambda o, y: o.sum() * torch.nan}, ValueError, "teacher 0's loss on train_loader"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_what_can_not_work_is_refused_before_the_first_epoch(teachers, change, error, message):
-    def never(record):
-        raise AssertionError("an epoch was trained")
-
-    arguments = {"teachers": teachers, "train_loader": train_loader()} | SHORT | change(teachers)
-    with pytest.raises(error, match=message):
-        merge(arguments.pop("teachers"), arguments.pop("train_loader"), callback=never, **arguments)
-
-
-def test_weights_that_are_not_finite_are_refused(teachers):
-    with torch.no_grad():
-        teachers[1].head.bias[0] = torch.nan
-    with pytest.raises(ValueError, match=r"head\.bias' of teacher 1 holds NaN"):
-        merge(teachers, train_loader(), **SHORT)
