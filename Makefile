@@ -1,5 +1,6 @@
 # Every target does its own set-up: a virtual environment in .venv with fastmerge, its extension and the tested versions.
-PYTHON ?= python3
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,9 +18,8 @@ help: ## what there is to make
 setup: $(READY) ## the virtual environment alone
 
 $(READY): pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/compact.h csrc/release.h
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	    echo "fastmerge needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing). Name another: make PYTHON=python3.12" >&2; \
-	    exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "fastmerge needs Python 3.10 or newer as $(or $(PYTHON),python3); name another with make PYTHON=..." >&2; exit 1; }
 	@rm -f $(READY)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	@echo "Installing fastmerge and what it needs into $(VENV): a few minutes, once."
