@@ -11,6 +11,7 @@ Ids live in int64 tensors of the activation's shape, expanded (stride 0) where t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,10 @@ def run_on_ids(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> IdReco
                 mode.ids[x] = ids
             for name, ids in parameters.items():
                 mode.ids[_tensor(traced.root, name)] = ids
-            out = _IdInterpreter(traced, graph_mode, mode, names).run(*example_inputs)
+            try:
+                out = _IdInterpreter(traced, graph_mode, mode, names).run(*example_inputs)
+            except ValueError as error:  # a rule's own message, without what the interpreter adds to it
+                raise ValueError(str(error.args[0]).partition("\n\nWhile executing")[0]) from None
             record.outputs += [
                 np.unique(compact(mode.ids[y]))
                 for y in torch.utils._pytree.tree_leaves(out)
@@ -190,7 +194,13 @@ def _element_ids(record: IdRecord, root: nn.Module, called: set[str]) -> dict[st
 def _used(traced: TracedNetwork, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those tensors that a graph refers to, directly or through the module that owns them."""
     targets = {str(n.target) for g in traced.graphs.values() for n in g.nodes if n.op in ("get_attr", "call_module")}
-    return {k: v for k, v in parameters.items() if k in targets or k.rpartition(".")[0] in targets}
+
+    def owners(name: str) -> Iterator[str]:
+        """The tensor itself and every module around it: attention has a linear layer of its own inside."""
+        parts = name.split(".")
+        return (".".join(parts[:k]) for k in range(len(parts), 0, -1))
+
+    return {name: ids for name, ids in parameters.items() if not targets.isdisjoint(owners(name))}
 
 
 def _tensor(root: nn.Module, name: str) -> Tensor:

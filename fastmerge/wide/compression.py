@@ -158,6 +158,7 @@ class Compressor:
 
     def _per_teacher(self, name: str, parts: list[Tensor]) -> Tensor:
         if name not in self.groups.tensors:  # a counter, the same for all
+            assert not parts[0].is_floating_point(), name
             return parts[0].clone()
         dim, units = self.groups.tensors[name]
         sources = _sources(units, self.groups, self.kept)
