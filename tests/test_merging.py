@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import fastmerge.merging as module
 from fastmerge.evaluation import Setting, evaluate
-from fastmerge.merging import fitting_lam_step, gate_warnings, merge
+from fastmerge.merging import fitting_lam_step, gate_warnings, merge, origins
 from fastmerge.schedules import QuadraticLambda
 from small_task import SHORT, VAL, SmallNet, copies, train_loader, train_teachers
 
@@ -40,8 +41,9 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_student_is_of_the_teachers_class_and_holds_the_task(trained, count):
     teachers = copies(trained[:count])
-    teachers[0].train()
+    teachers[0].train().norm.eval()
     before = [state_of(teacher) for teacher in teachers]
+    modes = [[part.training for part in teacher.modules()] for teacher in teachers]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # every group arrives near 1/T, with λ fitted to so short a stage
         student, history = merge(teachers, train_loader(), val_loader=VAL, merge_epochs=12, finetune_epochs=4, seed=0)
@@ -49,7 +51,7 @@ def test_the_student_is_of_the_teachers_class_and_holds_the_task(trained, count)
     assert not student.training
     SmallNet().load_state_dict(student.state_dict())
     assert all(same(state, teacher.state_dict()) for state, teacher in zip(before, teachers, strict=True))
-    assert [teacher.training for teacher in teachers] == [True] + [False] * (count - 1)
+    assert [[part.training for part in teacher.modules()] for teacher in teachers] == modes
     assert all(parameter.grad is None for teacher in teachers for parameter in teacher.parameters())
 
     accuracies = [history.borders[f"teacher {number}"].accuracy for number in range(count)]
@@ -104,6 +106,16 @@ def test_the_first_epochs_figures_are_those_of_the_plain_loop(teachers):
     first, total = seen[:3], 256
     assert history.epochs[0].train.loss == pytest.approx(sum(loss * n for loss, _, n in first) / total)
     assert history.epochs[0].train.accuracy == pytest.approx(sum(right * n for _, right, n in first) / total)
+
+
+def test_both_stages_train_in_training_mode_whatever_mode_the_teachers_are_in(teachers):
+    student, _ = merge(teachers, train_loader(), **SHORT)
+    assert student.norm.num_batches_tracked == teachers[0].norm.num_batches_tracked + 3 * 8
+
+
+def test_origins_count_the_teachers_of_the_kept_channels():
+    kept = {"a": torch.tensor([0, 2, 3, 11]), "b": torch.tensor([2])}
+    assert origins(SimpleNamespace(num_teachers=3, keep=lambda: kept)) == {"a": [3, 0, 1], "b": [0, 0, 1]}
 
 
 def test_a_seed_repeats_the_merge_and_leaves_the_callers_random_state(teachers):
@@ -194,11 +206,9 @@ def test_autocast_and_channels_last(teachers, dtype):
     assert set(layouts) == {dtype}
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert history.borders["student"].loss < 2
-    wide = SmallNet(width=8)
-    assert Setting(torch.device("cpu"), cross_entropy, channels_last=True).place(wide) is wide
-    inputs, _ = next(
-        Setting(torch.device("cpu"), cross_entropy, channels_last=True).batches([(torch.ones(2, 3, 4, 4), 0)])
-    )
+    setting = Setting(torch.device("cpu"), cross_entropy, channels_last=True)
+    assert setting.place(nn.Conv2d(3, 4, 3)).weight.is_contiguous(memory_format=torch.channels_last)
+    inputs, _ = next(setting.batches([(torch.ones(2, 3, 4, 4), 0)]))
     assert inputs[0].is_contiguous(memory_format=torch.channels_last)
 
 
