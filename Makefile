@@ -61,7 +61,7 @@ sanitize: $(READY) ## the extension's tests under the address and undefined-beha
 	nm -D $(SANITIZED)/fastmerge/_compaction*.so | grep -q __asan_init
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PYTHONPATH=$(SANITIZED) $(TEST) -p no:cacheprovider --override-ini pythonpath=$(SANITIZED) \
-	        --capture=sys -k "not peak_of_memory" tests/test_compaction.py
+	        --capture=sys -k "not peak_of_memory" tests/test_compaction*.py
 
 bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/
 	mkdir -p runs
