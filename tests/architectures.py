@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor, nn
+
 import zoo_concatenating as cat
 import zoo_grouped as grouped
 import zoo_heads as heads
+import zoo_mixing as mixing
 import zoo_plain as plain
 import zoo_residual as residual
 import zoo_unusual as unusual
 from teachers import make_batch
-from torch import Tensor, nn
 
 IMAGE = (3, 8, 8)
 
@@ -98,6 +100,12 @@ ZOO = [
     Architecture("convolution_to_tokens", unusual.ConvolutionToTokens),
     Architecture("flatten_in_two_parts", unusual.FlattenInTwoParts),
     Architecture("permuted_channels", unusual.PermutedChannels),
+    Architecture("recurrent", mixing.Recurrent, (4, 5)),
+    Architecture("spatial_attention", mixing.SpatialAttention),
+    Architecture("modulated", mixing.Modulated),
+    Architecture("maxout", mixing.Maxout),
+    Architecture("input_added", mixing.InputAdded),
+    Architecture("masked", mixing.Masked),
 ]
 
 BY_NAME = {architecture.name: architecture for architecture in ZOO}

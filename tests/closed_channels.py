@@ -26,7 +26,9 @@ def change_closed_channels(
     changed = []
     for t, teacher in enumerate(copy.deepcopy(list(teachers))):
         tensors = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
-        transposed = {f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
+        transposed = {
+            f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)
+        }
         grouped = {f"{n}.weight" for n, m in teacher.named_modules() if getattr(m, "groups", 1) != 1}
 
         def closed(units: AxisUnits, teacher: int = t) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fastmerge
 from architectures import BY_NAME, ZOO, Architecture
 from teachers import (
     TOLERANCE,
@@ -18,15 +21,12 @@ from teachers import (
     select_gates,
     set_gates,
 )
-from torch import Tensor, nn
-
-import fastmerge
 
 every_architecture = pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
 BATCH = 6
 
 
-@lru_cache(maxsize=None)
+@cache
 def teachers_of(name: str, dtype: torch.dtype = torch.float64, count: int = 3) -> tuple[nn.Module, ...]:
     """Teachers to share between tests, which must leave them as they are."""
     architecture = BY_NAME[name]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import BY_NAME, ZOO, Architecture
-from closed_channels import change_closed_channels
-from teachers import OPEN, make_teachers, relative_error, select_gates, set_gates
 from torch import Tensor, nn
 
 import fastmerge
+from architectures import BY_NAME, ZOO, Architecture
+from closed_channels import change_closed_channels
+from teachers import OPEN, make_teachers, relative_error, select_gates, set_gates
 
 N, C = 5, 8
 
@@ -66,7 +66,9 @@ PROBES = [
     (ResidualProbe, (N, 2)),
     (PoolingProbe, (N, 2, 4, 4)),
 ]
-every_probe = pytest.mark.parametrize(("probe", "shape"), PROBES, ids=lambda v: v.__name__ if isinstance(v, type) else str(len(v)))
+every_probe = pytest.mark.parametrize(
+    ("probe", "shape"), PROBES, ids=lambda v: v.__name__ if isinstance(v, type) else str(len(v))
+)
 
 
 @torch.no_grad()
@@ -100,7 +102,9 @@ def test_one_draw_per_sample_and_channel_whoever_reads_it(probe: type[Probe], sh
     first, again = first_teachers_gates(big, shape)
     assert torch.equal(first, first[..., :1].expand_as(first)), "positions of one channel see different draws"
     seen_by_other = first**2 if probe is ResidualProbe else first
-    assert torch.allclose(again[..., 0], seen_by_other[..., 0], atol=1e-6), "two readers of one channel see different draws"
+    assert torch.allclose(again[..., 0], seen_by_other[..., 0], atol=1e-6), (
+        "two readers of one channel see different draws"
+    )
     gates = first[..., 0]
     assert gates.min() >= 0
     assert gates.max() <= 1
@@ -171,7 +175,9 @@ def test_open_gates_ends_with_its_context_even_after_an_error() -> None:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_gate_loss_is_the_squared_distance_to_one_in_t(count: int) -> None:
     architecture = BY_NAME["lenet"]
-    big = fastmerge.BigStudent(*(architecture.make() for _ in range(count)), example_inputs=architecture.inputs(2, dtype=torch.float32))
+    big = fastmerge.BigStudent(
+        *(architecture.make() for _ in range(count)), example_inputs=architecture.inputs(2, dtype=torch.float32)
+    )
     assert len(big.gates) == 4
     with torch.no_grad():
         for gate in big.gates.values():
@@ -185,7 +191,8 @@ def test_gate_loss_is_the_squared_distance_to_one_in_t(count: int) -> None:
     assert all(parameter.grad is None for parameter in big.weight_parameters())
 
 
-@pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
+# the first layer of input_added reads the plain input, whose channels the groups know as those that it is added to
+@pytest.mark.parametrize("architecture", [a for a in ZOO if a.name != "input_added"], ids=lambda a: a.name)
 @torch.no_grad()
 def test_what_a_closed_gate_hides_does_not_matter(architecture: Architecture) -> None:
     """Every weight and statistic of a channel whose gate is closed may be anything."""
@@ -195,7 +202,11 @@ def test_what_a_closed_gate_hides_does_not_matter(architecture: Architecture) ->
     opened = select_gates(big, x, seed=6)
     expected = big(*x)
     changed = change_closed_channels(teachers, big.groups, opened)
-    assert any(not torch.equal(a, b) for t, c in zip(teachers, changed, strict=True) for a, b in zip(t.parameters(), c.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for t, c in zip(teachers, changed, strict=True)
+        for a, b in zip(t.parameters(), c.parameters(), strict=True)
+    )
     other = fastmerge.BigStudent(*changed, example_inputs=x).eval()
     for name, gate in other.gates.items():
         gate.loc.fill_(-OPEN)

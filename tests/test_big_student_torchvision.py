@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+
+import fastmerge
 import torchvision_networks as vision
 from teachers import (
     TOLERANCE,
@@ -18,8 +20,6 @@ from teachers import (
     relative_error,
     select_gates,
 )
-
-import fastmerge
 
 LARGER_THAN_MEMORY = {"regnet_y_128gf"}  # benchmarks/coverage.py takes it, alone
 OTHERS = sorted(
@@ -116,7 +116,14 @@ def test_googlenet_in_training_mode_has_its_auxiliary_outputs() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["convnext_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in vision.names() if vision.is_refused(n) and n != "convnext_tiny")],
+    [
+        "convnext_tiny",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in vision.names()
+            if vision.is_refused(n) and n != "convnext_tiny"
+        ),
+    ],
 )
 def test_networks_with_layer_normalisation_are_refused(name: str) -> None:
     teachers = [vision.make(name) for _ in range(2)]

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-import torchvision_networks as vision
-from architectures import BY_NAME, ZOO, Architecture
 from torch import nn
 
 import fastmerge
+import torchvision_networks as vision
+from architectures import BY_NAME, ZOO, Architecture
 
 ACTIVATIONS = [
     "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish RReLU ReLU ReLU6 SELU SiLU Sigmoid",
@@ -61,7 +61,9 @@ def activations() -> list[nn.Module]:
     return found
 
 
-@pytest.mark.parametrize("layer", [*activations(), nn.Threshold(0.1, 0.2), nn.Threshold(0.1, 0.2, inplace=True)], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [*activations(), nn.Threshold(0.1, 0.2), nn.Threshold(0.1, 0.2, inplace=True)], ids=repr
+)
 def test_activations_keep_channels_apart(layer: nn.Module) -> None:
     groups = fastmerge.channel_groups(between_convolutions(layer), torch.randn(2, 3, 8, 8))
     assert [group.size for group in groups] == [6]
@@ -89,7 +91,9 @@ def test_group_norm_ties_the_channels_it_normalises_together(groups: int, size: 
 
 @pytest.mark.parametrize("groups", [2, 3])
 def test_grouped_convolution_keeps_whole_blocks(groups: int) -> None:
-    (group,) = fastmerge.channel_groups(between_convolutions(nn.Conv2d(6, 6, 3, groups=groups)), torch.randn(2, 3, 8, 8))
+    (group,) = fastmerge.channel_groups(
+        between_convolutions(nn.Conv2d(6, 6, 3, groups=groups)), torch.randn(2, 3, 8, 8)
+    )
     assert group.size == groups
     assert set(group.producers) == {"0", "1"}
     assert set(group.consumers) == {"1", "2"}
@@ -116,7 +120,10 @@ def test_residual_stream_is_one_group() -> None:
 def test_zero_padded_shortcut_splits_the_wider_stream() -> None:
     """The middle four of eight channels carry the narrow stream on; the other four are new."""
     groups = fastmerge.channel_groups(BY_NAME["resnet_padded_shortcut"].make(), torch.randn(2, 3, 8, 8))
-    narrow, new = (next(g for g in groups if p in g.producers and q not in g.producers) for p, q in (("conv1", "-"), ("layer2.0.conv2", "conv1")))
+    narrow, new = (
+        next(g for g in groups if p in g.producers and q not in g.producers)
+        for p, q in (("conv1", "-"), ("layer2.0.conv2", "conv1"))
+    )
     assert narrow.size == new.size == 4
     assert "layer2.0.conv2" in narrow.producers
 
@@ -146,7 +153,21 @@ def test_depthwise_convolution_passes_its_channels_on(name: str) -> None:
 
 TORCHVISION_SIZES = {
     "resnet18": {64: 3, 128: 3, 256: 3, 512: 3},
-    "mobilenet_v2": {16: 1, 24: 1, 32: 2, 64: 1, 96: 2, 144: 2, 160: 1, 192: 3, 320: 1, 384: 4, 576: 3, 960: 3, 1280: 1},
+    "mobilenet_v2": {
+        16: 1,
+        24: 1,
+        32: 2,
+        64: 1,
+        96: 2,
+        144: 2,
+        160: 1,
+        192: 3,
+        320: 1,
+        384: 4,
+        576: 3,
+        960: 3,
+        1280: 1,
+    },
     "squeezenet1_1": {16: 2, 32: 2, 48: 2, 64: 7, 128: 4, 192: 4, 256: 4},
     "vgg11_bn": {64: 1, 128: 1, 256: 2, 512: 4, 4096: 2},
 }

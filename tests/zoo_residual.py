@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
-import torch
 
 
 class SqueezeExcitation(nn.Module):
@@ -91,9 +91,7 @@ class PreActivationResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-        self.blocks = nn.Sequential(
-            PreActivationBlock(4, 4), PreActivationBlock(4, 6), PreActivationBlock(6, 6)
-        )
+        self.blocks = nn.Sequential(PreActivationBlock(4, 4), PreActivationBlock(4, 6), PreActivationBlock(6, 6))
         self.bn = nn.BatchNorm2d(6)
         self.head = nn.Linear(6, 4)
 

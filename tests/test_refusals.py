@@ -1,0 +1,191 @@
+"""What can't be merged is refused before anything is built, by an error that names the layer and says what is needed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fastmerge
+from architectures import BY_NAME
+from refusing import IMAGES, conv_network, refusal, resnet
+
+
+def test_no_teacher_and_a_single_teacher() -> None:
+    assert "at least two teachers" in refusal()
+    message = refusal(resnet())
+    assert "at least two teachers" in message
+    assert "got 1" in message
+
+
+@pytest.mark.parametrize("other", ["resnet18", None, 3, nn.Module])
+def test_not_a_network(other: object) -> None:
+    with pytest.raises(TypeError, match="teacher 1"):
+        fastmerge.BigStudent(resnet(), other)  # type: ignore[arg-type]
+
+
+def test_a_list_of_teachers() -> None:
+    with pytest.raises(TypeError, match="list"):
+        fastmerge.BigStudent([resnet(), resnet()])  # type: ignore[arg-type]
+
+
+def test_different_classes() -> None:
+    with pytest.raises(TypeError, match=r"class.*ResNet.*LeNet"):
+        fastmerge.BigStudent(resnet(), BY_NAME["lenet"].make())
+
+
+def test_a_subclass_is_another_class() -> None:
+    class Other(type(resnet())):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(TypeError, match="Other"):
+        fastmerge.BigStudent(resnet(), Other(shortcut="project"))
+
+
+def test_different_shapes_name_the_layer_and_both_shapes() -> None:
+    message = refusal(resnet(), resnet(), resnet(widths=(4, 10)))
+    assert "layer2.0.conv1" in message
+    assert "(8, 4, 3, 3)" in message
+    assert "(10, 4, 3, 3)" in message
+
+
+def test_different_structures_name_the_layer() -> None:
+    assert "excitation.reduce" in refusal(resnet(), resnet(excite=True)) or "excitation" in refusal(
+        resnet(), resnet(excite=True)
+    )
+    first, second = BY_NAME["vgg"].make(), BY_NAME["vgg"].make()
+    second.classifier.append(nn.Linear(4, 4))
+    assert "classifier.3" in refusal(first, second, example_inputs=torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "layer"),
+    [
+        (conv_network(), conv_network(bias=False), "0"),
+        (conv_network(nn.ReLU()), conv_network(nn.Tanh()), "1"),
+        (conv_network(nn.LeakyReLU(0.1)), conv_network(nn.LeakyReLU(0.2)), "1"),
+        (conv_network(nn.MaxPool2d(2, 2)), conv_network(nn.MaxPool2d(2, 1)), "1"),
+        (conv_network(nn.BatchNorm2d(6)), conv_network(nn.BatchNorm2d(6, affine=False)), "1"),
+        (conv_network(nn.BatchNorm2d(6)), conv_network(nn.BatchNorm2d(6, eps=0.1)), "1"),
+        (conv_network(padding_mode="zeros"), conv_network(padding_mode="reflect"), "0"),
+        (conv_network(), conv_network(dilation=2), "0"),
+    ],
+    ids=["bias", "activation", "slope", "stride", "affine", "eps", "padding_mode", "dilation"],
+)
+def test_different_options_name_the_layer(first: nn.Module, second: nn.Module, layer: str) -> None:
+    message = refusal(first, second)
+    assert f"'{layer}" in message or f"{layer}." in message
+
+
+class Scaled(nn.Module):
+    """Its code differs with an option that no parameter shows."""
+
+    def __init__(self, factor: float, again: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+        self.factor, self.again = factor, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x) * self.factor)
+        return self.conv2(torch.tanh(x) if self.again else x)
+
+
+def test_different_constants_and_code() -> None:
+    assert "mul" in refusal(Scaled(1.0), Scaled(2.0))
+    assert "architecture" in refusal(Scaled(1.0), Scaled(1.0, again=True))
+
+
+@pytest.mark.parametrize(("value", "text"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (-float("inf"), "Inf")])
+@pytest.mark.parametrize("name", ["layer1.0.conv1.weight", "fc.bias", "bn1.running_var"])
+def test_not_finite(name: str, value: float, text: str) -> None:
+    teachers = [resnet(), resnet()]
+    with torch.no_grad():
+        teachers[1].state_dict()[name].view(-1)[-1] = value
+    message = refusal(*teachers)
+    assert name in message
+    assert text in message
+    assert "teacher 1" in message
+
+
+def test_weights_shared_between_teachers() -> None:
+    first, second = resnet(), resnet()
+    second.fc.weight = first.fc.weight
+    message = refusal(first, second)
+    assert "fc.weight" in message
+    assert "deepcopy" in message
+
+
+def test_views_of_one_memory_are_shared_too() -> None:
+    first, second = resnet(), resnet()
+    second.layer1 = first.layer1
+    assert "layer1.0.conv1.weight" in refusal(first, second)
+    third = resnet()
+    third.fc.weight = nn.Parameter(first.fc.weight.detach())
+    assert "fc.weight" in refusal(first, third)
+
+
+def test_one_teacher_twice_is_a_warning() -> None:
+    teacher = resnet().eval()
+    with pytest.warns(UserWarning, match="same network"):
+        big = fastmerge.BigStudent(teacher, teacher, example_inputs=IMAGES)
+    with torch.no_grad(), big.eval().open_gates():
+        torch.testing.assert_close(big(IMAGES), teacher(IMAGES))
+
+
+def test_a_copy_is_no_warning() -> None:
+    teacher = resnet()
+    fastmerge.BigStudent(teacher, copy.deepcopy(teacher), example_inputs=IMAGES)
+
+
+def test_different_devices() -> None:
+    message = refusal(resnet(), resnet().to("meta"))
+    assert "device" in message
+    assert "cpu" in message
+    assert "meta" in message
+
+
+def test_one_teacher_on_several_devices() -> None:
+    first, second = resnet(), resnet()
+    second.fc.to("meta")
+    message = refusal(first, second)
+    assert "device" in message
+    assert "teacher 1" in message
+
+
+def test_different_dtypes() -> None:
+    message = refusal(resnet(), resnet().double())
+    assert "dtype" in message
+    assert "float64" in message
+
+
+def test_parametrized_wrapped_and_compiled_teachers() -> None:
+    normed = [conv_network(), conv_network()]
+    for network in normed:
+        parametrizations.weight_norm(network[0])
+    message = refusal(*normed)
+    assert "'0'" in message
+    assert "remove_parametrizations" in message
+    wrapped = [nn.DataParallel(conv_network()) for _ in range(2)]
+    assert "teacher.module" in refusal(*wrapped)
+    compiled = [torch.compile(conv_network(), backend="eager") for _ in range(2)]
+    assert "compile" in refusal(*compiled)
+
+
+def test_uninitialised_parameters_are_named() -> None:
+    lazy = [nn.Sequential(nn.LazyConv2d(6, 3), nn.ReLU(), nn.LazyConv2d(4, 3)) for _ in range(2)]
+    message = refusal(*lazy)
+    assert "0.weight" in message
+    assert "initialised" in message
+
+
+def test_a_refused_merge_leaves_the_teachers_alone() -> None:
+    teachers = [resnet().train(), resnet(widths=(4, 10)).train()]
+    states = [copy.deepcopy(teacher.state_dict()) for teacher in teachers]
+    refusal(*teachers)
+    for teacher, state in zip(teachers, states, strict=True):
+        assert teacher.training
+        assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())

@@ -1,0 +1,162 @@
+"""Code that can't be merged is refused by an error that names the layer: untraceable forwards, outputs that can't be averaged."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmerge
+from refusing import IMAGES, conv_network, refusal, resnet
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Conv2d(3, 6, 3)
+        self.branching = Branching()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branching(self.trunk(x))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+
+class Counting(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(x.abs().max())):  # fx can't know how often
+            x = x / 2
+        return self.conv(x)
+
+
+class Detaching(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * x.mean().item()
+
+
+class ThroughNumPy(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.from_numpy(x.detach().numpy()))
+
+
+@pytest.mark.parametrize("part", [Branching, Counting, Detaching, ThroughNumPy])
+def test_code_that_depends_on_the_data(part: type[Branching]) -> None:
+    teachers = [DataDependent(), DataDependent()]
+    for teacher in teachers:
+        teacher.branching = part()
+    message = refusal(*teachers)
+    assert "branching" in message
+    assert "can't be traced" in message
+    assert "control flow" in message
+
+
+def test_channel_groups_refuses_the_same() -> None:
+    with pytest.raises(ValueError, match=r"branching.*control flow"):
+        fastmerge.channel_groups(DataDependent(), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.LayerNorm([6, 8, 8]), (2, 3, 8, 8)), (nn.LayerNorm(8), (2, 3, 8, 8))],
+    ids=["channels", "positions"],
+)
+def test_layer_normalisation(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    message = refusal(conv_network(layer), conv_network(copy.deepcopy(layer)), example_inputs=torch.randn(shape))
+    assert "'1'" in message
+    assert "ormalisation" in message
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_attention() -> None:
+    message = refusal(Attentive(), Attentive(), example_inputs=torch.randn(2, 3, 5))
+    assert "'attention" in message
+    assert "attention" in message
+
+
+class ReadsItsOutput(nn.Module):
+    """Returns class scores that another layer reads: their mean can't be both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.coarse, self.fine = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        coarse = self.coarse(F.relu(self.trunk(x)))
+        return coarse, self.fine(coarse)
+
+
+def test_a_layer_that_reads_an_output_is_named() -> None:
+    message = refusal(ReadsItsOutput(), ReadsItsOutput(), example_inputs=torch.randn(2, 5))
+    assert "'fine'" in message
+    assert "output" in message
+
+
+class EndsInScale(nn.Module):
+    """A learned parameter acts after the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+        self.temperature = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.trunk(x))) * self.temperature
+
+
+def test_a_parameter_after_the_last_layer_is_named() -> None:
+    message = refusal(EndsInScale(), EndsInScale(), example_inputs=torch.randn(2, 5))
+    assert "temperature" in message
+    assert "output" in message
+
+
+def test_nothing_to_choose_among() -> None:
+    assert "hidden channels" in refusal(nn.Linear(5, 4), nn.Linear(5, 4), example_inputs=torch.randn(2, 5))
+
+
+class NeedsTwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(F.relu(self.first(a) + self.second(b)))
+
+
+def test_example_inputs_that_are_needed() -> None:
+    message = refusal(NeedsTwoInputs(), NeedsTwoInputs(), example_inputs=None)
+    assert "example_inputs" in message
+    assert "NeedsTwoInputs" in message
+
+
+def test_example_inputs_that_do_not_fit() -> None:
+    message = refusal(resnet(), resnet(), example_inputs=torch.randn(2, 5, 8, 8))
+    assert "example_inputs" in message
+    assert "(2, 5, 8, 8)" in message
+    assert "example_inputs" in refusal(resnet(), resnet(), example_inputs="an image")
+    assert "example_inputs" in refusal(resnet(), resnet(), example_inputs=())
+
+
+def test_input_without_a_batch_dimension() -> None:
+    big = fastmerge.BigStudent(resnet(), resnet(), example_inputs=IMAGES).eval()
+    with pytest.raises(ValueError, match="batch dimension"):
+        big(IMAGES[0])

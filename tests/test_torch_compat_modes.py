@@ -1,0 +1,263 @@
+"""A big student is an nn.Module like any other: modes, dtypes, memory formats, autocast, state, copies, pickles."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmerge
+from architectures import BY_NAME
+from teachers import copy_state, disturb_weights, make_teachers, mean_output, relative_error, select_gates, set_gates
+
+NAMES = ["resnet_projected_shortcut", "shufflenet_v2", "unet", "log_softmax", "dict_heads", "functional_parameters"]
+every_network = pytest.mark.parametrize("name", NAMES)
+linked_or_not = pytest.mark.parametrize("linked", [False, True], ids=["unlinked", "linked"])
+
+
+def merge(name: str, linked: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> fastmerge.BigStudent:
+    """A big student in eval mode with gates at all heights; off-diagonal weights are not zero where linked."""
+    architecture = BY_NAME[name]
+    x = architecture.inputs(6, dtype=dtype)
+    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2, dtype, seed), example_inputs=x)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for gate in big.gates.values():
+            gate.loc.copy_(torch.randn(gate.loc.shape, generator=generator))
+    if linked:
+        big.link()
+        disturb_weights(big, seed, scale=0.1)
+    return big
+
+
+def inputs(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    return BY_NAME[name].inputs(5, seed=20, dtype=dtype)
+
+
+def drawn(big: nn.Module, x: tuple[Tensor, ...]) -> object:
+    """The output in training mode with fixed draws."""
+    torch.manual_seed(5)
+    return big(*x)
+
+
+def coarse_error(actual: object, expected: object) -> float:
+    """``‖actual − expected‖ / ‖expected‖``: low precision has no digits left for the part that depends on the input."""
+    pairs = zip(torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(expected), strict=True)
+    return max(((a.double() - e.double()).norm() / e.double().norm()).item() for a, e in pairs)
+
+
+@every_network
+@linked_or_not
+def test_train_and_eval(name: str, linked: bool) -> None:
+    big, x = merge(name, linked), inputs(name)
+    assert not big.training
+    before = big(*x)
+    buffers = copy_state(big)
+    assert big.train() is big
+    assert all(module.training for module in big.modules())
+    drawn(big, x)
+    big.load_state_dict(buffers)  # BatchNorm moved
+    assert relative_error(big.eval()(*x), before) == 0
+
+
+def test_mode_follows_the_teachers() -> None:
+    architecture = BY_NAME["lenet"]
+    for training in (False, True):
+        teachers = [architecture.make().train(training) for _ in range(2)]
+        assert (
+            fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2, dtype=torch.float32)).training
+            is training
+        )
+
+
+def test_students_mode_is_the_big_students() -> None:
+    big = merge("lenet", linked=False)
+    assert big.train().compress().training
+    assert not big.eval().compress().training
+
+
+@every_network
+@linked_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_to_dtype(name: str, linked: bool, dtype: torch.dtype) -> None:
+    big, x = merge(name, linked), inputs(name)
+    expected = big(*x)
+    big.to(dtype)
+    assert {p.dtype for p in big.parameters()} == {dtype}
+    actual = big(*(value.to(dtype) for value in x))
+    assert all(y.dtype == dtype for y in torch.utils._pytree.tree_leaves(actual))
+    assert coarse_error(actual, expected) < {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    student = big.compress()
+    assert {p.dtype for p in student.parameters()} == {dtype}
+    student(*(value.to(dtype) for value in x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_teachers_dtype_is_the_big_students(dtype: torch.dtype) -> None:
+    assert {p.dtype for p in merge("mobilenet", linked=False, dtype=dtype).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["resnet_projected_shortcut", "shufflenet_v2", "unet"])
+@linked_or_not
+def test_channels_last(name: str, linked: bool) -> None:
+    big, x = merge(name, linked), inputs(name)
+    expected = drawn(big.train(), x)
+    changed = copy.deepcopy(big).to(memory_format=torch.channels_last)
+    assert relative_error(drawn(changed, tuple(v.to(memory_format=torch.channels_last) for v in x)), expected) < 1e-9
+    weights = [p for p in changed.network.parameters() if p.dim() == 4]
+    assert weights
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    changed.link()
+    select_gates(changed, x)
+    assert relative_error(changed.compress()(*x), changed(*x)) < 1e-9
+
+
+@every_network
+@linked_or_not
+def test_autocast(name: str, linked: bool) -> None:
+    big, x = merge(name, linked, torch.float32), inputs(name, torch.float32)
+    expected = big(*x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = big(*x)
+    assert coarse_error(actual, expected) < 0.05
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = torch.utils._pytree.tree_leaves(big.train()(*x))
+        loss = sum(y.float().square().mean() for y in outputs) + big.gate_loss()
+    loss.backward()
+    assert all(
+        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in big.parameters() if p.grad is not None
+    )
+    assert all(gate.loc.grad.abs().sum() > 0 for gate in big.gates.values())
+
+
+def test_autocast_runs_layers_in_low_precision() -> None:
+    """Gating must not carry activations back to float32, which would double their traffic."""
+    big, (x,) = merge("vgg", linked=False, dtype=torch.float32), inputs("vgg", torch.float32)
+    seen: list[torch.dtype] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].dtype))
+        for name, module in big.network.named_modules()
+        if name.startswith("classifier") and any(True for _ in module.parameters(recurse=False))
+    ]
+    assert hooks
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        big.train()(x)
+    assert set(seen) == {torch.bfloat16}
+
+
+@every_network
+@linked_or_not
+def test_state_dict_round_trip(name: str, linked: bool) -> None:
+    """Saved, and loaded into a big student of other teachers that is not linked."""
+    big, other, x = merge(name, linked), merge(name, False, seed=100), inputs(name)
+    file = io.BytesIO()
+    torch.save(big.state_dict(), file)
+    file.seek(0)
+    result = other.load_state_dict(torch.load(file, weights_only=True))
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert other.linked is linked
+    assert relative_error(other(*x), big(*x)) == 0
+    assert relative_error(drawn(other.train(), x), drawn(big.train(), x)) == 0
+    assert relative_error(other.compress().eval()(*x), big.compress().eval()(*x)) == 0
+
+
+@every_network
+def test_an_unlinked_state_loads_into_a_linked_big_student(name: str) -> None:
+    big, other, x = merge(name, False), merge(name, True, seed=100), inputs(name)
+    other.load_state_dict(big.state_dict())
+    assert other.linked
+    assert relative_error(other(*x), big(*x)) < 1e-9
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    with pytest.raises(RuntimeError):
+        merge("unet", False).load_state_dict(merge("shufflenet_v2", False).state_dict())
+
+
+@every_network
+@linked_or_not
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+def test_copies_are_independent(name: str, linked: bool, way: str) -> None:
+    big, x = merge(name, linked), inputs(name)
+    if way == "deepcopy":
+        clone = copy.deepcopy(big)
+    elif way == "pickle":
+        clone = pickle.loads(pickle.dumps(big))
+    else:
+        file = io.BytesIO()
+        torch.save(big, file)
+        file.seek(0)
+        clone = torch.load(file, weights_only=False)
+    expected, output = drawn(big.train(), x), drawn(clone.train(), x)
+    assert type(clone) is type(big)
+    assert relative_error(output, expected) == 0
+    before = relative_to_zero(big.eval()(*x))
+    with torch.no_grad():
+        for tensor in [*clone.parameters(), *clone.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(1)
+    assert relative_error(big(*x), before) == 0
+    assert clone.linked is linked
+    clone.link()
+    assert big.linked is linked
+    set_gates(clone, 0.0)
+    clone.compress()
+
+
+def relative_to_zero(output: object) -> object:
+    return torch.utils._pytree.tree_map(lambda y: y.detach().clone(), output)
+
+
+def test_a_big_student_of_students() -> None:
+    """What compress returns can be a teacher."""
+    architecture = BY_NAME["unet"]
+    x = inputs("unet")
+    students = []
+    for seed in (0, 100):
+        big = merge("unet", False, seed=seed)
+        select_gates(big, x, seed)
+        students.append(big.compress())
+    again = fastmerge.BigStudent(*students, example_inputs=architecture.inputs(2)).eval()
+    with torch.no_grad(), again.open_gates():
+        assert relative_error(again(*x), mean_output(students, x)) < 1e-9
+
+
+def test_representation_tells_the_groups() -> None:
+    text = repr(merge("lenet", linked=False))
+    assert "2 teachers" in text
+    assert "HardConcrete(12" in text
+
+
+def test_empty_and_single_batches_in_eval_mode() -> None:
+    big = merge("lenet", linked=False)
+    for batch in (0, 1):
+        assert big(torch.zeros(batch, 1, 16, 16, dtype=torch.float64)).shape == (batch, 4)
+
+
+def test_other_batch_and_image_sizes_than_the_examples() -> None:
+    big = merge("unet", linked=False)
+    teachers = make_teachers(BY_NAME["unet"].make, BY_NAME["unet"].inputs(6), 2)
+    x = (torch.randn(3, 3, 16, 12, dtype=torch.float64),)
+    with torch.no_grad(), big.open_gates():
+        assert relative_error(big(*x), mean_output(teachers, x)) < 1e-9
+
+
+def test_frozen_teachers_make_a_trainable_big_student() -> None:
+    architecture = BY_NAME["lenet"]
+    teachers = [architecture.make().requires_grad_(False) for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2, dtype=torch.float32))
+    assert all(parameter.requires_grad for parameter in big.parameters())
+    assert not any(parameter.requires_grad for teacher in teachers for parameter in teacher.parameters())
+
+
+def test_keyword_inputs() -> None:
+    big = merge("two_inputs", linked=False)
+    image, vector = inputs("two_inputs")
+    assert torch.equal(big(image, vector=vector), big(image, vector))
+    assert torch.equal(big(image=image, vector=vector), big(image, vector))
