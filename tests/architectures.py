@@ -101,6 +101,7 @@ ZOO = [
     Architecture("flatten_in_two_parts", unusual.FlattenInTwoParts),
     Architecture("permuted_channels", unusual.PermutedChannels),
     Architecture("recurrent", mixing.Recurrent, (4, 5)),
+    Architecture("attention", mixing.Attention, (4, 5)),
     Architecture("spatial_attention", mixing.SpatialAttention),
     Architecture("modulated", mixing.Modulated),
     Architecture("maxout", mixing.Maxout),

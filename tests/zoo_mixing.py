@@ -22,6 +22,20 @@ class Recurrent(nn.Module):
         return self.head(F.relu(self.hidden(x[:, -1])))
 
 
+class Attention(nn.Module):
+    """Multi-head attention between tokens, with a residual; kept from one teacher as a whole, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 4)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attention(x, x, x)[0]
+        return self.head(F.gelu(self.hidden(x))).mean(1)
+
+
 class SpatialAttention(nn.Module):
     """A mask from the mean over all channels, which no subset of them could give."""
 
