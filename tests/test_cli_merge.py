@@ -96,19 +96,42 @@ def test_two_checkpoints_become_a_student(place, capsys):
     assert history["borders"]["student"]["accuracy"] == pytest.approx(accuracy)
 
 
-def test_options_reach_the_merge(place):
-    options = ["--merge-epochs", "3", "--link-at", "0.5", "--lr", "0.02", "--finetune-lr", "0.04", "--milestones"]
-    options += ["--lam-start", "0.5", "--lam-step", "4", "--autocast", "bfloat16", "--channels-last"]
+def test_three_teachers_and_precision(place):
     save_weights(make(), "c.safetensors")
     teachers = ["a.safetensors", "b.pt", "c.safetensors"]
-    assert main([*arguments(teachers=teachers), *options]) == 0
+    assert main([*arguments(teachers=teachers), "--autocast", "bfloat16", "--channels-last"]) == 0
     history = json.loads(Path("out/history.json").read_text())
-    merge = [record for record in history["epochs"] if record["stage"] == "merge"]
-    assert [record["linked"] for record in merge] == [False, False, True]
-    assert [record["lr"] for record in history["epochs"]] == [0.02, 0.02, 0.02, 0.04]
-    assert merge[1]["lam"] == pytest.approx(0.5 + 4 * 0.5**0.5)
     assert history["num_teachers"] == 3
     assert history["config"]["autocast"] == "bfloat16"
+
+
+def test_every_option_reaches_the_merge(place, monkeypatch):
+    given = {
+        "merge_epochs": 3,
+        "finetune_epochs": 4,
+        "link_at": 0.5,
+        "lr": 0.02,
+        "momentum": 0.8,
+        "weight_decay": 0.001,
+        "gate_lr": 0.3,
+        "lam_start": 0.5,
+        "lam_step": 4.0,
+        "finetune_lr": 0.04,
+        "seed": 7,
+        "device": "cpu",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--milestones", "1", "3", "--autocast", "bfloat16", "--channels-last", "--batch-size", "5"]
+    seen = {}
+
+    def record(teachers, loader, *, val_loader, **options):
+        seen.update(options, sizes=[len(next(iter(each))[0]) for each in (loader, val_loader)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmerge.cli.merge.merge", record)
+    assert main([*arguments(), *words]) == 130
+    rest = {"milestones": [1, 3], "autocast": torch.bfloat16, "channels_last": True, "progress": False, "sizes": [5, 5]}
+    assert seen == given | rest
 
 
 def test_a_seed_repeats_the_student(place):

@@ -71,6 +71,31 @@ def test_imagewoof_reads_an_npz(tmp_path):
     assert "This run had 0.0001 of the paper's epochs." in (out / "report.md").read_text()
 
 
+def test_every_option_reaches_the_run(tmp_path, monkeypatch):
+    seen = {}
+
+    def record(recipe, chosen, **options):
+        seen.update(options, recipe=recipe.name, chosen=chosen)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmerge.cli.run.strategies.run", record)
+    words = ["--strategy", "one,student", "--replicates", "7", "--budget", "0.5", "--data", "x.npz", "--seed", "3"]
+    words += ["--device", "cuda:1", "--out", str(tmp_path), "--workers", "2"]
+    assert main(["run", "sine", *words]) == 130
+    assert seen == {
+        "recipe": "sine",
+        "chosen": ["one", "student"],
+        "replicates": 7,
+        "budget": 0.5,
+        "data_path": Path("x.npz"),
+        "seed": 3,
+        "device": "cuda:1",
+        "out": tmp_path,
+        "workers": 2,
+        "progress": True,
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -57,7 +57,8 @@ def test_the_student_is_of_the_teachers_class_and_holds_the_task(trained, count)
     accuracies = [history.borders[f"teacher {number}"].accuracy for number in range(count)]
     assert history.borders["student"].accuracy > sum(accuracies) / count - 0.03
     setting = Setting(torch.device("cpu"), cross_entropy)
-    assert evaluate(student, VAL, setting) == history.borders["student"]
+    assert evaluate(student.train(), VAL, setting) == history.borders["student"]
+    assert student.training
 
 
 def test_the_history_tells_what_happened(teachers):
