@@ -61,17 +61,18 @@ class BigStudent(nn.Module):
     def __init__(self, *teachers: nn.Module, example_inputs: Any = None) -> None:
         super().__init__()
         check_teachers(teachers)
-        traced = [trace(teacher) for teacher in teachers]
-        check_same_code(traced)
-        inputs = infer_example_inputs(traced[0], example_inputs)
-        record = run_on_ids(traced[0], inputs)
+        traced = trace(teachers[0])
+        for number, teacher in enumerate(teachers[1:], start=1):
+            check_same_code(traced, trace(teacher), number)
+        inputs = infer_example_inputs(traced, example_inputs)
+        record = run_on_ids(traced, inputs)
         self.groups: ChannelGroups = group_channels(record)
         if not len(self.groups):
             raise ValueError(
                 f"{type(teachers[0]).__name__} has no hidden channels to choose among: there is nothing to merge"
             )
         self.num_teachers = len(teachers)
-        analysis = Analysis(traced[0], self.groups)
+        analysis = Analysis(traced, self.groups)
         self._each = analysis.needs_each(record.nonlinear_nodes)
         self.network, self._layout = build_network(analysis, teachers, keep_each_bias=self._each)
         reference = next(teachers[0].parameters())

@@ -39,25 +39,26 @@ def check_teachers(teachers: Sequence[nn.Module]) -> None:
         _check_finite(number, teacher)
 
 
-def check_same_code(traced: Sequence[TracedNetwork]) -> None:
-    """Checks that teachers compute the same way: constants in their code, options that no parameter shows.
+def check_same_code(first: TracedNetwork, other: TracedNetwork, number: int) -> None:
+    """Checks that two teachers compute the same way: constants in their code, options that no parameter shows.
+
+    Args:
+        first: teacher 0.
+        other: another teacher.
+        number: which one.
 
     Raises:
         ValueError: naming the first place where they differ.
     """
-    first = traced[0]
-    for number, other in enumerate(traced[1:], start=1):
-        for mode, graph in first.graphs.items():
-            if len(graph.nodes) != len(other.graphs[mode].nodes):
+    for mode, graph in first.graphs.items():
+        if len(graph.nodes) != len(other.graphs[mode].nodes):
+            raise ValueError(f"teachers 0 and {number} run different code in {mode} mode; they need one architecture")
+        for a, b in zip(graph.nodes, other.graphs[mode].nodes, strict=True):
+            if a.format_node() != b.format_node() or not _same_constant(first, other, a):
                 raise ValueError(
-                    f"teachers 0 and {number} run different code in {mode} mode; they need one architecture"
+                    f"teachers 0 and {number} compute '{a.name}' differently in {mode} mode "
+                    f"({_brief(a)} and {_brief(b)}); they need one architecture"
                 )
-            for a, b in zip(graph.nodes, other.graphs[mode].nodes, strict=True):
-                if a.format_node() != b.format_node() or not _same_constant(first, other, a):
-                    raise ValueError(
-                        f"teachers 0 and {number} compute '{a.name}' differently in {mode} mode "
-                        f"({_brief(a)} and {_brief(b)}); they need one architecture"
-                    )
 
 
 def _brief(node: fx.Node) -> str:

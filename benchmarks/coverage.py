@@ -1,0 +1,179 @@
+"""Which torchvision classification networks merge, and how exactly: writes docs/coverage.json and docs/coverage.md.
+
+Each network is merged in a process of its own, as torchvision makes it: two teachers whose parameters and buffers all
+differ and whose BatchNorm is calibrated on data. Errors are relative to the part of the output that depends on the input:
+
+* open: the big student with open gates against the mean of the teachers, before and after ``link()``;
+* compress: the compressed network against the big student with random n of T·n gates at 1 and the others at 0, before and
+  after ``link()``.
+
+Networks that are done are kept, so that an interrupted run goes on where it was; ``--again`` starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import fastmerge
+from fastmerge.environment import environment
+from fastmerge.files import atomic
+from fastmerge.reporting.tables import table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # the teachers and the measure of error are those of the tests
+
+import torchvision_networks as vision  # noqa: E402
+from teachers import disturb_weights, make_batch, make_teachers, mean_output, relative_error, select_gates  # noqa: E402
+
+BATCH = 4
+COPIES = 11  # of a teacher's weights in memory at the most: two teachers, what tracing copies, block-diagonal and dense
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Merges two teachers of one network.
+
+    Returns:
+        ``parameters``, ``groups``, ``dtype``, ``image_size``, ``open_error``, ``compress_error``, ``seconds`` (of
+        building the big student); or ``parameters`` and ``reason``, why it can't be merged.
+    """
+    torch.manual_seed(0)
+    network = vision.models.get_model(name, weights=None, **_quick(name))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    del network
+    dtype = torch.float64 if COPIES * 8 * parameters < 0.8 * _memory() else torch.float32
+    side = vision.size(name)
+    inputs = (make_batch(BATCH, (3, side, side), dtype=dtype),)
+    result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "image_size": side}
+    make = lambda: vision.models.get_model(name, weights=None, **_quick(name))  # noqa: E731
+    if vision.is_refused(name):
+        teachers: list[Any] = [make(), make()]
+        side, inputs = 224, (make_batch(BATCH, (3, 224, 224), dtype=torch.float32),)
+    else:
+        teachers = make_teachers(make, inputs, 2, dtype)
+    start = time.perf_counter()
+    try:
+        big = fastmerge.BigStudent(*teachers, example_inputs=inputs)
+    except ValueError as error:
+        return {"parameters": parameters, "reason": str(error)}
+    result["seconds"] = time.perf_counter() - start
+    result["groups"] = len(big.groups)
+    with torch.no_grad():
+        expected = mean_output(teachers, inputs)
+        del teachers
+        gc.collect()
+        opened, compressed = [], []
+        for linked in (False, True):
+            if linked:
+                big.link()
+            with big.open_gates():
+                opened.append(relative_error(big.eval()(*inputs), expected))
+            statistics = {name: buffer.clone() for name, buffer in big.named_buffers()}
+            if linked:
+                disturb_weights(big, scale=0.1)
+            select_gates(big, inputs, seed=int(linked), recalibrate=True)
+            compressed.append(relative_error(big.compress()(*inputs), big(*inputs)))
+            for name, buffer in big.named_buffers():
+                buffer.copy_(statistics[name])
+    result["open_error"], result["compress_error"] = max(opened), max(compressed)
+    return result
+
+
+def _quick(name: str) -> dict[str, Any]:
+    return {"init_weights": False} if name.startswith(("googlenet", "inception", "vgg")) else {}
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _in_child(name: str, connection: Any) -> None:
+    connection.send(measure(name))
+
+
+def in_process(name: str) -> dict[str, Any]:
+    """As :func:`measure`, in a process of its own, so that its memory is free afterwards."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_in_child, args=(name, sender))
+    child.start()
+    sender.close()
+    try:
+        result: dict[str, Any] = receiver.recv()
+    except EOFError:
+        child.join()
+        result = {"reason": f"the process ended with exit code {child.exitcode} (-9: out of memory)"}
+    child.join()
+    return result
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """docs/coverage.md from docs/coverage.json."""
+    networks = report["networks"]
+    merged = {name: network for name, network in networks.items() if "open_error" in network}
+    header = ["network", "channel groups", "parameters", "open", "compress", "precision", "image", "seconds"]
+    rows = [
+        [
+            name,
+            str(network["groups"]),
+            f"{network['parameters'] / 1e6:.1f} M",
+            f"{network['open_error']:.0e}",
+            f"{network['compress_error']:.0e}",
+            network["dtype"],
+            f"{network['image_size']}²",
+            f"{network['seconds']:.1f}",
+        ]
+        for name, network in merged.items()
+    ]
+    refused = [[name, network["reason"]] for name, network in networks.items() if name not in merged]
+    made = report["environment"]
+    return "\n\n".join(
+        [
+            "# Coverage",
+            "Every classification network of torchvision, as torchvision makes it, two teachers. Written by `make coverage`.",
+            "*open*: error of the big student with open gates against the mean of the teachers, before and after `link()`. "
+            "*compress*: error of the compressed network against the big student with the kept gates at 1 and the others at 0, "
+            "before `link()` and after it and a change of all weights. Each the larger of the two, relative to the batch-centred output. *seconds*: to "
+            "build the big student.",
+            table(header, rows, markdown=True),
+            f"{len(merged)} of {len(networks)} merge.",
+            *(["## Not merged", table(["network", "reason"], refused, markdown=True)] if refused else []),
+            f"fastmerge {made['fastmerge']}, PyTorch {made['torch']}, torchvision {made['packages']['torchvision']}, "
+            f"{made['cpu']['name']}, {made['cpu']['cores']} cores.\n",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what is missing and writes both files after every network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=vision.names(), metavar="NAME", help="default all")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", metavar="FILE.md")
+    parser.add_argument("--again", action="store_true", help="measure networks anew that are done")
+    options = parser.parse_args(arguments)
+    path = options.out.with_suffix(".json")
+    done = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.exists() and not options.again else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in (bar := tqdm(options.networks, unit="network")):
+        bar.set_postfix_str(name)
+        if name not in done:
+            done[name] = in_process(name)
+        report = {"environment": environment(), "networks": {key: done[key] for key in sorted(done)}}
+        for file, text in ((path, json.dumps(report, indent=1) + "\n"), (options.out, markdown(report))):
+            with atomic(file) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
