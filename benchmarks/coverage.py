@@ -144,8 +144,8 @@ def markdown(report: dict[str, Any]) -> str:
             "Every classification network of torchvision, as torchvision makes it, two teachers. Written by `make coverage`.",
             "*open*: error of the big student with open gates against the mean of the teachers, before and after `link()`. "
             "*compress*: error of the compressed network against the big student with the kept gates at 1 and the others at 0, "
-            "before `link()` and after it and a change of all weights. Each the larger of the two, relative to the batch-centred "
-            "output. *seconds*: to build the big student.",
+            "before `link()` and after it and a change of all weights. Each the larger of the two, relative to the "
+            "batch-centred output. *seconds*: to build the big student.",
             table(header, rows, markdown=True),
             f"{len(merged)} of {len(networks)} merge.",
             *(["## Not merged", table(["network", "reason"], refused, markdown=True)] if refused else []),
