@@ -77,6 +77,9 @@ def record_layer(mode: _IdMode, call: LayerCall, x: Tensor, out: Tensor, node: f
             "parameter (made inside the forward, for example by torch.zeros and assignment). Build it by torch.cat instead"
         )
     read = channel_ids(mode, mode.ids[x], dim, call.name).clone()
+    padding = read == NO_ID  # channels of zeros: each an id of its own, that nothing else can take the place of
+    read[padding] = record.new_ids(int(padding.sum()))
+    record.positions += [("padding", i) for i in read[padding].tolist()]
     previous = record.layers.get(call.weight)
     if previous is None:
         written = record.new_ids(out.shape[dim])
