@@ -105,8 +105,8 @@ def sample_gates(
 
     One fused launch on a CUDA device where Triton is installed, plain PyTorch elsewhere. Either way the draws come from
     the device's default generator, so ``torch.manual_seed`` repeats them, and ``torch.func.vmap`` needs its
-    ``randomness``; the two ways draw different numbers. The fused one can't be differentiated by ``torch.func.grad``
-    (PyTorch's custom operations can't), only by autograd, through ``vmap`` too.
+    ``randomness``; the two ways draw different numbers. Under
+    ``torch.func.grad``, which can't differentiate custom operators, the plain one runs everywhere.
 
     Args:
         loc: location of each gate, shape (C,): all channel groups of a network, concatenated.
@@ -134,4 +134,13 @@ def sample_gates(
 
 
 def _runs_fused(loc: Tensor) -> bool:
-    return loc.is_cuda and _HAS_TRITON
+    return loc.is_cuda and _HAS_TRITON and not _under_func_grad(loc)
+
+
+def _under_func_grad(tensor: Tensor) -> bool:
+    """Whether ``torch.func.grad`` follows a tensor, at any depth: custom operators can't be differentiated by it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

@@ -195,3 +195,18 @@ def test_cuda_takes_the_kernel() -> None:
         assert sample.default in [node.target for node in graph.graph.nodes]
         graph = make_fx(lambda loc: gate.sample_gates(loc, 8))(torch.empty(20))
         assert sample.default not in [node.target for node in graph.graph.nodes]
+
+
+def test_func_grad_is_noticed_at_any_depth() -> None:
+    seen = []
+
+    def loss(loc: Tensor) -> Tensor:
+        seen.append(gate._under_func_grad(loc))
+        return loc.sum()
+
+    loc = torch.zeros(3, 4)
+    torch.func.vmap(loss)(loc)
+    torch.func.vmap(torch.func.grad(loss))(loc)
+    torch.func.grad(lambda loc: torch.func.vmap(loss)(loc).sum())(loc)
+    assert seen == [False, True, True]
+    assert not gate._under_func_grad(loc)

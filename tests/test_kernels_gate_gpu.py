@@ -110,6 +110,13 @@ def test_vmap_draws_for_each() -> None:
     assert (gradient[1:] == 0).all()
 
 
+def test_func_grad_runs_the_reference() -> None:
+    loc = torch.zeros(3, 50, device="cuda")
+    gradient = torch.func.vmap(torch.func.grad(lambda loc: sample_gates(loc, 20).sum()), randomness="different")(loc)
+    assert gradient.shape == loc.shape
+    assert (gradient > 0).all()
+
+
 def test_torch_compile_takes_it_whole() -> None:
     loc = torch.zeros(50, device="cuda", requires_grad=True)
     compiled = torch.compile(lambda loc: sample_gates(loc, 20) * 2, fullgraph=True)
