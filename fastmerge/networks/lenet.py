@@ -56,5 +56,5 @@ class LeNet(nn.Module):
 
 
 def small_lenet(classes: int = 10, width: int = 1) -> LeNet:
-    """A LeNet for grey 8×8 images, such as scikit-learn's digits: 3×3 kernels, 6 and 16 channels, 32 and 24 units."""
-    return LeNet(1, 8, classes, width, kernel_size=3, channels=(6, 16), units=(32, 24))
+    """A LeNet for grey 8×8 images, such as scikit-learn's digits: 3×3 kernels, 3 and 6 channels, 12 and 12 units."""
+    return LeNet(1, 8, classes, width, kernel_size=3, channels=(3, 6), units=(12, 12))

@@ -39,7 +39,7 @@ def lenet_imagewoof() -> Recipe:
         lam_step=0.05,
         link_at=0.0,
         augment=flip_and_shift,
-        test_every=50,
+        test_every=100,
         stack=5,
         source="Pašen & Boža, Merging of neural networks, section 3.2 (10 replicates)",
     )

@@ -81,7 +81,8 @@ class Outcome:
         curves: values per epoch.
         networks: state dicts of the final networks, on the CPU; None for a replicate that diverged.
         predictions: the recipe's curve as the final networks have it, (replicates, points), or None.
-        student: what only the student strategy has: gates, borders, origins of the kept channels.
+        student: what only the student strategy has, if any replicate came to the merge stage: λ and open probabilities per
+            epoch, scores at the borders of stages, origins of the kept channels.
         seconds: how long it took.
     """
 

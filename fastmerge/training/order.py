@@ -40,11 +40,6 @@ class StackedBatches:
         per_step = 4 * len(orders) * self.batch_size * math.prod(data.train_inputs.shape[1:])
         self._steps_at_once = max(1, _CHUNK_BYTES // per_step)  # few large gathers, yet no copy of the whole data set
 
-    def sizes(self) -> list[int]:
-        """The sizes of batch that occur in an epoch."""
-        whole, rest = divmod(self.samples, self.batch_size)
-        return [self.batch_size] * bool(whole) + [rest] * bool(rest)
-
     def epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (inputs (R, N, ...), targets (R, N, ...)); every network sees every sample once."""
         order = torch.stack([torch.randperm(self.samples, generator=generator) for generator in self.orders])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+
+from fastmerge.training.replay import replayed
 
 
 class Stack:
@@ -38,6 +39,7 @@ class Stack:
         self.shared = {name: value[0] for name, value in buffers.items() if _is_common(value)}
         self.buffers = {name: value for name, value in buffers.items() if name not in self.shared}
         self._size = len(networks)
+        self._replays: dict[torch.Size, Callable[..., tuple[Tensor]]] = {}
 
     def __len__(self) -> int:
         return self._size
@@ -61,26 +63,42 @@ class Stack:
         return [self.network(index) for index in range(len(self))]
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Any:
+    def __call__(self, inputs: Tensor) -> Tensor:
         """Runs all networks, in eval mode, on the same inputs.
 
         Args:
             inputs: (N, ...).
 
         Returns:
-            Outputs with a first dimension of R: (R, N, ...).
+            Outputs of networks that give one tensor, with a first dimension of R: (R, N, ...).
         """
+        tensors = [tensor for kind in self.kinds for tensor in kind.values()]
+        if inputs.shape not in self._replays:
+            self.skeleton.eval()
+            self._replays[inputs.shape] = replayed(self._run, *tensors, inputs, replicates=len(self))
+        (outputs,) = self._replays[inputs.shape](*tensors, inputs)
+        return outputs
 
-        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Any:
-            return functional_call(network, parameters | buffers | self.shared, (inputs,))
+    @property
+    def kinds(self) -> tuple[dict[str, Tensor], ...]:
+        """Parameters, buffers and shared buffers; the first two stacked."""
+        return self.parameters, self.buffers, self.shared
 
-        network = self.skeleton.eval()
-        return vmap(run)(self.parameters, self.buffers)
+    def unflatten(self, tensors: Iterable[Tensor]) -> list[dict[str, Tensor]]:
+        """Names tensors that come in the order of :attr:`kinds`."""
+        remaining = iter(tensors)
+        return [{name: next(remaining) for name in kind} for kind in self.kinds]
+
+    def _run(self, *tensors: Tensor) -> list[Tensor]:
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], shared: dict[str, Tensor]) -> Tensor:
+            return functional_call(self.skeleton, parameters | buffers | shared, (tensors[-1],))
+
+        return [vmap(one, in_dims=(0, 0, None))(*self.unflatten(tensors))]
 
 
 def _stacked(each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     for index, tensors in enumerate(each):
-        for name in each[0].keys() | tensors.keys():
+        for name in [*each[0], *tensors]:
             shapes = [tuple(t[name].shape) if name in t else "missing" for t in (each[0], tensors)]
             if shapes[0] != shapes[1]:
                 raise ValueError(

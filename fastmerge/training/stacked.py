@@ -116,7 +116,7 @@ class _Step:
     def __init__(self, stack: Stack, stage: Stage, gates: Collection[str], gated: bool) -> None:
         self.stack, self.stage, self.gated = stack, stage, gated
         self.names = [*stack.parameters]
-        self.tensors = [*stack.parameters.values(), *stack.buffers.values(), *stack.shared.values()]
+        self.tensors = [tensor for kind in stack.kinds for tensor in kind.values()]
         of_weights = [index for index, name in enumerate(self.names) if name not in gates]
         of_gates = [index for index, name in enumerate(self.names) if name in gates]
         parameters = [*stack.parameters.values()]
@@ -144,7 +144,6 @@ class _Step:
     def _gradients(self) -> Callable[..., list[Tensor]]:
         """A function of all tensors, inputs, targets and λ that returns gradients and losses."""
         network = _WithGateLoss(self.stack.skeleton) if self.gated else _WithoutGateLoss(self.stack.skeleton)
-        kinds = [self.stack.parameters, self.stack.buffers, self.stack.shared]
         criterion = self.stage.criterion
 
         def loss_of_one(parameters: Any, buffers: Any, shared: Any, x: Tensor, target: Tensor, lam: Tensor) -> Any:
@@ -154,12 +153,10 @@ class _Step:
             total = sum((lam * extra for extra in gate_loss), loss)
             return total, [value.detach() for value in (loss, *gate_loss)]
 
-        of_all = vmap(grad(loss_of_one, has_aux=True), in_dims=(0, 0, None, 0, 0, None), randomness="different")
+        of_all: Any = vmap(grad(loss_of_one, has_aux=True), in_dims=(0, 0, None, 0, 0, None), randomness="different")
 
         def gradients(*tensors: Tensor) -> list[Tensor]:
-            remaining = iter(tensors)
-            parameters, buffers, shared = ({name: next(remaining) for name in kind} for kind in kinds)
-            found, losses = of_all(parameters, buffers, shared, *remaining)
+            found, losses = of_all(*self.stack.unflatten(tensors[:-3]), *tensors[-3:])
             return [*(found[name].contiguous() for name in self.names), *losses]
 
         return gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -157,49 +158,60 @@ def _write(out: Path, recipe: Recipe, results: dict[str, Any], found: dict[str, 
             save_weights(network, out / f"student-{index}.safetensors")
     if recipe.curve is not None:
         x, true = recipe.curve()
-        arrays: dict[str, Any] = {name: _predictions(parts) for name, parts in found.items()}
+        arrays: dict[str, Any] = {name: _predictions(parts, len(x)) for name, parts in found.items()}
         with atomic(out / "curves.npz") as temporary:
             np.savez(temporary, **arrays, x=x.squeeze(1).numpy(), true=true.squeeze(1).numpy())
     results_files.write(out, results, _history(recipe, found))
 
 
-def _predictions(parts: list[Outcome]) -> np.ndarray:
-    return torch.cat([part.predictions for part in parts if part.predictions is not None]).numpy()
+def _predictions(parts: list[Outcome], points: int) -> np.ndarray:
+    """(replicates, points); NaN for replicates that diverged."""
+    rows = [
+        torch.full((len(part.values), points), math.nan) if part.predictions is None else part.predictions
+        for part in parts
+    ]
+    return torch.cat(rows).numpy()
 
 
 def _history(recipe: Recipe, found: dict[str, list[Outcome]]) -> dict[str, Any]:
-    history: dict[str, Any] = {
-        "curves": {name: _joined_curves([part.curves.to_dict() for part in parts]) for name, parts in found.items()}
-    }
-    parts = [part for part in found.get("student", []) if part.student]
-    if parts:
+    """What the jobs of each strategy recorded, joined along the replicates."""
+    curves = {}
+    for name, parts in found.items():
+        whole = max((part.curves for part in parts), key=lambda curve: len(curve.epochs))
+        columns = {
+            series: _joined(parts, [part.curves.series.get(series, []) for part in parts]) for series in whole.series
+        }
+        curves[name] = {"epochs": whole.epochs, **columns}
+    history: dict[str, Any] = {"curves": curves}
+    parts = found.get("student", [])
+    merged = [part.student for part in parts if part.student]  # none of a job whose replicates all diverged as teachers
+    if merged:
         merge_from = 2 * TEACHERS * recipe.unit
         history["stages"] = {"student": {"merge": merge_from, "fine-tune": merge_from + recipe.unit}}
-        gates = [part.student["gates"] for part in parts]
-        groups = gates[0]["open_probability"]
+        lam, groups, borders = merged[0]["lam"], merged[0]["open_probability"], merged[0]["borders"]
         history["gates"] = {
-            "epochs": list(range(1, len(gates[0]["lam"]) + 1)),
-            "lam": gates[0]["lam"],
+            "epochs": list(range(1, len(lam) + 1)),
+            "lam": lam,
             "target": 1 / TEACHERS,
             "open_probability": {
-                name: _side_by_side([each["open_probability"][name] for each in gates]) for name in groups
+                name: _joined(parts, [part.student["open_probability"][name] if part.student else [] for part in parts])
+                for name in groups
             },
         }
         history["replicates"] = {
             "borders": {
-                name: [value for part in parts for value in part.student["borders"][name]]
-                for name in parts[0].student["borders"]
+                name: _joined(parts, [[part.student["borders"][name]] if part.student else [] for part in parts])[0]
+                for name in borders
             },
-            "kept": [kept for part in parts for kept in part.student["kept"]],
+            "kept": [kept for part in parts for kept in part.student.get("kept", [None] * len(part.values))],
         }
     return history
 
 
-def _joined_curves(curves: list[dict[str, Any]]) -> dict[str, Any]:
-    joined = {name: _side_by_side([each[name] for each in curves]) for name in curves[0] if name != "epochs"}
-    return {"epochs": curves[0]["epochs"], **joined}
-
-
-def _side_by_side(parts: list[list[list[float]]]) -> list[list[float]]:
-    """Joins values per epoch and replicate along the replicates."""
-    return [[value for row in rows for value in row] for rows in zip(*parts, strict=True)]
+def _joined(parts: list[Outcome], rows: list[list[list[float]]]) -> list[list[float]]:
+    """Joins values per epoch and replicate along the replicates; where a job stopped early, NaN stands for its values."""
+    length = max(len(each) for each in rows)
+    full = [
+        each + [[math.nan] * len(part.values)] * (length - len(each)) for part, each in zip(parts, rows, strict=True)
+    ]
+    return [[value for row in epoch for value in row] for epoch in zip(*full, strict=True)]

@@ -55,7 +55,12 @@ class _StudentRun:
             curves=self.curves,
             networks=networks,
             predictions=None if drawn is None else spread(drawn, self.rows, self.size),
-            student={"gates": self._gates(), "borders": self.borders, "kept": self.kept},
+            student={
+                "lam": self.lam,
+                "open_probability": self._gates(),
+                "borders": self.borders,
+                "kept": self.kept,
+            },
         )
 
     def _teachers(self) -> list[nn.Module]:
@@ -148,12 +153,11 @@ class _StudentRun:
         for warning in gate_warnings(start, end, 1 / TEACHERS, self.recipe.lam_step):
             self.reporter.warn(f"mean of {len(self.rows)} replicates: {warning}")
 
-    def _gates(self) -> dict[str, Any]:
-        def rows(name: str) -> list[list[float]]:
-            return [spread(each[name], self.rows, self.size).tolist() for each in self.open_probability]
-
-        groups = list(self.open_probability[0])
-        return {"lam": self.lam, "open_probability": {name: rows(name) for name in groups}}
+    def _gates(self) -> dict[str, list[list[float]]]:
+        return {
+            name: [spread(each[name], self.rows, self.size).tolist() for each in self.open_probability]
+            for name in self.open_probability[0]
+        }
 
 
 def _mean_of_two(values: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ don't depend on how many processes there are.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -91,7 +94,8 @@ def _in_processes(run: Run, jobs: Sequence[Job], data: Dataset, workers: int, ba
                 # As bytes, by value: multiprocessing would put tensors into /dev/shm, which containers keep small.
                 payload = pickle.dumps((run, job, data))
                 process: BaseProcess = context.Process(target=_work, args=(theirs, payload), daemon=True)
-                process.start()
+                with _ctrl_c_ignored():
+                    process.start()
                 theirs.close()
                 running[ours] = (index, process)
             for connection in wait(list(running)):
@@ -114,6 +118,19 @@ def _in_processes(run: Run, jobs: Sequence[Job], data: Dataset, workers: int, ba
     return [outcomes[index] for index in range(len(jobs))]
 
 
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """A process started in this context leaves Ctrl-C, which reaches all of a terminal's processes, to the main one."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _receive(connection: Connection, process: BaseProcess, job: Job) -> tuple[Any, ...]:
     try:
         message: tuple[Any, ...] = connection.recv()
@@ -133,10 +150,9 @@ def _work(connection: Connection, payload: bytes) -> None:
         run, job, data = pickle.loads(payload)
         outcome = run(job, data, _Messages(connection))
         connection.send(("outcome", pickle.dumps(outcome)))
-    except KeyboardInterrupt:  # Ctrl-C reaches the whole process group; the main process tells of it
-        pass
     except Exception as error:
-        error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"in the process for this job:\n{traceback.format_exc()}")
         connection.send(("error", error))
 
 

@@ -1,0 +1,98 @@
+"""Images from .npz files: what is read, and what is refused by name."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastmerge.data.arrays import load_npz
+from fastmerge.data.dataset import image_dataset
+
+
+def arrays(**changes):
+    generator = np.random.default_rng(0)
+    made = {
+        "train_images": generator.integers(0, 256, (12, 5, 4, 3), np.uint8),
+        "train_labels": np.arange(12) % 3,
+        "test_images": generator.integers(0, 256, (6, 5, 4, 3), np.uint8),
+        "test_labels": np.arange(6, dtype=np.uint8) % 3,
+    }
+    return made | changes
+
+
+def save(path, made):
+    np.savez(path, **made)
+    return path
+
+
+def test_arrays_come_back(tmp_path):
+    made = arrays(class_names=np.array(["a", "b", "c"]))  # what else is in the file does no harm
+    loaded = load_npz(save(tmp_path / "data.npz", made))
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert np.array_equal(getattr(loaded, name), made[name])
+    assert loaded.test_labels.dtype == np.int64
+    assert loaded.classes == 3
+
+
+def test_grey_images_get_a_channel(tmp_path):
+    grey = arrays(train_images=np.zeros((12, 5, 4), np.uint8), test_images=np.zeros((6, 5, 4), np.uint8))
+    assert load_npz(save(tmp_path / "data.npz", grey)).train_images.shape == (12, 5, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": np.zeros((12, 5, 4, 3), np.float32)}, "train_images must be uint8, 0..255; it is float32"),
+        ({"test_images": np.zeros((6, 5, 4, 7), np.uint8)}, "test_images must have shape"),
+        ({"test_images": np.zeros((6, 5), np.uint8)}, "test_images must have shape"),
+        ({"test_images": np.zeros((6, 9, 4, 3), np.uint8)}, r"one height, width and channels.*5, 4, 3.*9, 4, 3"),
+        ({"test_images": np.zeros((0, 5, 4, 3), np.uint8), "test_labels": np.zeros(0, int)}, "test_images is empty"),
+        ({"train_labels": np.zeros(12)}, "train_labels must be integers; it is float64"),
+        ({"train_labels": np.zeros(11, int)}, r"train_labels must have shape \(12,\)"),
+        ({"train_labels": np.zeros((12, 1), int)}, r"train_labels must have shape \(12,\)"),
+        ({"train_labels": np.arange(12) - 1}, "train_labels must be at least 0; it holds -1"),
+        ({"test_labels": np.arange(6)}, "test_labels go up to 5, train_labels only to 2"),
+        ({"train_labels": np.array([{}] * 12, object)}, "can't be read"),
+    ],
+)
+def test_wrong_arrays_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_npz(save(tmp_path / "data.npz", arrays(**changes)))
+
+
+def test_missing_arrays_are_named(tmp_path):
+    made = arrays()
+    del made["train_labels"], made["test_images"]
+    with pytest.raises(ValueError, match="lacks train_labels, test_images"):
+        load_npz(save(tmp_path / "data.npz", made))
+
+
+def test_files_that_are_no_npz(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none.npz"):
+        load_npz(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match=r"text.npz is no .npz file"):
+        load_npz(tmp_path / "text.npz")
+    whole = save(tmp_path / "data.npz", arrays()).read_bytes()
+    (tmp_path / "damaged.npz").write_bytes(whole[:700] + b"\xff" * 40 + whole[740:])
+    with pytest.raises(ValueError, match=r"damaged.npz can't be read"):
+        load_npz(tmp_path / "damaged.npz")
+
+
+def test_data_sets_are_normalised_by_the_training_images(tmp_path):
+    loaded = load_npz(save(tmp_path / "data.npz", arrays()))
+    data = image_dataset(loaded)
+    assert data.train_inputs.dtype == torch.uint8
+    assert data.classes == 3
+    images = data.normalise(data.train_inputs)
+    assert images.shape == (12, 3, 5, 4)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3))
+    back = data.normalise(data.test_inputs) * data.std + data.mean
+    torch.testing.assert_close(back, torch.from_numpy(loaded.test_images).permute(0, 3, 1, 2).float())
+
+
+def test_a_constant_channel_becomes_zero(tmp_path):
+    images = arrays()["train_images"]
+    images[..., 1] = 7
+    data = image_dataset(load_npz(save(tmp_path / "data.npz", arrays(train_images=images))))
+    assert not data.normalise(data.train_inputs)[:, 1].any()

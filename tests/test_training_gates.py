@@ -1,0 +1,26 @@
+"""What the student strategy says of gates that did not do their part."""
+
+import pytest
+
+from fastmerge.training.strategies import run
+from tests.test_training_strategies import images_recipe
+
+
+def warnings_of(**changes) -> list[str]:
+    with pytest.warns(UserWarning, match=r"P\[g>0\]") as found:
+        run(images_recipe(**changes), ["student"], replicates=1, workers=1, progress=False)
+    return [str(warning.message) for warning in found]
+
+
+def test_gates_that_do_not_move():
+    (warning,) = warnings_of(gate_lr=0.0)
+    assert "did not move in 4 of 4 channel groups" in warning
+    assert "columns, mean of 1 replicates" in warning
+
+
+def test_gates_that_do_not_arrive():
+    assert any("is above 1/T = 0.50" in warning for warning in warnings_of(gate_lr=10.0, lam_start=1.0))
+
+
+def test_gates_that_close_too_far():
+    assert any("is below 1/T = 0.50" in warning for warning in warnings_of(gate_lr=50.0, lam_start=1.0))

@@ -1,0 +1,173 @@
+"""Stacked training equals training each network alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastmerge.big_student import BigStudent
+from fastmerge.data.dataset import Dataset
+from fastmerge.networks.lenet import LeNet, small_lenet
+from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.schedules import QuadraticLambda
+from fastmerge.training.stack import Stack
+from fastmerge.training.stacked import Stage, train
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 6 * 6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.bn(self.conv(x))).flatten(1))
+
+
+def images(count: int = 42, size: int = 8, channels: int = 1) -> Dataset:
+    x, y = torch.randn(count, channels, size, size), torch.randint(10, (count,))
+    return Dataset(x, y, x, y)
+
+
+def points(count: int = 42) -> Dataset:
+    x = torch.rand(count, 1)
+    return Dataset(x, torch.sin(6 * x), x, x)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def alone(network: nn.Module, data: Dataset, stage: Stage, seed: int) -> list[float]:
+    """Trains one network with torch's own optimizer and scheduler; returns the mean loss of each epoch."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=stage.lr, momentum=stage.momentum, weight_decay=stage.weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(stage.milestones), stage.lr_decay)
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    network.train()
+    for _ in range(stage.epochs):
+        total = 0.0
+        for batch in torch.randperm(len(data.train_inputs), generator=generator).split(stage.batch_size):
+            loss = stage.criterion(network(data.train_inputs[batch]), data.train_targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        scheduler.step()
+        means.append(total / len(data.train_inputs))
+    return means
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "criterion"),
+    [
+        (SineMLP, points, F.mse_loss),
+        (small_lenet, images, F.cross_entropy),
+        (Normed, images, F.cross_entropy),
+        (lambda: LeNet(3, 28), lambda: images(10, 28, 3), F.cross_entropy),  # its convolutions are split
+    ],
+)
+def test_equals_networks_trained_alone(make, data, criterion):
+    networks, data = [make() for _ in range(3)], data()
+    stage = Stage("test", 4, 0.05, 16, criterion, milestones=(2, 3), momentum=0.8, weight_decay=0.01)
+    stack = Stack(networks)
+    records = list(train(stack, data, stage, generators(3), torch.Generator()))
+    assert [record.epoch for record in records] == [1, 2, 3, 4]
+    for index, network in enumerate(networks):
+        before = copy.deepcopy(network.state_dict())
+        means = alone(network, data, stage, index)
+        torch.testing.assert_close(torch.stack([record.loss[index] for record in records]), torch.tensor(means))
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(stack.network(index).state_dict()[name], value, **TOLERANCE)
+            assert value.ndim == 0 or not torch.equal(value, before[name])
+
+
+def test_no_momentum_and_no_decay_work_too():
+    networks = [SineMLP() for _ in range(2)]
+    stage, data = Stage("test", 2, 0.05, 16, F.mse_loss, momentum=0.0), points()
+    stack = Stack(networks)
+    list(train(stack, data, stage, generators(2), torch.Generator()))
+    alone(networks[1], data, stage, 1)
+    torch.testing.assert_close(stack.parameters["hidden.weight"][1], networks[1].hidden.weight.detach(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_merge_stage_equals_that_of_one_big_student(linked):
+    """Same gates drawn: both read the default generator, sample by sample."""
+    data, lam, stage = images(), QuadraticLambda(0.5, 1.0), Stage("merge", 3, 0.02, 16, F.cross_entropy, gate_lr=0.7)
+    big = BigStudent(small_lenet(), small_lenet(), example_inputs=data.train_inputs[:2])
+    if linked:
+        big.link()
+    stack = Stack([big])
+    gates = {name for name, _ in big.named_parameters() if name.startswith("gates.")}
+    torch.manual_seed(5)
+    records = list(train(stack, data, stage, generators(1), torch.Generator(), lam, gates))
+    assert [record.lam for record in records] == pytest.approx([0.5, 0.5 + 0.5**0.5, lambda_after(0.5, 2)])
+
+    weights = torch.optim.SGD(big.weight_parameters(), lr=0.02, momentum=0.9)
+    openers = torch.optim.SGD(big.gate_parameters(), lr=0.7, momentum=0.9)
+    lam, generator = QuadraticLambda(0.5, 1.0), torch.Generator().manual_seed(0)
+    start = big.gate_loss().item()
+    torch.manual_seed(5)
+    for _ in range(3):
+        for batch in torch.randperm(42, generator=generator).split(16):
+            loss = F.cross_entropy(big(data.train_inputs[batch]), data.train_targets[batch]) + lam * big.gate_loss()
+            for optimizer in (weights, openers):
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in (weights, openers):
+                optimizer.step()
+        lam.step()
+    trained = stack.network(0)
+    for (name, value), got in zip(big.named_parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(got, value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+    assert big.gate_loss().item() < 0.98 * start  # the gates did move
+    assert records[0].gate_loss[0].item() == pytest.approx(start, rel=0.2)
+
+
+def lambda_after(start: float, epochs: int) -> float:
+    lam = QuadraticLambda(start, 1.0)
+    for _ in range(epochs):
+        lam.step()
+    return lam.value
+
+
+def test_gates_are_free_of_weight_decay():
+    big, data = BigStudent(SineMLP(), SineMLP()), points()
+    stack = Stack([big, big])
+    stage = Stage("merge", 1, 0.0, 16, F.mse_loss, weight_decay=0.5, gate_lr=0.0)
+    before = stack.parameters["gates.hidden.loc"].clone()
+    list(train(stack, data, stage, generators(2), torch.Generator(), QuadraticLambda(1.0), {"gates.hidden.loc"}))
+    assert torch.equal(stack.parameters["gates.hidden.loc"], before)
+
+
+def test_replicates_of_one_big_student_draw_their_own_gates():
+    big, data = BigStudent(SineMLP(), SineMLP()), points()
+    stack = Stack([big, big])
+    stage = Stage("merge", 1, 0.01, 16, F.mse_loss, gate_lr=0.1)
+    same_order = [torch.Generator().manual_seed(0) for _ in range(2)]
+    list(train(stack, data, stage, same_order, torch.Generator(), QuadraticLambda(1.0), {"gates.hidden.loc"}))
+    assert not torch.equal(stack.parameters["gates.hidden.loc"][0], stack.parameters["gates.hidden.loc"][1])
+
+
+def test_a_network_does_not_feel_the_others():
+    """Not even one that is full of NaN."""
+    network, other, data = small_lenet(), small_lenet(), images()
+    broken = copy.deepcopy(other)
+    with torch.no_grad():
+        broken.fc1.weight.fill_(torch.nan)
+    stage = Stage("test", 2, 0.05, 16, F.cross_entropy)
+    states = []
+    for neighbour in (other, broken):
+        stack = Stack([neighbour, network])
+        records = list(train(stack, data, stage, generators(2), torch.Generator()))
+        states.append(stack.network(1).state_dict())
+    assert records[-1].loss.isnan().tolist() == [True, False]
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
