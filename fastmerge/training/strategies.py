@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,16 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmerge.checkpoints import save_weights
 from fastmerge.data.dataset import Dataset
 from fastmerge.environment import environment
-from fastmerge.files import atomic
-from fastmerge.reporting import results as results_files
 from fastmerge.training.jobs import Job, Outcome, Reporter
 from fastmerge.training.plain_strategies import best_of_three, one
 from fastmerge.training.recipe import Recipe
+from fastmerge.training.run_files import write_run
 from fastmerge.training.seeds import seed_for
-from fastmerge.training.student_strategy import TEACHERS, student
+from fastmerge.training.student_strategy import student
 from fastmerge.training.workers import run_jobs
 
 # In the order of their cost, so that processes that share the jobs end together.
@@ -107,7 +104,7 @@ def run(
         },
     }
     if out is not None:
-        _write(Path(out), scaled, results, found)
+        write_run(Path(out), scaled, results, found)
     return results
 
 
@@ -146,72 +143,3 @@ def _summary(recipe: Recipe, scaled: Recipe, strategy: str, parts: list[Outcome]
             f"{recipe.name}: every replicate of {strategy} diverged; the learning rate {recipe.lr:g} may be too high"
         )
     return {"values": values, "epochs": scaled.epochs, "seconds": round(sum(part.seconds for part in parts), 2)}
-
-
-def _write(out: Path, recipe: Recipe, results: dict[str, Any], found: dict[str, list[Outcome]]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in [*out.glob("student-*.safetensors"), out / "curves.npz"]:  # of an earlier run with more replicates
-        stale.unlink(missing_ok=True)
-    students = [network for part in found.get("student", []) for network in part.networks]
-    for index, network in enumerate(students):
-        if network is not None:
-            save_weights(network, out / f"student-{index}.safetensors")
-    if recipe.curve is not None:
-        x, true = recipe.curve()
-        arrays: dict[str, Any] = {name: _predictions(parts, len(x)) for name, parts in found.items()}
-        with atomic(out / "curves.npz") as temporary:
-            np.savez(temporary, **arrays, x=x.squeeze(1).numpy(), true=true.squeeze(1).numpy())
-    results_files.write(out, results, _history(recipe, found))
-
-
-def _predictions(parts: list[Outcome], points: int) -> np.ndarray:
-    """(replicates, points); NaN for replicates that diverged."""
-    rows = [
-        torch.full((len(part.values), points), math.nan) if part.predictions is None else part.predictions
-        for part in parts
-    ]
-    return torch.cat(rows).numpy()
-
-
-def _history(recipe: Recipe, found: dict[str, list[Outcome]]) -> dict[str, Any]:
-    """What the jobs of each strategy recorded, joined along the replicates."""
-    curves = {}
-    for name, parts in found.items():
-        whole = max((part.curves for part in parts), key=lambda curve: len(curve.epochs))
-        columns = {
-            series: _joined(parts, [part.curves.series.get(series, []) for part in parts]) for series in whole.series
-        }
-        curves[name] = {"epochs": whole.epochs, **columns}
-    history: dict[str, Any] = {"curves": curves}
-    parts = found.get("student", [])
-    merged = [part.student for part in parts if part.student]  # none of a job whose replicates all diverged as teachers
-    if merged:
-        merge_from = 2 * TEACHERS * recipe.unit
-        history["stages"] = {"student": {"merge": merge_from, "fine-tune": merge_from + recipe.unit}}
-        lam, groups, borders = merged[0]["lam"], merged[0]["open_probability"], merged[0]["borders"]
-        history["gates"] = {
-            "epochs": list(range(1, len(lam) + 1)),
-            "lam": lam,
-            "target": 1 / TEACHERS,
-            "open_probability": {
-                name: _joined(parts, [part.student["open_probability"][name] if part.student else [] for part in parts])
-                for name in groups
-            },
-        }
-        history["replicates"] = {
-            "borders": {
-                name: _joined(parts, [[part.student["borders"][name]] if part.student else [] for part in parts])[0]
-                for name in borders
-            },
-            "kept": [kept for part in parts for kept in part.student.get("kept", [None] * len(part.values))],
-        }
-    return history
-
-
-def _joined(parts: list[Outcome], rows: list[list[list[float]]]) -> list[list[float]]:
-    """Joins values per epoch and replicate along the replicates; where a job stopped early, NaN stands for its values."""
-    length = max(len(each) for each in rows)
-    full = [
-        each + [[math.nan] * len(part.values)] * (length - len(each)) for part, each in zip(parts, rows, strict=True)
-    ]
-    return [[value for row in epoch for value in row] for epoch in zip(*full, strict=True)]
