@@ -252,7 +252,7 @@ def test_gate_warnings_tell_the_groups_apart():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "steps", "channels"), [(2, 20, 50), (10, 400, 240), (30, 10**6, 1024), (7, None, 9)]
+    ("epochs", "steps", "channels"), [(3, 40, 50), (10, 400, 240), (30, 10**6, 1024), (7, None, 9)]
 )
 def test_the_fitting_lam_step_is_the_smallest_that_pulls_enough(epochs, steps, channels):
     def enough(lam_step):
@@ -264,6 +264,12 @@ def test_the_fitting_lam_step_is_the_smallest_that_pulls_enough(epochs, steps, c
     step = fitting_lam_step(epochs, steps, channels, 0.01, gate_lr=0.2)
     assert enough(step)
     assert not enough(step * 0.99)
+
+
+def test_a_stage_too_short_for_the_gates_leaves_the_criterion_a_say():
+    lam = QuadraticLambda(0.01, fitting_lam_step(2, 26, 1024, 0.01, 0.2))
+    assert lam.step() == pytest.approx(1000, rel=0.01)
+    assert fitting_lam_step(1, 26, 1024, 0.01, 0.2) == fitting_lam_step(9, 26, 1024, 0.0, 0.2) == 0.05
 
 
 def test_a_stage_of_the_papers_length_gets_the_papers_growth():

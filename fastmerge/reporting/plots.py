@@ -166,6 +166,7 @@ def plot_gates(gates: dict[str, Any]) -> Figure:
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("λ")
     bottom.set_xlabel("epoch of the merge stage")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -187,6 +188,7 @@ def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | 
         _mark_stages(axes, stages or {})
     panels[0].legend(frameon=False, fontsize="small", ncols=len(curves), loc="lower left", bbox_to_anchor=(0, 1))
     panels[-1].set_xlabel("epoch")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
