@@ -67,14 +67,23 @@ class _Grouping:
         self.tensor_axes = {name: _axis_of(ids.numpy(), record) for name, ids in record.tensors.items()}
         self.channel = connected(record.count, record.united)
         self.unit = connected(record.count, record.united + record.tied)
-        roots = np.unique(self.channel)
-        order = np.lexsort((roots, self.unit[roots]))
-        starts = np.r_[True, np.diff(self.unit[roots][order]) != 0]
-        rank = np.arange(len(roots)) - np.maximum.accumulate(np.where(starts, np.arange(len(roots)), 0))
-        self.slot = np.zeros(record.count, dtype=np.int64)
-        self.slot[roots[order]] = rank
-        self.slot = self.slot[self.channel]
+        self.role = self._roles()
         self.kind = self._kinds()
+
+    def _roles(self) -> np.ndarray:
+        """Per id a hash of the axis that issued it and of how many of its unit came before it there.
+
+        Within a unit it tells ids apart that are one channel, such as the value and the gate of a gated linear unit; between
+        units that can change places it says which corresponds to which.
+        """
+        role = np.zeros(self.record.count, dtype=np.uint64)
+        for number, ids in enumerate(self._issuing()):
+            role[ids] = _mix(np.full(len(ids), number), _occurrence(self.unit[ids]))
+        return role
+
+    def _issuing(self) -> list[np.ndarray]:
+        tensors = [np.unique(ids.numpy()) for ids in self.record.tensors.values()]
+        return [*self.record.inputs, *(layer.outputs for layer in self.record.layers.values()), *tensors]
 
     def _kinds(self) -> np.ndarray:
         """Per id 0 for a unit to choose among, SHARED or OUTPUT."""
@@ -128,13 +137,11 @@ class _Grouping:
                 np.add.at(total[:, column], self.unit[ids], _mix(column + 1, *values))
 
         for number, (_, ids) in enumerate(self._axes()):
-            occurrence = _occurrence(self.unit[ids])
-            add(ids, np.full(len(ids), 3), np.full(len(ids), number), occurrence, self.slot[ids])
+            add(ids, np.full(len(ids), 3), np.full(len(ids), number), _occurrence(self.unit[ids]), self.role[ids])
         labels: dict[str, int] = {}
         for label, ids in record.memberships:
-            ids = ids[np.unique(self.channel[ids], return_index=True)[1]]
             number = labels.setdefault(label, len(labels))
-            add(ids, np.full(len(ids), 5), np.full(len(ids), number), self.slot[ids])
+            add(ids, np.full(len(ids), 5), np.full(len(ids), number), self.role[ids])
         for text, i in record.positions:
             add(np.array([i]), np.array([7]), np.array([i]), np.array([labels.setdefault(text, len(labels))]))
         return total[self.unit]

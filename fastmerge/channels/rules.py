@@ -154,6 +154,7 @@ def _batch_norm(mode: _IdMode, args: Any) -> Tensor:
         vector = _vector(mode, parameter, x.dim())
         if vector is not None:
             mode.record.unite(vector, x)
+            x = _fill(x, vector)  # a channel of zeros takes a value that depends on the parameters alone
     if x.dim() > 2:
         mode.record.unite(x.flatten(2).amax(dim=2, keepdim=True), x.flatten(2))
     return x
@@ -161,6 +162,11 @@ def _batch_norm(mode: _IdMode, args: Any) -> Tensor:
 
 def _group_norm(mode: _IdMode, args: Any) -> Tensor:
     x: Tensor = mode.ids[args[0]]
+    channel = x[:1].flatten(2).amax(dim=2) if x.dim() > 2 else x[:1]
+    zeros = channel == NO_ID  # channels of zeros, whose value will depend on the others of their block
+    fresh = mode.record.new_ids(int(zeros.sum()))
+    mode.record.positions += [("padding", i) for i in fresh.tolist()]
+    x = _fill(x, channel.masked_scatter(zeros, fresh).reshape(1, -1, *[1] * (x.dim() - 2)))
     for parameter in args[1:3]:
         vector = _vector(mode, parameter, x.dim())
         if vector is not None:
@@ -168,6 +174,11 @@ def _group_norm(mode: _IdMode, args: Any) -> Tensor:
     blocks = x[:1].reshape(args[6], -1)
     mode.record.tie(blocks[:, :1], blocks)
     return x
+
+
+def _fill(ids: Tensor, others: Tensor) -> Tensor:
+    """Other ids where there are none; as it is, and as small, where nothing is missing."""
+    return torch.where(ids == NO_ID, others, ids) if bool((compact(ids) == NO_ID).any()) else ids
 
 
 def _argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
