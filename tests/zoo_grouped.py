@@ -180,6 +180,19 @@ class GatedLinearUnits(nn.Module):
         return self.head(x).mean((2, 3))
 
 
+class ShuffledHalves(nn.Module):
+    """A shuffle before the halves multiply: which row is the factor and which the gate differs from pair to pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = F.channel_shuffle(self.conv1(x), 2).chunk(2, dim=1)
+        return self.conv2(value * torch.sigmoid(gate)).mean((2, 3))
+
+
 class PixelShuffled(nn.Module):
     """Four channels become the four pixels of one, inside and at the output (super-resolution)."""
 
