@@ -69,8 +69,9 @@ def merge(
         val_loader: The same for validation: scored after every epoch and at the borders of the stages.
         merge_epochs: Length of the merge stage, at least 1.
         finetune_epochs: Length of the fine-tuning, at least 0.
-        link_at: Fraction of the merge stage in which the big student is block-diagonal: faster, and less is learned. It
-            becomes dense at the first epoch that starts at or after it; 0 is the paper, 1 is never.
+        link_at: Fraction of the merge stage in which the big student is block-diagonal, which costs less compute; the
+            off-diagonal weights are trained after it. It becomes dense at the first epoch that starts at or after this
+            fraction; 0 is the paper, 1 is never.
         lr, momentum, weight_decay: Of the weights' SGD, in both stages. Gates get no weight decay.
         gate_lr: Of the gates' own SGD, whose momentum is 0.9.
         lam_start: λ in the first epoch.
