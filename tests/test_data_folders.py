@@ -42,6 +42,15 @@ def test_resizing_averages_over_all_pixels(tmp_path):
     assert abs(load_folder(tmp_path, 8).train_images.astype(int) - 127).max() <= 10
 
 
+def test_images_stay_the_right_way_round(tmp_path):
+    corner = np.zeros((8, 8, 3), np.uint8)
+    corner[:4, 4:, 2] = 200
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(corner).save(tmp_path / split / "a" / "1.png")
+    assert np.array_equal(load_folder(tmp_path, 8).train_images[0], corner)
+
+
 def test_what_is_missing_is_named(tmp_path, tree):
     with pytest.raises(FileNotFoundError, match=r"no directory .*nowhere"):
         load_folder(tmp_path / "nowhere", 4)

@@ -153,6 +153,24 @@ def test_the_seed_decides_and_nothing_else():
     assert values(seed=1) != first
 
 
+def test_no_two_networks_start_or_read_alike():
+    def job(strategy, seed=0):
+        return jobs.Job(strategy, (0, 1), points_recipe(), seed, torch.device("cpu"))
+
+    def starts(job):
+        return [network.hidden.bias[0].item() for network in job.fresh_networks(3, 1)]
+
+    def orders(job):
+        return [torch.randperm(1000, generator=generator)[0].item() for generator in job.orders((0, 1), 3, "teachers")]
+
+    assert starts(job("bo3")) == starts(job("bo3"))
+    assert len({*starts(job("bo3")), *starts(job("student")), *starts(job("bo3", seed=1))}) == 18
+    assert orders(job("bo3")) == orders(job("bo3"))
+    assert (
+        len({*orders(job("bo3")), *orders(job("student")), *orders(job("bo3", seed=1))}) > 15
+    )  # of 1000, some may meet
+
+
 def test_a_run_leaves_the_callers_random_numbers_alone():
     state = torch.get_rng_state()
     run_quietly(points_recipe(), replicates=1)
