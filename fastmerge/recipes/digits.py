@@ -17,7 +17,8 @@ def digits() -> Recipe:
     """Our own experiment, in the form of the paper's.
 
     The network is so small that it does not learn the digits as well as they can be learned, which is where choosing among
-    twice the channels helps most. With 6 and 16 channels and 32 and 24 units the student's lead is a third of this.
+    twice the channels helps: with 20 replicates student 0.875, bo3 0.861, one 0.860, each with a standard deviation of
+    about 0.02. Five replicates are too few to be sure of the order. At a learning rate of 0.05 some long runs diverge.
     """
     return Recipe(
         name="digits",
@@ -26,7 +27,7 @@ def digits() -> Recipe:
         load_data=_load,
         criterion=F.cross_entropy,
         epochs=180,
-        batch_size=60,
+        batch_size=60,  # divides the 1,200 images
         lr=0.02,
         teacher_milestones=(40,),
         long_milestones=(150,),
