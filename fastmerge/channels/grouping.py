@@ -7,13 +7,14 @@ group*: one gate vector, n places, T·n candidates.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.channels.groups import OUTPUT, SHARED, AxisUnits, ChannelGroup, ChannelGroups
-from fastmerge.channels.ids import IdRecord
+from fastmerge.channels.record import NO_ID, IdRecord
 
 
 def group_channels(record: IdRecord) -> ChannelGroups:
@@ -71,7 +72,8 @@ class _Grouping:
         self.kind = self._kinds()
 
     def _roles(self) -> np.ndarray:
-        """Per id a hash of the axis that issued it and of how many of its unit came before it there.
+        """Per id a hash of how its value came about: the axis that issued it and its number there within the unit, or the
+        operation and its operands' roles.
 
         Within a unit it tells ids apart that are one channel, such as the value and the gate of a gated linear unit; between
         units that can change places it says which corresponds to which.
@@ -79,6 +81,11 @@ class _Grouping:
         role = np.zeros(self.record.count, dtype=np.uint64)
         for number, ids in enumerate(self._issuing()):
             role[ids] = _mix(np.full(len(ids), number), _occurrence(self.unit[ids]))
+        labels: dict[str, int] = {}
+        for issue in self.record.issues:
+            number = labels.setdefault(issue.label, len(labels))
+            operands = [np.where(ids == NO_ID, np.uint64(0), role[ids]) for ids in issue.sources]
+            role[issue.ids] = _mix(np.full(len(issue.ids), number), *operands)
         return role
 
     def _issuing(self) -> list[np.ndarray]:
@@ -103,10 +110,9 @@ class _Grouping:
         return kind
 
     def _refuse_used_outputs(self, kind: np.ndarray) -> None:
-        network_input = np.concatenate([np.zeros(0, dtype=np.int64), *self.record.inputs])
         for layer in self.record.layers.values():
             name = layer.call.name
-            if (kind[np.setdiff1d(layer.inputs, network_input)] == OUTPUT).any():
+            if (kind[layer.inputs] == OUTPUT)[~self._is_input[layer.inputs]].any():
                 raise ValueError(
                     f"layer '{name}' reads channels that are also an output of the network. The big student averages the "
                     "teachers' outputs, so what a layer reads must not be one; return it from a separate layer"
@@ -127,6 +133,16 @@ class _Grouping:
                     "are already averaged. The network must end in a convolution or linear layer"
                 )
 
+    @functools.cached_property
+    def _is_input(self) -> np.ndarray:
+        """Per id whether its value depends on the network's input alone, so that it is the same for all teachers."""
+        shared = np.zeros(self.record.count, dtype=bool)
+        for ids in self.record.inputs:
+            shared[ids] = True
+        for issue in self.record.issues:
+            shared[issue.ids] = issue.known and np.all([shared[ids] | (ids == NO_ID) for ids in issue.sources], axis=0)
+        return shared
+
     def _signatures(self) -> np.ndarray:
         """Two 64-bit hashes per id (equal within a unit) of everything its unit takes part in."""
         record = self.record
@@ -139,7 +155,7 @@ class _Grouping:
         for number, (_, ids) in enumerate(self._axes()):
             add(ids, np.full(len(ids), 3), np.full(len(ids), number), _occurrence(self.unit[ids]), self.role[ids])
         labels: dict[str, int] = {}
-        for label, ids in record.memberships:
+        for label, ids in [("values", issue.ids) for issue in record.issues] + record.patterns:
             number = labels.setdefault(label, len(labels))
             add(ids, np.full(len(ids), 5), np.full(len(ids), number), self.role[ids])
         for text, i in record.positions:

@@ -34,6 +34,7 @@ class _IdMode(TorchDispatchMode):
         self.record = record
         self.ids = WeakIdKeyDictionary()
         self.noise = WeakIdKeyDictionary()
+        self.mixing: set[str] = set()
         self.mode = ""
         self.node: fx.Node | None = None
 
@@ -96,7 +97,6 @@ def record_layer(mode: _IdMode, call: LayerCall, x: Tensor, out: Tensor, node: f
         record.unite(torch.from_numpy(previous.inputs), read)
         written = torch.from_numpy(previous.outputs)
     record.reads[(mode.mode, node.name)] = read.numpy()
-    record.memberships.append((f"{node.name} of {mode.mode}", written.numpy()))
     if call.groups > 1:
         blocks_in, blocks_out = read.view(call.groups, -1), written.view(call.groups, -1)
         for block in (blocks_in, blocks_out):
@@ -104,7 +104,8 @@ def record_layer(mode: _IdMode, call: LayerCall, x: Tensor, out: Tensor, node: f
         record.tie(blocks_in[:, :1], blocks_out[:, :1])
     shape = [1] * out.dim()
     shape[dim] = len(written)
-    mode.ids[out] = written.view(shape).expand(out.shape)
+    values = written if previous is None else record.issue(f"{node.name} of {mode.mode}", written)
+    mode.ids[out] = values.view(shape).expand(out.shape)
 
 
 def channel_ids(mode: _IdMode, ids: Tensor, dim: int, where: str) -> Tensor:
@@ -118,7 +119,7 @@ def channel_ids(mode: _IdMode, ids: Tensor, dim: int, where: str) -> Tensor:
         mode.record.tie(values[:1].expand(len(values)), values)
         first[c] = values[values != NO_ID][0]
         digest = hash(pattern.numpy().tobytes())
-        mode.record.memberships.append((f"{where} pattern {digest}", values[values != NO_ID].numpy()))
+        mode.record.patterns.append((f"{where} pattern {digest}", values[values != NO_ID].numpy()))
     return first
 
 

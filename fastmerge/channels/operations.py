@@ -17,6 +17,8 @@ MOVEMENTS = {
     *("index", "index_select", "gather"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
 }
+# values stay what they are, in another place
+KEEPING = {*SAME, *RESHAPES, "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "cat", "stack"}
 POOLS = (
     "max_pool",
     "fractional_max_pool",

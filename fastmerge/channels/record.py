@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,23 @@ class LayerRecord:
 
 
 @dataclass
+class Issue:
+    """Ids for the values that one operation computed, or moved in a way that changes them.
+
+    Attributes:
+        label: tells the operation (and which of its outputs) apart.
+        ids: the fresh ids.
+        sources: per operand the ids it computed them from, NO_ID where none.
+        known: whether these sources are all that the values depend on.
+    """
+
+    label: str
+    ids: np.ndarray
+    sources: list[np.ndarray]
+    known: bool
+
+
+@dataclass
 class IdRecord:
     """Everything a run on ids wrote down.
 
@@ -47,7 +65,8 @@ class IdRecord:
         tensors: element ids of every other floating parameter and buffer that the forward uses, by name.
         united: pairs of ids that are one channel.
         tied: pairs of ids that are kept or dropped together without being one channel.
-        memberships: per operation and output, the ids it computed, and a text that tells the operation apart.
+        issues: what operations computed, in the order of the run.
+        patterns: ids that lie within one channel of what a layer reads, and a text that tells their arrangement apart.
         positions: ids that can't change places with others, each with its distinguishing text.
         mixed: (layer, operation, ids) where an operation mixed channels, which are one from there on.
         inputs: ids of the network's input channels.
@@ -61,7 +80,8 @@ class IdRecord:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     tied: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    memberships: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
+    patterns: list[tuple[str, np.ndarray]] = field(default_factory=list)
     positions: list[tuple[str, int]] = field(default_factory=list)
     mixed: list[tuple[str, str, np.ndarray]] = field(default_factory=list)
     inputs: list[np.ndarray] = field(default_factory=list)
@@ -74,6 +94,27 @@ class IdRecord:
         """n fresh ids."""
         self.count += n
         return torch.arange(self.count - n, self.count)
+
+    def issue(self, label: str, ids: Tensor, sources: Sequence[Tensor] = (), known: bool = True) -> Tensor:
+        """Fresh ids in the place of others that they are united with: the same channels, another value.
+
+        Args:
+            label: tells the operation apart.
+            ids: what the values had until now.
+            sources: further operands, of the same shape.
+            known: see :class:`Issue`.
+        """
+        small, *others = compact(ids, ids, *(source.expand(ids.shape) for source in sources))
+        old, first, inverse = np.unique(small.numpy(), return_index=True, return_inverse=True)
+        fresh = self.new_ids(len(old))
+        if len(old) and old[0] == NO_ID:
+            fresh[0] = NO_ID
+        new = fresh[torch.from_numpy(inverse.reshape(-1))].view(small.shape)
+        real = old != NO_ID
+        operands = [other.reshape(-1).numpy()[first][real] for other in others]
+        self.issues.append(Issue(label, fresh.numpy()[real], operands, known))
+        self.united.append((old[real], fresh.numpy()[real]))
+        return new.expand(ids.shape)
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Says that ids meeting in one number are one channel. ``a`` and ``b`` broadcast."""

@@ -7,6 +7,7 @@ because channels that are one are kept from one teacher as a whole.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmerge.channels.operations import (
     ALONG,
+    KEEPING,
     LINEAR,
     LINEAR_PREFIXES,
     MOVEMENTS,
@@ -30,6 +32,14 @@ from fastmerge.channels.record import NO_ID, compact
 
 if TYPE_CHECKING:
     from fastmerge.channels.ids import _IdMode
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """The ids of an output, and of all operands it was computed from."""
+
+    ids: Tensor
+    operands: list[Tensor]
 
 
 def apply_rule(mode: _IdMode, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -69,14 +79,24 @@ def _scaling(name: str, known: list[Tensor]) -> bool:
 
 
 def _write(mode: _IdMode, name: str, result: Any, out: Any) -> None:
+    """Stores the outputs' ids, fresh ones where the operation made new values.
+
+    Args:
+        mode: the running mode.
+        name: of the operation.
+        result: per output its ids, or a pair of them and of the further operands' ids.
+        out: the outputs.
+    """
     outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    results = result if isinstance(result, (list, tuple)) else [result]
     assert mode.node is not None
     for k, (tensor, ids) in enumerate(zip(outs, results, strict=False)):
+        computed = ids if isinstance(ids, _Computed) else _Computed(ids, [])
+        ids = computed.ids
+        if name not in KEEPING:
+            label = f"{mode.node.name} {name} {k} of {mode.mode}"
+            ids = mode.record.issue(label, ids, computed.operands, known=name not in mode.mixing)
         mode.ids[tensor] = ids
-        present = np.unique(compact(ids).numpy())
-        label = f"{mode.node.name} {name} {k} of {mode.mode}"
-        mode.record.memberships.append((label, present[present != NO_ID]))
 
 
 def _result(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any, out: Any, known: list[Tensor]) -> Any:
@@ -110,7 +130,7 @@ def _result(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any, out: An
     if name == "glu":
         first, second = mode.ids[args[0]].chunk(2, dim=_argument(func, "dim", args, kwargs))
         mode.record.unite(first, second)
-        return first
+        return _Computed(torch.maximum(first, second), [first, second])
     if name in REDUCTIONS and known[0] is args[0]:
         return _reduce(mode, func, name, args, kwargs, out)
     if name in ALONG:
@@ -148,32 +168,33 @@ def _vector(mode: _IdMode, tensor: Any, dims: int) -> Tensor | None:
     return None
 
 
-def _batch_norm(mode: _IdMode, args: Any) -> Tensor:
+def _batch_norm(mode: _IdMode, args: Any) -> _Computed:
     x: Tensor = mode.ids[args[0]]
+    operands = []
     for parameter in args[1:5]:
         vector = _vector(mode, parameter, x.dim())
         if vector is not None:
             mode.record.unite(vector, x)
             x = _fill(x, vector)  # a channel of zeros takes a value that depends on the parameters alone
+            operands.append(vector)
     if x.dim() > 2:
         mode.record.unite(x.flatten(2).amax(dim=2, keepdim=True), x.flatten(2))
-    return x
+    return _Computed(x, operands)
 
 
-def _group_norm(mode: _IdMode, args: Any) -> Tensor:
+def _group_norm(mode: _IdMode, args: Any) -> _Computed:
     x: Tensor = mode.ids[args[0]]
     channel = x[:1].flatten(2).amax(dim=2) if x.dim() > 2 else x[:1]
     zeros = channel == NO_ID  # channels of zeros, whose value will depend on the others of their block
     fresh = mode.record.new_ids(int(zeros.sum()))
     mode.record.positions += [("padding", i) for i in fresh.tolist()]
     x = _fill(x, channel.masked_scatter(zeros, fresh).reshape(1, -1, *[1] * (x.dim() - 2)))
-    for parameter in args[1:3]:
-        vector = _vector(mode, parameter, x.dim())
-        if vector is not None:
-            mode.record.unite(vector, x)
+    operands = [v for parameter in args[1:3] if (v := _vector(mode, parameter, x.dim())) is not None]
+    for vector in operands:
+        mode.record.unite(vector, x)
     blocks = x[:1].reshape(args[6], -1)
     mode.record.tie(blocks[:, :1], blocks)
-    return x
+    return _Computed(x, operands)
 
 
 def _fill(ids: Tensor, others: Tensor) -> Tensor:
@@ -204,8 +225,9 @@ def _reduce(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any, out: An
 
 def _along(mode: _IdMode, func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
     x: Tensor = mode.ids[args[0]]
-    _unite_with(mode, name, x.amax(dim=_argument(func, "dim", args, kwargs), keepdim=True), x)
-    return [x, x]
+    first = x.amax(dim=_argument(func, "dim", args, kwargs), keepdim=True)
+    _unite_with(mode, name, first, x)
+    return [first.expand(x.shape)] * 2
 
 
 def _unite_with(mode: _IdMode, name: str, first: Tensor, x: Tensor) -> None:
@@ -217,19 +239,19 @@ def _unite_with(mode: _IdMode, name: str, first: Tensor, x: Tensor) -> None:
         mode.record.mixed.append((mode.where(), name, np.unique(x[x != NO_ID].numpy())))
 
 
-def _pointwise(mode: _IdMode, name: str, args: Any, kwargs: Any, out: Any) -> Tensor:
+def _pointwise(mode: _IdMode, name: str, args: Any, kwargs: Any, out: Any) -> _Computed:
     shape = tree_leaves(out)[0].shape
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    operands = [mode.ids[t].expand(shape) for t in tensors if t in mode.ids]
     result = torch.tensor(NO_ID).expand(shape)
-    for t in tensors:
-        if t in mode.ids:
-            a, b = compact(result, mode.ids[t].expand(shape))
-            _unite_pairwise(mode, name, a, b)
-            result = torch.maximum(a, b).expand(shape)
+    for operand in operands:
+        a, b = compact(result, operand)
+        _unite_pairwise(mode, name, a, b)
+        result = torch.maximum(a, b).expand(shape)
     for t in tensors:
         if t not in mode.ids and t not in mode.noise and t.numel() > 1:
             _fixed_positions(mode, t, result)
-    return result
+    return _Computed(result, operands)
 
 
 def _unite_pairwise(mode: _IdMode, name: str, a: Tensor, b: Tensor) -> None:
@@ -258,4 +280,5 @@ def _fixed_positions(mode: _IdMode, constant: Tensor, ids: Tensor) -> None:
 
 def _unknown(mode: _IdMode, name: str, known: list[Tensor], out: Any) -> list[Tensor]:
     one = mode.record.collapse([mode.ids[t] for t in known], mode.where(), name)
+    mode.mixing.add(name)
     return [one.expand(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)]

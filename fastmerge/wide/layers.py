@@ -121,8 +121,6 @@ class WideLayer(nn.Module):
         Returns:
             The T streams, or one shared tensor, in a tuple.
         """
-        if self.wiring.reads_streams and len(streams) == 1:
-            streams = [streams[0]] * self.num_teachers  # a layer used twice, once on the shared input
         if self.wiring.has_off_diagonal and not self.linked:
             return self._block_diagonal(streams, output_size)
         x = streams[0] if len(streams) == 1 else torch.cat(list(streams), dim=self.geometry.channel_dim)

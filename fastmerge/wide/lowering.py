@@ -74,6 +74,7 @@ class _Lowering:
         self.num_teachers = num_teachers
         self.streams = analysis.streams(mode, each)
         self.graph = fx.Graph()
+        self.wirings = {weight: wiring for weight, (_, wiring) in analysis.wirings().items()}
         self.gates = self.graph.placeholder("gates")
         self.values: dict[fx.Node, _Value] = {}
         self.ungated: dict[fx.Node, _Value] = {}
@@ -95,36 +96,45 @@ class _Lowering:
         return node.op == "get_attr" and not has(self.network, str(node.target))
 
     def _layer(self, node: fx.Node, call: LayerCall) -> _Value:
-        if call.input in self.streams:
-            self._gate(node, call)
-        source = self.values[call.input]
-        streams = tuple(source) if isinstance(source, list) else (source,)
+        streams = self._read(node, call)
         kwargs = {}
         if call.output_size is not None:
             kwargs["output_size"] = self._pick(call.output_size, 0)
+        path = self.analysis.paths[call.weight]
         if self.each and self.analysis.averages(call):
-            module = self.graph.get_attr(call.name)
+            module = self.graph.get_attr(path)
             out = self.graph.call_method("each", (module, streams), kwargs)
         else:
-            out = self.graph.call_module(call.name, (streams,), kwargs)
+            out = self.graph.call_module(path, (streams,), kwargs)
         parts = [
             self.graph.call_function(operator.getitem, (out, t))
             for t in range(self.num_teachers if node in self.streams else 1)
         ]
         return parts if node in self.streams else parts[0]
 
-    def _gate(self, node: fx.Node, call: LayerCall) -> None:
-        """Gates what a layer reads, once, for this layer and all later users (but for those that would undo it)."""
+    def _read(self, node: fx.Node, call: LayerCall) -> tuple[fx.Node, ...]:
+        """What a layer reads: streams are gated once, for this layer and all later users (but for those that undo it)."""
         source = call.input
+        value = self.values[source]
+        if not isinstance(value, list):
+            if not self.wirings[call.weight].reads_streams:
+                return (value,)
+            return self._gated(node, call, [value] * self.num_teachers)  # a layer used twice, once on a shared tensor
+        if source not in self.ungated:
+            gated = self._gated(node, call, value)
+            if gated != tuple(value):
+                self.ungated[source] = value
+                self.values[source] = list(gated)
+            return gated
+        return tuple(value)
+
+    def _gated(self, node: fx.Node, call: LayerCall, streams: list[fx.Node]) -> tuple[fx.Node, ...]:
         units = self.analysis.groups.reads[(self.mode, node.name)]
-        if source in self.ungated or not units.has_groups:
-            return
+        if not units.has_groups:
+            return tuple(streams)
         path = self._gate_module(call, gate_columns(self.analysis.groups, units, self.num_teachers))
-        streams = self.values[source]
-        assert isinstance(streams, list)
         out = self.graph.call_module(path, (self.gates, *streams))
-        self.ungated[source] = streams
-        self.values[source] = [self.graph.call_function(operator.getitem, (out, t)) for t in range(self.num_teachers)]
+        return tuple(self.graph.call_function(operator.getitem, (out, t)) for t in range(self.num_teachers))
 
     def _gate_module(self, call: LayerCall, columns: Tensor) -> str:
         """The path of the module that gates what a layer reads; a layer used twice may read different channels."""

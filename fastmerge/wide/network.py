@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -86,17 +87,22 @@ class Analysis:
                 found.add(node)
         return found
 
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """Per weight name the path of its wide layer: layers that share a weight are one."""
+        return {weight: call.name for weight, (call, _) in self.wirings().items()}
+
     def wirings(self) -> dict[str, tuple[LayerCall, Wiring]]:
-        """Per dense layer (by weight name) one of its calls and what it connects."""
+        """Per dense layer (by weight name) its first call and what it connects."""
         wirings: dict[str, tuple[LayerCall, Wiring]] = {}
         for mode in self.traced.graphs:
             streams = self.streams(mode)
             for node in self.traced.graphs[mode].nodes:
                 call = self.dense_call(mode, node)
                 if call is not None:
-                    before = wirings.get(call.weight, (call, Wiring(False, False)))[1]
+                    first, before = wirings.get(call.weight, (call, Wiring(False, False)))
                     reads = before.reads_streams or call.input in streams
-                    wirings[call.weight] = (call, Wiring(reads, not self.averages(call)))
+                    wirings[call.weight] = (first, Wiring(reads, not self.averages(call)))
         return wirings
 
     def needs_each(self, nonlinear: set[tuple[str, str]]) -> bool:
