@@ -61,9 +61,9 @@ class BigStudent(nn.Module):
     def __init__(self, *teachers: nn.Module, example_inputs: Any = None) -> None:
         super().__init__()
         check_teachers(teachers)
-        traced = trace(teachers[0])
+        traced = trace(teachers[0], example_inputs)
         for number, teacher in enumerate(teachers[1:], start=1):
-            check_same_code(traced, trace(teacher), number)
+            check_same_code(traced, trace(teacher, example_inputs), number)
         inputs = infer_example_inputs(traced, example_inputs)
         record = run_on_ids(traced, inputs)
         self.groups: ChannelGroups = group_channels(record)
@@ -82,6 +82,7 @@ class BigStudent(nn.Module):
                 for group in self.groups
             }
         )
+        self._num_inputs = len(inputs)
         self._template = (StudentTemplate(teachers[0], self._layout),)  # in a tuple: no submodule of this one
         self._input_dims = inputs[0].dim()
         self._linked = False
@@ -185,7 +186,7 @@ class BigStudent(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lower(Analysis(trace(self._template[0].skeleton), self.groups))
+        self._lower(Analysis(trace(self._template[0].skeleton, (None,) * self._num_inputs), self.groups))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BigStudent:
         clone = type(self).__new__(type(self))

@@ -26,5 +26,5 @@ def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroup
     Raises:
         ValueError: if the network can't be traced or merged, naming the layer.
     """
-    traced = trace(model)
+    traced = trace(model, example_inputs)
     return group_channels(run_on_ids(traced, infer_example_inputs(traced, example_inputs)))

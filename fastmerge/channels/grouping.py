@@ -203,6 +203,7 @@ class _Grouping:
             {w: units(layer.outputs) for w, layer in layers.items()},
             tensors,
             {key: units(ids) for key, ids in self.record.reads.items()},
+            self.record.sample_dims,
             sorted({(w, op) for w, op, ids in self.record.mixed if (group[ids] >= 0).any()}),
         )
 

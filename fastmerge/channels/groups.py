@@ -59,6 +59,7 @@ class ChannelGroups:
         outputs: per layer the units its output dimension writes.
         tensors: per other parameter or buffer its units and the dimension they lie along; None: kept as a whole.
         reads: per (mode, node name) of a layer call, the units it reads.
+        sample_dims: per (mode, node name) of a layer call, the dimension along which the samples lie in what it reads.
         kept_whole: (layer, operation) pairs that mix channels, which therefore are kept from one teacher as a whole.
     """
 
@@ -67,6 +68,7 @@ class ChannelGroups:
     outputs: dict[str, AxisUnits]
     tensors: dict[str, tuple[int | None, AxisUnits]]
     reads: dict[tuple[str, str], AxisUnits]
+    sample_dims: dict[tuple[str, str], int]
     kept_whole: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:

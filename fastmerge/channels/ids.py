@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
 from fastmerge.channels.record import NO_ID, IdRecord, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule
+from fastmerge.channels.samples import find_sample_dims
 from fastmerge.channels.tracing import TracedNetwork, module_path
 
 
@@ -155,6 +156,7 @@ def run_on_ids(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> IdReco
                 if isinstance(y, Tensor) and y in mode.ids
             ]
     record.tensors = _used(traced, parameters)
+    record.sample_dims = find_sample_dims(traced, example_inputs)
     return record
 
 

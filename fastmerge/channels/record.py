@@ -73,6 +73,7 @@ class IdRecord:
         outputs: ids in the network's outputs.
         nonlinear_nodes: (mode, node name) of operations that do not commute with a mean.
         reads: by (mode, node name) of a layer call, the ids of the channels it reads.
+        sample_dims: by (mode, node name) of a layer call, the dimension of what it reads along which the samples lie.
         count: ids issued so far.
     """
 
@@ -88,6 +89,7 @@ class IdRecord:
     outputs: list[np.ndarray] = field(default_factory=list)
     nonlinear_nodes: set[tuple[str, str]] = field(default_factory=set)
     reads: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    sample_dims: dict[tuple[str, str], int] = field(default_factory=dict)
     count: int = 0
 
     def new_ids(self, n: int) -> Tensor:

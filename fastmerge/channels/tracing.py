@@ -7,6 +7,7 @@ A network may do different things in the two modes (auxiliary heads, functional 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +57,12 @@ class _PathTracer(fx.Tracer):
         return result
 
 
-def trace(model: nn.Module) -> TracedNetwork:
+def trace(model: nn.Module, example_inputs: Any = None) -> TracedNetwork:
     """Traces a network's training and eval forward.
+
+    Args:
+        model: the network.
+        example_inputs: what the user gave, if anything; arguments with a default that it does not reach keep their default.
 
     Raises:
         ValueError: if the code can't be traced, naming the module and the reason.
@@ -68,7 +73,7 @@ def trace(model: nn.Module) -> TracedNetwork:
         root.train(mode == "train")
         tracer = _PathTracer()
         try:
-            graphs[mode] = tracer.trace(root)
+            graphs[mode] = tracer.trace(root, concrete_args=_defaults(root, example_inputs))
         except Exception as error:
             where = f"module '{tracer.entered[-1]}'" if tracer.entered else "its forward"
             raise ValueError(
@@ -77,6 +82,13 @@ def trace(model: nn.Module) -> TracedNetwork:
                 "Make the control flow independent of the data"
             ) from error
     return TracedNetwork(root, graphs)
+
+
+def _defaults(root: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The forward's optional arguments, of which a network's code may depend, with their defaults."""
+    given = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else 1
+    arguments = list(inspect.signature(root.forward).parameters.values())
+    return {a.name: a.default for a in arguments[given:] if a.default is not inspect.Parameter.empty}
 
 
 def module_path(node: fx.Node) -> str:

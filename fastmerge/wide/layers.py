@@ -206,14 +206,15 @@ class GateStreams(nn.Module):
         index: int64 (T, channels), the column of the gate matrix for each stream's channels; one past the last gate where
             a channel has none.
         channel_dim: where the channels lie in the streams.
+        sample_dim: where the samples lie.
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor, channel_dim: int) -> None:
+    def __init__(self, index: Tensor, channel_dim: int, sample_dim: int = 0) -> None:
         super().__init__()
         self.register_buffer("index", index, persistent=False)
-        self.channel_dim = channel_dim
+        self.channel_dim, self.sample_dim = channel_dim, sample_dim
         steps = torch.arange(index.shape[1])
         whole = bool((index == index[:, :1] + steps).all())
         self.starts = tuple(index[:, 0].tolist()) if whole else None
@@ -223,7 +224,7 @@ class GateStreams(nn.Module):
 
         Args:
             gates: (N or 1, all gates and a last column of ones), or None for open gates.
-            streams: T tensors with N·k samples; the k parts of one sample share its gates.
+            streams: T tensors with N·k samples; the k parts of one sample, side by side, share its gates.
         """
         if gates is None:
             return streams
@@ -233,11 +234,13 @@ class GateStreams(nn.Module):
                 gate = gates.narrow(1, self.starts[t], self.index.shape[1])
             else:
                 gate = gates.index_select(1, self.index[t])
-            if gate.shape[0] != 1 and gate.shape[0] != x.shape[0]:
-                gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
-            shape = [gate.shape[0]] + [1] * (x.dim() - 1)
-            shape[self.channel_dim] = gate.shape[1]
-            gated.append(x * gate.to(x.dtype).reshape(shape))
+            samples, channel_dim = x.shape[self.sample_dim], self.channel_dim % x.dim()
+            if gate.shape[0] != 1 and gate.shape[0] != samples:
+                gate = gate.repeat_interleave(samples // gate.shape[0], dim=0)
+            shape = [1] * x.dim()
+            shape[self.sample_dim], shape[channel_dim] = gate.shape
+            gate = gate.to(x.dtype)
+            gated.append(x * (gate if self.sample_dim < channel_dim else gate.t()).reshape(shape))
         return tuple(gated)
 
     def extra_repr(self) -> str:

@@ -132,20 +132,25 @@ class _Lowering:
         units = self.analysis.groups.reads[(self.mode, node.name)]
         if not units.has_groups:
             return tuple(streams)
-        path = self._gate_module(call, gate_columns(self.analysis.groups, units, self.num_teachers))
+        sample_dim = self.analysis.groups.sample_dims.get((self.mode, node.name))
+        if sample_dim is None:
+            raise ValueError(
+                f"layer '{call.name}' reads a tensor without a dimension that grows with the batch; gates are drawn per sample"
+            )
+        path = self._gate_module(call, gate_columns(self.analysis.groups, units, self.num_teachers), sample_dim)
         out = self.graph.call_module(path, (self.gates, *streams))
         return tuple(self.graph.call_function(operator.getitem, (out, t)) for t in range(self.num_teachers))
 
-    def _gate_module(self, call: LayerCall, columns: Tensor) -> str:
+    def _gate_module(self, call: LayerCall, columns: Tensor, sample_dim: int) -> str:
         """The path of the module that gates what a layer reads; a layer used twice may read different channels."""
         path = f"gates_before.{call.name.replace('.', '_')}"
         while has(self.network, path):
             gate = self.network.get_submodule(path)
             assert isinstance(gate, GateStreams)
-            if torch.equal(gate.index.cpu(), columns):
+            if gate.sample_dim == sample_dim and torch.equal(gate.index.cpu(), columns):
                 return path
             path += "_"
-        attach(self.network, path, GateStreams(columns, call.geometry.channel_dim))
+        attach(self.network, path, GateStreams(columns, call.geometry.channel_dim, sample_dim))
         return path
 
     def _operation(self, node: fx.Node) -> _Value:
