@@ -95,6 +95,8 @@ ZOO = [
     Architecture("auxiliary_in_training", heads.AuxiliaryInTraining),
     Architecture("log_softmax", heads.LogSoftmax),
     Architecture("layer_used_twice", unusual.LayerUsedTwice),
+    Architecture("layer_used_on_input", unusual.LayerUsedOnInput),
+    Architecture("tied_weights", unusual.TiedWeights, (5,)),
     Architecture("norm_used_twice", unusual.NormUsedTwice),
     Architecture("functional_parameters", unusual.FunctionalParameters),
     Architecture("channel_scale", unusual.ChannelScale),

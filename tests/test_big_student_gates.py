@@ -18,12 +18,16 @@ N, C = 5, 8
 class Probe(nn.Module):
     """Hidden channels that are 1 and are read by identity layers, so that the output is half the first teacher's gates."""
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    channel_dim = 1
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = F.relu(self.write(x))
         return self.read(hidden), self.read_again(hidden)
 
 
 class LinearProbe(Probe):
+    channel_dim = -1
+
     def __init__(self) -> None:
         super().__init__()
         self.write = nn.Linear(2, C)
@@ -59,15 +63,42 @@ class PoolingProbe(ConvolutionProbe):
         return self.read(hidden), self.read_again(torch.cat(halves, dim=1))
 
 
+class TimeMajorProbe(Probe):
+    """Reads its channels with time first and the samples second; as many time steps as samples, so that shapes agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = nn.Conv1d(2, C, 3, padding=1)
+        self.read, self.read_again = nn.Linear(C, C), nn.Conv1d(C, C, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.relu(self.write(x))
+        return self.read(hidden.permute(2, 0, 1)).permute(1, 2, 0), self.read_again(hidden)
+
+
+class FramesProbe(ConvolutionProbe):
+    """Folds the frames of a video (N, C, frames, H, W) into the batch: all frames of a sample see its draw."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        n, _, frames, height, width = x.shape
+        hidden = F.relu(self.write(x.transpose(1, 2).reshape(n * frames, -1, height, width)))
+        outputs = (self.read(hidden), self.read_again(hidden))
+        first, again = (y.view(n, frames, C, height, width).transpose(1, 2) for y in outputs)
+        return first, again
+
+
 PROBES = [
     (LinearProbe, (N, 2)),
     (LinearProbe, (N, 3, 2)),
     (ConvolutionProbe, (N, 2, 4, 4)),
     (ResidualProbe, (N, 2)),
     (PoolingProbe, (N, 2, 4, 4)),
+    (FramesProbe, (N, 2, 3, 4, 4)),
+    (TimeMajorProbe, (N, 2, N)),
+    (TimeMajorProbe, (N, 2, N + 2)),
 ]
 every_probe = pytest.mark.parametrize(
-    ("probe", "shape"), PROBES, ids=lambda v: v.__name__ if isinstance(v, type) else str(len(v))
+    ("probe", "shape"), PROBES, ids=lambda v: v.__name__ if isinstance(v, type) else "x".join(map(str, v))
 )
 
 
@@ -86,11 +117,11 @@ def probe_big(probe: type[Probe], shape: tuple[int, ...]) -> fastmerge.BigStuden
     return big.train()
 
 
-def first_teachers_gates(big: fastmerge.BigStudent, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def first_teachers_gates(
+    big: fastmerge.BigStudent, probe: type[Probe], shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """What the two readers saw of the first teacher's channels, (N, C, positions) each."""
-    outputs = [2 * y.detach() for y in big(torch.randn(shape))]
-    if isinstance(big.network.write, nn.Module) and len(shape) == 3:
-        outputs = [y.transpose(1, 2) for y in outputs]
+    outputs = [(2 * y.detach()).movedim(probe.channel_dim, 1) for y in big(torch.randn(shape))]
     first, again = (y.reshape(*y.shape[:2], -1) for y in outputs)
     return first, again
 
@@ -99,7 +130,7 @@ def first_teachers_gates(big: fastmerge.BigStudent, shape: tuple[int, ...]) -> t
 def test_one_draw_per_sample_and_channel_whoever_reads_it(probe: type[Probe], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     big = probe_big(probe, shape)
-    first, again = first_teachers_gates(big, shape)
+    first, again = first_teachers_gates(big, probe, shape)
     assert torch.equal(first, first[..., :1].expand_as(first)), "positions of one channel see different draws"
     seen_by_other = first**2 if probe is ResidualProbe else first
     assert torch.allclose(again[..., 0], seen_by_other[..., 0], atol=1e-6), (
@@ -117,10 +148,10 @@ def test_one_draw_per_sample_and_channel_whoever_reads_it(probe: type[Probe], sh
 def test_linked_draws_as_unlinked(probe: type[Probe], shape: tuple[int, ...]) -> None:
     big = probe_big(probe, shape)
     torch.manual_seed(1)
-    unlinked, _ = first_teachers_gates(big, shape)
+    unlinked, _ = first_teachers_gates(big, probe, shape)
     big.link()
     torch.manual_seed(1)
-    linked, _ = first_teachers_gates(big, shape)
+    linked, _ = first_teachers_gates(big, probe, shape)
     assert torch.allclose(unlinked, linked)
 
 
@@ -170,6 +201,22 @@ def test_open_gates_ends_with_its_context_even_after_an_error() -> None:
         with big.open_gates():
             pass
         assert (big(torch.randn(N, 2))[0] == 0.5).all()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_keep_is_the_most_open_candidates_ascending(count: int) -> None:
+    architecture = BY_NAME["unet"]
+    teachers = [architecture.make() for _ in range(count)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2, dtype=torch.float32))
+    with torch.no_grad():
+        for gate in big.gates.values():
+            gate.loc.normal_()
+    for name, kept in big.keep().items():
+        loc = big.gates[name].loc
+        assert kept.dtype == torch.int64
+        assert kept.tolist() == sorted(kept.tolist())
+        assert len(kept) == len(loc) // count
+        assert set(kept.tolist()) == set(loc.argsort(descending=True)[: len(kept)].tolist())
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -249,7 +249,7 @@ def test_other_batch_and_image_sizes_than_the_examples() -> None:
 
 
 def test_frozen_teachers_make_a_trainable_big_student() -> None:
-    architecture = BY_NAME["lenet"]
+    architecture = BY_NAME["unet"]
     teachers = [architecture.make().requires_grad_(False) for _ in range(2)]
     big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2, dtype=torch.float32))
     assert all(parameter.requires_grad for parameter in big.parameters())

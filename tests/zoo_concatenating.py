@@ -168,16 +168,19 @@ class TwoActivations(nn.Module):
 
 
 class ZeroChannels(nn.Module):
-    """Channels of zeros, which nobody makes, are read by one layer, normalised and added to in others."""
+    """Channels of zeros, which nobody makes: read, normalised, added to, halves of a gated unit, members of a softmax."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
         self.norm2 = nn.BatchNorm2d(10)
-        self.conv3 = nn.Conv2d(10, 4, 3, padding=1)
+        self.conv3 = nn.Conv2d(10, 6, 3, padding=1)
+        self.conv4 = nn.Conv2d(4, 6, 3, padding=1)
+        self.conv5 = nn.Conv2d(8, 4, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(F.relu(self.conv1(x)), (0, 0, 0, 0, 1, 1))
         x = F.pad(x + self.conv2(x), (0, 0, 0, 0, 2, 0))
-        return self.conv3(F.relu(self.norm2(x))).mean((2, 3))
+        x = F.glu(F.pad(self.conv3(F.relu(self.norm2(x))), (0, 0, 0, 0, 1, 1), value=0.5), dim=1)
+        return self.conv5(F.pad(self.conv4(x), (0, 0, 0, 0, 1, 1)).softmax(1)).mean((2, 3))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RARE = "group depthwise mul cat chunk shuffle excite pad glu group_norm flip input scale twice"
+RARE = "group depthwise mul cat chunk shuffle excite pad glu group_norm flip input scale twice softmax border mask"
 OPERATIONS = {"conv": 3, "act": 3, "norm": 2, "pool": 2, "add": 2} | dict.fromkeys(RARE.split(), 1)
 ACTIVATIONS = [F.relu, torch.tanh, F.silu, F.hardswish, F.relu6, torch.sigmoid]
 
@@ -58,7 +58,7 @@ class RandomNetwork(nn.Module):
             self._add("pad", (i,), width + 2)
         elif name == "group_norm" and width % 2 == 0:
             self._add("group_norm", (i,), width)
-        elif name in ("norm", "act", "pool", "excite", "flip", "scale"):
+        elif name in ("norm", "act", "pool", "excite", "flip", "scale", "softmax", "border", "mask"):
             self._add(name, (i,), width, option=rng.randrange(6))
         elif name == "input" and width == 3:
             self._add("add", (i, 0), width)
@@ -119,5 +119,11 @@ class RandomNetwork(nn.Module):
             return F.pad(x, (0, 0, 0, 0, 1, 1))
         if name == "flip":
             return x.flip(1)
+        if name == "softmax":
+            return x.softmax(1)
+        if name == "border":
+            return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), value=0.1 * option), 3, 1)
+        if name == "mask":
+            return x * torch.sigmoid(x.mean(1, keepdim=True))
         assert name == "excite"
         return x * self.layers[key](F.adaptive_avg_pool2d(x, 1))

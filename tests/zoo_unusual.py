@@ -146,3 +146,33 @@ class PermutedChannels(nn.Module):
         x = F.relu(self.conv1(x))
         x = F.relu(self.conv2(x[:, self.order]))
         return self.fc(x.flip(1).mean((2, 3)))
+
+
+class TiedWeights(nn.Module):
+    """Two layers with one weight matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.first = nn.Linear(6, 6, bias=False)
+        self.second = nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(torch.relu(self.stem(x))))
+        return self.head(torch.relu(self.second(x)))
+
+
+class LayerUsedOnInput(nn.Module):
+    """The layer that reads the network's input reads its own output next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 3, padding=1)
+        self.last = nn.Conv2d(3, 5, 3, padding=1)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.shared(F.relu(self.shared(x))))
+        return self.fc(F.relu(self.last(x)).mean((2, 3)))
