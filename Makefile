@@ -10,7 +10,7 @@ READY := $(VENV)/fastmerge.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench coverage clean
+.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench coverage docs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,9 @@ bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/
 
 coverage: $(READY) ## docs/coverage.md: which torchvision networks merge, and how exactly
 	$(BIN)/python -m benchmarks.coverage
+
+docs: $(READY) ## README.md's tables from the committed results
+	$(BIN)/python docs/render.py
 
 clean: ## removes what was built, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info fastmerge/*.so

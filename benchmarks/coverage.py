@@ -13,6 +13,7 @@ Networks that are done are kept, so that an interrupted run goes on where it was
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import multiprocessing
@@ -49,17 +50,17 @@ def measure(name: str) -> dict[str, Any]:
         building the big student); or ``parameters`` and ``reason``, why it can't be merged.
     """
     torch.manual_seed(0)
-    network = vision.models.get_model(name, weights=None, **_quick(name))
+    with torch.device("meta"):
+        network = vision.models.get_model(name, weights=None, **_quick(name))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    del network
     dtype = torch.float64 if COPIES * 8 * parameters < 0.8 * _memory() else torch.float32
     side = vision.size(name)
     inputs = (make_batch(BATCH, (3, side, side), dtype=dtype),)
     result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "image_size": side}
     make = lambda: vision.models.get_model(name, weights=None, **_quick(name))  # noqa: E731
     if vision.is_refused(name):
-        teachers: list[Any] = [make(), make()]
-        side, inputs = 224, (make_batch(BATCH, (3, 224, 224), dtype=torch.float32),)
+        teachers: list[Any] = [_zeros(network), _zeros(network)]
+        inputs = (make_batch(BATCH, (3, 224, 224), dtype=torch.float32),)
     else:
         teachers = make_teachers(make, inputs, 2, dtype)
     start = time.perf_counter()
@@ -92,6 +93,14 @@ def measure(name: str) -> dict[str, Any]:
 
 def _quick(name: str) -> dict[str, Any]:
     return {"init_weights": False} if name.startswith(("googlenet", "inception", "vgg")) else {}
+
+
+def _zeros(network: torch.nn.Module) -> torch.nn.Module:
+    """A network without weights on the CPU, all zeros: enough to be refused."""
+    copied = copy.deepcopy(network).to_empty(device="cpu")
+    for tensor in [*copied.parameters(), *copied.buffers()]:
+        torch.nn.init.zeros_(tensor)
+    return copied
 
 
 def _memory() -> int:

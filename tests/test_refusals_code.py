@@ -143,3 +143,29 @@ def test_input_without_a_batch_dimension() -> None:
     big = fastmerge.BigStudent(resnet(), resnet(), example_inputs=IMAGES).eval()
     with pytest.raises(ValueError, match="batch dimension"):
         big(IMAGES[0])
+
+
+class Optional(nn.Module):
+    """Arguments with defaults are constants: the network is traced as it runs without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, features: bool = False) -> Tensor:
+        x = F.relu(self.trunk(x))
+        if scale is not None:
+            x = x * scale
+        return x if features else self.head(x)
+
+
+@torch.no_grad()
+def test_arguments_with_defaults_keep_them() -> None:
+    x, teachers = torch.randn(3, 5), [Optional(), Optional()]
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    with big.open_gates():
+        torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
+    for argument in ({"scale": torch.ones(6)}, {"features": True}):
+        with pytest.raises(TypeError, match=next(iter(argument))):
+            big(x, **argument)
+    assert big.compress()(x, features=True).shape == (3, 6)

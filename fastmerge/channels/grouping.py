@@ -111,16 +111,17 @@ class _Grouping:
 
     def _refuse_used_outputs(self, kind: np.ndarray) -> None:
         for layer in self.record.layers.values():
-            name = layer.call.name
+            name, output = layer.call.name, kind[layer.outputs] == OUTPUT
+            if layer.call.groups > 1 and output.any():
+                raise ValueError(
+                    f"layer '{name}' is a grouped convolution that makes the network's output; it can't be averaged"
+                )
+        for layer in self.record.layers.values():
+            name, output = layer.call.name, kind[layer.outputs] == OUTPUT
             if (kind[layer.inputs] == OUTPUT)[~self._is_input[layer.inputs]].any():
                 raise ValueError(
                     f"layer '{name}' reads channels that are also an output of the network. The big student averages the "
                     "teachers' outputs, so what a layer reads must not be one; return it from a separate layer"
-                )
-            output = kind[layer.outputs] == OUTPUT
-            if layer.call.groups > 1 and output.any():
-                raise ValueError(
-                    f"layer '{name}' is a grouped convolution that makes the network's output; it can't be averaged"
                 )
             if output.any() and not output.all():
                 raise ValueError(
