@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,15 @@ def measure(name: str) -> dict[str, Any]:
         building the big student); or ``parameters`` and ``reason``, why it can't be merged.
     """
     torch.manual_seed(0)
-    with torch.device("meta"):
-        network = vision.models.get_model(name, weights=None, **_quick(name))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    dtype = torch.float64 if COPIES * 8 * parameters < 0.8 * _memory() else torch.float32
+    parameters = _parameters(name)
+    dtype = torch.float64 if COPIES * 8 * parameters < 0.3 * _memory() else torch.float32
     side = vision.size(name)
     inputs = (make_batch(BATCH, (3, side, side), dtype=dtype),)
     result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "image_size": side}
     make = lambda: vision.models.get_model(name, weights=None, **_quick(name))  # noqa: E731
     if vision.is_refused(name):
-        teachers: list[Any] = [_zeros(network), _zeros(network)]
+        network = make()
+        teachers: list[Any] = [network, copy.deepcopy(network)]
         inputs = (make_batch(BATCH, (3, 224, 224), dtype=torch.float32),)
     else:
         teachers = make_teachers(make, inputs, 2, dtype)
@@ -95,12 +95,8 @@ def _quick(name: str) -> dict[str, Any]:
     return {"init_weights": False} if name.startswith(("googlenet", "inception", "vgg")) else {}
 
 
-def _zeros(network: torch.nn.Module) -> torch.nn.Module:
-    """A network without weights on the CPU, all zeros: enough to be refused."""
-    copied = copy.deepcopy(network).to_empty(device="cpu")
-    for tensor in [*copied.parameters(), *copied.buffers()]:
-        torch.nn.init.zeros_(tensor)
-    return copied
+def _parameters(name: str) -> int:
+    return int(next(iter(vision.models.get_model_weights(name))).meta["num_params"])
 
 
 def _memory() -> int:
@@ -108,6 +104,7 @@ def _memory() -> int:
 
 
 def _in_child(name: str, connection: Any) -> None:
+    torch.set_num_threads(1)
     connection.send(measure(name))
 
 
@@ -170,18 +167,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=vision.names(), metavar="NAME", help="default all")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", metavar="FILE.md")
     parser.add_argument("--again", action="store_true", help="measure networks anew that are done")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at a time, one thread each")
     options = parser.parse_args(arguments)
     path = options.out.with_suffix(".json")
     done = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.exists() and not options.again else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in (bar := tqdm(options.networks, unit="network")):
-        bar.set_postfix_str(name)
-        if name not in done:
-            done[name] = in_process(name)
-        report = {"environment": environment(), "networks": {key: done[key] for key in sorted(done)}}
-        for file, text in ((path, json.dumps(report, indent=1) + "\n"), (options.out, markdown(report))):
-            with atomic(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+    missing = [name for name in options.networks if name not in done]
+    large = [name for name in missing if COPIES * 4 * _parameters(name) > 0.3 * _memory()]
+    for names, jobs in (([n for n in missing if n not in large], options.jobs), (large, 1)):
+        with ThreadPoolExecutor(jobs) as pool:
+            running = {pool.submit(in_process, name): name for name in names}
+            for future in tqdm(as_completed(running), total=len(running), unit="network"):
+                done[running[future]] = future.result()
+                _write(options.out, done)
+    _write(options.out, done)
+
+
+def _write(out: Path, done: dict[str, Any]) -> None:
+    report = {"environment": environment(), "networks": {name: done[name] for name in sorted(done)}}
+    for file, text in ((out.with_suffix(".json"), json.dumps(report, indent=1) + "\n"), (out, markdown(report))):
+        with atomic(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
