@@ -108,6 +108,8 @@ def probe_big(probe: type[Probe], shape: tuple[int, ...]) -> fastmerge.BigStuden
     first, second = probe(), probe()
     for teacher in (first, second):
         for name, layer in teacher.named_children():
+            if name == "norm":
+                continue
             layer.weight.zero_()
             layer.bias.fill_(1.0 if name == "write" else 0.0)
     for layer in (first.read, first.read_again):
@@ -153,6 +155,29 @@ def test_linked_draws_as_unlinked(probe: type[Probe], shape: tuple[int, ...]) ->
     torch.manual_seed(1)
     linked, _ = first_teachers_gates(big, probe, shape)
     assert torch.allclose(unlinked, linked)
+
+
+class NormProbe(LinearProbe):
+    """The second reader reads the same channels normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(C, affine=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.relu(self.write(x))
+        return self.read(hidden), self.read_again(self.norm(hidden))
+
+
+def test_no_gate_straight_before_a_normalisation() -> None:
+    """BatchNorm would undo it; and its statistics are those of the channel, not of the gate."""
+    big, x = probe_big(NormProbe, (N, 2)), torch.rand(N, 2)
+    with torch.no_grad():
+        big.network.write.weight[:C, 0] = 1.0
+    hidden = (1 + x[:, :1]).expand(N, C)
+    gated, normalised = (2 * y.detach() for y in big(x))
+    gates = gated / hidden
+    torch.testing.assert_close(normalised, gates * F.batch_norm(hidden, None, None, training=True))
 
 
 def test_seeds_repeat_and_differ() -> None:
