@@ -41,7 +41,7 @@ def _coverage() -> str:
     merged = [network for network in networks.values() if network.get("compress_error") is not None]
     worst = max(max(network["open_error"], network["compress_error"]) for network in merged)
     return (
-        f"{len(merged)} of {len(networks)} torchvision classification networks merge; "
+        f"{len(merged)} of the {len(networks)} torchvision classification networks measured so far merge; "
         f"the largest relative error over them is {worst:.0e}."
     )
 
