@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally, evaluate
-from fastmerge.gates import HardConcrete
+from fastmerge.gate_report import open_probabilities
 from fastmerge.history import EpochRecord, History, Stage
 from fastmerge.merge_progress import Progress
 from fastmerge.schedules import QuadraticLambda
@@ -107,10 +107,3 @@ class Trainer:
         if step == epoch == 1:
             return f"{where}, its first; look for NaN or Inf in the data, or for training-mode layers that give them"
         return f"{where}; the learning rate {lr:g} is likely too high, or a batch holds NaN or Inf"
-
-
-@torch.no_grad()
-def open_probabilities(big: BigStudent) -> dict[str, float]:
-    """Mean P[g > 0] of each channel group."""
-    gates = cast(Mapping[str, HardConcrete], big.gates)
-    return {name: gate.open_probability().mean().item() for name, gate in gates.items()}

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-import fastmerge.merging as module
+import fastmerge.merge_stages as module
 from fastmerge.evaluation import Setting, evaluate
-from fastmerge.merging import fitting_lam_step, gate_warnings, merge, origins
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.gate_report import gate_warnings, origins
+from fastmerge.merging import merge
+from fastmerge.schedules import QuadraticLambda, fitting_lam_step
 from small_task import SHORT, VAL, SmallNet, copies, train_loader, train_teachers
 
 # Stages this short leave the gates where they are, which only some tests are about.

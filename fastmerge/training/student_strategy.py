@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
+from fastmerge.gate_report import gate_warnings, origins
 from fastmerge.kernels.gate import open_probability
-from fastmerge.merging import gate_warnings, origins
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.jobs import Job, Outcome, Reporter, predictions, state_on_cpu, train_stage
 from fastmerge.training.scores import Curves, score, spread

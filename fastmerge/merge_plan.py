@@ -1,0 +1,58 @@
+"""The numbers of a merge: how long its stages are and how they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastmerge.big_student import BigStudent
+from fastmerge.merge_checks import check_epochs, check_numbers
+from fastmerge.schedules import fitting_lam_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """The choices of a merge that are numbers, under the names that :func:`fastmerge.merge` explains.
+
+    Raises:
+        ValueError: One is out of range; the message names it.
+    """
+
+    merge_epochs: int
+    finetune_epochs: int
+    link_at: float
+    lr: float
+    momentum: float
+    weight_decay: float
+    gate_lr: float
+    lam_start: float
+    lam_step: float | None
+    finetune_lr: float | None
+    milestones: Sequence[int] | None
+
+    def __post_init__(self) -> None:
+        check_epochs(self.merge_epochs, self.finetune_epochs)
+        positive = {"lr": self.lr, "gate_lr": self.gate_lr, "finetune_lr": self.first_finetune_lr}
+        names = ("momentum", "weight_decay", "lam_start", "lam_step")
+        check_numbers(positive, {name: getattr(self, name) or 0 for name in names}, self.link_at)
+
+    @property
+    def first_finetune_lr(self) -> float:
+        """The learning rate at the start of the fine-tuning."""
+        return self.lr if self.finetune_lr is None else self.finetune_lr
+
+    @property
+    def finetune_milestones(self) -> list[int]:
+        """Epochs of the fine-tuning after which the learning rate is divided by ten."""
+        if self.milestones is None:
+            return [max(1, round(self.finetune_epochs * 2 / 3))]
+        return list(self.milestones)
+
+    def fitted(self, big: BigStudent, train_loader: Iterable[Any]) -> MergePlan:
+        """The same plan with a ``lam_step``: the one chosen, or the one that fits this network and stage."""
+        if self.lam_step is not None:
+            return self
+        steps = self.merge_epochs * len(train_loader) if isinstance(train_loader, Sized) else None
+        widest = big.num_teachers * max(group.size for group in big.groups)
+        return replace(self, lam_step=fitting_lam_step(self.merge_epochs, steps, widest, self.lam_start, self.gate_lr))

@@ -1,0 +1,79 @@
+"""The paper's loop: the big student learns which channels matter, is compressed, and the student is fine-tuned."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
+
+from fastmerge.big_student import BigStudent
+from fastmerge.gate_report import gate_warnings, open_probabilities, origins
+from fastmerge.merge_plan import MergePlan
+from fastmerge.merge_trainer import Trainer
+from fastmerge.schedules import GATE_MOMENTUM, QuadraticLambda
+
+Schedule = Callable[[Optimizer], LRScheduler]
+
+
+def train_student(
+    teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, schedule: Schedule | None, trainer: Trainer
+) -> nn.Module:
+    """Merges teachers: both stages, and the scores at their borders.
+
+    Args:
+        teachers: Networks of one architecture; they are not changed.
+        examples: What their forward takes.
+        plan: The numbers.
+        schedule: Makes the fine-tuning's learning rate scheduler, in place of the plan's milestones.
+        trainer: Trains an epoch, scores, and keeps the record.
+    """
+    place = trainer.setting.place
+    if trainer.val_loader is not None:
+        for index, teacher in enumerate(teachers):
+            trainer.score(f"teacher {index}", place(copy.deepcopy(teacher)))
+    big = place(BigStudent(*teachers, example_inputs=examples))
+    with big.open_gates():
+        trainer.score("big student, gates open", big)
+    learn_importance(big, plan.fitted(big, trainer.train_loader), trainer)
+    trainer.score("big student", big)
+    trainer.history.kept = origins(big)
+
+    student = place(big.compress())
+    trainer.score("compressed", student)
+    del big  # its memory is worth more to the student
+    finetune(student, plan, schedule, trainer)
+    trainer.score("student", student)
+    return student.eval()
+
+
+def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None:
+    """The merge stage: trains weights and gates with the loss ``criterion + λ · gate_loss``."""
+    optimizer = SGD(big.weight_parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
+    gate_optimizer = SGD(big.gate_parameters(), plan.gate_lr, GATE_MOMENTUM)
+    assert plan.lam_step is not None
+    lam = QuadraticLambda(plan.lam_start, plan.lam_step)
+    before = open_probabilities(big)
+    trainer.bar.start("merge", plan.merge_epochs, trainer.train_loader)
+    for epoch in range(plan.merge_epochs):
+        if not big.linked and epoch >= plan.link_at * plan.merge_epochs:
+            big.link(optimizer=optimizer)
+        trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
+        lam.step()
+    trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, plan.lam_step)
+    for warning in trainer.history.warnings:
+        warnings.warn(warning, stacklevel=4)
+
+
+def finetune(student: nn.Module, plan: MergePlan, schedule: Schedule | None, trainer: Trainer) -> None:
+    """Trains the student as usual."""
+    optimizer = SGD(student.parameters(), plan.first_finetune_lr, plan.momentum, weight_decay=plan.weight_decay)
+    scheduler = MultiStepLR(optimizer, plan.finetune_milestones) if schedule is None else schedule(optimizer)
+    trainer.bar.start("fine-tune", plan.finetune_epochs, trainer.train_loader)
+    for _ in range(plan.finetune_epochs):
+        trainer.epoch("finetune", student, [optimizer], None)
+        scheduler.step()
