@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sized
 from statistics import fmean
 from typing import Any
-
-from tqdm import tqdm
 
 from fastmerge.evaluation import Tally
 from fastmerge.history import EpochRecord, Score
@@ -20,8 +19,8 @@ class Progress:
     """
 
     def __init__(self, show: bool | None = None) -> None:
-        self._disable = None if show is None else not show
-        self._bar: tqdm[Any] | None = None
+        self._disable = not (sys.stderr.isatty() if show is None else show)
+        self._bar: Any = None  # of tqdm, which is imported where there is a bar to show
         self._figures: dict[str, str] = {}
         self._epochs = 0
 
@@ -36,8 +35,12 @@ class Progress:
         """Begins the bar of a stage; it knows the time left where the loader has a length."""
         if self._bar is not None:
             self._bar.close()
+        if self._disable:
+            return
+        from tqdm import tqdm
+
         steps = epochs * len(loader) if isinstance(loader, Sized) else None
-        self._bar = tqdm(total=steps, desc=stage, unit="step", disable=self._disable, dynamic_ncols=True)
+        self._bar = tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True)
         self._figures = {"epoch": f"1/{epochs}"}
         self._epochs = epochs
 
