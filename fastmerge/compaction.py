@@ -4,8 +4,8 @@ A weight of the big student holds T·n channels of which n stay. ``index_select`
 ``compact_`` moves what stays to the front of the same storage and gives the rest of it back. Sorted indices make that
 safe: what stays at position i comes from an index of at least i, so rows only move forward, onto what is already read.
 
-CPU tensors go through the C++ extension (csrc/compact.h). Without it, and on other devices, the same steps run in
-PyTorch with 16 MiB of scratch memory, or that of one row if it is larger.
+CPU tensors go through the C++ extension (csrc/compact.h), CUDA tensors through a kernel (kernels/compact.py) with 16 MiB of
+scratch memory. Without either, and on other devices, the same steps run in PyTorch with that much, or one row if it is larger.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastmerge.kernels.compact import SCRATCH_BYTES, compact, memory_order
+
 _compaction: Any = None
 _why_missing = ""
 try:
@@ -26,14 +28,16 @@ try:
 except ImportError as error:
     _why_missing = str(error)
 
-_SCRATCH_BYTES = 1 << 24
+_SCRATCH_BYTES = SCRATCH_BYTES
+_STAGED_ABOVE = 1 << 26
 _warned = False
 
 
 def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) -> None:
     """Keeps the given rows, and optionally columns, of a tensor in place and gives the freed memory back.
 
-    No second copy of the tensor is made; on the CPU, dropping half or more never takes more memory than the tensor had.
+    No second copy of the tensor is made. On the CPU, dropping half or more never takes more memory than the tensor had; on a
+    CUDA device at most 64 MiB more, and one integer per row and column.
     Afterwards ``tensor`` equals ``tensor[keep_out]`` or ``tensor[keep_out][:, keep_in]`` of before, as the same Python
     object in the same storage (which shrank, so its address may have changed), in the memory format it had: contiguous
     stays contiguous, channels-last stays channels-last, any other order of dimensions in memory stays too. Every check
@@ -51,20 +55,24 @@ def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) ->
         IndexError: A keep has an index outside its dimension.
         ValueError: A keep is not ascending, unique and of one dimension; ``tensor`` lacks the dimension, is the result
             of recorded operations, overlaps itself (``expand``), or shares its storage with another tensor, with numpy
-            or with another process, which would be left with memory that is no longer theirs.
+            or with another process, which would be left with memory that is no longer theirs; or a CUDA graph is being
+            captured, whose replays would use memory that was given back. A graph captured before must not be replayed.
     """
     _check_tensor(tensor)
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("compact_ can't run while a CUDA graph is captured; call it before or after")
     keeps: list[Tensor | None] = [None] * tensor.dim()
     keeps[0] = _checked_keep("keep_out", keep_out, tensor, 0)
     if keep_in is not None:
         keeps[1:2] = [_checked_keep("keep_in", keep_in, tensor, 1)]
     shape = [size if keep is None else len(keep) for size, keep in zip(tensor.shape, keeps, strict=True)]
     strides = _dense_strides(tensor, shape)
-    move = _move_in_cpp if tensor.device.type == "cpu" and _has_extension() else _move_in_torch
     with torch.no_grad():
-        move(tensor, keeps)
-        if move is _move_in_cpp:
+        if tensor.device.type == "cpu" and _has_extension():
+            _move_in_cpp(tensor, keeps)
             _release(tensor, math.prod(shape))
+        else:
+            compact(tensor, keeps, _SCRATCH_BYTES)
         _shrink(tensor, shape, strides)
 
 
@@ -125,14 +133,9 @@ def _checked_keep(name: str, keep: Tensor, tensor: Tensor, dim: int) -> Tensor:
     return keep
 
 
-def _memory_order(tensor: Tensor) -> list[int]:
-    """The dimensions as they lie in memory, the outermost first; those of size 1, which lie nowhere, last."""
-    return sorted(range(tensor.dim()), key=lambda d: (tensor.shape[d] == 1, -tensor.stride()[d]))
-
-
 def _nested(tensor: Tensor) -> bool:
     extent = 1
-    for d in reversed(_memory_order(tensor)):
+    for d in reversed(memory_order(tensor.shape, tensor.stride())):
         if tensor.shape[d] != 1 and tensor.numel() > 0:
             if tensor.stride(d) < extent:
                 return False
@@ -150,7 +153,7 @@ def _dense_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
         if _empty_strides(tensor.shape, memory_format) == tensor.stride():
             return _empty_strides(shape, memory_format)
     strides, extent = [1] * len(shape), 1
-    for d in reversed(_memory_order(tensor)):
+    for d in reversed(memory_order(tensor.shape, tensor.stride())):
         strides[d] = extent
         extent *= max(shape[d], 1)
     return tuple(strides)
@@ -185,28 +188,29 @@ def _release(tensor: Tensor, kept: int) -> None:
     _compaction.release(begin + kept * tensor.element_size(), begin + storage.nbytes())
 
 
-def _move_in_torch(tensor: Tensor, keeps: Sequence[Tensor | None]) -> None:
-    order = _memory_order(tensor)
-    source = tensor.detach().permute(order)
-    indices = [None if (keep := keeps[d]) is None else keep.to(tensor.device) for d in order]
-    shape = [size if keep is None else len(keep) for size, keep in zip(source.shape, indices, strict=True)]
-    if 0 in shape:
-        return
-    target = source.as_strided(shape, torch.empty(shape, device="meta").stride())
-    row_bytes = math.prod(source.shape[1:]) * tensor.element_size()
-    step = max(1, _SCRATCH_BYTES // row_bytes)
-    for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
-        rows = source[first:last] if indices[0] is None else source.index_select(0, indices[0][first:last])
-        for d, keep in enumerate(indices[1:], start=1):
-            rows = rows if keep is None else rows.index_select(d, keep)
-        # keep_out is never None, so rows are a copy by now and the target may begin where they lay.
-        target[first:last] = rows
-
-
 def _shrink(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
     storage = tensor.untyped_storage()
     tensor.grad = None
     tensor.data = tensor.new_empty(0).set_(storage, 0, tuple(shape), tuple(strides))
     torch.autograd.graph.increment_version(tensor)
-    storage.resize_(math.prod(shape) * tensor.element_size())
+    _resize(storage, math.prod(shape) * tensor.element_size())
+
+
+def _resize(storage: torch.UntypedStorage, size: int) -> None:
+    if storage.device.type == "cpu" or size <= _STAGED_ABOVE:
+        storage.resize_(size)
+    else:
+        _resize_through_host(storage, size)
+
+
+def _resize_through_host(storage: torch.UntypedStorage, size: int) -> None:
+    """Shrinks a storage without a second one beside it on the device.
+
+    A device's allocator can't cut the end off a block, so torch takes a new one, copies, and lets go of the old one. What
+    is too large for that waits on the host meanwhile.
+    """
+    memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,), (1,))
+    values = memory.to("cpu", copy=True)
+    storage.resize_(0)
+    storage.resize_(size)
+    memory.copy_(values)

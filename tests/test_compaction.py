@@ -133,6 +133,16 @@ def test_a_compacted_tensor_is_like_any_other(path: str) -> None:
 
 
 @by_path
+@given(call=calls())
+def test_a_storage_shrunk_through_the_host_is_the_same(path: str, call: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    """As the large tensors of a GPU do it."""
+    tensor, keep_out, keep_in = call
+    with through(path), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "_resize", compaction._resize_through_host)
+        check(tensor, keep_out, keep_in)
+
+
+@by_path
 def test_optimizer_state_goes_with_its_parameter(path: str) -> None:
     layer = nn.Linear(6, 4)
     optimizer = torch.optim.AdamW(layer.parameters())
