@@ -1,4 +1,7 @@
-"""Triton kernel of compaction in place, imported at the first launch. Formula, plan and reference: ``compact``."""
+"""Triton kernel of compaction in place, imported at the first launch.
+
+Formula and plan: ``compact_plan``. Reference: ``compact``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.compact import Plan, make_plan
+from fastmerge.kernels.compact_plan import Plan, make_plan
 from torch import Tensor
 
 _BLOCK = 1024

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fastmerge.kernels.compact import compact_reference, make_plan
+from fastmerge.kernels.compact import compact_reference
+from fastmerge.kernels.compact_plan import make_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
