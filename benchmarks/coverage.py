@@ -41,6 +41,8 @@ from teachers import disturb_weights, make_batch, make_teachers, mean_output, re
 
 BATCH = 4
 COPIES = 11  # of a teacher's weights in memory at the most: two teachers, what tracing copies, block-diagonal and dense
+# Fractions of the machine's memory that one network may take: beside others, and alone.
+BESIDE, ALONE = 0.3, 0.8
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def measure(name: str) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     parameters = _parameters(name)
-    dtype = torch.float64 if COPIES * 8 * parameters < 0.3 * _memory() else torch.float32
+    dtype = torch.float64 if COPIES * 8 * parameters < ALONE * _memory() else torch.float32
     side = vision.size(name)
     inputs = (make_batch(BATCH, (3, side, side), dtype=dtype),)
     result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "image_size": side}
@@ -173,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.exists() and not options.again else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     missing = [name for name in options.networks if name not in done]
-    large = [name for name in missing if COPIES * 4 * _parameters(name) > 0.3 * _memory()]
+    large = [name for name in missing if COPIES * 8 * _parameters(name) > BESIDE * _memory()]
     for names, jobs in (([n for n in missing if n not in large], options.jobs), (large, 1)):
         with ThreadPoolExecutor(jobs) as pool:
             running = {pool.submit(in_process, name): name for name in names}

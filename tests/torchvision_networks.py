@@ -6,7 +6,7 @@ from torch import nn
 from torchvision import models
 
 REFUSED = ("convnext", "maxvit", "swin", "vit")  # layer normalisation and attention
-LEAST_SIZE = {"inception": 96, "squeezenet": 32, "alexnet": 64, "vgg": 32}
+LEAST_SIZE = {"inception": 299, "squeezenet": 32, "alexnet": 64, "vgg": 32}
 """Smallest image side that a family's strides leave something of; 64 where none is given."""
 
 FAMILIES = [
