@@ -113,6 +113,16 @@ class Tally:
         self._pending.clear()
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on; to be called after :meth:`read`."""
+        seconds = time.perf_counter() - self._started
+        return {"samples": self.samples, "steps": self.steps, "sums": dict(self._sums), "seconds": seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`; the time between does not count."""
+        self.samples, self.steps, self._sums = state["samples"], state["steps"], dict(state["sums"])
+        self._started = time.perf_counter() - state["seconds"]
+
     def mean(self, name: str) -> float:
         """Mean over the samples read so far."""
         return self._sums[name] / self.samples
@@ -133,8 +143,16 @@ class Tally:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Iterable[Any], setting: Setting) -> Score:
+def evaluate(
+    network: nn.Module, loader: Iterable[Any], setting: Setting, after_step: Callable[[], object] | None = None
+) -> Score:
     """Scores a network in eval mode; its mode is restored.
+
+    Args:
+        network: On the setting's device.
+        loader: Yields (input, target).
+        setting: Criterion and the like.
+        after_step: Called after every batch; what it raises ends the evaluation.
 
     Raises:
         FloatingPointError: As ``Tally.add``.
@@ -146,6 +164,8 @@ def evaluate(network: nn.Module, loader: Iterable[Any], setting: Setting) -> Sco
         for inputs, target in setting.batches(loader):
             output, loss = setting.apply(network, inputs, target)
             tally.add(output, target, len(inputs[0]), loss=loss)
+            if after_step is not None:
+                after_step()
         tally.read()
         return tally.score()
     finally:

@@ -13,8 +13,9 @@ from pathlib import Path
 def atomic(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` to write to, and moves it to ``path`` when the block ends well.
 
-    A reader of ``path`` sees the old file or the whole new one. Where the block raises, ``path`` stays as it was. The
-    directory is made if missing.
+    A reader of ``path`` sees the old file or the whole new one, even after a power cut: what was written is on the disk
+    before it gets its name. Where the block or the disk fails, ``path`` stays as it was. The directory is made if
+    missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +24,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
     try:
         yield Path(name)
         os.chmod(name, 0o644)  # mkstemp's files are their owner's alone; what a run writes is to be shared
+        _flush(name)
         os.replace(name, path)
+        _flush(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def _flush(path: str | Path) -> None:
+    """Waits until a file's content, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

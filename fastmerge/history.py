@@ -72,7 +72,21 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole record as JSON values, with ``curves``, ``stages`` and ``gates`` as the plots read them."""
-        return dataclasses.asdict(self) | self._plotted()
+        return self.record() | self._plotted()
+
+    def record(self) -> dict[str, Any]:
+        """The record alone as JSON values."""
+        return dataclasses.asdict(self)
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Becomes what a :meth:`record` tells."""
+        self.num_teachers = record["num_teachers"]
+        self.epochs = [
+            EpochRecord(**epoch | {name: epoch[name] and Score(**epoch[name]) for name in ("train", "val")})
+            for epoch in record["epochs"]
+        ]
+        self.borders = {name: Score(**score) for name, score in record["borders"].items()}
+        self.kept, self.warnings = record["kept"], record["warnings"]
 
     def _plotted(self) -> dict[str, Any]:
         merge = self.stage("merge")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Setting, has_classes
+from fastmerge.snapshots import Snapshots
 
 
 def check_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:
@@ -58,6 +59,16 @@ def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"merge can't use device {device}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_checkpoints(snapshots: Snapshots, resume: bool) -> None:
+    """Checkpoints are only gone on from, never written over: a merge without resume needs a directory without any."""
+    files = snapshots.files()
+    if files and not resume:
+        raise ValueError(
+            f"{snapshots.directory} holds the checkpoints of a merge, the last one {files[-1].name}; go on with it "
+            "(resume), remove them, or choose another directory"
+        )
 
 
 def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: Setting) -> tuple[Tensor, ...]:

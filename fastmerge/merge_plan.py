@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.merge_checks import check_epochs, check_numbers
@@ -49,6 +53,10 @@ class MergePlan:
             return [max(1, round(self.finetune_epochs * 2 / 3))]
         return list(self.milestones)
 
+    def options(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self) | {"milestones": None if self.milestones is None else list(self.milestones)}
+
     def fitted(self, big: BigStudent, train_loader: Iterable[Any]) -> MergePlan:
         """The same plan with a ``lam_step``: the one chosen, or the one that fits this network and stage."""
         if self.lam_step is not None:
@@ -56,3 +64,25 @@ class MergePlan:
         steps = self.merge_epochs * len(train_loader) if isinstance(train_loader, Sized) else None
         widest = big.num_teachers * max(group.size for group in big.groups)
         return replace(self, lam_step=fitting_lam_step(self.merge_epochs, steps, widest, self.lam_start, self.gate_lr))
+
+
+def describe_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that are no JSON values by their names."""
+    return {
+        name: value if isinstance(value, (type(None), bool, int, float)) else getattr(value, "__qualname__", str(value))
+        for name, value in options.items()
+    }
+
+
+def fingerprints(teachers: Sequence[nn.Module]) -> dict[str, str]:
+    """Which teachers these are: for each the hash of its weights."""
+    return {f"teacher {index}": fingerprint(teacher) for index, teacher in enumerate(teachers)}
+
+
+def fingerprint(network: nn.Module) -> str:
+    """64 bits of the SHA-256 of a network's state dict, names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -10,6 +10,8 @@ from typing import Any
 from fastmerge.evaluation import Tally
 from fastmerge.history import EpochRecord, Score
 
+_TITLES = {"finetune": "fine-tune"}
+
 
 class Progress:
     """A bar per stage on stderr; a context manager, so that no bar outlives an error.
@@ -31,17 +33,30 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def start(self, stage: str, epochs: int, loader: object) -> None:
-        """Begins the bar of a stage; it knows the time left where the loader has a length."""
+    def start(self, stage: str, epochs: int, loader: object, done: int = 0) -> None:
+        """Begins the bar of a stage; it knows the time left where the loader has a length.
+
+        Args:
+            stage: What to call it.
+            epochs: All of the stage's.
+            loader: Of its batches.
+            done: Epochs done before, in a stage that goes on.
+        """
         if self._bar is not None:
             self._bar.close()
         if self._disable:
             return
         from tqdm import tqdm
 
-        steps = epochs * len(loader) if isinstance(loader, Sized) else None
-        self._bar = tqdm(total=steps, desc=stage, unit="step", dynamic_ncols=True)
-        self._figures = {"epoch": f"1/{epochs}"}
+        steps = len(loader) if isinstance(loader, Sized) else None
+        self._bar = tqdm(
+            total=steps and epochs * steps,
+            initial=done * (steps or 0),
+            desc=_TITLES.get(stage, stage),
+            unit="step",
+            dynamic_ncols=True,
+        )
+        self._figures = {"epoch": f"{min(done + 1, epochs)}/{epochs}"}
         self._epochs = epochs
 
     def step(self, tally: Tally, *, fresh: bool) -> None:

@@ -33,22 +33,30 @@ def train_student(
         trainer: Trains an epoch, scores, and keeps the record.
     """
     place = trainer.setting.place
-    if trainer.val_loader is not None:
-        for index, teacher in enumerate(teachers):
-            trainer.score(f"teacher {index}", place(copy.deepcopy(teacher)))
-    big = place(BigStudent(*teachers, example_inputs=examples))
-    with big.open_gates():
-        trainer.score("big student, gates open", big)
-    learn_importance(big, plan.fitted(big, trainer.train_loader), trainer)
-    trainer.score("big student", big)
-    trainer.history.kept = origins(big)
-
-    student = place(big.compress())
-    trainer.score("compressed", student)
-    del big  # its memory is worth more to the student
+    if trainer.state.stage == "finetune":  # a checkpoint has the weights; of the teacher only the network is needed
+        student = place(copy.deepcopy(teachers[0])).requires_grad_(True)
+    else:
+        student = place(_merged(teachers, examples, plan, trainer))
+        trainer.score("compressed", student)
     finetune(student, plan, schedule, trainer)
     trainer.score("student", student)
     return student.eval()
+
+
+def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, trainer: Trainer) -> nn.Module:
+    """Everything up to the compressed student."""
+    place = trainer.setting.place
+    if trainer.val_loader is not None and trainer.state.stage is None:
+        for index, teacher in enumerate(teachers):
+            trainer.score(f"teacher {index}", place(copy.deepcopy(teacher)))
+    big = place(BigStudent(*teachers, example_inputs=examples))
+    if trainer.state.stage is None:
+        with big.open_gates():
+            trainer.score("big student, gates open", big)
+    learn_importance(big, plan.fitted(big, trainer.train_loader), trainer)
+    trainer.score("big student", big)
+    trainer.history.kept = origins(big)
+    return big.compress()
 
 
 def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None:
@@ -58,22 +66,24 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
     assert plan.lam_step is not None
     lam = QuadraticLambda(plan.lam_start, plan.lam_step)
     before = open_probabilities(big)
-    trainer.bar.start("merge", plan.merge_epochs, trainer.train_loader)
-    for epoch in range(plan.merge_epochs):
+    parts = {"optimizer": optimizer, "gate optimizer": gate_optimizer, "lambda": lam}
+    for epoch in trainer.epochs("merge", plan.merge_epochs, big, parts):
         if not big.linked and epoch >= plan.link_at * plan.merge_epochs:
             big.link(optimizer=optimizer)
         trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
         lam.step()
     trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, plan.lam_step)
     for warning in trainer.history.warnings:
-        warnings.warn(warning, stacklevel=4)
+        warnings.warn(warning, stacklevel=5)
 
 
 def finetune(student: nn.Module, plan: MergePlan, schedule: Schedule | None, trainer: Trainer) -> None:
     """Trains the student as usual."""
     optimizer = SGD(student.parameters(), plan.first_finetune_lr, plan.momentum, weight_decay=plan.weight_decay)
     scheduler = MultiStepLR(optimizer, plan.finetune_milestones) if schedule is None else schedule(optimizer)
-    trainer.bar.start("fine-tune", plan.finetune_epochs, trainer.train_loader)
-    for _ in range(plan.finetune_epochs):
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    for _ in trainer.epochs("finetune", plan.finetune_epochs, student, parts):
         trainer.epoch("finetune", student, [optimizer], None)
-        scheduler.step()
+        with warnings.catch_warnings():  # of an epoch that a checkpoint goes on with, no step may be left
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+            scheduler.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
-from fastmerge.merge_checks import check_device, check_loader, check_teachers
-from fastmerge.merge_plan import MergePlan
+from fastmerge.merge_checks import check_checkpoints, check_device, check_loader, check_teachers
+from fastmerge.merge_plan import MergePlan, describe_options, fingerprints
 from fastmerge.merge_progress import Progress
 from fastmerge.merge_stages import train_student
+from fastmerge.merge_state import MergeState
 from fastmerge.merge_trainer import Trainer
+from fastmerge.snapshots import Snapshots
+from fastmerge.stop_requests import StopRequests
 
 
 def merge(
@@ -44,12 +48,18 @@ def merge(
     seed: int | None = None,
     progress: bool | None = None,
     callback: Callable[[EpochRecord], object] | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_seconds: float = 300.0,
+    resume: bool = False,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
     The merge stage trains the big student with the loss ``criterion + λ · gate_loss``; compression keeps the best 1/T
-    of its channels; fine-tuning trains the student as usual. The teachers are never changed. Ctrl-C stops at once and
-    leaves nothing behind.
+    of its channels; fine-tuning trains the student as usual. The teachers are never changed.
+
+    With a ``checkpoint_dir`` the merge survives: killed at any time, it goes on with ``resume=True``, on a CPU bit for
+    bit as if nothing had happened, from at most ``checkpoint_seconds`` before. Ctrl-C and SIGTERM write a checkpoint
+    after the current step. Without one Ctrl-C stops at once and leaves nothing behind.
 
     Args:
         teachers: Two or more trained networks of one architecture.
@@ -75,7 +85,13 @@ def merge(
         channels_last: Trains in the channels-last layout, which convolutions on a GPU prefer.
         seed: Makes the merge repeatable; the caller's random state is restored. None draws from the caller's.
         progress: Whether to show a progress bar on stderr; None shows it on a terminal.
-        callback: Called with the record of each epoch. What it raises ends the merge.
+        callback: Called with the record of each epoch. What it raises ends the merge. After a crash an epoch may be
+            repeated, and its record come again.
+        checkpoint_dir: A directory for this merge's checkpoints, at the end of each stage and in between; the last two
+            stay. Random changes of the data are repeated where they come from torch's, Python's or NumPy's generators of
+            this process or a DataLoader's processes that start anew each epoch (``persistent_workers=False``).
+        checkpoint_seconds: At least so many seconds between two checkpoints.
+        resume: Whether to go on from the last good checkpoint there; where there is none yet, the merge begins.
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.
@@ -83,7 +99,9 @@ def merge(
     Raises:
         TypeError, ValueError: Teachers, data or options can't work. All that can be found out is found out before the
             first epoch.
-        FloatingPointError: A loss became NaN or Inf.
+            That includes checkpoints of another merge.
+        FloatingPointError: A loss became NaN or Inf; checkpoints hold the state before.
+        Interrupted: A KeyboardInterrupt: a signal came, and a checkpoint was written.
 
     Source: M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
     """
@@ -103,14 +121,26 @@ def merge(
     teachers = check_teachers(teachers)
     setting = Setting(check_device(device, teachers[0]), criterion, autocast, channels_last)
     cuda = [setting.device] if setting.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda, enabled=seed is not None), Progress(progress) as bar:
+    snapshots = None
+    if checkpoint_dir is not None:
+        others = {"criterion": criterion, "autocast": autocast, "channels_last": channels_last, "seed": seed}
+        snapshots = Snapshots(checkpoint_dir, plan.options() | describe_options(others) | fingerprints(teachers))
+        check_checkpoints(snapshots, resume)
+    history = History(len(teachers))
+    state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history)
+    with (
+        torch.random.fork_rng(cuda, enabled=seed is not None),
+        StopRequests(enabled=snapshots is not None) as stop,
+        Progress(progress) as bar,
+    ):
         if seed is not None:
             torch.manual_seed(seed)
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
-        history = History(len(teachers))
-        trainer = Trainer(train_loader, val_loader, setting, history, bar, callback)
+        if resume:
+            state.load()
+        trainer = Trainer(train_loader, val_loader, setting, history, state, stop, bar, callback)
         student = train_student(teachers, _examples(inputs, teachers[0]), plan, schedule, trainer)
     return student, history
 

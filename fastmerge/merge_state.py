@@ -1,0 +1,176 @@
+"""Everything that a merge needs to go on where it stopped, and when it is written down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.big_student import BigStudent
+from fastmerge.evaluation import Tally
+from fastmerge.history import History, Stage
+from fastmerge.random_states import random_states, restore_random_states
+from fastmerge.snapshots import Snapshots
+
+
+class MergeState:
+    """The state of a merge on its way to and from checkpoints; without ``snapshots`` it does nothing.
+
+    Within an epoch the place in the data is the number of steps done and the random states at the epoch's start: the
+    loader then gives the same batches again, of which those done are passed over.
+
+    Args:
+        snapshots: Where checkpoints are, or None.
+        seconds: At least so long between two of them; the end of a stage always has one.
+        device: Of the merge.
+        loader: The training data.
+        history: Restored in place.
+    """
+
+    def __init__(
+        self, snapshots: Snapshots | None, seconds: float, device: torch.device, loader: Iterable[Any], history: History
+    ) -> None:
+        self.snapshots, self.seconds, self.device, self.loader, self.history = (
+            snapshots,
+            seconds,
+            device,
+            loader,
+            history,
+        )
+        self._loaded: dict[str, Any] | None = None
+        self._saved_at = time.monotonic()
+        self._now: dict[str, Any] = {}
+        self._at_start: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Reads the last good checkpoint, if there is one, for the stages to come.
+
+        Raises:
+            ValueError: As :meth:`Snapshots.load`.
+        """
+        self._loaded = None if self.snapshots is None else self.snapshots.load()
+        if self._loaded is not None:
+            self.history.restore(self._loaded["history"])
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage in which the loaded checkpoint goes on."""
+        return None if self._loaded is None else self._loaded["stage"]
+
+    def begin(self, stage: Stage, network: nn.Module, parts: dict[str, Any]) -> int:
+        """Begins a stage, from the loaded checkpoint where it is of this stage; returns how many epochs are done.
+
+        Args:
+            stage: Which.
+            network: Trained in it.
+            parts: What else changes with it, by name: optimizers, λ, a scheduler, all with ``state_dict``.
+        """
+        self.network, self.parts = network, parts
+        self._now = {"stage": stage, "epoch": 0}
+        loaded = self._loaded
+        if loaded is None or loaded["stage"] != stage:
+            return 0
+        if isinstance(network, BigStudent) and loaded["linked"]:
+            network.link()
+        _load_tensors(network, loaded["network"])
+        for name, part in parts.items():
+            part.load_state_dict(loaded["parts"][name])
+        self._now["epoch"] = loaded["epoch"]
+        if not loaded["step"]:
+            self._resume_loader(loaded["random"], loaded["loader"])
+            self._loaded = None
+        return int(loaded["epoch"])
+
+    def batches(self, tally: Tally) -> Iterator[Any]:
+        """The epoch's batches that are left, with the tally and the random states as they were."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            if self.snapshots is not None:
+                self._at_start = {"random": random_states(self.device), "loader": _loader_state(self.loader)}
+            yield from self.loader
+            return
+        self._at_start = loaded["at_start"]
+        self._resume_loader(self._at_start["random"], self._at_start["loader"])
+        tally.load_state_dict(loaded["tally"])
+        batches = iter(self.loader)
+        done = sum(1 for _ in islice(batches, loaded["step"]))
+        if done < loaded["step"]:
+            raise ValueError(
+                f"the checkpoint was written after {loaded['step']} steps of an epoch, and the training data now has "
+                f"{done}; go on with the same data and batch size"
+            )
+        restore_random_states(loaded["random"], self.device)
+        yield from batches
+
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.snapshots is not None and time.monotonic() - self._saved_at >= self.seconds
+
+    def end_epoch(self, epoch: int, last: bool) -> None:
+        """Counts an epoch, and writes a checkpoint where it is time or the stage ends."""
+        self._now["epoch"] = epoch
+        if self.is_due() or last:
+            self.save(random_states(self.device))
+
+    def save(self, random: dict[str, Any], tally: Tally | None = None) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            random: The random states to go on with.
+            tally: Of the epoch in which this is, read up to date; None between epochs.
+        """
+        if self.snapshots is None:
+            return
+        within = {} if tally is None else {"tally": tally.state_dict(), "at_start": self._at_start}
+        self.snapshots.save(
+            {
+                **self._now,
+                **within,
+                "step": 0 if tally is None else tally.steps,
+                "linked": isinstance(self.network, BigStudent) and self.network.linked,
+                "network": _tensors(self.network),
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "random": random,
+                "loader": _loader_state(self.loader),
+                "history": self.history.record(),
+            }
+        )
+        self._saved_at = time.monotonic()
+
+    def _resume_loader(self, random: dict[str, Any], loader: dict[str, Any]) -> None:
+        restore_random_states(random, self.device)
+        for generator, state in zip(_generators(self.loader), loader["generators"], strict=False):
+            generator.set_state(state)
+        if "state" in loader:
+            self.loader.load_state_dict(loader["state"])  # type: ignore[attr-defined]
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those that a state dict leaves out too."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+@torch.no_grad()
+def _load_tensors(network: nn.Module, saved: dict[str, Tensor]) -> None:
+    for name, tensor in _tensors(network).items():
+        tensor.copy_(saved[name])
+
+
+def _loader_state(loader: Any) -> dict[str, Any]:
+    """The states of a loader's own generators, and what its ``state_dict`` gives, if it has one."""
+    state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)]}
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        state["state"] = loader.state_dict()
+    return state
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    owners.append(getattr(owners[-1], "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    unique = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
+    return list(unique.values())

@@ -1,0 +1,139 @@
+"""A run's checkpoints: the last two states of it, each one safetensors file, whole, checked, and of this very run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmerge.files import atomic
+from fastmerge.nested_state import pack, unpack
+
+FORMAT = "fastmerge checkpoint"
+VERSION = 1
+_KEPT = 2
+_HEADER = "run"
+
+
+class Snapshots:
+    """The checkpoints of one run in a directory of its own, ``000001.safetensors`` and so on.
+
+    A file holds the state's tensors and, as JSON in its metadata, the rest: no pickle. It appears under its name when it
+    is whole, and the one before it stays, so that no crash and no full disk costs more than the work since then.
+
+    Args:
+        directory: Made when the first one is written.
+        options: What the run depends on, JSON values; a checkpoint of other options is refused.
+    """
+
+    def __init__(self, directory: str | Path, options: dict[str, Any]) -> None:
+        self.directory = Path(directory)
+        self.options: dict[str, Any] = json.loads(json.dumps(options))
+
+    def files(self) -> list[Path]:
+        """Those there are, the newest last."""
+        return sorted(path for path in self.directory.glob("*.safetensors") if path.stem.isdecimal())
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes a checkpoint and removes the last but two.
+
+        Where the disk is full or fails, it warns, and the checkpoints before stay.
+
+        Raises:
+            TypeError: The state holds what a checkpoint can't.
+        """
+        structure, tensors = pack(state)
+        text = json.dumps({"torch": torch.__version__, "options": self.options, "state": structure})
+        before = self.files()
+        path = self.directory / f"{int(before[-1].stem) + 1 if before else 1:06d}.safetensors"
+        metadata = {"format": FORMAT, "version": str(VERSION), _HEADER: text, "checksum": _checksum(text, tensors)}
+        try:
+            with atomic(path) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            kept = f"the last one, {before[-1]}, stays" if before else "there is none yet"
+            warnings.warn(f"could not write the checkpoint {path} ({error}); {kept}", stacklevel=2)
+            return
+        for old in before[: 1 - _KEPT]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest good state, or None where there is no checkpoint. One that can't be used is warned of and passed over.
+
+        Raises:
+            ValueError: There are checkpoints but no good one, or they are of a run with other options; the message names
+                the file, and the option that differs.
+        """
+        problems = []
+        for path in reversed(self.files()):
+            try:
+                header, state = read_snapshot(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                warnings.warn(f"{problem}; going back to {path}", stacklevel=3)
+            self._check_options(path, header["options"])
+            return state
+        if problems:
+            raise ValueError(f"there is no good checkpoint to go on from: {'; '.join(problems)}")
+        return None
+
+    def clear(self) -> None:
+        """Removes them all."""
+        for path in self.files():
+            path.unlink()
+
+    def _check_options(self, path: Path, found: dict[str, Any]) -> None:
+        for name in [*self.options, *found]:
+            now, then = self.options.get(name), found.get(name)
+            if now != then:
+                raise ValueError(
+                    f"{path} is of a run with {name} {_short(then)}; this one has {_short(now)}. Go on with the same "
+                    "options, or begin a run in another directory"
+                )
+
+
+def read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint: (header, state), tensors on the CPU.
+
+    Raises:
+        ValueError: It is damaged, not one of fastmerge's, or of a later version; the message names it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of a fastmerge run")
+    if int(metadata["version"]) > VERSION:  # before the checksum, which later versions may make otherwise
+        raise ValueError(
+            f"{path} is of version {metadata['version']} of the format, and this fastmerge reads up to {VERSION}"
+        )
+    if metadata.get("checksum") != _checksum(metadata.get(_HEADER, ""), tensors):
+        raise ValueError(f"{path} is damaged (its checksum does not fit its content)")
+    header = json.loads(metadata[_HEADER])
+    return header, unpack(header["state"], tensors)
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    total = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

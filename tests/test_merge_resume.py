@@ -1,0 +1,262 @@
+"""Merges that are killed, asked to stop, or find their checkpoints damaged, and go on."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import killed_merge
+from fastmerge.snapshots import Snapshots, read_snapshot
+from fastmerge.stop_requests import Interrupted, StopRequests
+from killed_merge import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """What the merge gives when nothing happens."""
+    return run(None)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A directory with the checkpoints of a merge that Ctrl-C ended in its linked epochs, and the error."""
+    directory = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(Interrupted) as caught:
+        run(directory, 18, lambda: os.kill(os.getpid(), signal.SIGINT), checkpoint_seconds=0)
+    return directory, caught.value
+
+
+def last(directory: Path) -> dict:
+    return read_snapshot(Snapshots(directory, {}).files()[-1])[1]
+
+
+def place(directory: Path) -> tuple[str, int, int]:
+    state = last(directory)
+    return state["stage"], state["epoch"], state["step"]
+
+
+def assert_same(result, whole) -> None:
+    (student, history), (expected, record) = result, whole
+    for (name, value), other in zip(student.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    a, b = history.record(), record.record()
+    for epoch in (*a["epochs"], *b["epochs"]):
+        del epoch["images_per_second"]
+    assert a == b
+
+
+def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(whole, tmp_path):
+    script = Path(killed_merge.__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent.parent), str(script.parent)])}
+    # Calls of the criterion in a process, the checks before the merge included, and how far that brings it.
+    for calls, where in [
+        (8, ("merge", 0, 2)),
+        (12, ("merge", 2, 1)),
+        (16, ("finetune", 0, 2)),
+        (5, ("finetune", 0, 4)),
+    ]:
+        done = subprocess.run([sys.executable, script, tmp_path, str(calls)], env=environment, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert place(tmp_path) == where
+    assert_same(run(tmp_path, resume=True), whole)
+
+
+def test_a_signal_ends_it_after_the_step_with_a_checkpoint(interrupted, whole, tmp_path):
+    directory, error = interrupted
+    assert error.number == signal.SIGINT
+    assert place(directory) == ("merge", 2, 3)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    shutil.copytree(directory, tmp_path / "copy")
+    assert_same(run(tmp_path / "copy", resume=True), whole)
+
+
+def test_sigterm_in_an_evaluation_and_no_checkpoint_before(whole, tmp_path):
+    with pytest.raises(Interrupted) as caught:
+        run(tmp_path, 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert caught.value.number == signal.SIGTERM
+    assert place(tmp_path) == ("merge", 0, 4)  # all steps, and the validation to be done again
+    assert_same(run(tmp_path, resume=True), whole)
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, 3, lambda: os.kill(os.getpid(), signal.SIGTERM), num_workers=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_end_with_a_checkpoint_and_the_last_two_stay(whole, tmp_path):
+    result = run(tmp_path)
+    assert_same(result, whole)
+    assert [path.name for path in Snapshots(tmp_path, {}).files()] == ["000001.safetensors", "000002.safetensors"]
+    assert place(tmp_path) == ("finetune", 3, 0)
+    assert_same(run(tmp_path, resume=True, num_workers=0), whole)  # nothing is left to train
+
+    (tmp_path / "000002.safetensors").unlink()
+    assert place(tmp_path) == ("merge", 4, 0)
+    assert_same(run(tmp_path, resume=True), whole)
+
+
+def test_checkpoints_are_not_written_over(interrupted):
+    with pytest.raises(ValueError, match=r"holds the checkpoints of a merge, the last one 0000\d\d.safetensors; go on"):
+        run(interrupted[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, "with lr 0.01; this one has 0.5"),
+        ({"seed": 6}, "with seed 5; this one has 6"),
+        ({"milestones": [1]}, r"with milestones None; this one has \[1\]"),
+        ({"autocast": torch.bfloat16}, "with autocast None; this one has 'torch.bfloat16'"),
+    ],
+)
+def test_a_checkpoint_of_other_options_is_refused(interrupted, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(interrupted[0], resume=True, num_workers=0, **changes)
+
+
+def test_a_checkpoint_of_other_teachers_is_refused(interrupted, monkeypatch):
+    monkeypatch.setattr(killed_merge.DropNet, "__init__", _wider(killed_merge.DropNet.__init__))
+    with pytest.raises(ValueError, match=r"with teacher 0 '[0-9a-f]{16}'; this one has '[0-9a-f]{16}'"):
+        run(interrupted[0], resume=True, num_workers=0)
+
+
+def _wider(init):
+    def changed(network):
+        init(network)
+        network.head.bias.data += 1
+
+    return changed
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+def replace(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def age(path: Path) -> None:
+    content = path.read_bytes()
+    old, new = b'"version":"1"', b'"version":"9"'
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+DAMAGES = [
+    (truncate, "is damaged"),
+    (flip, "its checksum does not fit its content"),
+    (replace, "is no checkpoint of a fastmerge run"),
+    (age, "is of version 9 of the format, and this fastmerge reads up to 1"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
+def test_a_bad_checkpoint_is_passed_over_with_a_warning_and_refused_where_there_is_no_other(
+    interrupted, tmp_path, damage, message
+):
+    shutil.copytree(interrupted[0], tmp_path / "copy")
+    snapshots = Snapshots(tmp_path / "copy", read_snapshot(Snapshots(interrupted[0], {}).files()[-1])[0]["options"])
+    before, newest = snapshots.files()
+    expected = read_snapshot(before)[1]["step"]
+    damage(newest)
+    with pytest.warns(UserWarning, match=rf"{newest.name} .*{message}.*going back to .*{before.name}"):
+        assert snapshots.load()["step"] == expected
+    damage(before)
+    with pytest.raises(ValueError, match=rf"no good checkpoint .*{newest.name} .*{message}.*{before.name}"):
+        snapshots.load()
+
+
+def test_other_data_is_found_out_within_an_epoch(interrupted, tmp_path, monkeypatch):
+    shutil.copytree(interrupted[0], tmp_path / "copy")
+    monkeypatch.setattr(killed_merge.Noisy, "__len__", lambda data: 20)
+    with pytest.raises(ValueError, match="after 3 steps of an epoch, and the training data now has 2"):
+        run(tmp_path / "copy", resume=True)
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "fastmerge.snapshots.save_file", "os.replace"])
+def test_a_full_disk_costs_no_checkpoint(interrupted, tmp_path, monkeypatch, call):
+    shutil.copytree(interrupted[0], tmp_path / "copy")
+    snapshots = Snapshots(tmp_path / "copy", {})
+    before = {path.name: path.read_bytes() for path in snapshots.directory.iterdir()}
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(call, full)
+    with pytest.warns(UserWarning, match=rf"could not write .*No space left on device.*{max(before)}, stays"):
+        snapshots.save({"weight": torch.zeros(3)})
+    assert {path.name: path.read_bytes() for path in snapshots.directory.iterdir()} == before
+
+
+def test_a_merge_on_a_full_disk_goes_on(whole, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastmerge.snapshots.save_file", full)
+    with pytest.warns(UserWarning, match="could not write .*No space left on device.*; there is none yet"):
+        assert_same(run(tmp_path), whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_gets_into_no_checkpoint(tmp_path, monkeypatch):
+    original, calls = killed_merge.Noisy.__getitem__, itertools.count()
+
+    def nan_from_the_second_step_on(data, index):
+        x, y = original(data, index)
+        return x * (1 if next(calls) < 16 else torch.nan), y
+
+    def callback(record):
+        if record.epoch == 2:
+            monkeypatch.setattr(killed_merge.Noisy, "__getitem__", nan_from_the_second_step_on)
+
+    with pytest.raises(FloatingPointError, match="in step 2 of epoch 3 of the merge stage"):
+        run(tmp_path, checkpoint_seconds=0, num_workers=0, callback=callback)
+    assert place(tmp_path) == ("merge", 2, 1)
+    network = last(tmp_path)["network"]
+    assert all(value.isfinite().all() for value in network.values() if value.is_floating_point())
+
+
+def test_the_scale_of_float16_and_generators_of_the_data_are_kept(tmp_path):
+    whole = run(None, autocast=torch.float16, num_workers=0)
+    with pytest.raises(Interrupted):
+        run(tmp_path, 16, lambda: os.kill(os.getpid(), signal.SIGINT), autocast=torch.float16, num_workers=0)
+    assert last(tmp_path)["parts"]["scaler"]["scale"] > 0
+    assert_same(run(tmp_path, resume=True, autocast=torch.float16, num_workers=0), whole)
+
+
+def test_stop_requests_leave_other_handlers_alone():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with StopRequests() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.raise_if_any()
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_signal_acts_at_once():
+    with StopRequests() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, Interrupted)
