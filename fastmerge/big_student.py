@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
 from fastmerge.validation import check_same_code, check_teachers
 from fastmerge.wide.compression import Compressor, kept_candidates
-from fastmerge.wide.layers import GateStreams, WideLayer
+from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.lowering import lower
 from fastmerge.wide.network import Analysis, build_network
 from fastmerge.wide.optimizer_state import carry_through_link, carry_to_student
+from fastmerge.wide.shapes import find_shapes
+from fastmerge.wide.streams import GateStreams
 from fastmerge.wide.template import StudentTemplate
 
 
@@ -72,7 +75,8 @@ class BigStudent(nn.Module):
                 f"{type(teachers[0]).__name__} has no hidden channels to choose among: there is nothing to merge"
             )
         self.num_teachers = len(teachers)
-        analysis = Analysis(traced, self.groups)
+        self._shapes = find_shapes(traced, inputs)
+        analysis = Analysis(traced, self.groups, self._shapes)
         self._each = analysis.needs_each(record.nonlinear_nodes)
         self.network, self._layout = build_network(analysis, teachers, keep_each_bias=self._each)
         reference = next(teachers[0].parameters())
@@ -82,10 +86,10 @@ class BigStudent(nn.Module):
                 for group in self.groups
             }
         )
+        self._linked = False
         self._num_inputs = len(inputs)
         self._template = (StudentTemplate(teachers[0], self._layout),)  # in a tuple: no submodule of this one
         self._input_dims = inputs[0].dim()
-        self._linked = False
         self._gates_open = False
         self._lower(analysis)
         self.train(teachers[0].training)
@@ -98,12 +102,13 @@ class BigStudent(nn.Module):
         """
         mode = "train" if self.training else "eval"
         gates = None if self._gates_open else self._draw_gates(inputs, kwargs)
-        return self._forwards[mode, self._gates_open and self._each](self.network, gates, *inputs, **kwargs)
+        forward = self._forwards[mode, self._gates_open and self._each, self.linked]
+        return forward(self.network, gates, *inputs, **kwargs)
 
     @property
     def linked(self) -> bool:
         """Whether the off-diagonal weights are there and trained."""
-        return self._linked or any(layer.linked for layer in self._wide_layers())
+        return self._linked or any(layer.linked for layer in self._layers)
 
     def link(self, optimizer: Optimizer | None = None) -> None:
         """Turns block-diagonal layers into dense ones, whose off-diagonal weights start at zero and are trained.
@@ -114,11 +119,11 @@ class BigStudent(nn.Module):
         Args:
             optimizer: whose state (momentum, moments) grows along.
         """
-        layers = [layer for layer in self._wide_layers() if layer.wiring.has_off_diagonal and not layer.linked]
-        if optimizer is not None:
-            carry_through_link(optimizer, layers)
-        for layer in layers:
-            layer.link()
+        for layer in self._layers:
+            if layer.wiring.has_off_diagonal and not layer.linked:
+                if optimizer is not None:
+                    carry_through_link(optimizer, layer)
+                layer.link()
         self._linked = True
 
     @contextmanager
@@ -186,7 +191,8 @@ class BigStudent(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lower(Analysis(trace(self._template[0].skeleton, (None,) * self._num_inputs), self.groups))
+        traced = trace(self._template[0].skeleton, (None,) * self._num_inputs)
+        self._lower(Analysis(traced, self.groups, self._shapes))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BigStudent:
         clone = type(self).__new__(type(self))
@@ -195,10 +201,11 @@ class BigStudent(nn.Module):
         return clone
 
     def _lower(self, analysis: Analysis) -> None:
-        variants = [(mode, each) for mode in ("train", "eval") for each in (False, True) if self._each or not each]
-        self._forwards: dict[tuple[str, bool], Callable[..., Any]] = {
-            (mode, each): lower(analysis, self.network, mode, self.num_teachers, each) for mode, each in variants
+        self._forwards: dict[tuple[str, bool, bool], Callable[..., Any]] = {
+            (mode, each, joined): lower(analysis, self.network, mode, self.num_teachers, each, joined)
+            for mode, each, joined in product(("train", "eval"), {False, self._each}, (False, True))
         }
+        self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
         total = self.num_teachers * sum(group.size for group in self.groups)
         readers = [module for module in self.network.modules() if isinstance(module, GateStreams)]
         self._has_ungated_channels = any(bool((reader.index == total).any()) for reader in readers)
@@ -223,6 +230,3 @@ class BigStudent(nn.Module):
 
     def _gate_modules(self) -> list[HardConcrete]:
         return [self.gates[group.name] for group in self.groups]  # type: ignore[misc]
-
-    def _wide_layers(self) -> Iterator[WideLayer]:
-        return (module for module in self.network.modules() if isinstance(module, WideLayer))

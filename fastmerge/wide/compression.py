@@ -95,6 +95,10 @@ class Compressor:
             source = read(wide.bias)
             if source is not None:
                 yield bias, self._bias(wide, weight, source)
+        for name, place in self.layout.side_by_side.items():
+            source = read(self.tensors[place])
+            if source is not None:
+                yield name, self._side_by_side(name, source)
         for name, places in self.layout.per_teacher.items():
             parts = [read(self.tensors[place]) for place in places]
             if all(part is not None for part in parts):
@@ -103,6 +107,7 @@ class Compressor:
     def owners(self) -> dict[str, list[Tensor]]:
         """Per parameter or buffer of the student, the wide tensors it is cut from."""
         owned: dict[str, list[Tensor]] = {n: [self.tensors[p] for p in ps] for n, ps in self.layout.per_teacher.items()}
+        owned |= {name: [self.tensors[place]] for name, place in self.layout.side_by_side.items()}
         for weight, path in self.layout.layers.items():
             owned[weight] = [self.tensors[f"{path}.weight"]]
         for bias, weight in self.layout.biases.items():
@@ -155,6 +160,18 @@ class Compressor:
             return source.clone()
         rows = _sources(self.groups.outputs[weight], self.groups, self.kept)
         return _select(source, 0, rows.teacher * wide.out_channels + rows.index)
+
+    def _side_by_side(self, name: str, source: Tensor) -> Tensor:
+        """From the teachers' tensors along the first dimension."""
+        if name not in self.groups.tensors:  # a counter of each teacher
+            assert not source.is_floating_point(), name
+            return source[0].clone()
+        dim, units = self.groups.tensors[name]
+        sources, size = _sources(units, self.groups, self.kept), len(units.group)
+        if dim is None:
+            return source.narrow(0, int(sources.teacher[0]) * size, size).clone()
+        assert dim == 0, name
+        return _select(source, 0, sources.teacher * size + sources.index)
 
     def _per_teacher(self, name: str, parts: list[Tensor]) -> Tensor:
         if name not in self.groups.tensors:  # a counter, the same for all

@@ -13,7 +13,11 @@ from torch import Tensor, fx, nn
 from fastmerge.channels.groups import OUTPUT, ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
 from fastmerge.channels.tracing import TracedNetwork
-from fastmerge.wide.layers import StreamTensors, WideLayer, Wiring
+from fastmerge.wide.grouped import GroupedLayer
+from fastmerge.wide.layers import WideLayer, Wiring
+from fastmerge.wide.norms import NORMS, WideBatchNorm
+from fastmerge.wide.shapes import Shapes
+from fastmerge.wide.streams import StreamTensors
 
 
 @dataclass
@@ -23,12 +27,14 @@ class Analysis:
     Attributes:
         traced: the first teacher's graphs.
         groups: its channel groups.
+        shapes: of its values.
         calls: per mode, the layer call of each node that is one (dense and grouped).
         names: the one name of each parameter by ``id``.
     """
 
     traced: TracedNetwork
     groups: ChannelGroups
+    shapes: Shapes
     names: dict[int, str] = field(init=False)
     calls: dict[str, dict[fx.Node, LayerCall]] = field(init=False)
 
@@ -43,6 +49,18 @@ class Analysis:
     def stateful(self) -> Collection[str]:
         """Names of tensors that each stream has its own of: all that are used, but for dense layers'."""
         return self.groups.tensors.keys()
+
+    @cached_property
+    def reached(self) -> set[str]:
+        """Names of the tensors that the code reads itself, rather than a module of ``torch.nn``."""
+        targets = {str(n.target) for graph in self.traced.graphs.values() for n in graph.nodes if n.op == "get_attr"}
+        return targets | {self.tensor_name(target) for target in targets}
+
+    @cached_property
+    def tied(self) -> set[str]:
+        """Names of parameters that are known by another name, too."""
+        every = self.traced.root.named_parameters(remove_duplicate=False)
+        return {self.names[id(parameter)] for name, parameter in every if self.names[id(parameter)] != name}
 
     def dense_call(self, mode: str, node: fx.Node) -> LayerCall | None:
         """The dense layer a node calls, if any."""
@@ -125,11 +143,14 @@ class Layout:
     Attributes:
         layers: per weight name of a dense layer, its path.
         biases: per bias name of a dense layer, its weight's name.
+        side_by_side: per name of a tensor of a normalisation or grouped convolution, the qualified name of the one that holds
+            the teachers' along its first dimension.
         per_teacher: per name of any other tensor, its T qualified names.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
+    side_by_side: dict[str, str] = field(default_factory=dict)
     per_teacher: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -177,20 +198,44 @@ def _attach_node(
         if not analysis.is_stateful(node):
             attach(network, target, copy.deepcopy(module))
             return
+        own = [*module.named_parameters(), *module.named_buffers()]
+        names = {name: analysis.names.get(id(tensor), f"{target}.{name}") for name, tensor in own}
+        wide = _side_by_side(analysis, mode, node, [t.get_submodule(target) for t in teachers])
+        if wide is not None:
+            attach(network, target, wide)
+            layout.side_by_side.update({full: f"{target}.{name}" for name, full in names.items()})
+            return
         copies = nn.ModuleList(copy.deepcopy(t.get_submodule(target)) for t in teachers)
         attach(network, target, copies)
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            full = analysis.names.get(id(tensor), f"{target}.{name}")
+        for name, full in names.items():
             layout.per_teacher.setdefault(full, [f"{target}.{t}.{name}" for t in range(len(teachers))])
     elif node.op == "get_attr" and not has(network, target):
         name = analysis.tensor_name(target)
         if name in analysis.stateful:
             tensors = StreamTensors([_get(t, name) for t in teachers])
             attach(network, target, tensors)
-            names = [f"{target}.{tensors.attribute(t)}" for t in range(len(teachers))]
-            layout.per_teacher.setdefault(name, names)
+            places = [f"{target}.{tensors.attribute(t)}" for t in range(len(teachers))]
+            layout.per_teacher.setdefault(name, places)
         elif name not in layout.layers and name not in layout.biases:
             attach(network, target, copy.deepcopy(_get(analysis.traced.root, target)))
+
+
+def _side_by_side(
+    analysis: Analysis, mode: str, node: fx.Node, modules: Sequence[nn.Module]
+) -> WideBatchNorm | GroupedLayer | None:
+    """The teachers' BatchNorms or grouped convolutions as one module, unless the network's code also reaches into them."""
+    tensors = {f"{node.target}.{name}" for name, _ in [*modules[0].named_parameters(), *modules[0].named_buffers()]}
+    names = {analysis.names.get(id(parameter)) for parameter in modules[0].parameters()}
+    if not tensors.isdisjoint(analysis.reached) or not analysis.tied.isdisjoint(names):
+        return None
+    if type(modules[0]) in NORMS:
+        return WideBatchNorm(modules)
+    call = analysis.calls[mode].get(node)
+    if call is None:
+        return None
+    weights = [module.get_parameter("weight").detach() for module in modules]
+    biases = None if call.bias is None else [module.get_parameter("bias").detach() for module in modules]
+    return GroupedLayer(call.geometry, call.groups, weights, biases)
 
 
 def attach(network: nn.Module, path: str, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +12,12 @@ from fastmerge.wide.compression import Compressor
 from fastmerge.wide.layers import WideLayer
 
 
-def carry_through_link(optimizer: Optimizer, layers: Iterable[WideLayer]) -> None:
-    """Writes out the zeros off the diagonal in the state of weights that are about to be linked."""
-    for layer in layers:
-        state = optimizer.state.get(layer.weight, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape == layer.weight.shape:
-                state[key] = layer.dense(value)
+def carry_through_link(optimizer: Optimizer, layer: WideLayer) -> None:
+    """Writes out the zeros off the diagonal in the state of a weight that is about to be linked."""
+    state = optimizer.state.get(layer.weight, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape == layer.weight.shape:
+            state[key] = layer.dense(value)
 
 
 def carry_to_student(optimizer: Optimizer, compressor: Compressor, student: nn.Module) -> None:

@@ -25,7 +25,7 @@ class StudentTemplate:
 
     def __init__(self, teacher: nn.Module, layout: Layout) -> None:
         self.skeleton = copy.deepcopy(teacher)
-        merged = {*layout.layers, *layout.biases, *layout.per_teacher}
+        merged = {*layout.layers, *layout.biases, *layout.side_by_side, *layout.per_teacher}
         names = _names(self.skeleton)
         replacements = {
             tensor: torch.empty_like(tensor, device="meta") for tensor, name in names.items() if name in merged

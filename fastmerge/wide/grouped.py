@@ -1,0 +1,49 @@
+"""Grouped and depthwise convolutions of all teachers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.channels.layer_calls import Geometry
+from fastmerge.wide.convolve import convolve
+
+
+class GroupedLayer(nn.Module):
+    """The teachers' grouped convolutions as one of T times the groups, teacher by teacher.
+
+    Args:
+        geometry: how the weight is applied.
+        groups: of one teacher.
+        weights: the teachers' weights.
+        biases: the teachers' biases, or None.
+    """
+
+    def __init__(
+        self, geometry: Geometry, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.geometry, self.groups, self.num_teachers = geometry, groups, len(weights)
+        self.weight = nn.Parameter(torch.cat(list(weights)))
+        self.bias = None if biases is None else nn.Parameter(torch.cat(list(biases)))
+
+    def forward(self, *values: Tensor, output_size: Any = None) -> tuple[Tensor, ...]:
+        """Applies the layer to T streams, each with its own weights, or to one joined tensor."""
+        if len(values) == 1:
+            groups = self.num_teachers * self.groups
+            return (convolve(self.geometry, values[0], self.weight, self.bias, output_size, groups),)
+        weights = self.weight.chunk(self.num_teachers)
+        biases = [None] * self.num_teachers if self.bias is None else self.bias.chunk(self.num_teachers)
+        return tuple(
+            convolve(self.geometry, x, weight, bias, output_size, self.groups)
+            for x, weight, bias in zip(values, weights, biases, strict=True)
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.geometry.kind}, {self.num_teachers} x {tuple(self.weight.shape[1:])}, groups={self.groups}, "
+            f"bias={self.bias is not None}"
+        )

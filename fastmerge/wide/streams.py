@@ -1,0 +1,106 @@
+"""Values of T teachers, side by side: separate streams, or joined in one tensor, teacher by teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, ...]:
+    """The T streams of a joined tensor, without a copy.
+
+    To autograd they are tensors of their own, so that a ReLU in place on one leaves the others' versions alone.
+    """
+    return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
+
+
+def concatenate_joined(tensors: Sequence[Tensor], num_teachers: int, dim: int) -> Tensor:
+    """Concatenates joined tensors along their channels, each teacher's together, with one copy."""
+    parts = [torch.split(tensor, tensor.shape[dim] // num_teachers, dim) for tensor in tensors]
+    return torch.cat([part[t] for t in range(num_teachers) for part in parts], dim)
+
+
+def mean_of_streams(*values: Any) -> Any:
+    """The teachers' mean of a tensor; anything else (a size, a flag) is the same for all."""
+    if not isinstance(values[0], Tensor):
+        return values[0]
+    return sum(values[1:], values[0]) / len(values)
+
+
+class StreamTensors(nn.Module):
+    """One parameter or buffer of each teacher, for code that uses it outside a layer, such as a per-channel scale."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        for t, tensor in enumerate(tensors):
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(self.attribute(t), nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
+            else:
+                self.register_buffer(self.attribute(t), tensor.detach().clone())
+
+    @staticmethod
+    def attribute(teacher: int) -> str:
+        """The name of one teacher's tensor."""
+        return f"teacher{teacher}"
+
+
+class GateStreams(nn.Module):
+    """Multiplies the channels that a layer is about to read by their gates.
+
+    Args:
+        index: int64 (T, channels), the column of the gate matrix for each stream's channels; one past the last gate where
+            a channel has none.
+        channel_dim: where the channels lie in the streams.
+        sample_dim: where the samples lie.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, channel_dim: int, sample_dim: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("index", index, persistent=False)
+        self.channel_dim, self.sample_dim = channel_dim, sample_dim
+        self._starts = [_start_of_run(row) for row in index]
+        self._start = _start_of_run(index.flatten())
+
+    def forward(self, gates: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+        """Gates each value.
+
+        Args:
+            gates: (N or 1, all gates and a last column of ones), or None for open gates.
+            values: T streams or one joined tensor, with N·k samples; the k parts of one sample, side by side, share its
+                gates.
+        """
+        if gates is None:
+            return values
+        gated = []
+        for gate, x in zip(self.columns(gates, joined=len(values) == 1), values, strict=True):
+            samples, channel_dim = x.shape[self.sample_dim], self.channel_dim % x.dim()
+            if gate.shape[0] != 1 and gate.shape[0] != samples:
+                gate = gate.repeat_interleave(samples // gate.shape[0], dim=0)
+            shape = [1] * x.dim()
+            shape[self.sample_dim], shape[channel_dim] = gate.shape
+            gate = gate.to(x.dtype)
+            gated.append(x * (gate if self.sample_dim < channel_dim else gate.t()).reshape(shape))
+        return tuple(gated)
+
+    def columns(self, gates: Tensor, joined: bool) -> list[Tensor]:
+        """The gates of each stream's channels, or of all side by side: (N or 1, channels) each, views where they can be."""
+        starts = [self._start] if joined else self._starts
+        index = [self.index.flatten()] if joined else list(self.index)
+        return [
+            gates.index_select(1, columns) if start is None else gates.narrow(1, start, len(columns))
+            for start, columns in zip(starts, index, strict=True)
+        ]
+
+    def extra_repr(self) -> str:
+        return f"{self.index.shape[0]} x {self.index.shape[1]} channels"
+
+
+def _start_of_run(index: Tensor) -> int | None:
+    """The first of indices that follow one another, or None where they don't."""
+    start = int(index[0])
+    return start if torch.equal(index, torch.arange(start, start + len(index), device=index.device)) else None
