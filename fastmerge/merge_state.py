@@ -141,6 +141,11 @@ class MergeState:
         )
         self._saved_at = time.monotonic()
 
+    def whereabouts(self) -> str:
+        """Where the last checkpoint is, as an end of a sentence."""
+        files = [] if self.snapshots is None else self.snapshots.files()
+        return f"; {files[-1]} holds the state before" if files else ""
+
     def _resume_loader(self, random: dict[str, Any], loader: dict[str, Any]) -> None:
         restore_random_states(random, self.device)
         for generator, state in zip(_generators(self.loader), loader["generators"], strict=False):

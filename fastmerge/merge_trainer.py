@@ -85,7 +85,8 @@ class Trainer:
             random = random_states(self.setting.device)
             val = None if self.val_loader is None else self._evaluate(network)
         except FloatingPointError as error:
-            raise FloatingPointError(self._blame(stage, epoch, lr, *error.args)) from None
+            blame = self._blame(stage, epoch, lr, *error.args)
+            raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
         except Interrupted:
             tally.read()
             self.state.save(random or random_states(self.setting.device), tally)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import traceback
 import warnings
@@ -11,7 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from fastmerge.cli import info, merge, report, run
+from fastmerge.cli import continuing, info, merge, report, run
+from fastmerge.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 _FAILED = (FloatingPointError, torch.OutOfMemoryError)
@@ -24,15 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes them from ``sys.argv``.
 
     Returns:
-        Exit status: 0, or 1 where the work failed (it diverged, memory ran out), 2 for bad input, 130 after Ctrl-C.
+        Exit status: 0, or 1 where the work failed (it diverged, memory ran out), 2 for bad input, 130 after Ctrl-C, 143
+        after SIGTERM.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(words)
     try:
         with _plain_warnings():
-            options.command(options)
-    except KeyboardInterrupt:
-        print("fastmerge: interrupted", file=sys.stderr)
-        return 130
+            options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
+    except KeyboardInterrupt as error:
+        resume = continuing.how_to_go_on(options)
+        print(f"fastmerge: interrupted{f'; go on with: {resume}' if resume else ''}", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except _BAD_INPUT + _FAILED as error:
         if getattr(options, "debug", False):
             traceback.print_exc()

@@ -5,12 +5,16 @@
 
 Checkpoints hold weights only (safetensors, or .pt loaded with weights_only=True). Data is a directory with
 train/<class>/<image> and val/<class>/<image>, or an .npz of uint8 arrays train_images, train_labels, test_images and
-test_labels. DIR gets student.safetensors, history.json, report.md and plots.
+test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots.
+
+Killed or interrupted, it goes on with: fastmerge merge --out DIR --resume
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,13 @@ import torch
 from torch import nn
 
 from fastmerge.checkpoints import build_network, load_weights, save_weights
+from fastmerge.cli import continuing
 from fastmerge.cli.arguments import integer, key_value
 from fastmerge.data.loaders import ImageLoaders, image_loaders
 from fastmerge.environment import environment
+from fastmerge.history import EpochRecord
 from fastmerge.merging import merge
+from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write_json
 
@@ -45,7 +52,7 @@ _MERGE_OPTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge merge``."""
-    add = parser.add_argument
+    add = continuing.adder(parser)
     add("--model", required=True, metavar="NAME", help="torchvision model, or module:factory of your own")
     add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
     add("--teachers", nargs="+", type=Path, required=True, metavar="FILE", help="two or more checkpoints")
@@ -86,26 +93,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Merges, writes the student and its history, and prints the scores."""
-    options.out.mkdir(parents=True, exist_ok=True)  # what can't be written to is better known before the training
+    if continuing.begin(options):
+        print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
+        return
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaders = image_loaders(options.data, options.batch_size, options.image_size, options.workers)
     teachers = [_teacher(options, loaders, path) for path in options.teachers]
     chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
-    student, history = merge(
-        teachers,
-        loaders.train,
-        val_loader=loaders.val,
-        device=device,
-        autocast=None if options.autocast is None else getattr(torch, options.autocast),
-        progress=False if options.quiet else None,
-        **chosen,
-    )
+    board = options.out / "tensorboard" if options.tensorboard else None
+    log = EpochLog(options.out / "log.jsonl", ("stage", "epoch"), options.resume, board)
+
+    def note(record: EpochRecord) -> None:
+        before = options.merge_epochs if record.stage == "finetune" else 0
+        log.write(dataclasses.asdict(record), before + record.epoch)
+
+    with contextlib.closing(log):
+        student, history = merge(
+            teachers,
+            loaders.train,
+            val_loader=loaders.val,
+            device=device,
+            autocast=None if options.autocast is None else getattr(torch, options.autocast),
+            progress=False if options.quiet else None,
+            callback=note,
+            checkpoint_dir=options.out / continuing.CHECKPOINTS,
+            checkpoint_seconds=options.checkpoint_seconds,
+            resume=options.resume,
+            **chosen,
+        )
     save_weights(student, options.out / "student.safetensors")
-    config = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "quiet", "out")}
-    record = history.to_dict() | {"config": config | {"device": device}, "environment": environment()}
-    write_json(options.out / "history.json", record)
+    config = continuing.config(options) | {"device": device}
+    write_json(options.out / "history.json", history.to_dict() | {"config": config, "environment": environment()})
     print(write_report(options.out))
-    print(f"\nstudent.safetensors, history.json, report.md and plots in {options.out}")
+    print(f"\nstudent.safetensors, history.json, log.jsonl, report.md and plots in {options.out}")
+    continuing.finish(options)
 
 
 def _teacher(options: argparse.Namespace, loaders: ImageLoaders, path: Path) -> nn.Module:

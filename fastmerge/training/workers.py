@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -94,7 +93,7 @@ def _in_processes(run: Run, jobs: Sequence[Job], data: Dataset, workers: int, ba
                 # As bytes, by value: multiprocessing would put tensors into /dev/shm, which containers keep small.
                 payload = pickle.dumps((run, job, data))
                 process: BaseProcess = context.Process(target=_work, args=(theirs, payload), daemon=True)
-                with _ctrl_c_ignored():
+                with _ctrl_c_blocked():
                     process.start()
                 theirs.close()
                 running[ours] = (index, process)
@@ -119,16 +118,16 @@ def _in_processes(run: Run, jobs: Sequence[Job], data: Dataset, workers: int, ba
 
 
 @contextlib.contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """A process started in this context leaves Ctrl-C, which reaches all of a terminal's processes, to the main one."""
-    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ctrl_c_blocked() -> Iterator[None]:
+    """A process started in this context leaves Ctrl-C, which reaches all of a terminal's processes, to the main one.
+
+    Here it waits for the end of the context, and is not lost.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(connection: Connection, process: BaseProcess, job: Job) -> tuple[Any, ...]:

@@ -1,0 +1,137 @@
+"""Commands that can be killed and go on: DIR/command.json holds their options, so that ``--resume`` needs no others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge.files import atomic
+
+CHECKPOINTS = "checkpoints"
+_COMMAND = "command.json"
+# What may differ when a run goes on, since it does not change what comes out of it.
+_FREE = {"checkpoint_seconds", "debug", "device", "out", "quiet", "resume", "tensorboard", "workers"}
+
+
+def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    """``parser.add_argument`` for a command that can go on; adds the options that all of them have, too.
+
+    Options that are not given stay out of the namespace until :func:`complete` puts them in.
+    """
+    table: dict[str, tuple[Any, bool, str]] = {}
+
+    def add(name: str, *, default: Any = None, required: bool = False, **more: Any) -> None:
+        left_out = argparse.SUPPRESS if name.startswith("-") else None  # argparse checks a positional's default
+        action = parser.add_argument(name, default=left_out, **more)
+        table[action.dest] = (False if more.get("action") == "store_true" else default, required, name)
+
+    parser.set_defaults(table=table, parser=parser)
+    add("--resume", action="store_true", help="go on with the run in DIR, whose options need not be given again")
+    add(
+        "--checkpoint-seconds",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="at least so long between two checkpoints; default 300",
+    )
+    add("--tensorboard", action="store_true", help="write TensorBoard event files to DIR/tensorboard")
+    return add
+
+
+def complete(
+    options: argparse.Namespace, words: Sequence[str], parse: Callable[[Sequence[str]], argparse.Namespace]
+) -> argparse.Namespace:
+    """Fills in what was not given: with ``--resume`` from the run in DIR, else the defaults.
+
+    Args:
+        options: As parsed.
+        words: What they were parsed from.
+        parse: Parses words.
+
+    Raises:
+        ValueError: A given option is not that of the run in DIR.
+    """
+    if not hasattr(options, "table"):
+        return options
+    given = _given(options)
+    directory = _directory(given)
+    words = [word for word in words if word != "--resume"]
+    if given.get("resume") and directory is not None and (directory / _COMMAND).is_file():
+        words = json.loads((directory / _COMMAND).read_text(encoding="utf-8"))["words"]
+        then = parse(words)
+        if then.command is not options.command:
+            raise ValueError(f"{directory} is not of this command: it was made by fastmerge {words[0]}")
+        before = _given(then)
+        for name, value in given.items():
+            default, _, flag = options.table[name]
+            if name not in _FREE and value != before.get(name, default):
+                raise ValueError(
+                    f"{directory} is of a run with {flag} {before.get(name, default)}, not {value}; go on without "
+                    f"{flag}, or begin another run in another --out"
+                )
+        given = before | given
+    missing = [flag for name, (_, required, flag) in options.table.items() if required and name not in given]
+    if missing:
+        options.parser.error(f"the following arguments are required: {', '.join(missing)}")
+    for name, (default, _, _) in options.table.items():
+        setattr(options, name, given.get(name, default))
+    options.out, options.words = _directory(vars(options)), list(words)
+    return options
+
+
+def begin(options: argparse.Namespace) -> bool:
+    """Makes DIR and notes the command there; what can't be written to is better known before the training.
+
+    Returns:
+        Whether the run in it had come to its end.
+
+    Raises:
+        ValueError: There is an unfinished run in DIR, and it is not to go on.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = options.out / _COMMAND
+    if options.resume and record.is_file():
+        return bool(json.loads(record.read_text(encoding="utf-8"))["finished"])
+    if any((options.out / CHECKPOINTS).rglob("*.safetensors")):
+        raise ValueError(
+            f"{options.out} holds a run that is not finished; add --resume to go on with it, remove "
+            f"{options.out / CHECKPOINTS}, or choose another --out"
+        )
+    _note(options, finished=False)
+    return False
+
+
+def finish(options: argparse.Namespace) -> None:
+    """Notes that the run came to its end, which makes its checkpoints superfluous."""
+    _note(options, finished=True)
+    shutil.rmtree(options.out / CHECKPOINTS, ignore_errors=True)
+
+
+def config(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that tell what was done."""
+    return {name: getattr(options, name) for name in options.table if name == "device" or name not in _FREE}
+
+
+def how_to_go_on(options: argparse.Namespace) -> str | None:
+    """The command that goes on with an interrupted run, or None where there is nothing to go on with."""
+    if not hasattr(options, "words") or not (options.out / _COMMAND).is_file():
+        return None
+    return f"fastmerge {options.words[0]} --out {options.out} --resume"
+
+
+def _note(options: argparse.Namespace, finished: bool) -> None:
+    with atomic(options.out / _COMMAND) as temporary:
+        temporary.write_text(json.dumps({"words": options.words, "finished": finished}) + "\n", encoding="utf-8")
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in options.table if (value := getattr(options, name, None)) is not None}
+
+
+def _directory(given: dict[str, Any]) -> Path | None:
+    out: Path | None = given.get("out")
+    return Path("runs") / given["recipe"] if out is None and "recipe" in given else out

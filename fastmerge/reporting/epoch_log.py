@@ -1,0 +1,90 @@
+"""What happened epoch by epoch, as it happens: a JSONL file, and TensorBoard event files where they are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge.files import atomic
+
+
+class EpochLog:
+    """One JSON object per line and epoch. A run that goes on appends, and an epoch that it repeats is not told twice.
+
+    Args:
+        path: The file.
+        key: Which values tell an epoch from others.
+        resume: Whether to append to what is there; a last line that was cut off is dropped.
+        tensorboard: Directory for event files, or None.
+
+    Raises:
+        ValueError: Event files are asked for and the package ``tensorboard`` is not installed.
+    """
+
+    def __init__(self, path: Path, key: Sequence[str], resume: bool, tensorboard: Path | None = None) -> None:
+        self.path, self.key = path, key
+        lines = _whole_lines(path) if resume and path.is_file() else []
+        self._told = {self._key(json.loads(line)) for line in lines}
+        with atomic(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self._board = None if tensorboard is None else _summary_writer(tensorboard)
+
+    def write(self, values: dict[str, Any], step: int, tag: str = "") -> None:
+        """Tells of an epoch, unless it was told of before.
+
+        Args:
+            values: JSON values.
+            step: Its place on TensorBoard's axis.
+            tag: What TensorBoard's names of the values begin with.
+        """
+        key = self._key(values)
+        if key in self._told:
+            return
+        self._told.add(key)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for name, value in _scalars(values, tag):
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def close(self) -> None:
+        """Closes the event files."""
+        if self._board is not None:
+            self._board.close()
+
+    def _key(self, values: dict[str, Any]) -> str:
+        return json.dumps([values.get(name) for name in self.key])
+
+
+def _whole_lines(path: Path) -> list[str]:
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            json.loads(line)
+        except ValueError:
+            break  # a crash or a full disk cut it off; what follows repeats it
+        found.append(line)
+    return found
+
+
+def _summary_writer(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"--tensorboard needs the package tensorboard (pip install 'fastmerge[tensorboard]'): {error}"
+        ) from error
+    return SummaryWriter(str(directory))
+
+
+def _scalars(values: Any, name: str) -> list[tuple[str, float]]:
+    """Names with slashes and numbers; a list's are told apart by their places."""
+    if not isinstance(values, (dict, list)):
+        number = isinstance(values, (int, float)) and math.isfinite(values)
+        return [(name, float(values))] if number else []
+    parts: Iterable[tuple[Any, Any]] = values.items() if isinstance(values, dict) else enumerate(values)
+    return [scalar for key, value in parts for scalar in _scalars(value, f"{name}/{key}" if name else str(key))]

@@ -1,0 +1,127 @@
+"""``fastmerge merge`` that is killed and goes on, and what DIR says to a command that does not fit it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmerge.cli import main
+from test_cli_merge import arguments, place  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+
+
+def log_of(out: str) -> list[dict]:
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def interrupt_after(monkeypatch, epochs: int, number: int = signal.SIGINT) -> None:
+    """Sends this process a signal when so many epochs are told of."""
+    write = "fastmerge.cli.merge.EpochLog.write"
+    from fastmerge.reporting.epoch_log import EpochLog
+
+    original, told = EpochLog.write, []
+
+    def writing(log, values, step, tag=""):
+        original(log, values, step, tag)
+        told.append(step)
+        if len(told) == epochs:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(write, writing)
+
+
+def test_sigterm_exits_with_143_and_the_line_it_prints_goes_on(place, tmp_path):  # noqa: F811
+    words = [*arguments(), "--merge-epochs", "400"]  # far more than it will get to
+    with (tmp_path / "err.txt").open("w") as err:
+        process = subprocess.Popen([sys.executable, "-m", "fastmerge", *words], stderr=err, env=_environment())
+    try:
+        while not (Path("out/log.jsonl").is_file() and Path("out/log.jsonl").stat().st_size) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert (tmp_path / "err.txt").read_text().endswith("interrupted; go on with: fastmerge merge --out out --resume\n")
+    assert list(Path("out/checkpoints").glob("*.safetensors"))
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.getcwd()])}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_merge_goes_on_from_its_directory_alone(place, monkeypatch, capsys, number, code):  # noqa: F811
+    assert main(arguments(out=["whole"])) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, number)
+        assert main([*arguments(), "--checkpoint-seconds", "0"]) == code
+    assert capsys.readouterr().err == "fastmerge: interrupted; go on with: fastmerge merge --out out --resume\n"
+    with Path("out/log.jsonl").open("a") as file:
+        file.write('{"stage": "fine')  # as a crash leaves it
+    assert main(["merge", "--out", "out", "--resume"]) == 0
+    whole, student = load_file("whole/student.safetensors"), load_file("out/student.safetensors")
+    assert all(torch.equal(whole[name], student[name]) for name in whole)
+    logs = [[(each["stage"], each["epoch"], each["train"]["loss"]) for each in log_of(out)] for out in ("whole", "out")]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 3
+    assert not Path("out/checkpoints").exists()
+
+    before = Path("out/student.safetensors").stat().st_mtime_ns
+    assert main(["merge", "--out", "out", "--resume"]) == 0
+    assert "the merge in out is finished" in capsys.readouterr().out
+    assert Path("out/student.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_does_not_fit_an_unfinished_run_is_refused(place, monkeypatch, capsys):  # noqa: F811
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert main(arguments()) == 130
+    capsys.readouterr()
+    for words, message in [
+        (arguments(), "out holds a run that is not finished; add --resume to go on with it, remove out/checkpoints"),
+        ([*arguments(), "--resume", "--lr", "0.5"], "out is of a run with --lr 0.01, not 0.5; go on without --lr"),
+    ]:
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_resume_needs_options_where_there_is_no_run(capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit_:
+        main(["merge", "--out", str(tmp_path), "--resume"])
+    assert exit_.value.code == 2
+    assert "the following arguments are required: --model, --teachers, --data" in capsys.readouterr().err
+
+
+def test_a_resume_before_the_first_checkpoint_begins(place):  # noqa: F811
+    assert main([*arguments(), "--resume"]) == 0
+    assert Path("out/student.safetensors").is_file()
+
+
+def test_tensorboard_is_missed_before_the_run(place, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main([*arguments(), "--tensorboard"]) == 2
+    assert "needs the package tensorboard" in capsys.readouterr().err
+    assert not log_of("out")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_shows_the_log(place, monkeypatch):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert main([*arguments(), "--tensorboard"]) == 130
+    assert main([*arguments(), "--tensorboard", "--resume"]) == 0
+    events = EventAccumulator("out/tensorboard").Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(step + 1, pytest.approx(line["train"]["loss"])) for step, line in enumerate(log_of("out"))]
+    assert {"lr", "lam", "val/accuracy", "open_probability/0"} <= set(events.Tags()["scalars"])
