@@ -1,0 +1,311 @@
+"""BatchNorm, residual add, activation and gate as one operation. Reference: ``batch_norm_formulas``.
+
+    y = act((x - mean) / sqrt(var + eps) · weight + bias + residual) · gate
+
+Two passes over the tensors forward (statistics, result), two backward (sums, dx); kept for the backward pass are x, the
+residual where the activation or the gates' gradient needs it, and vectors of C numbers. Sums are deterministic.
+
+There are two ways to the same kernels. torch.compile and other tracers see custom operators: one that takes the
+statistics and updates the running ones, and one that is a function of the statistics and has a gradient. Plain eager calls
+go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers wait
+for the CPU.
+
+Dims: N batch, C channels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastmerge.kernels.batch_norm_formulas import (
+    ACTIVATIONS,
+    batch_norm_act_reference,
+    check,
+    empty_in_layout,
+)
+from torch import Tensor
+
+__all__ = ["batch_norm_act", "batch_norm_act_reference", "why_not_fused"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.library.custom_op("fastmerge::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel; updates the running statistics."""
+    # Imported here: a machine without CUDA never imports Triton.
+    from fastmerge.kernels import batch_norm_statistics_triton
+
+    return batch_norm_statistics_triton.statistics(x, running_mean, running_var, momentum)
+
+
+@statistics.register_fake
+def _(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float) -> tuple[Tensor, Tensor]:
+    c = x.shape[1]
+    return x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastmerge::batch_norm_act", mutates_args=())
+def _normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    from fastmerge.kernels import batch_norm_triton
+
+    return batch_norm_triton.normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
+
+
+@_normalize.register_fake
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return empty_in_layout(x)
+
+
+@torch.library.custom_op("fastmerge::batch_norm_act_backward", mutates_args=())
+def _normalize_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastmerge.kernels import batch_norm_backward_triton
+
+    gradients = batch_norm_backward_triton.gradients(
+        dy, x, weight, bias, mean, var, residual, gate, training, eps, activation, needs
+    )
+    # An operator returns tensors, and none of its arguments.
+    dx, dweight, dbias, dresidual, dgate = (x.new_empty(0) if g is None or g is dy else g for g in gradients)
+    return dx, dweight, dbias, dresidual, dgate
+
+
+@_normalize_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    changed = activation == "relu" or gate is not None
+    dx, dresidual = (empty_in_layout(x) if need else x.new_empty(0) for need in (needs[0], needs[3] and changed))
+    dweight, dbias, dgate = (empty_gradient(x, t, needs[i]) for t, i in ((weight, 1), (bias, 2), (gate, 4)))
+    return dx, dweight, dbias, dresidual, dgate
+
+
+def empty_gradient(x: Tensor, tensor: Tensor | None, needed: bool) -> Tensor:
+    """What a backward operator returns for a tensor other than x, to a fake call."""
+    return x.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation = inputs
+    _save(ctx, x, weight, bias, mean, var, residual, gate)
+
+
+def _save(ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, residual: Any, gate: Any) -> None:
+    gate_learns = gate is not None and gate.requires_grad
+    if ctx.activation != "relu" and not gate_learns:
+        residual = None
+    ctx.save_for_backward(x, weight, bias, mean, var, residual, gate)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
+    gradients = _normalize_backward(
+        dy, x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation, needs
+    )
+    dx, dweight, dbias, dresidual, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    if dresidual is not None and ctx.activation != "relu" and gate is None:
+        dresidual = dy
+    return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None
+
+
+_normalize.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """Both passes without the operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str,
+    ) -> Tensor:
+        from fastmerge.kernels import batch_norm_triton
+
+        mean, var = running_mean, running_var
+        if training:
+            mean, var = eager_statistics(x, running_mean, running_var, momentum)
+        ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        _save(ctx, x, weight, bias, mean, var, residual, gate)
+        return batch_norm_triton.normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from fastmerge.kernels import batch_norm_backward_triton
+
+        x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
+        dx, dweight, dbias, dresidual, dgate = batch_norm_backward_triton.gradients(
+            dy, x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation, needs
+        )
+        return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None, None
+
+
+def eager_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """``statistics`` without the operator's dispatch."""
+    from fastmerge.kernels import batch_norm_statistics_triton
+
+    for running in (running_mean, running_var):
+        if running is not None:
+            torch.autograd.graph.increment_version(running)
+    return batch_norm_statistics_triton.statistics(x, running_mean, running_var, momentum)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    gate: Tensor | None = None,
+) -> Tensor:
+    """BatchNorm, residual add, activation and gate: ``act(batch_norm(x) + residual) * gate``.
+
+    Fused on a CUDA device where ``why_not_fused`` has no objection, in plain PyTorch elsewhere. Mean and variance are
+    computed in float32 whatever the dtype of ``x``; so is everything up to the result, which is rounded once.
+
+    Args:
+        x: shape (N, C, ...), float32, float16 or bfloat16 for the fused operation; in any layout, also as a slice of the
+            channels of a wider tensor.
+        weight: shape (C,), or None for ones; its dtype is its own affair.
+        bias: shape (C,), or None for zeros.
+        running_mean: shape (C,), updated in place in training; needed in evaluation.
+        running_var: as ``running_mean``; the variance that goes into it is the unbiased one.
+        training: whether to normalise with the statistics of ``x``.
+        momentum: weight of the new statistics in the running ones.
+        eps: added to the variance.
+        residual: shape and dtype of ``x``, in any layout, or None.
+        activation: "relu" or "identity".
+        gate: shape (N, C) or (1, C), at least 0, any floating dtype and row stride, or None. It doesn't promote the result.
+
+    Returns:
+        Shape and dtype of ``x``, dense; channels-last if ``x`` is so or is a slice of something channels-last, otherwise
+        contiguous. Differentiable once with respect to x, weight, bias, residual and gate.
+
+    Raises:
+        ValueError: for an unknown activation, a residual or gate of the wrong shape, evaluation without running statistics,
+            or one value per channel in training.
+    """
+    if why_not_fused(x, weight, bias, running_mean, running_var, residual=residual, activation=activation, gate=gate):
+        return batch_norm_act_reference(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            residual=residual,
+            activation=activation,
+            gate=gate,
+        )
+    check("batch_norm_act", x, training, activation, residual, gate, running_mean, running_var)
+    if not runs_direct(x):
+        mean, var = running_mean, running_var
+        if training:
+            mean, var = statistics(x.detach(), running_mean, running_var, momentum)
+        return _normalize(x, weight, bias, mean, var, residual, gate, training, eps, activation)
+    return _BatchNormAct.apply(
+        x, weight, bias, running_mean, running_var, residual, gate, training, momentum, eps, activation
+    )
+
+
+def runs_direct(x: Tensor) -> bool:
+    """Whether nothing traces the call, so that the kernels can be launched without a custom operator."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def why_not_fused(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    gate: Tensor | None = None,
+) -> str | None:
+    """Why ``batch_norm_act`` or ``batch_norm_act_pool`` would run in plain PyTorch, or None if it would run fused."""
+    if not x.is_cuda:
+        return f"x is on {x.device.type}, not on a CUDA device"
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "custom operators don't run under the transforms of torch.func"
+    if activation not in ACTIVATIONS:
+        return f"the activation is {activation}, not one of {', '.join(ACTIVATIONS)}"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}"
+    if x.numel() == 0:
+        return "x is empty"
+    if residual is not None and residual.dtype != x.dtype:
+        return f"the residual is {residual.dtype}, x is {x.dtype}"
+    for tensor in (weight, bias, running_mean, running_var, residual, gate):
+        if tensor is not None and tensor.device != x.device:
+            return f"x is on {x.device}, another argument on {tensor.device}"
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"an argument is {tensor.dtype}"
+    return None

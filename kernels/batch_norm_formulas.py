@@ -1,0 +1,155 @@
+"""BatchNorm with what follows it, in plain PyTorch: the reference of the fused operations, and the checks they share.
+
+    y = act(batch_norm(x) + residual) * gate            y = max_pool(act(batch_norm(x))) * gate
+
+A gate is at least 0, so gating after the pooling, on the smaller tensor, is gating before it.
+
+Dims: N batch, C channels, P positions of a sample (H·W, or 1 for x of shape (N, C)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "identity")
+# A position in the pooling window is saved as int8.
+MAX_WINDOW = 128
+
+
+def batch_norm_act_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``batch_norm.batch_norm_act`` in plain PyTorch; arguments, result and errors are its own."""
+    check("batch_norm_act", x, training, activation, residual, gate, running_mean, running_var)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        y = y + residual
+    return _gated(F.relu(y) if activation == "relu" else y, gate)
+
+
+def batch_norm_act_pool_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] = 0,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``batch_norm_pool.batch_norm_act_pool`` in plain PyTorch; arguments, result and errors are its own."""
+    check("batch_norm_act_pool", x, training, activation, None, gate, running_mean, running_var)
+    window = pooling_window(x, kernel_size, stride, padding)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = F.max_pool2d(F.relu(y) if activation == "relu" else y, window[:2], window[2:4], window[4:])
+    return _gated(y, gate)
+
+
+def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return y
+    # In the activation's dtype: a wider gate would promote the activation and double its traffic.
+    return y * gate.to(y.dtype).reshape(*gate.shape, *[1] * (y.dim() - 2))
+
+
+def check(
+    name: str,
+    x: Tensor,
+    training: bool,
+    activation: str,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> None:
+    """Refuses what neither the fused operation nor its reference takes.
+
+    Raises:
+        ValueError: for an activation that isn't one of ``ACTIVATIONS``, a residual or gate of the wrong shape, evaluation
+            without running statistics, or one value per channel in training.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name} needs activation to be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"{name} needs floating x of shape (N, C, ...); got {x.dtype} of shape {tuple(x.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"{name} needs residual in the shape of x, {tuple(x.shape)}; got {tuple(residual.shape)}")
+    if gate is not None and (gate.dim() != 2 or gate.shape[1] != x.shape[1] or gate.shape[0] not in (1, x.shape[0])):
+        raise ValueError(
+            f"{name} needs gate of shape (1, {x.shape[1]}) or ({x.shape[0]}, {x.shape[1]}); got {tuple(gate.shape)}"
+        )
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError(f"{name} needs running_mean and running_var when training is False; got None")
+    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
+        # In torch's words.
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+def pooling_window(
+    x: Tensor, kernel_size: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> tuple[int, int, int, int, int, int]:
+    """Kernel size, stride and padding, a height and a width of each.
+
+    Raises:
+        ValueError: for a window that max-pooling doesn't take, or ``x`` that isn't of shape (N, C, H, W).
+    """
+    if x.dim() != 4:
+        raise ValueError(f"batch_norm_act_pool needs x of shape (N, C, H, W); got {tuple(x.shape)}")
+    (kh, kw), (sh, sw), (ph, pw) = (
+        (size, size) if isinstance(size, int) else tuple(size) for size in (kernel_size, stride, padding)
+    )
+    if min(kh, kw, sh, sw) < 1 or min(ph, pw) < 0 or 2 * ph > kh or 2 * pw > kw:
+        raise ValueError(
+            "batch_norm_act_pool needs kernel_size and stride of at least 1 and padding of at most half the kernel; "
+            f"got kernel_size {(kh, kw)}, stride {(sh, sw)}, padding {(ph, pw)}"
+        )
+    if x.shape[2] + 2 * ph < kh or x.shape[3] + 2 * pw < kw:
+        raise ValueError(f"batch_norm_act_pool needs a padded x of at least {(kh, kw)}; got {tuple(x.shape)}")
+    return kh, kw, sh, sw, ph, pw
+
+
+def pooled_shape(x: Tensor, window: Sequence[int]) -> tuple[int, ...]:
+    """The shape that ``x`` has after the pooling."""
+    kh, kw, sh, sw, ph, pw = window
+    return (*x.shape[:2], (x.shape[2] + 2 * ph - kh) // sh + 1, (x.shape[3] + 2 * pw - kw) // sw + 1)
+
+
+def empty_in_layout(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A new dense tensor, channels-last if ``x`` is so or is a slice of something channels-last, contiguous otherwise."""
+    shape = tuple(x.shape if shape is None else shape)
+    if x.dim() == 2 or not is_channels_last(x):
+        return x.new_empty(shape, dtype=dtype or x.dtype)
+    # Strides by hand: torch knows channels-last for four and five dimensions alone.
+    strides, step = [0] * len(shape), shape[1]
+    for dim in reversed(range(2, len(shape))):
+        strides[dim] = step
+        step *= shape[dim]
+    strides[0], strides[1] = step, 1
+    return x.new_empty_strided(shape, strides, dtype=dtype or x.dtype)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, as they do in x of shape (N, C)."""
+    return x.stride(1) == 1 and (x.dim() == 2 or not x.is_contiguous())

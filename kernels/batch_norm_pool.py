@@ -1,0 +1,260 @@
+"""BatchNorm, activation, max-pooling and gate as one operation: the stem. Reference: ``batch_norm_formulas``.
+
+    y = max_pool(act((x - mean) / sqrt(var + eps) · weight + bias)) · gate
+
+The activation before the pooling is never written, forward or backward. Statistics, and the two ways to the kernels, are
+those of ``batch_norm``.
+
+Dims: N batch, C channels, H W of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fastmerge.kernels import batch_norm
+from fastmerge.kernels.batch_norm_formulas import (
+    MAX_WINDOW,
+    batch_norm_act_pool_reference,
+    check,
+    empty_in_layout,
+    pooled_shape,
+    pooling_window,
+)
+from torch import Tensor
+
+__all__ = ["batch_norm_act_pool", "batch_norm_act_pool_reference", "why_not_fused"]
+
+
+@torch.library.custom_op("fastmerge::batch_norm_act_pool", mutates_args=())
+def _pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+    window: Sequence[int],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Imported here: a machine without CUDA never imports Triton.
+    from fastmerge.kernels import batch_norm_pool_triton
+
+    y, peak, place = batch_norm_pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
+    if peak is None or place is None:
+        peak, place = x.new_empty(0), x.new_empty(0, dtype=torch.int8)
+    return y, peak, place
+
+
+@_pool.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: str,
+    window: Sequence[int],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = pooled_shape(x, window)
+    if not keep:
+        return empty_in_layout(x, shape), x.new_empty(0), x.new_empty(0, dtype=torch.int8)
+    return empty_in_layout(x, shape), empty_in_layout(x, shape), empty_in_layout(x, shape, torch.int8)
+
+
+@torch.library.custom_op("fastmerge::batch_norm_act_pool_backward", mutates_args=())
+def _pool_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    peak: Tensor,
+    place: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    window: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastmerge.kernels import batch_norm_pool_triton
+
+    gradients = batch_norm_pool_triton.gradients(
+        dy, x, weight, bias, mean, var, gate, peak, place, training, eps, activation, window, needs
+    )
+    dx, dweight, dbias, dgate = (x.new_empty(0) if g is None else g for g in gradients)
+    return dx, dweight, dbias, dgate
+
+
+@_pool_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    peak: Tensor,
+    place: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    window: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = empty_in_layout(x) if needs[0] else x.new_empty(0)
+    dweight, dbias, dgate = (
+        batch_norm.empty_gradient(x, t, need) for t, need in zip((weight, bias, gate), needs[1:], strict=True)
+    )
+    return dx, dweight, dbias, dgate
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, mean, var, gate, ctx.training, ctx.eps, ctx.activation, ctx.window, _ = inputs
+    _, peak, place = output
+    ctx.save_for_backward(x, weight, bias, mean, var, gate, peak, place)
+
+
+def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
+    gradients = _pool_backward(dy, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.activation, ctx.window, needs)
+    dx, dweight, dbias, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return dx, dweight, dbias, None, None, dgate, None, None, None, None, None
+
+
+_pool.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _BatchNormActPool(torch.autograd.Function):
+    """Both passes without the operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        gate: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str,
+        window: tuple[int, ...],
+        keep: bool,
+    ) -> Tensor:
+        from fastmerge.kernels import batch_norm_pool_triton
+
+        mean, var = running_mean, running_var
+        if training:
+            mean, var = batch_norm.eager_statistics(x, running_mean, running_var, momentum)
+        y, peak, place = batch_norm_pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
+        if keep:
+            ctx.training, ctx.eps, ctx.activation, ctx.window = training, eps, activation, window
+            ctx.save_for_backward(x, weight, bias, mean, var, gate, peak, place)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from fastmerge.kernels import batch_norm_pool_triton
+
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
+        dx, dweight, dbias, dgate = batch_norm_pool_triton.gradients(
+            dy, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.activation, ctx.window, needs
+        )
+        return dx, dweight, dbias, None, None, dgate, *[None] * 6
+
+
+def batch_norm_act_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] = 0,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """BatchNorm, activation, max-pooling and gate: ``max_pool2d(act(batch_norm(x))) * gate``.
+
+    Fused on a CUDA device where ``why_not_fused`` has no objection, in plain PyTorch elsewhere. Of equal values in a window
+    the first, row by row, gets the gradient, as in torch; values are compared as they are in x, before any rounding.
+
+    Args:
+        x: shape (N, C, H, W), float32, float16 or bfloat16 for the fused operation; any strides.
+        weight, bias, running_mean, running_var, training, momentum, eps: as those of ``batch_norm.batch_norm_act``.
+        activation: "relu" or "identity".
+        kernel_size: of the pooling, one number or (height, width); at most 128 positions for the fused operation.
+        stride: one number or (height, width).
+        padding: one number or (height, width), at most half the kernel.
+        gate: shape (N, C) or (1, C), at least 0, any floating dtype and row stride, or None. It doesn't promote the result.
+
+    Returns:
+        Shape (N, C, OH, OW) with ``OH = (H + 2 padding - kernel_size) // stride + 1``, dtype of ``x``, dense; channels-last if
+        ``x`` is so or is a slice of something channels-last, otherwise contiguous. Differentiable once with respect to x,
+        weight, bias and gate.
+
+    Raises:
+        ValueError: for an unknown activation, a gate of the wrong shape, a window that doesn't fit, evaluation without
+            running statistics, or one value per channel in training.
+    """
+    window = pooling_window(x, kernel_size, stride, padding)
+    tensors = (x, weight, bias, running_mean, running_var)
+    if why_not_fused(*tensors, kernel_size=window[:2], activation=activation, gate=gate):
+        return batch_norm_act_pool_reference(
+            *tensors,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            kernel_size=window[:2],
+            stride=window[2:4],
+            padding=window[4:],
+            gate=gate,
+        )
+    check("batch_norm_act_pool", x, training, activation, None, gate, running_mean, running_var)
+    learning = [t is not None and t.requires_grad for t in (x, weight, bias, gate)]
+    keep = torch.is_grad_enabled() and any(learning)
+    if not batch_norm.runs_direct(x):
+        mean, var = running_mean, running_var
+        if training:
+            mean, var = batch_norm.statistics(x.detach(), running_mean, running_var, momentum)
+        return _pool(x, weight, bias, mean, var, gate, training, eps, activation, window, keep)[0]
+    return _BatchNormActPool.apply(*tensors, gate, training, momentum, eps, activation, window, keep)
+
+
+def why_not_fused(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    kernel_size: Sequence[int],
+    activation: str = "relu",
+    gate: Tensor | None = None,
+) -> str | None:
+    """Why ``batch_norm_act_pool`` would run in plain PyTorch, or None if it would run fused."""
+    if kernel_size[0] * kernel_size[1] > MAX_WINDOW:
+        return f"the pooling window has {kernel_size[0] * kernel_size[1]} positions, more than {MAX_WINDOW}"
+    return batch_norm.why_not_fused(x, weight, bias, running_mean, running_var, activation=activation, gate=gate)

@@ -1,0 +1,183 @@
+"""How the fused BatchNorm cuts a tensor into tiles: from shape, layout and dtype alone, never from the card.
+
+So a sum is the same bits on every card and in every run. A kernel walks tensors of shape (N, C, P) tile by tile; a
+program takes the tiles of ``samples`` x ``pixels`` positions and ``block_c`` channels.
+
+Dims: N batch, C channels, P positions of a sample.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# Elements of a tile: 16 in each of the 128 threads, so that a thread has two to four vector loads of a tensor in flight.
+_TILE = 2048
+# The bytes of a position that a tile takes at a time, in channels-last: one cache line.
+_LINE_BYTES = 128
+# Positions that a tile takes at a time where the positions of a channel lie side by side.
+_RUN = 512
+# Programs that a pass is cut into while a tensor is large enough, and tiles that a program takes at most. The passes that
+# sum leave a partial sum per program, and a few waves of programs leave a short tail.
+_SUMMING_PROGRAMS, _SUMMING_STEPS = 2048, 256
+_WRITING_PROGRAMS, _WRITING_STEPS = 8192, 8
+
+_STRIDES = ("_stride_n", "_stride_p", "_stride_c")
+
+
+class Tiles(NamedTuple):
+    """The cut of one pass.
+
+    Attributes:
+        n, p: samples and positions as the kernels see them; all positions are one sample's where no gate tells samples apart.
+        c: channels.
+        block_n, block_p, block_c: the tile, powers of 2.
+        samples, pixels: what a program takes of N and P.
+        parts_p: programs along P.
+        parts: programs along N and P.
+        blocks_c: programs along C.
+    """
+
+    n: int
+    p: int
+    c: int
+    block_n: int
+    block_p: int
+    block_c: int
+    samples: int
+    pixels: int
+    parts_p: int
+    parts: int
+    blocks_c: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.parts, self.blocks_c
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The run-time arguments that every kernel takes."""
+        return self.n, self.p, self.c, self.samples, self.pixels, self.parts_p
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The constexpr arguments that every kernel takes."""
+        return {"BLOCK_N": self.block_n, "BLOCK_P": self.block_p, "BLOCK_C": self.block_c}
+
+
+@functools.lru_cache(maxsize=4096)
+def tiles(n: int, p: int, c: int, itemsize: int, channels_last: bool, summing: bool) -> Tiles:
+    """Cuts a tensor of shape (N, C, P).
+
+    Args:
+        n, p, c: its sizes.
+        itemsize: bytes of an element.
+        channels_last: whether channels lie side by side; otherwise positions do.
+        summing: for a pass that leaves partial sums, rather than one that only writes.
+    """
+    if channels_last:
+        block_c = _least_waste(c, _LINE_BYTES // itemsize)
+        block_p = _least_waste(p, _TILE // block_c)
+    else:
+        block_p = _least_waste(p, _RUN)
+        block_c = min(_power_of_2(c), max(_TILE // block_p // 16, 4))
+    block_n = min(_power_of_2(n), max(_TILE // (block_p * block_c), 1))
+    tiles_n, tiles_p, blocks_c = _ceil(n, block_n), _ceil(p, block_p), _ceil(c, block_c)
+
+    programs, most = (_SUMMING_PROGRAMS, _SUMMING_STEPS) if summing else (_WRITING_PROGRAMS, _WRITING_STEPS)
+    steps = min(max(tiles_n * tiles_p * blocks_c // programs, 1), most)
+    parts_p = _ceil(tiles_p, steps)
+    pixels = _ceil(tiles_p, parts_p) * block_p
+    samples = (max(steps // tiles_p, 1) if parts_p == 1 else 1) * block_n
+    # Rounding up may have left the last programs without a position.
+    parts_p = _ceil(p, pixels)
+    return Tiles(n, p, c, block_n, block_p, block_c, samples, pixels, parts_p, _ceil(n, samples) * parts_p, blocks_c)
+
+
+@functools.lru_cache(maxsize=4096)
+def patches(h: int, w: int, c: int, itemsize: int, channels_last: bool, tensors: int) -> tuple[int, int, int]:
+    """Rows, columns and channels of the patches of a plane, powers of 2.
+
+    Args:
+        h, w, c: sizes of the plane.
+        itemsize, channels_last: see ``tiles``.
+        tensors: how many times a kernel holds a patch; more of them must be smaller.
+    """
+    positions = _TILE // tensors
+    block_c = _least_waste(c, _LINE_BYTES // itemsize) if channels_last else 1
+    positions //= block_c
+    # Nearly square, for neighbouring windows overlap; in one piece along a row where rows are what lies side by side.
+    block_w = min(_power_of_2(w), 1 << (positions.bit_length() // 2) if channels_last else 64)
+    block_h = min(_power_of_2(h), max(positions // block_w, 1))
+    return block_h, block_w, block_c
+
+
+def tiles_of(x: Tensor, strides: Iterable[tuple[int, int, int]], by_sample: bool, summing: bool) -> Tiles:
+    """Cuts ``x``, as one long sample if nothing tells samples apart and all strides allow it.
+
+    Args:
+        x: shape (N, C, ...), not empty.
+        strides: those of every tensor of the pass, see ``strides_of``.
+        by_sample: whether a program must know whose positions it holds.
+        summing: see ``tiles``.
+    """
+    n, c = x.shape[:2]
+    p = x.numel() // (n * c)
+    if not by_sample and all(stride_n == p * stride_p or n == 1 for stride_n, stride_p, _ in strides):
+        n, p = 1, n * p
+    return tiles(n, p, c, x.element_size(), x.stride(1) == 1 or c == 1 or p == 1, summing)
+
+
+def walkable(x: Tensor | None) -> Tensor | None:
+    """``x``, copied if it isn't one pair of strides that leads through its samples and their positions."""
+    return x if x is None or _position_stride(x) is not None else x.contiguous()
+
+
+def strides_of(x: Tensor) -> tuple[int, int, int]:
+    """Strides of a ``walkable`` tensor along N, P and C.
+
+    A single position gets the stride that makes one long sample of all of them.
+    """
+    stride_p = _position_stride(x)
+    assert stride_p is not None, f"strides {x.stride()} of shape {tuple(x.shape)} don't merge"
+    return x.stride(0), (stride_p if stride_p >= 0 else x.stride(0)), x.stride(1)
+
+
+def _position_stride(x: Tensor) -> int | None:
+    """The stride from position to position; -1 if a sample has one position, None if there is no such stride."""
+    expected, innermost = -1, -1
+    for dim in range(x.dim() - 1, 1, -1):
+        size, stride = x.shape[dim], x.stride(dim)
+        if size == 1:
+            continue
+        if innermost < 0:
+            innermost = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return innermost
+
+
+def arguments(name: str, strides: tuple[int, int, int]) -> dict[str, Any]:
+    """The strides of one tensor as keyword arguments of a kernel."""
+    return dict(zip((name + suffix for suffix in _STRIDES), strides, strict=True))
+
+
+def _least_waste(size: int, most: int) -> int:
+    """The largest power of 2 up to ``most`` that reaches beyond the end of ``size`` hardly more than the best one does."""
+    blocks = [block for block in (most, most // 2, most // 4, most // 8) if 1 <= block <= _power_of_2(size)]
+    blocks = blocks or [_power_of_2(size)]
+    least = min(_ceil(size, block) * block for block in blocks)
+    return next(block for block in blocks if _ceil(size, block) * block <= 1.125 * least)
+
+
+def _power_of_2(size: int) -> int:
+    """The least power of 2 that is at least ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
