@@ -247,7 +247,7 @@ def pool(
     y = empty_in_layout(x, shape)
     peak = empty_in_layout(x, shape) if keep else None
     place = empty_in_layout(x, shape, torch.int8) if keep else None
-    grid, sizes, blocks = _cut(x, shape, shape[2:], 1)
+    grid, sizes, blocks = _cut(x, shape, shape[2:], pooling=True)
     with torch.cuda.device_of(x):
         pool_kernel[grid](
             x,
@@ -306,7 +306,7 @@ def gradients(
     if needs_dx:
         dx = empty_in_layout(x)
         cells = [-(-(x.shape[2 + i] + window[4 + i]) // window[2 + i]) for i in range(2)]
-        grid, sizes, blocks = _cut(x, dy.shape, cells, 2)
+        grid, sizes, blocks = _cut(x, dy.shape, cells, pooling=False)
         with torch.cuda.device_of(x):
             unpool_kernel[grid](
                 dy,
@@ -347,11 +347,11 @@ def window_constants(window: Sequence[int]) -> dict[str, int]:
 
 
 def _cut(
-    x: Tensor, pooled: Sequence[int], walked: Sequence[int], tensors: int
+    x: Tensor, pooled: Sequence[int], walked: Sequence[int], pooling: bool
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
     """Grid, sizes and constexpr blocks for walking a plane of ``walked`` cells of each sample."""
     n, c, height, width = x.shape
-    block_h, block_w, block_c = patches(*walked, c, x.element_size(), is_channels_last(x), tensors)
+    block_h, block_w, block_c = patches(*walked, c, x.element_size(), is_channels_last(x), pooling)
     high, wide = triton.cdiv(walked[0], block_h), triton.cdiv(walked[1], block_w)
     blocks = {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c}
     return (n * high * wide, triton.cdiv(c, block_c)), (c, height, width, *pooled[2:], high, wide), blocks

@@ -14,16 +14,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# Elements of a tile: 16 in each of the 128 threads, so that a thread has two to four vector loads of a tensor in flight.
-_TILE = 2048
+# Elements of a tile, 8 in each of 128 threads: one or two vector loads of each tensor. Larger ones take so many registers in
+# the passes that sum, with residual and gate, that only few programs fit.
+_TILE = 1024
+# Outputs of a tile in the pooling pass, whose neighbouring windows share what they read.
+_POOLING_TILE = 2048
 # The bytes of a position that a tile takes at a time, in channels-last: one cache line.
 _LINE_BYTES = 128
 # Positions that a tile takes at a time where the positions of a channel lie side by side.
-_RUN = 512
-# Programs that a pass is cut into while a tensor is large enough, and tiles that a program takes at most. The passes that
-# sum leave a partial sum per program, and a few waves of programs leave a short tail.
-_SUMMING_PROGRAMS, _SUMMING_STEPS = 2048, 256
-_WRITING_PROGRAMS, _WRITING_STEPS = 8192, 8
+_RUN = 256
+# A pass is cut into this many programs while a tensor is large enough: several waves of them, so that the last is a short
+# tail. No program takes more tiles than MOST; but for a tensor too small to fill the card it takes LEAST before there are
+# more of them, since the passes that sum leave a partial sum per program.
+_FEW_PROGRAMS = 512
+_SUMMING = {"programs": 2048, "least": 4, "most": 256}
+_WRITING = {"programs": 8192, "least": 1, "most": 8}
 
 _STRIDES = ("_stride_n", "_stride_p", "_stride_c")
 
@@ -83,12 +88,12 @@ def tiles(n: int, p: int, c: int, itemsize: int, channels_last: bool, summing: b
         block_p = _least_waste(p, _TILE // block_c)
     else:
         block_p = _least_waste(p, _RUN)
-        block_c = min(_power_of_2(c), max(_TILE // block_p // 16, 4))
+        block_c = min(_power_of_2(c), max(_TILE // block_p, 2))
     block_n = min(_power_of_2(n), max(_TILE // (block_p * block_c), 1))
     tiles_n, tiles_p, blocks_c = _ceil(n, block_n), _ceil(p, block_p), _ceil(c, block_c)
 
-    programs, most = (_SUMMING_PROGRAMS, _SUMMING_STEPS) if summing else (_WRITING_PROGRAMS, _WRITING_STEPS)
-    steps = min(max(tiles_n * tiles_p * blocks_c // programs, 1), most)
+    cut, total = _SUMMING if summing else _WRITING, tiles_n * tiles_p * blocks_c
+    steps = min(max(total // cut["programs"], min(cut["least"], total // _FEW_PROGRAMS), 1), cut["most"])
     parts_p = _ceil(tiles_p, steps)
     pixels = _ceil(tiles_p, parts_p) * block_p
     samples = (max(steps // tiles_p, 1) if parts_p == 1 else 1) * block_n
@@ -98,21 +103,25 @@ def tiles(n: int, p: int, c: int, itemsize: int, channels_last: bool, summing: b
 
 
 @functools.lru_cache(maxsize=4096)
-def patches(h: int, w: int, c: int, itemsize: int, channels_last: bool, tensors: int) -> tuple[int, int, int]:
+def patches(h: int, w: int, c: int, itemsize: int, channels_last: bool, pooling: bool) -> tuple[int, int, int]:
     """Rows, columns and channels of the patches of a plane, powers of 2.
 
     Args:
         h, w, c: sizes of the plane.
         itemsize, channels_last: see ``tiles``.
-        tensors: how many times a kernel holds a patch; more of them must be smaller.
+        pooling: for the pass that pools, rather than the one back.
     """
-    positions = _TILE // tensors
-    block_c = _least_waste(c, _LINE_BYTES // itemsize) if channels_last else 1
-    positions //= block_c
-    # Nearly square, for neighbouring windows overlap; in one piece along a row where rows are what lies side by side.
-    block_w = min(_power_of_2(w), 1 << (positions.bit_length() // 2) if channels_last else 64)
-    block_h = min(_power_of_2(h), max(positions // block_w, 1))
-    return block_h, block_w, block_c
+    most = _POOLING_TILE if pooling else _TILE
+    if not channels_last:
+        # In one piece along a row, for that is what lies side by side; channels fill up what a small plane leaves.
+        block_w = min(_power_of_2(w), 64)
+        block_h = min(_power_of_2(h), most // block_w)
+        return block_h, block_w, min(_power_of_2(c), most // (block_w * block_h))
+    # Nearly square, for neighbouring windows overlap.
+    block_c = _least_waste(c, _LINE_BYTES // itemsize)
+    positions = most // block_c
+    block_w = min(_power_of_2(w), 1 << (positions.bit_length() // 2))
+    return min(_power_of_2(h), positions // block_w), block_w, block_c
 
 
 def tiles_of(x: Tensor, strides: Iterable[tuple[int, int, int]], by_sample: bool, summing: bool) -> Tiles:
