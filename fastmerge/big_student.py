@@ -24,8 +24,9 @@ from fastmerge.wide.compression import Compressor, kept_candidates
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.lowering import lower
 from fastmerge.wide.network import Analysis, build_network
-from fastmerge.wide.optimizer_state import carry_through_link, carry_to_student
+from fastmerge.wide.optimizer_state import StateCarrier, carry_through_link
 from fastmerge.wide.shapes import find_shapes
+from fastmerge.wide.spent import spend
 from fastmerge.wide.streams import GateStreams
 from fastmerge.wide.template import StudentTemplate
 
@@ -160,26 +161,39 @@ class BigStudent(nn.Module):
         """
         return kept_candidates(self.groups, self.gates)
 
-    def compress(self, optimizer: Optimizer | None = None) -> Any:
+    def compress(self, optimizer: Optimizer | None = None, *, in_place: bool = False) -> Any:
         """Keeps the n most open candidates of every group and drops the gates.
 
-        The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0. This network
-        stays as it is.
+        The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0.
 
         Args:
             optimizer: an optimizer of this network's parameters; it is pointed at the student's parameters, with its state
-                cut down like them and the gates' group gone.
+                cut down like them, in place, and the gates' group gone.
+            in_place: whether the student takes over this network's tensors, compacted one by one in their own memory, so that
+                both never exist side by side. Any later use of this network raises a RuntimeError. A tensor that something
+                else uses too (a view of it is alive, two layers share it) is copied and left to the other.
 
         Returns:
             A network of the teachers' class, in this network's mode, dtype and device, with all parameters trainable.
+
+        Raises:
+            ValueError: the optimizer is not this network's, or its state can't be cut; nothing has changed then.
         """
         compressor = Compressor(self.network, self._layout, self.groups, self.keep())
-        with torch.no_grad():
-            tensors = dict(compressor.student_tensors(lambda tensor: tensor.detach()))
-            student = self._template[0].build(tensors, next(self.gates.parameters()))
-            if optimizer is not None:
-                carry_to_student(optimizer, compressor, student)
-        return student.train(self.training)
+        carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
+        template, training, like = self._template[0], self.training, next(self.gates.parameters())
+        try:
+            with torch.no_grad():
+                tensors = {
+                    name: compressor.cut(name, tensors, in_place) for name, tensors in compressor.sources.items()
+                }
+                student = template.build(tensors, like)
+                if carrier is not None:
+                    carrier.carry(student)
+        finally:
+            if in_place:
+                spend(self)
+        return student.train(training)
 
     def extra_repr(self) -> str:
         return f"{self.num_teachers} teachers, {len(self.groups)} channel groups, {'' if self.linked else 'not '}linked"

@@ -67,7 +67,7 @@ def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) ->
     if keep_in is not None:
         keeps[1:2] = [_checked_keep("keep_in", keep_in, tensor, 1)]
     shape = [size if keep is None else len(keep) for size, keep in zip(tensor.shape, keeps, strict=True)]
-    strides = _dense_strides(tensor, shape)
+    strides = dense_strides(tensor, shape)
     with torch.no_grad():
         if tensor.device.type == "cpu" and _has_extension():
             _move_in_cpp(tensor, keeps)
@@ -75,6 +75,15 @@ def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) ->
         else:
             compact(tensor, keeps, _SCRATCH_BYTES)
         _shrink(tensor, shape, strides)
+
+
+def is_compactable(tensor: Tensor) -> bool:
+    """Whether :func:`compact_` takes a tensor: it lies alone in memory of torch's own, among other things."""
+    try:
+        _check_tensor(tensor)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _check_tensor(tensor: Tensor) -> None:
@@ -144,7 +153,7 @@ def _nested(tensor: Tensor) -> bool:
     return True
 
 
-def _dense_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+def dense_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a dense tensor of this shape in the memory format of ``tensor``."""
     # Dimensions of size 1 leave the format open and torch tells it by their strides, so a named one is copied whole.
     formats = [torch.contiguous_format]

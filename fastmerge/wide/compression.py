@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
-from fastmerge.compaction import compact_
 from fastmerge.gates import HardConcrete
+from fastmerge.wide.cuts import BlockSelection, Cut, Joined, OneTeachers, Part, Selection, Sums, Whole
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
 
@@ -45,6 +46,11 @@ class _Sources:
     index: Tensor
     common: Tensor
 
+    @property
+    def owner(self) -> Tensor:
+        """The teacher, or -1 for all."""
+        return torch.where(self.common, -1, self.teacher)
+
 
 def _sources(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> _Sources:
     """Fills each place of a dimension with the indices of the candidate that was kept for it, in order."""
@@ -68,138 +74,90 @@ class Compressor:
         layout: where the teachers' tensors lie in it.
         groups: the channel groups.
         kept: per group the candidates to keep.
+
+    Attributes:
+        sources: per parameter or buffer of the student, the wide tensors it is cut from.
     """
 
     def __init__(self, network: nn.Module, layout: Layout, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
-        self.layout, self.groups, self.kept = layout, groups, kept
-        self.network = network
-        self.tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-
-    def student_tensors(self, read: Callable[[Tensor], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, tensor) of the student.
-
-        Args:
-            read: maps a parameter or buffer of the wide network to the tensor to cut: itself, or what an optimizer keeps
-                for it; None leaves it out.
-        """
-        for weight, path in self.layout.layers.items():
-            wide = self.network.get_submodule(path)
+        self.groups, self.kept = groups, kept
+        self.sources: dict[str, list[Tensor]] = {}
+        self._cuts: dict[str, Cut] = {}
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        for weight, path in layout.layers.items():
+            wide = network.get_submodule(path)
             assert isinstance(wide, WideLayer)
-            source = read(wide.weight)
-            if source is not None:
-                yield weight, self._weight(wide, weight, source)
-        for bias, weight in self.layout.biases.items():
-            wide = self.network.get_submodule(self.layout.layers[weight])
+            self.sources[weight], self._cuts[weight] = [wide.weight], self._weight(wide, weight)
+        for bias, weight in layout.biases.items():
+            wide = network.get_submodule(layout.layers[weight])
             assert isinstance(wide, WideLayer)
             assert wide.bias is not None
-            source = read(wide.bias)
-            if source is not None:
-                yield bias, self._bias(wide, weight, source)
-        for name, place in self.layout.side_by_side.items():
-            source = read(self.tensors[place])
-            if source is not None:
-                yield name, self._side_by_side(name, source)
-        for name, places in self.layout.per_teacher.items():
-            parts = [read(self.tensors[place]) for place in places]
-            if all(part is not None for part in parts):
-                yield name, self._per_teacher(name, [part for part in parts if part is not None])
+            self.sources[bias], self._cuts[bias] = [wide.bias], self._bias(wide, weight)
+        for name, place in layout.side_by_side.items():
+            self.sources[name], self._cuts[name] = [tensors[place]], self._side_by_side(name)
+        for name, places in layout.per_teacher.items():
+            self.sources[name] = [tensors[place] for place in places]
+            self._cuts[name] = self._per_teacher(name, self.sources[name])
+        uses = Counter(id(tensor) for sources in self.sources.values() for tensor in sources)
+        self._alone = {name: all(uses[id(t)] == 1 for t in sources) for name, sources in self.sources.items()}
 
-    def owners(self) -> dict[str, list[Tensor]]:
-        """Per parameter or buffer of the student, the wide tensors it is cut from."""
-        owned: dict[str, list[Tensor]] = {n: [self.tensors[p] for p in ps] for n, ps in self.layout.per_teacher.items()}
-        owned |= {name: [self.tensors[place]] for name, place in self.layout.side_by_side.items()}
-        for weight, path in self.layout.layers.items():
-            owned[weight] = [self.tensors[f"{path}.weight"]]
-        for bias, weight in self.layout.biases.items():
-            owned[bias] = [self.tensors[f"{self.layout.layers[weight]}.bias"]]
-        return owned
+    def cut(self, name: str, sources: Sequence[Tensor], in_place: bool) -> Tensor:
+        """A parameter or buffer of the student, or what an optimizer keeps for each of its elements.
 
-    def _weight(self, wide: WideLayer, name: str, source: Tensor) -> Tensor:
+        Args:
+            name: of the parameter or buffer.
+            sources: its :attr:`sources`, or tensors that belong to them, of the same shapes.
+            in_place: whether their memory is used up.
+        """
+        cut = self._cuts[name]
+        return cut.take(sources) if in_place and self._alone[name] else cut.copy(sources)
+
+    def _weight(self, wide: WideLayer, name: str) -> Cut:
         geometry, wiring = wide.geometry, wide.wiring
         rows = _sources(self.groups.outputs[name], self.groups, self.kept)
         columns = _sources(self.groups.inputs[name], self.groups, self.kept)
-        out_dim, in_dim = geometry.out_dim, geometry.in_dim
+        teachers = torch.arange(wide.num_teachers)[:, None]
         if wiring.has_off_diagonal and not wide.linked:
-            return self._from_blocks(wide, source, rows, columns)
-        out = source
-        if wiring.writes_streams:
-            out = _select(out, out_dim, rows.teacher * wide.out_channels + rows.index)
-        if wiring.reads_streams:
-            shared = [
-                _select(out, in_dim, t * wide.in_channels + columns.index[columns.common])
-                for t in range(wide.num_teachers if bool(columns.common.any()) else 0)
-            ]
-            kept = columns.teacher * wide.in_channels + columns.index
-            out = _select(out, in_dim, kept) if out is source else _reduce(out, in_dim, kept)
-            if shared:
-                where = columns.common.nonzero().flatten().to(out.device)
-                out.index_copy_(in_dim, where, torch.stack(shared).sum(0))
-        return out.clone() if out is source else out
-
-    @staticmethod
-    def _from_blocks(wide: WideLayer, source: Tensor, rows: _Sources, columns: _Sources) -> Tensor:
-        """As from the dense weight, whose blocks off the diagonal are zero."""
-        blocks = source.unflatten(0, (wide.num_teachers, -1))
-        device = source.device
-        out_dim, in_dim = wide.geometry.out_dim, wide.geometry.in_dim
-        result = source.new_zeros(_shape_like(source, out_dim, in_dim, len(rows.index), len(columns.index)))
-        for t in range(wide.num_teachers):
-            r = (rows.teacher == t).nonzero().flatten()
-            c = ((columns.teacher == t) | columns.common).nonzero().flatten()
-            block = (
-                blocks[t]
-                .index_select(out_dim, rows.index[r].to(device))
-                .index_select(in_dim, columns.index[c].to(device))
+            first, second = (rows, columns) if geometry.out_dim == 0 else (columns, rows)
+            size = wide.weight.shape[0] // wide.num_teachers
+            return BlockSelection(
+                teachers * size + first.index, first.owner, second.index.expand(wide.num_teachers, -1), second.owner
             )
-            first, second = (r, c) if out_dim == 0 else (c, r)
-            result[first.to(device)[:, None], second.to(device)[None, :]] = block
-        return result
+        selected: dict[int, Tensor] = {}
+        if wiring.writes_streams:
+            selected[geometry.out_dim] = rows.teacher * wide.out_channels + rows.index
+        if not wiring.reads_streams:
+            return Selection(selected.get(0), selected.get(1)) if selected else Whole()
+        selected[geometry.in_dim] = columns.teacher * wide.in_channels + columns.index
+        summed = columns.common.nonzero().flatten()
+        sums = (
+            Sums(geometry.in_dim, summed, teachers * wide.in_channels + columns.index[summed]) if len(summed) else None
+        )
+        return Selection(selected.get(0), selected.get(1), sums)
 
-    def _bias(self, wide: WideLayer, weight: str, source: Tensor) -> Tensor:
+    def _bias(self, wide: WideLayer, weight: str) -> Cut:
         if not wide.wiring.writes_streams:
-            return source.clone()
+            return Whole()
         rows = _sources(self.groups.outputs[weight], self.groups, self.kept)
-        return _select(source, 0, rows.teacher * wide.out_channels + rows.index)
+        return Selection(rows.teacher * wide.out_channels + rows.index)
 
-    def _side_by_side(self, name: str, source: Tensor) -> Tensor:
+    def _side_by_side(self, name: str) -> Cut:
         """From the teachers' tensors along the first dimension."""
         if name not in self.groups.tensors:  # a counter of each teacher
-            assert not source.is_floating_point(), name
-            return source[0].clone()
+            return Part(0)
         dim, units = self.groups.tensors[name]
         sources, size = _sources(units, self.groups, self.kept), len(units.group)
         if dim is None:
-            return source.narrow(0, int(sources.teacher[0]) * size, size).clone()
+            return Part(int(sources.teacher[0]) * size, size)
         assert dim == 0, name
-        return _select(source, 0, sources.teacher * size + sources.index)
+        return Selection(sources.teacher * size + sources.index)
 
-    def _per_teacher(self, name: str, parts: list[Tensor]) -> Tensor:
+    def _per_teacher(self, name: str, parts: Sequence[Tensor]) -> Cut:
         if name not in self.groups.tensors:  # a counter, the same for all
             assert not parts[0].is_floating_point(), name
-            return parts[0].clone()
+            return OneTeachers(0)
         dim, units = self.groups.tensors[name]
         sources = _sources(units, self.groups, self.kept)
         if dim is None:
-            return parts[int(sources.teacher[0])].clone()
-        joined = torch.cat(parts, dim=dim)
-        return _select(joined, dim, sources.teacher * parts[0].shape[dim] + sources.index)
-
-
-def _shape_like(source: Tensor, out_dim: int, in_dim: int, rows: int, columns: int) -> list[int]:
-    shape = list(source.shape)
-    shape[out_dim], shape[in_dim] = rows, columns
-    return shape
-
-
-def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """The given indices along a dimension, as a new tensor."""
-    return tensor.index_select(dim, index.to(tensor.device))
-
-
-def _reduce(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """As :func:`_select` of a tensor that is no longer needed: in its own memory where the indices ascend."""
-    if dim > 1 or not bool((index.diff() > 0).all()):
-        return _select(tensor, dim, index)
-    every = torch.arange(tensor.shape[1 - dim])
-    compact_(tensor, *((index, every) if dim == 0 else (every, index)))
-    return tensor
+            return OneTeachers(int(sources.teacher[0]))
+        return Joined(sources.teacher * parts[0].shape[dim] + sources.index, dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,36 +17,72 @@ def carry_through_link(optimizer: Optimizer, layer: WideLayer) -> None:
     """Writes out the zeros off the diagonal in the state of a weight that is about to be linked."""
     state = optimizer.state.get(layer.weight, {})
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape == layer.weight.shape:
+        if _is_per_element(layer.weight, value):
             state[key] = layer.dense(value)
 
 
-def carry_to_student(optimizer: Optimizer, compressor: Compressor, student: nn.Module) -> None:
+class StateCarrier:
     """Points an optimizer of the big student at the student's parameters, its state cut like they were.
 
-    Groups keep their options; a group of which nothing is left (the gates') goes.
+    Everything is checked here, before anything changes.
+
+    Args:
+        optimizer: of the big student's parameters.
+        compressor: cuts the big student.
+
+    Raises:
+        ValueError: the optimizer holds none of its weights, or keeps something for one that can't be cut like it.
     """
-    owners = compressor.owners()
-    parameters = dict(student.named_parameters())
-    state: dict[Tensor, dict[str, Any]] = {}
-    for name, parameter in parameters.items():
-        kept = optimizer.state.get(owners[name][0], {}) if name in owners else {}
-        state[parameter] = {k: copy.deepcopy(v) for k, v in kept.items() if not _is_per_element(owners[name][0], v)}
-    for key in {key for entry in optimizer.state.values() for key in entry}:
 
-        def read(tensor: Tensor, key: str = key) -> Tensor | None:
-            value = optimizer.state.get(tensor, {}).get(key)
-            return value if _is_per_element(tensor, value) else None
+    def __init__(self, optimizer: Optimizer, compressor: Compressor) -> None:
+        self.optimizer, self.compressor = optimizer, compressor
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        names = {name for name, sources in compressor.sources.items() if id(sources[0]) in held}
+        if not names:
+            raise ValueError(
+                f"compress needs an optimizer of this big student's weights; this {type(optimizer).__name__} holds none"
+            )
+        # Per parameter of the student: what goes over as it is, and the tensors to cut.
+        self._whole: dict[str, dict[str, Any]] = {}
+        self._per_element: dict[str, dict[str, list[Tensor]]] = {}
+        for name in names:
+            self._sort(name, compressor.sources[name])
 
-        for name, value in compressor.student_tensors(read):
-            if name in parameters:
-                state[parameters[name]][key] = value
-    owner = {id(wide[0]): parameters[name] for name, wide in owners.items() if name in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [owner[id(p)] for p in group["params"] if id(p) in owner]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    optimizer.state.clear()
-    optimizer.state.update({p: entry for p, entry in state.items() if entry})
+    def _sort(self, name: str, sources: Sequence[Tensor]) -> None:
+        entries = [self.optimizer.state.get(source, {}) for source in sources]
+        self._whole[name], self._per_element[name] = {}, {}
+        for key, value in entries[0].items():
+            values = [entry.get(key) for entry in entries]
+            if all(_is_per_element(source, v) for source, v in zip(sources, values, strict=True)):
+                self._per_element[name][key] = values
+            elif isinstance(value, Tensor) and value.numel() > 1:
+                raise ValueError(
+                    f"compress can't carry {type(self.optimizer).__name__}'s {key!r} of '{name}': it has shape "
+                    f"{tuple(value.shape)} and belongs to no element of the weight, of shape {tuple(sources[0].shape)}. "
+                    "Compress without the optimizer and make a new one"
+                )
+            else:
+                self._whole[name][key] = value
+
+    def carry(self, student: nn.Module) -> None:
+        """Cuts the state, in its own memory, and hands the optimizer over."""
+        parameters = dict(student.named_parameters())
+        state: dict[Tensor, dict[str, Any]] = {}
+        for name in list(self._per_element):
+            entry = {key: copy.deepcopy(value) for key, value in self._whole[name].items()}
+            per_element = self._per_element.pop(name)
+            for key in list(per_element):
+                entry[key] = self.compressor.cut(name, per_element.pop(key), in_place=True)
+            if entry:
+                state[parameters[name]] = entry
+        owner = {
+            id(sources[0]): parameters[name] for name, sources in self.compressor.sources.items() if name in parameters
+        }
+        for group in self.optimizer.param_groups:
+            group["params"] = [owner[id(p)] for p in group["params"] if id(p) in owner]
+        self.optimizer.param_groups[:] = [group for group in self.optimizer.param_groups if group["params"]]
+        self.optimizer.state.clear()
+        self.optimizer.state.update(state)
 
 
 def _is_per_element(tensor: Tensor, value: Any) -> bool:
