@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmerge.compaction import compact_, dense_strides, is_compactable
 from fastmerge.kernels.compact_plan import memory_order
 
-_SCRATCH_ELEMENTS = 1 << 21
+_SCRATCH_ELEMENTS = 1 << 18
 
 
 class Cut:
