@@ -56,7 +56,7 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, train
     learn_importance(big, plan.fitted(big, trainer.train_loader), trainer)
     trainer.score("big student", big)
     trainer.history.kept = origins(big)
-    return big.compress()
+    return big.compress(in_place=True)  # the memory of both is worth more to the fine-tuning
 
 
 def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None:
