@@ -1,10 +1,45 @@
-"""Puts what fastmerge knows of the machine into every benchmark's JSON: card, driver, versions, commit."""
+"""What every benchmark shares: how long to measure, and what machine it was, in the JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+import torch
+
+from benchmarks.effort import Effort
 from fastmerge.environment import environment
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastmerge")
+    group.addoption("--rounds", type=int, help="samples of each contender; default 60 on a GPU, 15 on the CPU")
+    group.addoption("--seconds", type=float, default=300.0, help="limit for the samples of one benchmark")
+    group.addoption("--contenders", metavar="REGEX", help="measure only these")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Warnings are errors in tests; here compilers and the like may have their say."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture
+def effort(request: pytest.FixtureRequest) -> Effort:
+    return Effort(*(request.config.getoption(f"--{name}") for name in ("rounds", "seconds", "contenders")))
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """The same random numbers for every benchmark, the fastest convolutions, and nothing left on the GPU."""
+    torch.manual_seed(0)
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    yield
+    torch.backends.cudnn.benchmark = before
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

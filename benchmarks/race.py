@@ -1,0 +1,128 @@
+"""Contenders timed in turn, A B C A B C, in one process, so that whatever drifts drifts for all of them.
+
+pytest-benchmark times one function per benchmark. Here the others run in the set-up before each of its rounds, each timed
+in the same way, and every sample goes into the JSON: ``extra_info["contenders"][name]["samples"]``, seconds, in order, so
+that the i-th samples of two contenders make a pair.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+LEAST_ROUNDS = 5
+
+
+@dataclass
+class Contender:
+    """What takes part.
+
+    Attributes:
+        step: what is timed; returns when the device is done.
+        facts: what is known of it besides, as JSON values: ``flops``, ``bytes``, ``floor`` in seconds, memory. A time
+            below ``floor`` is impossible and fails the benchmark.
+        check: called after the last round; raises if what was timed went wrong.
+    """
+
+    step: Callable[[], object]
+    facts: dict[str, Any] = field(default_factory=dict)
+    check: Callable[[], None] = lambda: None
+
+
+class Unavailable(Exception):
+    """Raised by a maker where its contender can't take part on this machine; the reason goes into the JSON."""
+
+
+def race(
+    benchmark: BenchmarkFixture,
+    makers: Mapping[str, Callable[[], Contender]],
+    rounds: int,
+    warmup: int = 5,
+    seconds: float = float("inf"),
+) -> None:
+    """Times contenders in turn.
+
+    Args:
+        benchmark: pytest-benchmark's fixture; its own statistics are the last contender's.
+        makers: make the contenders, by name; the reference that others are compared with comes first.
+        rounds: samples of each.
+        warmup: steps of each before the first sample.
+        seconds: what the rounds may take altogether; fewer are run where they would take longer, never below 5.
+
+    Raises:
+        pytest.fail.Exception: after everything is measured and recorded, if a contender raised, or one was faster than
+            its floor.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    benchmark.extra_info["contenders"] = results
+    runners: dict[str, Contender] = {}
+    for name, make in makers.items():
+        results[name], contender = _prepare(make, warmup if benchmark.enabled else 1)
+        if contender is not None:
+            runners[name] = contender
+    if not runners:
+        _fail(results, [])
+        pytest.skip("no contender can run here")
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+
+    def run(name: str) -> None:
+        start = time.perf_counter()
+        runners[name].step()
+        samples[name].append(time.perf_counter() - start)
+
+    for name in runners:  # how long a round takes
+        run(name)
+    took = sum(sum(values) for values in samples.values())
+    rounds = rounds if took * rounds <= seconds else max(LEAST_ROUNDS, int(seconds / took))
+    for values in samples.values():
+        values.clear()
+    *others, last = runners
+
+    def before_each() -> None:
+        for name in others:
+            run(name)
+
+    gc.collect()
+    benchmark.pedantic(run, args=(last,), setup=before_each, rounds=rounds)
+    broken = []
+    for name, contender in runners.items():
+        results[name]["samples"] = samples[name]
+        floor = contender.facts.get("floor")
+        try:
+            contender.check()
+        except Exception as error:
+            results[name]["error"] = f"{type(error).__name__}: {error}"
+        if floor is not None and min(samples[name]) < floor:
+            broken.append(f"{name} took {min(samples[name]):.3g} s, below what the hardware allows, {floor:.3g} s")
+            results[name]["error"] = "faster than the hardware allows"
+    _fail(results, broken)
+
+
+def _prepare(make: Callable[[], Contender], warmup: int) -> tuple[dict[str, Any], Contender | None]:
+    """Makes and warms up a contender; or says in one line why it can't run."""
+    try:
+        contender = make()
+        for _ in range(warmup):
+            contender.step()
+    except Unavailable as reason:
+        return {"unavailable": str(reason)}, None
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+        return {"error": message[:500]}, None
+    return dict(contender.facts), contender
+
+
+def _fail(results: dict[str, dict[str, Any]], broken: list[str]) -> None:
+    failed = [f"{name}: {result['error']}" for name, result in results.items() if "error" in result]
+    if broken or failed:
+        pytest.fail("\n".join(["the benchmark is broken:", *broken] if broken else failed), pytrace=False)

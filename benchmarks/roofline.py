@@ -1,0 +1,72 @@
+"""What this machine can do at best, measured in the run that is held against it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.counting import Ceilings
+
+SLACK = 1.05  # how far a reading may be beyond what was measured: clocks vary
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+
+
+@functools.cache
+def _best(device: str, precision: str) -> list[float]:
+    """The highest rates seen so far: operations and bytes per second."""
+    return [0.0, 0.0]
+
+
+def measure_ceilings(case: Case) -> Ceilings:
+    """Measures both rates and returns the highest seen so far in this process.
+
+    To be called before and after a benchmark: a machine that is busy with something else looks slower than it is.
+    """
+    best = _best(case.device, case.precision)
+    best[0] = max(best[0], _matmul_rate(case.device, DTYPES[case.precision]))
+    best[1] = max(best[1], _copy_rate(case.device))
+    return Ceilings(best[0] * SLACK, best[1] * SLACK, _cache(case.device))
+
+
+def _matmul_rate(device: str, dtype: torch.dtype) -> float:
+    n = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # convolutions may use it by default
+    try:
+        return 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=out), device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _copy_rate(device: str) -> float:
+    source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+
+
+def _fastest(run: Callable[[], object], device: str, rounds: int = 10) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _cache(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    try:
+        text = _CACHE.read_text(encoding="ascii").strip()
+    except OSError:
+        return 2**62  # unknown: nothing is held to the bandwidth
+    return int(text.removesuffix("K")) * 2**10 if text.endswith("K") else int(text.removesuffix("M")) * 2**20
