@@ -10,10 +10,10 @@ READY := $(VENV)/fastmerge.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench coverage docs clean
+.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench bench-smoke bench-check gpu coverage docs clean
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## the virtual environment alone
 
@@ -63,14 +63,30 @@ sanitize: $(READY) ## the extension's tests under the address and undefined-beha
 	    PYTHONPATH=$(SANITIZED) $(TEST) -p no:cacheprovider --override-ini pythonpath=$(SANITIZED) \
 	        --capture=sys -k "not peak_of_memory" tests/test_compaction*.py
 
+NEW ?= runs/benchmarks.json
 bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/
 	mkdir -p runs
 	$(BIN)/python -m pytest benchmarks -m "not slow" --benchmark-enable --benchmark-json runs/benchmarks.json
 
+bench-smoke: $(READY) ## that the benchmarks run: small cases, three samples each, JSON in runs/
+	mkdir -p runs
+	$(BIN)/python -m pytest benchmarks -m "not slow" -k "lenet or sine or resnet20-128" --rounds 3 \
+	    --benchmark-enable --benchmark-max-time 0.1 --benchmark-json runs/smoke.json
+
+bench-check: $(READY) ## whether NEW=...json (runs/benchmarks.json) has become slower than BASE=...json, as ratios within each
+	@test -n "$(BASE)" || { echo "bench-check needs BASE=...json, such as a file of benchmarks/results" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.compare $(BASE) $(NEW)
+
+# Needs no set-up: the machine's own Python, with torch, torchvision, pybind11, pytest and pytest-benchmark.
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(or $(PYTHON),python3))
+gpu: ## on a GPU machine, all that needs one, results in OUT=folder: extension, GPU tests, benchmarks, within 25 minutes
+	@test -n "$(OUT)" || { echo "gpu needs OUT=folder for the results" >&2; exit 2; }
+	$(GPU_PYTHON) -m benchmarks.gpu_session $(OUT) $(GPU_OPTIONS)
+
 coverage: $(READY) ## docs/coverage.md: which torchvision networks merge, and how exactly
 	$(BIN)/python -m benchmarks.coverage
 
-docs: $(READY) ## README.md's tables from the committed results
+docs: $(READY) ## README.md's tables and docs/benchmarks.md from the committed results
 	$(BIN)/python docs/render.py
 
 clean: ## removes what was built, the virtual environment too

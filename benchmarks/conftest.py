@@ -11,6 +11,7 @@ import torch
 from benchmarks.effort import Effort
 from fastmerge.environment import environment
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastmerge")
     group.addoption("--rounds", type=int, help="samples of each contender; default 60 on a GPU, 15 on the CPU")

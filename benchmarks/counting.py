@@ -4,7 +4,8 @@ Each convolution, linear layer and BatchNorm of T networks side by side is count
 read or written once per pass over it, with everything elementwise fused. For BatchNorm + activation + gate that is two passes
 forward (statistics; read and write) and two backward (sums; gradient). A residual block's last BatchNorm also reads the
 shortcut, writes its gradient, and reads two gradients where the output has two readers. Where a max-pooling follows the first
-BatchNorm, the unpooled activation is never written. A step is bounded by ``sum over layers of max(operations / rate, bytes / bandwidth)``.
+BatchNorm, the unpooled activation is never written. A step is bounded by
+``sum over layers of max(operations / rate, bytes / bandwidth)``.
 """
 
 from __future__ import annotations

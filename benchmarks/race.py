@@ -26,17 +26,19 @@ class Contender:
 
     Attributes:
         step: what is timed; returns when the device is done.
-        facts: what is known of it besides, as JSON values: ``flops``, ``bytes``, ``floor`` in seconds, memory. A time
-            below ``floor`` is impossible and fails the benchmark.
+        facts: what is known of it besides, as JSON values: ``flops`` and ``bytes`` of a step, ``items``, memory.
+        floor: called after the last round; the least seconds that the hardware allows. A time below is impossible and
+            fails the benchmark.
         check: called after the last round; raises if what was timed went wrong.
     """
 
     step: Callable[[], object]
     facts: dict[str, Any] = field(default_factory=dict)
+    floor: Callable[[], float] | None = None
     check: Callable[[], None] = lambda: None
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Raised by a maker where its contender can't take part on this machine; the reason goes into the JSON."""
 
 
@@ -94,12 +96,14 @@ def race(
     broken = []
     for name, contender in runners.items():
         results[name]["samples"] = samples[name]
-        floor = contender.facts.get("floor")
         try:
             contender.check()
         except Exception as error:
             results[name]["error"] = f"{type(error).__name__}: {error}"
-        if floor is not None and min(samples[name]) < floor:
+        if contender.floor is None:
+            continue
+        results[name]["floor"] = floor = contender.floor()
+        if min(samples[name]) < floor:
             broken.append(f"{name} took {min(samples[name]):.3g} s, below what the hardware allows, {floor:.3g} s")
             results[name]["error"] = "faster than the hardware allows"
     _fail(results, broken)
@@ -111,7 +115,7 @@ def _prepare(make: Callable[[], Contender], warmup: int) -> tuple[dict[str, Any]
         contender = make()
         for _ in range(warmup):
             contender.step()
-    except Unavailable as reason:
+    except UnavailableError as reason:
         return {"unavailable": str(reason)}, None
     except Exception as error:
         message = f"{type(error).__name__}: {error}".splitlines()[0]

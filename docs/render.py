@@ -1,8 +1,9 @@
-"""Writes the tables of README.md from committed results, so that no figure in it is typed by hand.
+"""Writes the tables of README.md, and docs/benchmarks.md, from committed results: no figure in them is typed by hand.
 
-``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. A block
-between ``<!-- results: NAME -->`` and ``<!-- end -->`` becomes the table of docs/results/NAME/results.json, one between
-``<!-- coverage -->`` and ``<!-- end -->`` a summary of docs/coverage.json.
+``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. In README.md a
+block between ``<!-- results: NAME -->`` and ``<!-- end -->`` becomes the table of docs/results/NAME/results.json, one after
+``<!-- coverage -->`` a summary of docs/coverage.json, and one after ``<!-- benchmarks -->`` the targets with the results in
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ import re
 import sys
 from pathlib import Path
 
-from fastmerge.reporting.results import read
-from fastmerge.reporting.tables import caption, results_table
-
 DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
+
+from benchmarks import report  # noqa: E402
+from fastmerge.reporting.results import read  # noqa: E402
+from fastmerge.reporting.tables import caption, results_table  # noqa: E402
+
 README = DOCS.parent / "README.md"
-_BLOCK = re.compile(r"(<!-- (?:results: (?P<name>[\w-]+)|coverage) -->\n).*?(<!-- end -->)", re.DOTALL)
+BENCHMARKS = DOCS / "benchmarks.md"
+_BLOCK = re.compile(r"(<!-- (results: (?P<name>[\w-]+)|coverage|benchmarks) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:
     """The text with every block filled anew."""
-    return _BLOCK.sub(lambda block: f"{block[1]}{_content(block['name'])}\n{block[3]}", text)
+    return _BLOCK.sub(lambda block: f"{block[1]}{_content(block[2], block['name'])}\n{block[4]}", text)
 
 
-def _content(name: str | None) -> str:
-    return _coverage() if name is None else _results(DOCS / "results" / name)
+def _content(kind: str, name: str | None) -> str:
+    if name is not None:
+        return _results(DOCS / "results" / name)
+    return _coverage() if kind == "coverage" else report.readme(report.load())
 
 
 def _results(run: Path) -> str:
@@ -47,12 +54,15 @@ def _coverage() -> str:
 
 
 def main() -> None:
-    """Writes or checks README.md."""
-    text = README.read_text(encoding="utf-8")
-    new = rendered(text)
+    """Writes or checks both files."""
+    files = {README: rendered(README.read_text(encoding="utf-8")), BENCHMARKS: report.page(report.load())}
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md differs from what docs/render.py makes of the results" if new != text else 0)
-    README.write_text(new, encoding="utf-8")
+        old = [
+            path.name for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+        ]
+        sys.exit(f"{' and '.join(old)} differ from what docs/render.py makes of the results" if old else 0)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def resnet(block: str) -> nn.Module:
 
 
 CASES = {
-    "resnet, basic": (lambda: resnet("BasicBlock"), (3, 32, 32)),
-    "resnet, bottleneck": (lambda: resnet("Bottleneck"), (3, 32, 32)),
+    "resnet, basic": (lambda: resnet("BasicBlock"), (3, 16, 16)),
+    "resnet, bottleneck": (lambda: resnet("Bottleneck"), (3, 16, 16)),
     "resnet for cifar": (lambda: ResNetCifar(2, 5), (3, 8, 8)),
     "lenet": (lambda: LeNet(1, 12, 5), (1, 12, 12)),
     "sine": (SineMLP, (1,)),

@@ -153,7 +153,9 @@ def last_block(network: Any) -> nn.Module:
 
 
 def _stages(network: Any) -> list[tuple[str, Any]]:
-    return [(name, getattr(network, name)) for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(network, name)]
+    return [
+        (name, getattr(network, name)) for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(network, name)
+    ]
 
 
 def _convolutions(block: Any) -> list[nn.Conv2d]:

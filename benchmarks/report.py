@@ -1,0 +1,156 @@
+"""docs/benchmarks.md and the README's table, from the committed JSON of runs.
+
+Targets stand beside results, whatever the results are. A ratio is the median over pairs of samples, taken in turn in one
+process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Contenders, Ratio, cases, quartiles, ratio, read
+from benchmarks.targets import TARGETS, Target
+from fastmerge.reporting.tables import table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NO_GPU = "There are no figures of a GPU yet: none was at hand. `make gpu OUT=folder` on a machine with one writes them."
+
+
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The committed runs, by file name."""
+    return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def page(runs: dict[str, dict[str, Any]]) -> str:
+    """The whole of docs/benchmarks.md."""
+    parts = [
+        "# Benchmarks",
+        "Written by `make docs` from [benchmarks/results](../benchmarks/results); `make bench` measures what a machine can, "
+        "`make gpu OUT=folder` all of it on a machine with a GPU.",
+        "Contenders of a case take turns in one process, one training step each: forward, loss with gate loss, backward, "
+        "SGD with momentum on weights and gates, the device waited for. A ratio is the median over these pairs, its "
+        "quartiles in brackets. *naive dense* is the network as the paper's authors write it: doubled convolutions and "
+        "BatchNorms and an elementwise gate per channel group, channels-last, autocast, gates in the activations' dtype. "
+        "*teachers* trains the two teachers one after the other, without gates; *groups=T* is naive dense with grouped "
+        "convolutions. *GFLOP/s* and *GB/s* are what the step has to compute and at least to move, over its time.",
+        "## Targets",
+        "\n\n".join(_targets(runs)),
+    ]
+    if not any(_has_gpu(run) for run in runs.values()):
+        parts.insert(3, NO_GPU)
+    for name, run in runs.items():
+        parts += [f"## {name}", machine(run)]
+        for case, contenders in cases(run).items():
+            parts += [f"### {case}", _case_table(contenders), *_problems(contenders)]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme(runs: dict[str, dict[str, Any]]) -> str:
+    """The README's block: the targets that were measured, and on what."""
+    blocks = [
+        f"{_target_table(rows)}\n\n{machine(run)}"
+        for run in runs.values()
+        if (rows := [row for row in _target_rows(run) if row[1] is not None])
+    ]
+    if not any(_has_gpu(run) for run in runs.values()):
+        blocks.insert(0, NO_GPU)
+    return "\n\n".join(blocks)
+
+
+def machine(run: dict[str, Any]) -> str:
+    """What a run ran on, in a sentence."""
+    made = run["machine_info"]["fastmerge"]
+    cards = ", ".join(f"{gpu['name']} ({gpu['memory_gib']:g} GiB)" for gpu in made["gpus"])
+    card = f"{cards}, driver {made['driver']}, cuDNN {made['cudnn']}, " if cards else ""
+    cpu = f"{made['cpu']['name']}, {made['cpu']['threads']} of {made['cpu']['cores']} cores"
+    versions = f"Python {made['python']}, PyTorch {made['torch']}, Triton {made['packages']['triton']}"
+    commit = (made["commit"] or "no commit")[:10] + ("-dirty" if str(made["commit"]).endswith("-dirty") else "")
+    return f"{card}{cpu}, {versions}, commit {commit}, {run['datetime'][:10]}."
+
+
+def verdict(target: Target, value: float) -> str:
+    """How a ratio stands to its target."""
+    if not target.is_met(value):
+        return "**missed**"
+    return "met, stretch too" if target.stretch is not None and target.is_met(value, target.stretch) else "met"
+
+
+def _targets(runs: dict[str, dict[str, Any]]) -> list[str]:
+    tables = []
+    measured: set[str] = set()
+    for name, run in runs.items():
+        rows = [row for row in _target_rows(run) if row[1] is not None]
+        if rows:
+            tables += [f"On {name}:", _target_table(rows)]
+            measured |= {target.name for target, _ in rows}
+    missing = [(target, None) for target in TARGETS if target.name not in measured]
+    if missing:
+        tables += ["Not measured yet:", _target_table(missing)]
+    return tables
+
+
+def _target_rows(run: dict[str, Any]) -> list[tuple[Target, Ratio | None]]:
+    found = cases(run)
+    return [(t, ratio(found.get(t.case, {}), t.numerator, t.denominator, t.measure)) for t in TARGETS]
+
+
+def _target_table(rows: Sequence[tuple[Target, Ratio | None]]) -> str:
+    header = ["ratio", "case", "target", "stretch", "result", "quartiles", "n", "verdict"]
+    return table(header, [_target_row(target, found) for target, found in rows], markdown=True)
+
+
+def _target_row(target: Target, found: Ratio | None) -> list[str]:
+    sign = "≥" if target.at_least else "≤"
+    bounds = [f"{sign} {target.target:.2f}", "–" if target.stretch is None else f"{sign} {target.stretch:.2f}"]
+    if found is None:
+        return [target.name, target.case, *bounds, "–", "–", "0", "not measured"]
+    spread = f"{found.low:.2f} to {found.high:.2f}" if found.n > 1 else "–"
+    return [target.name, target.case, *bounds, f"{found.value:.2f}", spread, str(found.n), verdict(target, found.value)]
+
+
+def _case_table(contenders: Contenders) -> str:
+    header = ["contender", "ms", "quartiles", "n", "items/s", "GFLOP/s", "GB/s", "activations", "peak", "of the first"]
+    reference = next((name for name, contender in contenders.items() if contender.get("samples")), None)
+    rows = []
+    for name, contender in contenders.items():
+        if not contender.get("samples"):
+            continue
+        low, middle, high = quartiles(contender["samples"])
+        share = None if reference is None else ratio(contenders, name, reference)
+        rows.append(
+            [
+                name,
+                f"{1e3 * middle:.4g}",
+                f"{1e3 * low:.4g} to {1e3 * high:.4g}",
+                str(len(contender["samples"])),
+                _rate(contender.get("items"), middle, 1),
+                _rate(contender.get("flops"), middle, 1e9),
+                _rate(contender.get("bytes"), middle, 1e9),
+                _size(contender.get("activation_bytes")),
+                _size(contender.get("peak_bytes")),
+                "–" if share is None else f"{share.value:.2f}",
+            ]
+        )
+    return table(header, rows, markdown=True)
+
+
+def _problems(contenders: Contenders) -> list[str]:
+    """What did not run or went wrong, and why."""
+    failed = [f"*{name}* failed: {c['error']}." for name, c in contenders.items() if "error" in c]
+    return failed + [
+        f"*{name}* did not run: {c['unavailable']}." for name, c in contenders.items() if "unavailable" in c
+    ]
+
+
+def _rate(amount: float | None, seconds: float, unit: float) -> str:
+    return "–" if not amount else f"{amount / seconds / unit:.4g}"
+
+
+def _size(count: float | None) -> str:
+    return "–" if not count else f"{count / 2**20:.4g} MiB"
+
+
+def _has_gpu(run: dict[str, Any]) -> bool:
+    return bool(run["machine_info"]["fastmerge"]["gpus"])

@@ -1,0 +1,90 @@
+"""Reading the JSON of a run: its cases, their contenders, and ratios within the run.
+
+A benchmark that raced contenders holds their samples in ``extra_info["contenders"]``. Of any other, pytest-benchmark's own
+samples count, and the benchmarks of one group are the contenders of one case.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Contenders = dict[str, dict[str, Any]]
+
+TIME = "time"
+MEASURES = {TIME: "samples", "activation memory": "activation_bytes", "peak memory": "peak_bytes"}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One contender's figure over another's.
+
+    Attributes:
+        value: the median over the pairs of samples; of figures without samples, their ratio.
+        low, high: the quartiles over the pairs.
+        n: pairs.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The report in a file.
+
+    Raises:
+        ValueError: if it is not one that pytest-benchmark wrote.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(report, dict) or not {"benchmarks", "machine_info"} <= report.keys():
+        raise ValueError(f"{path} needs to be the JSON of a benchmark run, with benchmarks and machine_info")
+    return report
+
+
+def cases(report: Mapping[str, Any]) -> dict[str, Contenders]:
+    """By name of the case, its contenders: each a dict with ``samples``, or ``error`` or ``unavailable``."""
+    found: dict[str, Contenders] = {}
+    for benchmark in report["benchmarks"]:
+        extra = benchmark["extra_info"]
+        case = found.setdefault(extra.get("case") or benchmark["group"] or benchmark["name"], {})
+        if "contenders" in extra:
+            case.update(extra["contenders"])
+        else:
+            name = extra.get("contender") or benchmark["param"] or benchmark["name"]
+            case[name] = {**extra, "samples": benchmark["stats"]["data"]}
+    return found
+
+
+def ratio(contenders: Contenders, numerator: str, denominator: str, measure: str = TIME) -> Ratio | None:
+    """``numerator / denominator`` by one of ``MEASURES``, or None where either has no figure."""
+    key = MEASURES[measure]
+    above, below = (contenders.get(name, {}).get(key) for name in (numerator, denominator))
+    if not above or not below:
+        return None
+    if not isinstance(above, list):
+        return Ratio(above / below, above / below, above / below, 1)
+    if len(above) == len(below):
+        return _summary([a / b for a, b in zip(above, below, strict=True)])
+    return _summary([statistics.median(above) / statistics.median(below)])
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The quartiles of one or more values, the median in the middle."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _summary(values: list[float]) -> Ratio:
+    low, middle, high = quartiles(values)
+    return Ratio(middle, low, high, len(values))

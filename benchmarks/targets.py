@@ -1,0 +1,79 @@
+"""What is aimed at: ratios of two contenders of one case, on one machine in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks import names as who
+from benchmarks.results import TIME
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio and where it should be.
+
+    Attributes:
+        name: what the ratio says.
+        case: the case that it is read in.
+        numerator, denominator: contenders of the case.
+        target, stretch: bounds; the stretch is what would be better still.
+        at_least: whether the ratio should be above its bounds rather than below.
+        measure: of ``results.MEASURES``.
+    """
+
+    name: str
+    case: str
+    numerator: str
+    denominator: str
+    target: float
+    stretch: float | None = None
+    at_least: bool = False
+    measure: str = TIME
+
+    def is_met(self, value: float, bound: float | None = None) -> bool:
+        """Whether a value is at or beyond the target, or another bound."""
+        bound = self.target if bound is None else bound
+        return value >= bound if self.at_least else value <= bound
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda": the last word of the case."""
+        return self.case.rpartition(" ")[2]
+
+
+def _steps(case: str, suffix: str = "") -> list[Target]:
+    """The targets of whole training steps in one case."""
+    table = [
+        ("block-diagonal / two teachers", who.UNLINKED, who.TEACHERS, 0.85, 0.75, False),
+        ("block-diagonal / two compiled teachers", who.UNLINKED, who.TEACHERS_COMPILED, 1.00, 0.90, False),
+        ("naive dense / block-diagonal", who.NAIVE, who.UNLINKED, 1.8, 2.1, True),
+        ("naive dense / dense (linked)", who.NAIVE, who.LINKED, 1.3, 1.4, True),
+        ("naive dense, compiled / dense (linked)", who.NAIVE_COMPILED, who.LINKED, 1.05, 1.12, True),
+        ("gated / ungated step", who.UNLINKED, who.UNLINKED_UNGATED, 1.02, 1.01, False),
+    ]
+    found = [
+        Target(f"{name}{suffix}", f"step, {case}", above, below, target, stretch, at_least)
+        for name, above, below, target, stretch, at_least in table
+    ]
+    memory = Target(
+        f"activations, fused / eager{suffix}",
+        f"step, {case}",
+        who.UNLINKED,
+        who.NAIVE,
+        0.75,
+        0.67,
+        measure="activation memory",
+    )
+    return [*found, memory]
+
+
+TARGETS = [
+    *_steps("resnet18 224px batch 256 bf16 cuda"),
+    *_steps("resnet18 224px batch 256 fp16 cuda", ", fp16"),
+    *[
+        Target(
+            f"naive dense / unlinked, {case.split()[0]}", f"step, {case} cpu", who.NAIVE, who.UNLINKED, 1.5, None, True
+        )
+        for case in ("resnet20 32px batch 128 fp32", "resnet18 64px batch 16 fp32")
+    ],
+]

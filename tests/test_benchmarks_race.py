@@ -1,0 +1,99 @@
+"""Contenders take turns, each with all its samples, and whoever fails or cheats is found out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARK = """
+import time
+from benchmarks.race import Contender, UnavailableError, race
+
+order = []
+
+def contender(name, seconds=0.0, **options):
+    def step():
+        order.append(name)
+        time.sleep(seconds)
+    return lambda: Contender(step, {"items": 7}, **options)
+
+def unavailable():
+    raise UnavailableError("needs two")
+
+def failing():
+    raise RuntimeError("no\\nsecond line")
+
+def wrong():
+    raise FloatingPointError("the loss became nan")
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A real run of pytest-benchmark over some races: its JSON, and what pytest printed."""
+    folder = tmp_path_factory.mktemp("races")
+    tests = {
+        "order": "{'a': contender('a', 0.002), 'b': contender('b'), 'c': contender('c')}, 4, 2",
+        "failing": "{'a': failing, 'b': contender('b'), 'c': unavailable}, 3, 1",
+        "fast": "{'a': contender('a'), 'b': contender('b', floor=lambda: 5.0)}, 3, 1",
+        "wrong": "{'a': contender('a'), 'b': contender('b', check=wrong)}, 3, 1",
+        "long": "{'a': contender('a', 0.02), 'b': contender('b', 0.02)}, 1000, 1, 0.3",
+        "none": "{'a': unavailable}, 3, 1",
+    }
+    code = BENCHMARK
+    for name, arguments in tests.items():
+        code += f"\ndef bench_{name}(benchmark):\n    order.clear()\n    try:\n        race(benchmark, {arguments})\n"
+        code += "    finally:\n        benchmark.extra_info['order'] = order[:]\n"
+    (folder / "bench_races.py").write_text(code)
+    options = ["--benchmark-enable", f"--benchmark-json={folder / 'out.json'}", "-c", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *options, str(folder / "bench_races.py")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    benchmarks = json.loads((folder / "out.json").read_text())["benchmarks"]
+    return {"printed": done.stdout, **{b["name"].removeprefix("bench_"): b for b in benchmarks}}
+
+
+def test_they_take_turns_after_their_warm_up(outcome: dict[str, Any]) -> None:
+    extra = outcome["order"]["extra_info"]
+    assert extra["order"] == [*"aabbcc", *"abc", *"abc" * 4]
+    assert [len(contender["samples"]) for contender in extra["contenders"].values()] == [4, 4, 4]
+    assert min(extra["contenders"]["a"]["samples"]) >= 0.002
+    assert min(extra["contenders"]["c"]["samples"]) < 0.002
+    assert outcome["order"]["stats"]["rounds"] == 4
+
+
+def test_one_that_raises_does_not_cost_the_others_and_fails_the_benchmark(outcome: dict[str, Any]) -> None:
+    contenders = outcome["failing"]["extra_info"]["contenders"]
+    assert contenders["a"] == {"error": "RuntimeError: no"}
+    assert contenders["c"] == {"unavailable": "needs two"}
+    assert len(contenders["b"]["samples"]) == 3
+    assert "a: RuntimeError: no" in outcome["printed"]
+    assert "FAILED" in outcome["printed"]
+
+
+def test_faster_than_the_hardware_is_broken(outcome: dict[str, Any]) -> None:
+    assert outcome["fast"]["extra_info"]["contenders"]["b"]["error"] == "faster than the hardware allows"
+    assert "the benchmark is broken" in outcome["printed"]
+
+
+def test_a_step_that_went_wrong_is_found(outcome: dict[str, Any]) -> None:
+    assert outcome["wrong"]["extra_info"]["contenders"]["b"]["error"] == "FloatingPointError: the loss became nan"
+
+
+def test_rounds_keep_to_the_time_but_for_the_least(outcome: dict[str, Any]) -> None:
+    assert 5 <= outcome["long"]["stats"]["rounds"] <= 8
+
+
+def test_nobody_there_is_a_skip(outcome: dict[str, Any]) -> None:
+    assert "no contender can run here" in outcome["printed"]
+    assert "3 failed, 2 passed, 1 skipped" in outcome["printed"]

@@ -1,0 +1,85 @@
+"""Rendered benchmarks: results beside targets, misses as plain as hits, and the committed page up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmark_reports import raced, report
+from benchmarks import names
+from benchmarks.report import load, page, readme, verdict
+from benchmarks.targets import TARGETS, Target
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_CASE = next(target.case for target in TARGETS if target.device == "cpu")
+GPU_CASE = next(target.case for target in TARGETS if target.device == "cuda")
+
+
+def run(case: str, naive: float, unlinked: float, gpu: bool = False) -> dict:
+    contenders = {names.NAIVE: [naive, naive], names.UNLINKED: [unlinked, unlinked]}
+    return report([raced(case, contenders)], gpu)
+
+
+@pytest.mark.parametrize(
+    ("at_least", "value", "expected"),
+    [
+        (True, 1.4, "**missed**"),
+        (True, 1.5, "met"),
+        (True, 2.0, "met, stretch too"),
+        (False, 2.1, "**missed**"),
+        (False, 1.5, "met, stretch too"),
+    ],
+)
+def test_verdicts(at_least: bool, value: float, expected: str) -> None:
+    bounds = (1.5, 2.0) if at_least else (2.0, 1.5)
+    assert verdict(Target("a", "b cpu", "x", "y", *bounds, at_least), value) == expected
+
+
+def test_a_miss_is_shown_as_plainly_as_a_hit() -> None:
+    for naive, word in ((2.0, "met"), (1.2, "**missed**")):
+        text = page({"some-cpu": run(CPU_CASE, naive, 1.0)})
+        (row,) = [line for line in text.splitlines() if CPU_CASE in line and "naive dense / unlinked" in line]
+        assert row.rstrip(" |").endswith(word)
+        assert f" {naive:.2f} " in row
+        assert word in readme({"some-cpu": run(CPU_CASE, naive, 1.0)})
+
+
+def test_without_a_gpu_it_says_so_and_shows_the_cpus_figures() -> None:
+    runs = {"some-cpu": run(CPU_CASE, 2.0, 1.0)}
+    for text in (page(runs), readme(runs)):
+        assert "no figures of a GPU yet" in text
+        assert (
+            "A CPU, 8 of 16 cores, Python 3.12.1, PyTorch 2.11.0, Triton 3.6.0, commit 0123456789, 2030-01-02." in text
+        )
+    assert "not measured" in page(runs)
+    assert "no figures of a GPU yet" in readme({})
+
+
+def test_with_a_gpu_it_names_card_and_driver() -> None:
+    runs = {"some-gpu": run(GPU_CASE, 2.0, 1.0, gpu=True)}
+    for text in (page(runs), readme(runs)):
+        assert "no figures of a GPU yet" not in text
+        assert "A Card (140 GiB), driver 580.1, cuDNN 91900" in text
+
+
+def test_what_failed_or_did_not_run_is_named() -> None:
+    contenders = {"a": [1.0], "b": {"error": "RuntimeError: no"}, "c": {"unavailable": "needs two"}}
+    text = page({"x": report([raced("case", contenders)])})
+    assert "*b* failed: RuntimeError: no." in text
+    assert "*c* did not run: needs two." in text
+
+
+def test_targets_name_cases_and_contenders_that_exist() -> None:
+    cases = pytest.importorskip("benchmarks.cases").CASES
+    known = {f"step, {case.name}" for case in cases}
+    called = {value for key, value in vars(names).items() if key.isupper()}
+    for target in TARGETS:
+        if target.case.startswith("step, "):
+            assert target.case in known
+            assert {target.numerator, target.denominator} <= called
+    assert len({(target.name, target.case) for target in TARGETS}) == len(TARGETS)
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == page(load())
