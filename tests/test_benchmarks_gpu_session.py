@@ -75,6 +75,7 @@ def test_without_a_gpu_it_says_so(
 def test_gpu_tests_and_benchmarks_collect_where_little_is_installed(tmp_path: Path) -> None:
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in LACKING)
     (tmp_path / "bare_machine.py").write_text(f"import sys\n{blocked}")
+    plugins = ["-p", "bare_machine", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *plugins, "--collect-only", "-q", "-m", "gpu", *_gpu_tests(), "benchmarks"],
         capture_output=True,
