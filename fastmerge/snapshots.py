@@ -1,4 +1,7 @@
-"""A run's checkpoints: the last two states of it, each one safetensors file, whole, checked, and of this very run."""
+"""A run's checkpoints: the last two states of it, each one safetensors file, whole, checked, and of this very run.
+
+safetensors is imported where files are, so that a merge without checkpoints runs where it is missing.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmerge.files import atomic
@@ -50,6 +51,9 @@ class Snapshots:
         Raises:
             TypeError: The state holds what a checkpoint can't.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         structure, tensors = pack(state)
         text = json.dumps({"torch": torch.__version__, "options": self.options, "state": structure})
         before = self.files()
@@ -109,6 +113,8 @@ def read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: It is damaged, not one of fastmerge's, or of a later version; the message names it.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

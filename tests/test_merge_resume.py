@@ -190,7 +190,7 @@ def test_other_data_is_found_out_within_an_epoch(interrupted, tmp_path, monkeypa
         run(tmp_path / "copy", resume=True)
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "fastmerge.snapshots.save_file", "os.replace"])
+@pytest.mark.parametrize("call", ["os.fsync", "safetensors.torch.save_file", "os.replace"])
 def test_a_full_disk_costs_no_checkpoint(interrupted, tmp_path, monkeypatch, call):
     shutil.copytree(interrupted[0], tmp_path / "copy")
     snapshots = Snapshots(tmp_path / "copy", {})
@@ -209,7 +209,7 @@ def test_a_merge_on_a_full_disk_goes_on(whole, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastmerge.snapshots.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.warns(UserWarning, match="could not write .*No space left on device.*; there is none yet"):
         assert_same(run(tmp_path), whole)
     assert not list(tmp_path.iterdir())
