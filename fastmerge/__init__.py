@@ -13,6 +13,7 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "
 
 from fastmerge.big_student import BigStudent
 from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups
+from fastmerge.gate_budget import GateBudget
 from fastmerge.gates import HardConcrete
 from fastmerge.history import History
 from fastmerge.merging import merge
@@ -22,6 +23,7 @@ __all__ = [
     "BigStudent",
     "ChannelGroup",
     "ChannelGroups",
+    "GateBudget",
     "HardConcrete",
     "History",
     "QuadraticLambda",

@@ -22,13 +22,15 @@ def open_probabilities(big: BigStudent) -> dict[str, float]:
     return {name: gate.open_probability().mean().item() for name, gate in gates.items()}
 
 
-def gate_warnings(before: dict[str, float], after: dict[str, float], target: float, lam_step: float) -> list[str]:
+def gate_warnings(
+    before: dict[str, float], after: dict[str, float], target: float, lam_step: float | None
+) -> list[str]:
     """Says which channel groups' mean P[g > 0] did not move in the merge stage, or did not arrive near 1/T.
 
     Args:
         before, after: Mean P[g > 0] by group, before and after the stage.
         target: 1/T.
-        lam_step: What there is to change.
+        lam_step: What there is to change; None for a budget that steers itself.
     """
     still = [name for name in after if abs(after[name] - before[name]) < _MOVED]
     above = [name for name in after if name not in still and after[name] > target + _NEAR]
@@ -42,8 +44,9 @@ def gate_warnings(before: dict[str, float], after: dict[str, float], target: flo
         found.append(
             f"P[g>0] is below 1/T = {target:.2f} in {_listed(below, after)}; compression keeps closed channels"
         )
-    remedies = [f"raise lam_step (now {lam_step:g}), gate_lr or merge_epochs"] * (bool(still) + bool(above))
-    remedies += [f"lower lam_step (now {lam_step:g}) or raise merge_epochs"] * bool(below)
+    raised = "gate_lr or merge_epochs" if lam_step is None else f"lam_step (now {lam_step:g}), gate_lr or merge_epochs"
+    lowered = "" if lam_step is None else f"lower lam_step (now {lam_step:g}) or "
+    remedies = [f"raise {raised}"] * (bool(still) + bool(above)) + [f"{lowered}raise merge_epochs"] * bool(below)
     return [f"{problem}: {remedy}" for problem, remedy in zip(found, remedies, strict=True)]
 
 

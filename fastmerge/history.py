@@ -27,7 +27,7 @@ class EpochRecord:
         train: Criterion and accuracy over the epoch's batches, in training mode, as it went.
         val: The same on the validation data after the epoch, in eval mode; None without validation data.
         lr: Learning rate of the weights in this epoch.
-        lam: λ in this epoch; None in fine-tuning, as are the next three.
+        lam: λ in this epoch; None with a budget, and in fine-tuning, as are the next three.
         gate_loss: Mean gate loss, without λ.
         open_probability: Mean P[g > 0] of each channel group after the epoch.
         linked: Whether the big student was dense in this epoch.

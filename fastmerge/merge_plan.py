@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from fastmerge.big_student import BigStudent
+from fastmerge.gate_budget import GateBudget
 from fastmerge.merge_checks import check_epochs, check_numbers
-from fastmerge.schedules import fitting_lam_step
+from fastmerge.schedules import QuadraticLambda, fitting_lam_step
+
+GateSchedule = Literal["quadratic", "budget"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,12 @@ class MergePlan:
     lam_step: float | None
     finetune_lr: float | None
     milestones: Sequence[int] | None
+    gate_schedule: GateSchedule = "quadratic"
 
     def __post_init__(self) -> None:
         check_epochs(self.merge_epochs, self.finetune_epochs)
+        if self.gate_schedule not in (names := get_args(GateSchedule)):
+            raise ValueError(f"merge needs a gate_schedule of {' or '.join(names)}; got {self.gate_schedule!r}")
         positive = {"lr": self.lr, "gate_lr": self.gate_lr, "finetune_lr": self.first_finetune_lr}
         names = ("momentum", "weight_decay", "lam_start", "lam_step")
         check_numbers(positive, {name: getattr(self, name) or 0 for name in names}, self.link_at)
@@ -59,11 +65,28 @@ class MergePlan:
 
     def fitted(self, big: BigStudent, train_loader: Iterable[Any]) -> MergePlan:
         """The same plan with a ``lam_step``: the one chosen, or the one that fits this network and stage."""
-        if self.lam_step is not None:
+        if self.lam_step is not None or self.gate_schedule == "budget":
             return self
         steps = self.merge_epochs * len(train_loader) if isinstance(train_loader, Sized) else None
         widest = big.num_teachers * max(group.size for group in big.groups)
         return replace(self, lam_step=fitting_lam_step(self.merge_epochs, steps, widest, self.lam_start, self.gate_lr))
+
+
+def gate_schedule(plan: MergePlan, train_loader: Iterable[Any]) -> QuadraticLambda | GateBudget:
+    """What weighs the gates in the merge stage of a fitted plan.
+
+    Raises:
+        ValueError: A budget has to know how many steps there are, and the loader has no length.
+    """
+    if plan.gate_schedule == "quadratic":
+        assert plan.lam_step is not None
+        return QuadraticLambda(plan.lam_start, plan.lam_step)
+    if not isinstance(train_loader, Sized):
+        raise ValueError(
+            "gate_schedule='budget' needs the length of train_loader, to arrive in time; "
+            f"a {type(train_loader).__name__} has none"
+        )
+    return GateBudget(plan.merge_epochs * len(train_loader), gate_lr=plan.gate_lr)
 
 
 def describe_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from fastmerge.big_student import BigStudent
 from fastmerge.gate_report import gate_warnings, open_probabilities, origins
-from fastmerge.merge_plan import MergePlan
+from fastmerge.merge_plan import MergePlan, gate_schedule
 from fastmerge.merge_trainer import Trainer
 from fastmerge.schedules import GATE_MOMENTUM, QuadraticLambda
 
@@ -60,19 +60,20 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, train
 
 
 def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None:
-    """The merge stage: trains weights and gates with the loss ``criterion + λ · gate_loss``."""
+    """The merge stage: trains weights and gates with the loss ``criterion + λ · gate_loss``, or as the budget says."""
     optimizer = SGD(big.weight_parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
     gate_optimizer = SGD(big.gate_parameters(), plan.gate_lr, GATE_MOMENTUM)
-    assert plan.lam_step is not None
-    lam = QuadraticLambda(plan.lam_start, plan.lam_step)
+    lam = gate_schedule(plan, trainer.train_loader)
     before = open_probabilities(big)
+    lam_step = plan.lam_step if plan.gate_schedule == "quadratic" else None
     parts = {"optimizer": optimizer, "gate optimizer": gate_optimizer, "lambda": lam}
     for epoch in trainer.epochs("merge", plan.merge_epochs, big, parts):
         if not big.linked and epoch >= plan.link_at * plan.merge_epochs:
             big.link(optimizer=optimizer)
         trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
-        lam.step()
-    trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, plan.lam_step)
+        if isinstance(lam, QuadraticLambda):
+            lam.step()
+    trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, lam_step)
     for warning in trainer.history.warnings:
         warnings.warn(warning, stacklevel=5)
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally, evaluate
+from fastmerge.gate_budget import GateBudget
 from fastmerge.gate_report import open_probabilities
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merge_progress import Progress
@@ -18,6 +19,8 @@ from fastmerge.merge_state import MergeState
 from fastmerge.random_states import random_states
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.stop_requests import Interrupted, StopRequests
+
+Weight = QuadraticLambda | GateBudget
 
 
 class Trainer:
@@ -70,8 +73,8 @@ class Trainer:
             yield epoch
             self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
 
-    def epoch(self, stage: Stage, network: nn.Module, optimizers: list[Optimizer], lam: QuadraticLambda | None) -> None:
-        """Trains one epoch; with λ, the network is a big student, whose gate loss counts.
+    def epoch(self, stage: Stage, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> None:
+        """Trains one epoch; with a weight of the gates, the network is a big student.
 
         Raises:
             FloatingPointError: A loss became NaN or Inf; the message says where and what is likely to blame.
@@ -98,7 +101,7 @@ class Trainer:
             images_per_second=tally.rate(),
             val=val,
             lr=lr,
-            lam=None if lam is None else float(lam),
+            lam=float(lam) if isinstance(lam, QuadraticLambda) else None,
             gate_loss=None if lam is None else tally.mean("gate_loss"),
             open_probability=open_probabilities(network) if isinstance(network, BigStudent) else None,
             linked=linked,
@@ -108,22 +111,22 @@ class Trainer:
         if self.callback is not None:
             self.callback(record)
 
-    def _train(
-        self, network: nn.Module, optimizers: list[Optimizer], lam: QuadraticLambda | None, tally: Tally
-    ) -> None:
+    def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None, tally: Tally) -> None:
         network.train()
         for inputs, target in self.setting.batches(self._left(tally)):
             output, loss = self.setting.apply(network, inputs, target)
             losses = {"loss": loss}
             if lam is not None and isinstance(network, BigStudent):
                 losses["gate_loss"] = network.gate_loss()
-                loss = loss + lam * losses["gate_loss"]
+                loss = loss + (lam.loss(network) if isinstance(lam, GateBudget) else lam * losses["gate_loss"])
             for optimizer in optimizers:
                 optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             for optimizer in optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
+            if isinstance(lam, GateBudget):
+                lam.step()
             fresh = tally.add(output, target, len(inputs[0]), **losses)
             self.bar.step(tally, fresh=fresh)
             self.stop.raise_if_any()

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merge_checks import check_checkpoints, check_device, check_loader, check_teachers
-from fastmerge.merge_plan import MergePlan, describe_options, fingerprints
+from fastmerge.merge_plan import GateSchedule, MergePlan, describe_options, fingerprints
 from fastmerge.merge_progress import Progress
 from fastmerge.merge_stages import train_student
 from fastmerge.merge_state import MergeState
@@ -38,6 +38,7 @@ def merge(
     gate_lr: float = 0.2,
     lam_start: float = 0.01,
     lam_step: float | None = None,
+    gate_schedule: GateSchedule = "quadratic",
     finetune_lr: float | None = None,
     milestones: Sequence[int] | None = None,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
@@ -76,6 +77,8 @@ def merge(
         lam_start: λ in the first epoch.
         lam_step: λ grows by ``lam_step · √λ`` per epoch; the paper's is 0.05. None fits it to this stage's length, so
             that a short stage too brings the gates to 1/T; see :func:`~fastmerge.schedules.fitting_lam_step`.
+        gate_schedule: "quadratic" weighs the gate loss by the growing λ, as the paper does; "budget" steers every channel
+            group to 1/T by a :class:`~fastmerge.GateBudget` and needs no λ, but a loader with a length.
         finetune_lr: Learning rate at the start of the fine-tuning; None is ``lr``.
         milestones: Epochs of the fine-tuning after which the learning rate is divided by ten; None is at two thirds.
         schedule: Makes a learning rate scheduler for the fine-tuning, stepped once an epoch, in place of milestones.
@@ -115,6 +118,7 @@ def merge(
         gate_lr=gate_lr,
         lam_start=lam_start,
         lam_step=lam_step,
+        gate_schedule=gate_schedule,
         finetune_lr=finetune_lr,
         milestones=milestones,
     )

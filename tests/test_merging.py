@@ -275,3 +275,26 @@ def test_a_stage_too_short_for_the_gates_leaves_the_criterion_a_say():
 
 def test_a_stage_of_the_papers_length_gets_the_papers_growth():
     assert fitting_lam_step(150, 150 * 313, 200, 0.01, 0.2) == pytest.approx(0.05, rel=0.03)
+
+
+def test_a_budget_brings_every_group_to_its_share(teachers):
+    options = SHORT | {"lam_step": None, "merge_epochs": 25, "gate_schedule": "budget"}
+    _, history = merge(teachers, train_loader(), **options)
+    last = history.stage("merge")[-1]
+    assert last.lam is None
+    assert last.open_probability == {name: pytest.approx(0.5, abs=0.06) for name in last.open_probability}
+    assert not history.warnings
+
+
+def test_a_budget_needs_a_length(teachers):
+    class Endless:
+        def __iter__(self):
+            return iter(train_loader())
+
+    with pytest.raises(ValueError, match="needs the length of train_loader, to arrive in time; a Endless has none"):
+        merge(teachers, Endless(), gate_schedule="budget", **SHORT)
+
+
+def test_a_gate_schedule_is_one_of_two(teachers):
+    with pytest.raises(ValueError, match="gate_schedule of quadratic or budget; got 'linear'"):
+        merge(teachers, train_loader(), gate_schedule="linear", **SHORT)

@@ -9,7 +9,9 @@ from torch import nn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
+from fastmerge.gate_budget import GateBudget, open_means
 from fastmerge.networks.lenet import LeNet, small_lenet
+from fastmerge.networks.resnet_cifar import ResNetCifar, resnet20
 from fastmerge.networks.sine_mlp import SineMLP
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.stack import Stack
@@ -89,6 +91,32 @@ def test_equals_networks_trained_alone(make, data, criterion):
             assert value.ndim == 0 or not torch.equal(value, before[name])
 
 
+def test_two_stacked_resnet20_equal_two_alone():
+    """Running statistics are each network's own; their count of batches is one for all. In float64: twenty layers amplify
+    rounding."""
+    torch.manual_seed(0)
+    networks = [resnet20(10).double() for _ in range(2)]
+    x, y = torch.randn(24, 3, 8, 8, dtype=torch.float64), torch.randint(10, (24,))
+    data = Dataset(x, y, x, y)
+    stage = Stage("test", 2, 0.02, 8, F.cross_entropy, milestones=(1,), weight_decay=1e-4)
+    stack = Stack(networks)
+    list(train(stack, data, stage, generators(2), torch.Generator()))
+    for index, network in enumerate(networks):
+        before = copy.deepcopy(network.state_dict())
+        alone(network, data, stage, index)
+        trained = stack.network(index).state_dict()
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(
+                trained[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}"
+            )
+            assert not torch.equal(value, before[name])
+        assert trained["bn1.num_batches_tracked"] == 6
+    outputs = stack(data.test_inputs)
+    for output, network in zip(outputs, networks, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(output, network.eval()(data.test_inputs), rtol=1e-9, atol=1e-9)
+
+
 def test_no_momentum_and_no_decay_work_too():
     networks = [SineMLP() for _ in range(2)]
     stage, data = Stage("test", 2, 0.05, 16, F.mse_loss, momentum=0.0), points()
@@ -96,6 +124,59 @@ def test_no_momentum_and_no_decay_work_too():
     list(train(stack, data, stage, generators(2), torch.Generator()))
     alone(networks[1], data, stage, 1)
     torch.testing.assert_close(stack.parameters["hidden.weight"][1], networks[1].hidden.weight.detach(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [small_lenet, lambda: ResNetCifar(1, 10)], ids=["lenet", "resnet"])
+def test_a_merge_stage_with_a_budget_equals_that_of_one_big_student(make):
+    """Multipliers and running statistics too; same gates drawn, as below."""
+    data, stage = (
+        images(channels=1 if make is small_lenet else 3),
+        Stage("merge", 3, 0.02, 16, F.cross_entropy, gate_lr=0.2),
+    )
+    big = BigStudent(make(), make(), example_inputs=data.train_inputs[:2])
+    big.link()
+    stack, budget, alone = Stack([big]), GateBudget(9), GateBudget(9)
+    gates = {name for name, _ in big.named_parameters() if name.startswith("gates.")}
+    torch.manual_seed(5)
+    records = list(train(stack, data, stage, generators(1), torch.Generator(), budget, gates))
+    weights = torch.optim.SGD(big.weight_parameters(), lr=0.02, momentum=0.9)
+    openers = torch.optim.SGD(big.gate_parameters(), lr=0.2, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(5)
+    big.train()
+    for _ in range(3):
+        for batch in torch.randperm(42, generator=generator).split(16):
+            loss = F.cross_entropy(big(data.train_inputs[batch]), data.train_targets[batch]) + alone.loss(big)
+            for optimizer in (weights, openers):
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in (weights, openers):
+                optimizer.step()
+            alone.step()
+    assert budget.done == alone.done == 9
+    torch.testing.assert_close(budget.multipliers[0], alone.multipliers, rtol=1e-3, atol=1e-5)
+    assert alone.multipliers.ne(0).all()
+    assert records[-1].lam is None
+    assert records[-1].gate_loss[0].item() < records[0].gate_loss[0].item()
+    trained = stack.network(0).state_dict()
+    for name, value in big.state_dict().items():
+        torch.testing.assert_close(
+            trained[name], value, rtol=2e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_replicates_have_budgets_of_their_own():
+    data, stage = images(), Stage("merge", 2, 0.02, 16, F.cross_entropy, gate_lr=0.2)
+    bigs = [BigStudent(small_lenet(), small_lenet()) for _ in range(2)]
+    with torch.no_grad():
+        for gate in bigs[1].gates.values():
+            gate.loc -= 2
+    stack, budget = Stack(bigs), GateBudget(100)
+    gates = {name for name, _ in bigs[0].named_parameters() if name.startswith("gates.")}
+    list(train(stack, data, stage, generators(2), torch.Generator(), budget, gates))
+    torch.testing.assert_close(budget.starts[1], open_means(bigs[1]).detach())
+    assert (budget.targets[0] - budget.targets[1]).abs().min() > 0.1
+    assert (budget.multipliers[0] != budget.multipliers[1]).all()
 
 
 @pytest.mark.parametrize("linked", [False, True])

@@ -162,8 +162,11 @@ def plot_gates(gates: dict[str, Any]) -> Figure:
     top.set_ylim(0, 1.02)
     top.set_ylabel("P[g > 0], mean of the group")
     top.set_title("gates", loc="left")
-    bottom.plot(epochs, _over_replicates(gates["lam"])[0], color="black", linewidth=1.5)
-    bottom.set_ylim(bottom=0)
+    if any(value is not None for value in gates["lam"]):
+        bottom.plot(epochs, _over_replicates(gates["lam"])[0], color="black", linewidth=1.5)
+        bottom.set_ylim(bottom=0)
+    else:
+        bottom.text(0.5, 0.5, "none: a budget steers", ha="center", va="center", transform=bottom.transAxes)
     bottom.set_ylabel("λ")
     bottom.set_xlabel("epoch of the merge stage")
     bottom.xaxis.get_major_locator().set_params(integer=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.gate_budget import GateBudget
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.recipe import Recipe
 from fastmerge.training.scores import Curves
@@ -101,7 +102,7 @@ def train_stage(
     stage: Stage,
     rows: list[int],
     reporter: Reporter,
-    lam: QuadraticLambda | None = None,
+    lam: QuadraticLambda | GateBudget | None = None,
     gates: Collection[str] = (),
     done: int = 0,
     total: int | None = None,

@@ -28,11 +28,12 @@ class Recipe:
         epochs: in all, of each strategy: teachers take 1/3 each, merge stage and fine-tuning 1/6 each.
         batch_size: samples per step.
         lr: learning rate of the weights at the start of every stage.
-        teacher_milestones, long_milestones, finetune_milestones: epochs of a teacher, of ``one``, and of fine-tuning
-            after which the learning rate is divided by ten. The merge stage has none.
+        teacher_milestones, long_milestones, merge_milestones, finetune_milestones: epochs of a teacher, of ``one``, of the
+            merge stage and of fine-tuning after which the learning rate is divided by ten.
         momentum, weight_decay: of SGD; gates have the same momentum and no weight decay.
         gate_lr: learning rate of the gates.
         lam_start, lam_step: λ grows as :class:`~fastmerge.QuadraticLambda`.
+        gate_schedule: "quadratic" for λ, "budget" for a :class:`~fastmerge.GateBudget`, which needs no λ.
         link_at: fraction of the merge stage before the big student becomes dense.
         augment: random changes of training images, or None.
         test_every: epochs between two looks at the test data; the end of a stage always has one.
@@ -62,6 +63,8 @@ class Recipe:
     test_every: int
     stack: int
     source: str
+    gate_schedule: Literal["quadratic", "budget"] = "quadratic"
+    merge_milestones: tuple[int, ...] = ()
     curve: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +98,7 @@ class Recipe:
             epochs=6 * unit,
             teacher_milestones=milestones(self.teacher_milestones),
             long_milestones=milestones(self.long_milestones),
+            merge_milestones=milestones(self.merge_milestones),
             finetune_milestones=milestones(self.finetune_milestones),
             lam_step=self._lam_step(unit),
             test_every=max(1, round(self.test_every * factor)),
@@ -111,7 +115,8 @@ class Recipe:
     def merge_stages(self) -> tuple[Stage, Stage]:
         """The merge stage before and after linking; either may have no epochs."""
         before = round(self.link_at * self.unit)
-        return self._stage("merge", before, ()), self._stage("merge", self.unit - before, ())
+        later = tuple(milestone - before for milestone in self.merge_milestones)  # 0 or less: already past
+        return self._stage("merge", before, self.merge_milestones), self._stage("merge", self.unit - before, later)
 
     def finetune_stage(self) -> Stage:
         """The student after compression."""

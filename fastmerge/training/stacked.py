@@ -16,6 +16,8 @@ from torch.func import functional_call, grad, vmap
 from torch.optim.sgd import sgd
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.gate_budget import GateBudget, gate_loss_of, open_means, penalty
+from fastmerge.kernels.gate import open_probability
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.order import Augment, StackedBatches
 from fastmerge.training.replay import replayed
@@ -62,7 +64,7 @@ class EpochLosses:
         epoch: counts from 1.
         loss: the criterion, (R,), on the CPU.
         gate_loss: the gate loss without λ, (R,), or None where there are no gates.
-        lam: λ in this epoch, or None.
+        lam: λ in this epoch, or None where there are no gates or a budget steers them.
     """
 
     epoch: int
@@ -77,7 +79,7 @@ def train(
     stage: Stage,
     orders: Sequence[torch.Generator],
     noise: torch.Generator,
-    lam: QuadraticLambda | None = None,
+    lam: QuadraticLambda | GateBudget | None = None,
     gates: Collection[str] = (),
 ) -> Iterator[EpochLosses]:
     """Trains the networks of a stack, in place, and yields after each epoch.
@@ -90,14 +92,15 @@ def train(
         stage: how.
         orders: one generator per network, for the order of its samples.
         noise: on the stack's device, for augmentation.
-        lam: weight of the gate loss, stepped after every epoch.
+        lam: weight of the gate loss, stepped after every epoch, or a budget, stepped after every step, with multipliers
+            of its own for each network.
         gates: names of the gates' parameters.
     """
     batches = StackedBatches(data, stage.batch_size, orders, stage.augment, noise)
-    step = _Step(stack, stage, gates, gated=lam is not None)
+    step = _Step(stack, stage, gates, lam)
     sums = torch.zeros(2 if lam is not None else 1, len(stack), device=stack.device)
     for epoch in range(stage.epochs):
-        step.start_epoch(stage.lr_at(epoch), 0.0 if lam is None else float(lam))
+        step.start_epoch(stage.lr_at(epoch))
         sums.zero_()
         stack.skeleton.train()
         with torch.no_grad():
@@ -105,16 +108,19 @@ def train(
                 for total, losses in zip(sums, step(inputs, targets), strict=True):
                     total.add_(losses, alpha=inputs.shape[1])
         means = (sums / batches.samples).cpu()
-        yield EpochLosses(epoch + 1, means[0], None if lam is None else means[1], None if lam is None else float(lam))
-        if lam is not None:
+        weight = float(lam) if isinstance(lam, QuadraticLambda) else None
+        yield EpochLosses(epoch + 1, means[0], None if lam is None else means[1], weight)
+        if isinstance(lam, QuadraticLambda):
             lam.step()
 
 
 class _Step:
     """One training step of all networks, traced once per size of batch."""
 
-    def __init__(self, stack: Stack, stage: Stage, gates: Collection[str], gated: bool) -> None:
-        self.stack, self.stage, self.gated = stack, stage, gated
+    def __init__(
+        self, stack: Stack, stage: Stage, gates: Collection[str], lam: QuadraticLambda | GateBudget | None
+    ) -> None:
+        self.stack, self.stage, self.lam = stack, stage, lam
         self.names = [*stack.parameters]
         self.tensors = [tensor for kind in stack.kinds for tensor in kind.values()]
         of_weights = [index for index, name in enumerate(self.names) if name not in gates]
@@ -122,41 +128,62 @@ class _Step:
         parameters = [*stack.parameters.values()]
         self.weights = _StackedSGD(parameters, of_weights, stage.momentum, stage.weight_decay)
         self.gates = _StackedSGD(parameters, of_gates, stage.momentum, 0.0)
-        self.lam = torch.zeros((), device=stack.device)
+        if isinstance(lam, GateBudget):
+            big: Any = stack.skeleton
+            lam.begin(big, _open_means(stack))
         self.replays: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
-    def start_epoch(self, lr: float, lam: float) -> None:
+    def start_epoch(self, lr: float) -> None:
         self.weights.lr, self.gates.lr = lr, self.stage.gate_lr
-        self.lam.fill_(lam)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Updates all networks; returns their losses, and gate losses where there are gates, each (R,)."""
         size = inputs.shape[1]
+        arguments = (*self.tensors, inputs, targets, *self._weights())
         if size not in self.replays:
-            examples = (*self.tensors, inputs, targets, self.lam)
-            self.replays[size] = replayed(self._gradients(), *examples, replicates=len(self.stack))
-        results = self.replays[size](*self.tensors, inputs, targets, self.lam)
+            self.replays[size] = replayed(self._gradients(), *arguments, replicates=len(self.stack))
+        results = self.replays[size](*arguments)
         count = len(self.names)
         self.weights.step(results[:count])
         self.gates.step(results[:count])
+        if isinstance(self.lam, GateBudget):
+            *losses, open_now = results[count:]
+            self.lam.step(open_now)
+            return tuple(losses)
         return results[count:]
 
+    def _weights(self) -> tuple[Tensor, ...]:
+        """What weighs the gates of each network: λ, (R,), or a budget's multipliers, targets and curvature, (R, G)."""
+        if self.lam is None:
+            return ()
+        if isinstance(self.lam, GateBudget):
+            return self.lam.terms()
+        return (torch.full((len(self.stack),), float(self.lam), device=self.stack.device),)
+
     def _gradients(self) -> Callable[..., list[Tensor]]:
-        """A function of all tensors, inputs, targets and λ that returns gradients and losses."""
-        network = _WithGateLoss(self.stack.skeleton) if self.gated else _WithoutGateLoss(self.stack.skeleton)
-        criterion = self.stage.criterion
+        """A function of all tensors, inputs, targets and weights of the gates that returns gradients, losses and, for a
+        budget, P."""
+        skeleton, criterion, lam = self.stack.skeleton, self.stage.criterion, self.lam
+        network = _WithoutGates(skeleton) if lam is None else _WithGates(skeleton)
 
-        def loss_of_one(parameters: Any, buffers: Any, shared: Any, x: Tensor, target: Tensor, lam: Tensor) -> Any:
+        def loss_of_one(parameters: Any, buffers: Any, shared: Any, x: Tensor, target: Tensor, *weights: Tensor) -> Any:
             tensors = {f"network.{name}": value for name, value in (parameters | buffers | shared).items()}
-            output, *gate_loss = functional_call(network, tensors, (x,))
+            output, *means = functional_call(network, tensors, (x,))
             loss = criterion(output, target)
-            total = sum((lam * extra for extra in gate_loss), loss)
-            return total, [value.detach() for value in (loss, *gate_loss)]
+            if lam is None:
+                return loss, [loss.detach()]
+            (open_now,) = means
+            gate_loss = gate_loss_of(open_now, skeleton.num_teachers)  # type: ignore[arg-type]
+            if isinstance(lam, GateBudget):
+                return loss + penalty(open_now, *weights), [loss.detach(), gate_loss.detach(), open_now.detach()]
+            return loss + weights[0] * gate_loss, [loss.detach(), gate_loss.detach()]
 
-        of_all: Any = vmap(grad(loss_of_one, has_aux=True), in_dims=(0, 0, None, 0, 0, None), randomness="different")
+        count = len(self.tensors)
+        per_network = (0,) * (2 + len(self._weights()))
+        of_all: Any = vmap(grad(loss_of_one, has_aux=True), in_dims=(0, 0, None, *per_network), randomness="different")
 
         def gradients(*tensors: Tensor) -> list[Tensor]:
-            found, losses = of_all(*self.stack.unflatten(tensors[:-3]), *tensors[-3:])
+            found, losses = of_all(*self.stack.unflatten(tensors[:count]), *tensors[count:])
             return [*(found[name].contiguous() for name in self.names), *losses]
 
         return gradients
@@ -187,7 +214,7 @@ class _StackedSGD:
             )
 
 
-class _WithoutGateLoss(nn.Module):
+class _WithoutGates(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -196,8 +223,16 @@ class _WithoutGateLoss(nn.Module):
         return (self.network(x),)
 
 
-class _WithGateLoss(_WithoutGateLoss):
-    """A big student whose forward gives its gate loss as well, so that ``functional_call`` reaches both."""
+class _WithGates(_WithoutGates):
+    """A big student whose forward gives P of its groups as well, so that ``functional_call`` reaches both."""
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
-        return self.network(x), self.network.gate_loss()  # type: ignore[operator]
+        return self.network(x), open_means(self.network)  # type: ignore[arg-type]
+
+
+def _open_means(stack: Stack) -> Tensor:
+    """P of every group of each big student, (R, G)."""
+    big: Any = stack.skeleton
+    gates = [(big.gates[group.name], stack.parameters[f"gates.{group.name}.loc"]) for group in big.groups]
+    means = [open_probability(loc, gate.beta, gate.gamma, gate.zeta).mean(1) for gate, loc in gates]
+    return torch.stack(means, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
+from fastmerge.gate_budget import GateBudget
 from fastmerge.gate_report import gate_warnings, origins
 from fastmerge.kernels.gate import open_probability
 from fastmerge.schedules import QuadraticLambda
@@ -37,7 +38,7 @@ class _StudentRun:
         self.curves = Curves(self.size)
         self.borders: dict[str, list[float]] = {}
         self.open_probability: list[dict[str, Tensor]] = []
-        self.lam: list[float] = []
+        self.lam: list[float | None] = []
         self.kept: list[dict[str, list[int]] | None] = [None] * self.size
 
     def run(self) -> Outcome:
@@ -94,8 +95,7 @@ class _StudentRun:
         for linked, losses in self._merge_epochs(stack):
             stack = linked
             self.open_probability.append(_open_probabilities(stack))
-            if losses.lam is not None:
-                self.lam.append(losses.lam)
+            self.lam.append(losses.lam)
             if self._is_tested(losses.epoch, self.recipe.unit):
                 self._record(first + losses.epoch, {"train_loss": losses.loss, **self._score(stack)})
         self._border("big student", stack)
@@ -111,7 +111,7 @@ class _StudentRun:
 
     def _merge_epochs(self, stack: Stack) -> Iterator[tuple[Stack, EpochLosses]]:
         """The merge stage, epoch by epoch. Linking restarts the momentum, which ten steps build up again."""
-        lam = QuadraticLambda(self.recipe.lam_start, self.recipe.lam_step)
+        lam = self._weight_of_gates()
         before, after = self.recipe.merge_stages()
         options: dict[str, Any] = {"lam": lam, "gates": _gate_names(stack), "total": self.recipe.unit}
         for losses in train_stage(self.job, stack, self.data, before, self.rows, self.reporter, **options):
@@ -125,6 +125,12 @@ class _StudentRun:
         options["done"] = before.epochs
         for losses in train_stage(self.job, stack, self.data, after, self.rows, self.reporter, **options):
             yield stack, EpochLosses(before.epochs + losses.epoch, losses.loss, losses.gate_loss, losses.lam)
+
+    def _weight_of_gates(self) -> QuadraticLambda | GateBudget:
+        if self.recipe.gate_schedule == "quadratic":
+            return QuadraticLambda(self.recipe.lam_start, self.recipe.lam_step)
+        batches = math.ceil(len(self.data.train_inputs) / self.recipe.batch_size)
+        return GateBudget(self.recipe.unit * batches, gate_lr=self.recipe.gate_lr, momentum=self.recipe.momentum)
 
     def _finetune(self, stack: Stack) -> Stack:
         stage = self.recipe.finetune_stage()
@@ -150,7 +156,8 @@ class _StudentRun:
 
     def _warn_of_gates(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
         start, end = ({name: value.nanmean().item() for name, value in each.items()} for each in (before, after))
-        for warning in gate_warnings(start, end, 1 / TEACHERS, self.recipe.lam_step):
+        lam_step = self.recipe.lam_step if self.recipe.gate_schedule == "quadratic" else None
+        for warning in gate_warnings(start, end, 1 / TEACHERS, lam_step):
             self.reporter.warn(f"mean of {len(self.rows)} replicates: {warning}")
 
     def _gates(self) -> dict[str, list[list[float]]]:

@@ -1,0 +1,126 @@
+"""The budget that steers itself: its rule written out, that it arrives, and that it goes on from a state dict."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fastmerge
+from fastmerge.gate_budget import GateBudget, open_means
+from fastmerge.networks.lenet import small_lenet
+
+
+def gates_alone(sizes: list[int], teachers: int = 2) -> Any:
+    """What a budget sees of a big student."""
+    gates = nn.ModuleDict({f"g{i}": fastmerge.HardConcrete(teachers * size) for i, size in enumerate(sizes)})
+    groups = [SimpleNamespace(name=f"g{i}", size=size) for i, size in enumerate(sizes)]
+    return SimpleNamespace(gates=gates, groups=groups, num_teachers=teachers)
+
+
+def test_follows_its_rule() -> None:
+    big = gates_alone([3, 10])
+    budget = GateBudget(2000, gate_lr=0.1, momentum=0.5, anneal=0.5)
+    start, m = open_means(big).detach(), torch.zeros(2)
+    answer = 0.1 / 0.5 * 0.03 / torch.tensor([6.0, 20.0])
+    for step in range(3):
+        with torch.no_grad():
+            for gate in big.gates.values():
+                gate.loc += 0.1
+        p = open_means(big).detach() if step else start
+        if not step:
+            with torch.no_grad():
+                for gate in big.gates.values():
+                    gate.loc -= 0.1
+        t = start + (0.5 - start) * step / 1000
+        expected = m * (p - t) + 2 * 0.015 / answer / 2 * (p - t) ** 2
+        assert budget.loss(big).item() == pytest.approx(expected.sum().item(), rel=1e-4, abs=1e-6)
+        m = m + 0.015**2 / answer * (p - t)
+        budget.step()
+        torch.testing.assert_close(budget.multipliers, m)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(2, 500), min_size=1, max_size=3),
+    steps=st.integers(150, 500),
+    teachers=st.integers(2, 4),
+    pull=st.floats(0, 0.2),
+    seed=st.integers(0, 2**16),
+)
+def test_every_group_arrives(sizes: list[int], steps: int, teachers: int, pull: float, seed: int) -> None:
+    """Against a criterion that would rather keep some channels open, and is noisy."""
+    generator = torch.Generator().manual_seed(seed)
+    big = gates_alone(sizes, teachers)
+    wishes = [pull * torch.rand(gate.channels, generator=generator) ** 3 for gate in big.gates.values()]
+    optimizer = torch.optim.SGD(big.gates.parameters(), 0.2, 0.9)
+    budget = GateBudget(steps)
+    for _ in range(steps):
+        loss = budget.loss(big)
+        for gate, wish in zip(big.gates.values(), wishes, strict=True):
+            noise = 1 + torch.randn(gate.channels, generator=generator)
+            loss = loss - (wish * noise * gate.open_probability()).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        budget.step()
+    ends = open_means(big).detach()
+    margin = torch.tensor(
+        [0.05 + 0.5 / (teachers * size) for size in sizes]
+    )  # a single gate can't be half open for good
+    assert ((ends - 1 / teachers).abs() < margin).all(), ends
+
+
+def learner(seed: int = 0) -> tuple[fastmerge.BigStudent, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(seed)
+    x, y = torch.randn(40, 1, 8, 8), torch.randint(10, (40,))
+    return fastmerge.BigStudent(small_lenet(), small_lenet()), list(zip(x.split(10), y.split(10), strict=True))
+
+
+def train(big: fastmerge.BigStudent, budget: GateBudget, batches: list[tuple[Tensor, Tensor]], optimizer: Any) -> None:
+    for x, y in batches:
+        optimizer.zero_grad()
+        (cross_entropy(big(x), y) + budget.loss(big)).backward()
+        optimizer.step()
+        budget.step()
+
+
+def test_a_users_own_loop_and_its_continuation() -> None:
+    big, batches = learner()
+    budget, optimizer = GateBudget(16), torch.optim.SGD(big.parameters(), 0.05, 0.9)
+    train(big, budget, batches * 2, optimizer)
+    state, twin = copy.deepcopy(budget.state_dict()), copy.deepcopy(big)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), 0.05, 0.9)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other = GateBudget(1)
+    other.load_state_dict(state)
+    torch.manual_seed(3)
+    train(big, budget, batches * 2, optimizer)
+    torch.manual_seed(3)
+    train(twin, other, batches * 2, twin_optimizer)
+    assert budget.done == other.done == 16
+    for one, two in zip(big.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(budget.multipliers, other.multipliers)
+    assert budget.multipliers.ne(0).all()
+
+
+def test_a_step_needs_a_loss() -> None:
+    with pytest.raises(RuntimeError, match="there was none"):
+        GateBudget(10).step()
+
+
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [(0, {}), (1, {"gate_lr": 0.0}), (1, {"gate_lr": float("inf")}), (1, {"momentum": 1.0}), (1, {"anneal": 0.0})],
+)
+def test_bad_arguments(steps: int, options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="GateBudget needs steps of at least 1"):
+        GateBudget(steps, **options)
