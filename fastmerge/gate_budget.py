@@ -11,9 +11,10 @@ from fastmerge.big_student import BigStudent
 from fastmerge.schedules import GATE_MOMENTUM
 
 ANNEAL = 0.6
-_SLOPE = 0.03  # mean over the gates of (dP/dloc)², between 0.004, where the paper starts, and 0.06 at P = 1/2
 _SWINGS = 30.0  # the control's frequency times the length of the stage
 _FASTEST = 0.04  # and its limit, in radians a step, below which the gates' momentum hardly lags
+_DAMPING = 1.4
+_LEAST_SLOPE = 1e-3  # of (dP/dloc)²: where all gates are settled, the push on them has a limit
 
 
 class GateBudget:
@@ -21,13 +22,13 @@ class GateBudget:
 
     With P the mean of a group's P[g > 0] and t its target of the moment, the loss of a step and what follows it are
 
-        ``Σ over groups of m (P - t) + c/2 (P - t)²`` and ``m ← m + k (P - t)``.
+        ``Σ over groups of (m (P - t) + c/2 (P - t)²) / s`` and ``m ← m + k (P - t)``.
 
-    t falls linearly, from where P is at first to 1/T, over the first part of the stage, and stays there. c and k follow
-    from the length of the stage, the group's size and the gates' optimizer: a group answers to ``m`` at a rate of
-    ``a = lr / (1 - momentum) · 0.03 / size`` a step, and ``c = 2 ω / a``, ``k = ω² / a`` damp its swings critically, at a
-    frequency ω of 30 / steps, 0.04 at the most. A stage of fewer than about 100 steps is too short for gates with
-    momentum to settle in.
+    t falls linearly, from where P is at first to 1/T, over the first part of the stage, and stays there. s, the mean of the
+    gates' (dP/dloc)² of the moment, makes gates that are nearly settled answer like others: under the gates' own SGD, P then
+    moves by ``a m`` a step, with ``a = lr / (1 - momentum) / size``. ``c = 2.8 ω / a`` and ``k = ω² / a`` damp its swings, at
+    a frequency ω of 30 / steps, 0.04 at the most, so that stages of any length arrive; below about 100 steps gates with
+    momentum have no time to settle.
 
     ``loss = criterion(big(x), y) + budget.loss(big)``, and after the optimizers' step ``budget.step()``.
 
@@ -65,10 +66,10 @@ class GateBudget:
 
     def loss(self, big: BigStudent) -> Tensor:
         """What to add to the criterion in this step, a 0-d tensor; it remembers P for :meth:`step`."""
-        open_now = open_means(big)
+        open_now, slopes = open_state(big)
         self.begin(big, open_now)
         self._now = open_now.detach()
-        return penalty(open_now, *self.terms())
+        return penalty(open_now, slopes, *self.terms())
 
     def step(self, open_now: Tensor | None = None) -> None:
         """Ends a step of the stage.
@@ -94,7 +95,7 @@ class GateBudget:
         """
         if self._answer is None or self._answer.device != open_now.device:
             sizes = [big.num_teachers * group.size for group in big.groups]
-            rate = self.gate_lr / (1 - self.momentum) * _SLOPE
+            rate = self.gate_lr / (1 - self.momentum)
             self._answer = rate / torch.tensor(sizes, dtype=torch.float32, device=open_now.device)
             self.goal = 1 / big.num_teachers
         if self.multipliers is None or self.starts is None:
@@ -115,7 +116,11 @@ class GateBudget:
         assert self.multipliers is not None
         assert self.targets is not None
         assert self._answer is not None
-        return self.multipliers, self.targets, (2 * self._frequency / self._answer).expand_as(self.multipliers)
+        return (
+            self.multipliers,
+            self.targets,
+            (2 * _DAMPING * self._frequency / self._answer).expand_as(self.multipliers),
+        )
 
     @property
     def _frequency(self) -> float:
@@ -134,10 +139,10 @@ class GateBudget:
         return f"GateBudget(steps={self.steps}, done={self.done}, gate_lr={self.gate_lr:g}, momentum={self.momentum:g})"
 
 
-def penalty(open_now: Tensor, multipliers: Tensor, targets: Tensor, curvature: Tensor) -> Tensor:
-    """``Σ m (P - t) + c/2 (P - t)²`` over the last dimension."""
+def penalty(open_now: Tensor, slopes: Tensor, multipliers: Tensor, targets: Tensor, curvature: Tensor) -> Tensor:
+    """``Σ (m (P - t) + c/2 (P - t)²) / s`` over the last dimension; s has no gradient and a least value."""
     over = open_now - targets
-    return (multipliers * over + curvature / 2 * over.square()).sum(-1)
+    return ((multipliers * over + curvature / 2 * over.square()) / slopes.detach().clamp(min=_LEAST_SLOPE)).sum(-1)
 
 
 def gate_loss_of(open_now: Tensor, num_teachers: int) -> Tensor:
@@ -145,7 +150,9 @@ def gate_loss_of(open_now: Tensor, num_teachers: int) -> Tensor:
     return (open_now - 1 / num_teachers).square().sum(-1)
 
 
-def open_means(big: BigStudent) -> Tensor:
-    """Mean P[g > 0] of every channel group, in the order of ``big.groups``, (G,), with a gradient."""
+def open_state(big: BigStudent) -> tuple[Tensor, Tensor]:
+    """Of every channel group, in the order of ``big.groups``, P and the mean of (dP/dloc)², each (G,), float32."""
     gates: Any = big.gates
-    return torch.stack([gates[group.name].open_probability().mean() for group in big.groups]).float()
+    each = [gates[group.name].open_probability().float() for group in big.groups]
+    means = torch.stack([p.mean() for p in each])
+    return means, torch.stack([(p * (1 - p)).square().mean() for p in each])

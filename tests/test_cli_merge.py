@@ -116,6 +116,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "gate_lr": 0.3,
         "lam_start": 0.5,
         "lam_step": 4.0,
+        "gate_schedule": "budget",
         "finetune_lr": 0.04,
         "seed": 7,
         "device": "cpu",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastmerge
-from fastmerge.gate_budget import GateBudget, open_means
+from fastmerge.gate_budget import GateBudget, open_state
 from fastmerge.networks.lenet import small_lenet
 
 
@@ -25,34 +25,54 @@ def gates_alone(sizes: list[int], teachers: int = 2) -> Any:
     return SimpleNamespace(gates=gates, groups=groups, num_teachers=teachers)
 
 
+def open_means(big: Any) -> Tensor:
+    return open_state(big)[0]
+
+
 def test_follows_its_rule() -> None:
     big = gates_alone([3, 10])
     budget = GateBudget(2000, gate_lr=0.1, momentum=0.5, anneal=0.5)
     start, m = open_means(big).detach(), torch.zeros(2)
-    answer = 0.1 / 0.5 * 0.03 / torch.tensor([6.0, 20.0])
+    answer = 0.1 / 0.5 / torch.tensor([6.0, 20.0])
     for step in range(3):
-        with torch.no_grad():
-            for gate in big.gates.values():
-                gate.loc += 0.1
-        p = open_means(big).detach() if step else start
-        if not step:
-            with torch.no_grad():
-                for gate in big.gates.values():
-                    gate.loc -= 0.1
         t = start + (0.5 - start) * step / 1000
-        expected = m * (p - t) + 2 * 0.015 / answer / 2 * (p - t) ** 2
+        each = [gate.open_probability().detach() for gate in big.gates.values()]
+        p = torch.stack([open_.mean() for open_ in each])
+        s = torch.stack([(open_ * (1 - open_)).square().mean() for open_ in each])
+        expected = (m * (p - t) + 2.8 * 0.015 / answer / 2 * (p - t) ** 2) / s
         assert budget.loss(big).item() == pytest.approx(expected.sum().item(), rel=1e-4, abs=1e-6)
         m = m + 0.015**2 / answer * (p - t)
         budget.step()
         torch.testing.assert_close(budget.multipliers, m)
+        with torch.no_grad():
+            for gate in big.gates.values():
+                gate.loc += 0.1
+
+
+def test_settled_gates_are_pushed_as_hard_as_others_up_to_a_limit() -> None:
+    big = gates_alone([4])
+    budget = GateBudget(1000)
+    budget.loss(big)
+    budget.done = 600  # the target is 1/2 from here on
+    (gate,) = big.gates.values()
+    pushes = []
+    for loc in (1.0, 3.0, 30.0):
+        with torch.no_grad():
+            gate.loc.fill_(loc)
+        slope = (gate.open_probability() * (1 - gate.open_probability())).detach().mean()
+        (force,) = torch.autograd.grad(budget.loss(big), gate.loc)
+        pushes.append((force.sum() * slope).item() / (open_means(big).item() - 0.5))
+    assert pushes[1] < pushes[0]  # at loc 3 the limit of s is reached
+    assert pushes[0] == pytest.approx(2.8 * 0.03 / (2 / 8), rel=1e-3)
+    assert pushes[2] == pytest.approx(0, abs=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(2, 500), min_size=1, max_size=3),
-    steps=st.integers(150, 500),
+    steps=st.integers(120, 500),
     teachers=st.integers(2, 4),
-    pull=st.floats(0, 0.2),
+    pull=st.floats(0, 0.5),
     seed=st.integers(0, 2**16),
 )
 def test_every_group_arrives(sizes: list[int], steps: int, teachers: int, pull: float, seed: int) -> None:

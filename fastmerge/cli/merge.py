@@ -43,6 +43,7 @@ _MERGE_OPTIONS = (
     "gate_lr",
     "lam_start",
     "lam_step",
+    "gate_schedule",
     "finetune_lr",
     "milestones",
     "channels_last",
@@ -75,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gate-lr", type=float, default=0.2, metavar="X", help="learning rate of the gates; default 0.2")
     add("--lam-start", type=float, default=0.01, metavar="X", help="weight of the gate loss at first; default 0.01")
     add("--lam-step", type=float, metavar="X", help="its growth per epoch; default fits the length of the stage")
+    add(
+        "--gate-schedule",
+        choices=("quadratic", "budget"),
+        default="quadratic",
+        help="what brings gates to 1/T: λ, or a budget that steers itself; default quadratic",
+    )
     add(
         "--link-at",
         type=float,

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.optim.sgd import sgd
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.gate_budget import GateBudget, gate_loss_of, open_means, penalty
+from fastmerge.gate_budget import GateBudget, gate_loss_of, open_state, penalty
 from fastmerge.kernels.gate import open_probability
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.order import Augment, StackedBatches
@@ -172,10 +172,14 @@ class _Step:
             loss = criterion(output, target)
             if lam is None:
                 return loss, [loss.detach()]
-            (open_now,) = means
+            open_now, slopes = means
             gate_loss = gate_loss_of(open_now, skeleton.num_teachers)  # type: ignore[arg-type]
             if isinstance(lam, GateBudget):
-                return loss + penalty(open_now, *weights), [loss.detach(), gate_loss.detach(), open_now.detach()]
+                return loss + penalty(open_now, slopes, *weights), [
+                    loss.detach(),
+                    gate_loss.detach(),
+                    open_now.detach(),
+                ]
             return loss + weights[0] * gate_loss, [loss.detach(), gate_loss.detach()]
 
         count = len(self.tensors)
@@ -227,7 +231,7 @@ class _WithGates(_WithoutGates):
     """A big student whose forward gives P of its groups as well, so that ``functional_call`` reaches both."""
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
-        return self.network(x), open_means(self.network)  # type: ignore[arg-type]
+        return self.network(x), *open_state(self.network)  # type: ignore[arg-type]
 
 
 def _open_means(stack: Stack) -> Tensor:
