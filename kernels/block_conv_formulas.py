@@ -1,0 +1,220 @@
+"""Block convolutions in plain PyTorch: the reference of the Triton kernels, and what both need to know.
+
+A *block-diagonal* convolution runs T convolutions of one geometry, each with its own input and weight:
+
+    y_t[n, k, h, w] = b_t[k] + Σ_{c, r, s} x_t[n, c, S h + D r - P, S w + D s - P] weight_t[k, c, r, s]
+
+The T inputs are tensors of their own (*streams*), or T slices of one tensor's channels (*joined*, ``groups=T``). A
+*block-sparse* convolution has one input and one dense weight, cut into blocks of output and input channels, of which a mask
+says which are *live*; the others count as zero, whatever they hold, and get a gradient of exactly zero.
+
+Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a two-dimensional convolution is applied; each pair is (rows, columns)."""
+
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """The size of the output for an input of this size."""
+        rows, columns = (
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(
+                (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return rows, columns
+
+    @property
+    def options(self) -> tuple[Pair, Pair, Pair]:
+        """Stride, padding and dilation, in the order of ``F.conv2d``."""
+        return self.stride, self.padding, self.dilation
+
+
+class LiveBlocks(NamedTuple):
+    """Which blocks of a weight are live, as index lists on its device; made by :func:`live_blocks`.
+
+    Attributes:
+        rows: int32 (L,), the block row (output channels) of each live block, rows ascending.
+        columns: int32 (L,), its block column (input channels).
+        row_starts: int32 (rows + 1,), where each row's blocks start in ``columns``.
+        column_starts: int32 (columns + 1,), where each column's blocks start in ``column_rows``.
+        column_rows: int32 (L,), the block rows of each column's live blocks, columns ascending.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    row_starts: Tensor
+    column_starts: Tensor
+    column_rows: Tensor
+
+    def block(self, weight: Tensor) -> Pair:
+        """Output and input channels of a block of this weight."""
+        return weight.shape[0] // (len(self.row_starts) - 1), weight.shape[1] // (len(self.column_starts) - 1)
+
+
+_lists: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def live_blocks(mask: Tensor) -> LiveBlocks:
+    """The live blocks of a mask as index lists, made once for each mask tensor and again after it is changed in place.
+
+    Args:
+        mask: bool (block rows, block columns).
+
+    Raises:
+        ValueError: if the mask is anything else.
+    """
+    if mask.dim() != 2 or mask.dtype != torch.bool or mask.numel() == 0:
+        raise ValueError(
+            f"block_sparse_conv2d needs a bool mask (blocks of output channels, blocks of input channels); "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    known = _lists.get(mask)
+    # The mask itself is kept with its lists nowhere: a weak reference lets it go.
+    if known is not None and known[0] == mask._version:
+        return known[1]
+    rows, columns = mask.nonzero(as_tuple=True)
+    column_order, column_rows = mask.t().nonzero(as_tuple=True)
+    lists = LiveBlocks(
+        rows.int(), columns.int(), _starts(rows, mask.shape[0]), _starts(column_order, mask.shape[1]), column_rows.int()
+    )
+    _lists[mask] = (mask._version, lists)
+    return lists
+
+
+def _starts(sorted_keys: Tensor, count: int) -> Tensor:
+    counts = torch.zeros(count, dtype=torch.int64, device=sorted_keys.device)
+    counts.scatter_add_(0, sorted_keys, torch.ones_like(sorted_keys))
+    return F.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def block_diagonal_reference(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, ...]:
+    """T convolutions, one after another.
+
+    Args:
+        xs: T tensors (N, C, H, W).
+        weight: (T·K, C, R, S), the T weights one under the other.
+        bias: (T·K,), or None.
+        geometry: of each convolution.
+
+    Returns:
+        T tensors (N, K, H', W').
+    """
+    biases = [None] * len(xs) if bias is None else bias.chunk(len(xs))
+    return tuple(
+        F.conv2d(x, w, b, *geometry.options) for x, w, b in zip(xs, weight.chunk(len(xs)), biases, strict=True)
+    )
+
+
+def grouped_reference(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, geometry: Geometry) -> Tensor:
+    """``F.conv2d`` with groups: joined input (N, T·C, H, W), weight (T·K, C, R, S), joined output."""
+    return F.conv2d(x, weight, bias, *geometry.options, groups)
+
+
+def block_sparse_reference(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """A dense convolution with the blocks that aren't live replaced by zeros: x (N, C, H, W), weight (K, C, R, S)."""
+    return F.conv2d(x, masked_weight(weight, mask), bias, *geometry.options)
+
+
+def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """The weight with exact zeros where its blocks aren't live, even where it holds infinities."""
+    rows, columns = (size // blocks for size, blocks in zip(weight.shape, mask.shape, strict=False))
+    live = mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return torch.where(live[:, :, None, None], weight, weight.new_zeros(()))
+
+
+def empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
+    """Uninitialised memory (N, C, H, W) with the channels next to each other."""
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def dense_weight(weight: Tensor) -> Tensor:
+    """A weight (T·K, C, R, S) in the order (T·K, R, S, C) without gaps, 16 bytes aligned; itself if it is that already."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+
+
+@functools.cache
+def tensor_boxes_exist() -> bool:
+    """Whether this Triton knows tensor descriptors made on the host."""
+    try:
+        import triton.tools.tensor_descriptor  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def refusal(
+    tensors: Sequence[Tensor], weight: Tensor, geometry: Geometry, blocks: tuple[int, int] | None = None
+) -> str | None:
+    """Why the Triton kernels can't take a convolution, or None if they can.
+
+    Args:
+        tensors: the inputs, (N, channels, H, W).
+        weight: (T·K, C, R, S).
+        geometry: of the convolution.
+        blocks: output and input channels of a block, of a block-sparse weight.
+    """
+    x, (stride, other) = tensors[0], geometry.stride
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0) or not tensor_boxes_exist():
+        return "needs a CUDA device of compute capability 9.0 or newer, and Triton's tensor descriptors"
+    return layout_refusal(tensors, weight, geometry, blocks)
+
+
+def layout_refusal(
+    tensors: Sequence[Tensor], weight: Tensor, geometry: Geometry, blocks: tuple[int, int] | None = None
+) -> str | None:
+    """The part of :func:`refusal` that holds on any device."""
+    x, (stride, other) = tensors[0], geometry.stride
+    if any(t.dtype not in (torch.float16, torch.bfloat16) or t.dtype != weight.dtype for t in tensors):
+        return f"needs float16 or bfloat16 throughout; got {x.dtype} and a weight of {weight.dtype}"
+    if stride != other or stride not in (1, 2) or (stride == 2 and geometry.dilation != (1, 1)):
+        return f"needs stride 1, or stride 2 without dilation; got {geometry.stride} and {geometry.dilation}"
+    if min(geometry.padding) < 0 or x.shape[0] == 0 or min(geometry.output_size(*x.shape[2:])) < 1:
+        return "needs an output that isn't empty"
+    if stride == 2 and min(x.shape[2:]) < 2:
+        return f"needs two rows and two columns for stride 2; got {tuple(x.shape[2:])}"
+    channels, outputs = weight.shape[1], weight.shape[0] // (1 if blocks else _streams(tensors, weight))
+    if channels % 8 or outputs % 8:
+        return f"needs multiples of 8 channels, 16 bytes; got {channels} and {outputs}"
+    if blocks is not None and (blocks[0] % 16 or blocks[1] % 16):
+        return f"needs blocks of multiples of 16 channels; got {blocks[0]} × {blocks[1]}"
+    if not all(boxes_fit(t) for t in tensors):
+        return "needs channels next to each other, and rows and columns 16 bytes apart or multiples of it"
+    return None
+
+
+def boxes_fit(tensor: Tensor) -> bool:
+    """Whether TMA can fetch boxes of a tensor (N, C, H, W): channels-last, or a slice of the channels of such a tensor."""
+    per_16_bytes = 16 // tensor.element_size()
+    n, c, h, w = (stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return c <= 1 and not any(s % per_16_bytes for s in (n, h, w)) and tensor.data_ptr() % 16 == 0
+
+
+def _streams(tensors: Sequence[Tensor], weight: Tensor) -> int:
+    return len(tensors) if len(tensors) > 1 else tensors[0].shape[1] // weight.shape[1]

@@ -1,0 +1,159 @@
+"""Tile shapes of the block convolution's kernels: which ones are worth timing for a layer.
+
+Every tile here compiles for sm_90 to wgmma without spills, within the 227 KB of shared memory; the tests hold it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of the forward pass or the input gradient.
+
+    Attributes:
+        positions: positions of the written tensor in a tile, a power of 2.
+        written: its channels.
+        read: channels read in a step.
+        warps: warps of a program.
+        stages: steps in flight.
+    """
+
+    positions: int
+    written: int
+    read: int
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return f"triton {self.positions}x{self.written}x{self.read} w{self.warps} s{self.stages}"
+
+
+@dataclass(frozen=True)
+class WeightTile:
+    """A tile of the weight gradient.
+
+    Attributes:
+        rows: output channels in a tile.
+        columns: input channels.
+        positions: positions summed in a step, a power of 2.
+        row_of_taps: whether a program computes three taps of a row instead of one; kernels three columns wide only.
+        programs: how many programs to split the sum for. A constant, not the card's number of multiprocessors: the same
+            tile gives the same bits on any card.
+        warps: warps of a program.
+        stages: steps in flight.
+    """
+
+    rows: int
+    columns: int
+    positions: int
+    row_of_taps: bool
+    programs: int
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        taps = "x3" if self.row_of_taps else ""
+        return f"triton {self.rows}x{self.columns}{taps}x{self.positions} p{self.programs} w{self.warps} s{self.stages}"
+
+
+# positions, written channels, warps, stages
+_TILES = (
+    (128, 256, 8, 3),
+    (256, 128, 8, 3),
+    (128, 128, 8, 4),
+    (128, 128, 4, 4),
+    (64, 128, 4, 4),
+    (256, 64, 8, 4),
+    (128, 64, 4, 4),
+    (64, 64, 4, 4),
+    (256, 32, 8, 4),
+    (128, 32, 4, 4),
+    (256, 16, 8, 4),
+    (128, 16, 4, 4),
+)
+# rows, columns, row of taps, warps, stages
+_WEIGHT_TILES = (
+    (128, 256, False, 8, 3),
+    (128, 128, False, 8, 4),
+    (128, 64, True, 8, 4),
+    (128, 64, False, 4, 4),
+    (64, 128, False, 4, 4),
+    (64, 64, True, 4, 4),
+    (64, 64, False, 4, 4),
+    (64, 32, True, 4, 4),
+    (64, 32, False, 4, 4),
+    (64, 16, True, 4, 4),
+    (64, 16, False, 4, 4),
+)
+_PROGRAMS = (264, 1056)
+
+
+def tiles(read_channels: int, written_channels: int, blocks: tuple[int, int] | None = None) -> tuple[Tile, ...]:
+    """The tiles to time for a forward pass or an input gradient.
+
+    Args:
+        read_channels: channels of the read tensor, in one stream.
+        written_channels: channels of the written tensor, in one stream.
+        blocks: written and read channels of a block, of a block-sparse weight: tiles must divide them.
+    """
+    read = min(64, _power_above(read_channels) if blocks is None else _power_within(blocks[1]))
+    widest = min(256, _power_above(written_channels) if blocks is None else _power_within(blocks[0]))
+    return tuple(
+        Tile(positions, written, read, warps, stages)
+        for positions, written, warps, stages in _TILES
+        if widest // 2 <= written <= widest
+    )
+
+
+def weight_tiles(
+    read_channels: int, written_channels: int, kernel_columns: int, blocks: tuple[int, int] | None = None
+) -> tuple[WeightTile, ...]:
+    """The tiles to time for a weight gradient; arguments as for :func:`tiles`, with the forward pass's sides."""
+    columns_most = _power_above(read_channels) if blocks is None else _power_within(blocks[1])
+    rows_most = max(64, _power_above(written_channels) if blocks is None else blocks[0])
+    return tuple(
+        WeightTile(rows, columns, 64, row_of_taps, programs, warps, stages)
+        for rows, columns, row_of_taps, warps, stages in _WEIGHT_TILES
+        for programs in _PROGRAMS
+        if rows <= rows_most
+        and min(columns_most, 128) // 2 <= columns <= columns_most
+        and (kernel_columns == 3 or not row_of_taps)
+    )
+
+
+def box_of(positions: int, batch: int, height: int, width: int) -> tuple[int, int, int]:
+    """The box of N × H × W positions, powers of 2 with this product, that covers a tensor with the fewest boxes.
+
+    Among equals, the one with the most rows and columns, whose taps overlap most, and of those the squarest.
+    """
+
+    def cost(box: tuple[int, int, int]) -> tuple[int, int, int]:
+        n, h, w = box
+        return -(-batch // n) * -(-height // h) * -(-width // w), n, abs(h - w)
+
+    return min(_boxes(positions), key=cost)
+
+
+def _boxes(positions: int) -> Iterator[tuple[int, int, int]]:
+    h = 1
+    while h <= positions:
+        w = 1
+        while h * w <= positions:
+            yield positions // (h * w), h, w
+            w *= 2
+        h *= 2
+
+
+def _power_above(n: int) -> int:
+    """The least power of 2 of at least n, and 16 at least: what tensor cores take."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _power_within(n: int) -> int:
+    """The largest power of 2 that divides n."""
+    return n & -n

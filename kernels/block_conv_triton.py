@@ -1,0 +1,339 @@
+"""Triton kernel of the block convolution's forward pass and input gradient. Formulas: ``block_conv_formulas``.
+
+Both are one implicit GEMM that never builds its left operand: a tile of NB × HB × WB positions of the written tensor needs,
+for each tap and each block of channels, one dense box of the read tensor, shifted by the tap. TMA fetches it, writes zeros
+where it lies outside, and ``tl.dot`` becomes wgmma. The loop runs over (channel block, tap), the taps innermost, so that
+what neighbouring taps share is still in the L2 cache.
+
+Stride 2 stays dense boxes too, for both passes, on *lattices*, the rows and columns of one parity:
+
+* the forward pass reads, for the taps of one parity, the lattice of x of that parity at stride 1: four loops, one for each
+  lattice, into one accumulator;
+* the input gradient writes each lattice of dx by itself: the taps that reach it are those of one parity, and dy is read at
+  stride 1. A program writes one tile of one lattice, so the four share a launch and no position is computed in vain.
+
+For GPUs before sm_90, the compiler turns the boxes into masked loads by pointer: the same kernel, without TMA and wgmma.
+
+Dims: T streams, N batch, H W positions, C channels; BN channels written by a tile, BK channels read in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastmerge.kernels.block_conv_boxes_triton import launches, weight_box
+from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks, dense_weight, empty_channels_last
+from fastmerge.kernels.block_conv_tiles import Tile, box_of
+from torch import Tensor
+
+# Bits of bfloat16 mean nothing to the interpreter's dot product.
+UPCAST = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    x,
+    w,
+    live_ptr,
+    blocks,
+    x_stream,
+    stream,
+    n,
+    h,
+    w_position,
+    channel,
+    row_parity,
+    column_parity,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    LIVE_BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # The taps of this lattice are first, first + STRIDE, ...: all of them at stride 1.
+    first_row = (row_parity + PADDING_H) % STRIDE
+    first_column = (column_parity + PADDING_W) % STRIDE
+    rows = (KERNEL_H - first_row + STRIDE - 1) // STRIDE
+    columns = (KERNEL_W - first_column + STRIDE - 1) // STRIDE
+    taps = rows * columns
+    read = 0
+    if LIVE_BLOCK:
+        # Loaded a step ahead: a box whose place the same step must look up first would not be fetched in advance.
+        per_block: tl.constexpr = LIVE_BLOCK // BK
+        live = tl.load(live_ptr, blocks > 0, other=0)
+    for step in tl.range(0, blocks * taps):
+        tap = step % taps
+        block = step // taps
+        row = tap // columns
+        column = tap % columns
+        if LIVE_BLOCK:
+            read = live * LIVE_BLOCK + block % per_block * BK
+            following = (step + 1) // taps
+            live = tl.load(live_ptr + following // per_block, following < blocks, other=0)
+        else:
+            read = block * BK
+        weight_tap = (first_row + STRIDE * row) * KERNEL_W + first_column + STRIDE * column
+        # Divisions by STRIDE are exact.
+        if GRADIENT:
+            shift_h = (row_parity + PADDING_H - first_row) // STRIDE - row * DILATION_H
+            shift_w = (column_parity + PADDING_W - first_column) // STRIDE - column * DILATION_W
+            w_tile = w.load([stream, read, weight_tap, channel]).reshape(BK, BN)
+        else:
+            shift_h = row * DILATION_H - (row_parity + PADDING_H - first_row) // STRIDE
+            shift_w = column * DILATION_W - (column_parity + PADDING_W - first_column) // STRIDE
+            w_tile = w.load([stream, channel, weight_tap, read]).reshape(BN, BK).T
+        x_tile = x.load([x_stream, n, h + shift_h, w_position + shift_w, read]).reshape(NB * HB * WB, BK)
+        if UPCAST:
+            x_tile = x_tile.to(tl.float32)
+            w_tile = w_tile.to(tl.float32)
+        acc = tl.dot(x_tile, w_tile, acc)
+    return acc
+
+
+@triton.jit
+def correlate_kernel(
+    x0,
+    x1,
+    x2,
+    x3,
+    w,
+    y0,
+    y1,
+    y2,
+    y3,
+    bias_ptr,
+    starts_ptr,
+    live_ptr,
+    blocks,
+    channel_tiles,
+    n_tiles,
+    h_tiles,
+    w_tiles,
+    write_channels,
+    streams,
+    x_reversed,
+    y_reversed,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    LIVE_BLOCK: tl.constexpr,
+    WRITE_BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    LATTICES: tl.constexpr = STRIDE * STRIDE
+    # Tiles that read the same box lie side by side in the launch: those of other channels, and dx's of other lattices.
+    pid = tl.program_id(0)
+    channel = pid % channel_tiles * BN
+    pid = pid // channel_tiles
+    lattice = 0
+    if GRADIENT:
+        lattice = pid % LATTICES
+        pid = pid // LATTICES
+    w_position = pid % w_tiles * WB
+    pid = pid // w_tiles
+    h = pid % h_tiles * HB
+    pid = pid // h_tiles
+    n = pid % n_tiles * NB
+    stream = pid // n_tiles
+    x_stream = tl.where(x_reversed != 0, streams - 1 - stream, stream)
+    y_stream = tl.where(y_reversed != 0, streams - 1 - stream, stream)
+
+    if LIVE_BLOCK:
+        row = channel // WRITE_BLOCK
+        start = tl.load(starts_ptr + row)
+        blocks = (tl.load(starts_ptr + row + 1) - start) * (LIVE_BLOCK // BK)
+        live_ptr += start
+
+    acc = tl.zeros((NB * HB * WB, BN), tl.float32)
+    if GRADIENT:
+        acc = _accumulate(
+            acc, x0, w, live_ptr, blocks, x_stream, stream, n, h, w_position, channel,
+            lattice // STRIDE, lattice % STRIDE,
+            NB, HB, WB, BN, BK, KERNEL_H, KERNEL_W, STRIDE, PADDING_H, PADDING_W, DILATION_H, DILATION_W,
+            LIVE_BLOCK, GRADIENT, UPCAST,
+        )  # fmt: skip
+    else:
+        for read_lattice in tl.static_range(LATTICES):
+            # A kernel of one row or column reads no position of the other parity.
+            if (
+                KERNEL_H > (read_lattice // STRIDE + PADDING_H) % STRIDE
+                and KERNEL_W > (read_lattice % STRIDE + PADDING_W) % STRIDE
+            ):
+                acc = _accumulate(
+                    acc, x0 if read_lattice == 0 else x1 if read_lattice == 1 else x2 if read_lattice == 2 else x3,
+                    w, live_ptr, blocks, x_stream, stream, n, h, w_position, channel,
+                    read_lattice // STRIDE, read_lattice % STRIDE,
+                    NB, HB, WB, BN, BK, KERNEL_H, KERNEL_W, STRIDE, PADDING_H, PADDING_W, DILATION_H, DILATION_W,
+                    LIVE_BLOCK, GRADIENT, UPCAST,
+                )  # fmt: skip
+
+    if BIAS:
+        written = channel + tl.arange(0, BN)
+        bias = tl.load(bias_ptr + stream * write_channels + written, written < write_channels, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y_tile = acc.to(y0.dtype).reshape(1, NB, HB, WB, BN)
+    if lattice == 0:
+        y0.store([y_stream, n, h, w_position, channel], y_tile)
+    if GRADIENT and LATTICES == 4:
+        if lattice == 1:
+            y1.store([y_stream, n, h, w_position, channel], y_tile)
+        if lattice == 2:
+            y2.store([y_stream, n, h, w_position, channel], y_tile)
+        if lattice == 3:
+            y3.store([y_stream, n, h, w_position, channel], y_tile)
+
+
+# HOST
+
+
+def forward(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    geometry: Geometry,
+    tile: Tile,
+    live: LiveBlocks | None = None,
+) -> list[Tensor]:
+    """Launches ``correlate_kernel`` for the forward pass.
+
+    Args:
+        xs: T tensors (N, C, H, W) of which TMA can fetch boxes, or one joined one (N, T·C, H, W).
+        weight: (T·K, C, R, S).
+        bias: (T·K,), or None.
+        groups: T.
+        geometry: of the convolution.
+        tile: of the kernel.
+        live: the live blocks of a block-sparse weight, T being 1.
+
+    Returns:
+        T tensors (N, K, H', W') in channels-last order, or one joined one.
+    """
+    n, _, height, width = xs[0].shape
+    outputs = weight.shape[0] // len(xs)
+    ys = [empty_channels_last(x, (n, outputs, *geometry.output_size(height, width))) for x in xs]
+    _correlate(xs, ys, weight, bias, groups, geometry, tile, live, gradient=False)
+    return ys
+
+
+def input_gradient(
+    dys: Sequence[Tensor],
+    weight: Tensor,
+    size: tuple[int, int],
+    groups: int,
+    geometry: Geometry,
+    tile: Tile,
+    live: LiveBlocks | None = None,
+) -> list[Tensor]:
+    """Launches ``correlate_kernel`` for the gradient of the inputs; ``size`` is theirs, (H, W)."""
+    channels = weight.shape[1] * groups // len(dys)
+    dxs = [empty_channels_last(dy, (dy.shape[0], channels, *size)) for dy in dys]
+    _correlate(dys, dxs, weight, None, groups, geometry, tile, live, gradient=True)
+    return dxs
+
+
+def _correlate(
+    reads: Sequence[Tensor],
+    writes: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    geometry: Geometry,
+    tile: Tile,
+    live: LiveBlocks | None,
+    gradient: bool,
+) -> None:
+    weight = dense_weight(weight)
+    outputs, channels = weight.shape[0] // groups, weight.shape[1]
+    written, read = (channels, outputs) if gradient else (outputs, channels)
+    stride = geometry.stride[0]
+    n, _, height, width = writes[0].shape
+    if gradient:
+        # A tile lies within one lattice; the first is the largest.
+        height, width = -(-height // stride), -(-width // stride)
+    box = box_of(tile.positions, n, height, width)
+    counts = [-(-size // edge) for size, edge in zip((n, height, width), box, strict=True)]
+    channel_tiles = triton.cdiv(written, tile.written)
+    blocks, lists = (0, 0), (None, None)
+    if live is not None:
+        blocks = live.block(weight)
+        lists = (live.column_starts, live.column_rows) if gradient else (live.row_starts, live.columns)
+    constants = correlate_constants(geometry, tile, box, gradient, bias is not None, blocks)
+    weight_channels = (tile.read, tile.written) if gradient else (tile.written, tile.read)
+    for part, (x, y) in launches(groups, reads, writes):
+        rows = slice(part.start * outputs, part.stop * outputs)
+        programs = channel_tiles * counts[0] * counts[1] * counts[2] * x.count * (stride**2 if gradient else 1)
+        with torch.cuda.device_of(reads[0]):
+            correlate_kernel[(programs,)](
+                *x.boxes(box, tile.read, 1 if gradient else stride),
+                weight_box(weight[rows], x.count, *weight_channels),
+                *y.boxes(box, tile.written, stride if gradient else 1),
+                None if bias is None else bias[rows].contiguous(),
+                *lists,
+                triton.cdiv(read, tile.read),
+                channel_tiles,
+                *counts,
+                written,
+                x.count,
+                int(x.backwards),
+                int(y.backwards),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                **constants,
+            )
+
+
+def correlate_constants(
+    geometry: Geometry,
+    tile: Tile,
+    box: tuple[int, int, int],
+    gradient: bool,
+    bias: bool,
+    blocks: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:
+    """The constexpr arguments of ``correlate_kernel``; ``blocks`` are output and input channels of a live block, or 0."""
+    return {
+        "NB": box[0],
+        "HB": box[1],
+        "WB": box[2],
+        "BN": tile.written,
+        "BK": tile.read,
+        "KERNEL_H": geometry.kernel[0],
+        "KERNEL_W": geometry.kernel[1],
+        "STRIDE": geometry.stride[0],
+        "PADDING_H": geometry.padding[0],
+        "PADDING_W": geometry.padding[1],
+        "DILATION_H": geometry.dilation[0],
+        "DILATION_W": geometry.dilation[1],
+        "LIVE_BLOCK": blocks[0 if gradient else 1],
+        "WRITE_BLOCK": blocks[1 if gradient else 0],
+        "BIAS": bias,
+        "GRADIENT": gradient,
+        "UPCAST": UPCAST,
+    }
