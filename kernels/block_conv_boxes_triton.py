@@ -11,6 +11,7 @@ Dims: T streams, N batch, C channels, H W positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ def streams_of(tensors: Sequence[Tensor], count: int) -> Streams | None:
     first, size = tensors[0], tensors[0].element_size()
     if any(_layout(t) != _layout(first) for t in tensors):
         return None
-    distances = {after.data_ptr() - before.data_ptr() for before, after in zip(tensors, tensors[1:], strict=False)}
+    distances = {after.data_ptr() - before.data_ptr() for before, after in itertools.pairwise(tensors)}
     if len(distances) > 1:
         return None
     (distance,) = distances
@@ -105,9 +106,7 @@ def launches(count: int, *operands: Sequence[Tensor]) -> list[tuple[slice, list[
     while waiting:
         part = waiting.pop(0)
         length = part.stop - part.start
-        arrays = [
-            streams_of(tensors if len(tensors) == 1 else tensors[part], length) for tensors in operands
-        ]
+        arrays = [streams_of(tensors if len(tensors) == 1 else tensors[part], length) for tensors in operands]
         whole = [array for array in arrays if array is not None]
         if len(whole) == len(arrays):
             found.append((part, whole))
@@ -129,5 +128,8 @@ def weight_box(weight: Tensor, count: int, rows: int, columns: int) -> TensorDes
     outputs, channels, *kernel = weight.shape
     taps, each = kernel[0] * kernel[1], outputs // count
     return TensorDescriptor(
-        weight, [count, each, taps, channels], [each * taps * channels, taps * channels, channels, 1], [1, rows, 1, columns]
+        weight,
+        [count, each, taps, channels],
+        [each * taps * channels, taps * channels, channels, 1],
+        [1, rows, 1, columns],
     )

@@ -13,9 +13,10 @@ Dims: T streams, N batch, C input channels, K output channels (of one stream), H
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,16 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Pair = tuple[int, int]
+
+
+def _has_descriptors() -> bool:
+    # Looked up without importing Triton, which a machine without CUDA never does.
+    triton = importlib.util.find_spec("triton")
+    folders = (triton and triton.submodule_search_locations) or ()
+    return any((Path(folder) / "tools" / "tensor_descriptor.py").is_file() for folder in folders)
+
+
+_HAS_DESCRIPTORS = _has_descriptors()
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class LiveBlocks(NamedTuple):
         row_starts: int32 (rows + 1,), where each row's blocks start in ``columns``.
         column_starts: int32 (columns + 1,), where each column's blocks start in ``column_rows``.
         column_rows: int32 (L,), the block rows of each column's live blocks, columns ascending.
+        mask: the bool mask itself, (block rows, block columns).
     """
 
     rows: Tensor
@@ -67,10 +79,11 @@ class LiveBlocks(NamedTuple):
     row_starts: Tensor
     column_starts: Tensor
     column_rows: Tensor
+    mask: Tensor
 
     def block(self, weight: Tensor) -> Pair:
         """Output and input channels of a block of this weight."""
-        return weight.shape[0] // (len(self.row_starts) - 1), weight.shape[1] // (len(self.column_starts) - 1)
+        return weight.shape[0] // self.mask.shape[0], weight.shape[1] // self.mask.shape[1]
 
 
 _lists: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -91,13 +104,17 @@ def live_blocks(mask: Tensor) -> LiveBlocks:
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     known = _lists.get(mask)
-    # The mask itself is kept with its lists nowhere: a weak reference lets it go.
     if known is not None and known[0] == mask._version:
         return known[1]
     rows, columns = mask.nonzero(as_tuple=True)
     column_order, column_rows = mask.t().nonzero(as_tuple=True)
     lists = LiveBlocks(
-        rows.int(), columns.int(), _starts(rows, mask.shape[0]), _starts(column_order, mask.shape[1]), column_rows.int()
+        rows.int(),
+        columns.int(),
+        _starts(rows, mask.shape[0]),
+        _starts(column_order, mask.shape[1]),
+        column_rows.int(),
+        mask.clone(),
     )
     _lists[mask] = (mask._version, lists)
     return lists
@@ -134,9 +151,7 @@ def grouped_reference(x: Tensor, weight: Tensor, bias: Tensor | None, groups: in
     return F.conv2d(x, weight, bias, *geometry.options, groups)
 
 
-def block_sparse_reference(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Geometry
-) -> Tensor:
+def block_sparse_reference(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """A dense convolution with the blocks that aren't live replaced by zeros: x (N, C, H, W), weight (K, C, R, S)."""
     return F.conv2d(x, masked_weight(weight, mask), bias, *geometry.options)
 
@@ -159,62 +174,61 @@ def dense_weight(weight: Tensor) -> Tensor:
     return weight if weight.data_ptr() % 16 == 0 else weight.clone()
 
 
-@functools.cache
-def tensor_boxes_exist() -> bool:
-    """Whether this Triton knows tensor descriptors made on the host."""
-    try:
-        import triton.tools.tensor_descriptor  # noqa: F401
-    except ImportError:
-        return False
-    return True
+@torch.compiler.assume_constant_result
+def fetches_boxes(device: torch.device) -> bool:
+    """Whether a device runs the Triton kernels: CUDA, compute capability 9.0 or newer, and tensor descriptors in Triton."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and _HAS_DESCRIPTORS
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 def refusal(
-    tensors: Sequence[Tensor], weight: Tensor, geometry: Geometry, blocks: tuple[int, int] | None = None
+    tensors: Sequence[Tensor],
+    weight: Tensor,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    groups: int,
+    blocks: Pair | None = None,
 ) -> str | None:
     """Why the Triton kernels can't take a convolution, or None if they can.
 
     Args:
-        tensors: the inputs, (N, channels, H, W).
+        tensors: the inputs, T tensors (N, C, H, W) or one joined one.
         weight: (T·K, C, R, S).
         geometry: of the convolution.
+        dtype: that it computes in, which autocast may have set.
+        groups: T.
         blocks: output and input channels of a block, of a block-sparse weight.
     """
-    x, (stride, other) = tensors[0], geometry.stride
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0) or not tensor_boxes_exist():
+    x, stride = tensors[0], geometry.stride[0]
+    if not fetches_boxes(x.device):
         return "needs a CUDA device of compute capability 9.0 or newer, and Triton's tensor descriptors"
-    return layout_refusal(tensors, weight, geometry, blocks)
-
-
-def layout_refusal(
-    tensors: Sequence[Tensor], weight: Tensor, geometry: Geometry, blocks: tuple[int, int] | None = None
-) -> str | None:
-    """The part of :func:`refusal` that holds on any device."""
-    x, (stride, other) = tensors[0], geometry.stride
-    if any(t.dtype not in (torch.float16, torch.bfloat16) or t.dtype != weight.dtype for t in tensors):
-        return f"needs float16 or bfloat16 throughout; got {x.dtype} and a weight of {weight.dtype}"
-    if stride != other or stride not in (1, 2) or (stride == 2 and geometry.dilation != (1, 1)):
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16; got {dtype}"
+    if geometry.stride not in ((1, 1), (2, 2)) or (stride == 2 and geometry.dilation != (1, 1)):
         return f"needs stride 1, or stride 2 without dilation; got {geometry.stride} and {geometry.dilation}"
-    if min(geometry.padding) < 0 or x.shape[0] == 0 or min(geometry.output_size(*x.shape[2:])) < 1:
+    if min(geometry.padding) < 0 or x.shape[0] == 0 or min(geometry.output_size(x.shape[2], x.shape[3])) < 1:
         return "needs an output that isn't empty"
     if stride == 2 and min(x.shape[2:]) < 2:
         return f"needs two rows and two columns for stride 2; got {tuple(x.shape[2:])}"
-    channels, outputs = weight.shape[1], weight.shape[0] // (1 if blocks else _streams(tensors, weight))
+    outputs, channels = weight.shape[0] // groups, weight.shape[1]
     if channels % 8 or outputs % 8:
         return f"needs multiples of 8 channels, 16 bytes; got {channels} and {outputs}"
     if blocks is not None and (blocks[0] % 16 or blocks[1] % 16):
         return f"needs blocks of multiples of 16 channels; got {blocks[0]} × {blocks[1]}"
-    if not all(boxes_fit(t) for t in tensors):
-        return "needs channels next to each other, and rows and columns 16 bytes apart or multiples of it"
+    if not all(boxes_fit(t) if t.dtype == dtype else t.stride(1) == 1 for t in tensors):
+        return "needs channels next to each other, and rows and columns multiples of 16 bytes apart"
     return None
 
 
 def boxes_fit(tensor: Tensor) -> bool:
-    """Whether TMA can fetch boxes of a tensor (N, C, H, W): channels-last, or a slice of the channels of such a tensor."""
+    """Whether TMA can fetch boxes of a tensor (N, C, H, W): channels-last, or a slice of the channels of such a tensor.
+
+    It must also lie on a multiple of 16 bytes, which says nothing of a tensor that is only traced.
+    """
     per_16_bytes = 16 // tensor.element_size()
     n, c, h, w = (stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return c <= 1 and not any(s % per_16_bytes for s in (n, h, w)) and tensor.data_ptr() % 16 == 0
-
-
-def _streams(tensors: Sequence[Tensor], weight: Tensor) -> int:
-    return len(tensors) if len(tensors) > 1 else tensors[0].shape[1] // weight.shape[1]
+    return c <= 1 and n % per_16_bytes == 0 and h % per_16_bytes == 0 and w % per_16_bytes == 0

@@ -105,7 +105,23 @@ def _accumulate(
     return acc
 
 
-@triton.jit
+# Their values matter little, and each variant would be compiled by itself.
+_UNSPECIALIZED = [
+    *(
+        "blocks",
+        "channel_tiles",
+        "n_tiles",
+        "h_tiles",
+        "w_tiles",
+        "write_channels",
+        "streams",
+        "x_reversed",
+        "y_reversed",
+    )
+]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def correlate_kernel(
     x0,
     x1,
@@ -181,10 +197,9 @@ def correlate_kernel(
     else:
         for read_lattice in tl.static_range(LATTICES):
             # A kernel of one row or column reads no position of the other parity.
-            if (
-                KERNEL_H > (read_lattice // STRIDE + PADDING_H) % STRIDE
-                and KERNEL_W > (read_lattice % STRIDE + PADDING_W) % STRIDE
-            ):
+            if (read_lattice // STRIDE + PADDING_H) % STRIDE < KERNEL_H and (
+                read_lattice % STRIDE + PADDING_W
+            ) % STRIDE < KERNEL_W:
                 acc = _accumulate(
                     acc, x0 if read_lattice == 0 else x1 if read_lattice == 1 else x2 if read_lattice == 2 else x3,
                     w, live_ptr, blocks, x_stream, stream, n, h, w_position, channel,
@@ -207,9 +222,6 @@ def correlate_kernel(
             y2.store([y_stream, n, h, w_position, channel], y_tile)
         if lattice == 3:
             y3.store([y_stream, n, h, w_position, channel], y_tile)
-
-
-# HOST
 
 
 def forward(

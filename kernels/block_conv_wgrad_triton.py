@@ -1,8 +1,8 @@
 """Triton kernels of the block convolution's weight gradient. Formulas: ``block_conv_formulas``.
 
-For each tap a GEMM over all positions, ``dw[k, tap, c] = Σ dy[position, k] x[position moved by the tap, c]``: boxes of NB × HB × WB
-positions of dy and, moved by the tap, of x. A program takes one tap, or one row of three taps, which then share each box of
-dy. At stride 2 a tap reads one lattice of x (``block_conv_triton``).
+For each tap a GEMM over all positions, ``dw[k, tap, c] = Σ dy[position, k] x[position moved by the tap, c]``: boxes of
+NB × HB × WB positions of dy and, moved by the tap, of x. A program takes one tap, or one row of three taps, which then share
+each box of dy. At stride 2 a tap reads one lattice of x (``block_conv_triton``).
 
 The positions are dealt out to ``splits`` programs (split-K). Each writes its sum to a workspace of its own, and a second
 kernel adds them up in one order: no atomics, so a gradient is the same bits each time.
@@ -42,7 +42,14 @@ def _store(dw_ptr, acc, k, c, rows, columns, row_stride):
     tl.store(dw_ptr + k.to(tl.int64) * row_stride + c, acc.to(dw_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+# Their values matter little, and each variant would be compiled by itself.
+_UNSPECIALIZED = [
+    *("write_channels", "k_tiles", "c_tiles", "parts", "boxes", "boxes_per_split", "h_boxes", "w_boxes"),
+    *("x_reversed", "dy_reversed"),
+]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def wgrad_kernel(
     x0,
     x1,
@@ -167,7 +174,7 @@ def wgrad_kernel(
         _store(dw_ptr + 2 * read_channels, acc2, k_offsets, c_offsets, k_end, c_end, row_stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def reduce_kernel(
     sums_ptr,
     dw_ptr,
@@ -200,9 +207,6 @@ def reduce_kernel(
         total += tl.load(sums_ptr, inside, other=0.0)
         sums_ptr += split_stride
     tl.store(dw_ptr + offset, total.to(dw_ptr.dtype.element_ty), inside)
-
-
-# HOST
 
 
 def weight_gradient(

@@ -1,0 +1,213 @@
+"""Convolutions of several networks at once: block-diagonal, grouped, and sparse by blocks of channels.
+
+Formula and reference: ``block_conv_formulas``. On CUDA devices of compute capability 9.0 and newer, in float16 and bfloat16,
+each pass of each layer runs whatever was measured to be fastest: cuDNN one stream after another, cuDNN's groups, or an
+implicit GEMM in Triton (``block_conv_triton``, ``block_conv_wgrad_triton``). Where nothing was measured, and everywhere
+else, it is plain PyTorch. :func:`fastmerge.kernels.block_conv_choice.set_measuring` says when to measure.
+
+Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from fastmerge.kernels import block_conv_ops
+from fastmerge.kernels.block_conv_formulas import (
+    Geometry,
+    LiveBlocks,
+    Pair,
+    block_diagonal_reference,
+    block_sparse_reference,
+    grouped_reference,
+    live_blocks,
+    refusal,
+)
+from fastmerge.kernels.block_conv_passes import Problem, worth_an_operation
+from torch import Tensor
+
+__all__ = ["LiveBlocks", "block_diagonal_conv2d", "block_sparse_conv2d", "grouped_conv2d", "live_blocks"]
+
+# What autocast turns into its own dtype.
+_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def block_diagonal_conv2d(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+) -> tuple[Tensor, ...]:
+    """Convolves T tensors, each with its own weight: what ``F.conv2d`` gives for each, autocast included.
+
+    Args:
+        xs: T tensors (N, C, H, W) of one shape. To be considered for the Triton kernels they must be channels-last, or
+            slices of the channels of channels-last tensors; likewise C and K multiples of 8.
+        weight: (T·K, C, R, S), the T weights one under the other.
+        bias: (T·K,), or None.
+        stride: 1 or 2 for the Triton kernels.
+        padding: as in ``F.conv2d``.
+        dilation: as in ``F.conv2d``; 1 for the Triton kernels at stride 2.
+
+    Returns:
+        T tensors (N, K, H', W'), differentiable once on the fused path.
+
+    Raises:
+        ValueError: if the shapes don't fit together.
+    """
+    xs = tuple(xs)
+    if not xs or any(x.dim() != 4 or x.shape != xs[0].shape for x in xs):
+        shapes = ", ".join(str(tuple(x.shape)) for x in xs) or "none"
+        raise ValueError(f"block_diagonal_conv2d needs inputs (N, C, H, W) of one shape; got {shapes}")
+    _check_weight("block_diagonal_conv2d", xs[0].shape[1], weight, bias, len(xs))
+    geometry = _geometry(weight, stride, padding, dilation)
+    ys = _fused(xs, weight, bias, len(xs), geometry)
+    return block_diagonal_reference(xs, weight, bias, geometry) if ys is None else tuple(ys)
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``F.conv2d`` with a few large groups, the T streams of :func:`block_diagonal_conv2d` joined in one tensor.
+
+    Args:
+        x: (N, T·C, H, W).
+        weight: (T·K, C, R, S).
+        bias: (T·K,), or None.
+        groups: T.
+        stride: as for :func:`block_diagonal_conv2d`.
+        padding: likewise.
+        dilation: likewise.
+
+    Returns:
+        (N, T·K, H', W').
+
+    Raises:
+        ValueError: if the shapes don't fit together.
+    """
+    if x.dim() != 4 or x.shape[1] % groups:
+        raise ValueError(f"grouped_conv2d needs an input (N, {groups}·C, H, W); got {tuple(x.shape)}")
+    _check_weight("grouped_conv2d", x.shape[1] // groups, weight, bias, groups)
+    geometry = _geometry(weight, stride, padding, dilation)
+    ys = _fused((x,), weight, bias, groups, geometry)
+    return grouped_reference(x, weight, bias, groups, geometry) if ys is None else ys[0]
+
+
+def block_sparse_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | LiveBlocks,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Convolves with the live blocks of a weight; the others count as zero and get a gradient of exactly zero.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (K, C, R, S), dense; what it holds in other blocks is never read by the Triton kernels.
+        mask: bool (rows, columns), which blocks of K / rows output and C / columns input channels are live; blocks of
+            multiples of 16 channels for the Triton kernels. Its index lists are made at the first call with the same
+            tensor; inside torch.compile pass ``live_blocks(mask)``, made outside.
+        bias: (K,), or None.
+        stride: as for :func:`block_diagonal_conv2d`.
+        padding: likewise.
+        dilation: likewise.
+
+    Returns:
+        (N, K, H', W').
+
+    Raises:
+        ValueError: if the shapes don't fit together.
+    """
+    live = mask if isinstance(mask, LiveBlocks) else live_blocks(mask)
+    if x.dim() != 4:
+        raise ValueError(f"block_sparse_conv2d needs an input (N, C, H, W); got {tuple(x.shape)}")
+    _check_weight("block_sparse_conv2d", x.shape[1], weight, bias, 1)
+    if weight.shape[0] % live.mask.shape[0] or weight.shape[1] % live.mask.shape[1]:
+        raise ValueError(
+            f"block_sparse_conv2d needs a mask that divides the weight's channels {tuple(weight.shape[:2])} into equal "
+            f"blocks; got {tuple(live.mask.shape)}"
+        )
+    geometry = _geometry(weight, stride, padding, dilation)
+    ys = _fused((x,), weight, bias, 1, geometry, live)
+    return block_sparse_reference(x, weight, live.mask, bias, geometry) if ys is None else ys[0]
+
+
+def _fused(
+    xs: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    geometry: Geometry,
+    live: LiveBlocks | None = None,
+) -> list[Tensor] | None:
+    """The outputs by way of the operation that chooses an implementation, or None where plain PyTorch is the choice."""
+    given = [*xs, weight] if bias is None else [*xs, weight, bias]
+    # Custom operators know nothing of torch.func's transformations.
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
+        return None
+    dtype = _computing_dtype(given)
+    blocks = None if live is None else live.block(weight)
+    if dtype is None or refusal(xs, weight, geometry, dtype, groups, blocks) is not None:
+        return None
+    if not torch.compiler.is_compiling():
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if not worth_an_operation(Problem(groups, geometry, live), xs, weight, dtype, differentiated):
+            return None
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    options = (list(pair) for pair in geometry.options)
+    ys = block_conv_ops.block_conv([x.to(dtype) for x in xs], weight, bias, groups, *options, list(live or ()))
+    return cast(list[Tensor], ys)
+
+
+def _computing_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype that F.conv2d would compute in, or None where the tensors don't agree on one."""
+    device, dtypes = tensors[0].device.type, {t.dtype for t in tensors}
+    if torch.is_autocast_enabled(device) and dtypes <= _AUTOCAST:
+        return torch.get_autocast_dtype(device)
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _check_weight(function: str, channels: int, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[0] % groups:
+        raise ValueError(
+            f"{function} needs a weight ({groups}·K, {channels}, R, S) for {groups} times {channels} input channels; "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{function} needs a bias of shape ({weight.shape[0]},); got {tuple(bias.shape)}")
+
+
+def _geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Geometry:
+    kernel = (weight.shape[2], weight.shape[3])
+    strides, dilations = _pair(stride), _pair(dilation)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        extents = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+        if strides != (1, 1) or any(extent % 2 for extent in extents):
+            raise ValueError(f"padding='same' needs stride 1 and an odd kernel; got {strides} and {kernel}")
+        padding = [extent // 2 for extent in extents]
+    return Geometry(kernel, strides, _pair(padding), dilations)
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    if isinstance(value, int):
+        return value, value
+    first, second = value if len(value) == 2 else (value[0], value[0])
+    return first, second
