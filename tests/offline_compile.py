@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def compile_offline(
     capability: int,
     *,
     aligned: bool = True,
+    unaligned: Sequence[str] = (),
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Compiled:
@@ -55,6 +56,7 @@ def compile_offline(
         constants: value of each constexpr, by name.
         capability: a key of ``TARGETS``.
         aligned: whether pointers and integers are multiples of 16, as Triton finds out about most at a launch.
+        unaligned: names of integers that may be anything all the same, such as those under ``do_not_specialize``.
         num_warps: warps per program.
         num_stages: stages of software pipelining.
     """
@@ -65,7 +67,11 @@ def compile_offline(
     from triton.compiler import ASTSource
 
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
-    divisible = [i for i, name in enumerate(kernel.arg_names) if name in arguments and arguments[name] != "fp32"]
+    divisible = [
+        i
+        for i, name in enumerate(kernel.arg_names)
+        if name in arguments and name not in unaligned and not arguments[name].startswith(("fp32", "tensordesc"))
+    ]
     source = ASTSource(
         fn=kernel,
         signature=signature,

@@ -1,0 +1,157 @@
+"""What the tests of the block convolution share: cases, float64 references, and the comparison with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from fastmerge.kernels.block_conv_formulas import (
+    Geometry,
+    block_diagonal_reference,
+    block_sparse_reference,
+    live_blocks,
+)
+from torch import Tensor
+
+# Relative to the result: half a unit in the last place, or a whole one, since the interpreter truncates to bfloat16.
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+# Relative to the sum of the terms' sizes: float32 accumulation in any order.
+ACCUMULATION = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """T convolutions: from C to K channels, of N samples of height × width."""
+
+    streams: int
+    n: int
+    height: int
+    width: int
+    c: int
+    k: int
+    kernel: int
+    stride: int
+    padding: int = -1
+    dilation: int = 1
+
+    @property
+    def geometry(self) -> Geometry:
+        padding = self.kernel // 2 if self.padding < 0 else self.padding
+        return Geometry(
+            (self.kernel, self.kernel), (self.stride, self.stride), (padding, padding), (self.dilation, self.dilation)
+        )
+
+    def with_streams(self, streams: int) -> Case:
+        return replace(self, streams=streams)
+
+
+@dataclass
+class Operands:
+    """Random tensors of a case, T of each in lists, and what float64 makes of them."""
+
+    xs: list[Tensor]
+    weight: Tensor
+    bias: Tensor
+    dys: list[Tensor]
+    expected: dict[str, list[Tensor]]
+    sizes: dict[str, list[Tensor]]
+
+
+def operands(case: Case, dtype: torch.dtype, device: str = "cpu", mask: Tensor | None = None) -> Operands:
+    """Random operands, with results and, for the tolerance, the sums of their terms' sizes."""
+    geometry = case.geometry
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    def channels_last(*size: int) -> Tensor:
+        return random(*size).contiguous(memory_format=torch.channels_last)
+
+    out = geometry.output_size(case.height, case.width)
+    xs = [channels_last(case.n, case.c, case.height, case.width) for _ in range(case.streams)]
+    weight = random(case.streams * case.k, case.c, case.kernel, case.kernel)
+    bias = random(case.streams * case.k)
+    dys = [channels_last(case.n, case.k, *out) for _ in range(case.streams)]
+    expected = _float64(xs, weight, bias, dys, geometry, mask, signs=True)
+    return Operands(xs, weight, bias, dys, expected, _float64(xs, weight, bias, dys, geometry, mask, signs=False))
+
+
+def _float64(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    dys: Sequence[Tensor],
+    geometry: Geometry,
+    mask: Tensor | None,
+    signs: bool,
+) -> dict[str, list[Tensor]]:
+    given = [*xs, weight, bias, *dys]
+    values = [t.detach().double() if signs else t.detach().double().abs() for t in given]
+    count = len(xs)
+    leaves = [value.requires_grad_() for value in values[: count + 2]]
+    if mask is None:
+        ys = block_diagonal_reference(leaves[:count], leaves[-2], leaves[-1], geometry)
+    else:
+        ys = (block_sparse_reference(leaves[0], leaves[-2], mask, leaves[-1], geometry),)
+    gradients = torch.autograd.grad(ys, leaves, values[count + 2 :])
+    return {
+        "y": [y.detach() for y in ys],
+        "dx": list(gradients[:count]),
+        "dw": [gradients[count]],
+        "db": [gradients[count + 1]],
+    }
+
+
+def joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The streams' channels side by side in one tensor."""
+    return [torch.cat(list(tensors), 1).contiguous(memory_format=torch.channels_last)]
+
+
+def slices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values as slices of the channels of wider tensors, with NaN in the channels around them."""
+    views = []
+    for tensor in tensors:
+        channels = tensor.shape[1]
+        wide = torch.full_like(torch.cat([tensor, tensor, tensor[:, :8]], 1), float("nan"))
+        wide = wide.contiguous(memory_format=torch.channels_last)
+        wide[:, 8 : 8 + channels] = tensor
+        views.append(wide[:, 8 : 8 + channels])
+    return views
+
+
+def compare(name: str, got: Sequence[Tensor], given: Operands) -> None:
+    """Compares each result with float64; a joined one is taken apart."""
+    expected, sizes = given.expected[name], given.sizes[name]
+    if len(got) < len(expected):
+        got = got[0].chunk(len(expected), 1)
+    assert len(got) == len(expected)
+    for result, right, size in zip(got, expected, sizes, strict=True):
+        assert result.shape == right.shape
+        error = (result.double() - right).abs()
+        allowed = ROUNDING[result.dtype] * right.abs() + ACCUMULATION * size + torch.finfo(result.dtype).tiny
+        # Written so that a NaN fails.
+        assert (error <= allowed).all(), f"{name} is off by up to {(error / allowed).nan_to_num(1e9).max():.1f} tolerances"
+
+
+def random_mask(rows: int, columns: int, kind: str) -> Tensor:
+    """A mask of live blocks."""
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(2)) < 0.5
+    if kind == "full":
+        mask[:] = True
+    elif kind == "none":
+        mask[:] = False
+    elif kind == "empty row":
+        mask[:] = True
+        mask[-1] = False
+    elif kind == "empty column":
+        mask[:] = True
+        mask[:, 0] = False
+    elif kind == "diagonal":
+        mask = torch.eye(rows, columns).bool()
+    return mask
+
+
+def live(mask: Tensor | None) -> object:
+    return None if mask is None else live_blocks(mask)

@@ -1,0 +1,206 @@
+"""The block convolution's kernels compile for Hopper to TMA and wgmma without spills, and for Ampere at all."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from fastmerge.kernels.block_conv_formulas import Geometry
+from fastmerge.kernels.block_conv_tiles import Tile, WeightTile, box_of, tiles, weight_tiles
+
+from offline_compile import TARGETS, Compiled, compile_offline
+
+triton = pytest.importorskip("triton")
+
+SHARED_BYTES = 227 * 1024
+POINTWISE = {stride: Geometry((1, 1), (stride, stride)) for stride in (1, 2)}
+THREE = {stride: Geometry((3, 3), (stride, stride), (1, 1)) for stride in (1, 2)}
+# Channels read and written, of a stream: ResNet-20's, ResNet-18's and ResNet-50's.
+CHANNELS = [(16, 16), (16, 32), (32, 32), (64, 64), (64, 128), (128, 64), (128, 128), (512, 512)]
+
+ALL_TILES = sorted({tile for read, written in CHANNELS for tile in tiles(read, written)}, key=str)
+ALL_WEIGHT_TILES = sorted(
+    {
+        tile
+        for read, written in CHANNELS
+        for tile in weight_tiles(read, written, 3)
+        # How many programs there are is no matter of the code.
+        if tile.programs == weight_tiles(16, 16, 3)[0].programs
+    },
+    key=str,
+)
+# One of each size of accumulator, for every day.
+SOME_TILES = [tile for tile in ALL_TILES if tile.read == 64 and tile.positions == 128]
+SOME_WEIGHT_TILES = [tile for tile in ALL_WEIGHT_TILES if tile.columns == 64]
+
+
+def descriptor(dtype: str, *box: int) -> str:
+    return f"tensordesc<{dtype}[{','.join(map(str, box))}]>"
+
+
+def compile_correlate(
+    geometry: Geometry,
+    tile: Tile,
+    gradient: bool,
+    bias: bool = False,
+    blocks: tuple[int, int] = (0, 0),
+    dtype: str = "bf16",
+    capability: int = 90,
+) -> Compiled:
+    from fastmerge.kernels import block_conv_triton as module
+
+    box = box_of(tile.positions, 32, 14, 14)
+    lattices = geometry.stride[0] ** 2
+    reads, writes = (1, lattices) if gradient else (lattices, 1)
+    weight = (1, tile.read, 1, tile.written) if gradient else (1, tile.written, 1, tile.read)
+    arguments = (
+        {f"x{i}": descriptor(dtype, 1, *box, tile.read) for i in range(reads)}
+        | {f"y{i}": descriptor(dtype, 1, *box, tile.written) for i in range(writes)}
+        | {"w": descriptor(dtype, *weight)}
+        | ({"bias_ptr": f"*{dtype}"} if bias else {})
+        | ({"starts_ptr": "*i32", "live_ptr": "*i32"} if blocks[0] else {})
+        | dict.fromkeys(module._UNSPECIALIZED, "i32")
+    )
+    constants = module.correlate_constants(geometry, tile, box, gradient, bias, blocks)
+    return compile_with(module.correlate_kernel, arguments, constants, capability, tile, module._UNSPECIALIZED)
+
+
+def compile_wgrad(
+    geometry: Geometry,
+    tile: WeightTile,
+    block: tuple[int, int] = (0, 0),
+    dtype: str = "bf16",
+    sums: str = "*fp32",
+    capability: int = 90,
+) -> Compiled:
+    from fastmerge.kernels import block_conv_wgrad_triton as module
+
+    box = box_of(tile.positions, 32, 14, 14)
+    arguments = (
+        {f"x{i}": descriptor(dtype, 1, *box, tile.columns) for i in range(geometry.stride[0] ** 2)}
+        | {"dy": descriptor(dtype, 1, *box, tile.rows), "dw_ptr": sums}
+        | ({"rows_ptr": "*i32", "columns_ptr": "*i32"} if block[0] else {})
+        | dict.fromkeys(["split_stride", "row_stride", "read_channels", *module._UNSPECIALIZED], "i32")
+    )
+    constants = module.wgrad_constants(geometry, tile, box, block)
+    return compile_with(module.wgrad_kernel, arguments, constants, capability, tile, module._UNSPECIALIZED)
+
+
+def compile_with(
+    kernel: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    tile: Tile | WeightTile,
+    unspecialized: list[str],
+) -> Compiled:
+    absent = {name: None for name in kernel.arg_names if name not in arguments and name not in constants}
+    return compile_offline(
+        kernel,
+        arguments,
+        constants | absent,
+        capability,
+        unaligned=unspecialized,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def check_hopper(compiled: Compiled, loads_in_flight: int) -> None:
+    assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
+    assert compiled.shared_bytes <= SHARED_BYTES
+    assert "wgmma.mma_async" in compiled.ptx
+    assert not re.search(r"\bmma\.sync", compiled.ptx)
+    # Fetched by TMA alone, the first steps' boxes before the loop: as many as there are stages.
+    loads = len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", compiled.ptx))
+    assert loads >= loads_in_flight
+    assert "cp.async.cg" not in compiled.ptx
+
+
+def check_correlate(geometry: Geometry, tile: Tile, gradient: bool, **options: Any) -> None:
+    compiled = compile_correlate(geometry, tile, gradient, **options)
+    check_hopper(compiled, 2 * tile.stages)
+    assert "cp.async.bulk.tensor.5d.global" in compiled.ptx
+    assert "st.global" not in compiled.ptx
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("tile", SOME_TILES, ids=lambda tile: tile.name)
+def test_some_tiles(tile: Tile, gradient: bool) -> None:
+    check_correlate(THREE[2], tile, gradient, bias=not gradient)
+
+
+@pytest.mark.parametrize("tile", SOME_WEIGHT_TILES, ids=lambda tile: tile.name)
+def test_some_weight_tiles(tile: WeightTile) -> None:
+    check_hopper(compile_wgrad(THREE[1], tile), (4 if tile.row_of_taps else 2) * tile.stages)
+
+
+@pytest.mark.parametrize("geometry", [*POINTWISE.values(), THREE[1]], ids=["1x1", "1x1 stride 2", "3x3"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_geometries(geometry: Geometry, gradient: bool) -> None:
+    check_correlate(geometry, tiles(64, 64)[1], gradient)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("geometry", [POINTWISE[1], THREE[1]], ids=["1x1", "3x3"])
+def test_live_blocks(geometry: Geometry, gradient: bool) -> None:
+    # As many stages in flight as for a dense weight: looking up the next block holds up no box.
+    check_correlate(geometry, tiles(128, 128, (128, 128))[2], gradient, blocks=(128, 128))
+
+
+def test_weight_gradient_of_live_blocks() -> None:
+    tile = weight_tiles(128, 128, 3, (128, 128))[0]
+    check_hopper(compile_wgrad(THREE[2], tile, (128, 128)), 2 * tile.stages)
+
+
+def test_float16() -> None:
+    check_correlate(THREE[1], tiles(64, 64)[0], False, bias=True, dtype="fp16")
+    tile = weight_tiles(64, 64, 3)[0]
+    check_hopper(compile_wgrad(THREE[1], tile, dtype="fp16", sums="*fp16"), 2 * tile.stages)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("block", [(0, 0), (64, 64)])
+def test_reduction(capability: int, block: tuple[int, int]) -> None:
+    from fastmerge.kernels import block_conv_wgrad_triton as module
+
+    arguments = {"sums_ptr": "*fp32", "dw_ptr": "*bf16"} | dict.fromkeys(
+        ["splits", "split_stride", "row_stride", "read_channels", "row_elements", "block_elements"], "i32"
+    )
+    constants: dict[str, Any] = {"WRITE_BLOCK": block[0], "READ_BLOCK": block[1], "BLOCK": module._REDUCE_BLOCK}
+    lists = ["rows_ptr", "columns_ptr"]
+    if block[0]:
+        arguments |= dict.fromkeys(lists, "*i32")
+    else:
+        constants |= dict.fromkeys(lists)
+    compiled = compile_offline(module.reduce_kernel, arguments, constants, capability)
+    assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
+
+
+def test_ampere() -> None:
+    # No tile is chosen there; the boxes turn into loads by pointer.
+    for gradient in (False, True):
+        compiled = compile_correlate(THREE[1], Tile(64, 64, 32, 4, 3), gradient, capability=80)
+        assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
+        assert "mma.sync" in compiled.ptx
+    compiled = compile_wgrad(THREE[1], WeightTile(64, 64, 32, False, 1, 4, 3), capability=80)
+    assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
+    assert "mma.sync" in compiled.ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", [THREE[1], THREE[2]], ids=["stride 1", "stride 2"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("tile", ALL_TILES, ids=lambda tile: tile.name)
+def test_all_tiles(tile: Tile, gradient: bool, geometry: Geometry) -> None:
+    check_correlate(geometry, tile, gradient, bias=not gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", [THREE[1], THREE[2], POINTWISE[1], POINTWISE[2]], ids=lambda g: f"{g.kernel} {g.stride}")
+@pytest.mark.parametrize("tile", ALL_WEIGHT_TILES, ids=lambda tile: tile.name)
+def test_all_weight_tiles(tile: WeightTile, geometry: Geometry) -> None:
+    if tile.row_of_taps and geometry.kernel == (1, 1):
+        pytest.skip("a kernel of one column has no row of three taps")
+    check_hopper(compile_wgrad(geometry, tile), (4 if tile.row_of_taps else 2) * tile.stages)
