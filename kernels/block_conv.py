@@ -158,14 +158,15 @@ def _fused(
 ) -> list[Tensor] | None:
     """The outputs by way of the operation that chooses an implementation, or None where plain PyTorch is the choice."""
     given = [*xs, weight] if bias is None else [*xs, weight, bias]
-    # Custom operators know nothing of torch.func's transformations.
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
+    # Custom operators know nothing of torch.func's transformations. Dynamo can't ask; what it traces through there fails loudly.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
         return None
     dtype = _computing_dtype(given)
     blocks = None if live is None else live.block(weight)
     if dtype is None or refusal(xs, weight, geometry, dtype, groups, blocks) is not None:
         return None
-    if not torch.compiler.is_compiling():
+    if not compiling:
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         if not worth_an_operation(Problem(groups, geometry, live), xs, weight, dtype, differentiated):
             return None

@@ -81,7 +81,7 @@ def _read_file() -> dict[str, Any]:
     file = cache_file()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"{file} is ignored: {error}", stacklevel=2)

@@ -230,5 +230,8 @@ def boxes_fit(tensor: Tensor) -> bool:
     It must also lie on a multiple of 16 bytes, which says nothing of a tensor that is only traced.
     """
     per_16_bytes = 16 // tensor.element_size()
-    n, c, h, w = (stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return c <= 1 and n % per_16_bytes == 0 and h % per_16_bytes == 0 and w % per_16_bytes == 0
+    n, c, h, w = tensor.stride()
+    sizes = tensor.shape[0], *tensor.shape[2:]
+    return (tensor.shape[1] == 1 or c == 1) and all(
+        stride > 0 and stride % per_16_bytes == 0 for size, stride in zip(sizes, (n, h, w), strict=True) if size > 1
+    )

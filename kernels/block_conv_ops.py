@@ -125,7 +125,7 @@ def _backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, ...]:
         dweight = block_conv_weight_gradient(dys, xs, weight, *options)
     if ctx.has_bias and needs_bias:
         dbias = torch.cat([dy.sum((0, 2, 3)) for dy in dys])
-    return dxs, dweight, dbias, None, None, None, None, None
+    return dxs, dweight, dbias, None, None, None, None, [None] * len(live)
 
 
 block_conv.register_autograd(_backward, setup_context=_setup_context)

@@ -132,7 +132,9 @@ def compare(name: str, got: Sequence[Tensor], given: Operands) -> None:
         error = (result.double() - right).abs()
         allowed = ROUNDING[result.dtype] * right.abs() + ACCUMULATION * size + torch.finfo(result.dtype).tiny
         # Written so that a NaN fails.
-        assert (error <= allowed).all(), f"{name} is off by up to {(error / allowed).nan_to_num(1e9).max():.1f} tolerances"
+        assert (error <= allowed).all(), (
+            f"{name} is off by up to {(error / allowed).nan_to_num(1e9).max():.1f} tolerances"
+        )
 
 
 def random_mask(rows: int, columns: int, kind: str) -> Tensor:

@@ -118,9 +118,7 @@ def test_split_sums_are_right_and_repeat() -> None:
     seen = []
     for programs in (1, 7, 1000):
         tile = WeightTile(16, 16, 16, row_of_taps=False, programs=programs, warps=4, stages=2)
-        run = [
-            block_conv_wgrad_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(2)
-        ]
+        run = [block_conv_wgrad_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(2)]
         compare("dw", run[:1], given)
         assert torch.equal(*run)
         seen.append(block_conv_wgrad_triton.split(9, 2, programs)[1])

@@ -198,7 +198,9 @@ def test_all_tiles(tile: Tile, gradient: bool, geometry: Geometry) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("geometry", [THREE[1], THREE[2], POINTWISE[1], POINTWISE[2]], ids=lambda g: f"{g.kernel} {g.stride}")
+@pytest.mark.parametrize(
+    "geometry", [THREE[1], THREE[2], POINTWISE[1], POINTWISE[2]], ids=lambda g: f"{g.kernel} {g.stride}"
+)
 @pytest.mark.parametrize("tile", ALL_WEIGHT_TILES, ids=lambda tile: tile.name)
 def test_all_weight_tiles(tile: WeightTile, geometry: Geometry) -> None:
     if tile.row_of_taps and geometry.kernel == (1, 1):

@@ -1,0 +1,259 @@
+"""Which implementation of a convolution runs: measuring, remembering, and the file in which choices are kept."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from fastmerge.kernels import block_conv_cache
+from fastmerge.kernels.block_conv_cache import cache_file, read_entries, write_entries
+from fastmerge.kernels.block_conv_choice import SPLIT, Choices
+
+KEY = "card | forward float16 | 2 streams | 1x8x1x1 to 8"
+RIGHT = torch.tensor([1.0, 2.0], dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    yield tmp_path / "fastmerge" / "convolutions.json"
+    cudnn.benchmark, cudnn.deterministic = before
+
+
+class Bench:
+    """Candidates that say when they run, and a timer that looks their times up."""
+
+    def __init__(self, **milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+        self.results = dict.fromkeys(milliseconds, RIGHT)
+        self.ran: list[str] = []
+        self.timed: list[str] = []
+
+    def candidates(self) -> dict[str, Callable[[], list[torch.Tensor]]]:
+        def run(name: str) -> Callable[[], list[torch.Tensor]]:
+            def result() -> list[torch.Tensor]:
+                self.ran.append(name)
+                if isinstance(self.results[name], Exception):
+                    raise self.results[name]
+                return [self.results[name]]
+
+            return result
+
+        return {name: run(name) for name in self.milliseconds}
+
+    def timer(self, run: Callable[[], list[torch.Tensor]]) -> float:
+        run()
+        self.timed.append(self.ran[-1])
+        return self.milliseconds[self.ran[-1]]
+
+    def choices(self, measuring: bool | None = True) -> Choices:
+        choices = Choices(self.timer)
+        choices.set_measuring(measuring)
+        return choices
+
+    def pick(self, choices: Choices, key: str = KEY) -> str:
+        return choices.pick(key, self.candidates(), self.candidates)
+
+
+def test_the_fastest_wins_and_is_timed_once() -> None:
+    bench = Bench(split=2.0, triton_a=1.0, triton_b=1.5)
+    choices = bench.choices()
+    assert [bench.pick(choices) for _ in range(3)] == ["triton_a"] * 3
+    assert bench.timed == ["split", "triton_a", "triton_b"]
+    assert choices.table() == [{"key": KEY, "winner": "triton_a", "milliseconds": bench.milliseconds}]
+
+
+def test_cudnn_wins_a_draw() -> None:
+    bench = Bench(split=1.0, triton_a=1.0)
+    assert bench.pick(bench.choices()) == SPLIT
+
+
+def test_keys_are_measured_apart() -> None:
+    fast, slow = Bench(split=2.0, triton_a=1.0), Bench(split=1.0, triton_a=2.0)
+    choices = Choices(lambda run: next(b for b in (fast, slow) if run() and b.ran).timer(run))
+    choices.set_measuring(True)
+    assert fast.pick(choices, "one") == "triton_a"
+    fast.ran.clear()
+    assert slow.pick(choices, "other") == SPLIT
+    assert choices.known("one") == "triton_a"
+    assert choices.known("third") is None
+
+
+def test_nothing_is_measured_by_default() -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = bench.choices(None)
+    torch.backends.cudnn.benchmark = False
+    assert bench.pick(choices) == SPLIT
+    assert not bench.ran
+    assert choices.known(KEY) is None
+
+
+def test_cudnn_benchmark_switches_measuring_on_and_determinism_off() -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = bench.choices(None)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = True
+    assert bench.pick(choices) == SPLIT
+    torch.backends.cudnn.deterministic = False
+    with mock.patch.object(torch, "are_deterministic_algorithms_enabled", return_value=True):
+        assert bench.pick(choices) == SPLIT
+    assert not bench.ran
+    choices.set_measuring(False)
+    assert bench.pick(choices) == SPLIT
+    choices.set_measuring(None)
+    assert bench.pick(choices) == "triton_a"
+
+
+def test_never_while_a_graph_is_captured() -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = bench.choices()
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+    ):
+        assert bench.pick(choices) == SPLIT
+        assert not bench.ran
+    # What was measured before holds there too.
+    assert bench.pick(choices) == "triton_a"
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+    ):
+        assert bench.pick(choices) == "triton_a"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.tensor([1.0, 2.1], dtype=torch.float16), "off by 0.1"),
+        (torch.tensor([1.0, float("nan")], dtype=torch.float16), "off by nan"),
+        (RIGHT.float(), "shape"),
+        (RIGHT[:1], "shape"),
+        (RuntimeError("out of shared memory"), "RuntimeError: out of shared memory"),
+    ],
+)
+def test_a_wrong_candidate_is_reported_and_never_chosen(wrong: torch.Tensor | Exception, message: str) -> None:
+    bench = Bench(split=2.0, triton_a=1.0, triton_b=1.5)
+    bench.results["triton_a"] = wrong
+    choices = bench.choices()
+    with pytest.warns(RuntimeWarning, match=f"triton_a is not used: .*{message}"):
+        assert bench.pick(choices) == "triton_b"
+    assert bench.timed == ["split", "triton_b"]
+
+
+def test_an_error_of_cudnn_is_not_hidden() -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    bench.results["split"] = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench.pick(bench.choices())
+
+
+def test_fixed_choice() -> None:
+    bench = Bench(split=1.0, triton_a=3.0, triton_b=2.0)
+    choices = bench.choices()
+    with choices.fixed("triton_b"):
+        assert bench.pick(choices) == "triton_b"
+        with choices.fixed("triton"):
+            assert bench.pick(choices) == "triton_a"
+        with choices.fixed("groups"):
+            assert bench.pick(choices) == SPLIT
+        assert bench.pick(choices) == "triton_b"
+    assert not bench.ran
+    assert bench.pick(choices) == SPLIT
+    assert bench.timed == ["split", "triton_a", "triton_b"]
+
+
+def test_choices_outlive_a_process(cache: Path) -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    bench.pick(bench.choices())
+    later = Bench(split=2.0, triton_a=1.0)
+    assert later.pick(later.choices(False)) == "triton_a"
+    assert not later.ran
+    assert later.choices(False).table() == [{"key": KEY, "winner": "triton_a", "milliseconds": later.milliseconds}]
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+def test_a_candidate_that_is_gone_leaves_split() -> None:
+    write_entries({KEY: {"winner": "triton_gone", "milliseconds": {}}})
+    bench = Bench(split=2.0, triton_a=1.0)
+    assert bench.pick(bench.choices(False)) == SPLIT
+
+
+def test_forgotten_choices_are_measured_again() -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = bench.choices()
+    bench.pick(choices)
+    choices.forget()
+    assert choices.known(KEY) is None
+    bench.pick(choices)
+    assert bench.timed == ["split", "triton_a"] * 2
+
+
+def test_other_versions_keep_their_choices_to_themselves() -> None:
+    ours = {"winner": "split", "milliseconds": {"split": 1.0}}
+    with mock.patch.object(block_conv_cache, "versions", return_value="older"):
+        write_entries({KEY: {"winner": "triton_a", "milliseconds": {}}})
+    assert read_entries() == {}
+    write_entries({KEY: ours, "another": ours})
+    assert read_entries() == {KEY: ours, "another": ours}
+    with mock.patch.object(block_conv_cache, "versions", return_value="older"):
+        assert read_entries()[KEY]["winner"] == "triton_a"
+
+
+def test_versions_name_what_matters() -> None:
+    assert torch.__version__ in block_conv_cache.versions()
+    assert all(word in block_conv_cache.versions() for word in ("triton", "cuda", "cudnn", "driver", "kernels"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"format": 1, "choices": {"a": {"b": {"winner"',
+        b"\xff\xfe",
+        b"[]",
+        b'{"format": 2, "choices": {}}',
+        b'{"format": 1, "choices": []}',
+        b'{"format": 1, "choices": {"a": {"b": "split"}}}',
+        b'{"format": 1, "choices": {"a": {"b": {"winner": 3, "milliseconds": {}}}}}',
+        b'{"format": 1, "choices": {"a": {"b": {"winner": "split", "milliseconds": {}, "more": 1}}}}',
+    ],
+)
+def test_a_damaged_or_foreign_file_is_ignored_and_replaced(content: bytes, cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_bytes(content)
+    bench = Bench(split=2.0, triton_a=1.0)
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert bench.pick(bench.choices()) == "triton_a"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_entries()[KEY]["winner"] == "triton_a"
+
+
+def test_a_file_that_cannot_be_written_is_only_a_warning(cache: Path) -> None:
+    cache.parent.write_text("a file where the folder should be")
+    bench = Bench(split=2.0, triton_a=1.0)
+    with pytest.warns(UserWarning, match="can't be kept"):
+        assert bench.pick(bench.choices()) == "triton_a"
+
+
+def test_a_failed_write_leaves_the_old_file(cache: Path) -> None:
+    entry = {"winner": "split", "milliseconds": {}}
+    write_entries({"first": entry})
+    with mock.patch.object(json, "dump", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        write_entries({"second": entry})
+    assert read_entries() == {"first": entry}
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+def test_the_file_lies_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_file() == tmp_path / "fastmerge" / "convolutions.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_file() == Path.home() / ".cache" / "fastmerge" / "convolutions.json"

@@ -1,0 +1,275 @@
+"""The block convolution as operations: gradients, autocast, torch.compile, torch.func, and the choice of each pass."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastmerge.kernels import block_conv, block_conv_choice, block_conv_formulas, block_conv_ops
+from fastmerge.kernels import block_conv_passes as passes
+from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks
+from fastmerge.kernels.block_conv_choice import fixed_choice
+from torch import Tensor
+
+from block_conv_checks import Case, Operands, compare, joined, operands, random_mask
+from interpreter import interpreted
+
+pytest.importorskip("triton")
+# The interpreter's own: a loop whose bounds are not constant.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+
+CASE = Case(2, 2, 5, 6, 16, 32, 3, 1)
+BLOCKS = Case(1, 1, 5, 6, 32, 32, 3, 2)
+# On a CPU, PyTorch sums convolutions of float16 in float16.
+DTYPES = {"triton": torch.float16, "split": torch.bfloat16, "groups": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets tensors of this machine through to the operations, with an empty memory of choices."""
+    monkeypatch.setattr(block_conv_formulas, "fetches_boxes", lambda device: True)
+    monkeypatch.setattr(block_conv_choice.choices, "_known", {})
+    monkeypatch.setattr(block_conv_choice.choices, "_read", True)
+
+
+def differentiate(function: Any, given: Operands, xs: list[Tensor], dys: list[Tensor]) -> None:
+    leaves = [t.detach().requires_grad_() for t in (*xs, given.weight, given.bias)]
+    ys = function(leaves[: len(xs)], leaves[-2], leaves[-1])
+    *dxs, dw, db = torch.autograd.grad(ys, leaves, dys)
+    for name, results in {"y": ys, "dx": dxs, "dw": [dw]}.items():
+        compare(name, results, given)
+        assert all(result.is_contiguous(memory_format=torch.channels_last) for result in results)
+    compare("db", [db], given)
+
+
+def diagonal(xs: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return block_diagonal_conv2d(xs, weight, bias, padding=1)
+
+
+def grouped(xs: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+    return [grouped_conv2d(xs[0], weight, bias, groups=2, padding=1)]
+
+
+@interpreted
+@pytest.mark.parametrize("choice", ["triton", "split", "groups"])
+def test_every_gradient_of_each_candidate(choice: str) -> None:
+    given = operands(CASE, DTYPES[choice])
+    with fixed_choice(choice), mock.patch.object(block_conv, "worth_an_operation", return_value=True):
+        differentiate(diagonal, given, given.xs, given.dys)
+        differentiate(grouped, given, joined(given.xs), joined(given.dys))
+
+
+@interpreted
+@pytest.mark.parametrize("choice", ["triton", "split"])
+def test_every_gradient_of_live_blocks(choice: str) -> None:
+    mask = random_mask(2, 2, "empty row")
+    given = operands(BLOCKS, DTYPES[choice], mask=mask)
+    with fixed_choice(choice), mock.patch.object(block_conv, "worth_an_operation", return_value=True):
+        differentiate(
+            lambda xs, weight, bias: [block_sparse_conv2d(xs[0], weight, mask, bias, stride=2, padding=1)],
+            given,
+            given.xs,
+            given.dys,
+        )
+
+
+@interpreted
+def test_gradients_in_other_layouts() -> None:
+    given = operands(CASE, torch.float16)
+    with fixed_choice("triton"):
+        differentiate(diagonal, given, given.xs, [dy.contiguous() for dy in given.dys])
+        memory = torch.zeros(2 * 5 * 6 * 32 + 1, dtype=torch.float16)
+        unaligned = memory[1:].view(2, 5, 6, 32).permute(0, 3, 1, 2).copy_(given.dys[0])
+        differentiate(diagonal, given, given.xs, [unaligned, given.dys[1]])
+        # What sum() hands back: one number, seen everywhere.
+        xs = [x.detach().requires_grad_() for x in given.xs]
+        ys = diagonal(xs, given.weight, given.bias)
+        expanded = torch.autograd.grad([y.sum() for y in ys], xs)
+        ys = diagonal(xs, given.weight, given.bias)
+        assert all(map(torch.equal, expanded, torch.autograd.grad(ys, xs, [torch.ones_like(y) for y in ys])))
+
+
+@interpreted
+def test_only_what_is_asked_for() -> None:
+    given = operands(CASE, torch.float16)
+    first, second, weight = given.xs[0].clone().requires_grad_(), given.xs[1], given.weight.clone()
+    with fixed_choice("triton"):
+        ys = block_diagonal_conv2d([first, second], weight, padding=1)
+        with mock.patch.object(block_conv_ops, "block_conv_weight_gradient") as weight_gradient:
+            (dx,) = torch.autograd.grad(ys[0], first, given.dys[0])
+        assert not weight_gradient.called
+        torch.testing.assert_close(dx.double(), given.expected["dx"][0], rtol=2e-3, atol=2e-2)
+        weight.requires_grad_()
+        ys = block_diagonal_conv2d([x.detach() for x in given.xs], weight, padding=1)
+        with mock.patch.object(block_conv_ops, "block_conv_input_gradient") as input_gradient:
+            (dw,) = torch.autograd.grad(ys[1], weight, given.dys[1])
+        assert not input_gradient.called
+        assert (dw[:32] == 0).all()
+        torch.testing.assert_close(dw[32:].double(), given.expected["dw"][0][32:], rtol=2e-3, atol=2e-2)
+
+
+def test_differentiable_once() -> None:
+    given = operands(CASE, torch.float16)
+    weight = given.weight.requires_grad_()
+    with mock.patch.object(block_conv, "worth_an_operation", return_value=True):
+        (y, _) = block_diagonal_conv2d([x.requires_grad_() for x in given.xs], weight, padding=1)
+    (dw,) = torch.autograd.grad(y.float().pow(2).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dw.sum().backward()
+
+
+@interpreted
+@pytest.mark.parametrize("choice", ["triton", "split"])
+def test_opcheck(choice: str) -> None:
+    given = operands(Case(2, 1, 4, 4, 16, 16, 1, 1), torch.float16)
+    options = (2, [1, 1], [0, 0], [1, 1], [])
+    xs, weight, bias = (
+        [x.requires_grad_() for x in given.xs],
+        given.weight.requires_grad_(),
+        given.bias.requires_grad_(),
+    )
+    with fixed_choice(choice):
+        torch.library.opcheck(block_conv_ops.block_conv, (xs, weight, bias, *options))
+        torch.library.opcheck(block_conv_ops.block_conv, (joined([x.detach() for x in xs]), weight, None, *options))
+        xs, weight = [x.detach() for x in xs], weight.detach()
+        torch.library.opcheck(block_conv_ops.block_conv_input_gradient, (given.dys, weight, [1, 16, 4, 4], *options))
+        torch.library.opcheck(block_conv_ops.block_conv_weight_gradient, (given.dys, xs, weight, *options))
+
+
+@interpreted
+def test_opcheck_of_live_blocks() -> None:
+    given = operands(Case(1, 1, 4, 4, 32, 32, 1, 1), torch.float16)
+    weight = given.weight.requires_grad_()
+    options = (1, [1, 1], [0, 0], [1, 1], list(live_blocks(random_mask(2, 2, "empty row"))))
+    with fixed_choice("triton"):
+        torch.library.opcheck(block_conv_ops.block_conv, (given.xs, weight, None, *options))
+
+
+def test_nothing_measured_is_plain_pytorch() -> None:
+    given = operands(CASE, torch.float16)
+    with mock.patch.object(block_conv_ops, "block_conv", side_effect=AssertionError):
+        ys = diagonal(given.xs, given.weight, given.bias)
+    assert torch.equal(ys[1], F.conv2d(given.xs[1], given.weight[32:], given.bias[32:], padding=1))
+
+
+@pytest.mark.parametrize("winner", ["forward", "input gradient", "weight gradient"])
+def test_each_pass_runs_its_own_winner(winner: str) -> None:
+    """cuDNN stands in for the kernels, and the timer prefers those of one pass."""
+    ran: list[str] = []
+
+    def stand_in(name: str, twin: Any) -> Any:
+        def run(*args: Any) -> Any:
+            ran.append(name)
+            return twin(*args)
+
+        return run
+
+    def timer(run: Any) -> float:
+        before = len(ran)
+        run()
+        return 1.0 if ran[before:] == [winner] else 2.0
+
+    given, choices = operands(CASE, torch.bfloat16), block_conv_choice.choices
+    stand_ins = {
+        "_triton_forward": stand_in("forward", lambda *args: passes._split_forward(*args[:-1])),
+        "_triton_input_gradient": stand_in("input gradient", lambda *args: passes._split_input_gradient(*args[:-1])),
+        "_triton_weight_gradient": stand_in(
+            "weight gradient", lambda *args: [passes._split_weight_gradient(*args[:-1], given.weight)]
+        ),
+    }
+    with (
+        mock.patch.multiple(passes, **stand_ins),
+        mock.patch.multiple(choices, _timer=timer, _stored=False, _measuring=True),
+    ):
+        differentiate(diagonal, given, given.xs, given.dys)
+        choices.set_measuring(False)
+        ran.clear()
+        differentiate(diagonal, given, given.xs, given.dys)
+    assert ran == [winner]
+    winners = {row["key"].split(" | ")[1].rpartition(" ")[0]: row["winner"] for row in choices.table()}
+    assert len(winners) == 3
+    assert {name for name, chosen in winners.items() if chosen != "split"} == {winner}
+
+
+def test_measuring_leaves_the_random_numbers_alone() -> None:
+    given = operands(CASE, torch.float16)
+    state = torch.get_rng_state()
+    with (
+        mock.patch.multiple(block_conv_choice.choices, _timer=lambda run: 1.0, _stored=False, _measuring=True),
+        # There is no GPU here that ran the kernels.
+        pytest.warns(RuntimeWarning, match="is not used"),
+    ):
+        diagonal(given.xs, given.weight, given.bias)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_casts_as_conv2d_does(dtype: torch.dtype) -> None:
+    given = operands(CASE, dtype)
+    leaves = [t.requires_grad_() for t in (*given.xs, given.weight, given.bias)]
+    results = []
+    for worth in (True, False):
+        with (
+            mock.patch.object(block_conv, "worth_an_operation", return_value=worth),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            ys = diagonal(leaves[:2], leaves[2], leaves[3])
+        assert all(y.dtype == torch.bfloat16 for y in ys)
+        results.append([*ys, *torch.autograd.grad(ys, leaves, [dy.bfloat16() for dy in given.dys])])
+    for through_operation, plain in zip(*results, strict=True):
+        assert through_operation.dtype == plain.dtype
+        torch.testing.assert_close(through_operation, plain, rtol=2e-2, atol=2e-2)
+
+
+def test_mixed_dtypes_are_pytorchs_own_error() -> None:
+    given = operands(CASE, torch.float16)
+    with pytest.raises(RuntimeError, match="type"):
+        diagonal(given.xs, given.weight.float(), given.bias)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    given, mask = operands(CASE, torch.float16), live_blocks(random_mask(2, 1, "full"))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y, z = block_diagonal_conv2d([first.relu(), second], weight, bias, padding=1)
+        return y + z + block_sparse_conv2d(first, weight[:32], mask, padding=1)
+
+    leaves = [t.requires_grad_() for t in (*given.xs, given.weight, given.bias)]
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)
+    y = compiled(*leaves)
+    torch.testing.assert_close(y, step(*leaves), rtol=1e-2, atol=1e-2)
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("fastmerge.block_conv" in target for target in targets) == 2
+
+
+def test_compiled_gradients() -> None:
+    given = operands(CASE, torch.float16)
+    leaves = [t.requires_grad_() for t in (*given.xs, given.weight, given.bias)]
+    compiled = torch.compile(lambda *args: diagonal(args[:2], *args[2:]), backend="aot_eager", fullgraph=True)
+    results = [
+        torch.autograd.grad(function(*leaves), leaves, given.dys)
+        for function in (compiled, lambda *args: diagonal(args[:2], *args[2:]))
+    ]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=3e-2)
+
+
+def test_transformations_take_plain_pytorch() -> None:
+    given = operands(CASE, torch.float16)
+    with (
+        fixed_choice("triton"),
+        mock.patch.object(block_conv_ops, "block_conv", side_effect=AssertionError),
+    ):
+        gradient = torch.func.grad(lambda w: diagonal(given.xs, w, given.bias)[0].float().sum())(given.weight)
+        assert gradient.shape == given.weight.shape
+        batch = torch.stack(given.xs)
+        assert torch.func.vmap(lambda x: diagonal([x, x], given.weight, given.bias)[0])(batch).shape == (2, 2, 32, 5, 6)
