@@ -158,7 +158,7 @@ def _fused(
 ) -> list[Tensor] | None:
     """The outputs by way of the operation that chooses an implementation, or None where plain PyTorch is the choice."""
     given = [*xs, weight] if bias is None else [*xs, weight, bias]
-    # Custom operators know nothing of torch.func's transformations. Dynamo can't ask; what it traces through there fails loudly.
+    # Custom operators know nothing of torch.func's transformations. Dynamo can't ask; there the operator itself raises.
     compiling = torch.compiler.is_compiling()
     if not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
         return None
