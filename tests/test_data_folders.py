@@ -19,6 +19,7 @@ def tree(tmp_path):
     write(tmp_path / "train" / "cat" / "deep" / "2.JPEG", (250, 0, 0), (64, 64))
     write(tmp_path / "train" / "ant" / "1.png", 100, mode="L")
     write(tmp_path / "val" / "cat" / "1.png", (0, 255, 0, 128), mode="RGBA")
+    write(tmp_path / "val" / "ant" / "1.png", 100, mode="L")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     return tmp_path
 
@@ -27,11 +28,11 @@ def test_a_tree_becomes_arrays(tree):
     loaded = load_folder(tree, 4)
     assert loaded.train_images.shape == (3, 4, 4, 3)
     assert loaded.train_labels.tolist() == [0, 1, 1]  # ant before cat
-    assert loaded.test_labels.tolist() == [1]
+    assert loaded.test_labels.tolist() == [0, 1]
     assert (loaded.train_images[0] == 100).all()
     assert (loaded.train_images[1] == (255, 0, 0)).all()
     assert abs(loaded.train_images[2].astype(int) - (250, 0, 0)).max() <= 3  # JPEG
-    assert (loaded.test_images[0] == (0, 255, 0)).all()
+    assert (loaded.test_images[1] == (0, 255, 0)).all()
 
 
 def test_resizing_averages_over_all_pixels(tmp_path):
@@ -57,7 +58,7 @@ def test_what_is_missing_is_named(tmp_path, tree):
     with pytest.raises(FileNotFoundError, match=r"no .*cat.train"):
         load_folder(tree / "train" / "cat", 4)
     write(tree / "val" / "dog" / "1.png", 0)
-    with pytest.raises(ValueError, match=r"classes that .*train has not: dog"):
+    with pytest.raises(ValueError, match=r"the classes of .*train and .*val differ: dog in one of them alone"):
         load_folder(tree, 4)
 
 

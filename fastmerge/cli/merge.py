@@ -4,8 +4,8 @@
   fastmerge merge --model mynets:SmallNet --model-args width=32 --teachers a.pt b.pt c.pt --data x.npz --out merged/
 
 Checkpoints hold weights only (safetensors, or .pt loaded with weights_only=True). Data is a directory with
-train/<class>/<image> and val/<class>/<image>, or an .npz of uint8 arrays train_images, train_labels, test_images and
-test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots.
+train/<class>/<image> and val/<class>/<image>, one with CIFAR's pickles, or an .npz of uint8 arrays train_images,
+train_labels, test_images and test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots.
 
 Killed or interrupted, it goes on with: fastmerge merge --out DIR --resume
 """
@@ -24,7 +24,9 @@ from torch import nn
 from fastmerge.checkpoints import build_network, load_weights, save_weights
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import integer, key_value
-from fastmerge.data.loaders import ImageLoaders, image_loaders
+from fastmerge.data.augmentation import AUGMENTATIONS
+from fastmerge.data.decoding import ON_BAD_IMAGE
+from fastmerge.data.loading import LOADERS, ImageLoaders, image_loaders
 from fastmerge.environment import environment
 from fastmerge.history import EpochRecord
 from fastmerge.merging import merge
@@ -90,7 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fraction of the merge before linking; 1 never; default 0",
     )
     add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
-    add("--workers", type=integer(0), default=2, metavar="N", help="processes that decode an image tree; default 2")
+    add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
+    add("--loader", choices=("auto", *LOADERS), default="auto", help="what reads images; default fits data and machine")
+    add("--workers", type=integer(0), metavar="N", help="threads or processes that decode; default one per core")
+    add("--on-bad-image", choices=ON_BAD_IMAGE, default="raise", help="at a file that is no image; default raise")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
     add("--channels-last", action="store_true", help="channels-last layout")
@@ -104,7 +109,19 @@ def command(options: argparse.Namespace) -> None:
         print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
         return
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaders = image_loaders(options.data, options.batch_size, options.image_size, options.workers)
+    loaders = image_loaders(
+        options.data,
+        options.batch_size,
+        image_size=options.image_size,
+        augmentation=options.augmentation,
+        loader=options.loader,
+        device=device,
+        channels_last=options.channels_last,
+        seed=options.seed or 0,
+        workers=options.workers,
+        on_bad_image=options.on_bad_image,
+    )
+    print(loaders.why)
     teachers = [_teacher(options, loaders, path) for path in options.teachers]
     chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
     board = options.out / "tensorboard" if options.tensorboard else None

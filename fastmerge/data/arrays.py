@@ -32,6 +32,23 @@ class ImageArrays:
         """How many classes the training labels name."""
         return int(self.train_labels.max()) + 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images."""
+        return self.train_images.nbytes + self.test_images.nbytes
+
+
+def channel_statistics(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each channel of uint8 images (N, H, W, C), for values of 0..255.
+
+    A channel of one value carries nothing; its deviation is given as 1, with which it becomes 0.
+    """
+    values = np.arange(256)
+    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[3])])
+    mean = counts @ values / counts.sum(1)
+    variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
+    return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
+
 
 def load_npz(path: str | Path) -> ImageArrays:
     """Loads an .npz file with ``train_images, train_labels, test_images, test_labels``; other arrays may be in it.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmerge.data.arrays import ImageArrays
+from fastmerge.data.arrays import ImageArrays, channel_statistics
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Dataset:
 
 def image_dataset(arrays: ImageArrays) -> Dataset:
     """Images as a data set, normalised by the mean and standard deviation of each channel over the training images."""
-    pixels = arrays.train_images.reshape(-1, arrays.train_images.shape[3])
-    mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
-    std[std == 0] = 1  # a channel of one value carries nothing; it becomes 0
+    mean, std = channel_statistics(arrays.train_images)
     return Dataset(
         _channels_first(arrays.train_images),
         torch.from_numpy(arrays.train_labels),

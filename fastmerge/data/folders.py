@@ -10,12 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.data.arrays import ImageArrays, check_arrays
+from fastmerge.data.augmentation import Augmentation
+from fastmerge.data.cutting import read_batch
+from fastmerge.data.decoding import BadImages, OnBadImage
+from fastmerge.data.trees import ImageTree, find_trees
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-TEST_FOLDERS = ("val", "test")
+_CHUNK = 32
+_STRETCHED = Augmentation(mirror=False)
 
 
-def load_folder(path: str | Path, image_size: int) -> ImageArrays:
+def load_folder(path: str | Path, image_size: int, on_bad_image: OnBadImage = "raise") -> ImageArrays:
     """Loads a tree ``train/<class>/<image>`` and ``val/<class>/<image>`` (or ``test``), as torchvision's ImageFolder.
 
     Classes are the subdirectories of ``train``, in alphabetical order. Every image becomes RGB and is stretched to a
@@ -24,68 +28,35 @@ def load_folder(path: str | Path, image_size: int) -> ImageArrays:
     Args:
         path: the tree's root.
         image_size: height and width to which images are resized.
+        on_bad_image: "raise", or "skip" to leave out files that can't be read, with a warning that names each.
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: there are no classes or images, the test folder has a class that the training folder hasn't, or a
-            file can't be read as an image.
+        ValueError: there are no classes or images, the two folders' classes differ, or a file can't be read as an image.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"there is no directory {path}")
-    train = path / "train"
-    test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), path / "val")
-    for folder in (train, test):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no {folder}; a tree needs train/<class>/<image> and val/<class>/<image>")
-    classes = _classes(train)
-    if strangers := sorted(set(_classes(test)) - set(classes)):
-        raise ValueError(f"{test} has classes that {train} has not: {', '.join(strangers[:5])}")
-    arrays = {}
-    for split, folder in (("train", train), ("test", test)):
-        files = _files(folder, classes)
-        arrays[f"{split}_images"] = _read_all([file for file, _ in files], image_size)
-        arrays[f"{split}_labels"] = np.array([label for _, label in files])
-    return check_arrays(str(path), arrays)
+    return read_trees(find_trees(path), image_size, BadImages(on_bad_image))
 
 
-def _classes(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not names:
-        raise ValueError(f"{folder} has no class folders")
-    return names
+def read_trees(trees: tuple[ImageTree, ImageTree], image_size: int, bad_images: BadImages) -> ImageArrays:
+    """Decodes images to train on and images to test on, once and for all."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for split, tree in zip(("train", "test"), trees, strict=True):
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = _read_all(tree, image_size, bad_images)
+    return check_arrays(str(trees[0].folder.parent), arrays)
 
 
-def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    files = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((folder / name).rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-    ]
-    if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-    return files
+def _read_all(tree: ImageTree, size: int, bad_images: BadImages) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    images = np.empty((len(tree.files), size, size, 3), np.uint8)
+    good = np.zeros(len(tree.files), bool)
 
-
-def _read_all(files: list[Path], image_size: int) -> NDArray[np.uint8]:
-    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-
-    def read(index: int) -> None:
-        images[index] = _read(files[index], image_size)
+    def read(start: int) -> dict[str, str]:
+        samples = np.arange(start, min(start + _CHUNK, len(tree.files)))
+        found, kept, bad = read_batch(tree.files, samples, size, _STRETCHED, training=False)
+        images[kept], good[kept] = found, True
+        return bad
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the interpreter's lock
-        for _ in pool.map(read, range(len(files))):
-            pass
-    return images
-
-
-def _read(file: Path, image_size: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            image.draft("RGB", (2 * image_size, 2 * image_size))  # a JPEG decodes at the nearest smaller scale
-            return np.asarray(image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-        raise ValueError(f"{file} can't be read as an image: {error}") from error
+        for bad in pool.map(read, range(0, len(tree.files), _CHUNK)):
+            for file, reason in bad.items():
+                bad_images.report(file, reason)
+    return (images, tree.labels) if good.all() else (images[good], tree.labels[good])

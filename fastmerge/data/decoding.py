@@ -1,0 +1,128 @@
+"""Image files as RGB pixels, and what happens to a file that isn't one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OnBadImage = Literal["raise", "skip"]
+ON_BAD_IMAGE: tuple[OnBadImage, ...] = ("raise", "skip")
+
+
+class BadImageError(ValueError):
+    """A file that can't be read as an image.
+
+    Attributes:
+        file: Its path.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file} can't be read as an image: {reason}")
+        self.file, self.reason = file, reason
+
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
+        return BadImageError, (self.file, self.reason)
+
+
+class BadImageWarning(UserWarning):
+    """A file that can't be read as an image and was left out, by name."""
+
+
+class BadImages:
+    """What was found unreadable, and whether to go on.
+
+    Args:
+        on_bad_image: "raise" stops at the first such file, "skip" leaves it out with a warning. Either names it.
+
+    Attributes:
+        found: Path and reason of each file left out.
+    """
+
+    def __init__(self, on_bad_image: OnBadImage = "raise") -> None:
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"on_bad_image must be 'raise' or 'skip'; got {on_bad_image!r}")
+        self.on_bad_image = on_bad_image
+        self.found: dict[str, str] = {}
+
+    def report(self, file: str, reason: str) -> None:
+        """Says that a file can't be read; once for each file.
+
+        Raises:
+            BadImageError: Bad images are to stop the run.
+        """
+        if self.on_bad_image == "raise":
+            raise BadImageError(file, f"{reason}; on_bad_image='skip' leaves such files out")
+        if file not in self.found:
+            self.found[file] = reason
+            warnings.warn(f"{file} can't be read as an image and is left out: {reason}", BadImageWarning, stacklevel=2)
+
+
+def read_image(file: str, draft: tuple[int, int] | None = None) -> Image:
+    """Reads an image file whole, as RGB and the right way up.
+
+    Grey, palette, CMYK and 16-bit images become RGB of 8 bits; transparency is dropped, and an EXIF orientation applied.
+
+    Args:
+        file: Its path.
+        draft: A width and height above which a JPEG may be decoded at a half, a quarter or an eighth, which is faster.
+
+    Raises:
+        BadImageError: It can't be opened, is none of the formats that Pillow reads, is damaged or ends early.
+        ImportError: Pillow is not installed.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            if draft is not None:
+                image.draft("RGB", draft)
+            upright = ImageOps.exif_transpose(image)
+            return _rgb(upright)
+    except MemoryError:
+        raise
+    except Exception as error:  # for damaged files Pillow's readers raise nearly anything, SyntaxError and KeyError too
+        raise BadImageError(file, _reason(error)) from error
+
+
+def bad_files(files: Iterable[str], workers: int) -> dict[str, str]:
+    """Reads files whole and returns path and reason of those that can't be."""
+
+    def check(file: str) -> tuple[str, str] | None:
+        try:
+            read_image(file)
+        except BadImageError as error:
+            return error.file, error.reason
+        return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(filter(None, pool.map(check, files)))
+
+
+def _rgb(image: Image) -> Image:
+    from PIL import Image as PillowImage
+
+    if image.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion would clip them
+        return PillowImage.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "it is of no image format that Pillow knows"
+    return " ".join(str(error).split()) or type(error).__name__

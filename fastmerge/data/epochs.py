@@ -1,0 +1,142 @@
+"""Passes over a data set: which samples make which batch on which rank, and the protocol that all loaders share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmerge.data.draws import order
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which samples make which batch.
+
+    In training every epoch has an order of its own, and all shards have equally many samples: up to ``shards - 1`` samples,
+    others each epoch, are left out. Together the shards' k-th batches are the k-th batch of ``shards · batch_size`` samples
+    that one process would read. In validation each sample comes once, in one shard.
+
+    Attributes:
+        samples: Of the data set.
+        batch_size: Of one shard; the last batch may be smaller.
+        training: Whether this is training.
+        seed: Of the orders.
+        shard, shards: Which part of how many.
+        drop_last: Leaves out a smaller last batch in training. A last one of a single sample is left out anyway where there
+            are others: BatchNorm can't train on it.
+    """
+
+    samples: int
+    batch_size: int
+    training: bool
+    seed: int = 0
+    shard: int = 0
+    shards: int = 1
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"a loader needs a batch_size of at least 1; got {self.batch_size}")
+        if self.seed < 0:
+            raise ValueError(f"a loader needs a seed of at least 0; got {self.seed}")
+        if not 0 <= self.shard < self.shards:
+            raise ValueError(f"a loader needs a shard in 0..{self.shards - 1} of {self.shards}; got {self.shard}")
+        if self.samples < self.shards:
+            raise ValueError(f"{self.samples} images are too few for {self.shards} shards; each needs one")
+
+    @property
+    def shard_samples(self) -> int:
+        """How many samples this shard reads in an epoch."""
+        if self.training:
+            count = self.samples // self.shards
+            rest = count % self.batch_size
+            lonely = rest == 1 and count > 1
+            return count - rest if lonely or (self.drop_last and count > rest) else count
+        return len(range(self.shard, self.samples, self.shards))
+
+    def __len__(self) -> int:
+        return -(-self.shard_samples // self.batch_size)
+
+    def of(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The samples of each batch."""
+        whole = order(self.seed, epoch, self.samples) if self.training else np.arange(self.samples)
+        mine = whole[self.shard :: self.shards][: self.shard_samples]
+        return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+
+    def check_left_out(self) -> None:
+        """Called where every image of a batch was unreadable, so that the batch is left out.
+
+        Raises:
+            ValueError: Other processes would wait for this one's step.
+        """
+        if self.training and self.shards > 1:
+            raise ValueError("no image of a batch can be read; with several shards, each step needs one in each shard")
+
+
+class EpochLoader(ABC):
+    """Batches (images, labels), one epoch per ``iter``.
+
+    A whole pass moves on to the next epoch; a pass that is broken off does not, so looking at the first batch changes
+    nothing. The same seed and epoch give the same batches, in whatever process. There is one pass at a time: a new one ends
+    the one before.
+
+    Attributes:
+        epoch: The epoch that the next pass reads.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.epoch = 0
+        self._passes = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def samples(self) -> int:
+        """Images per pass."""
+        return self.batches.shard_samples
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._passes += 1
+        return self._pass(self.epoch, self._passes)
+
+    def _pass(self, epoch: int, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._read(epoch):
+            yield batch
+            if number != self._passes:
+                raise RuntimeError("another pass over this loader has begun; it can be read by one at a time")
+        if self.epoch == epoch:
+            self.epoch += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next pass reads."""
+        if epoch < 0:
+            raise ValueError(f"epochs are counted from 0; got {epoch}")
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on at the border of two epochs."""
+        return {"epoch": self.epoch, "seed": self.batches.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: It was taken of a loader with another seed, whose order would be another.
+        """
+        if state["seed"] != self.batches.seed:
+            raise ValueError(
+                f"the state is of a loader with seed {state['seed']}; this one has seed {self.batches.seed}"
+            )
+        self.set_epoch(state["epoch"])
+
+    @abstractmethod
+    def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch."""

@@ -1,0 +1,139 @@
+"""Batches from image files through torch's DataLoader and Pillow: the fallback that needs no DALI."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastmerge.data.augmentation import Augmentation, cut_windows, draw_changes
+from fastmerge.data.colours import jitter_colours
+from fastmerge.data.cutting import read_batch
+from fastmerge.data.decoding import BadImages
+from fastmerge.data.device_loader import Finish
+from fastmerge.data.epochs import Batches, EpochLoader
+
+Key = tuple[int, NDArray[np.int64]]  # an epoch and the samples of a batch
+
+
+class TreeBatches(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
+    """Reads a whole batch of files; runs in the workers."""
+
+    def __init__(self, files: list[str], size: int, augmentation: Augmentation, batches: Batches) -> None:
+        self.files, self.size, self.augmentation, self.batches = files, size, augmentation, batches
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, dict[str, str]]:
+        epoch, samples = key
+        images, kept, bad = read_batch(
+            self.files,
+            samples,
+            self.size,
+            self.augmentation,
+            training=self.batches.training,
+            seed=self.batches.seed,
+            epoch=epoch,
+        )
+        return torch.from_numpy(images), torch.from_numpy(kept), bad
+
+
+class ArrayBatches(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
+    """Picks a whole batch of images out of an array."""
+
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self.images = images
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, dict[str, str]]:
+        _, samples = key
+        return torch.from_numpy(self.images[samples]), torch.from_numpy(samples), {}
+
+
+class TorchLoader(EpochLoader):
+    """Batches from a data set of whole batches.
+
+    Args:
+        source: Gives uint8 images (n, H, W, C) of the final size, their samples, and the files that can't be read.
+        labels: int64, of every sample.
+        batches: Which samples make which batch.
+        augmentation: Random changes after the cut, or None.
+        finish: Normalisation, and on which device.
+        bad_images: What happens to files that can't be read.
+        workers: Processes that read; with 0 this one does.
+    """
+
+    def __init__(
+        self,
+        source: TreeBatches | ArrayBatches,
+        labels: NDArray[np.int64],
+        batches: Batches,
+        augmentation: Augmentation | None,
+        finish: Finish,
+        bad_images: BadImages,
+        workers: int,
+    ) -> None:
+        super().__init__(batches)
+        self.labels, self.augmentation, self.finish = torch.from_numpy(labels), augmentation, finish
+        self.bad_images = bad_images
+        self._keys = _Keys(batches)
+        self._loader: DataLoader[Any] = DataLoader(
+            source,
+            batch_size=None,  # a key is a batch
+            sampler=self._keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=finish.device.type == "cuda",
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_inherited_garbage,
+        )
+
+    def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._keys.epoch = epoch
+        device = self.finish.device
+        for images, samples, bad in self._loader:
+            for file, reason in bad.items():
+                self.bad_images.report(file, reason)
+            if not len(samples):
+                self.batches.check_left_out()
+                continue
+            labels = self.labels[samples].to(device, non_blocking=True)
+            yield self.finish(self._change(images.to(device, non_blocking=True), samples.numpy(), epoch)), labels
+
+    def _change(self, images: Tensor, samples: NDArray[np.int64], epoch: int) -> Tensor:
+        if self.augmentation is None:
+            return images
+        height, width = images.shape[1:3]
+        changes = draw_changes(self.augmentation, self.batches.seed, epoch, samples)
+        windows = changes.windows(np.arange(len(samples))).to(images.device)
+        shift = self.augmentation.shift
+        padded = F.pad(images, (0, 0, shift, shift, shift, shift))
+        return jitter_colours(cut_windows(padded, windows, height, width), self.augmentation, changes)
+
+
+class _Keys:
+    """The sampler: the keys of the epoch that is set."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.epoch = batches, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Key]:
+        return ((self.epoch, samples) for samples in self.batches.of(self.epoch))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_inherited_garbage(worker: int) -> None:
+    """Keeps a forked worker from collecting what its parent had thrown away: a DALI pipeline's end waits for threads that
+    the worker doesn't have, for ever.
+    """
+    gc.freeze()

@@ -1,0 +1,88 @@
+"""Trees of image files: which files there are, of which classes. Nothing is opened here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+TEST_FOLDERS = ("val", "test")
+
+
+@dataclass(frozen=True)
+class ImageTree:
+    """The images of one split.
+
+    Attributes:
+        folder: Where they are, ``train`` or ``val``.
+        files: Their paths, class by class and in alphabetical order within a class.
+        labels: int64 (N,), the class of each.
+        classes: The names of the classes.
+    """
+
+    folder: Path
+    files: list[str]
+    labels: NDArray[np.int64]
+    classes: list[str]
+
+
+def find_trees(path: str | Path) -> tuple[ImageTree, ImageTree]:
+    """Lists the images of a tree ``train/<class>/<image>`` and ``val/<class>/<image>`` (or ``test``).
+
+    Classes are the subdirectories of ``train``, in alphabetical order, as torchvision's ImageFolder has them; images may
+    lie deeper. Names that begin with a dot are left out: they are nobody's images.
+
+    Returns:
+        Images to train on and images to validate on, both with the training folder's classes.
+
+    Raises:
+        FileNotFoundError: A folder is missing.
+        ValueError: There are no classes, the two folders' classes differ, or a class has no images.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory {path}")
+    train, val = path / "train", next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), path / "val")
+    for folder in (train, val):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no {folder}; a tree needs train/<class>/<image> and val/<class>/<image>")
+    classes = _classes(train)
+    if differing := sorted(set(classes) ^ set(_classes(val))):
+        listed = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise ValueError(f"the classes of {train} and {val} differ: {listed} in one of them alone")
+    return _tree(train, classes), _tree(val, classes)
+
+
+def image_files(folder: str) -> list[str]:
+    """The image files below a folder, in alphabetical order of their paths."""
+    found, waiting = [], [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(SUFFIXES):
+                    found.append(entry.path)
+                elif entry.is_dir():
+                    waiting.append(entry.path)
+    return sorted(found)
+
+
+def _classes(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} has no class folders; a tree needs {folder.name}/<class>/<image>")
+    return names
+
+
+def _tree(folder: Path, classes: list[str]) -> ImageTree:
+    by_class = [image_files(str(folder / name)) for name in classes]
+    if empty := [name for name, files in zip(classes, by_class, strict=True) if not files]:
+        listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}) of {listed}")
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in by_class])
+    return ImageTree(folder, [file for files in by_class for file in files], labels, classes)

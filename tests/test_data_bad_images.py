@@ -1,0 +1,165 @@
+"""Files that can't be read: always named, and left out where that was asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmerge.data.decoding import BadImageError, BadImageWarning, read_image
+from fastmerge.data.folders import load_folder
+from fastmerge.data.loading import image_loaders
+from image_files import spoil, write_odd_images, write_tree
+
+pytest.importorskip("PIL")
+KINDS = ["truncated", "last byte", "empty", "text", "header"]
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    return write_tree(tmp_path, train_ant=11, train_cat=11, val_ant=10, val_cat=9)
+
+
+@pytest.fixture(params=["dali", "torch", "torch with workers"])
+def loader(request) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    return request.param
+
+
+def make(tree: Path, loader: str, on_bad_image: str = "skip", batch_size: int = 4, **options):
+    workers = {"dali": 1, "torch": 0, "torch with workers": 2}[loader]
+    options = {"image_size": 16, "augmentation": "imagenet", "workers": workers} | options
+    return image_loaders(tree, batch_size, loader=loader.split()[0], on_bad_image=on_bad_image, **options)
+
+
+def labels(loader) -> list[int]:
+    return [label for _, targets in loader for label in targets.tolist()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_image_stops_the_run_by_name(tree, loader, kind):
+    spoil(tree / "val" / "ant" / "006.jpg", kind)
+    val = make(tree, loader, "raise").val
+    batches = iter(val)
+    next(batches)  # what comes before it is read
+    with pytest.raises(BadImageError, match=r"val/ant/006.jpg can't be read as an image: .*on_bad_image='skip'"):
+        list(batches)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_image_is_left_out_with_a_warning_once(tree, loader, kind):
+    bad = str(spoil(tree / "val" / "ant" / "006.jpg", kind))
+    clean = make(tree, loader, "raise", batch_size=1)
+    loaders = make(tree, loader)
+    with pytest.warns(BadImageWarning, match=r"ant/006.jpg can't be read as an image and is left out: ") as caught:
+        images, targets = zip(*loaders.val, strict=True)
+    assert len(caught) == 1
+    assert torch.cat(targets).tolist() == [0] * 9 + [1] * 9
+    assert list(loaders.bad_images.found) == [bad]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = torch.cat([images for images, _ in loaders.val])  # nothing new is found in the next pass
+    assert torch.equal(torch.cat(images), again)
+    # The images around it are what they are without it.
+    clean_images = []
+    with pytest.raises(BadImageError):
+        clean_images.extend(image for image, _ in clean.val)
+    assert torch.equal(again[:6], torch.cat([image for image, _ in _until_bad(clean.val)]))
+
+
+def _until_bad(loader):
+    try:
+        yield from loader
+    except BadImageError:
+        return
+
+
+def test_training_goes_on_around_bad_images(tree, loader):
+    bad = [spoil(tree / "train" / "cat" / f"{number:03}.jpg", kind) for number, kind in enumerate(KINDS)]
+    train = make(tree, loader).train
+    with pytest.warns(BadImageWarning) as caught:
+        seen = [labels(train) for _ in range(3)]
+    assert len(caught) == len(bad)
+    assert [sorted(epoch) for epoch in seen] == [[0] * 11 + [1] * 6] * 3
+    assert seen[0] != seen[1]
+
+
+def test_a_batch_of_bad_images_alone_is_left_out(tree, loader):
+    for number in range(4, 8):
+        spoil(tree / "val" / "ant" / f"{number:03}.jpg", "truncated")
+    loaders = make(tree, loader)
+    with pytest.warns(BadImageWarning):
+        assert [len(targets) for _, targets in loaders.val] == [4, 4, 4, 3]
+
+
+def test_a_step_that_other_ranks_wait_for_is_not_left_out(tree, loader):
+    for file in (tree / "train").rglob("*.jpg"):
+        spoil(file, "text")
+    train = make(tree, loader, shards=2).train
+    with pytest.warns(BadImageWarning), pytest.raises(ValueError, match="with several shards, each step needs one"):
+        list(train)
+
+
+def test_a_bad_file_under_way_when_a_pass_is_broken_off(tree, loader):
+    spoil(tree / "val" / "ant" / "006.jpg", "text")
+    val = make(tree, loader).val
+    next(iter(val))
+    with pytest.warns(BadImageWarning):
+        assert len(labels(val)) == 18
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trees_decoded_at_once(tree, kind):
+    spoil(tree / "val" / "ant" / "006.jpg", kind)
+    with pytest.raises(BadImageError, match=r"ant/006.jpg can't be read"):
+        load_folder(tree, 8)
+    with pytest.warns(BadImageWarning, match=r"ant/006.jpg can't be read"):
+        arrays = load_folder(tree, 8, on_bad_image="skip")
+    assert arrays.test_labels.tolist() == [0] * 9 + [1] * 9
+    with pytest.warns(BadImageWarning):
+        device = image_loaders(tree, 4, image_size=8, augmentation="small", loader="device", on_bad_image="skip")
+    assert labels(device.val) == [0] * 9 + [1] * 9
+
+
+def test_reasons_say_what_is_wrong(tree):
+    folder = tree / "val" / "ant"
+    reasons = {
+        "text": "it is of no image format that Pillow knows",
+        "truncated": "truncated",
+    }
+    for kind, reason in reasons.items():
+        with pytest.raises(BadImageError, match=reason):
+            read_image(str(spoil(folder / f"00{len(kind) % 9}.jpg", kind)))
+    (folder / "broken.jpg").symlink_to("nowhere")
+    with pytest.raises(BadImageError, match="No such file or directory"):
+        read_image(str(folder / "broken.jpg"))
+
+
+def test_what_dali_alone_can_not_read_is_converted_and_cleaned_up(tmp_path, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    write_odd_images(tmp_path / "train" / "a")
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    val = make(tmp_path, "dali", "raise", augmentation="none").val
+    expected = make(tmp_path, "torch", "raise", augmentation="none").val
+    for (images, _), (theirs, _) in zip(val, expected, strict=True):
+        assert (images - theirs).abs().max() < 0.02
+    assert len(list(tmp_path.glob("fastmerge-*/*.png"))) == 1
+    del val, images
+    assert not list(tmp_path.glob("fastmerge-*"))
+
+
+def test_an_unreadable_file_is_a_bad_image(tree, loader):
+    if os.geteuid() == 0:
+        (tree / "val" / "ant" / "006.jpg").unlink()
+        (tree / "val" / "ant" / "006.jpg").symlink_to("nowhere")
+    else:
+        (tree / "val" / "ant" / "006.jpg").chmod(0)
+    with pytest.raises(BadImageError, match=r"ant/006.jpg can't be read as an image: (No such file|Permission denied)"):
+        labels(make(tree, loader, "raise").val)

@@ -1,0 +1,329 @@
+"""Loaders: whichever reads, the same batches."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastmerge.data import loading
+from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation
+from fastmerge.data.loading import IMAGENET_MEAN, IMAGENET_STD, image_loaders
+from image_files import write_odd_images, write_tree
+
+pytest.importorskip("PIL")
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    folders = {"train_ant": 7, "train_cat": 6, "val_ant": 4, "val_cat": 5}
+    return write_tree(tmp_path_factory.mktemp("tree"), **folders)
+
+
+@pytest.fixture
+def arrays(tmp_path) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (33, 7, 6, 3), np.uint8)
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "x.npz", **dict(zip(names, (images, np.arange(33), images[:21], np.arange(21)), strict=True)))
+    return tmp_path / "x.npz"
+
+
+def make(path: Path, loader: str, batch_size: int = 4, **options):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    options = {"image_size": SIZE, "seed": 3, "workers": 0 if loader == "torch" else 1} | options
+    return image_loaders(path, batch_size, loader=loader, **options)
+
+
+def whole(loader) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pass; its batches are of float32, channels-last."""
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    return images, labels
+
+
+def levels(images: torch.Tensor) -> torch.Tensor:
+    """Back to 0..255."""
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    return (images.float() * std + mean) * 255
+
+
+# Two libraries round to 8 bits once each, which makes a level of 255 at most. A jitter of colours makes up to three of one.
+PAIRS = [
+    ("imagenet", "dali", 1.01),
+    ("imagewoof", "dali", 3.01),
+    ("cifar", "dali", 1.01),
+    ("cifar", "device", 0.01),
+    ("none", "dali", 1.01),
+    ("none", "device", 0.01),
+]
+
+
+@pytest.mark.parametrize(("augmentation", "loader", "most"), PAIRS)
+def test_loaders_give_the_same_batches(tree, augmentation, loader, most):
+    loaders, fallback = (make(tree, name, augmentation=augmentation) for name in (loader, "torch"))
+    assert (loaders.loader, fallback.loader) == (loader, "torch")
+    assert loaders.classes == fallback.classes == 2
+    for ours, theirs in ((loaders.train, fallback.train), (loaders.val, fallback.val)):
+        for _ in range(2):  # epochs
+            (images, labels), (expected, targets) = whole(ours), whole(theirs)
+            assert labels.tolist() == targets.tolist()
+            assert images.shape == (len(labels), 3, SIZE, SIZE)
+            assert (levels(images) - levels(expected)).abs().max() <= most
+            assert levels(expected).std() > 30  # there is something to compare
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_validation_is_torchvisions(tree, loader):
+    transforms = pytest.importorskip("torchvision.transforms")
+    from torchvision.datasets import ImageFolder
+
+    steps = [transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor()]
+    folder = ImageFolder(tree / "val", transforms.Compose(steps))
+    expected = 255 * torch.stack([image for image, _ in folder])
+    images, labels = whole(make(tree, loader, image_size=28).val)
+    assert labels.tolist() == folder.targets
+    assert (levels(images) - expected).abs().max() <= 2.01
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_random_crops_are_distributed_as_torchvisions(tree, loader):
+    transforms = pytest.importorskip("torchvision.transforms")
+    from PIL import Image
+
+    # In an image whose colours are its coordinates, the mean colour is the middle of the crop, the spread its size.
+    ramp = np.zeros((60, 90, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(90) * 2, np.arange(60)[:, None] * 2
+    (tree.parent / "ramp").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        (tree.parent / "ramp" / split / "a").mkdir(parents=True, exist_ok=True)
+        for number in range(4):
+            Image.fromarray(ramp).save(tree.parent / "ramp" / split / "a" / f"{number}.png")
+    train = make(tree.parent / "ramp", loader, augmentation="imagenet").train
+    images = levels(torch.cat([whole(train)[0] for _ in range(60)]))
+    crop = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()])
+    theirs = torch.stack([torch.from_numpy(np.array(crop(Image.fromarray(ramp)))) for _ in range(600)]).permute(
+        0, 3, 1, 2
+    )
+    for statistic in (torch.mean, torch.std):
+        ours = statistic(images[:, :2], (2, 3))
+        other = statistic(theirs[:, :2].float(), (2, 3))
+        torch.testing.assert_close(ours.mean(0), other.mean(0), rtol=0.1, atol=0)
+        torch.testing.assert_close(ours.std(0), other.std(0), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch", "device"])
+def test_seeds_and_epochs_repeat_and_differ(tree, loader):
+    def first(seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        train = make(tree, loader, augmentation="cifar", seed=seed).train
+        train.set_epoch(epoch)
+        return whole(train)
+
+    once, again, other_seed, other_epoch = first(3, 1), first(3, 1), first(4, 1), first(3, 2)
+    assert torch.equal(once[0], again[0])
+    assert once[1].tolist() == again[1].tolist()
+    for other in (other_seed, other_epoch):
+        assert not torch.equal(once[0], other[0])
+        assert once[1].tolist() != other[1].tolist()
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch", "device"])
+def test_a_pass_moves_on_and_a_look_does_not(tree, loader):
+    train = make(tree, loader, augmentation="cifar").train
+    looked = next(iter(train))[0].clone()
+    images, _ = whole(train)
+    assert torch.equal(images[: len(looked)], looked)
+    assert train.epoch == 1
+    state = copy.deepcopy(train.state_dict())
+    following, _ = whole(train)
+    resumed = make(tree, loader, augmentation="cifar").train
+    resumed.load_state_dict(state)
+    assert torch.equal(whole(resumed)[0], following)
+    with pytest.raises(ValueError, match="a loader with seed 3; this one has seed 5"):
+        make(tree, loader, augmentation="cifar", seed=5).train.load_state_dict(state)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch", "device"])
+def test_a_pass_that_a_new_one_ends_says_so(tree, loader):
+    train = make(tree, loader, augmentation="cifar").train
+    old = iter(train)
+    next(old)
+    assert len(whole(train)[1]) == 12  # of 13 in fours, as the last one alone is left out
+    with pytest.raises(RuntimeError, match="another pass over this loader has begun"):
+        next(old)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch", "device"])
+def test_batches_held_are_not_overwritten(tree, loader):
+    val = make(tree, loader, augmentation="cifar", batch_size=2).val
+    held = list(val)
+    copies = [images.clone() for images, _ in held]
+    for _ in range(3):
+        list(val)
+    assert all(torch.equal(images, copied) for (images, _), copied in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch", "device"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_dtype_and_memory_format(tree, loader, dtype, channels_last):
+    loaders = make(tree, loader, augmentation="cifar", dtype=dtype, channels_last=channels_last)
+    reference = make(tree, loader, augmentation="cifar")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for ours, theirs in ((loaders.train, reference.train), (loaders.val, reference.val)):
+        for (images, labels), (expected, _) in zip(ours, theirs, strict=True):
+            assert images.dtype == dtype
+            assert labels.dtype == torch.int64
+            assert images.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(images.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_unusual_images_are_read(tmp_path, loader):
+    write_odd_images(tmp_path / "train" / "a")
+    write_odd_images(tmp_path / "val" / "a")
+    loaders = make(tmp_path, loader, augmentation="none", batch_size=5)
+    images = levels(whole(loaders.val)[0])
+    assert len(images) == len(whole(loaders.train)[0]) == 12
+    rotated, grey, cmyk, progressive, png = images[:5]
+    assert (progressive - png).abs().mean() < 4  # JPEG
+    assert (cmyk - png).abs().mean() < 8
+    assert (grey[0] - grey[1]).abs().max() < 1
+    assert (rotated - png.rot90(-1, (1, 2))).abs().mean() < 6
+    for other in images[[5, 8, 9]]:
+        assert (other - png).abs().max() < 0.01
+    assert (images[6] - png).abs().mean() < 40  # of few colours
+    assert (images[7] - png[:1]).abs().max() <= 1.01  # 16 bits
+    assert (images[10] - png).abs().mean() < 40
+    assert torch.equal(images[11], grey)
+    assert not loaders.bad_images.found
+
+
+def test_what_reads_is_chosen_and_said(tree, arrays, monkeypatch):
+    assert make(arrays, "auto", image_size=None).why.startswith("loader device: 54 images of 0 MiB stay on cpu")
+    assert make(tree, "auto", augmentation="small").why.startswith("loader device: 22 image files, decoded once")
+    monkeypatch.setattr(loading, "dali_is_there", lambda: True)
+    assert make(tree, "auto").why == "loader dali: 22 image files are decoded on the CPU, in 1 thread"
+    assert make(tree, "auto", dtype=torch.bfloat16).why.endswith("DALI gives no bfloat16")
+    monkeypatch.setattr(loading, "dali_is_there", lambda: False)
+    chosen = make(tree, "auto", workers=0)
+    assert chosen.why.startswith(
+        "loader torch: 22 image files are decoded by Pillow in this process; DALI is not installed"
+    )
+    assert make(tree, "torch").why.endswith("as asked for")
+    monkeypatch.setattr(loading, "_room", lambda device: 100)
+    assert make(arrays, "auto", image_size=None).loader == "torch"
+    assert make(tree, "auto", augmentation="small").loader == "torch"
+
+
+def test_workers_give_what_one_process_gives(tree):
+    alone, together = (make(tree, "torch", workers=workers) for workers in (0, 2))
+    for _ in range(2):
+        (images, labels), (expected, targets) = whole(together.train), whole(alone.train)
+        assert labels.tolist() == targets.tolist()
+        assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("loader", ["device", "torch"])
+def test_arrays_are_normalised_by_the_training_images(arrays, loader):
+    loaders = make(arrays, loader, 8, image_size=None)
+    images = np.load(arrays)["train_images"].astype(np.float64)
+    expected = (images - images.mean((0, 1, 2))) / images.std((0, 1, 2))
+    inputs, targets = whole(loaders.val)
+    np.testing.assert_allclose(inputs, expected[:21].transpose(0, 3, 1, 2), atol=1e-5)
+    assert targets.tolist() == list(range(21))
+    assert loaders.classes == 33
+
+
+def test_arrays_are_shifted_mirrored_and_jittered_alike_by_both_loaders(arrays):
+    augmentation = Augmentation(shift=2, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)
+    device, fallback = (
+        make(arrays, name, 8, image_size=None, augmentation=augmentation) for name in ("device", "torch")
+    )
+    plain = make(arrays, "device", 8, image_size=None)
+    (images, labels), (expected, targets) = whole(device.train), whole(fallback.train)
+    assert labels.tolist() == targets.tolist()
+    assert torch.equal(images, expected)
+    assert not torch.equal(images, whole(plain.train)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"loader": "tape"}, ValueError, "loader must be 'auto', 'dali', 'device', 'torch'; got 'tape'"),
+        ({"augmentation": "blur"}, ValueError, "augmentation must be imagenet, .* got 'blur'"),
+        ({"dtype": torch.int8}, ValueError, "float32, float16 or bfloat16; got dtype=torch.int8"),
+        ({"on_bad_image": "ignore"}, ValueError, "on_bad_image must be 'raise' or 'skip'; got 'ignore'"),
+        ({"loader": "device"}, ValueError, "'device' holds images of their final size; this augmentation cuts them"),
+        ({"loader": "dali", "dtype": torch.bfloat16}, ValueError, "'dali' gives float32 or float16"),
+        ({"device": "abacus"}, ValueError, "can't use device abacus"),
+        ({"batch_size": 0}, ValueError, "batch_size of at least 1; got 0"),
+        ({"seed": -1}, ValueError, "seed of at least 0; got -1"),
+        ({"shards": 2, "shard": 2}, ValueError, r"shard in 0..1 of 2; got 2"),
+        ({"shards": 10}, ValueError, "9 images are too few for 10 shards"),
+    ],
+)
+def test_options_that_do_not_work_are_refused(tree, options, error, message):
+    with pytest.raises(error, match=message):
+        image_loaders(tree, **{"batch_size": 4, "workers": 0} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 6}, "are 7 high; another size is for a tree"),
+        ({"loader": "dali"}, "reads trees of image files; .* holds arrays"),
+        ({"augmentation": "imagenet"}, "are of their final size, 7x6; the augmentation cuts them out of larger ones"),
+    ],
+)
+def test_options_for_trees_are_refused_for_arrays(arrays, options, message):
+    with pytest.raises(ValueError, match=message):
+        image_loaders(arrays, 4, **options)
+
+
+def test_grey_arrays_have_no_colours_to_change(tmp_path):
+    images = np.zeros((4, 5, 5), np.uint8)
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "x.npz", **dict(zip(names, (images, np.arange(4), images, np.arange(4)), strict=True)))
+    assert whole(image_loaders(tmp_path / "x.npz", 4, augmentation="small").train)[0].shape == (4, 1, 5, 5)
+    with pytest.raises(ValueError, match="have 1 channels, not 3"):
+        image_loaders(tmp_path / "x.npz", 4, augmentation=Augmentation(hue=0.1))
+
+
+def test_dali_that_is_missing_is_named(tree, monkeypatch):
+    monkeypatch.setattr(loading, "dali_is_there", lambda: False)
+    with pytest.raises(ImportError, match=r"needs NVIDIA DALI: pip install 'fastmerge\[dali\]'"):
+        make(tree, "dali")
+
+
+def test_augmentations_are_those_of_their_sources():
+    assert AUGMENTATIONS["imagenet"] == Augmentation(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), shorter_side=256 / 224)
+    jitter = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.15)
+    assert AUGMENTATIONS["imagewoof"] == Augmentation(scale=(0.4, 0.8), **jitter)
+    assert AUGMENTATIONS["cifar"] == Augmentation(shift=4)
+
+
+TREES = [
+    ({"val_cat": 1}, FileNotFoundError, "there is no .*train; a tree needs"),
+    ({"train_cat": 1}, FileNotFoundError, "there is no .*val; a tree needs"),
+    ({"train_cat": 1, "val_cat": 0}, ValueError, r"val holds no images \(.jpg, .*\) of cat"),
+    ({"train_cat": 1, "val_cat": 1, "val_dog": 1}, ValueError, "the classes of .* differ: dog in one of them alone"),
+]
+
+
+@pytest.mark.parametrize(("folders", "error", "message"), TREES)
+def test_trees_of_another_form_are_refused(tmp_path, folders, error, message):
+    with pytest.raises(error, match=message):
+        image_loaders(write_tree(tmp_path, **folders), 4)
+
+
+def test_paths_that_lead_nowhere_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none"):
+        image_loaders(tmp_path / "none", 4)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"train has no class folders; a tree needs train/<class>/<image>"):
+        image_loaders(tmp_path, 4)
