@@ -20,8 +20,11 @@ from benchmarks.steps import Step
 
 
 def makers(case: Case) -> dict[str, Callable[[], Contender]]:
-    """Everybody who takes part in a case; the reference comes first, fastmerge's default last."""
-    return {
+    """Everybody who takes part in a case; the reference comes first, fastmerge's default last.
+
+    On the CPU fastmerge fuses nothing, so that there is only one form of it.
+    """
+    everybody = {
         names.NAIVE: lambda: contender(case, [naive(case)], dense=True),
         names.NAIVE_COMPILED: lambda: contender(case, [naive(case)], dense=True, compiled=True),
         names.TEACHERS: lambda: contender(case, case.make_teachers(), dense=False),
@@ -33,6 +36,7 @@ def makers(case: Case) -> dict[str, Callable[[], Contender]]:
         names.UNLINKED_UNGATED: lambda: contender(case, [Ungated(big(case))], dense=False),
         names.UNLINKED: lambda: contender(case, [big(case)], dense=False),
     }
+    return {n: maker for n, maker in everybody.items() if case.device == "cuda" or n not in names.CUDA_ONLY}
 
 
 def contender(case: Case, networks: Sequence[nn.Module], dense: bool, compiled: bool = False) -> Contender:
@@ -58,8 +62,8 @@ def big(case: Case, linked: bool = False, fused: bool = True) -> fastmerge.BigSt
     network = case.place(fastmerge.BigStudent(*case.make_teachers(), example_inputs=case.make_batch()[0][:2]))
     if linked:
         network.link()
-    if hasattr(network, "fused"):
-        network.fused = fused
+    if not fused:
+        network.fused = False
     return network.train()
 
 

@@ -1,4 +1,4 @@
-"""What the contenders of the benchmarks of whole steps are called, in JSON and tables."""
+"""What contenders are called, in JSON and tables: of whole steps, and of compress."""
 
 NAIVE = "naive dense"
 NAIVE_COMPILED = "naive dense, compiled"
@@ -10,4 +10,6 @@ UNLINKED_PLAIN = "unlinked, not fused"
 UNLINKED_UNGATED = "unlinked, ungated"
 LINKED = "linked"
 LINKED_PLAIN = "linked, not fused"
-BASELINES = (NAIVE, NAIVE_COMPILED, TEACHERS, TEACHERS_COMPILED, GROUPED)
+BIG = "big student"
+IN_PLACE = "in place"
+CUDA_ONLY = (UNLINKED_PLAIN, LINKED_PLAIN)

@@ -30,12 +30,14 @@ class Contender:
         floor: called after the last round; the least seconds that the hardware allows. A time below is impossible and
             fails the benchmark.
         check: called after the last round; raises if what was timed went wrong.
+        before: called before every step, outside the time: makes what the step uses up.
     """
 
     step: Callable[[], object]
     facts: dict[str, Any] = field(default_factory=dict)
     floor: Callable[[], float] | None = None
     check: Callable[[], None] = lambda: None
+    before: Callable[[], object] = lambda: None
 
 
 class UnavailableError(Exception):
@@ -79,9 +81,11 @@ def race(
         runners[name].step()
         samples[name].append(time.perf_counter() - start)
 
-    for name in runners:  # how long a round takes
+    start = time.perf_counter()
+    for name, contender in runners.items():
+        contender.before()
         run(name)
-    took = sum(sum(values) for values in samples.values())
+    took = time.perf_counter() - start
     rounds = rounds if took * rounds <= seconds else max(LEAST_ROUNDS, int(seconds / took))
     for values in samples.values():
         values.clear()
@@ -89,7 +93,9 @@ def race(
 
     def before_each() -> None:
         for name in others:
+            runners[name].before()
             run(name)
+        runners[last].before()
 
     gc.collect()
     benchmark.pedantic(run, args=(last,), setup=before_each, rounds=rounds)
@@ -114,6 +120,7 @@ def _prepare(make: Callable[[], Contender], warmup: int) -> tuple[dict[str, Any]
     try:
         contender = make()
         for _ in range(warmup):
+            contender.before()
             contender.step()
     except UnavailableError as reason:
         return {"unavailable": str(reason)}, None

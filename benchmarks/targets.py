@@ -67,6 +67,13 @@ def _steps(case: str, suffix: str = "") -> list[Target]:
     return [*found, memory]
 
 
+def _compress(case: str) -> Target:
+    """The height of memory over the big student and its momentum alone."""
+    return Target(
+        "peak memory of compress() / big student", case, who.IN_PLACE, who.BIG, 1.05, 1.01, measure="peak memory"
+    )
+
+
 TARGETS = [
     *_steps("resnet18 224px batch 256 bf16 cuda"),
     *_steps("resnet18 224px batch 256 fp16 cuda", ", fp16"),

@@ -44,6 +44,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "fast": "{'a': contender('a'), 'b': contender('b', floor=lambda: 5.0)}, 3, 1",
         "wrong": "{'a': contender('a'), 'b': contender('b', check=wrong)}, 3, 1",
         "long": "{'a': contender('a', 0.02), 'b': contender('b', 0.02)}, 1000, 1, 0.3",
+        "before": "{'a': contender('a', before=lambda: order.append('+')), 'b': contender('b')}, 2, 1",
         "none": "{'a': unavailable}, 3, 1",
     }
     code = BENCHMARK
@@ -72,6 +73,10 @@ def test_they_take_turns_after_their_warm_up(outcome: dict[str, Any]) -> None:
     assert outcome["order"]["stats"]["rounds"] == 4
 
 
+def test_what_a_step_uses_up_is_made_before_each(outcome: dict[str, Any]) -> None:
+    assert outcome["before"]["extra_info"]["order"] == [*"+ab", *"+ab" * 3]
+
+
 def test_one_that_raises_does_not_cost_the_others_and_fails_the_benchmark(outcome: dict[str, Any]) -> None:
     contenders = outcome["failing"]["extra_info"]["contenders"]
     assert contenders["a"] == {"error": "RuntimeError: no"}
@@ -96,4 +101,4 @@ def test_rounds_keep_to_the_time_but_for_the_least(outcome: dict[str, Any]) -> N
 
 def test_nobody_there_is_a_skip(outcome: dict[str, Any]) -> None:
     assert "no contender can run here" in outcome["printed"]
-    assert "3 failed, 2 passed, 1 skipped" in outcome["printed"]
+    assert "3 failed, 3 passed, 1 skipped" in outcome["printed"]

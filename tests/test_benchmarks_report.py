@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmark_reports import raced, report
+from benchmarks import bench_compress as compress
 from benchmarks import names
+from benchmarks.cases import CASES
 from benchmarks.report import load, page, readme, verdict
 from benchmarks.targets import TARGETS, Target
 
@@ -71,11 +73,10 @@ def test_what_failed_or_did_not_run_is_named() -> None:
 
 
 def test_targets_name_cases_and_contenders_that_exist() -> None:
-    cases = pytest.importorskip("benchmarks.cases").CASES
-    known = {f"step, {case.name}" for case in cases}
+    known = {f"step, {case.name}" for case in CASES} | {f"compress, {c.network} {c.device}" for c in compress.CASES}
     called = {value for key, value in vars(names).items() if key.isupper()}
     for target in TARGETS:
-        if target.case.startswith("step, "):
+        if target.case.startswith(("step, ", "compress, ")):
             assert target.case in known
             assert {target.numerator, target.denominator} <= called
     assert len({(target.name, target.case) for target in TARGETS}) == len(TARGETS)
