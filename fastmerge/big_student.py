@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -21,9 +21,11 @@ from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
 from fastmerge.validation import check_same_code, check_teachers
 from fastmerge.wide.compression import Compressor, kept_candidates
+from fastmerge.wide.fusion import NormUse
 from fastmerge.wide.layers import WideLayer
-from fastmerge.wide.lowering import lower
+from fastmerge.wide.lowering import Program, lower
 from fastmerge.wide.network import Analysis, build_network
+from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.optimizer_state import StateCarrier, carry_through_link
 from fastmerge.wide.shapes import find_shapes
 from fastmerge.wide.spent import spend
@@ -92,6 +94,7 @@ class BigStudent(nn.Module):
         self._template = (StudentTemplate(teachers[0], self._layout),)  # in a tuple: no submodule of this one
         self._input_dims = inputs[0].dim()
         self._gates_open = False
+        self._fused: bool | str = "auto"
         self._lower(analysis)
         self.train(teachers[0].training)
 
@@ -103,8 +106,30 @@ class BigStudent(nn.Module):
         """
         mode = "train" if self.training else "eval"
         gates = None if self._gates_open else self._draw_gates(inputs, kwargs)
-        forward = self._forwards[mode, self._gates_open and self._each, self.linked]
-        return forward(self.network, gates, *inputs, **kwargs)
+        program = self._programs[mode, self._gates_open and self._each, self.linked]
+        return program.forward(self.network, gates, *inputs, **kwargs)
+
+    @property
+    def fused(self) -> bool | str:
+        """Whether each BatchNorm runs as one operation with the add, ReLU, max-pooling and gate that follow it.
+
+        True, False, or "auto", the default: on CUDA devices alone, where that saves memory traffic. The results are the same
+        up to rounding; ``fastmerge.info(big)`` says which normalisations can.
+        """
+        return self._fused
+
+    @fused.setter
+    def fused(self, value: bool | str) -> None:
+        if not isinstance(value, bool) and value != "auto":
+            raise ValueError(f'BigStudent.fused needs True, False or "auto"; got {value!r}')
+        self._fused = value
+        for module in self.network.modules():
+            if isinstance(module, WideBatchNorm):
+                module.fused = value
+
+    def norms(self) -> tuple[NormUse, ...]:
+        """For each call of a normalisation in the training forward, what runs in one operation with it, or why nothing does."""
+        return self._programs["train", False, self.linked].norms
 
     @property
     def linked(self) -> bool:
@@ -196,11 +221,14 @@ class BigStudent(nn.Module):
         return student.train(training)
 
     def extra_repr(self) -> str:
-        return f"{self.num_teachers} teachers, {len(self.groups)} channel groups, {'' if self.linked else 'not '}linked"
+        norms = self.norms()
+        fused = f", {sum(bool(norm.fused) for norm in norms)} of {len(norms)} normalisations fused" if norms else ""
+        linked = "linked" if self.linked else "not linked"
+        return f"{self.num_teachers} teachers, {len(self.groups)} channel groups, {linked}{fused}"
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_forwards"] = None  # compiled from the template's code, and again after loading
+        state["_programs"] = None  # compiled from the template's code, and again after loading
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -215,7 +243,7 @@ class BigStudent(nn.Module):
         return clone
 
     def _lower(self, analysis: Analysis) -> None:
-        self._forwards: dict[tuple[str, bool, bool], Callable[..., Any]] = {
+        self._programs: dict[tuple[str, bool, bool], Program] = {
             (mode, each, joined): lower(analysis, self.network, mode, self.num_teachers, each, joined)
             for mode, each, joined in product(("train", "eval"), {False, self._each}, (False, True))
         }

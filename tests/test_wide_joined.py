@@ -30,7 +30,7 @@ def run(big: fastmerge.BigStudent, x: tuple[Tensor, ...], joined: bool) -> dict[
     torch.manual_seed(1)
     inputs = tuple(value.clone().requires_grad_() for value in x)
     gates = big._draw_gates(inputs, {})
-    outputs = torch.utils._pytree.tree_leaves(big._forwards[mode, False, joined](big.network, gates, *inputs))
+    outputs = torch.utils._pytree.tree_leaves(big._programs[mode, False, joined].forward(big.network, gates, *inputs))
     sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in outputs).backward()
     found = {f"output {k}": y.detach() for k, y in enumerate(outputs)}
     found |= {f"gradient of input {k}": value.grad for k, value in enumerate(inputs)}
@@ -62,7 +62,7 @@ def test_three_teachers_joined(name: str) -> None:
 
 
 def program(big: fastmerge.BigStudent, joined: bool) -> str:
-    code = big._forwards["train", False, joined].__code__
+    code = big._programs["train", False, joined].forward.__code__
     return "".join(linecache.cache[code.co_filename][2])
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.wide.channelwise import JoinedCall, Placement, joined_call, writes_in_place
+from fastmerge.wide.fusion import Lowered, NormUse, fuse
 from fastmerge.wide.grouped import GroupedLayer
 from fastmerge.wide.network import Analysis, attach, has
 from fastmerge.wide.norms import WideBatchNorm
@@ -81,10 +82,23 @@ def gate_columns(groups: ChannelGroups, units: AxisUnits, num_teachers: int) -> 
     return torch.where(group >= 0, columns, starts[-1])
 
 
+@dataclass(frozen=True)
+class Program:
+    """One mode's forward of the big student.
+
+    Attributes:
+        forward: ``forward(network, gates, *inputs)``.
+        norms: what became of each call of a normalisation.
+    """
+
+    forward: Callable[..., Any]
+    norms: tuple[NormUse, ...]
+
+
 def lower(
     analysis: Analysis, network: nn.Module, mode: str, num_teachers: int, each: bool, joined: bool = False
-) -> Callable[..., Any]:
-    """Compiles one mode's graph into a function ``forward(network, gates, *inputs)``.
+) -> Program:
+    """Compiles one mode's graph.
 
     Args:
         analysis: of the first teacher.
@@ -95,16 +109,15 @@ def lower(
         joined: keep values joined where the operations allow it.
     """
     try:
-        graph = _Lowering(analysis, network, mode, num_teachers, each, joined).run()
+        graph, norms = _Lowering(analysis, network, mode, num_teachers, each, joined).run()
     except _ChangedInPlace:
-        graph = _Lowering(analysis, network, mode, num_teachers, each, joined=False).run()
+        graph, norms = _Lowering(analysis, network, mode, num_teachers, each, joined=False).run()
     code = graph.python_code("self")
     filename = f"<fastmerge {mode} forward of {type(analysis.traced.root).__name__} {id(graph)}>"
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    forward: Callable[..., Any] = namespace["forward"]
-    return forward
+    return Program(namespace["forward"], tuple(norms))
 
 
 class _Lowering:
@@ -120,9 +133,10 @@ class _Lowering:
         self.gates = self.graph.placeholder("gates")
         self.values: dict[fx.Node, _Value] = {}
         self.ungated: dict[fx.Node, _Value] = {}
+        self.gate_calls: dict[fx.Node, fx.Node] = {}
         self.split: set[fx.Node] = set()  # streams that may share memory with a joined tensor
 
-    def run(self) -> fx.Graph:
+    def run(self) -> tuple[fx.Graph, list[NormUse]]:
         for node in self.analysis.traced.graphs[self.mode].nodes:
             if node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self._output))
@@ -132,7 +146,19 @@ class _Lowering:
                 self.values[node] = self._layer(node, call)
             elif not self._is_layer_parameter(node):
                 self.values[node] = self._operation(node)
-        return self.graph
+        return self.graph, self._fuse()
+
+    def _fuse(self) -> list[NormUse]:
+        nodes = self.analysis.traced.graphs[self.mode].nodes
+        values = {node: self._nodes(self._operand(node, ungated=True)) for node in nodes if node in self.values}
+        shapes = {node: self.analysis.shapes[self.mode, node.name] for node in values if self._has_shape(node)}
+        lowered = Lowered(self.graph, values, self.gate_calls, shapes, self.root, self.network)
+        return fuse(
+            lowered, (node for node in nodes if node not in self.analysis.calls[self.mode] and self._is_norm(node))
+        )
+
+    def _has_shape(self, node: fx.Node) -> bool:
+        return (self.mode, node.name) in self.analysis.shapes
 
     def _is_layer_parameter(self, node: fx.Node) -> bool:
         """A dense layer's own weight or bias, passed to a functional call: the wide layer holds it."""
@@ -176,13 +202,14 @@ class _Lowering:
         if source not in self.ungated:
             gated = self._gated(node, call, value)
             if gated is not value:
+                (self.gate_calls[source],) = {part.args[0] for part in self._nodes(gated)}  # type: ignore[assignment]
                 self.ungated[source] = self.values[source]
                 self.values[source] = value = gated
         return tuple(self._nodes(value))
 
     @staticmethod
-    def _nodes(value: list[fx.Node] | _Joined) -> list[fx.Node]:
-        return [value.node] if isinstance(value, _Joined) else value
+    def _nodes(value: _Value) -> list[fx.Node]:
+        return [value.node] if isinstance(value, _Joined) else value if isinstance(value, list) else [value]
 
     def _gated(self, node: fx.Node, call: LayerCall, value: list[fx.Node] | _Joined) -> list[fx.Node] | _Joined:
         units = self.analysis.groups.reads[(self.mode, node.name)]
@@ -293,8 +320,9 @@ class _Lowering:
 
     def _undoes_gates(self, node: fx.Node) -> bool:
         """Normalisations and grouped convolutions keep a channel's scale apart, so a following BatchNorm undoes it."""
-        if node in self.analysis.calls[self.mode]:
-            return True
+        return node in self.analysis.calls[self.mode] or self._is_norm(node)
+
+    def _is_norm(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.root.get_submodule(str(node.target)), _NORM_MODULES)
         return node.op == "call_function" and node.target in _NORM_FUNCTIONS

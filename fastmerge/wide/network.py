@@ -22,7 +22,7 @@ from fastmerge.wide.streams import StreamTensors
 
 @dataclass
 class Analysis:
-    """What is known of a traced network before anything is built.
+    """What is known of a traced network before anything is built; its identities are taken out of its graphs.
 
     Attributes:
         traced: the first teacher's graphs.
@@ -40,6 +40,8 @@ class Analysis:
 
     def __post_init__(self) -> None:
         self.names = parameter_names(self.traced.root)
+        for graph in self.traced.graphs.values():
+            _remove_identities(graph, self.traced.root)
         self.calls = {
             mode: {n: c for n in graph.nodes if (c := layer_call(n, self.traced.root, self.names)) is not None}
             for mode, graph in self.traced.graphs.items()
@@ -134,6 +136,18 @@ class Analysis:
                     if call is None and (mode, node.name) in nonlinear:
                         return True
         return False
+
+
+def _remove_identities(graph: fx.Graph, root: nn.Module) -> None:
+    """Lets whoever reads the output of an ``nn.Identity`` read its input, so that both are one value to be gated."""
+    for node in graph.nodes:
+        if (
+            node.op == "call_module"
+            and type(root.get_submodule(str(node.target))) is nn.Identity
+            and len(node.args) == 1
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""BatchNorm of all teachers at once."""
+"""BatchNorm of all teachers at once, with what follows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.wide.streams import split_streams
+from fastmerge.kernels.batch_norm import batch_norm_act
+from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from fastmerge.wide.streams import GateStreams, split_streams
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -26,6 +28,7 @@ class WideBatchNorm(nn.Module):
         weight, bias: (T·C,), or None where they are not affine.
         running_mean, running_var: (T·C,), or None where they are not tracked.
         num_batches_tracked: (T,), or None.
+        fused: whether the normalisation and what follows it run as one operation: True, False, or "auto" for on a CUDA device.
     """
 
     weight: nn.Parameter | None
@@ -39,6 +42,7 @@ class WideBatchNorm(nn.Module):
         first = norms[0]
         self.num_teachers, self.num_features = len(norms), first.num_features
         self.eps, self.momentum = first.eps, first.momentum
+        self.fused: bool | str = "auto"
         for name in ("weight", "bias"):
             tensors = [getattr(norm, name) for norm in norms]
             joined = None if tensors[0] is None else nn.Parameter(torch.cat([t.detach() for t in tensors]))
@@ -49,26 +53,101 @@ class WideBatchNorm(nn.Module):
                 name, None if tensors[0] is None else torch.cat([t.detach().reshape(-1) for t in tensors])
             )
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Normalises T streams, or one joined tensor with its channels in dimension 1."""
+    def forward(
+        self,
+        *values: Tensor,
+        activation: str | None = None,
+        residual: Sequence[Tensor] | None = None,
+        pool: tuple[Any, Any, Any] | None = None,
+        gates: Tensor | None = None,
+        gate: GateStreams | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Normalises T streams, or one joined tensor with its channels in dimension 1, and does what follows.
+
+        Args:
+            values: what to normalise.
+            activation: "relu" or "identity"; None: a normalisation alone, which is never fused.
+            residual: what to add before the activation, one tensor per value.
+            pool: kernel size, stride and padding of a max-pooling after the activation.
+            gates: the matrix of gates, or None for open gates.
+            gate: which of its columns multiply the result; None for no gate.
+        """
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         factors = self._factors()
-        if len(values) == 1:
-            if self.momentum is not None:
-                return (self._normalise(values[0], self._tensors, factors[0]),)
-            return (torch.cat(self.forward_streams(split_streams(values[0], self.num_teachers, 1), factors), dim=1),)
-        return self.forward_streams(values, factors)
+        apart = len(values) == 1 and self.momentum is None  # each teacher counts its own batches
+        residuals: Sequence[Tensor | None] = [None] * len(values) if residual is None else residual
+        if apart:
+            values = split_streams(values[0], self.num_teachers, 1)
+            first = residuals[0]
+            residuals = [None] * len(values) if first is None else split_streams(first, self.num_teachers, 1)
+        columns: Sequence[Tensor | None] = [None] * len(values)
+        if gates is not None and gate is not None:
+            columns = gate.columns(gates, joined=len(values) == 1)
+        fused = activation is not None and (values[0].is_cuda if self.fused == "auto" else bool(self.fused))
+        outputs = []
+        for t, (x, tensors) in enumerate(zip(values, self._tensors(len(values)), strict=True)):
+            if fused:
+                assert activation is not None
+                outputs.append(self._fused(x, tensors, factors[t], activation, residuals[t], pool, columns[t]))
+            else:
+                outputs.append(self._plain(x, tensors, factors[t], activation, residuals[t], pool))
+        if not fused and gate is not None:
+            outputs = list(gate(gates, *outputs))
+        return (torch.cat(outputs, dim=1),) if apart else tuple(outputs)
 
-    def forward_streams(self, streams: Sequence[Tensor], factors: Sequence[float]) -> tuple[Tensor, ...]:
-        """Normalises each stream with its part of the parameters and statistics."""
-        parts = [[None] * self.num_teachers if x is None else x.chunk(self.num_teachers) for x in self._tensors]
-        each = zip(streams, zip(*parts, strict=True), factors, strict=True)
-        return tuple(self._normalise(x, tensors, factor) for x, tensors, factor in each)
+    def _plain(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor | None],
+        factor: float,
+        activation: str | None,
+        residual: Tensor | None,
+        pool: tuple[Any, Any, Any] | None,
+    ) -> Tensor:
+        """All but the gate, as separate operations."""
+        mean, var, weight, bias = tensors
+        y = F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
+        if residual is not None:
+            y = y + residual
+        if activation == "relu":
+            y = y.relu_()
+        return y if pool is None else F.max_pool2d(y, *pool)
 
-    @property
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.running_mean, self.running_var, self.weight, self.bias
+    def _fused(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor | None],
+        factor: float,
+        activation: str,
+        residual: Tensor | None,
+        pool: tuple[Any, Any, Any] | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        mean, var, weight, bias = tensors
+        if gate is not None and gate.shape[0] not in (1, x.shape[0]):
+            gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
+        options: dict[str, Any] = {
+            "training": self.training or mean is None,
+            "momentum": factor,
+            "eps": self.eps,
+            "activation": activation,
+            "gate": gate,
+        }
+        if pool is None:
+            return batch_norm_act(x, weight, bias, mean, var, residual=residual, **options)
+        kernel_size, stride, padding = pool
+        return batch_norm_act_pool(
+            x, weight, bias, mean, var, kernel_size=kernel_size, stride=stride, padding=padding, **options
+        )
+
+    def _tensors(self, count: int) -> list[tuple[Tensor | None, ...]]:
+        """Running mean and variance, weight and bias: of each stream, or of all together."""
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        if count == 1:
+            return [tensors]
+        parts = [[None] * count if x is None else list(x.chunk(count)) for x in tensors]
+        return list(zip(*parts, strict=True))
 
     def _factors(self) -> list[float]:
         """How much of the batch enters the running statistics, per teacher: as much as of any before for momentum None."""
@@ -77,10 +156,6 @@ class WideBatchNorm(nn.Module):
         if not self.training or self.num_batches_tracked is None:
             return [0.0] * self.num_teachers
         return [1 / count for count in self.num_batches_tracked.tolist()]
-
-    def _normalise(self, x: Tensor, tensors: Sequence[Tensor | None], factor: float) -> Tensor:
-        mean, var, weight, bias = tensors
-        return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
 
     def extra_repr(self) -> str:
         return (

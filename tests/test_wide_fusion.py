@@ -1,0 +1,265 @@
+"""Patterns of BatchNorm, add, ReLU, max-pooling and gate run as one operation, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmerge
+from architectures import BY_NAME, ZOO, Architecture
+from fastmerge.wide import lowering, norms
+from teachers import make_teachers
+from test_wide_joined import SIZE, merge, run
+
+PATTERNED = [a for a in ZOO if not a.stochastic]
+joined_or_not = pytest.mark.parametrize("joined", [False, True], ids=["streams", "joined"])
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def without_patterns(patch: pytest.MonkeyPatch, big: fastmerge.BigStudent) -> fastmerge.BigStudent:
+    """The same big student, lowered without looking for patterns."""
+    with patch.context() as inner:
+        inner.setattr(lowering, "fuse", lambda *_: [])
+        other = fastmerge.BigStudent.__new__(fastmerge.BigStudent)
+        other.__setstate__(big.__getstate__())
+    return other
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("architecture", PATTERNED, ids=lambda a: a.name)
+def test_fused_equals_plain(architecture: Architecture, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients and running statistics, per stream and joined, as of a program without patterns."""
+    big, x = merge(architecture).train(training), architecture.inputs(SIZE, seed=3)
+    plain = without_patterns(monkeypatch, big)
+    assert not plain.norms()
+    for joined in (False, True):
+        expected = run(plain, x, joined)
+        for fused in (False, True):
+            big.fused = fused
+            assert_close(run(big, x, joined), expected)
+
+
+def uses(name: str) -> dict[str, tuple[str, ...]]:
+    return {norm.name: norm.fused for norm in merge(BY_NAME[name]).norms()}
+
+
+def test_patterns_of_a_residual_network() -> None:
+    found = uses("resnet_projected_shortcut")
+    assert found["bn1"] == ("ReLU", "gate")
+    assert found["layer1.0.bn1"] == ("ReLU", "gate")
+    assert found["layer1.0.bn2"] == ("add", "ReLU", "gate")
+    assert found["layer2.0.bn2"] == ("added",)
+    assert found["layer2.0.shortcut.1"] == ("add", "ReLU", "gate")
+    assert found["layer2.1.bn2"] == ("add", "ReLU")
+
+
+def test_patterns_with_max_pooling() -> None:
+    assert uses("vgg") == {
+        "features.1": ("ReLU", "max-pool", "gate"),
+        "features.5": ("ReLU", "gate"),
+        "features.8": ("ReLU", "max-pool"),
+    }
+
+
+class Parts(nn.Module):
+    """Two convolutions around a BatchNorm; subclasses say what is between."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        self.norm, self.act = nn.BatchNorm2d(6, **options), nn.ReLU(inplace=True)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.between(self.conv1(x))).mean((2, 3))
+
+
+class ReadTwice(Parts):
+    """The normalised value is added to what the ReLU makes of it."""
+
+    def between(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x + F.relu(x)
+
+
+class ReadWithoutGate(Parts):
+    """The activation is read by a layer, and by a normalisation, which reads it without its gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.BatchNorm2d(6)
+        self.conv3 = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv1(x)))
+        return (self.conv2(x) + self.conv3(F.relu(self.second(x)))).mean((2, 3))
+
+
+class AddedInPlaceToTheOther(Parts):
+    """The sum lands in the shortcut, which is read again."""
+
+    def between(self, x: Tensor) -> Tensor:
+        shortcut = torch.tanh(x) * 1
+        shortcut.add_(self.norm(x))
+        return F.relu(shortcut) + shortcut
+
+
+class AddedWithAlpha(Parts):
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(torch.add(self.norm(x), x, alpha=2))
+
+
+class AddedToALine(Parts):
+    """What is added is broadcast."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x) + x.mean((2, 3), keepdim=True))
+
+
+class ChangedBetween(Parts):
+    """What the normalisation reads changes in place before its output is used; autograd forbids that."""
+
+    def between(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.norm(x.detach())
+        x = torch.relu(x) if self.training else x.relu_()
+        return F.relu(y + x)
+
+
+class Reflected(Parts):
+    """The sum of a normalisation's output with itself."""
+
+    def between(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return F.relu(x + x)
+
+
+class PooledOtherwise(Parts):
+    """A max-pooling whose windows have gaps."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.act(self.norm(x)), 2, dilation=2)
+
+
+class PooledWithPadding(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.pool(self.act(self.norm(x)))
+
+
+class OneFeature(nn.Module):
+    """BatchNorm after linear layers; the second normalises dimension 1 of three, which holds no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.norm1, self.norm2 = nn.BatchNorm1d(8), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc1(x))
+        x = self.norm1(x.transpose(1, 2)).transpose(1, 2)
+        return self.fc3(F.relu(self.norm2(self.fc2(x)))).mean(1)
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], dict[str, object], tuple[str, ...]]] = {
+    "plain": (Parts, {}, ("ReLU", "gate")),
+    "momentum None": (Parts, {"momentum": None}, ("ReLU", "gate")),
+    "without affine": (Parts, {"affine": False}, ("ReLU", "gate")),
+    "without statistics": (Parts, {"track_running_stats": False}, ("ReLU", "gate")),
+    "read twice": (ReadTwice, {}, ()),
+    "read without its gate": (ReadWithoutGate, {}, ("ReLU",)),
+    "added in place to the other": (AddedInPlaceToTheOther, {}, ()),
+    "added with alpha": (AddedWithAlpha, {}, ()),
+    "added to a line": (AddedToALine, {}, ()),
+    "reflected": (Reflected, {}, ()),
+    "pooled otherwise": (PooledOtherwise, {}, ("ReLU",)),
+    "pooled with padding": (PooledWithPadding, {}, ("ReLU", "max-pool", "gate")),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_taken_as_a_pattern(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, options, expected = NETWORKS[name]
+    x = BY_NAME["unet"].inputs(SIZE)
+    big = fastmerge.BigStudent(*make_teachers(lambda: make(**options), x, 2), example_inputs=x).train()
+    first = big.norms()[0]
+    assert first.fused == expected
+    assert bool(first.reason) == (not expected)
+    plain = without_patterns(monkeypatch, big)
+    for joined in (False, True):
+        for training in (True, False):
+            expected_values = run(plain.train(training), x, joined)
+            for fused in (False, True):
+                big.fused = fused
+                assert_close(run(big.train(training), x, joined), expected_values)
+
+
+@joined_or_not
+@torch.no_grad()
+def test_a_normalisation_does_not_move_past_a_change(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = BY_NAME["unet"].inputs(SIZE)
+    big = fastmerge.BigStudent(*make_teachers(ChangedBetween, x, 2), example_inputs=x).eval()
+    plain = without_patterns(monkeypatch, big)
+    outputs = [b._programs["eval", False, joined].forward(b.network, None, *x) for b in (big, plain)]
+    torch.testing.assert_close(*outputs)
+
+
+def test_batch_norm_of_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = (torch.randn(SIZE, 5, 3, dtype=torch.float64),)
+    big = fastmerge.BigStudent(*make_teachers(OneFeature, x, 2), example_inputs=x).train()
+    plain = without_patterns(monkeypatch, big)
+    for joined in (False, True):
+        big.fused = True
+        assert_close(run(big, x, joined), run(plain, x, joined))
+
+
+def test_the_switch() -> None:
+    big = merge(BY_NAME["vgg"])
+    assert big.fused == "auto"
+    for value in (True, False, "auto"):
+        big.fused = value
+        assert big.fused == value
+    with pytest.raises(ValueError, match="'sometimes'"):
+        big.fused = "sometimes"
+
+
+def noted(called: list[str], name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: object, **kwargs: object) -> Tensor:
+        called.append(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@joined_or_not
+def test_the_switch_decides_which_code_runs(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("batch_norm_act", "batch_norm_act_pool"):
+        monkeypatch.setattr(norms, name, noted(called, name, getattr(norms, name)))
+    big, x = merge(BY_NAME["vgg"]).train(), BY_NAME["vgg"].inputs(SIZE)
+    calls = 1 if joined else big.num_teachers
+    for value, count in ((True, 1), (False, 0), ("auto", 0)):
+        called.clear()
+        big.fused = value
+        run(big, x, joined)
+        assert called.count("batch_norm_act_pool") == 2 * calls * count
+        assert called.count("batch_norm_act") == calls * count
+
+
+def test_repr_counts_what_is_fused() -> None:
+    assert repr(merge(BY_NAME["vgg"])).splitlines()[1].strip().endswith("3 of 3 normalisations fused")
+    assert "normalisations" not in repr(merge(BY_NAME["lenet"])).splitlines()[1]
