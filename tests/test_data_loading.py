@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge.data import loading
+from fastmerge.data import choosing
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation
-from fastmerge.data.loading import IMAGENET_MEAN, IMAGENET_STD, image_loaders
+from fastmerge.data.loading import image_loaders
+from fastmerge.data.making import IMAGENET_MEAN, IMAGENET_STD
 from image_files import write_odd_images, write_tree
 
 pytest.importorskip("PIL")
@@ -205,16 +206,16 @@ def test_unusual_images_are_read(tmp_path, loader):
 def test_what_reads_is_chosen_and_said(tree, arrays, monkeypatch):
     assert make(arrays, "auto", image_size=None).why.startswith("loader device: 54 images of 0 MiB stay on cpu")
     assert make(tree, "auto", augmentation="small").why.startswith("loader device: 22 image files, decoded once")
-    monkeypatch.setattr(loading, "dali_is_there", lambda: True)
+    monkeypatch.setattr(choosing, "dali_is_there", lambda: True)
     assert make(tree, "auto").why == "loader dali: 22 image files are decoded on the CPU, in 1 thread"
     assert make(tree, "auto", dtype=torch.bfloat16).why.endswith("DALI gives no bfloat16")
-    monkeypatch.setattr(loading, "dali_is_there", lambda: False)
+    monkeypatch.setattr(choosing, "dali_is_there", lambda: False)
     chosen = make(tree, "auto", workers=0)
     assert chosen.why.startswith(
         "loader torch: 22 image files are decoded by Pillow in this process; DALI is not installed"
     )
     assert make(tree, "torch").why.endswith("as asked for")
-    monkeypatch.setattr(loading, "_room", lambda device: 100)
+    monkeypatch.setattr(choosing, "_room", lambda device: 100)
     assert make(arrays, "auto", image_size=None).loader == "torch"
     assert make(tree, "auto", augmentation="small").loader == "torch"
 
@@ -294,7 +295,7 @@ def test_grey_arrays_have_no_colours_to_change(tmp_path):
 
 
 def test_dali_that_is_missing_is_named(tree, monkeypatch):
-    monkeypatch.setattr(loading, "dali_is_there", lambda: False)
+    monkeypatch.setattr(choosing, "dali_is_there", lambda: False)
     with pytest.raises(ImportError, match=r"needs NVIDIA DALI: pip install 'fastmerge\[dali\]'"):
         make(tree, "dali")
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastmerge run | merge | report | info``, or ``python -m fastmerge``."""
+"""The command line: ``fastmerge run | merge | report | data | info``, or ``python -m fastmerge``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastmerge.cli import continuing, info, merge, report, run
+from fastmerge.cli import continuing, data, info, merge, report, run
 from fastmerge.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastmerge", description="Merge trained neural networks into a better one.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, merge, report, info):
+    for module in (run, merge, report, data, info):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

@@ -25,8 +25,9 @@ from fastmerge.checkpoints import build_network, load_weights, save_weights
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import integer, key_value
 from fastmerge.data.augmentation import AUGMENTATIONS
+from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
-from fastmerge.data.loading import LOADERS, ImageLoaders, image_loaders
+from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.environment import environment
 from fastmerge.history import EpochRecord
 from fastmerge.merging import merge

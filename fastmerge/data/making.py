@@ -1,0 +1,86 @@
+"""Loaders of the kind that was chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastmerge.data.arrays import ImageArrays, channel_statistics
+from fastmerge.data.choosing import Choice, Data, Loader
+from fastmerge.data.dali_graph import Graph
+from fastmerge.data.dali_loader import DaliLoader
+from fastmerge.data.device_loader import DeviceLoader, Finish
+from fastmerge.data.epochs import EpochLoader
+from fastmerge.data.folders import read_trees
+from fastmerge.data.torch_loader import ArrayBatches, TorchLoader, TreeBatches
+from fastmerge.data.trees import ImageTree
+
+# Mean and standard deviation of ImageNet's channels; torchvision's networks are trained with them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def make_loaders(data: Data, name: Loader, choice: Choice) -> tuple[EpochLoader, EpochLoader]:
+    """The loaders of training and validation; trees are normalised as ImageNet, arrays by their training images."""
+    mean, std = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
+    if isinstance(data, ImageArrays):
+        mean, std = channel_statistics(data.train_images)
+    elif name == "device":
+        data = read_trees(data, choice.size, choice.bad_images)
+    if not isinstance(data, ImageArrays):
+        make = _dali_loader if name == "dali" else _tree_loader
+        return make(data[0], True, mean, std, choice), make(data[1], False, mean, std, choice)
+    finish = _finish(mean, std, choice)
+    make_array = _device_loader if name == "device" else _array_loader
+    return (
+        make_array(data.train_images, data.train_labels, True, finish, choice),
+        make_array(data.test_images, data.test_labels, False, finish, choice),
+    )
+
+
+def _finish(mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice) -> Finish:
+    return Finish(mean, std, choice.dtype, choice.channels_last, choice.device)
+
+
+def _dali_loader(
+    tree: ImageTree, training: bool, mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice
+) -> EpochLoader:
+    graph = Graph(
+        batch_size=choice.batch_size[training],
+        size=choice.size,
+        augmentation=choice.augmentation,
+        training=training,
+        mean=mean,
+        std=std,
+        half=choice.dtype is torch.float16,
+        channels_last=choice.channels_last,
+        device_id=choice.device.index if choice.device.type == "cuda" else None,
+        threads=max(1, choice.workers),
+    )
+    return DaliLoader(tree.files, tree.labels, choice.batches(len(tree.files), training), graph, choice.bad_images)
+
+
+def _tree_loader(
+    tree: ImageTree, training: bool, mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice
+) -> EpochLoader:
+    batches = choice.batches(len(tree.files), training)
+    source = TreeBatches(tree.files, choice.size, choice.augmentation, batches)
+    finish, changes = _finish(mean, std, choice), choice.changes(training)
+    return TorchLoader(source, tree.labels, batches, changes, finish, choice.bad_images, choice.workers)
+
+
+def _array_loader(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], training: bool, finish: Finish, choice: Choice
+) -> EpochLoader:
+    batches = choice.batches(len(images), training)
+    # Picking out of an array is no work for other processes.
+    return TorchLoader(ArrayBatches(images), labels, batches, choice.changes(training), finish, choice.bad_images, 0)
+
+
+def _device_loader(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], training: bool, finish: Finish, choice: Choice
+) -> EpochLoader:
+    placed = torch.from_numpy(np.ascontiguousarray(images)).to(choice.device)
+    targets = torch.from_numpy(labels).to(choice.device)
+    return DeviceLoader(placed, targets, choice.batches(len(images), training), choice.changes(training), finish)
