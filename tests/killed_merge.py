@@ -1,4 +1,4 @@
-"""A merge that can be killed: ``python killed_merge.py DIR CALLS`` dies by SIGKILL at so many calls of the criterion.
+"""A merge that can be killed at so many calls of its criterion.
 
 Its network draws random numbers, its data is changed at random in the main process and in a DataLoader's, and it links in
 the middle of the merge stage, so that going on bit for bit takes every part of the state.
@@ -6,10 +6,7 @@ the middle of the merge stage, so that going on bit for bit takes every part of 
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from fastmerge import History, merge
+from killing import die
 from small_task import VAL, X, Y
 
 STEPS = 4  # per epoch
@@ -81,10 +79,6 @@ def run(directory: Path | None, calls: int | None = None, act: Callable[[], None
     return result
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(sys.argv[2]), die, checkpoint_seconds=0, resume=True)
+def run_until(directory: Path, calls: int) -> None:
+    """Goes on with the merge and dies."""
+    run(directory, calls, die, checkpoint_seconds=0, resume=True, num_workers=0)

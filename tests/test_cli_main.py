@@ -146,7 +146,7 @@ def test_ctrl_c_ends_a_run_with_130(tmp_path):
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert (first + rest).endswith("fastmerge: interrupted\n")
+    assert (first + rest).endswith(f"interrupted; go on with: fastmerge run --out {tmp_path / 'run'} --resume\n")
     assert "Traceback" not in rest
     assert not (tmp_path / "run" / "results.json").exists()
 

@@ -80,9 +80,13 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fastmerge.cli.run.strategies.run", record)
     words = ["--strategy", "one,student", "--replicates", "7", "--budget", "0.5", "--data", "x.npz", "--seed", "3"]
-    words += ["--device", "cuda:1", "--out", str(tmp_path), "--workers", "2"]
+    words += ["--device", "cuda:1", "--out", str(tmp_path), "--workers", "2", "--checkpoint-seconds", "9", "--resume"]
     assert main(["run", "sine", *words]) == 130
+    assert callable(seen.pop("note"))
     assert seen == {
+        "checkpoint_dir": tmp_path / "checkpoints",
+        "checkpoint_seconds": 9,
+        "resume": True,
         "recipe": "sine",
         "chosen": ["one", "student"],
         "replicates": 7,

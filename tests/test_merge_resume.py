@@ -4,8 +4,6 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,8 @@ from safetensors.torch import save_file
 import killed_merge
 from fastmerge.snapshots import Snapshots, read_snapshot
 from fastmerge.stop_requests import Interrupted, StopRequests
-from killed_merge import run
+from killed_merge import run, run_until
+from killing import assert_killed
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
 
@@ -54,9 +53,7 @@ def assert_same(result, whole) -> None:
     assert a == b
 
 
-def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(whole, tmp_path):
-    script = Path(killed_merge.__file__)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent.parent), str(script.parent)])}
+def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(tmp_path):
     # Calls of the criterion in a process, the checks before the merge included, and how far that brings it.
     for calls, where in [
         (8, ("merge", 0, 2)),
@@ -64,10 +61,9 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(whole, tmp_path):
         (16, ("finetune", 0, 2)),
         (5, ("finetune", 0, 4)),
     ]:
-        done = subprocess.run([sys.executable, script, tmp_path, str(calls)], env=environment, capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert_killed(run_until, tmp_path, calls)
         assert place(tmp_path) == where
-    assert_same(run(tmp_path, resume=True), whole)
+    assert_same(run(tmp_path, resume=True, num_workers=0), run(None, num_workers=0))
 
 
 def test_a_signal_ends_it_after_the_step_with_a_checkpoint(interrupted, whole, tmp_path):

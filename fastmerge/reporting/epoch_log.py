@@ -47,7 +47,7 @@ class EpochLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self._board is not None:
-            for name, value in _scalars(values, tag):
+            for name, value in _scalars({k: v for k, v in values.items() if k not in self.key}, tag):
                 self._board.add_scalar(name, value, step)
             self._board.flush()
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastmerge.data.dataset import Dataset
-from fastmerge.gate_budget import GateBudget
-from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.recipe import Recipe
 from fastmerge.training.scores import Curves
 from fastmerge.training.seeds import generator_for, seed_for
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import EpochLosses, Stage, train
 
 
 class Reporter(Protocol):
     """Where a job tells how far it is."""
 
-    def epoch(self, stage: str, done: int, total: int, weight: int) -> None:
-        """One more epoch of a stage, worth ``weight`` epochs of one network."""
+    def epoch(self, stage: str, done: int, total: int, weight: int, values: dict[str, Any] | None = None) -> None:
+        """One more epoch of a stage, worth ``weight`` epochs of one network, and what the log tells of it."""
+
+    def skip(self, stage: str, weight: int) -> None:
+        """Epochs that were done before the run was interrupted."""
 
     def warn(self, message: str) -> None:
         """Something the user should know."""
@@ -39,6 +39,9 @@ class Job:
         recipe: with the epochs of the run.
         seed: of the run.
         device: where to train.
+        checkpoints: where the checkpoints of all jobs of the run are, or None for none.
+        checkpoint_seconds: at least so many between two of them.
+        resume: whether to go on from what is there.
     """
 
     strategy: str
@@ -46,6 +49,9 @@ class Job:
     recipe: Recipe
     seed: int
     device: torch.device
+    checkpoints: Path | None = None
+    checkpoint_seconds: float = 300.0
+    resume: bool = False
 
     def seed_for(self, *path: int | str) -> int:
         """A seed of this run and strategy."""
@@ -93,49 +99,6 @@ class Outcome:
     predictions: Tensor | None = None
     student: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-
-
-def train_stage(
-    job: Job,
-    stack: Stack,
-    data: Dataset,
-    stage: Stage,
-    rows: list[int],
-    reporter: Reporter,
-    lam: QuadraticLambda | GateBudget | None = None,
-    gates: Collection[str] = (),
-    done: int = 0,
-    total: int | None = None,
-) -> Iterator[EpochLosses]:
-    """Trains a stage, reports every epoch, and warns when a replicate's loss is no longer finite.
-
-    Args:
-        job: whose stage it is.
-        stack: as many networks for each row as there are in the stage, replicate by replicate.
-        data: on the job's device.
-        stage: how.
-        rows: which of the job's replicates are in the stack.
-        reporter: where to report to.
-        lam, gates: as :func:`~fastmerge.training.stacked.train`.
-        done, total: epochs of the stage before this part of it, and of all its parts.
-    """
-    networks = len(stack) // len(rows)
-    replicates = [job.replicates[row] for row in rows]
-    orders = job.orders(replicates, networks, f"{stage.name} {done}")
-    noise = generator_for(job.seed, job.strategy, "noise", stage.name, done, replicates[0], device=stack.device)
-    torch.manual_seed(job.seed_for("gates", stage.name, done, replicates[0]))
-    lost: set[int] = set()
-    for losses in train(stack, data, stage, orders, noise, lam, gates):
-        reporter.epoch(stage.name, done + losses.epoch, total or stage.epochs, len(stack))
-        finite = losses.loss.isfinite().view(len(rows), networks).all(1)
-        for replicate, fine in zip(replicates, finite.tolist(), strict=True):
-            if not fine and replicate not in lost:
-                lost.add(replicate)
-                reporter.warn(
-                    f"{job.strategy}: the loss of replicate {replicate} is no longer finite after epoch "
-                    f"{done + losses.epoch} of stage {stage.name}; the learning rate {job.recipe.lr:g} may be too high"
-                )
-        yield losses
 
 
 def state_on_cpu(network: nn.Module) -> dict[str, Tensor]:

@@ -58,6 +58,11 @@ class Curves:
         """``{"epochs": [...], series: [[one per replicate] per epoch]}``."""
         return {"epochs": self.epochs, **self.series}
 
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Becomes what a :meth:`to_dict` tells."""
+        self.series = {name: values for name, values in saved.items() if name != "epochs"}
+        self.epochs = saved["epochs"]
+
 
 def spread(values: Tensor, rows: list[int], size: int) -> Tensor:
     """Puts values of some replicates in their places among all; NaN stands for the others.

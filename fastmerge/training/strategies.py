@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,8 @@ import torch
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.environment import environment
+from fastmerge.stop_requests import StopRequests
+from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Outcome, Reporter
 from fastmerge.training.plain_strategies import best_of_three, one
 from fastmerge.training.recipe import Recipe
@@ -23,7 +24,7 @@ from fastmerge.training.student_strategy import student
 from fastmerge.training.workers import run_jobs
 
 # In the order of their cost, so that processes that share the jobs end together.
-_RUN: dict[str, Callable[[Job, Dataset, Reporter], Outcome]] = {
+_RUN: dict[str, Callable[[Job, Dataset, Reporter, JobState], Outcome]] = {
     "one-big": partial(one, width=2),
     "bo3-big": partial(best_of_three, width=2),
     "student": student,
@@ -44,6 +45,10 @@ def run(
     data_path: Path | None = None,
     progress: bool = True,
     workers: int | None = None,
+    checkpoint_dir: Path | str | None = None,
+    checkpoint_seconds: float = 300.0,
+    resume: bool = False,
+    note: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains strategies at equal epochs and writes what came of them.
 
@@ -64,6 +69,12 @@ def run(
         data_path: the data set, for recipes that need one.
         progress: whether to show a bar.
         workers: processes on the CPU; None for one per core.
+        checkpoint_dir: for the run's checkpoints. Each job writes them between epochs and at the end of a stage, keeps
+            the last two, and keeps its results when it is finished.
+        checkpoint_seconds: at least so many between two of a job's checkpoints.
+        resume: whether to go on from them, on the CPU bit for bit as if the run had not been interrupted; what has none
+            yet, begins.
+        note: told of every epoch of every job; after a crash some come again.
 
     Returns:
         What ``results.json`` holds.
@@ -72,18 +83,20 @@ def run(
         ValueError: a strategy is unknown or named twice, a number is out of range, the device can't be used, or the
             data is not what the recipe needs.
         FloatingPointError: every replicate of a strategy diverged.
+        Interrupted: a KeyboardInterrupt: Ctrl-C or SIGTERM came, and checkpoints were written.
     """
     _check(strategies, replicates, seed)
     place = _check_device(device)
     scaled = recipe.scaled(budget)
     data = recipe.load_data(data_path, seed_for(seed, "data"))
+    checkpoints = None if checkpoint_dir is None else Path(checkpoint_dir)
     jobs = [
-        Job(strategy, chunk, scaled, seed, place)
+        Job(strategy, chunk, scaled, seed, place, checkpoints, checkpoint_seconds, resume)
         for strategy in _RUN
         if strategy in strategies
         for chunk in _chunks(replicates, scaled.stack)
     ]
-    outcomes = run_jobs(_run_job, jobs, data, workers, progress)
+    outcomes = run_jobs(_run_job, jobs, data, workers, progress, note)
     found = {
         strategy: [outcome for job, outcome in zip(jobs, outcomes, strict=True) if job.strategy == strategy]
         for strategy in strategies
@@ -109,9 +122,16 @@ def run(
 
 
 def _run_job(job: Job, data: Dataset, reporter: Reporter) -> Outcome:
-    start = time.perf_counter()
-    outcome = _RUN[job.strategy](job, data, reporter)
-    return replace(outcome, seconds=time.perf_counter() - start)
+    with StopRequests(enabled=job.checkpoints is not None) as stop:
+        state = JobState(job, data, stop)
+        outcome = state.outcome()
+        if outcome is None:
+            outcome = _RUN[job.strategy](job, data, reporter, state)
+            outcome = replace(outcome, seconds=state.seconds)
+            state.finish(outcome)
+        else:
+            reporter.skip("finished", job.recipe.epochs * len(job.replicates))
+    return outcome
 
 
 def _check(strategies: Sequence[str], replicates: int, seed: int) -> None:

@@ -15,24 +15,26 @@ from fastmerge.gate_budget import GateBudget
 from fastmerge.gate_report import gate_warnings, origins
 from fastmerge.kernels.gate import open_probability
 from fastmerge.schedules import QuadraticLambda
-from fastmerge.training.jobs import Job, Outcome, Reporter, predictions, state_on_cpu, train_stage
+from fastmerge.training.job_stages import train_stage
+from fastmerge.training.job_state import JobState
+from fastmerge.training.jobs import Job, Outcome, Reporter, predictions, state_on_cpu
 from fastmerge.training.scores import Curves, score, spread
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import EpochLosses
+from fastmerge.training.stacked import EpochLosses, Stage
 
 TEACHERS = 2
 
 
-def student(job: Job, data: Dataset, reporter: Reporter) -> Outcome:
+def student(job: Job, data: Dataset, reporter: Reporter, state: JobState) -> Outcome:
     """Two thirds of the epochs in two teachers, a sixth in the merge stage, a sixth in fine-tuning."""
-    return _StudentRun(job, data, reporter).run()
+    return _StudentRun(job, data, reporter, state).run()
 
 
 class _StudentRun:
     """One job of the student strategy; ``rows`` are the replicates that have not diverged."""
 
-    def __init__(self, job: Job, data: Dataset, reporter: Reporter) -> None:
-        self.job, self.data, self.reporter, self.recipe = job, data, reporter, job.recipe
+    def __init__(self, job: Job, data: Dataset, reporter: Reporter, state: JobState) -> None:
+        self.job, self.data, self.reporter, self.state, self.recipe = job, data, reporter, state, job.recipe
         self.size = len(job.replicates)
         self.rows = list(range(self.size))
         self.curves = Curves(self.size)
@@ -40,6 +42,9 @@ class _StudentRun:
         self.open_probability: list[dict[str, Tensor]] = []
         self.lam: list[float | None] = []
         self.kept: list[dict[str, list[int]] | None] = [None] * self.size
+        self.teacher_scores: dict[str, Tensor] = {}
+        if state.records is not None:
+            self._restore(dict(state.records))
 
     def run(self) -> Outcome:
         teachers = self._teachers()
@@ -68,63 +73,65 @@ class _StudentRun:
         """Trains the teachers and returns those of the replicates that go on, two by two."""
         stack = Stack(self.job.fresh_networks(TEACHERS, 1))
         stage = self.recipe.teacher_stage()
-        values: dict[str, Tensor] = {}
-        for losses in train_stage(self.job, stack, self.data, stage, self.rows, self.reporter):
+        every = list(range(self.size))
+        for losses in self._train(stack, stage, every):
             if self._is_tested(losses.epoch, stage.epochs):
-                values = {"train_loss": losses.loss, **self._score(stack)}
-                self._record(TEACHERS * losses.epoch, {name: _mean_of_two(value) for name, value in values.items()})
-        metric = values[self.recipe.metric].view(self.size, TEACHERS)
+                self.teacher_scores = {"train_loss": losses.loss, **self._score(stack)}
+                means = {name: _mean_of_two(value) for name, value in self.teacher_scores.items()}
+                self._record(TEACHERS * losses.epoch, means)
+        metric = self.teacher_scores[self.recipe.metric].view(self.size, TEACHERS)
         for index in range(TEACHERS):
             self.borders[f"teacher {index}"] = metric[:, index].tolist()
-        finite = _mean_of_two(values["train_loss"]).isfinite()
-        self.rows = [row for row in self.rows if finite[row]]
+        finite = _mean_of_two(self.teacher_scores["train_loss"]).isfinite()
+        self.rows = [row for row in every if finite[row]]
         return [stack.network(TEACHERS * row + index) for row in self.rows for index in range(TEACHERS)]
 
     def _merge(self, teachers: list[nn.Module]) -> Stack:
         """Trains the big students and returns them compressed."""
         example = self.data.normalise(self.data.train_inputs[:2])
-        bigs = []
+        widened = []
         for position, row in enumerate(self.rows):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.job.seed_for("gates", self.job.replicates[row]))
                 pair = teachers[TEACHERS * position : TEACHERS * (position + 1)]
-                bigs.append(BigStudent(*pair, example_inputs=example))
-        stack = Stack(bigs)
+                widened.append(BigStudent(*pair, example_inputs=example))
+        stack = Stack(widened)
         before = _open_probabilities(stack)
         first = TEACHERS * 2 * self.recipe.unit
-        for linked, losses in self._merge_epochs(stack):
-            stack = linked
+        for losses in self._merge_epochs(stack):
+            stack = self.big_stack
             self.open_probability.append(_open_probabilities(stack))
             self.lam.append(losses.lam)
             if self._is_tested(losses.epoch, self.recipe.unit):
                 self._record(first + losses.epoch, {"train_loss": losses.loss, **self._score(stack)})
-        self._border("big student", stack)
-        self._warn_of_gates(before, self.open_probability[-1])
-        students = []
-        for index, row in enumerate(self.rows):
-            big: Any = stack.network(index)
-            self.kept[row] = origins(big)
-            students.append(big.compress())
-        compressed = Stack(students)
+        stack = self.big_stack  # all its epochs may have been done before the run was interrupted
+        bigs: list[Any] = stack.networks()
+        if "big student" not in self.borders:
+            self._border("big student", stack)
+            self._warn_of_gates(before, self.open_probability[-1])
+            for row, big in zip(self.rows, bigs, strict=True):
+                self.kept[row] = origins(big)
+        compressed = Stack([big.compress() for big in bigs])
         self._border("compressed", compressed)
         return compressed
 
-    def _merge_epochs(self, stack: Stack) -> Iterator[tuple[Stack, EpochLosses]]:
-        """The merge stage, epoch by epoch. Linking restarts the momentum, which ten steps build up again."""
+    def _merge_epochs(self, stack: Stack) -> Iterator[EpochLosses]:
+        """The merge stage of ``big_stack``, epoch by epoch. Linking restarts the momentum, which ten steps build up again."""
+        self.big_stack = stack
         lam = self._weight_of_gates()
         before, after = self.recipe.merge_stages()
         options: dict[str, Any] = {"lam": lam, "gates": _gate_names(stack), "total": self.recipe.unit}
-        for losses in train_stage(self.job, stack, self.data, before, self.rows, self.reporter, **options):
-            yield stack, losses
+        for losses in self._train(stack, before, self.rows, **options):
+            yield losses
         if not after.epochs:
             return
         bigs: list[Any] = stack.networks()
         for big in bigs:
             big.link()
-        stack = Stack(bigs)
+        self.big_stack = stack = Stack(bigs)
         options["done"] = before.epochs
-        for losses in train_stage(self.job, stack, self.data, after, self.rows, self.reporter, **options):
-            yield stack, EpochLosses(before.epochs + losses.epoch, losses.loss, losses.gate_loss, losses.lam)
+        for losses in self._train(stack, after, self.rows, **options):
+            yield EpochLosses(before.epochs + losses.epoch, losses.loss, losses.gate_loss, losses.lam)
 
     def _weight_of_gates(self) -> QuadraticLambda | GateBudget:
         if self.recipe.gate_schedule == "quadratic":
@@ -135,11 +142,29 @@ class _StudentRun:
     def _finetune(self, stack: Stack) -> Stack:
         stage = self.recipe.finetune_stage()
         first = self.recipe.epochs - self.recipe.unit
-        for losses in train_stage(self.job, stack, self.data, stage, self.rows, self.reporter):
+        for losses in self._train(stack, stage, self.rows):
             if self._is_tested(losses.epoch, stage.epochs):
                 self._record(first + losses.epoch, {"train_loss": losses.loss, **self._score(stack)})
         self._border("student", stack)
         return stack
+
+    def _train(self, stack: Stack, stage: Stage, rows: list[int], **options: Any) -> Iterator[EpochLosses]:
+        arguments = (self.job, stack, self.data, stage, rows, self.reporter, self.state, self._records)
+        return train_stage(*arguments, **options)
+
+    def _records(self) -> dict[str, Any]:
+        return {
+            "curves": self.curves.to_dict(),
+            "borders": self.borders,
+            "open_probability": self.open_probability,
+            "lam": self.lam,
+            "kept": self.kept,
+            "teacher_scores": self.teacher_scores,
+        }
+
+    def _restore(self, records: dict[str, Any]) -> None:
+        self.curves.restore(records.pop("curves"))
+        vars(self).update(records)
 
     def _is_tested(self, epoch: int, last: int) -> bool:
         return epoch % self.recipe.test_every == 0 or epoch == last
@@ -152,6 +177,8 @@ class _StudentRun:
         self.curves.add(epoch, full)
 
     def _border(self, name: str, stack: Stack) -> None:
+        if name in self.borders:
+            return
         self.borders[name] = spread(self._score(stack)[self.recipe.metric], self.rows, self.size).tolist()
 
     def _warn_of_gates(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

@@ -11,9 +11,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.stop_requests import Interrupted, StopRequests
 from fastmerge.training.jobs import Job, Outcome, Reporter
 
 
@@ -31,7 +33,15 @@ class Run(Protocol):
     def __call__(self, job: Job, data: Dataset, reporter: Reporter) -> Outcome: ...
 
 
-def run_jobs(run: Run, jobs: Sequence[Job], data: Dataset, workers: int | None, progress: bool) -> list[Outcome]:
+Note = Callable[[dict[str, Any]], None]
+
+_GRACE = 5  # seconds for processes to end by themselves after an error
+_GRACE_TO_SAVE = 60  # and after an interrupt, which they meet between epochs
+
+
+def run_jobs(
+    run: Run, jobs: Sequence[Job], data: Dataset, workers: int | None, progress: bool, note: Note | None = None
+) -> list[Outcome]:
     """Does all jobs and returns their outcomes, in the order of the jobs.
 
     Args:
@@ -41,8 +51,10 @@ def run_jobs(run: Run, jobs: Sequence[Job], data: Dataset, workers: int | None, 
         workers: processes; None for one per core where jobs run on the CPU. With one, or one job, or on a GPU, jobs run
             one after another in this process.
         progress: whether to show a bar of epochs, summed over networks.
+        note: told of every epoch, in this process.
 
     Raises:
+        Interrupted: a signal came; jobs that have checkpoints wrote one.
         RuntimeError: a process died, or raised what can't be sent; whatever else a job raises, it raises here too.
     """
     if workers is None:
@@ -50,18 +62,25 @@ def run_jobs(run: Run, jobs: Sequence[Job], data: Dataset, workers: int | None, 
     total = sum(job.recipe.epochs * len(job.replicates) for job in jobs)
     with tqdm(total=total, disable=not progress, unit="epoch", smoothing=0.05, dynamic_ncols=True) as bar:
         if min(workers, len(jobs)) > 1 and all(job.device.type == "cpu" for job in jobs):
-            return _in_processes(run, jobs, data, min(workers, len(jobs)), bar)
-        return [_in_this_process(run, job, data, bar) for job in jobs]
+            return _in_processes(run, jobs, data, min(workers, len(jobs)), bar, note)
+        return [_in_this_process(run, job, data, _Bar(job, bar, note)) for job in jobs]
 
 
 class _Bar:
     """Shows a job's epochs on a bar."""
 
-    def __init__(self, job: Job, bar: Any) -> None:
-        self.job, self.bar = job, bar
+    def __init__(self, job: Job, bar: Any, note: Note | None = None) -> None:
+        self.job, self.bar, self.note = job, bar, note
 
-    def epoch(self, stage: str, done: int, total: int, weight: int) -> None:
+    def epoch(self, stage: str, done: int, total: int, weight: int, values: dict[str, Any] | None = None) -> None:
         self.bar.set_postfix_str(f"{self.job.strategy}: {stage} {done}/{total}", refresh=False)
+        self.bar.update(weight)
+        if values is not None and self.note is not None:
+            self.note(values)
+
+    def skip(self, stage: str, weight: int) -> None:
+        if not self.bar.disable:
+            self.bar.initial += weight  # the time left follows from what is done now
         self.bar.update(weight)
 
     def warn(self, message: str) -> None:
@@ -69,52 +88,69 @@ class _Bar:
             warnings.warn(f"{self.job.recipe.name}, {message}", stacklevel=2)
 
 
-def _in_this_process(run: Run, job: Job, data: Dataset, bar: Any) -> Outcome:
+def _in_this_process(run: Run, job: Job, data: Dataset, bar: _Bar) -> Outcome:
     devices = [job.device] if job.device.type == "cuda" else []
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=devices):
         try:
             torch.set_num_threads(1)
-            return run(job, data.to(job.device), _Bar(job, bar))
+            return run(job, data.to(job.device), bar)
         finally:
             torch.set_num_threads(threads)
 
 
-def _in_processes(run: Run, jobs: Sequence[Job], data: Dataset, workers: int, bar: Any) -> list[Outcome]:
+def _in_processes(
+    run: Run, jobs: Sequence[Job], data: Dataset, workers: int, bar: Any, note: Note | None
+) -> list[Outcome]:
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
     waiting = list(enumerate(jobs))
     running: dict[Connection, tuple[int, BaseProcess]] = {}
     outcomes: dict[int, Outcome] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                index, job = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                # As bytes, by value: multiprocessing would put tensors into /dev/shm, which containers keep small.
-                payload = pickle.dumps((run, job, data))
-                process: BaseProcess = context.Process(target=_work, args=(theirs, payload), daemon=True)
-                with _ctrl_c_blocked():
-                    process.start()
-                theirs.close()
-                running[ours] = (index, process)
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
-                index, process = running[connection]
-                message = _receive(connection, process, jobs[index])
-                if message[0] == "outcome":
-                    outcomes[index] = pickle.loads(message[1])
-                    process.join()
-                    del running[connection]
-                elif message[0] == "error":
-                    raise message[1]
-                else:
-                    getattr(_Bar(jobs[index], bar), message[0])(*message[1:])
-    finally:  # after an error or Ctrl-C the others must not go on
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.join()
+    grace = _GRACE
+    with StopRequests(enabled=any(job.checkpoints is not None for job in jobs)) as stop:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    index, job = waiting.pop(0)
+                    ours, theirs = context.Pipe(duplex=False)
+                    # As bytes, by value: multiprocessing would put tensors into /dev/shm, which containers keep small.
+                    payload = pickle.dumps((run, job, data))
+                    process: BaseProcess = context.Process(target=_work, args=(theirs, payload), daemon=True)
+                    with _ctrl_c_blocked():
+                        process.start()
+                    theirs.close()
+                    running[ours] = (index, process)
+                for connection in wait(list(running), timeout=0.5):
+                    assert isinstance(connection, Connection)
+                    index, process = running[connection]
+                    message = _receive(connection, process, jobs[index])
+                    if message[0] == "outcome":
+                        outcomes[index] = pickle.loads(message[1])
+                        process.join()
+                        del running[connection]
+                    elif message[0] == "error":
+                        raise message[1]
+                    else:
+                        getattr(_Bar(jobs[index], bar, note), message[0])(*message[1:])
+                stop.raise_if_any()
+        except Interrupted:
+            grace = _GRACE_TO_SAVE
+            raise
+        finally:  # after an error or Ctrl-C the others must not go on
+            _end([process for _, process in running.values()], grace)
     return [outcomes[index] for index in range(len(jobs))]
+
+
+def _end(processes: list[BaseProcess], grace: float) -> None:
+    """Asks processes to end, which they do at once or after a checkpoint, and ends those that have not within the grace."""
+    for process in processes:
+        process.terminate()
+    last = time.monotonic() + grace
+    for process in processes:
+        process.join(max(0.0, last - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
 
 
 @contextlib.contextmanager
@@ -149,6 +185,8 @@ def _work(connection: Connection, payload: bytes) -> None:
         run, job, data = pickle.loads(payload)
         outcome = run(job, data, _Messages(connection))
         connection.send(("outcome", pickle.dumps(outcome)))
+    except Interrupted:
+        return  # the main process ended this one, and reads no more
     except Exception as error:
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"in the process for this job:\n{traceback.format_exc()}")
@@ -163,6 +201,9 @@ class _Messages:
 
     def epoch(self, *values: Any) -> None:
         self.connection.send(("epoch", *values))
+
+    def skip(self, *values: Any) -> None:
+        self.connection.send(("skip", *values))
 
     def warn(self, message: str) -> None:
         self.connection.send(("warn", message))

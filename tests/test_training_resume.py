@@ -1,0 +1,95 @@
+"""Runs of stacked replicates that are killed or interrupted, and go on."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import killed_run
+from fastmerge.snapshots import Snapshots, read_snapshot
+from fastmerge.stop_requests import Interrupted
+from killed_run import recipe, train
+from killing import assert_killed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The directory of a run to which nothing happened."""
+    directory = tmp_path_factory.mktemp("whole")
+    train(directory, checkpoint_dir=None)
+    return directory
+
+
+def places(directory) -> dict[str, tuple[str, int | None]]:
+    found = {}
+    for job in sorted((directory / "checkpoints").iterdir()):
+        _, state = read_snapshot(Snapshots(job, {}).files()[-1])
+        found[job.name] = state["stage"], state.get("training", {}).get("done")
+    return found
+
+
+def assert_same(directory, whole) -> None:
+    for name in ("student-0", "student-1"):
+        ours, theirs = (load_file(each / f"{name}.safetensors") for each in (directory, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert json.loads((directory / "history.json").read_text()) == json.loads((whole / "history.json").read_text())
+    ours, theirs = (json.loads((each / "results.json").read_text())["strategies"] for each in (directory, whole))
+    assert {name: each["values"] for name, each in ours.items()} == {
+        name: each["values"] for name, each in theirs.items()
+    }
+
+
+def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(whole, tmp_path):
+    # An epoch is told of before its checkpoint is written.
+    for epochs, job, where in [
+        (4, "student-0", ("teachers 0", 3)),
+        (3, "student-0", ("merge 0", 1)),
+        (2, "student-0", ("merge 1", 1)),
+        (2, "student-0", ("fine-tune 0", 1)),
+        (6, "one-0", ("long run 0", 4)),
+    ]:
+        assert_killed(train, tmp_path, epochs)
+        assert places(tmp_path)[job] == where
+    assert places(tmp_path)["student-0"][0] == "finished"
+    train(tmp_path)
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_signals_end_it_after_the_epoch_with_a_checkpoint(whole, tmp_path, workers):
+    with pytest.raises(Interrupted) as caught:
+        train(tmp_path, 5, lambda: os.kill(os.getpid(), signal.SIGTERM), checkpoint_seconds=1e9, workers=workers)
+    assert caught.value.number == signal.SIGTERM
+    found = places(tmp_path)
+    assert found == {"student-0": ("merge 0", 1)} if workers == 1 else len(found) == 2
+    train(tmp_path, workers=1)
+    assert_same(tmp_path, whole)
+
+
+def test_a_finished_run_trains_nothing_anew(whole, tmp_path):
+    train(tmp_path)
+    epochs = []
+    train(tmp_path, note=epochs.append)
+    assert not epochs
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "with seed 0; this one has 1"),
+        ({"replicates": 1}, r"with replicates \[0, 1\]; this one has \[0\]"),
+        ({"recipe": recipe(lr=0.5)}, "with lr 0.01; this one has 0.5"),
+        ({"data": 1.0}, r"with data '[0-9a-f]{16}'; this one has"),
+    ],
+)
+def test_checkpoints_of_another_run_are_refused(tmp_path, monkeypatch, changes, message):
+    with pytest.raises(Interrupted):
+        train(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGINT), strategies=("student",))
+    if "data" in changes:
+        monkeypatch.setattr(killed_run, "BRIGHTNESS", changes.pop("data"))
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, strategies=("student",), **changes)
