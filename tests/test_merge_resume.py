@@ -239,6 +239,15 @@ def test_the_scale_of_float16_and_generators_of_the_data_are_kept(tmp_path):
     assert_same(run(tmp_path, resume=True, autocast=torch.float16, num_workers=0), whole)
 
 
+def test_a_budgets_multipliers_are_kept(tmp_path):
+    options = {"gate_schedule": "budget", "num_workers": 0}
+    whole = run(None, **options)
+    with pytest.raises(Interrupted):
+        run(tmp_path, 16, lambda: os.kill(os.getpid(), signal.SIGINT), **options)
+    assert last(tmp_path)["parts"]["lambda"]["multipliers"].abs().sum() > 0
+    assert_same(run(tmp_path, resume=True, **options), whole)
+
+
 def test_stop_requests_leave_other_handlers_alone():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))

@@ -77,6 +77,16 @@ def test_a_finished_run_trains_nothing_anew(whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
+def test_a_budgets_multipliers_go_on(tmp_path):
+    options = {"recipe": recipe(gate_schedule="budget"), "strategies": ("student",)}
+    train(tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "other", 6, lambda: os.kill(os.getpid(), signal.SIGINT), **options)
+    assert places(tmp_path / "other") == {"student-0": ("merge 1", 1)}
+    train(tmp_path / "other", **options)
+    assert_same(tmp_path / "other", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
