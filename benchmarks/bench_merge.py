@@ -21,13 +21,13 @@ from benchmarks.effort import Effort
 from benchmarks.race import Contender, race
 from benchmarks.steps import Step
 
-# Epochs and batches of the stage.
-STAGES = {"cuda": (4, 50), "cpu": (4, 3)}
-CASES = [
-    Case("resnet18", 256, 224, "bf16", "cuda"),
-    Case("resnet20", 128, 32, "bf16", "cuda"),
-    Case("resnet20", 128, 32),
-]
+# Epochs and batches of each epoch, by case.
+STAGES = {
+    Case("resnet18", 256, 224, "bf16", "cuda"): (4, 25),
+    Case("resnet20", 128, 32, "bf16", "cuda"): (4, 100),
+    Case("resnet20", 32, 32): (4, 1),
+    Case("lenet", 128, 28): (4, 5),
+}
 
 
 def naive_stage(case: Case, steps: int) -> None:
@@ -52,10 +52,10 @@ def fastmerge_stage(case: Case, epochs: int, loader: list[tuple[Tensor, Tensor]]
         )
 
 
-@pytest.mark.parametrize("case", parameters(CASES))
+@pytest.mark.parametrize("case", parameters(list(STAGES)))
 def bench_merge(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None:
     benchmark.group = benchmark.extra_info["case"] = f"merge, {case.name}"
-    epochs, batches = STAGES[case.device]
+    epochs, batches = STAGES[case]
     loader = [case.make_batch()] * batches
     facts = {"items": epochs * batches * case.batch, "epochs": epochs, "steps": epochs * batches}
 

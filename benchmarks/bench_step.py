@@ -22,7 +22,8 @@ def bench_step(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None:
     benchmark.extra_info["case"] = f"step, {case.name}"
     measure_ceilings(case)  # before, and again after: the best counts
     try:
-        race(benchmark, effort.chosen(makers(case)), effort.rounds(case.device), seconds=effort.seconds)
+        rounds, warmup = effort.rounds(case.device), effort.warmup(case.device)
+        race(benchmark, effort.chosen(makers(case)), rounds, warmup, effort.seconds)
     finally:
         ceilings = measure_ceilings(case)
         benchmark.extra_info["ceilings"] = {"flops": ceilings.flops, "bandwidth": ceilings.bandwidth}

@@ -27,6 +27,10 @@ class Effort:
     def rounds(self, device: str) -> int:
         return self.asked if self.asked is not None else 60 if device == "cuda" else 15
 
+    def warmup(self, device: str) -> int:
+        """Steps before the first sample."""
+        return 5 if device == "cuda" else 2
+
     def chosen(self, makers: Mapping[str, Value]) -> dict[str, Value]:
         """Those of the named things that were asked for."""
         return {name: m for name, m in makers.items() if self.contenders is None or re.search(self.contenders, name)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,12 +103,13 @@ def _gpu_tests() -> list[str]:
 
 
 def _other_benchmarks() -> list[Path]:
-    """The benchmarks of single operations and of the whole stage."""
-    return [file for file in sorted((ROOT / "benchmarks").glob("bench_*.py")) if file.name != "bench_step.py"]
+    """The benchmarks of single operations and of the whole stage that have cases for a GPU."""
+    files = [file for file in sorted((ROOT / "benchmarks").glob("bench_*.py")) if file.name != "bench_step.py"]
+    return [file for file in files if re.search(r"mark\.gpu|needs_gpu|parameters\(", file.read_text(encoding="utf-8"))]
 
 
 def _benchmark(name: str, seconds: float, file: str, *options: str) -> Part:
-    enabled = ("--benchmark-enable", "--benchmark-json={json}", "-m", "not slow")
+    enabled = ("--benchmark-enable", "--benchmark-json={json}", "-m", "gpu and not slow")
     return Part(name, seconds, ("-m", "pytest", *_PYTEST, *enabled, *options, f"benchmarks/{file}"))
 
 
