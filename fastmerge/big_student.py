@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -20,6 +20,7 @@ from fastmerge.channels.tracing import trace
 from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
 from fastmerge.validation import check_same_code, check_teachers
+from fastmerge.wide.closing import Compaction, checked_choice, choose
 from fastmerge.wide.compression import Compressor, kept_candidates
 from fastmerge.wide.fusion import NormUse
 from fastmerge.wide.layers import WideLayer
@@ -27,7 +28,10 @@ from fastmerge.wide.lowering import Program, lower
 from fastmerge.wide.network import Analysis, build_network
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.optimizer_state import StateCarrier, carry_through_link
+from fastmerge.wide.population import Population
 from fastmerge.wide.shapes import find_shapes
+from fastmerge.wide.shrinkable import find_shrinkable
+from fastmerge.wide.shrinking import Shrinking
 from fastmerge.wide.spent import spend
 from fastmerge.wide.streams import GateStreams
 from fastmerge.wide.template import StudentTemplate
@@ -106,7 +110,8 @@ class BigStudent(nn.Module):
         """
         mode = "train" if self.training else "eval"
         gates = None if self._gates_open else self._draw_gates(inputs, kwargs)
-        program = self._programs[mode, self._gates_open and self._each, self.linked]
+        each = self._gates_open and self._each and not self._is_compacted
+        program = self._programs[mode, each, self.linked]
         return program.forward(self.network, gates, *inputs, **kwargs)
 
     @property
@@ -152,6 +157,55 @@ class BigStudent(nn.Module):
                 layer.link()
         self._linked = True
 
+    def compact(
+        self,
+        optimizer: Optimizer | None = None,
+        gate_optimizer: Optimizer | None = None,
+        *,
+        threshold: float = 0.05,
+        settled: bool = False,
+    ) -> Compaction:
+        """Drops candidates whose gates are closed for good, so that every step from here on costs less.
+
+        Closed for good are gates that are 0 in eval mode and open in less than ``threshold`` of the training samples. Their
+        weights, statistics, gates and optimizer state go together, in their own memory; parameters stay the same objects. In
+        eval mode the output stays what it was, and in training mode it is as if the dropped gates were 0; :meth:`compress`
+        gives the student that it would have given. At least n candidates of every group stay.
+
+        A group is left whole where the network's code might count on its number of channels: a view or chunk, a grouped
+        convolution, a constant or parameter outside layers. Until :meth:`link`, and where streams are concatenated, every
+        teacher keeps as many candidates as the one with the most.
+
+        Call it between two steps, as often as you like; compile, wrap in DistributedDataParallel or capture a CUDA graph
+        anew afterwards. :meth:`open_gates` then opens the gates that are left.
+
+        Args:
+            optimizer, gate_optimizer: whose state shrinks along; one that holds all parameters will do.
+            threshold: of P[g > 0], in (0, 0.5).
+            settled: whether to leave a group alone until each of its gates is closed for good or surely open
+                (P[g > 0] above ``1 - threshold``).
+
+        Returns:
+            What was dropped, and which groups were left whole, and why.
+
+        Raises:
+            ValueError: ``threshold`` is out of range, or an optimizer's state can't be cut; nothing has changed then.
+        """
+        if not 0 < threshold < 0.5:
+            raise ValueError(f"compact needs a threshold of P[g > 0] in (0, 0.5); got {threshold}")
+        analysis = self._analyse()
+        shrinkable = find_shrinkable(analysis, self.network, self._population)
+        after, done = choose(self._population, self.gates, shrinkable, self.linked, threshold, settled)
+        self._shrink_to(after, [o for o in (optimizer, gate_optimizer) if o is not None], analysis)
+        return done
+
+    def _shrink_to(self, after: Population, optimizers: Sequence[Optimizer], analysis: Analysis) -> None:
+        shrinking = Shrinking(self.network, self._layout, self.gates, self._population, after, optimizers)
+        if after.total < self._population.total:
+            shrinking.apply()
+            del self.network.gates_before  # lowering makes them anew, for the channels that are left
+            self._lower(analysis)
+
     @contextmanager
     def open_gates(self) -> Iterator[BigStudent]:
         """Within this context every gate is 1: until trained, the output is exactly the mean of the teachers' outputs.
@@ -167,8 +221,12 @@ class BigStudent(nn.Module):
 
     def gate_loss(self) -> Tensor:
         """``sum over groups of (1/T - mean of P[g > 0])²``, a 0-d tensor; zero when each group is on course to keep 1/T."""
-        means = [gate.open_probability().mean() for gate in self._gate_modules()]
-        return (torch.stack(means) - 1 / self.num_teachers).square().sum()
+        return (torch.stack(list(self.open_probabilities().values())) - 1 / self.num_teachers).square().sum()
+
+    def open_probabilities(self) -> dict[str, Tensor]:
+        """Per group the mean of P[g > 0] over all T·n candidates, those dropped counting as closed: 0-d tensors."""
+        sums = {group.name: self.gates[group.name].open_probability().sum() for group in self.groups}  # type: ignore[operator]
+        return {group.name: sums[group.name] / (self.num_teachers * group.size) for group in self.groups}
 
     def gate_parameters(self) -> Iterator[nn.Parameter]:
         """The gates' ``loc``; to be trained by a group or optimizer of its own, without weight decay."""
@@ -204,7 +262,7 @@ class BigStudent(nn.Module):
         Raises:
             ValueError: the optimizer is not this network's, or its state can't be cut; nothing has changed then.
         """
-        compressor = Compressor(self.network, self._layout, self.groups, self.keep())
+        compressor = Compressor(self.network, self._layout, self.groups, self.keep(), self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         template, training, like = self._template[0], self.training, next(self.gates.parameters())
         try:
@@ -233,8 +291,42 @@ class BigStudent(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        traced = trace(self._template[0].skeleton, (None,) * self._num_inputs)
-        self._lower(Analysis(traced, self.groups, self._shapes))
+        self._lower(self._analyse())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes the state of a compacted big student, as which it drops what that had dropped."""
+        given = {g.name: state_dict.get(f"{prefix}gates.{g.name}.candidates") for g in self.groups}
+        left = {name: candidates for name, candidates in given.items() if candidates is not None}
+        if left:
+            self.keep_only(left, link=self._is_linked_in(state_dict, f"{prefix}network.", left))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def keep_only(self, candidates: Mapping[str, Tensor], link: bool = False) -> None:
+        """Drops all other candidates, as :meth:`compact` would have.
+
+        Args:
+            candidates: int64 ascending by name of the group; groups that are not there keep what they have.
+            link: whether to link first.
+
+        Raises:
+            ValueError: a candidate was dropped before, or a group can't lose these.
+        """
+        analysis = self._analyse()
+        shrinkable = find_shrinkable(analysis, self.network, self._population)
+        after = checked_choice(self._population, candidates, shrinkable, self.linked or link)
+        if link:
+            self.link()
+        self._shrink_to(after, [], analysis)
+
+    def _is_linked_in(self, state_dict: dict[str, Any], prefix: str, left: Mapping[str, Tensor]) -> bool:
+        """Whether the weights in the state of a compacted big student have their off-diagonal blocks."""
+        after = Population(self.groups, self.num_teachers, left)
+        for weight, path in self._layout.layers.items():
+            wide, given = self.network.get_submodule(path), state_dict.get(f"{prefix}{path}.weight")
+            if isinstance(wide, WideLayer) and wide.wiring.has_off_diagonal and given is not None:
+                along = self.groups.outputs if wide.geometry.out_dim == 1 else self.groups.inputs
+                return given.shape[1] == int(after.is_left(along[weight]).sum())
+        return self.linked
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BigStudent:
         clone = type(self).__new__(type(self))
@@ -242,13 +334,22 @@ class BigStudent(nn.Module):
         clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return clone
 
+    def _analyse(self) -> Analysis:
+        traced = trace(self._template[0].skeleton, (None,) * self._num_inputs)
+        return Analysis(traced, self.groups, self._shapes)
+
+    @property
+    def _is_compacted(self) -> bool:
+        return self._population.total < self.num_teachers * sum(group.size for group in self.groups)
+
     def _lower(self, analysis: Analysis) -> None:
+        self._population = Population.of(self.groups, self.num_teachers, self.gates)
         self._programs: dict[tuple[str, bool, bool], Program] = {
-            (mode, each, joined): lower(analysis, self.network, mode, self.num_teachers, each, joined)
+            (mode, each, joined): lower(analysis, self.network, mode, self._population, each, joined)
             for mode, each, joined in product(("train", "eval"), {False, self._each}, (False, True))
         }
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
-        total = self.num_teachers * sum(group.size for group in self.groups)
+        total = self._population.total
         readers = [module for module in self.network.modules() if isinstance(module, GateStreams)]
         self._has_ungated_channels = any(bool((reader.index == total).any()) for reader in readers)
 

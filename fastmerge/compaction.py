@@ -77,6 +77,19 @@ def compact_(tensor: Tensor, keep_out: Tensor, keep_in: Tensor | None = None) ->
         _shrink(tensor, shape, strides)
 
 
+def set_data(tensor: Tensor, data: Tensor) -> None:
+    """Gives a tensor or parameter data of another shape, and drops its gradient.
+
+    As long as anything holds a graph in which the parameter took part, such as a loss that was kept, autograd would go on
+    expecting gradients of the old shape. Data of another dtype in between make it forget.
+    """
+    tensor.grad = None
+    if tensor.requires_grad:
+        other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+
+
 def is_compactable(tensor: Tensor) -> bool:
     """Whether :func:`compact_` takes a tensor: it lies alone in memory of torch's own, among other things."""
     try:
@@ -200,8 +213,7 @@ def _release(tensor: Tensor, kept: int) -> None:
 
 def _shrink(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
     storage = tensor.untyped_storage()
-    tensor.grad = None
-    tensor.data = tensor.new_empty(0).set_(storage, 0, tuple(shape), tuple(strides))
+    set_data(tensor, tensor.new_empty(0).set_(storage, 0, tuple(shape), tuple(strides)))
     torch.autograd.graph.increment_version(tensor)
     _resize(storage, math.prod(shape) * tensor.element_size())
 

@@ -34,10 +34,14 @@ class HardConcrete(nn.Module):
 
     Attributes:
         loc: parameter of shape (channels,), initialised from N(1, 0.01²). The larger, the more often open.
+        candidates: int64 (channels,), which of the gates these are that there were at first; None while all are left. See
+            :meth:`BigStudent.compact`.
 
     Raises:
         ValueError: if an argument is outside its range.
     """
+
+    candidates: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class HardConcrete(nn.Module):
         self.channels = channels
         self.beta, self.gamma, self.zeta = beta, gamma, zeta
         self.loc = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.register_buffer("candidates", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

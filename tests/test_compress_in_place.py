@@ -139,7 +139,7 @@ def test_a_copy_never_holds_two_big_students(memory: Any, link: bool) -> None:
     big, peak, after = memory[link, False, False]
     student = after - big
     assert student <= (0.3 if link else 0.55) * big
-    assert peak <= big + 2 * student
+    assert peak <= 1.35 * big + student  # what is cut from the largest layer's rows stands beside both for a moment
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -15,6 +15,7 @@ from fastmerge.gates import HardConcrete
 from fastmerge.wide.cuts import BlockSelection, Cut, Joined, OneTeachers, Part, Selection, Sums, Whole
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
+from fastmerge.wide.population import Population
 
 
 def kept_candidates(groups: ChannelGroups, gates: nn.ModuleDict) -> dict[str, Tensor]:
@@ -28,7 +29,8 @@ def kept_candidates(groups: ChannelGroups, gates: nn.ModuleDict) -> dict[str, Te
         gate = gates[group.name]
         assert isinstance(gate, HardConcrete)
         order = torch.sort(gate.loc.detach(), descending=True, stable=True).indices
-        kept[group.name] = order[: group.size].sort().values
+        top = order[: group.size].sort().values
+        kept[group.name] = top if gate.candidates is None else gate.candidates[top]
     return kept
 
 
@@ -74,13 +76,21 @@ class Compressor:
         layout: where the teachers' tensors lie in it.
         groups: the channel groups.
         kept: per group the candidates to keep.
+        population: those that are left in the network.
 
     Attributes:
         sources: per parameter or buffer of the student, the wide tensors it is cut from.
     """
 
-    def __init__(self, network: nn.Module, layout: Layout, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> None:
-        self.groups, self.kept = groups, kept
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        groups: ChannelGroups,
+        kept: Mapping[str, Tensor],
+        population: Population,
+    ) -> None:
+        self.groups, self.kept, self.population = groups, kept, population
         self.sources: dict[str, list[Tensor]] = {}
         self._cuts: dict[str, Cut] = {}
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -116,30 +126,34 @@ class Compressor:
         geometry, wiring = wide.geometry, wide.wiring
         rows = _sources(self.groups.outputs[name], self.groups, self.kept)
         columns = _sources(self.groups.inputs[name], self.groups, self.kept)
-        teachers = torch.arange(wide.num_teachers)[:, None]
+        outputs, inputs = self.groups.outputs[name], self.groups.inputs[name]
         if wiring.has_off_diagonal and not wide.linked:
-            first, second = (rows, columns) if geometry.out_dim == 0 else (columns, rows)
-            size = wide.weight.shape[0] // wide.num_teachers
-            return BlockSelection(
-                teachers * size + first.index, first.owner, second.index.expand(wide.num_teachers, -1), second.owner
-            )
+            swapped = geometry.out_dim != 0
+            first, second = (columns, rows) if swapped else (rows, columns)
+            along_first, along_second = (inputs, outputs) if swapped else (outputs, inputs)
+            lie = self.population.joined(along_first), self.population.in_stream(along_second)
+            return BlockSelection(lie[0][:, first.index], first.owner, lie[1][:, second.index], second.owner)
         selected: dict[int, Tensor] = {}
         if wiring.writes_streams:
-            selected[geometry.out_dim] = rows.teacher * wide.out_channels + rows.index
+            selected[geometry.out_dim] = self._positions(outputs, rows)
         if not wiring.reads_streams:
             return Selection(selected.get(0), selected.get(1)) if selected else Whole()
-        selected[geometry.in_dim] = columns.teacher * wide.in_channels + columns.index
+        selected[geometry.in_dim] = self._positions(inputs, columns)
         summed = columns.common.nonzero().flatten()
-        sums = (
-            Sums(geometry.in_dim, summed, teachers * wide.in_channels + columns.index[summed]) if len(summed) else None
+        every = self.population.joined(inputs)[:, columns.index[summed]]
+        return Selection(
+            selected.get(0), selected.get(1), Sums(geometry.in_dim, summed, every) if len(summed) else None
         )
-        return Selection(selected.get(0), selected.get(1), sums)
+
+    def _positions(self, units: AxisUnits, sources: _Sources) -> Tensor:
+        """Where a student's entries lie in a tensor of all teachers'."""
+        return self.population.joined(units)[sources.teacher, sources.index]
 
     def _bias(self, wide: WideLayer, weight: str) -> Cut:
         if not wide.wiring.writes_streams:
             return Whole()
-        rows = _sources(self.groups.outputs[weight], self.groups, self.kept)
-        return Selection(rows.teacher * wide.out_channels + rows.index)
+        units = self.groups.outputs[weight]
+        return Selection(self._positions(units, _sources(units, self.groups, self.kept)))
 
     def _side_by_side(self, name: str) -> Cut:
         """From the teachers' tensors along the first dimension."""
@@ -150,7 +164,7 @@ class Compressor:
         if dim is None:
             return Part(int(sources.teacher[0]) * size, size)
         assert dim == 0, name
-        return Selection(sources.teacher * size + sources.index)
+        return Selection(self._positions(units, sources))
 
     def _per_teacher(self, name: str, parts: Sequence[Tensor]) -> Cut:
         if name not in self.groups.tensors:  # a counter, the same for all
@@ -160,4 +174,4 @@ class Compressor:
         sources = _sources(units, self.groups, self.kept)
         if dim is None:
             return OneTeachers(int(sources.teacher[0]))
-        return Joined(sources.teacher * parts[0].shape[dim] + sources.index, dim)
+        return Joined(self._positions(units, sources), dim)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmerge.compaction import compact_, dense_strides, is_compactable
+from fastmerge.compaction import compact_, dense_strides, is_compactable, set_data
 from fastmerge.kernels.compact_plan import memory_order
 
 _SCRATCH_ELEMENTS = 1 << 18
@@ -202,8 +202,7 @@ class Joined(Cut):
 def discard(tensor: Tensor) -> None:
     """Gives a tensor's memory back where nothing else uses it."""
     if is_compactable(tensor):
-        tensor.grad = None
-        tensor.data = tensor.new_empty(0)
+        set_data(tensor, tensor.new_empty(0))
 
 
 def _reordered(source: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -213,7 +212,7 @@ def _reordered(source: Tensor, rows: Tensor | None, columns: Tensor | None) -> T
         if index is not None and not _ascends(index):
             result = _select(result, dim, index.argsort().argsort())
     if result.data_ptr() != source.data_ptr():
-        source.data = source.new_empty(0)
+        set_data(source, source.new_empty(0))
     return result
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.layer_calls import Geometry
+from fastmerge.compaction import set_data
 from fastmerge.wide.convolve import convolve
 from fastmerge.wide.streams import split_streams
 
@@ -85,8 +86,7 @@ class WideLayer(nn.Module):
     def link(self) -> None:
         """From block-diagonal to dense, in place: the Parameter stays, its data gets the dense shape."""
         if self.wiring.has_off_diagonal and not self.linked:
-            self.weight.data = self.dense(self.weight.data)
-            self.weight.grad = None
+            set_data(self.weight, self.dense(self.weight.data))
             self.linked = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastmerge.channels.groups import AxisUnits, ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.wide.channelwise import JoinedCall, Placement, joined_call, writes_in_place
 from fastmerge.wide.fusion import Lowered, NormUse, fuse
 from fastmerge.wide.grouped import GroupedLayer
 from fastmerge.wide.network import Analysis, attach, has
 from fastmerge.wide.norms import WideBatchNorm
+from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams, mean_of_streams, split_streams
 
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -66,22 +66,6 @@ class _ChangedInPlace(Exception):  # noqa: N818
 _Value = fx.Node | list[fx.Node] | _Joined
 
 
-def gate_columns(groups: ChannelGroups, units: AxisUnits, num_teachers: int) -> Tensor:
-    """Which column of the gate matrix multiplies each channel of each stream.
-
-    The matrix holds the groups one after another, T·n columns each, teacher by teacher, then a column of ones.
-
-    Returns:
-        int64 (T, channels).
-    """
-    sizes = torch.tensor([g.size for g in groups])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), (sizes * num_teachers).cumsum(0)])
-    group, place = torch.from_numpy(units.group), torch.from_numpy(units.place)
-    teacher = torch.arange(num_teachers)[:, None]
-    columns = starts[group.clamp(min=0)] + teacher * sizes[group.clamp(min=0)] + place
-    return torch.where(group >= 0, columns, starts[-1])
-
-
 @dataclass(frozen=True)
 class Program:
     """One mode's forward of the big student.
@@ -96,7 +80,7 @@ class Program:
 
 
 def lower(
-    analysis: Analysis, network: nn.Module, mode: str, num_teachers: int, each: bool, joined: bool = False
+    analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool = False
 ) -> Program:
     """Compiles one mode's graph.
 
@@ -104,14 +88,14 @@ def lower(
         analysis: of the first teacher.
         network: the wide modules; gate modules are attached to it.
         mode: "train" or "eval".
-        num_teachers: T.
+        population: the channels that are left.
         each: run every teacher to its own output and take the mean there, instead of averaging in the last layers.
         joined: keep values joined where the operations allow it.
     """
     try:
-        graph, norms = _Lowering(analysis, network, mode, num_teachers, each, joined).run()
+        graph, norms = _Lowering(analysis, network, mode, population, each, joined).run()
     except _ChangedInPlace:
-        graph, norms = _Lowering(analysis, network, mode, num_teachers, each, joined=False).run()
+        graph, norms = _Lowering(analysis, network, mode, population, each, joined=False).run()
     code = graph.python_code("self")
     filename = f"<fastmerge {mode} forward of {type(analysis.traced.root).__name__} {id(graph)}>"
     namespace = dict(code.globals)
@@ -120,13 +104,22 @@ def lower(
     return Program(namespace["forward"], tuple(norms))
 
 
+def stays_joined(analysis: Analysis, network: nn.Module, mode: str, population: Population) -> bool:
+    """Whether the joined program of a mode keeps any value joined: not where one that was taken apart is changed in place."""
+    try:
+        _Lowering(analysis, network, mode, population, each=False, joined=True).run()
+    except _ChangedInPlace:
+        return False
+    return True
+
+
 class _Lowering:
     def __init__(
-        self, analysis: Analysis, network: nn.Module, mode: str, num_teachers: int, each: bool, joined: bool
+        self, analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
     ) -> None:
         self.analysis, self.network, self.mode, self.each, self.joined = analysis, network, mode, each, joined
         self.root = analysis.traced.root
-        self.num_teachers = num_teachers
+        self.population, self.num_teachers = population, population.num_teachers
         self.streams = analysis.streams(mode, each)
         self.graph = fx.Graph()
         self.wirings = {weight: wiring for weight, (_, wiring) in analysis.wirings().items()}
@@ -220,7 +213,7 @@ class _Lowering:
             raise ValueError(
                 f"layer '{call.name}' reads a tensor without a dimension that grows with the batch; gates are drawn per sample"
             )
-        path = self._gate_module(call, gate_columns(self.analysis.groups, units, self.num_teachers), sample_dim)
+        path = self._gate_module(call, self.population.gate_columns(units), sample_dim)
         out = self.graph.call_module(path, (self.gates, *self._nodes(value)))
         if isinstance(value, _Joined):
             return _Joined(self._part(out, 0), value.place, value.memory)
@@ -228,13 +221,13 @@ class _Lowering:
         self.split.update(gated if self.split.intersection(value) else ())
         return gated
 
-    def _gate_module(self, call: LayerCall, columns: Tensor, sample_dim: int) -> str:
+    def _gate_module(self, call: LayerCall, columns: list[Tensor], sample_dim: int) -> str:
         """The path of the module that gates what a layer reads; a layer used twice may read different channels."""
         path = f"gates_before.{call.name.replace('.', '_')}"
         while has(self.network, path):
             gate = self.network.get_submodule(path)
             assert isinstance(gate, GateStreams)
-            if gate.sample_dim == sample_dim and torch.equal(gate.index.cpu(), columns):
+            if gate.sample_dim == sample_dim and torch.equal(gate.index.cpu(), torch.cat(columns)):
                 return path
             path += "_"
         attach(self.network, path, GateStreams(columns, call.geometry.channel_dim, sample_dim))

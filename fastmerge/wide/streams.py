@@ -51,20 +51,21 @@ class GateStreams(nn.Module):
     """Multiplies the channels that a layer is about to read by their gates.
 
     Args:
-        index: int64 (T, channels), the column of the gate matrix for each stream's channels; one past the last gate where
-            a channel has none.
+        index: per stream int64 (channels,), the column of the gate matrix for each of its channels; one past the last gate
+            where a channel has none.
         channel_dim: where the channels lie in the streams.
         sample_dim: where the samples lie.
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor, channel_dim: int, sample_dim: int = 0) -> None:
+    def __init__(self, index: Sequence[Tensor], channel_dim: int, sample_dim: int = 0) -> None:
         super().__init__()
-        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("index", torch.cat(list(index)), persistent=False)
+        self.sizes = [len(row) for row in index]
         self.channel_dim, self.sample_dim = channel_dim, sample_dim
         self._starts = [_start_of_run(row) for row in index]
-        self._start = _start_of_run(index.flatten())
+        self._start = _start_of_run(torch.cat(list(index)))
 
     def forward(self, gates: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
         """Gates each value.
@@ -90,17 +91,17 @@ class GateStreams(nn.Module):
     def columns(self, gates: Tensor, joined: bool) -> list[Tensor]:
         """The gates of each stream's channels, or of all side by side: (N or 1, channels) each, views where they can be."""
         starts = [self._start] if joined else self._starts
-        index = [self.index.flatten()] if joined else list(self.index)
+        index = [self.index] if joined else self.index.split(self.sizes)
         return [
             gates.index_select(1, columns) if start is None else gates.narrow(1, start, len(columns))
             for start, columns in zip(starts, index, strict=True)
         ]
 
     def extra_repr(self) -> str:
-        return f"{self.index.shape[0]} x {self.index.shape[1]} channels"
+        return f"{' + '.join(map(str, self.sizes))} channels"
 
 
 def _start_of_run(index: Tensor) -> int | None:
     """The first of indices that follow one another, or None where they don't."""
-    start = int(index[0])
+    start = int(index[0]) if len(index) else 0
     return start if torch.equal(index, torch.arange(start, start + len(index), device=index.device)) else None

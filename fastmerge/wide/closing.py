@@ -1,0 +1,133 @@
+"""Which gates are closed for good, and which candidates may be dropped for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.gates import HardConcrete
+from fastmerge.wide.population import Population
+from fastmerge.wide.shrinkable import Shrinkable
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What :meth:`BigStudent.compact` did.
+
+    Attributes:
+        dropped: per group how many candidates it lost.
+        left: per group how many it has now.
+        whole: groups left as they were although candidates were closed, and why.
+    """
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """How many candidates were dropped in all."""
+        return sum(self.dropped.values())
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {count} dropped, {self.left[name]} left" for name, count in self.dropped.items() if count]
+        lines += [f"{name}: left whole, {why}" for name, why in self.whole.items()]
+        return "\n".join(lines) or "nothing to drop"
+
+
+def choose(
+    population: Population,
+    gates: nn.ModuleDict,
+    shrinkable: Shrinkable,
+    linked: bool,
+    threshold: float,
+    settled: bool,
+) -> tuple[Population, Compaction]:
+    """Who stays.
+
+    A candidate is closed for good if its deterministic gate is 0 and ``P[g > 0] < threshold``. Of those, the most open ones
+    stay where fewer than n would be left, or where each teacher must keep as many as any other.
+
+    Args:
+        population: who is there.
+        gates: one per group.
+        shrinkable: what may be dropped from.
+        linked: whether streams of different widths will do.
+        threshold: see above.
+        settled: leave groups alone of which a candidate is neither closed nor at ``P[g > 0] > 1 - threshold``.
+    """
+    done = Compaction()
+    left: dict[str, Tensor] = {}
+    for number, group in enumerate(population.groups):
+        gate = gates[group.name]
+        assert isinstance(gate, HardConcrete)
+        loc, opened = gate.loc.detach().cpu(), gate.open_probability().detach().cpu()
+        closed = (gate.mean().detach().cpu() == 0) & (opened < threshold)
+        candidates = population.candidates[group.name]
+        stays = torch.ones_like(closed)
+        if bool(closed.any()):
+            if number in shrinkable.whole:
+                done.whole[group.name] = shrinkable.whole[number]
+            elif settled and bool((~closed & (opened <= 1 - threshold)).any()):
+                done.whole[group.name] = "not settled: some gates are neither closed nor surely open"
+            else:
+                even = number in shrinkable.even or not linked
+                stays = _stays(
+                    loc, ~closed, candidates // group.size if even else None, group.size, population.num_teachers
+                )
+        left[group.name] = candidates[stays]
+        done.dropped[group.name], done.left[group.name] = int((~stays).sum()), int(stays.sum())
+    return Population(population.groups, population.num_teachers, left), done
+
+
+def checked_choice(
+    before: Population, candidates: Mapping[str, Tensor], shrinkable: Shrinkable, linked: bool
+) -> Population:
+    """A population of candidates that :func:`choose` could have chosen.
+
+    Raises:
+        ValueError: naming the group, if it could not.
+    """
+    for number, group in enumerate(before.groups):
+        old = before.candidates[group.name]
+        new = candidates.get(group.name, old).cpu()
+        if (
+            new.dtype != torch.int64
+            or new.dim() != 1
+            or not bool(torch.isin(new, old).all() and (new.diff() > 0).all())
+        ):
+            raise ValueError(
+                f"group '{group.name}' needs candidates that are left, int64 and ascending; got {new.tolist()}"
+            )
+        if number in shrinkable.whole and len(new) < len(old):
+            raise ValueError(f"group '{group.name}' can't lose channels: it {shrinkable.whole[number]}")
+        counts = torch.bincount(new // group.size, minlength=before.num_teachers)
+        even = number in shrinkable.even or not linked
+        if len(new) < group.size or (even and bool((counts != counts[0]).any())):
+            needed = f"{group.size} or more{' and as many of each teacher' if even else ''}"
+            raise ValueError(f"group '{group.name}' needs {needed}; got {counts.tolist()} candidates of each teacher")
+    if unknown := candidates.keys() - before.candidates.keys():
+        raise ValueError(f"there is no channel group of the name {sorted(unknown)}")
+    return Population(before.groups, before.num_teachers, {**before.candidates, **candidates})
+
+
+def _stays(loc: Tensor, wanted: Tensor, teacher: Tensor | None, size: int, num_teachers: int) -> Tensor:
+    """A mask of the wanted candidates and, by openness, as many more as the group or each teacher must keep."""
+    if teacher is None:
+        return wanted | _top(loc, size)
+    count = max(int(torch.bincount(teacher[wanted], minlength=num_teachers).max()), -(-size // num_teachers))
+    stays = torch.zeros_like(wanted)
+    for t in range(num_teachers):
+        own = (teacher == t).nonzero().flatten()
+        stays[own] = _top(loc[own], count)
+    return stays
+
+
+def _top(loc: Tensor, count: int) -> Tensor:
+    """A mask of the given number of largest; ties go to the lower index."""
+    mask = torch.zeros(len(loc), dtype=torch.bool)
+    mask[torch.sort(loc, descending=True, stable=True).indices[:count]] = True
+    return mask

@@ -1,0 +1,85 @@
+"""The candidates that are left of each channel group, and where they lie in the tensors of the big student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.channels.groups import AxisUnits, ChannelGroups
+from fastmerge.gates import HardConcrete
+
+
+class Population:
+    """Which candidates are left.
+
+    Args:
+        groups: the channel groups.
+        num_teachers: T.
+        left: int64 ascending candidates t·n + j by name of the group; all T·n of a group that is not there.
+    """
+
+    def __init__(self, groups: ChannelGroups, num_teachers: int, left: Mapping[str, Tensor]) -> None:
+        self.groups, self.num_teachers = groups, num_teachers
+        every = {group.name: torch.arange(num_teachers * group.size) for group in groups}
+        self.candidates: dict[str, Tensor] = {name: left.get(name, all_of).cpu() for name, all_of in every.items()}
+        self._rank = torch.cat([_rank(self.candidates[name], len(all_of)) for name, all_of in every.items()])
+        self._first = torch.tensor([0, *(len(all_of) for all_of in every.values())]).cumsum(0)
+        self._first_column = torch.tensor([0, *(len(left) for left in self.candidates.values())]).cumsum(0)
+
+    @classmethod
+    def of(cls, groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict) -> Population:
+        """As the gates know it."""
+        left = {}
+        for name, gate in gates.items():
+            assert isinstance(gate, HardConcrete)
+            if gate.candidates is not None:
+                left[name] = gate.candidates
+        return cls(groups, num_teachers, left)
+
+    @property
+    def total(self) -> int:
+        """How many candidates are left in all groups together."""
+        return int(self._first_column[-1])
+
+    def rank(self, units: AxisUnits) -> Tensor:
+        """Per teacher and entry of a dimension its candidate's place among those left: int64 (T, entries).
+
+        -1 where the candidate was dropped, 0 for entries without a group.
+        """
+        group, place = torch.from_numpy(units.group), torch.from_numpy(units.place)
+        sizes = torch.tensor([group.size for group in self.groups])
+        number = group.clamp(min=0)
+        candidate = torch.arange(self.num_teachers)[:, None] * sizes[number] + place
+        return torch.where(group >= 0, self._rank[self._first[number] + candidate], 0)
+
+    def is_left(self, units: AxisUnits) -> Tensor:
+        """Per teacher and entry of a dimension whether it is still there: bool (T, entries)."""
+        return self.rank(units) >= 0
+
+    def joined(self, units: AxisUnits) -> Tensor:
+        """Where each teacher's entries lie when all are in one tensor, teacher by teacher: int64 (T, entries)."""
+        left = self.is_left(units)
+        return torch.where(left, left.flatten().cumsum(0).view(left.shape) - 1, -1)
+
+    def in_stream(self, units: AxisUnits) -> Tensor:
+        """Where each teacher's entries lie in its own stream: int64 (T, entries)."""
+        left = self.is_left(units)
+        return torch.where(left, left.cumsum(1) - 1, -1)
+
+    def gate_columns(self, units: AxisUnits) -> list[Tensor]:
+        """Which column of the gate matrix multiplies each channel of each stream: int64 (channels left,) per teacher.
+
+        The matrix holds the groups one after another, each its candidates that are left, then a column of ones.
+        """
+        group = torch.from_numpy(units.group)
+        rank = self.rank(units)
+        columns = torch.where(group >= 0, self._first_column[group.clamp(min=0)] + rank, self.total)
+        return [row[left] for row, left in zip(columns, rank >= 0, strict=True)]
+
+
+def _rank(candidates: Tensor, count: int) -> Tensor:
+    rank = torch.full((count,), -1)
+    rank[candidates] = torch.arange(len(candidates))
+    return rank

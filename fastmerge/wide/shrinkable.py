@@ -1,0 +1,159 @@
+"""Which channel groups may lose channels while the big student is trained, as far as its code proves it.
+
+Dropping channels changes the sizes of the tensors that the teachers' code handles. That is safe where the code treats each
+channel alone, whatever their number (``channelwise`` has the list), and not where it moves channels about, splits them or
+names their number: such groups are left whole.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from fastmerge.channels.groups import AxisUnits
+from fastmerge.channels.layer_calls import LayerCall
+from fastmerge.channels.tracing import module_path
+from fastmerge.wide.channelwise import Placement, joined_call
+from fastmerge.wide.lowering import stays_joined
+from fastmerge.wide.network import Analysis
+from fastmerge.wide.norms import WideBatchNorm
+from fastmerge.wide.population import Population
+from fastmerge.wide.streams import concatenate_joined
+
+
+@dataclass
+class Shrinkable:
+    """What is known of the groups, by number.
+
+    Attributes:
+        whole: groups that can't lose channels, and why.
+        even: groups of which every teacher must keep as many, even when linked.
+    """
+
+    whole: dict[int, str] = field(default_factory=dict)
+    even: set[int] = field(default_factory=set)
+
+
+def find_shrinkable(analysis: Analysis, network: nn.Module, population: Population) -> Shrinkable:
+    """Follows every group's channels through both graphs.
+
+    Args:
+        analysis: of the first teacher.
+        network: the wide modules.
+        population: the channels that are left.
+    """
+    found = Shrinkable()
+    for mode in analysis.traced.graphs:
+        _Walk(analysis, network, mode, population.num_teachers, found).run()
+        if not stays_joined(analysis, network, mode, population):
+            found.even.update(range(len(analysis.groups)))
+    return found
+
+
+class _Walk:
+    def __init__(self, analysis: Analysis, network: nn.Module, mode: str, num_teachers: int, found: Shrinkable) -> None:
+        self.analysis, self.network, self.mode = analysis, network, mode
+        self.num_teachers, self.found = num_teachers, found
+        self.streams = analysis.streams(mode)
+        self.places: dict[fx.Node, Placement] = {}
+        self.carried: dict[fx.Node, set[int]] = {}  # groups whose channels a value holds, or whose number it tells
+
+    def run(self) -> None:
+        for node in self.analysis.traced.graphs[self.mode].nodes:
+            self.carried[node] = set().union(*(self.carried[source] for source in node.all_input_nodes))
+            call = self.analysis.calls[self.mode].get(node)
+            if call is not None:
+                self._layer(node, call)
+            elif node.op == "output":
+                self._leave_whole(self.carried[node], "is returned by the network")
+            elif node in self.streams:
+                self._operation(node)
+
+    def _leave_whole(self, groups: set[int], why: str) -> None:
+        for group in groups:
+            self.found.whole.setdefault(group, why)
+
+    def _layer(self, node: fx.Node, call: LayerCall) -> None:
+        reads = _groups_of(self.analysis.groups.reads[self.mode, node.name])
+        writes = _groups_of(self.analysis.groups.outputs[call.weight])
+        place, shape = self.places.get(call.input), self.analysis.shapes.get((self.mode, node.name))
+        dim = call.geometry.channel_dim
+        if call.groups > 1:
+            self._leave_whole(self.carried[node] | reads | writes, f"passes the grouped convolution '{call.name}'")
+        elif reads and (place is None or place.dim != dim % place.rank):
+            self._leave_whole(self.carried[node] | reads, f"lies among other dimensions where '{call.name}' reads it")
+        if writes and shape is not None:
+            self.places[node] = Placement(dim % len(shape), shape[dim], len(shape))
+        self.carried[node] = writes
+
+    def _operation(self, node: fx.Node) -> None:
+        carried = self.carried[node]
+        carried |= self._groups_of_its_own(node)
+        shape = self.analysis.shapes.get((self.mode, node.name))
+        module = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        sources = node.all_input_nodes
+        if isinstance(module, WideBatchNorm):
+            place = self.places.get(sources[0])
+            if place is not None and place.dim == 1:
+                self.places[node] = place
+                self.found.even.update(carried if module.momentum is None else ())
+                return
+        elif self._tells_another_size(node):
+            self.found.even.update(carried)  # whoever asks takes the streams apart
+            self.carried[node] = set()
+            return
+        elif not self.analysis.is_stateful(node):
+            operands = {source: self.places[source] for source in sources if source in self.places}
+            call = joined_call(node, self.analysis.traced.root, operands, shape, self.num_teachers)
+            if call is not None:
+                self.places[node] = call.placement
+                if call.call is not None and call.call[0] is concatenate_joined:
+                    self.found.even.update(carried)
+                return
+        self._leave_whole(carried, f"passes {_describe(node)}, which may count on the number of channels")
+
+    def _groups_of_its_own(self, node: fx.Node) -> set[int]:
+        """The groups along which parameters and buffers lie that a node brings in."""
+        if node.op == "get_attr":
+            names = {self.analysis.tensor_name(str(node.target))}
+        elif node.op == "call_module":
+            module = self.analysis.traced.root.get_submodule(str(node.target))
+            tensors = [*module.named_parameters(), *module.named_buffers()]
+            names = {self.analysis.names.get(id(tensor), f"{node.target}.{name}") for name, tensor in tensors}
+        else:
+            names = set()
+        known = self.analysis.groups.tensors
+        return set().union(*(_groups_of(known[name][1]) for name in names if name in known))
+
+    def _tells_another_size(self, node: fx.Node) -> bool:
+        """Whether a node asks for the length of a dimension that is not the channels', or for a shape for the sake of one."""
+        if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+            return self._is_another(node.args[0], node.args[1])
+        if _is_shape(node):
+            return all(
+                user.target is operator.getitem and self._is_another(node.args[0], user.args[1]) for user in node.users
+            )
+        return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and _is_shape(node.args[0])
+
+    def _is_another(self, tensor: Any, dim: Any) -> bool:
+        place = self.places.get(tensor)
+        return place is not None and isinstance(dim, int) and dim % place.rank != place.dim
+
+
+def _is_shape(node: fx.Node) -> bool:
+    return (node.op == "call_method" and node.target == "size" and len(node.args) == 1) or (
+        node.target is getattr and node.args[1] == "shape"
+    )
+
+
+def _groups_of(units: AxisUnits) -> set[int]:
+    return {int(group) for group in units.group if group >= 0}
+
+
+def _describe(node: fx.Node) -> str:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    where = module_path(node)
+    return f"'{where}'" if node.op == "call_module" else f"'{name}' in '{where}'"

@@ -1,0 +1,167 @@
+"""Dropping candidates from the big student: weights, statistics, gates and optimizer state together, in their own memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastmerge.channels.groups import AxisUnits
+from fastmerge.compaction import compact_, is_compactable, set_data
+from fastmerge.gates import HardConcrete
+from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.network import Layout
+from fastmerge.wide.population import Population
+
+_SCRATCH_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Move:
+    """What stays of a tensor.
+
+    Attributes:
+        rows: int64, ascending, along dimension 0; None for all.
+        columns: int64, ascending, along dimension 1; None for all. Of a tensor of T blocks of rows (T, columns), each
+            teacher's own.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.rows is None and self.columns is None
+
+    def apply(self, tensor: Tensor) -> None:
+        """Shrinks a tensor; the object stays. Memory that something else uses too is left to it, and the tensor copied."""
+        if not is_compactable(tensor):
+            set_data(tensor, tensor.detach().clone())
+        rows = torch.arange(tensor.shape[0]) if self.rows is None else self.rows
+        if self.columns is None or self.columns.dim() == 1:
+            compact_(tensor, rows, self.columns)
+            return
+        compact_(tensor, rows)
+        count = self.columns.shape[1]
+        for block, columns in zip(tensor.detach().chunk(len(self.columns)), self.columns, strict=True):
+            columns = columns.to(tensor.device)
+            for part in block.split(max(1, _SCRATCH_ELEMENTS // max(1, block[:1].numel()))):
+                part[:, :count] = part.index_select(1, columns)
+        del block, part
+        compact_(tensor, torch.arange(tensor.shape[0]), torch.arange(count))
+
+
+class Shrinking:
+    """From one population of a network to a smaller one.
+
+    Everything is planned and checked here, before anything changes.
+
+    Args:
+        network: the wide modules.
+        layout: where the teachers' tensors lie in it.
+        gates: one per group.
+        before: who is there.
+        after: who stays; of a layer that is not linked, as many of each teacher.
+        optimizers: whose state shrinks along.
+
+    Raises:
+        ValueError: an optimizer holds none of the parameters, or keeps something for one that can't be cut like it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        gates: nn.ModuleDict,
+        before: Population,
+        after: Population,
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        self.network, self.layout, self.gates = network, layout, gates
+        self.before, self.after, self.optimizers = before, after, optimizers
+        self._moves: list[tuple[Tensor, Move]] = []
+        for weight, path in layout.layers.items():
+            wide = network.get_submodule(path)
+            assert isinstance(wide, WideLayer)
+            self._layer(wide, weight)
+        groups, tensors = before.groups, {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        for name, place in layout.side_by_side.items():
+            if name in groups.tensors and groups.tensors[name][0] is not None:
+                self._add(tensors[place], Move(self._stay(groups.tensors[name][1])))
+        for name, gate in gates.items():
+            assert isinstance(gate, HardConcrete)
+            stays = torch.isin(before.candidates[name], after.candidates[name])
+            self._add(gate.loc, Move(None if bool(stays.all()) else stays.nonzero().flatten()))
+        self._states = [state for tensor, _ in self._moves for state in self._states_of(tensor)]
+        self._check_optimizers()
+
+    def apply(self) -> None:
+        """Does it."""
+        with torch.no_grad():
+            for tensor, move in self._moves:
+                states = self._states_of(tensor)
+                move.apply(tensor)
+                for value in states:
+                    move.apply(value)
+            for name, gate in self.gates.items():
+                assert isinstance(gate, HardConcrete)
+                gate.candidates = self.after.candidates[name].to(gate.loc.device)
+                gate.channels = len(gate.candidates)
+
+    def _add(self, tensor: Tensor, move: Move) -> None:
+        if not move.is_nothing and not any(tensor is other for other, _ in self._moves):
+            self._moves.append((tensor, move))
+
+    def _layer(self, wide: WideLayer, weight: str) -> None:
+        outputs, inputs = self.before.groups.outputs[weight], self.before.groups.inputs[weight]
+        rows = self._stay(outputs) if wide.wiring.writes_streams else None
+        columns = self._stay(inputs) if wide.wiring.reads_streams else None
+        if wide.bias is not None:
+            self._add(wide.bias, Move(rows))
+        swapped = wide.geometry.out_dim != 0
+        if not wide.wiring.has_off_diagonal or wide.linked:
+            self._add(wide.weight, Move(*((columns, rows) if swapped else (rows, columns))))
+            return
+        first, second = (inputs, outputs) if swapped else (outputs, inputs)
+        self._add(wide.weight, Move(self._stay(first), self._stay_in_streams(second)))
+
+    def _stay(self, units: AxisUnits) -> Tensor | None:
+        """Of the entries that lie along a dimension now, those that stay; None for all."""
+        stays = self.after.is_left(units)[self.before.is_left(units)]
+        return None if bool(stays.all()) else stays.nonzero().flatten()
+
+    def _stay_in_streams(self, units: AxisUnits) -> Tensor | None:
+        before, after = self.before.is_left(units), self.after.is_left(units)
+        if torch.equal(before, after):
+            return None
+        return torch.stack([new[old].nonzero().flatten() for old, new in zip(before, after, strict=True)])
+
+    def _states_of(self, tensor: Tensor) -> list[Tensor]:
+        """What the optimizers keep for each element of a parameter."""
+        entries = [optimizer.state.get(tensor, {}) for optimizer in self.optimizers]
+        return [value for entry in entries for value in entry.values() if _is_per_element(tensor, value)]
+
+    def _check_optimizers(self) -> None:
+        named = [*self.network.named_parameters(), *self.gates.named_parameters()]
+        names = {id(parameter): name for name, parameter in named}
+        moved = {id(tensor) for tensor, _ in self._moves}
+        for optimizer in self.optimizers:
+            kind = type(optimizer).__name__
+            if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+                raise ValueError(f"compact needs optimizers of this big student's parameters; this {kind} holds none")
+            for parameter, entry in optimizer.state.items():
+                for key, value in entry.items():
+                    one = not isinstance(value, Tensor) or value.numel() <= 1
+                    if id(parameter) in moved and not one and not _is_per_element(parameter, value):
+                        raise ValueError(
+                            f"compact can't cut {kind}'s {key!r} of '{names[id(parameter)]}': it has shape "
+                            f"{tuple(value.shape)} and belongs to no element of the parameter, {tuple(parameter.shape)}"
+                        )
+
+
+def _is_per_element(tensor: Tensor, value: Any) -> bool:
+    return isinstance(value, Tensor) and tensor.dim() > 0 and value.shape == tensor.shape
