@@ -330,3 +330,13 @@ def test_in_place_compress_after_compact() -> None:
         big.compact()
         expected = big.compress().state_dict()
         assert same(big.compress(in_place=True).state_dict(), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet_projected_shortcut", "vgg"])
+def test_fused_normalisations_shrink_along(name: str) -> None:
+    big, x = merged(name, link=True)
+    close_gates(big)
+    big.fused = True
+    output = big.train()(*x)
+    big.compact()
+    assert relative_error(big(*x), output) <= 1e-9
