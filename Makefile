@@ -70,7 +70,7 @@ bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/
 
 bench-smoke: $(READY) ## that the benchmarks run: small cases, three samples each, JSON in runs/
 	mkdir -p runs
-	$(BIN)/python -m pytest benchmarks -m "not slow" -k "lenet or sine or resnet20-128" --rounds 3 \
+	$(BIN)/python -m pytest benchmarks -m "not slow" -k "lenet or sine or bench_gate" --rounds 3 \
 	    --benchmark-enable --benchmark-max-time 0.1 --benchmark-json runs/smoke.json
 
 bench-check: $(READY) ## whether NEW=...json (runs/benchmarks.json) has become slower than BASE=...json, as ratios within each

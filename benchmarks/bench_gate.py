@@ -10,18 +10,20 @@ from collections.abc import Callable
 import pytest
 import torch
 from fastmerge.kernels.gate import sample_gates, sample_gates_reference
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+from benchmarks.cases import needs_gpu
+from benchmarks.effort import Effort
+from benchmarks.race import Contender, race
+
+pytestmark = needs_gpu
 
 # Samples of a batch and channels of each channel group, both teachers' together.
 NETWORKS = {
-    "resnet18-256": (256, [128, 128, 128, 256, 256, 256, 512, 512, 512, 1024, 1024, 1024]),
-    "resnet20-128": (128, [32] * 4 + [64] * 4 + [128] * 4),
-    "sine-10000": (10_000, [200]),
+    "resnet18 batch 256": (256, [128, 128, 128, 256, 256, 256, 512, 512, 512, 1024, 1024, 1024]),
+    "resnet20 batch 128": (128, [32] * 4 + [64] * 4 + [128] * 4),
+    "sine batch 10000": (10_000, [200]),
 }
 
 
@@ -37,18 +39,15 @@ def fused(loc: Tensor, n: int, sizes: list[int]) -> Tensor:
     return sample_gates(loc, n)
 
 
-SAMPLERS = {
-    "eager-by-group": lambda: by_group,
-    "eager-at-once": lambda: at_once,
-    "compiled-at-once": lambda: torch.compile(at_once, fullgraph=True),
+SAMPLERS: dict[str, Callable[[], Callable[[Tensor, int, list[int]], Tensor]]] = {
+    "eager, by group": lambda: by_group,
+    "eager, at once": lambda: at_once,
+    "compiled, at once": lambda: torch.compile(at_once, fullgraph=True),
     "fused": lambda: fused,
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_gate(network: str, sampler: str, benchmark: Callable[..., None]) -> None:
-    n, sizes = NETWORKS[network]
+def contender(sampler: str, n: int, sizes: list[int]) -> Contender:
     sample = SAMPLERS[sampler]()
     loc = torch.randn(sum(sizes), device="cuda", requires_grad=True)
     dz = torch.randn(n, sum(sizes), device="cuda")
@@ -57,8 +56,12 @@ def test_gate(network: str, sampler: str, benchmark: Callable[..., None]) -> Non
         torch.autograd.grad(sample(loc, n, sizes), loc, dz)
         torch.cuda.synchronize()
 
-    benchmark.group = f"gate {network}"  # type: ignore[attr-defined]
-    benchmark.extra_info.update(samples=n, channels=sum(sizes), bytes=3 * dz.nbytes)  # type: ignore[attr-defined]
-    for _ in range(5):
-        step()
-    benchmark(step)
+    # Forward writes the gates, backward reads them and their gradient.
+    return Contender(step, {"items": n, "bytes": 3 * dz.nbytes})
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def bench_gate(benchmark: BenchmarkFixture, network: str, effort: Effort) -> None:
+    benchmark.group = benchmark.extra_info["case"] = f"gates, {network} cuda"
+    makers = {name: (lambda name=name: contender(name, *NETWORKS[network])) for name in SAMPLERS}
+    race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)

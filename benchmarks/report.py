@@ -85,29 +85,50 @@ def _targets(runs: dict[str, dict[str, Any]]) -> list[str]:
         if rows:
             tables += [f"On {name}:", _target_table(rows)]
             measured |= {target.name for target, _ in rows}
-    missing = [(target, None) for target in TARGETS if target.name not in measured]
+    missing: list[tuple[Target, list[Ratio] | None]] = [
+        (target, None) for target in TARGETS if target.name not in measured
+    ]
     if missing:
         tables += ["Not measured yet:", _target_table(missing)]
     return tables
 
 
-def _target_rows(run: dict[str, Any]) -> list[tuple[Target, Ratio | None]]:
+def _target_rows(run: dict[str, Any]) -> list[tuple[Target, list[Ratio] | None]]:
+    """Every target with its ratios, one for each case that it is read in, or None where there is none."""
     found = cases(run)
-    return [(t, ratio(found.get(t.case, {}), t.numerator, t.denominator, t.measure)) for t in TARGETS]
+    rows: list[tuple[Target, list[Ratio] | None]] = []
+    for target in TARGETS:
+        ratios = [ratio(found[c], target.numerator, target.denominator, target.measure) for c in target.matching(found)]
+        rows.append((target, [r for r in ratios if r is not None] or None))
+    return rows
 
 
-def _target_table(rows: Sequence[tuple[Target, Ratio | None]]) -> str:
+def _target_table(rows: Sequence[tuple[Target, list[Ratio] | None]]) -> str:
     header = ["ratio", "case", "target", "stretch", "result", "quartiles", "n", "verdict"]
     return table(header, [_target_row(target, found) for target, found in rows], markdown=True)
 
 
-def _target_row(target: Target, found: Ratio | None) -> list[str]:
+def _target_row(target: Target, found: list[Ratio] | None) -> list[str]:
     sign = "≥" if target.at_least else "≤"
     bounds = [f"{sign} {target.target:.2f}", "–" if target.stretch is None else f"{sign} {target.stretch:.2f}"]
+    name = [target.name, target.case]
     if found is None:
-        return [target.name, target.case, *bounds, "–", "–", "0", "not measured"]
-    spread = f"{found.low:.2f} to {found.high:.2f}" if found.n > 1 else "–"
-    return [target.name, target.case, *bounds, f"{found.value:.2f}", spread, str(found.n), verdict(target, found.value)]
+        return [*name, *bounds, "–", "–", "0", "not measured"]
+    values = [r.value for r in found]
+    if len(found) == 1:
+        (one,) = found
+        spread = f"{one.low:.2f} to {one.high:.2f}" if one.n > 1 else "–"
+        return [*name, *bounds, f"{one.value:.2f}", spread, str(one.n), verdict(target, one.value)]
+    low, middle, high = quartiles(values)
+    met = sum(map(target.is_met, values))
+    return [
+        *name,
+        *bounds,
+        f"{middle:.2f}",
+        f"{low:.2f} to {high:.2f}",
+        str(len(values)),
+        f"met in {met} of {len(values)} cases",
+    ]
 
 
 def _case_table(contenders: Contenders) -> str:

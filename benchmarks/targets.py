@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks import names as who
@@ -14,7 +16,7 @@ class Target:
 
     Attributes:
         name: what the ratio says.
-        case: the case that it is read in.
+        case: the case that it is read in, or with "*" in it several, each of which counts.
         numerator, denominator: contenders of the case.
         target, stretch: bounds; the stretch is what would be better still.
         at_least: whether the ratio should be above its bounds rather than below.
@@ -34,6 +36,10 @@ class Target:
         """Whether a value is at or beyond the target, or another bound."""
         bound = self.target if bound is None else bound
         return value >= bound if self.at_least else value <= bound
+
+    def matching(self, cases: Iterable[str]) -> list[str]:
+        """Which of some cases it is read in."""
+        return [case for case in cases if fnmatch.fnmatchcase(case, self.case)]
 
     @property
     def device(self) -> str:
@@ -74,13 +80,23 @@ def _compress(case: str) -> Target:
     )
 
 
+def _convolutions(step: str) -> Target:
+    """Where a Triton convolution beats T of cuDNN it is the default, and only there."""
+    name, case = f"Triton / T cuDNN convolutions, {step}", f"block convolution, {step}, * bf16 cuda"
+    return Target(name, case, "triton", "split", 1.0, 0.95)
+
+
+def _cpu(case: str) -> Target:
+    name = f"naive dense / block-diagonal, {case.split()[0]} on a CPU"
+    return Target(name, f"step, {case} cpu", who.NAIVE, who.UNLINKED, 1.5, at_least=True)
+
+
 TARGETS = [
     *_steps("resnet18 224px batch 256 bf16 cuda"),
     *_steps("resnet18 224px batch 256 fp16 cuda", ", fp16"),
-    *[
-        Target(
-            f"naive dense / unlinked, {case.split()[0]}", f"step, {case} cpu", who.NAIVE, who.UNLINKED, 1.5, None, True
-        )
-        for case in ("resnet20 32px batch 128 fp32", "resnet18 64px batch 16 fp32")
-    ],
+    *[_convolutions(step) for step in ("forward", "input gradient", "weight gradient")],
+    _compress("compress, resnet50 cuda"),
+    _compress("compress, resnet18 cpu"),
+    _cpu("resnet20 32px batch 128 fp32"),
+    _cpu("resnet18 64px batch 16 fp32"),
 ]
