@@ -1,0 +1,117 @@
+"""What the ablations vary: one choice at a time, against the paper's setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.big_student import BigStudent
+from fastmerge.channels.groups import OUTPUT
+from fastmerge.data.dataset import Dataset
+from fastmerge.recalibration import has_statistics, recalibrate
+
+BASE = "paper"
+_RECALIBRATION_SAMPLES = 4096
+
+Edit = Callable[[nn.Module, BigStudent, Dataset, int], None]
+
+
+class OneDrawPerBatch(BigStudent):
+    """A big student whose gates are drawn once for a whole batch."""
+
+    def _draw_gates(self, inputs: Any, kwargs: dict[str, Any]) -> Tensor:
+        return super()._draw_gates([inputs[0][:1], *inputs[1:]], kwargs)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One choice.
+
+    Attributes:
+        name: in the table.
+        what: what differs from the paper's setting.
+        changes: fields of the recipe.
+        big: the class of the big student.
+        edit: changes the student straight after compression. A variant with nothing else shares the base's merge stage.
+    """
+
+    name: str
+    what: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    big: type[BigStudent] = BigStudent
+    edit: Edit | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether it needs a merge stage of its own."""
+        return bool(self.changes) or self.big is not BigStudent or self.name == BASE
+
+
+def head_layers(big: BigStudent) -> list[str]:
+    """Names of the weights whose layers make the network's output."""
+    return [name for name, units in big.groups.outputs.items() if (units.group == OUTPUT).any()]
+
+
+@torch.no_grad()
+def rescale_head(student: nn.Module, big: BigStudent, data: Dataset, batch_size: int) -> None:
+    """Multiplies the last layer's weights by T, which the mean over T teachers had divided them by."""
+    parameters = dict(student.named_parameters())
+    for name in head_layers(big):
+        parameters[name].mul_(big.num_teachers)
+
+
+@torch.no_grad()
+def fold_gates(student: nn.Module, big: BigStudent, data: Dataset, batch_size: int) -> None:
+    """Multiplies what each layer does with a kept channel by the channel's gate.
+
+    Exact: the student then computes what the big student does in eval mode with the other channels' gates at 0. A layer
+    reads ``f · g``, and ``W (f · g) = (W · g) f``.
+    """
+    parameters = dict(student.named_parameters())
+    kept = big.keep()
+    gates: Any = big.gates
+    for name, units in big.groups.inputs.items():
+        factors = torch.ones(len(units.group))
+        for number in set(units.group[units.group >= 0].tolist()):
+            group = big.groups[number]
+            values = gates[group.name].mean()[kept[group.name]].cpu()
+            where = torch.from_numpy(units.group == number)
+            factors[where] = values[torch.from_numpy(units.place)[where]]
+        weight = parameters[name]
+        weight.mul_(factors.to(weight).view(1, -1, *[1] * (weight.dim() - 2)))
+
+
+def recalibrate_norms(student: nn.Module, big: BigStudent, data: Dataset, batch_size: int) -> None:
+    """Estimates the statistics of BatchNorm anew on training data."""
+    inputs = data.train_inputs[:_RECALIBRATION_SAMPLES].split(batch_size)
+    recalibrate(student, [data.normalise(batch) for batch in inputs])
+
+
+def variants(make_network: Callable[[int], nn.Module], link_at: tuple[float, ...]) -> list[Variant]:
+    """The base and every choice beside it that says something for a recipe's network."""
+    found = [Variant(BASE, "the paper's setting: linked from the start, quadratic λ, a draw per sample")]
+    found += [
+        Variant(
+            f"link_at {at:g}",
+            f"linked after {at:.0%} of the merge stage" if at < 1 else "never linked",
+            {"link_at": at},
+        )
+        for at in link_at
+        if at
+    ]
+    found += [
+        Variant("draw per batch", "one draw of the gates for a whole batch", big=OneDrawPerBatch),
+        Variant("budget", "multipliers by dual ascent in place of λ", {"gate_schedule": "budget"}),
+        Variant("head × T", "the head's weights times T at compression", edit=rescale_head),
+        Variant("gates folded", "kept gates' means folded into the next layers at compression", edit=fold_gates),
+    ]
+    if has_statistics(make_network(1)):
+        recalibrated = Variant(
+            "recalibrated", "BatchNorm's statistics estimated anew at compression", edit=recalibrate_norms
+        )
+        found.append(recalibrated)
+    return found

@@ -1,0 +1,66 @@
+"""BatchNorm statistics estimated anew, for a network whose channels changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def has_statistics(network: nn.Module) -> bool:
+    """Whether a network has a BatchNorm with running statistics."""
+    return any(True for _ in _norms(network))
+
+
+@torch.no_grad()
+def recalibrate(network: nn.Module, loader: Iterable[Any]) -> None:
+    """Estimates a network's BatchNorm statistics anew, as the mean over batches; nothing else changes.
+
+    A compressed student has the big student's statistics of its channels. What these channels read is no longer what it
+    was, so that the statistics are off until training has moved them; this moves them at once. Dropout and the like are
+    as in eval mode, BatchNorm normalises each batch by its own statistics meanwhile.
+
+    Args:
+        network: changed in place; without BatchNorm it stays as it is, and the loader is not read.
+        loader: yields inputs, or (input, target) as train loaders do; a tuple of tensors in place of the input goes to a
+            network of several inputs. A few thousand samples in batches of the training's size are enough.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    norms = list(_norms(network))
+    if not norms:
+        return
+    modes = {module: module.training for module in network.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    device = next(network.parameters()).device
+    try:
+        network.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.training = True
+        batches = 0
+        for batch in loader:
+            network(*(value.to(device) for value in _inputs(batch)))
+            batches += 1
+        if not batches:
+            raise ValueError("recalibrate needs at least one batch; the loader is empty")
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _norms(network: nn.Module) -> Iterable[_BatchNorm]:
+    return (m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
+
+
+def _inputs(batch: Any) -> tuple[Tensor, ...]:
+    if isinstance(batch, (tuple, list)):
+        batch = batch[0]
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
