@@ -29,7 +29,7 @@ from fastmerge.checkpoints import load_weights, save_weights
 from fastmerge.data.dataset import Dataset
 from fastmerge.environment import environment
 from fastmerge.gate_budget import GateBudget
-from fastmerge.recipes import RECIPES
+from fastmerge.recipes import IN_MEMORY
 from fastmerge.reporting.results import write_json
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.recipe import Recipe
@@ -247,7 +247,7 @@ def _chunks(replicates: int, size: int) -> Iterator[range]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what is missing and writes the file after every variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=[name for name in RECIPES if name != "sine"], default="digits")
+    parser.add_argument("--recipe", choices=[name for name in IN_MEMORY if name != "sine"], default="digits")
     parser.add_argument("--data", type=Path, metavar="PATH", help="for recipes that need one")
     parser.add_argument("--budget", type=float, default=1.0, metavar="F", help="fraction of the epochs; default 1")
     parser.add_argument("--replicates", type=int, default=10, metavar="N", help="default 10")
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", metavar="D", help="default cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default runs/ablations/RECIPE.json")
     options = parser.parse_args(arguments)
-    recipe = RECIPES[options.recipe]().scaled(options.budget)
+    recipe = IN_MEMORY[options.recipe]().scaled(options.budget)
     chosen = variants(recipe.make_network, LINK_AT)
     if options.variants is not None:
         if unknown := set(options.variants) - {variant.name for variant in chosen}:

@@ -65,6 +65,34 @@ class QuadraticLambda:
         return f"QuadraticLambda(value={self.value:.6g}, step={self.step_size:.6g})"
 
 
+def scaled_lam_step(start: float, step: float, whole: int, epochs: int) -> float:
+    """The growth with which λ is in the last of some epochs what it is, with ``step``, in the last of a whole stage.
+
+    Args:
+        start: λ in the first epoch.
+        step: growth per epoch in the whole stage.
+        whole: length of the whole stage in epochs.
+        epochs: length of the other.
+    """
+
+    def last(growth: float, stage: int) -> float:
+        lam = QuadraticLambda(start, growth)
+        for _ in range(max(1, stage - 1)):
+            lam.step()
+        return lam.value
+
+    if epochs == whole or start == 0 or step == 0:
+        return step
+    wanted = last(step, whole)
+    low, high = 0.0, step
+    while last(high, epochs) < wanted:
+        low, high = high, 2 * high
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if last(middle, epochs) < wanted else (low, middle)
+    return high
+
+
 def fitting_lam_step(epochs: int, steps: int | None, channels: int, lam_start: float, gate_lr: float) -> float:
     """A growth of λ that brings the gates to 1/T within the stage.
 

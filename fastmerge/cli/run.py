@@ -12,12 +12,16 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import fraction, integer, names
+from fastmerge.data.loading import LOADERS
 from fastmerge.recipes import RECIPES
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.training import strategies
+from fastmerge.training.running import run_recipe, varied
 
 SUMMARY = "an experiment: teachers, merge, student, and what else the epochs could have bought"
 
@@ -45,12 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that share the training on the CPU; default one per core",
     )
+    add("--paper", action="store_true", help="the paper's setting where the recipe's own differs")
+    add("--link-at", type=float, metavar="F", help="fraction of the merge stage before linking")
+    add("--gate-schedule", choices=("quadratic", "budget"), help="what brings gates to 1/T")
+    add("--loader", default="auto", choices=("auto", *LOADERS), help="of recipes over loaders")
+    add("--autocast", choices=("bfloat16", "float16"), help="mixed precision of recipes over loaders")
+    add("--on-bad-image", default="raise", choices=("raise", "skip"), help="what a file that can't be read does")
     add("--quiet", action="store_true", help="no progress bar")
 
 
 def command(options: argparse.Namespace) -> None:
     """Runs the recipe and prints its table."""
     out: Path = options.out
+    recipe = varied(
+        RECIPES[options.recipe](), paper=options.paper, link_at=options.link_at, gate_schedule=options.gate_schedule
+    )
     if continuing.begin(options):
         print(f"the run in {out} is finished\n\n{write_report(out)}")
         return
@@ -61,9 +74,12 @@ def command(options: argparse.Namespace) -> None:
         log.write(values, values["epoch"], f"{values['strategy']}-{values['replicates'][0]}/{values['stage']}")
 
     with contextlib.closing(log):
-        strategies.run(
-            RECIPES[options.recipe](),
+        run_recipe(
+            recipe,
             options.strategy,
+            loader=options.loader,
+            autocast=None if options.autocast is None else getattr(torch, options.autocast),
+            on_bad_image=options.on_bad_image,
             replicates=options.replicates,
             budget=options.budget,
             seed=options.seed,

@@ -63,9 +63,9 @@ class ResNetCifar(nn.Module):
         self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(blocks, first, first, stride=1)
-        self.layer2 = _stage(blocks, first, second, stride=2)
-        self.layer3 = _stage(blocks, second, third, stride=2)
+        self.layer1 = residual_stage(blocks, first, first, stride=1)
+        self.layer2 = residual_stage(blocks, first, second, stride=2)
+        self.layer3 = residual_stage(blocks, second, third, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, num_classes)
         for module in self.modules():
@@ -84,6 +84,7 @@ def resnet20(num_classes: int = 100, width: int = 1) -> ResNetCifar:
     return ResNetCifar(3, num_classes, width)
 
 
-def _stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+def residual_stage(blocks: int, in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    """Blocks in a row, the first of which changes channels and size."""
     first = ResidualBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(ResidualBlock(channels, channels) for _ in range(blocks - 1)))

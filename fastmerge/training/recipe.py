@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.schedules import scaled_lam_step
 from fastmerge.training.order import Augment
 from fastmerge.training.stacked import Criterion, Stage
 
@@ -100,7 +100,7 @@ class Recipe:
             long_milestones=milestones(self.long_milestones),
             merge_milestones=milestones(self.merge_milestones),
             finetune_milestones=milestones(self.finetune_milestones),
-            lam_step=self._lam_step(unit),
+            lam_step=scaled_lam_step(self.lam_start, self.lam_step, self.unit, unit),
             test_every=max(1, round(self.test_every * factor)),
         )
 
@@ -126,26 +126,6 @@ class Recipe:
         """The choices as JSON values; functions by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {key: _name(value) if callable(value) else value for key, value in values.items() if value is not None}
-
-    def _lam_step(self, epochs: int) -> float:
-        """The growth with which λ in the last of so many epochs is what it is in the last of a whole merge stage."""
-
-        def last(step: float, stage: int) -> float:
-            lam = QuadraticLambda(self.lam_start, step)
-            for _ in range(max(1, stage - 1)):
-                lam.step()
-            return lam.value
-
-        if epochs == self.unit or self.lam_start == 0 or self.lam_step == 0:
-            return self.lam_step
-        wanted = last(self.lam_step, self.unit)
-        low, high = 0.0, self.lam_step
-        while last(high, epochs) < wanted:
-            low, high = high, 2 * high
-        while high - low > 1e-6 * high:
-            middle = (low + high) / 2
-            low, high = (middle, high) if last(middle, epochs) < wanted else (low, middle)
-        return high
 
     def _stage(self, name: str, epochs: int, milestones: tuple[int, ...]) -> Stage:
         return Stage(

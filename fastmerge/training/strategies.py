@@ -85,8 +85,8 @@ def run(
         FloatingPointError: every replicate of a strategy diverged.
         Interrupted: a KeyboardInterrupt: Ctrl-C or SIGTERM came, and checkpoints were written.
     """
-    _check(strategies, replicates, seed)
-    place = _check_device(device)
+    check_strategies(strategies, replicates, seed)
+    place = check_device(device)
     scaled = recipe.scaled(budget)
     data = recipe.load_data(data_path, seed_for(seed, "data"))
     checkpoints = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -134,7 +134,7 @@ def _run_job(job: Job, data: Dataset, reporter: Reporter) -> Outcome:
     return outcome
 
 
-def _check(strategies: Sequence[str], replicates: int, seed: int) -> None:
+def check_strategies(strategies: Sequence[str], replicates: int, seed: int) -> None:
     if not strategies or len(set(strategies)) != len(strategies):
         raise ValueError(f"needs at least one strategy, each once; got {', '.join(strategies) or 'none'}")
     if unknown := [name for name in strategies if name not in STRATEGIES]:
@@ -143,7 +143,7 @@ def _check(strategies: Sequence[str], replicates: int, seed: int) -> None:
         raise ValueError(f"needs replicates of at least 1 and a seed of at least 0; got {replicates=}, {seed=}")
 
 
-def _check_device(device: torch.device | str) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)

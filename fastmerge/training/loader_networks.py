@@ -1,0 +1,190 @@
+"""The networks of an experiment over loaders: trained one at a time, with checkpoints that a killed run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fastmerge.data.loading import ImageLoaders, image_loaders
+from fastmerge.evaluation import Setting
+from fastmerge.history import EpochRecord, History
+from fastmerge.merge_checks import check_checkpoints
+from fastmerge.merge_plan import MergePlan, describe_options, fingerprints
+from fastmerge.merge_progress import Progress
+from fastmerge.merge_stages import finetune
+from fastmerge.merge_state import MergeState
+from fastmerge.merge_trainer import Trainer
+from fastmerge.merging import merge
+from fastmerge.snapshots import Snapshots
+from fastmerge.stop_requests import StopRequests
+from fastmerge.training.loader_recipe import LoaderRecipe, Plan
+from fastmerge.training.seeds import seed_for
+
+Tell = Callable[[str, EpochRecord], object]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a run's networks train.
+
+    Attributes:
+        data: image tree, CIFAR folder or .npz.
+        device: of the networks.
+        seed: of the run.
+        loader: "auto", "dali", "device" or "torch".
+        workers: that decode images; None is one per core.
+        autocast: dtype of mixed precision, or None.
+        on_bad_image: "raise" or "skip".
+        checkpoints: a directory, or None for none.
+        checkpoint_seconds: at least so many between two checkpoints.
+        resume: whether to go on from those that are there.
+        progress: whether to show a bar; None on a terminal.
+    """
+
+    data: Path
+    device: torch.device
+    seed: int
+    loader: str = "auto"
+    workers: int | None = None
+    autocast: torch.dtype | None = None
+    on_bad_image: Any = "raise"
+    checkpoints: Path | None = None
+    checkpoint_seconds: float = 300.0
+    resume: bool = False
+    progress: bool | None = None
+
+    def loaders(self, recipe: LoaderRecipe, *path: int | str) -> ImageLoaders:
+        """Loaders with an order and changes of their own.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: as :func:`~fastmerge.data.loading.image_loaders`, and where there
+                are more classes than the recipe has.
+        """
+        made = image_loaders(
+            self.data,
+            recipe.batch_size,
+            image_size=recipe.image_size,
+            augmentation=recipe.augmentation,
+            loader=self.loader,
+            device=self.device,
+            seed=seed_for(self.seed, "images", *path),
+            workers=self.workers,
+            on_bad_image=self.on_bad_image,
+        )
+        if made.classes > recipe.most_classes:
+            raise ValueError(
+                f"{recipe.name} needs images of at most {recipe.most_classes} classes; {self.data} has {made.classes}"
+            )
+        return made
+
+    def checkpoint(self, *path: int | str) -> Path | None:
+        """The directory for the checkpoints of one network or merge."""
+        return None if self.checkpoints is None else self.checkpoints / "-".join(map(str, path))
+
+
+def train_network(
+    recipe: LoaderRecipe, plan: Plan, place: Place, loaders: ImageLoaders, width: int, tell: Tell, *path: int | str
+) -> tuple[nn.Module, History]:
+    """Trains one network from scratch.
+
+    Args:
+        recipe: the experiment.
+        plan: how long, at which learning rates.
+        place: where.
+        loaders: of this network alone.
+        width: of the network.
+        tell: told of every epoch, with the stage's name.
+        path: names the network; its seeds and checkpoints follow from it.
+
+    Raises:
+        FloatingPointError: The loss became NaN or Inf.
+        Interrupted: A signal came, and a checkpoint was written.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(place.seed, "weights", *path))
+        network = recipe.make_network(loaders.classes, width)
+    setting = Setting(place.device, cross_entropy, place.autocast, channels_last=True)
+    numbers = _numbers(recipe, plan)
+    snapshots, directory = None, place.checkpoint(*path)
+    if directory is not None:
+        others = describe_options({"autocast": place.autocast, "seed": place.seed})
+        snapshots = Snapshots(directory, numbers.options() | others | fingerprints([network]))
+        check_checkpoints(snapshots, place.resume)
+    setting.place(network)
+    history = History(1)
+    state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history)
+    title = " ".join(map(str, path))
+    with StopRequests(enabled=snapshots is not None) as stop, _Titled(title, place.progress) as bar:
+        if place.resume:
+            state.load()
+        trainer = Trainer(
+            loaders.train, loaders.val, setting, history, state, stop, bar, lambda record: tell(str(path[0]), record)
+        )
+        finetune(network, numbers, plan.schedule, trainer)
+    return network.eval(), history
+
+
+def train_merge(
+    recipe: LoaderRecipe, place: Place, loaders: ImageLoaders, teachers: list[nn.Module], tell: Tell, *path: int | str
+) -> tuple[nn.Module, History]:
+    """Merges teachers and fine-tunes the student; arguments and errors as :func:`train_network`'s."""
+    return merge(
+        teachers,
+        loaders.train,
+        val_loader=loaders.val,
+        merge_epochs=recipe.merge.epochs,
+        finetune_epochs=recipe.finetune.epochs,
+        link_at=recipe.link_at,
+        lr=recipe.merge.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        gate_lr=recipe.gate_lr,
+        lam_start=recipe.lam_start,
+        lam_step=recipe.lam_step,
+        gate_schedule=recipe.gate_schedule,
+        finetune_lr=recipe.finetune.lr,
+        schedule=recipe.finetune.schedule,
+        device=place.device,
+        autocast=place.autocast,
+        channels_last=True,
+        seed=seed_for(place.seed, "gates", *path),
+        progress=place.progress,
+        callback=lambda record: tell(record.stage, record),
+        checkpoint_dir=place.checkpoint(*path),
+        checkpoint_seconds=place.checkpoint_seconds,
+        resume=place.resume,
+    )
+
+
+class _Titled(Progress):
+    """A bar that names a network instead of a stage."""
+
+    def __init__(self, title: str, show: bool | None) -> None:
+        super().__init__(show)
+        self.title = title
+
+    def start(self, stage: str, epochs: int, loader: object, done: int = 0) -> None:
+        super().start(self.title, epochs, loader, done)
+
+
+def _numbers(recipe: LoaderRecipe, plan: Plan) -> MergePlan:
+    """The plan of plain training, which is a merge's fine-tuning."""
+    return MergePlan(
+        merge_epochs=1,
+        finetune_epochs=plan.epochs,
+        link_at=0.0,
+        lr=plan.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        gate_lr=recipe.gate_lr,
+        lam_start=0.0,
+        lam_step=0.0,
+        finetune_lr=plan.lr,
+        milestones=plan.milestones,
+    )
