@@ -17,6 +17,7 @@ from fastmerge.gate_budget import GateBudget
 from fastmerge.gates import HardConcrete
 from fastmerge.history import History
 from fastmerge.merging import merge
+from fastmerge.recalibration import recalibrate
 from fastmerge.schedules import QuadraticLambda
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "__version__",
     "channel_groups",
     "merge",
+    "recalibrate",
 ]
