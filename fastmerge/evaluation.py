@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.history import Score
+from fastmerge.processes import Processes
 
 Criterion = Callable[[Any, Any], Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -127,16 +128,27 @@ class Tally:
         """Mean over the samples read so far."""
         return self._sums[name] / self.samples
 
+    @property
+    def steps_begun(self) -> int:
+        """Batches added, those not read yet too."""
+        return self.steps + len(self._pending)
+
     def rate(self) -> float:
         """Samples per second since the tally was made, of those read so far."""
         return self.samples / (time.perf_counter() - self._started)
 
-    def score(self) -> Score:
-        """Mean of the loss called ``loss``, and accuracy.
+    def score(self, processes: Processes | None = None) -> Score:
+        """Mean of the loss called ``loss``, and accuracy, over the samples of all processes.
 
         Raises:
             ValueError: There were no samples.
         """
+        if processes is not None and processes.size > 1:
+            own = [float(self.samples), *(self._sums.get(name, 0.0) for name in ("loss", "accuracy"))]
+            samples, loss, right = processes.sum(own)
+            (counted,) = processes.most("accuracy" in self._sums)
+            if samples:
+                return Score(loss / samples, right / samples if counted else None)
         if not self.samples:
             raise ValueError("the loader gave no samples in this pass; it must give them in every one")
         return Score(self.mean("loss"), self.mean("accuracy") if "accuracy" in self._sums else None)
@@ -144,7 +156,11 @@ class Tally:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, loader: Iterable[Any], setting: Setting, after_step: Callable[[], object] | None = None
+    network: nn.Module,
+    loader: Iterable[Any],
+    setting: Setting,
+    after_step: Callable[[], object] | None = None,
+    processes: Processes | None = None,
 ) -> Score:
     """Scores a network in eval mode; its mode is restored.
 
@@ -153,6 +169,7 @@ def evaluate(
         loader: Yields (input, target).
         setting: Criterion and the like.
         after_step: Called after every batch; what it raises ends the evaluation.
+        processes: That share the data; however unevenly, every sample counts once.
 
     Raises:
         FloatingPointError: As ``Tally.add``.
@@ -167,6 +184,6 @@ def evaluate(
             if after_step is not None:
                 after_step()
         tally.read()
-        return tally.score()
+        return tally.score(processes)
     finally:
         network.train(mode)

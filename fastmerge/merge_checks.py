@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Setting, has_classes
+from fastmerge.fingerprint import fingerprints
+from fastmerge.processes import Processes
 from fastmerge.snapshots import Snapshots
 
 
@@ -59,6 +61,26 @@ def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"merge can't use device {device}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def check_accumulate(accumulate: int) -> None:
+    """A step needs a batch."""
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(
+            f"merge needs accumulate, the batches per step, a whole number of at least 1; got {accumulate!r}"
+        )
+
+
+def check_processes(processes: Processes, train_loader: Iterable[Any], teachers: Sequence[nn.Module]) -> None:
+    """Processes that merge together need the same teachers and equally many batches: they meet in every step."""
+    if processes.size == 1:
+        return
+    length = len(train_loader) if isinstance(train_loader, Sized) else "an unknown number"
+    lengths = processes.gather(length)
+    if any(other != length for other in lengths):
+        raise ValueError(f"processes that merge together need equally many batches each; they have {lengths}")
+    for name, value in fingerprints(teachers).items():
+        processes.check_same(name, value)
 
 
 def check_checkpoints(snapshots: Snapshots, resume: bool) -> None:

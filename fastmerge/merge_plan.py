@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
-
-import torch
-from torch import nn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.gate_budget import GateBudget
@@ -63,16 +59,21 @@ class MergePlan:
         """All of it as JSON values."""
         return asdict(self) | {"milestones": None if self.milestones is None else list(self.milestones)}
 
-    def fitted(self, big: BigStudent, train_loader: Iterable[Any]) -> MergePlan:
-        """The same plan with a ``lam_step``: the one chosen, or the one that fits this network and stage."""
+    def fitted(self, big: BigStudent, steps: int | None) -> MergePlan:
+        """The same plan with a ``lam_step``: the one chosen, or the one that fits this network and stage.
+
+        Args:
+            big: The network.
+            steps: Of an epoch, or None where that is not known.
+        """
         if self.lam_step is not None or self.gate_schedule == "budget":
             return self
-        steps = self.merge_epochs * len(train_loader) if isinstance(train_loader, Sized) else None
+        in_all = None if steps is None else self.merge_epochs * steps
         widest = big.num_teachers * max(group.size for group in big.groups)
-        return replace(self, lam_step=fitting_lam_step(self.merge_epochs, steps, widest, self.lam_start, self.gate_lr))
+        return replace(self, lam_step=fitting_lam_step(self.merge_epochs, in_all, widest, self.lam_start, self.gate_lr))
 
 
-def gate_schedule(plan: MergePlan, train_loader: Iterable[Any]) -> QuadraticLambda | GateBudget:
+def gate_schedule(plan: MergePlan, steps: int | None) -> QuadraticLambda | GateBudget:
     """What weighs the gates in the merge stage of a fitted plan.
 
     Raises:
@@ -81,12 +82,11 @@ def gate_schedule(plan: MergePlan, train_loader: Iterable[Any]) -> QuadraticLamb
     if plan.gate_schedule == "quadratic":
         assert plan.lam_step is not None
         return QuadraticLambda(plan.lam_start, plan.lam_step)
-    if not isinstance(train_loader, Sized):
+    if steps is None:
         raise ValueError(
-            "gate_schedule='budget' needs the length of train_loader, to arrive in time; "
-            f"a {type(train_loader).__name__} has none"
+            "gate_schedule='budget' needs a train_loader with a length, to arrive in time; this one has none"
         )
-    return GateBudget(plan.merge_epochs * len(train_loader), gate_lr=plan.gate_lr)
+    return GateBudget(plan.merge_epochs * steps, gate_lr=plan.gate_lr)
 
 
 def describe_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -95,17 +95,3 @@ def describe_options(options: dict[str, Any]) -> dict[str, Any]:
         name: value if isinstance(value, (type(None), bool, int, float)) else getattr(value, "__qualname__", str(value))
         for name, value in options.items()
     }
-
-
-def fingerprints(teachers: Sequence[nn.Module]) -> dict[str, str]:
-    """Which teachers these are: for each the hash of its weights."""
-    return {f"teacher {index}": fingerprint(teacher) for index, teacher in enumerate(teachers)}
-
-
-def fingerprint(network: nn.Module) -> str:
-    """64 bits of the SHA-256 of a network's state dict, names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from fastmerge.big_student import BigStudent
+from fastmerge.fingerprint import fingerprint
 from fastmerge.gate_report import gate_warnings, open_probabilities, origins
 from fastmerge.merge_plan import MergePlan, gate_schedule
 from fastmerge.merge_trainer import Trainer
@@ -38,6 +39,7 @@ def train_student(
     else:
         student = place(_merged(teachers, examples, plan, trainer))
         trainer.score("compressed", student)
+    trainer.processes.check_same("student after compression", fingerprint(student))
     finetune(student, plan, schedule, trainer)
     trainer.score("student", student)
     return student.eval()
@@ -50,10 +52,11 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, train
         for index, teacher in enumerate(teachers):
             trainer.score(f"teacher {index}", place(copy.deepcopy(teacher)))
     big = place(BigStudent(*teachers, example_inputs=examples))
+    trainer.own_random_numbers()
     if trainer.state.stage is None:
         with big.open_gates():
             trainer.score("big student, gates open", big)
-    learn_importance(big, plan.fitted(big, trainer.train_loader), trainer)
+    learn_importance(big, plan.fitted(big, trainer.steps), trainer)
     trainer.score("big student", big)
     trainer.history.kept = origins(big)
     return big.compress(in_place=True)  # the memory of both is worth more to the fine-tuning
@@ -63,7 +66,7 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
     """The merge stage: trains weights and gates with the loss ``criterion + λ · gate_loss``, or as the budget says."""
     optimizer = SGD(big.weight_parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
     gate_optimizer = SGD(big.gate_parameters(), plan.gate_lr, GATE_MOMENTUM)
-    lam = gate_schedule(plan, trainer.train_loader)
+    lam = gate_schedule(plan, trainer.steps)
     before = open_probabilities(big)
     lam_step = plan.lam_step if plan.gate_schedule == "quadratic" else None
     parts = {"optimizer": optimizer, "gate optimizer": gate_optimizer, "lambda": lam}
@@ -74,7 +77,7 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
         if isinstance(lam, QuadraticLambda):
             lam.step()
     trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, lam_step)
-    for warning in trainer.history.warnings:
+    for warning in trainer.history.warnings if trainer.processes.is_first else ():
         warnings.warn(warning, stacklevel=5)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Tally
 from fastmerge.history import History, Stage
+from fastmerge.processes import Processes, seed_of_rank
 from fastmerge.random_states import random_states, restore_random_states
 from fastmerge.snapshots import Snapshots
 
@@ -29,11 +30,21 @@ class MergeState:
         device: Of the merge.
         loader: The training data.
         history: Restored in place.
+        processes: That merge together: the first writes, and a checkpoint holds the random states of each. Going on
+            with fewer or more of them, the new ones get random states of their own, and within an epoch the place in the
+            data is the nearest.
     """
 
     def __init__(
-        self, snapshots: Snapshots | None, seconds: float, device: torch.device, loader: Iterable[Any], history: History
+        self,
+        snapshots: Snapshots | None,
+        seconds: float,
+        device: torch.device,
+        loader: Iterable[Any],
+        history: History,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.snapshots, self.seconds, self.device, self.loader, self.history = (
             snapshots,
             seconds,
@@ -52,7 +63,15 @@ class MergeState:
         Raises:
             ValueError: As :meth:`Snapshots.load`.
         """
-        self._loaded = None if self.snapshots is None else self.snapshots.load()
+        loaded, problem = None, None
+        if self.snapshots is not None and self.processes.is_first:
+            try:
+                loaded = self.snapshots.load()
+            except ValueError as error:
+                problem = str(error)
+        self._loaded, problem = self.processes.from_first((loaded, problem))
+        if problem is not None:
+            raise ValueError(problem)
         if self._loaded is not None:
             self.history.restore(self._loaded["history"])
 
@@ -81,7 +100,8 @@ class MergeState:
             part.load_state_dict(loaded["parts"][name])
         self._now["epoch"] = loaded["epoch"]
         if not loaded["step"]:
-            self._resume_loader(loaded["random"], loaded["loader"])
+            mine = self._mine(loaded)
+            self._resume_loader(mine["random"], mine["loader"])
             self._loaded = None
         return int(loaded["epoch"])
 
@@ -93,17 +113,18 @@ class MergeState:
                 self._at_start = {"random": random_states(self.device), "loader": _loader_state(self.loader)}
             yield from self.loader
             return
-        self._at_start = loaded["at_start"]
+        mine = self._mine(loaded)
+        self._at_start = mine["at_start"]
         self._resume_loader(self._at_start["random"], self._at_start["loader"])
-        tally.load_state_dict(loaded["tally"])
+        tally.load_state_dict(mine["tally"])
         batches = iter(self.loader)
-        done = sum(1 for _ in islice(batches, loaded["step"]))
-        if done < loaded["step"]:
+        done = sum(1 for _ in islice(batches, tally.steps))
+        if done < tally.steps:
             raise ValueError(
-                f"the checkpoint was written after {loaded['step']} steps of an epoch, and the training data now has "
+                f"the checkpoint was written after {tally.steps} steps of an epoch, and the training data now has "
                 f"{done}; go on with the same data and batch size"
             )
-        restore_random_states(loaded["random"], self.device)
+        restore_random_states(mine["random"], self.device)
         yield from batches
 
     def is_due(self) -> bool:
@@ -113,7 +134,8 @@ class MergeState:
     def end_epoch(self, epoch: int, last: bool) -> None:
         """Counts an epoch, and writes a checkpoint where it is time or the stage ends."""
         self._now["epoch"] = epoch
-        if self.is_due() or last:
+        (due,) = self.processes.most(self.is_due() or last)
+        if due:
             self.save(random_states(self.device))
 
     def save(self, random: dict[str, Any], tally: Tally | None = None) -> None:
@@ -125,21 +147,36 @@ class MergeState:
         """
         if self.snapshots is None:
             return
-        within = {} if tally is None else {"tally": tally.state_dict(), "at_start": self._at_start}
-        self.snapshots.save(
-            {
-                **self._now,
-                **within,
-                "step": 0 if tally is None else tally.steps,
-                "linked": isinstance(self.network, BigStudent) and self.network.linked,
-                "network": _tensors(self.network),
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
-                "random": random,
-                "loader": _loader_state(self.loader),
-                "history": self.history.record(),
-            }
-        )
+        own: dict[str, Any] = {"random": random, "loader": _loader_state(self.loader)}
+        if tally is not None:
+            own |= {"tally": tally.state_dict(), "at_start": self._at_start}
+        each = self.processes.gather(own)
+        if self.processes.is_first:
+            self.snapshots.save(
+                {
+                    **self._now,
+                    "step": 0 if tally is None else tally.steps,
+                    "linked": isinstance(self.network, BigStudent) and self.network.linked,
+                    "network": _tensors(self.network),
+                    "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                    "processes": each,
+                    "length": _length(self.loader),
+                    "history": self.history.record(),
+                }
+            )
         self._saved_at = time.monotonic()
+
+    def _mine(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """What this process needs to go on, from what each of those then had."""
+        each, rank, size = loaded["processes"], self.processes.rank, self.processes.size
+        mine: dict[str, Any] = dict(each[min(rank, len(each) - 1)])
+        if rank >= len(each):
+            mine["random"] = _of_another_rank(mine["random"], rank)
+        if "tally" in mine and size != len(each):
+            length = _length(self.loader)
+            steps = mine["tally"]["steps"] * (length / loaded["length"] if length and loaded["length"] else 1)
+            mine["tally"] = _shared_tally([one["tally"] for one in each], size) | {"steps": round(steps)}
+        return mine
 
     def whereabouts(self) -> str:
         """Where the last checkpoint is, as an end of a sentence."""
@@ -163,6 +200,31 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
 def _load_tensors(network: nn.Module, saved: dict[str, Tensor]) -> None:
     for name, tensor in _tensors(network).items():
         tensor.copy_(saved[name])
+
+
+def _of_another_rank(states: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Random states for a process that had none, made from another's."""
+    seed = seed_of_rank(states["torch"], rank)
+    states = states | {"torch": torch.Generator().manual_seed(seed).get_state()}
+    if "cuda" in states:
+        del states["cuda"]
+        torch.cuda.manual_seed(seed)
+    return states
+
+
+def _shared_tally(each: list[dict[str, Any]], size: int) -> dict[str, Any]:
+    """The tally of one of another number of processes: the mean of those there were."""
+    part = 1 / size
+    names = each[0]["sums"]
+    return {
+        "samples": round(sum(one["samples"] for one in each) * part),
+        "sums": {name: sum(one["sums"][name] for one in each) * part for name in names},
+        "seconds": each[0]["seconds"],
+    }
+
+
+def _length(loader: Any) -> int | None:
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 def _loader_state(loader: Any) -> dict[str, Any]:

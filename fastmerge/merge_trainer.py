@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from fastmerge.gate_report import open_probabilities
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merge_progress import Progress
 from fastmerge.merge_state import MergeState
+from fastmerge.processes import Processes, ProcessLostError, seed_of_rank, without_averaging
 from fastmerge.random_states import random_states
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.stop_requests import Interrupted, StopRequests
 
 Weight = QuadraticLambda | GateBudget
+
+_AGREE_EVERY = 10  # steps
 
 
 class Trainer:
@@ -33,8 +37,10 @@ class Trainer:
         history: Where records and scores go.
         state: Writes checkpoints, and goes on from one.
         stop: Signals that ask to stop; met between steps, after a checkpoint.
+        processes: That merge together.
+        accumulate: Batches per optimizer step.
         bar: Where progress shows.
-        callback: Called with each epoch's record.
+        callback: Called with each epoch's record, in the first process.
     """
 
     def __init__(
@@ -45,11 +51,14 @@ class Trainer:
         history: History,
         state: MergeState,
         stop: StopRequests,
+        processes: Processes,
+        accumulate: int,
         bar: Progress,
         callback: Callable[[EpochRecord], object] | None,
     ) -> None:
         self.train_loader, self.val_loader, self.setting = train_loader, val_loader, setting
         self.history, self.state, self.stop, self.bar, self.callback = history, state, stop, bar, callback
+        self.processes, self.accumulate = processes, accumulate
         # One for both stages: its scale is worth keeping. float16 alone has too little range for gradients.
         self.scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
 
@@ -57,6 +66,11 @@ class Trainer:
         """Scores a network at a border between stages, where there is validation data."""
         if self.val_loader is not None:
             self.history.borders[border] = self._evaluate(network)
+
+    def own_random_numbers(self) -> None:
+        """Gives every process but the first a random state of its own, so that each draws other gates."""
+        if not self.processes.is_first:
+            torch.manual_seed(seed_of_rank(torch.get_rng_state(), self.processes.rank))
 
     def epochs(self, stage: Stage, total: int, network: nn.Module, parts: dict[str, Any]) -> Iterator[int]:
         """The epochs of a stage, from 0 on, or those that a checkpoint has left; each is written down when its turn is over.
@@ -78,15 +92,19 @@ class Trainer:
 
         Raises:
             FloatingPointError: A loss became NaN or Inf; the message says where and what is likely to blame.
+            ProcessLostError: Another process of the merge ended.
         """
         epoch, lr = len(self.history.stage(stage)) + 1, optimizers[0].param_groups[0]["lr"]
         linked = network.linked if isinstance(network, BigStudent) else None
         tally = Tally()
         random = None
         try:
-            self._train(network, optimizers, lam, tally)
-            random = random_states(self.setting.device)
-            val = None if self.val_loader is None else self._evaluate(network)
+            with self.processes.watched():
+                self._train(network, optimizers, lam, tally)
+                random = random_states(self.setting.device)
+                score = tally.score(self.processes)
+                val = None if self.val_loader is None else self._evaluate(network)
+                rate = self.processes.sum([tally.rate()])[0]
         except FloatingPointError as error:
             blame = self._blame(stage, epoch, lr, *error.args)
             raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
@@ -94,11 +112,13 @@ class Trainer:
             tally.read()
             self.state.save(random or random_states(self.setting.device), tally)
             raise
+        except ProcessLostError as error:
+            raise ProcessLostError(f"{error}{self.state.whereabouts()}") from error
         record = EpochRecord(
             stage=stage,
             epoch=epoch,
-            train=tally.score(),
-            images_per_second=tally.rate(),
+            train=score,
+            images_per_second=rate,
             val=val,
             lr=lr,
             lam=float(lam) if isinstance(lam, QuadraticLambda) else None,
@@ -108,32 +128,63 @@ class Trainer:
         )
         self.history.epochs.append(record)
         self.bar.end_epoch(record)
-        if self.callback is not None:
+        if self.callback is not None and self.processes.is_first:
             self.callback(record)
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps in an epoch, where the loader has a length."""
+        return -(-len(self.train_loader) // self.accumulate) if isinstance(self.train_loader, Sized) else None
 
     def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None, tally: Tally) -> None:
         network.train()
-        for inputs, target in self.setting.batches(self._left(tally)):
-            output, loss = self.setting.apply(network, inputs, target)
-            losses = {"loss": loss}
-            if lam is not None and isinstance(network, BigStudent):
-                losses["gate_loss"] = network.gate_loss()
-                loss = loss + (lam.loss(network) if isinstance(lam, GateBudget) else lam * losses["gate_loss"])
+        model = self.processes.wrap(
+            network
+        )  # anew each epoch, before which linking may have changed parameters' shapes
+        for batches in self._steps(tally):
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
+            samples = sum(len(inputs[0]) for inputs, _ in batches)
+            for number, (inputs, target) in enumerate(batches, start=1):
+                share = len(inputs[0]) / samples if samples else 1.0
+                with without_averaging(model, number < len(batches)):
+                    output, loss = self.setting.apply(model, inputs, target)
+                    losses = {"loss": loss}
+                    if lam is not None and isinstance(network, BigStudent):
+                        losses["gate_loss"] = network.gate_loss()
+                        loss = loss + (lam.loss(network) if isinstance(lam, GateBudget) else lam * losses["gate_loss"])
+                    self.scaler.scale(loss * share if len(batches) > 1 else loss).backward()
+                fresh = tally.add(output, target, len(inputs[0]), **losses)
+                self.bar.step(tally, fresh=fresh)
             for optimizer in optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
             if isinstance(lam, GateBudget):
                 lam.step()
-            fresh = tally.add(output, target, len(inputs[0]), **losses)
-            self.bar.step(tally, fresh=fresh)
-            self.stop.raise_if_any()
-            if self.state.is_due():
-                tally.read()  # NaN must not get into a checkpoint
-                self.state.save(random_states(self.setting.device), tally)
+            if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.accumulate) == 0:
+                self._pause(tally)
+        if self.processes.size > 1:
+            self._pause(tally)
         tally.read()
+        self.processes.share_buffers(network)
+
+    def _steps(self, tally: Tally) -> Iterator[list[Any]]:
+        """The epoch's batches that are left, as many at a time as make a step."""
+        batches = self.setting.batches(self._left(tally))
+        while step := list(islice(batches, self.accumulate)):
+            yield step
+
+    def _pause(self, tally: Tally) -> None:
+        """Between two steps: writes a checkpoint where it is time, and stops where a signal came.
+
+        Processes do so together; to ask each other takes time, so that several do it only now and then.
+        """
+        number, due = self.processes.most(self.stop.number or 0, self.state.is_due())
+        if number:
+            raise Interrupted(int(number))
+        if due:
+            tally.read()  # NaN must not get into a checkpoint
+            self.state.save(random_states(self.setting.device), tally)
 
     def _left(self, tally: Tally) -> Iterator[Any]:
         """The epoch's batches that are left. A loader whose processes died of the same signal counts as interrupted."""
@@ -150,7 +201,9 @@ class Trainer:
 
     def _evaluate(self, network: nn.Module) -> Score:
         assert self.val_loader is not None
-        return evaluate(network, self.val_loader, self.setting, self.stop.raise_if_any)
+        alone = self.processes.size == 1  # several processes stop together, between steps
+        after_step = self.stop.raise_if_any if alone else None
+        return evaluate(network, self.val_loader, self.setting, after_step, self.processes)
 
     def _blame(self, stage: Stage, epoch: int, lr: float, step: int, loss: str, value: float) -> str:
         where = f"the {loss.replace('_', ' ')} became {value} in step {step} of epoch {epoch} of the {stage} stage"

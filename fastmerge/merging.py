@@ -13,13 +13,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastmerge.evaluation import Criterion, Setting
+from fastmerge.fingerprint import fingerprints
 from fastmerge.history import EpochRecord, History
-from fastmerge.merge_checks import check_checkpoints, check_device, check_loader, check_teachers
-from fastmerge.merge_plan import GateSchedule, MergePlan, describe_options, fingerprints
+from fastmerge.merge_checks import (
+    check_accumulate,
+    check_checkpoints,
+    check_device,
+    check_loader,
+    check_processes,
+    check_teachers,
+)
+from fastmerge.merge_plan import GateSchedule, MergePlan, describe_options
 from fastmerge.merge_progress import Progress
 from fastmerge.merge_stages import train_student
 from fastmerge.merge_state import MergeState
 from fastmerge.merge_trainer import Trainer
+from fastmerge.processes import Processes
 from fastmerge.snapshots import Snapshots
 from fastmerge.stop_requests import StopRequests
 
@@ -52,6 +61,7 @@ def merge(
     checkpoint_dir: str | Path | None = None,
     checkpoint_seconds: float = 300.0,
     resume: bool = False,
+    accumulate: int = 1,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -61,6 +71,11 @@ def merge(
     With a ``checkpoint_dir`` the merge survives: killed at any time, it goes on with ``resume=True``, on a CPU bit for
     bit as if nothing had happened, from at most ``checkpoint_seconds`` before. Ctrl-C and SIGTERM write a checkpoint
     after the current step. Without one Ctrl-C stops at once and leaves nothing behind.
+
+    Within a process group of torch.distributed (``torchrun``) the processes merge together, with
+    DistributedDataParallel: each gives its own share of the data, equally many batches of it in training, and gets the
+    same student. Each draws its own gates. The first one writes checkpoints, shows progress and calls the callback. A merge
+    may go on with fewer or more processes.
 
     Args:
         teachers: Two or more trained networks of one architecture.
@@ -95,15 +110,17 @@ def merge(
             this process or a DataLoader's processes that start anew each epoch (``persistent_workers=False``).
         checkpoint_seconds: At least so many seconds between two checkpoints.
         resume: Whether to go on from the last good checkpoint there; where there is none yet, the merge begins.
+        accumulate: Batches per optimizer step. k batches of n samples train as one of k·n would, but for what a network
+            computes over a batch (BatchNorm's statistics), in the memory of one.
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.
 
     Raises:
         TypeError, ValueError: Teachers, data or options can't work. All that can be found out is found out before the
-            first epoch.
-            That includes checkpoints of another merge.
+            first epoch, checkpoints of another merge included.
         FloatingPointError: A loss became NaN or Inf; checkpoints hold the state before.
+        ProcessLostError: A RuntimeError: another process of the group ended.
         Interrupted: A KeyboardInterrupt: a signal came, and a checkpoint was written.
 
     Source: M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
@@ -123,6 +140,7 @@ def merge(
         milestones=milestones,
     )
     teachers = check_teachers(teachers)
+    check_accumulate(accumulate)
     setting = Setting(check_device(device, teachers[0]), criterion, autocast, channels_last)
     cuda = [setting.device] if setting.device.type == "cuda" else []
     snapshots = None
@@ -130,12 +148,13 @@ def merge(
         others = {"criterion": criterion, "autocast": autocast, "channels_last": channels_last, "seed": seed}
         snapshots = Snapshots(checkpoint_dir, plan.options() | describe_options(others) | fingerprints(teachers))
         check_checkpoints(snapshots, resume)
-    history = History(len(teachers))
-    state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history)
+    history, processes = History(len(teachers)), Processes(setting.device)
+    check_processes(processes, train_loader, teachers)
+    state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history, processes)
     with (
         torch.random.fork_rng(cuda, enabled=seed is not None),
         StopRequests(enabled=snapshots is not None) as stop,
-        Progress(progress) as bar,
+        Progress(progress if processes.is_first else False) as bar,
     ):
         if seed is not None:
             torch.manual_seed(seed)
@@ -144,7 +163,7 @@ def merge(
             check_loader("val_loader", val_loader, teachers[0], setting)
         if resume:
             state.load()
-        trainer = Trainer(train_loader, val_loader, setting, history, state, stop, bar, callback)
+        trainer = Trainer(train_loader, val_loader, setting, history, state, stop, processes, accumulate, bar, callback)
         student = train_student(teachers, _examples(inputs, teachers[0]), plan, schedule, trainer)
     return student, history
 

@@ -1,28 +1,36 @@
 """Functions in processes that die by SIGKILL, forked from a server that has imported torch once."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 _TESTS = Path(__file__).resolve().parent
 
 
-def assert_killed(function: Callable[..., Any], *arguments: Any) -> None:
-    """Runs a function of a module in tests/ in a process of its own, which must be killed before it ends."""
+@contextlib.contextmanager
+def forkserver(modules: list[str]) -> Iterator[Any]:
+    """Within this context processes can be made that a server forks, which has imported modules of tests/ once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_merge", "killed_run"])
+    context.set_forkserver_preload(modules)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
     try:
-        process = context.Process(target=function, args=arguments)
-        process.start()
+        yield context
     finally:
         os.environ.pop("PYTHONPATH")
         if before is not None:
             os.environ["PYTHONPATH"] = before
+
+
+def assert_killed(function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs a function of a module in tests/ in a process of its own, which must be killed before it ends."""
+    with forkserver(["killed_merge", "killed_run"]) as context:
+        process = context.Process(target=function, args=arguments)
+        process.start()
     process.join(120)
     if process.exitcode is None:
         process.kill()

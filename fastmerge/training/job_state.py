@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.fingerprint import fingerprint
 from fastmerge.snapshots import Snapshots
 from fastmerge.stop_requests import StopRequests
 from fastmerge.training.jobs import Job, Outcome
@@ -119,17 +119,8 @@ def _options(job: Job, data: Dataset) -> dict[str, Any]:
         "replicates": list(job.replicates),
         "seed": job.seed,
         **job.recipe.config(),
-        "data": _fingerprint(data),
+        "data": fingerprint(vars(data)),
     }
-
-
-def _fingerprint(data: Dataset) -> str:
-    digest = hashlib.sha256()
-    for name, value in vars(data).items():
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _random(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""A merge by several processes, each with its share of every batch, in float64 and with gates that draw 0 or 1 for sure."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastmerge import HardConcrete, merge
+from fastmerge.snapshots import Snapshots
+from teachers import OPEN
+
+BATCH, STEPS, VALIDATION = 12, 4, 11
+EPOCHS = {"merge_epochs": 4, "finetune_epochs": 2, "link_at": 0.5}
+
+
+class Net(nn.Module):
+    """No BatchNorm, whose statistics would differ between a batch and its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.head = nn.Conv2d(1, 4, 3), nn.Linear(64, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(self.conv(x).relu().flatten(1)).relu())
+
+
+def teachers() -> list[nn.Module]:
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(Net().double())
+    return found
+
+
+def batches(samples: int, size: int, rank: int, parts: int) -> list[tuple[Tensor, Tensor]]:
+    """A process's share of batches of so many samples."""
+    generator = torch.Generator().manual_seed(samples)
+    x, y = torch.randn(samples, 1, 6, 6, generator=generator, dtype=torch.float64), torch.arange(samples) % 3
+    return [(a[rank::parts], b[rank::parts]) for a, b in zip(x.split(size), y.split(size), strict=True)]
+
+
+def validation(rank: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """A process's share, which may be smaller than another's, in batches of two and one."""
+    ((x, y),) = batches(VALIDATION, VALIDATION, rank, size)
+    return list(zip(x.split(2), y.split(2), strict=True))
+
+
+def fixed_gates(gate: HardConcrete) -> None:
+    with torch.no_grad():
+        gate.loc.copy_(OPEN * (2 * (torch.arange(gate.channels) % 3 > 0).to(gate.loc) - 1))
+
+
+def run(rank: int, size: int, directory: Path | None = None, accumulate: int = 1, **options: Any) -> Any:
+    """What one process does. Its share of a batch comes in as many parts as make a step."""
+    parts = size * accumulate
+    train = [
+        (x[first::accumulate], y[first::accumulate])
+        for x, y in batches(BATCH * STEPS, BATCH, rank, size)
+        for first in range(accumulate)
+    ]
+    assert all(len(x) == BATCH // parts for x, _ in train)
+    reset = HardConcrete.reset_parameters
+    HardConcrete.reset_parameters = options.pop("reset", fixed_gates)  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "P.g>0.")
+            return merge(
+                teachers(),
+                options.pop("train", train),
+                val_loader=validation(rank, size),
+                accumulate=accumulate,
+                checkpoint_dir=directory,
+                **{"seed": 3, "progress": False, "lr": 0.05, "resume": directory is not None, **EPOCHS, **options},
+            )
+    finally:
+        HardConcrete.reset_parameters = reset  # type: ignore[method-assign]
+
+
+def process(
+    rank: int, size: int, port: int, results: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        results.put((rank, work(rank, size, *arguments)))
+    except BaseException as error:
+        results.put((rank, f"{type(error).__name__}: {error}"))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+# Work for a process; what it returns is pickled.
+
+
+def merged(rank: int, size: int, *arguments: Any) -> dict[str, Any]:
+    student, history = run(rank, size, *arguments)
+    return {"student": {k: v.numpy() for k, v in student.state_dict().items()}, "history": history.record()}
+
+
+def interrupted(rank: int, size: int, directory: Path, number: int, at: int) -> None:
+    """Gets a signal in the last process, so many steps into the merge."""
+    made = 0
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        if made == at and rank == size - 1:
+            os.kill(os.getpid(), number)
+        return cross_entropy(output, target)
+
+    criterion.__qualname__ = "cross_entropy"  # to a checkpoint it is the same
+    run(rank, size, directory, criterion=criterion, checkpoint_seconds=0)
+
+
+def draws(rank: int, size: int) -> list[float]:
+    """First outputs of a training step on the same data in every process, with the gates of a fresh merge."""
+    seen: list[float] = []
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        if output.requires_grad and not seen:
+            seen.extend(output.detach().flatten().tolist())
+        return cross_entropy(output, target)
+
+    same = batches(BATCH * STEPS, BATCH, 0, 1)
+    run(rank, size, criterion=criterion, train=same, reset=_drawn_gates, merge_epochs=1, finetune_epochs=0, link_at=0.0)
+    return seen
+
+
+def _drawn_gates(gate: HardConcrete) -> None:
+    nn.init.normal_(gate.loc, 1.0, 0.01)
+
+
+def uneven(rank: int, size: int) -> Any:
+    return run(rank, size, train=batches(BATCH * STEPS, BATCH, 0, 1)[: STEPS - rank])
+
+
+def has_checkpoint(directory: Path) -> bool:
+    return bool(Snapshots(directory, {}).files())
+
+
+KILL = signal.SIGKILL

@@ -1,0 +1,92 @@
+"""Several processes that merge together are one with the same batches; when one is lost, the checkpoint is not."""
+
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import ddp_merge
+from ddp_merge import draws, free_port, interrupted, merged, process, uneven
+from killing import forkserver
+
+pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+
+
+def together(size: int, work: Any, *arguments: Any, missing: int = 0) -> dict[int, Any]:
+    """What processes of gloo bring back, by rank; so many of them may bring nothing."""
+    with forkserver(["ddp_merge"]) as context:
+        results, port = context.Queue(), free_port()
+        processes = [
+            context.Process(target=process, args=(rank, size, port, results, work, arguments)) for rank in range(size)
+        ]
+        for each in processes:
+            each.start()
+    try:
+        return dict(results.get(timeout=240) for _ in range(size - missing))
+    finally:
+        for each in processes:
+            each.join(20)
+            each.kill()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process does with whole batches."""
+    return merged(0, 1)
+
+
+def assert_close(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    for name, value in found["student"].items():
+        torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(alone["student"][name]), **TOLERANCE)
+    ours, theirs = found["history"], alone["history"]
+    assert ours["kept"] == theirs["kept"]
+    for epoch, other in zip(ours["epochs"], theirs["epochs"], strict=True):
+        for score in ("train", "val"):
+            assert epoch[score] == {name: pytest.approx(value, rel=1e-5) for name, value in other[score].items()}
+
+
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (3, 2)])
+def test_processes_are_one_with_the_same_batches(alone, size, accumulate):
+    found = together(size, merged, None, accumulate)
+    for rank in range(size):
+        assert isinstance(found[rank], dict), found
+        assert_close(found[rank], alone)
+        assert all((found[rank]["student"][name] == value).all() for name, value in found[0]["student"].items())
+
+
+def test_accumulated_batches_are_one(alone):
+    assert_close(merged(0, 1, None, 3), alone)
+
+
+def test_every_process_draws_its_own_gates():
+    found = together(2, draws)
+    assert found[0] != found[1]
+    assert len(found[0]) == len(found[1]) == 3 * ddp_merge.BATCH
+
+
+def test_processes_with_unequal_loaders_are_refused():
+    found = together(2, uneven)
+    assert set(found.values()) == {
+        "ValueError: processes that merge together need equally many batches each; they have [4, 3]"
+    }
+
+
+def test_a_signal_to_one_stops_all_and_any_number_of_processes_go_on(alone, tmp_path):
+    found = together(2, interrupted, tmp_path, signal.SIGTERM, 20)
+    assert set(found.values()) == {"Interrupted: interrupted by SIGTERM"}
+    assert ddp_merge.has_checkpoint(tmp_path)
+    assert_close(together(3, merged, tmp_path)[0], alone)
+
+
+def test_a_process_that_dies_ends_the_others_with_a_checkpoint_to_go_on_from(alone, tmp_path):
+    started = time.monotonic()
+    found = together(2, interrupted, tmp_path, ddp_merge.KILL, 25, missing=1)
+    assert time.monotonic() - started < 200
+    assert found[0].startswith("ProcessLostError: process 0 of 2 lost another one, which ended or hangs (")
+    assert found[0].endswith(".safetensors holds the state before")
+    assert_close(merged(0, 1, tmp_path), alone)
