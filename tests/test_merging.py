@@ -291,7 +291,7 @@ def test_a_budget_needs_a_length(teachers):
         def __iter__(self):
             return iter(train_loader())
 
-    with pytest.raises(ValueError, match="needs the length of train_loader, to arrive in time; a Endless has none"):
+    with pytest.raises(ValueError, match="needs a train_loader with a length, to arrive in time; this one has none"):
         merge(teachers, Endless(), gate_schedule="budget", **SHORT)
 
 
