@@ -1,4 +1,4 @@
-"""What contenders are called, in JSON and tables: of whole steps, and of compress."""
+"""What contenders are called, in JSON and tables: of whole steps, of compress, and of loaders."""
 
 NAIVE = "naive dense"
 NAIVE_COMPILED = "naive dense, compiled"
@@ -13,3 +13,8 @@ LINKED_PLAIN = "linked, not fused"
 BIG = "big student"
 IN_PLACE = "in place"
 CUDA_ONLY = (UNLINKED_PLAIN, LINKED_PLAIN)
+DATALOADER = "DataLoader"
+DATALOADER_ALONE = "DataLoader, one process"
+DALI = "DALI"
+DALI_ALONE = "DALI, one thread"
+DEVICE = "on the device"

@@ -86,6 +86,11 @@ def _convolutions(step: str) -> Target:
     return Target(name, case, "triton", "split", 1.0, 0.95)
 
 
+def _data(case: str) -> Target:
+    """Images per second of the loader over those of the big student; both times are of as many images."""
+    return Target("loader / big student, images per second", case, who.UNLINKED, who.DALI, 1.0, 1.2, at_least=True)
+
+
 def _cpu(case: str) -> Target:
     name = f"naive dense / block-diagonal, {case.split()[0]} on a CPU"
     return Target(name, f"step, {case} cpu", who.NAIVE, who.UNLINKED, 1.5, at_least=True)
@@ -95,6 +100,7 @@ TARGETS = [
     *_steps("resnet18 224px batch 256 bf16 cuda"),
     *_steps("resnet18 224px batch 256 fp16 cuda", ", fp16"),
     *[_convolutions(step) for step in ("forward", "input gradient", "weight gradient")],
+    _data("data, prepared to 224px cuda"),
     _compress("compress, resnet50 cuda"),
     _compress("compress, resnet18 cpu"),
     _cpu("resnet20 32px batch 128 fp32"),

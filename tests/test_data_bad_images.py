@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmerge.data.augmentation import Augmentation
 from fastmerge.data.decoding import BadImageError, BadImageWarning, read_image
 from fastmerge.data.folders import load_folder
 from fastmerge.data.loading import image_loaders
-from image_files import spoil, write_odd_images, write_tree
+from image_files import pixels, spoil, write_odd_images, write_tree
 
 pytest.importorskip("PIL")
 KINDS = ["truncated", "last byte", "empty", "text", "header"]
@@ -88,6 +89,19 @@ def test_training_goes_on_around_bad_images(tree, loader):
     assert len(caught) == len(bad)
     assert [sorted(epoch) for epoch in seen] == [[0] * 11 + [1] * 6] * 3
     assert seen[0] != seen[1]
+
+
+def test_a_jpeg_cut_short_is_found_wherever_the_crop_lies(tree, loader):
+    # A decoder that needs the upper part alone would not come to where the file ends.
+    image = pytest.importorskip("PIL.Image")
+    file = tree / "train" / "ant" / "003.jpg"
+    image.fromarray(pixels(3, (400, 400))).save(file, quality=95)
+    file.write_bytes(file.read_bytes()[:-400])
+    for epoch in range(4):
+        train = make(tree, loader, augmentation=Augmentation(scale=(0.01, 0.02))).train
+        train.set_epoch(epoch)
+        with pytest.warns(BadImageWarning, match=r"003.jpg can't be read as an image"):
+            assert sorted(labels(train)) == [0] * 10 + [1] * 11
 
 
 def test_a_batch_of_bad_images_alone_is_left_out(tree, loader):

@@ -120,6 +120,19 @@ def test_a_kill_leaves_no_half_file_and_the_next_run_goes_on(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in done} == before
 
 
+def test_a_file_that_could_not_be_written_is_not_there(tree, tmp_path, monkeypatch):
+    def half(file: str, partial: str, size: int, quality: int) -> bool:
+        Path(partial).write_bytes(b"\xff\xd8 half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preparing, "_write", half)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(tree, tmp_path / "to", size=32)
+    assert files(tmp_path / "to") == ["prepared.json"]
+    monkeypatch.undo()
+    assert prepare(tree, tmp_path / "to", size=32).there == 0
+
+
 @pytest.mark.parametrize("kind", ["truncated", "last byte", "empty", "text", "header"])
 def test_bad_images_are_named(tree, tmp_path, kind):
     bad = spoil(tree / "train" / "cat" / "002.jpg", kind)

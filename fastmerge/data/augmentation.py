@@ -164,5 +164,7 @@ def cut_windows(images: Tensor, windows: Tensor, height: int, width: int) -> Ten
     samples, top, left, mirrored = windows[:, :, None]
     columns = torch.arange(width, device=images.device)
     columns = torch.where(mirrored.bool(), width - 1 - columns, columns) + left
-    rows = torch.arange(height, device=images.device) + top
-    return images[samples[:, :, None], rows[:, :, None], columns[:, None, :]]
+    rows = samples * images.shape[1] + torch.arange(height, device=images.device) + top
+    # Numbers of whole pixels: on a CPU, indexing three dimensions takes eight times as long.
+    pixels = rows[:, :, None] * images.shape[2] + columns[:, None, :]
+    return images.reshape(-1, images.shape[3]).index_select(0, pixels.flatten()).view(*pixels.shape, -1)

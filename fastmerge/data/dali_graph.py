@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from fastmerge.data.augmentation import CROP_TRIES, Augmentation, draw_changes, draw_crops
 
-# The share of JPEGs for the hardware decoder, where there is one, and the size for which decoders make room in advance.
-_HARDWARE_LOAD = 0.9
+# The size for which a hardware decoder makes room in advance; how much of the work it gets is left to DALI.
 _WIDTH_HINT, _HEIGHT_HINT = 1024, 1024
 
 
@@ -115,7 +114,7 @@ class Graph:
         decode: dict[str, Any] = {"device": "cpu", "output_type": types.RGB}
         if self.device_id is not None:
             hints = {"preallocate_width_hint": _WIDTH_HINT, "preallocate_height_hint": _HEIGHT_HINT}
-            decode |= {"device": "mixed", "hw_decoder_load": _HARDWARE_LOAD, **hints}
+            decode |= {"device": "mixed", **hints}
         shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT64)
         region = {}
         if "areas" in fed:

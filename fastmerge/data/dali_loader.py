@@ -55,6 +55,8 @@ class DaliLoader(EpochLoader):
     def _next(self) -> tuple[Tensor, Tensor] | None:
         """The next batch, or None after the last."""
         while True:
+            if self._pipeline is None:
+                self._pipeline = self._build()
             try:
                 outputs = self._run()
             except RuntimeError as error:
@@ -72,23 +74,25 @@ class DaliLoader(EpochLoader):
             self._waiting += self._under_way[::-1]
             self._under_way = []
 
+    def _build(self) -> Any:
+        # A pipeline that knew its loader would live on after it, until garbage collection.
+        feed = weakref.WeakMethod(self._feed)
+
+        def source() -> tuple[Any, ...]:
+            alive = feed()
+            assert alive is not None
+            return alive()
+
+        pipeline = self.graph.build(source)
+        pipeline.build()
+        return pipeline
+
     def _run(self) -> Any:
         """What the pipeline gives, or None after the last batch.
 
         Raises:
             RuntimeError: It can't decode a file; the pipeline is gone.
         """
-        if self._pipeline is None:
-            feed = weakref.WeakMethod(
-                self._feed
-            )  # a pipeline that knew its loader would outlive it until garbage collection
-
-            def source() -> tuple[Any, ...]:
-                alive = feed()
-                assert alive is not None
-                return alive()
-
-            self._pipeline = self.graph.build(source)
         try:
             self._fresh = False
             return self._pipeline.run()

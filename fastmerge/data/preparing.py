@@ -202,10 +202,13 @@ def _prepare(file: str, target: str, size: int, quality: int) -> _Result:
     partial = os.path.join(folder, f".{name}{_PARTIAL}")
     try:
         copied = _write(file, partial, size, quality)
+        before, after = os.path.getsize(file), os.path.getsize(partial)
+        os.replace(partial, target)
     except BadImageError as error:
         return _Result(file, "bad", reason=error.reason)
-    before, after = os.path.getsize(file), os.path.getsize(partial)
-    os.replace(partial, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it is gone where all went well
+            os.unlink(partial)
     return _Result(file, "copied" if copied else "resized", before, after)
 
 
