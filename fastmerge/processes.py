@@ -40,6 +40,20 @@ class Processes:
         """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
+    def share(self, batch_size: int, accumulate: int = 1) -> int:
+        """Images of each process in each part of a step, of so many in the step.
+
+        Raises:
+            ValueError: They can't be shared out evenly.
+        """
+        share, rest = divmod(batch_size, self.size * accumulate)
+        if rest or not share:
+            raise ValueError(
+                f"a batch of {batch_size} can't be shared out evenly to {self.size} processes times {accumulate} "
+                f"accumulated batches; it needs a multiple of {self.size * accumulate}"
+            )
+        return share
+
     def sum(self, values: list[float]) -> list[float]:
         """Sums, in float64, of what each process has."""
         return self._reduced(values, dist.ReduceOp.SUM) if self.size > 1 else values

@@ -13,14 +13,16 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.evaluation import Setting
+from fastmerge.fingerprint import fingerprints
 from fastmerge.history import EpochRecord, History
 from fastmerge.merge_checks import check_checkpoints
-from fastmerge.merge_plan import MergePlan, describe_options, fingerprints
+from fastmerge.merge_plan import MergePlan, describe_options
 from fastmerge.merge_progress import Progress
 from fastmerge.merge_stages import finetune
 from fastmerge.merge_state import MergeState
 from fastmerge.merge_trainer import Trainer
 from fastmerge.merging import merge
+from fastmerge.processes import Processes
 from fastmerge.snapshots import Snapshots
 from fastmerge.stop_requests import StopRequests
 from fastmerge.training.loader_recipe import LoaderRecipe, Plan
@@ -66,9 +68,10 @@ class Place:
             ValueError, FileNotFoundError, ImportError: as :func:`~fastmerge.data.loading.image_loaders`, and where there
                 are more classes than the recipe has.
         """
+        processes = Processes(self.device)
         made = image_loaders(
             self.data,
-            recipe.batch_size,
+            processes.share(recipe.batch_size),
             image_size=recipe.image_size,
             augmentation=recipe.augmentation,
             loader=self.loader,
@@ -76,6 +79,8 @@ class Place:
             seed=seed_for(self.seed, "images", *path),
             workers=self.workers,
             on_bad_image=self.on_bad_image,
+            shard=processes.rank,
+            shards=processes.size,
         )
         if made.classes > recipe.most_classes:
             raise ValueError(
@@ -117,15 +122,20 @@ def train_network(
         snapshots = Snapshots(directory, numbers.options() | others | fingerprints([network]))
         check_checkpoints(snapshots, place.resume)
     setting.place(network)
-    history = History(1)
-    state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history)
-    title = " ".join(map(str, path))
-    with StopRequests(enabled=snapshots is not None) as stop, _Titled(title, place.progress) as bar:
+    history, processes = History(1), Processes(place.device)
+    state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history, processes)
+    title, shown = " ".join(map(str, path)), place.progress if processes.is_first else False
+
+    def note(record: EpochRecord) -> None:
+        tell(str(path[0]), record)
+
+    with (
+        StopRequests(enabled=snapshots is not None) as stop,
+        _Titled(title, shown) as bar,
+    ):
         if place.resume:
             state.load()
-        trainer = Trainer(
-            loaders.train, loaders.val, setting, history, state, stop, bar, lambda record: tell(str(path[0]), record)
-        )
+        trainer = Trainer(loaders.train, loaders.val, setting, history, state, stop, processes, 1, bar, note)
         finetune(network, numbers, plan.schedule, trainer)
     return network.eval(), history
 
