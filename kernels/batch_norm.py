@@ -289,7 +289,7 @@ def why_not_fused(
     gate: Tensor | None = None,
 ) -> str | None:
     """Why ``batch_norm_act`` or ``batch_norm_act_pool`` would run in plain PyTorch, or None if it would run fused."""
-    if not x.is_cuda:
+    if not _holds_kernels(x):
         return f"x is on {x.device.type}, not on a CUDA device"
     if not _HAS_TRITON:
         return "Triton is not installed"
@@ -309,3 +309,7 @@ def why_not_fused(
         if tensor is not None and tensor.dtype == torch.float64:
             return f"an argument is {tensor.dtype}"
     return None
+
+
+def _holds_kernels(x: Tensor) -> bool:
+    return x.is_cuda

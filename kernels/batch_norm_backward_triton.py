@@ -73,7 +73,7 @@ def input_gradient_kernel(
     channel = channels_of(BLOCK_C)
     column = channel.to(tl.int64)
     mean = per_channel(mean_ptr, channel, c, 0.0)
-    inverse_std = 1 / tl.sqrt(per_channel(var_ptr, channel, c, 0.0) + eps)
+    inverse_std = 1 / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
     scale = per_channel(weight_ptr, channel, c, 1.0) * inverse_std
     bias = per_channel(bias_ptr, channel, c, 0.0)
     if TRAINING:

@@ -81,7 +81,7 @@ def pool_kernel(
     sample, row, column, channel = patch(high, wide, BLOCK_H, BLOCK_W, BLOCK_C)
     inside_c = channel < c
     mean = per_channel(mean_ptr, channel, c, 0.0)
-    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 0.0) + eps)
+    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
     bias = per_channel(bias_ptr, channel, c, 0.0)
     sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))
 
@@ -173,7 +173,7 @@ def unpool_kernel(
     sample, row, column, channel = patch(high, wide, BLOCK_H, BLOCK_W, BLOCK_C)
     inside_c = channel < c
     mean = per_channel(mean_ptr, channel, c, 0.0)
-    inverse_std = 1 / tl.sqrt(per_channel(var_ptr, channel, c, 0.0) + eps)
+    inverse_std = 1 / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
     scale = per_channel(weight_ptr, channel, c, 1.0) * inverse_std
     bias = per_channel(bias_ptr, channel, c, 0.0)
     if TRAINING:

@@ -75,7 +75,7 @@ def sum_gradients_kernel(
     column = channel.to(tl.int64)
     inside_c = channel < c
     mean = per_channel(mean_ptr, channel, c, 0.0)
-    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 0.0) + eps)
+    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
     bias = per_channel(bias_ptr, channel, c, 0.0)
 
     dbias = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)

@@ -58,7 +58,7 @@ def normalize_kernel(
     channel = channels_of(BLOCK_C)
     column = channel.to(tl.int64)
     mean = per_channel(mean_ptr, channel, c, 0.0)
-    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 0.0) + eps)
+    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
     bias = per_channel(bias_ptr, channel, c, 0.0)
     for n_ in range(first_n, last_n, BLOCK_N):
         if gate_ptr is not None:

@@ -1,0 +1,166 @@
+"""What the tests of the fused BatchNorm share: cases, layouts, and the comparison with the float64 reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from fastmerge.kernels import batch_norm, batch_norm_tiles
+from fastmerge.kernels.batch_norm import batch_norm_act
+from fastmerge.kernels.batch_norm_formulas import batch_norm_act_pool_reference, batch_norm_act_reference
+from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from torch import Tensor
+
+from conftest import TOLERANCES
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "channels-last", "slice"]
+# Smallest, odd, typical, just past the blocks (of 8 channels and 16 positions), and without a plane.
+SHAPES = [(2, 1, 1, 1), (3, 5, 7, 3), (4, 16, 4, 8), (2, 18, 5, 4), (7, 13), (3, 6, 10)]
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES)
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+NAMES = ("x", "weight", "bias", "residual", "gate")
+
+
+def in_layout(tensor: Tensor, layout: str) -> Tensor:
+    """A copy of a tensor of shape (N, C, ...) that lies in memory as told."""
+    if layout == "contiguous":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    if layout == "transposed":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "cropped":
+        wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 3, dtype=tensor.dtype, device=tensor.device)
+        wide[..., 1:-2] = tensor
+        return wide[..., 1:-2]
+    channels = {"channels-last": tensor.shape[1], "slice": tensor.shape[1] + 8}[layout]
+    last = tensor.new_full((tensor.shape[0], *tensor.shape[2:], channels), float("nan"))
+    view = last.movedim(-1, 1)[:, channels - tensor.shape[1] :]
+    return view.copy_(tensor)
+
+
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", samples: int | None = None, residual: bool = True
+) -> dict[str, Tensor | None]:
+    """Inputs of one call, contiguous: weights in float32, gates closed, open and between, one row for each of ``samples``."""
+    generator = torch.Generator().manual_seed(0)
+    channels = shape[1]
+    gate = None if samples is None else (1.6 * torch.rand(samples, channels, generator=generator) - 0.3).clamp(0, 1)
+    case = {
+        "x": 2 * torch.randn(shape, generator=generator)
+        + torch.linspace(-3, 3, channels).reshape(-1, *[1] * (len(shape) - 2)),
+        "weight": torch.randn(channels, generator=generator),
+        "bias": torch.randn(channels, generator=generator),
+        "residual": torch.randn(shape, generator=generator) if residual else None,
+        "gate": gate,
+    }
+    wide = {"weight", "bias"}
+    return {
+        name: None if t is None else t.to(device, torch.float32 if name in wide else dtype) for name, t in case.items()
+    }
+
+
+def check_against_float64(
+    case: dict[str, Tensor | None],
+    options: dict[str, Any],
+    *,
+    learning: tuple[str, ...] = NAMES,
+    dy_layout: str = "contiguous",
+    operation: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Compares result, running statistics and gradients with those of the reference in float64; returns the result.
+
+    Args:
+        case: see ``make``; the tensors' layouts are kept.
+        options: of ``batch_norm_act``, or with a kernel_size of ``batch_norm_act_pool``.
+        learning: which tensors of the case require a gradient.
+        dy_layout: of the result's gradient.
+        operation: in place of the public function.
+    """
+    pooled = "kernel_size" in options
+    function = operation or (batch_norm_act_pool if pooled else batch_norm_act)
+    reference = batch_norm_act_pool_reference if pooled else batch_norm_act_reference
+    x = case["x"]
+    assert x is not None
+    running = torch.linspace(-1, 1, x.shape[1]), torch.linspace(0.5, 2, x.shape[1])
+
+    results = []
+    for call, double in ((function, False), (reference, True)):
+        tensors = {
+            name: None
+            if t is None
+            else (t.detach().double() if double else t.detach()).requires_grad_(name in learning)
+            for name, t in case.items()
+        }
+        mean, var = (t.to(x.device, torch.float64 if double else torch.float32, copy=True) for t in running)
+        named = {name: tensors[name] for name in ("residual", "gate") if tensors[name] is not None}
+        y = call(tensors["x"], tensors["weight"], tensors["bias"], mean, var, **named, **options)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(x.device, x.dtype)
+        dy = dy.double() if double else in_layout(dy, dy_layout)
+        learners = {name: t for name, t in tensors.items() if t is not None and name in learning}
+        gradients = torch.autograd.grad(y, list(learners.values()), dy) if learners else ()
+        results.append(
+            {"y": y.detach(), "running_mean": mean, "running_var": var} | dict(zip(learners, gradients, strict=True))
+        )
+        for name, gradient in zip(learners, gradients, strict=True):
+            assert gradient.dtype == learners[name].dtype, name
+
+    got, expected = results
+    assert (got["y"].dtype, got["y"].device) == (x.dtype, x.device)
+    steepness = _steepness(case, options, running)
+    for name, tensor in got.items():
+        dtypes = (tensor.dtype,) if name.startswith("running") else (tensor.dtype, x.dtype)
+        tolerance = dict(max((TOLERANCES[dtype] for dtype in dtypes), key=lambda t: t["rtol"]))
+        # What is rounded before the scale of weight / std multiplies it; sums hold many rounded terms.
+        tolerance["atol"] *= steepness * (1 + expected[name].abs().max().item())
+        torch.testing.assert_close(
+            tensor.double(), expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    return got["y"]
+
+
+def _steepness(case: dict[str, Tensor | None], options: dict[str, Any], running: tuple[Tensor, Tensor]) -> float:
+    x, weight = case["x"], case["weight"]
+    assert x is not None
+    var = (
+        x.double().movedim(1, 0).flatten(1).var(1, unbiased=False).cpu() if options["training"] else running[1].double()
+    )
+    scale = (var + 1e-5).rsqrt() * (1 if weight is None else weight.detach().double().cpu().abs())
+    return max(1.0, scale.max().item())
+
+
+@contextlib.contextmanager
+def fused(direct: bool = True) -> Iterator[None]:
+    """Sends the public functions through the kernels on the CPU too: straight, or by way of the custom operators."""
+    # Functions instead of mocks, for torch.compile traces them.
+    replaced = {"_holds_kernels": _yes} if direct else {"_holds_kernels": _yes, "runs_direct": _no}
+    with mock.patch.multiple(batch_norm, **replaced):
+        yield
+
+
+def _yes(x: Tensor) -> bool:
+    return True
+
+
+def _no(x: Tensor) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def small_cuts(tile: int = 64, programs: int = 4) -> Iterator[None]:
+    """Cuts tensors as if they were large: several tiles to a program, several programs along N and P."""
+    cut = {"programs": programs, "least": 1, "most": 3}
+    with mock.patch.multiple(
+        batch_norm_tiles, _TILE=tile, _POOLING_TILE=tile, _LINE_BYTES=16, _SUMMING=cut, _WRITING=cut, _FEW_PROGRAMS=1
+    ):
+        batch_norm_tiles.tiles.cache_clear()
+        batch_norm_tiles.patches.cache_clear()
+        yield
+    batch_norm_tiles.tiles.cache_clear()
+    batch_norm_tiles.patches.cache_clear()

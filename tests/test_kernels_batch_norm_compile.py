@@ -1,0 +1,131 @@
+"""The kernels of the fused BatchNorm compile for Hopper and Ampere, with nothing left on the stack and vectors loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from fastmerge.kernels.batch_norm_tiles import patches, tiles
+
+from offline_compile import TARGETS, Compiled, compile_offline
+
+triton = pytest.importorskip("triton")
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+by_target = pytest.mark.parametrize("capability", TARGETS)
+by_dtype = pytest.mark.parametrize("dtype", TYPES)
+# N, P and C of a layer of ResNet-18, two teachers wide.
+LAYER = (256, 56 * 56, 128)
+TENSORS = ("x", "y", "dy", "dz", "dx", "residual", "place", "peak")
+
+
+def compiled(
+    kernel: Any,
+    dtype: torch.dtype,
+    constants: Mapping[str, Any],
+    capability: int,
+    channels_last: bool = True,
+    **given: Any,
+) -> Compiled:
+    """Compiles a kernel for tensors of one dtype; every argument not ``given`` gets the type that its name tells."""
+    constants = dict(constants) | {name: value for name, value in given.items() if not isinstance(value, str)}
+    types = {}
+    for name in kernel.arg_names:
+        tensor = re.fullmatch(rf"({'|'.join(TENSORS)})_(ptr|stride_[npchw])", name)
+        if name in constants:
+            continue
+        if name in given:
+            types[name] = given[name]
+        elif tensor and tensor[2] == "ptr":
+            types[name] = "*i8" if tensor[1] == "place" else f"*{TYPES[dtype]}"
+        elif tensor and tensor[2] == ("stride_c" if channels_last else "stride_p"):
+            constants[name] = 1
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32"
+        else:
+            types[name] = "fp32" if name in ("eps", "momentum", "count") else "i32"
+    return compile_offline(kernel, types, constants, capability)
+
+
+def check(kernel: Compiled, tensors: int) -> None:
+    """Nothing on the stack, and what a thread takes of each of the tensors at once are 16 bytes."""
+    assert (kernel.stack_bytes, kernel.spill_bytes) == (0, 0)
+    loads = re.findall(r"ld\.global\S*", kernel.ptx)
+    assert sum(load.endswith(".v4.b32") for load in loads) >= tensors
+    # The rest are places in a window, 8 of one byte, and numbers in float32 of a channel whose positions lie side by side.
+    assert {load for load in loads if not load.endswith(".v4.b32")} <= {"ld.global.v2.b32", "ld.global.b32"}
+
+
+def blocks(dtype: torch.dtype, summing: bool, channels_last: bool) -> dict[str, Any]:
+    return tiles(*LAYER, dtype.itemsize, channels_last, summing).blocks
+
+
+# Both layouts in one dtype; the assembler sees no difference between the two of 16 bits but the conversions.
+@by_target
+@pytest.mark.parametrize(
+    ("dtype", "channels_last"),
+    [(torch.float32, True), (torch.float16, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+)
+@pytest.mark.parametrize("name", ["statistics", "normalize", "sums", "input gradient"])
+def test_passes(name: str, dtype: torch.dtype, channels_last: bool, capability: int) -> None:
+    from fastmerge.kernels import (
+        batch_norm_backward_triton,
+        batch_norm_statistics_triton,
+        batch_norm_sums_triton,
+        batch_norm_triton,
+    )
+
+    # With everything: residual, gates, the gradients of both.
+    kernel, summing, tensors, constants = {
+        "statistics": (batch_norm_statistics_triton.partial_statistics_kernel, True, 1, {}),
+        "normalize": (batch_norm_triton.normalize_kernel, False, 2, {"RELU": True}),
+        "sums": (batch_norm_sums_triton.sum_gradients_kernel, True, 3, {"RELU": True, "DGATE": 2}),
+        "input gradient": (
+            batch_norm_backward_triton.input_gradient_kernel,
+            False,
+            2,
+            {"RELU": True, "TRAINING": True},
+        ),
+    }[name]
+    constants = constants | blocks(dtype, summing, channels_last)
+    result = compiled(kernel, dtype, constants, capability, channels_last)
+    check(result, tensors)
+    if channels_last:
+        # Four programs of 128 threads on a multiprocessor at the least.
+        assert result.registers <= 128
+        # A result leaves in 16 bytes; the sums are single numbers.
+        stores = re.findall(r"st\.global\S*", result.ptx)
+        assert summing or all(store.endswith(".v4.b32") for store in stores)
+
+
+@by_target
+@by_dtype
+@pytest.mark.parametrize("pooling", [True, False])
+def test_pooling(dtype: torch.dtype, capability: int, pooling: bool) -> None:
+    from fastmerge.kernels import batch_norm_pool_triton as kernels
+
+    block_h, block_w, block_c = patches(56, 56, 128, dtype.itemsize, True, pooling)
+    constants = kernels.window_constants((3, 3, 2, 2, 1, 1)) | {"RELU": True}
+    constants |= {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c}
+    if pooling:
+        result = compiled(kernels.pool_kernel, dtype, constants, capability)
+    else:
+        result = compiled(kernels.unpool_kernel, dtype, constants | {"TRAINING": True}, capability)
+    check(result, 9 if pooling else 2)
+
+
+@by_target
+def test_merging(capability: int) -> None:
+    from fastmerge.kernels import batch_norm_statistics_triton, batch_norm_sums_triton
+    from fastmerge.kernels.batch_norm_walk_triton import MERGE_C, MERGE_PARTS
+
+    constants = {"PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C}
+    for kernel, more in (
+        (batch_norm_statistics_triton.merge_statistics_kernel, {}),
+        (batch_norm_sums_triton.merge_sums_kernel, {"DGATE": 1}),
+    ):
+        result = compiled(kernel, torch.float32, constants | more, capability)
+        assert (result.stack_bytes, result.spill_bytes) == (0, 0)
