@@ -22,9 +22,12 @@ LAYOUTS = ["contiguous", "channels-last", "slice"]
 # Smallest, odd, typical, just past the blocks (of 8 channels and 16 positions), and without a plane.
 SHAPES = [(2, 1, 1, 1), (3, 5, 7, 3), (4, 16, 4, 8), (2, 18, 5, 4), (7, 13), (3, 6, 10)]
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+# Every dtype in the layout that training runs in, every layout in one dtype.
+by_dtype_and_layout = pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, layout) for layout in LAYOUTS] + [(dtype, "channels-last") for dtype in DTYPES[1:]],
+)
 
 NAMES = ("x", "weight", "bias", "residual", "gate")
 
@@ -90,26 +93,27 @@ def check_against_float64(
     assert x is not None
     running = torch.linspace(-1, 1, x.shape[1]), torch.linspace(0.5, 2, x.shape[1])
 
+    near_kink = _near_kink(case, options, running)
+    deterministic = torch.are_deterministic_algorithms_enabled()
     results = []
     for call, double in ((function, False), (reference, True)):
-        tensors = {
-            name: None
-            if t is None
-            else (t.detach().double() if double else t.detach()).requires_grad_(name in learning)
-            for name, t in case.items()
-        }
+        # The pooling of torch has no deterministic backward pass on CUDA.
+        torch.use_deterministic_algorithms(deterministic and not double)
+        tensors = {name: None if t is None else t.detach() for name, t in case.items()}
+        if double:
+            tensors = {name: None if t is None else t.double() for name, t in tensors.items()}
+        learners = {name: t.requires_grad_() for name, t in tensors.items() if t is not None and name in learning}
         mean, var = (t.to(x.device, torch.float64 if double else torch.float32, copy=True) for t in running)
         named = {name: tensors[name] for name in ("residual", "gate") if tensors[name] is not None}
         y = call(tensors["x"], tensors["weight"], tensors["bias"], mean, var, **named, **options)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(x.device, x.dtype)
-        dy = dy.double() if double else in_layout(dy, dy_layout)
-        learners = {name: t for name, t in tensors.items() if t is not None and name in learning}
-        gradients = torch.autograd.grad(y, list(learners.values()), dy) if learners else ()
-        results.append(
-            {"y": y.detach(), "running_mean": mean, "running_var": var} | dict(zip(learners, gradients, strict=True))
-        )
+        dy = in_layout(dy.masked_fill(near_kink, 0), dy_layout)
+        gradients = torch.autograd.grad(y, list(learners.values()), dy.double() if double else dy) if learners else ()
+        outputs = {"y": y.detach(), "running_mean": mean, "running_var": var}
+        results.append(outputs | dict(zip(learners, gradients, strict=True)))
         for name, gradient in zip(learners, gradients, strict=True):
             assert gradient.dtype == learners[name].dtype, name
+    torch.use_deterministic_algorithms(deterministic)
 
     got, expected = results
     assert (got["y"].dtype, got["y"].device) == (x.dtype, x.device)
@@ -123,6 +127,16 @@ def check_against_float64(
             tensor.double(), expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
     return got["y"]
+
+
+def _near_kink(case: dict[str, Tensor | None], options: dict[str, Any], running: tuple[Tensor, Tensor]) -> Tensor:
+    """Where the activation's argument is so near 0 that rounding may decide whether a gradient passes."""
+    x, weight, bias, residual = (None if t is None else t.detach().double() for t in list(case.values())[:4])
+    assert x is not None
+    mean, var = (t.double().to(x.device) for t in running)
+    more = {} if residual is None else {"residual": residual}
+    reference = batch_norm_act_pool_reference if "kernel_size" in options else batch_norm_act_reference
+    return reference(x, weight, bias, mean, var, **options | more | {"activation": "identity"}).abs() < 1e-4
 
 
 def _steepness(case: dict[str, Tensor | None], options: dict[str, Any], running: tuple[Tensor, Tensor]) -> float:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
 from torch import Tensor
 
-from batch_norm_checks import by_dtype, by_layout, check_against_float64, fused, in_layout, make, small_cuts
+from batch_norm_checks import by_dtype_and_layout, check_against_float64, fused, in_layout, make, small_cuts
 from gate_checks import poisoned_memory  # noqa: F401
 from interpreter import interpreted
 
@@ -37,8 +37,7 @@ def case_of(
 
 
 @interpreted
-@by_dtype
-@by_layout
+@by_dtype_and_layout
 # Smallest, odd, typical, just past the blocks (of 8 channels and 8 columns).
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (3, 5, 7, 3), (2, 8, 8, 8), (1, 18, 5, 17)], ids=str)
 def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
@@ -77,8 +76,9 @@ def test_only_the_gradients_wanted(learning: tuple[str, ...], training: bool) ->
 
 
 @interpreted
-@pytest.mark.parametrize("layout", ["contiguous", "slice"])
-@pytest.mark.parametrize("dy_layout", ["slice", "contiguous", "cropped"])
+@pytest.mark.parametrize(
+    ("layout", "dy_layout"), [("contiguous", "slice"), ("slice", "contiguous"), ("slice", "cropped")]
+)
 def test_many_tiles_and_programs(layout: str, dy_layout: str) -> None:
     with small_cuts(), fused():
         check_against_float64(case_of((3, 5, 6, 5), torch.float32, 3, layout), TRAINING, dy_layout=dy_layout)
