@@ -1,9 +1,8 @@
-"""BatchNorm with what follows it, forward and backward in training: eager, compiled, and the fused operation.
+"""BatchNorm with what follows it, forward and backward in training: eager, compiled, fused, and a copy of as many bytes.
 
-Layers are those of ``BigStudent(resnet18, resnet18)`` at 224 px and a batch of 256, linked or as one stream of a teacher,
-channels-last. Eager and compiled are the reference: ``F.batch_norm``, add, ReLU, max-pooling, and a gate cast to the
-activation's dtype. "bytes" is what the fused operation has to move at the least, so that bytes / time is the bandwidth
-achieved; beside it stands the bandwidth of a copy of the same tensor. Needs a CUDA GPU; skips without one.
+Layers are those of ``BigStudent(resnet18, resnet18)`` at 224 px, linked, or one teacher's stream of it, channels-last.
+Eager and compiled are the reference: ``F.batch_norm``, add, ReLU, max-pooling, and a gate cast to the activation's dtype.
+``bytes`` is what the fused operation has to move at the least, for bandwidths. Needs a CUDA GPU; skips without one.
 """
 
 from __future__ import annotations
@@ -15,113 +14,100 @@ import pytest
 import torch
 from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference
 from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool, batch_norm_act_pool_reference
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+from benchmarks.cases import DTYPES, needs_gpu
+from benchmarks.effort import Effort
+from benchmarks.race import Contender, race
 
-LAYERS = {
+pytestmark = needs_gpu
+
+POOLING: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
+LAYERS: dict[str, tuple[int, ...]] = {
+    "stem": (256, 128, 112, 112),
     "layer1": (256, 128, 56, 56),
-    "layer1-stream": (256, 64, 56, 56),
+    "layer1 stream": (256, 64, 56, 56),
     "layer2": (256, 256, 28, 28),
     "layer3": (256, 512, 14, 14),
     "layer4": (256, 1024, 7, 7),
-    "resnet20": (128, 32, 32, 32),
+    "resnet20 layer1": (128, 32, 32, 32),
 }
-STEM = (256, 128, 112, 112)
-POOLING: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
-
-# With what, and how often each kind of tensor is moved at the least: the statistics, the result, the sums and dx each read x
-# or write once; a residual is read twice, and its gradient written and, in place of dy and itself, read.
-KINDS: dict[str, tuple[bool, bool]] = {
-    "plain": (False, False),
-    "gate": (False, True),
-    "residual": (True, False),
-    "residual-gate": (True, True),
-}
-MOVES = {False: 3 + 5, True: 4 + 7}
-
-RUNS: dict[str, Callable[[Callable[..., Tensor], Callable[..., Tensor]], Callable[..., Tensor]]] = {
+CASES = [
+    *[
+        (layer, kind, "bf16")
+        for layer in LAYERS
+        for kind in ("gate", "residual gate")
+        if (layer, kind[0]) != ("stem", "r")
+    ],
+    *[(layer, "gate", "fp16") for layer in ("stem", "layer1", "layer2")],
+    *[(layer, "plain", "bf16") for layer in ("stem", "layer1", "layer2")],
+]
+Operation = Callable[..., Tensor]
+RUNS: dict[str, Callable[[Operation, Operation], Operation]] = {
     "eager": lambda reference, fused: reference,
     "compiled": lambda reference, fused: torch.compile(reference, fullgraph=True),
     "fused": lambda reference, fused: fused,
 }
-by_run = pytest.mark.parametrize("run", RUNS)
-by_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
-def measure(
-    operation: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    moved: float,
-    benchmark: Any,
-    residual: bool,
-    gated: bool,
-    **options: Any,
-) -> None:
-    """Times steps of one layer; ``moved`` is in tensors of the shape."""
+def moved(layer: str, kind: str, x: Tensor) -> int:
+    """The bytes that the fused operation has to move, gates and vectors of channels aside."""
+    if layer == "stem":
+        # x is read three times and its gradient written. y, the x kept for it and its gradient are a quarter of x: two
+        # writes, two reads for the sums, one for dx. The places in the windows, of one byte, are written and read.
+        return 4 * x.nbytes + 5 * x.nbytes // 4 + 2 * x.numel() // 4
+    # Reads of x for the statistics, of x for y, of dy and x for the sums, of dy and x for dx; writes of y and dx. A residual
+    # is read twice; its gradient is written, and read in place of dy.
+    return (11 if "residual" in kind else 8) * x.nbytes
+
+
+def contender(run: str, layer: str, kind: str, dtype: torch.dtype) -> Contender:
+    shape = LAYERS[layer]
     n, c = shape[:2]
 
     def image() -> Tensor:
         return torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
 
     x = image()
+    facts = {"items": n, "bytes": moved(layer, kind, x)}
+    if run == "copy":
+        source = torch.randn(facts["bytes"] // 8, device="cuda")
+        target = torch.empty_like(source)
+
+        def copy() -> None:
+            target.copy_(source)
+            torch.cuda.synchronize()
+
+        return Contender(copy, facts)
+
+    pooled = layer == "stem"
+    reference, fused = (
+        (batch_norm_act_pool_reference, batch_norm_act_pool) if pooled else (batch_norm_act_reference, batch_norm_act)
+    )
+    operation, options = RUNS[run](reference, fused), POOLING if pooled else {}
     weight, bias = torch.rand(c, device="cuda", requires_grad=True), torch.randn(c, device="cuda", requires_grad=True)
     running = torch.zeros(c, device="cuda"), torch.ones(c, device="cuda")
-    more = {"residual": image()} if residual else {}
-    if gated:
+    more = {"residual": image()} if "residual" in kind else {}
+    if "gate" in kind:
         more["gate"] = torch.rand(n, c, device="cuda", requires_grad=True)
     tensors = [x, weight, bias, *more.values()]
-    dy = torch.randn_like(operation(x, weight, bias, *running, training=True, **more, **options))
+
+    def forward() -> Tensor:
+        return operation(x, weight, bias, *running, training=True, **more, **options)
+
+    dy = torch.randn_like(forward())
 
     def step() -> None:
-        y = operation(x, weight, bias, *running, training=True, **more, **options)
-        torch.autograd.grad(y, tensors, dy)
+        torch.autograd.grad(forward(), tensors, dy)
         torch.cuda.synchronize()
 
-    benchmark.extra_info.update(shape=list(shape), dtype=str(dtype), bytes=int(moved * x.nbytes))
-    for _ in range(5):
-        step()
-    benchmark(step)
+    return Contender(step, facts)
 
 
-@by_run
-@by_dtype
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_batch_norm_act(layer: str, kind: str, dtype: torch.dtype, run: str, benchmark: Any) -> None:
-    residual, gated = KINDS[kind]
-    benchmark.group = f"batch_norm_act {layer} {kind} {str(dtype)[6:]}"
-    operation = RUNS[run](batch_norm_act_reference, batch_norm_act)
-    measure(operation, LAYERS[layer], dtype, MOVES[residual], benchmark, residual, gated)
-
-
-@by_run
-@by_dtype
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gate"])
-def test_batch_norm_act_pool(gated: bool, dtype: torch.dtype, run: str, benchmark: Any) -> None:
-    benchmark.group = f"batch_norm_act_pool {'gate' if gated else 'plain'} {str(dtype)[6:]}"
-    operation = RUNS[run](batch_norm_act_pool_reference, batch_norm_act_pool)
-    # x is read three times and its gradient written; y, the x kept for it and dy are a quarter of x each, of which two are
-    # written, two read for the sums, one for dx; the places in the windows take a byte where x takes two.
-    places = 1 / (4 * dtype.itemsize)
-    measure(operation, STEM, dtype, 4 + 5 / 4 + 2 * places, benchmark, False, gated, **POOLING)
-
-
-@by_dtype
-def test_copy(dtype: torch.dtype, benchmark: Any) -> None:
-    x = torch.randn(LAYERS["layer1"], device="cuda", dtype=dtype)
-    y = torch.empty_like(x)
-
-    def step() -> None:
-        y.copy_(x)
-        torch.cuda.synchronize()
-
-    benchmark.group = f"copy {str(dtype)[6:]}"
-    benchmark.extra_info.update(shape=list(x.shape), dtype=str(dtype), bytes=2 * x.nbytes)
-    for _ in range(5):
-        step()
-    benchmark(step)
+@pytest.mark.parametrize(("layer", "kind", "precision"), CASES, ids=[" ".join(c).replace(" ", "-") for c in CASES])
+def bench_batch_norm(benchmark: BenchmarkFixture, layer: str, kind: str, precision: str, effort: Effort) -> None:
+    benchmark.group = benchmark.extra_info["case"] = f"BatchNorm, {layer} {kind} {precision} cuda"
+    dtype = DTYPES[precision]
+    makers = {run: (lambda run=run: contender(run, layer, kind, dtype)) for run in (*RUNS, "copy")}
+    race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)

@@ -91,6 +91,15 @@ def _data(case: str) -> Target:
     return Target("loader / big student, images per second", case, who.UNLINKED, who.DALI, 1.0, 1.2, at_least=True)
 
 
+def _batch_norm(layer: str, name: str, target: float, stretch: float) -> list[Target]:
+    """Against eager, and against a copy of as many bytes: 80 % of its bandwidth, 90 % would be better."""
+    case = f"BatchNorm, {layer} gate bf16 cuda"
+    return [
+        Target(f"{name}: eager / fused", case, "eager", "fused", target, stretch, at_least=True),
+        Target(f"{name}: fused / copy", case, "fused", "copy", 1 / 0.8, 1 / 0.9),
+    ]
+
+
 def _cpu(case: str) -> Target:
     name = f"naive dense / block-diagonal, {case.split()[0]} on a CPU"
     return Target(name, f"step, {case} cpu", who.NAIVE, who.UNLINKED, 1.5, at_least=True)
@@ -101,6 +110,9 @@ TARGETS = [
     *_steps("resnet18 224px batch 256 fp16 cuda", ", fp16"),
     *[_convolutions(step) for step in ("forward", "input gradient", "weight gradient")],
     _data("data, prepared to 224px cuda"),
+    *_batch_norm("layer1", "BatchNorm + ReLU + gate, 206 MB", 2.2, 2.5),
+    *_batch_norm("layer2", "BatchNorm + ReLU + gate, 103 MB", 2.2, 2.5),
+    *_batch_norm("stem", "BatchNorm + ReLU + pooling + gate", 3.0, 3.8),
     _compress("compress, resnet50 cuda"),
     _compress("compress, resnet18 cpu"),
     _cpu("resnet20 32px batch 128 fp32"),
