@@ -15,9 +15,11 @@ directory (``block_conv_cache``).
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,11 +53,17 @@ class Choices:
 
     Args:
         timer: milliseconds that a function takes.
+        prepare: called with the candidates that are about to be timed.
         stored: whether winners are read from and written to the cache file.
     """
 
-    def __init__(self, timer: Callable[[Callable[[], Any]], float], stored: bool = True) -> None:
-        self._timer, self._stored = timer, stored
+    def __init__(
+        self,
+        timer: Callable[[Callable[[], Any]], float],
+        prepare: Callable[[Sequence[Run]], None] = lambda runs: None,
+        stored: bool = True,
+    ) -> None:
+        self._timer, self._prepare, self._stored = timer, prepare, stored
         self._known: dict[str, Measurement] = {}
         self._read = False
         self._fixed: str | None = None
@@ -120,6 +128,7 @@ class Choices:
 
     def _measure(self, key: str, trial: Mapping[str, Run]) -> str:
         expected = trial[SPLIT]()
+        self._prepare([run for name, run in trial.items() if name != SPLIT])
         milliseconds = {}
         for name, run in trial.items():
             try:
@@ -164,13 +173,23 @@ def device_milliseconds(run: Callable[[], Any]) -> float:
     return float(statistics.median(do_bench(run, warmup=10, rep=50, return_mode="all")))
 
 
-choices = Choices(device_milliseconds)
+def run_beside_each_other(runs: Sequence[Run]) -> None:
+    """Runs functions in threads of their own, whatever becomes of them: kernels they launch are compiled side by side."""
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for future in [pool.submit(run) for run in runs]:
+            # What fails here fails again when its turn comes, and is reported then.
+            future.exception()
+    torch.cuda.synchronize()
+
+
+choices = Choices(device_milliseconds, run_beside_each_other)
 
 
 def set_measuring(measuring: bool | None) -> None:
     """Whether layers not met before are timed at their first use: True, False, or as ``torch.backends.cudnn.benchmark``.
 
-    Timing compiles about ten kernels for each pass of a layer, a few seconds the first time.
+    Timing compiles about ten kernels for each pass of a layer, seconds each the first time.
     """
     choices.set_measuring(measuring)
 
