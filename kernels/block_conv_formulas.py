@@ -81,9 +81,9 @@ class LiveBlocks(NamedTuple):
     column_rows: Tensor
     mask: Tensor
 
-    def block(self, weight: Tensor) -> Pair:
-        """Output and input channels of a block of this weight."""
-        return weight.shape[0] // self.mask.shape[0], weight.shape[1] // self.mask.shape[1]
+    def block(self, weight_size: Sequence[int]) -> Pair:
+        """Output and input channels of a block of a weight (K, C, R, S)."""
+        return weight_size[0] // self.mask.shape[0], weight_size[1] // self.mask.shape[1]
 
 
 _lists: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -294,7 +294,7 @@ def _correlate(
     channel_tiles = triton.cdiv(written, tile.written)
     blocks, lists = (0, 0), (None, None)
     if live is not None:
-        blocks = live.block(weight)
+        blocks = live.block(weight.shape)
         lists = (live.column_starts, live.column_rows) if gradient else (live.row_starts, live.columns)
     constants = correlate_constants(geometry, tile, box, gradient, bias is not None, blocks)
     weight_channels = (tile.read, tile.written) if gradient else (tile.written, tile.read)

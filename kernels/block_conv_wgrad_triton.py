@@ -238,7 +238,7 @@ def weight_gradient(
     # Only live blocks are written: all others are these zeros.
     empty = torch.zeros if live is not None else torch.empty
     dw = empty(size, dtype=dys[0].dtype, device=dys[0].device).contiguous(memory_format=torch.channels_last)
-    block = (0, 0) if live is None else live.block(dw)
+    block = (0, 0) if live is None else live.block(dw.shape)
     n, _, height, width = dys[0].shape
     box = box_of(tile.positions, n, height, width)
     counts = [-(-extent // edge) for extent, edge in zip((n, height, width), box, strict=True)]

@@ -137,7 +137,7 @@ def compare(name: str, got: Sequence[Tensor], given: Operands, slack: float = 1)
     for result, right, size in zip(got, expected, sizes, strict=True):
         assert result.shape == right.shape
         error = (result.double() - right).abs()
-        allowed = slack * ROUNDING[result.dtype] * right.abs() + ACCUMULATION * size + torch.finfo(result.dtype).tiny
+        allowed = slack * (ROUNDING[result.dtype] * right.abs() + ACCUMULATION * size) + torch.finfo(result.dtype).tiny
         # Written so that a NaN fails.
         assert (error <= allowed).all(), (
             f"{name} is off by up to {(error / allowed).nan_to_num(1e9).max():.1f} tolerances"

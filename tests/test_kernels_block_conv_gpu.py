@@ -94,7 +94,7 @@ def every_tile(
     from fastmerge.kernels import block_conv_triton, block_conv_wgrad_triton
 
     options = (case.streams, case.geometry)
-    block = None if live is None else live.block(given.weight)
+    block = None if live is None else live.block(given.weight.shape)
     found: list[tuple[str, str, Callable[[], list[Tensor]]]] = []
     for tile in tiles(case.c, case.k, block)[:most]:
         forward = functools.partial(
