@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from fastmerge.kernels.block_conv_formulas import (
@@ -22,7 +22,10 @@ ACCUMULATION = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """T convolutions: from C to K channels, of N samples of height × width."""
+    """T convolutions: from C to K channels, of N samples of height × width.
+
+    The kernel is square unless it has a number of columns of its own, the padding half of it unless it is given.
+    """
 
     streams: int
     n: int
@@ -34,16 +37,13 @@ class Case:
     stride: int
     padding: int = -1
     dilation: int = 1
+    columns: int = 0
 
     @property
     def geometry(self) -> Geometry:
-        padding = self.kernel // 2 if self.padding < 0 else self.padding
-        return Geometry(
-            (self.kernel, self.kernel), (self.stride, self.stride), (padding, padding), (self.dilation, self.dilation)
-        )
-
-    def with_streams(self, streams: int) -> Case:
-        return replace(self, streams=streams)
+        kernel = (self.kernel, self.columns or self.kernel)
+        rows, columns = (edge // 2 if self.padding < 0 else self.padding for edge in kernel)
+        return Geometry(kernel, (self.stride, self.stride), (rows, columns), (self.dilation, self.dilation))
 
 
 @dataclass
@@ -71,7 +71,7 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu", mask: Tensor |
 
     out = geometry.output_size(case.height, case.width)
     xs = [channels_last(case.n, case.c, case.height, case.width) for _ in range(case.streams)]
-    weight = random(case.streams * case.k, case.c, case.kernel, case.kernel)
+    weight = random(case.streams * case.k, case.c, *geometry.kernel)
     bias = random(case.streams * case.k)
     dys = [channels_last(case.n, case.k, *out) for _ in range(case.streams)]
     expected = _float64(xs, weight, bias, dys, geometry, mask, signs=True)
@@ -160,7 +160,3 @@ def random_mask(rows: int, columns: int, kind: str) -> Tensor:
     elif kind == "diagonal":
         mask = torch.eye(rows, columns).bool()
     return mask
-
-
-def live(mask: Tensor | None) -> object:
-    return None if mask is None else live_blocks(mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from fastmerge.kernels.block_conv_tiles import Tile, WeightTile
@@ -89,6 +91,9 @@ def test_streams_joined_in_one_tensor(case: Case) -> None:
         Case(2, 1, 7, 8, 16, 16, 3, 2, padding=0),
         Case(2, 1, 6, 7, 16, 16, 5, 2, padding=3),
         Case(1, 1, 5, 4, 8, 8, 1, 2, padding=1),
+        Case(1, 1, 5, 6, 8, 8, 3, 2, columns=1),
+        Case(1, 1, 5, 6, 8, 8, 1, 2, columns=3),
+        Case(1, 1, 5, 6, 8, 8, 2, 1, columns=3),
     ],
     ids=str,
 )
@@ -134,6 +139,17 @@ def test_three_streams_anywhere_in_memory() -> None:
         memory[place] = x.permute(0, 2, 3, 1)
     xs = [memory[place].permute(0, 3, 1, 2) for place in (30, 2, 5)]
     check_every_pass(case, given, xs, given.dys)
+
+
+@interpreted
+def test_results_allocated_backwards() -> None:
+    from fastmerge.kernels import block_conv_triton
+
+    case = Case(2, 1, 4, 5, 8, 16, 3, 1)
+    given = operands(case, torch.float16)
+    places = list(torch.full((2, 1, 4, 5, 16), float("nan"), dtype=torch.float16).permute(0, 1, 4, 2, 3))
+    with mock.patch.object(block_conv_triton, "empty_channels_last", lambda like, size: places.pop()):
+        compare("y", block_conv_triton.forward(given.xs, given.weight, given.bias, 2, case.geometry, TILE), given)
 
 
 @interpreted
