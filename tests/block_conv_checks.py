@@ -10,7 +10,6 @@ from fastmerge.kernels.block_conv_formulas import (
     Geometry,
     block_diagonal_reference,
     block_sparse_reference,
-    live_blocks,
 )
 from torch import Tensor
 

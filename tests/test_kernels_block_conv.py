@@ -148,7 +148,7 @@ def test_results_allocated_backwards() -> None:
     case = Case(2, 1, 4, 5, 8, 16, 3, 1)
     given = operands(case, torch.float16)
     places = list(torch.full((2, 1, 4, 5, 16), float("nan"), dtype=torch.float16).permute(0, 1, 4, 2, 3))
-    with mock.patch.object(block_conv_triton, "empty_channels_last", lambda like, size: places.pop()):
+    with mock.patch.object(block_conv_triton, "empty_channels_last", side_effect=places[::-1]):
         compare("y", block_conv_triton.forward(given.xs, given.weight, given.bias, 2, case.geometry, TILE), given)
 
 
