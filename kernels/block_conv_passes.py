@@ -95,7 +95,7 @@ def forward_candidates(problem: Problem, xs: Sequence[Tensor], weight: Tensor, b
         found["groups"] = lambda: [
             _convolution(xs[0], weight, bias, *problem.geometry.options, False, [0, 0], problem.groups)
         ]
-    for tile in tiles(weight.shape[1], weight.shape[0] // problem.groups, problem.block(weight.shape)):
+    for tile in tiles(weight.shape[1], weight.shape[0] // problem.groups, xs[0].shape[0], problem.block(weight.shape)):
         found[tile.name] = functools.partial(_triton_forward, problem, xs, weight, bias, tile)
     return found
 
@@ -111,7 +111,7 @@ def input_gradient_candidates(
         ]
     block = problem.block(weight.shape)
     swapped = None if block is None else (block[1], block[0])
-    for tile in tiles(weight.shape[0] // problem.groups, weight.shape[1], swapped):
+    for tile in tiles(weight.shape[0] // problem.groups, weight.shape[1], size[0], swapped):
         found[tile.name] = functools.partial(_triton_input_gradient, problem, dys, weight, size, tile)
     return found
 

@@ -51,6 +51,9 @@ LAYERS = [
     Case(2, 64, 32, 32, 16, 16, 3, 1),
     Case(2, 64, 32, 32, 16, 32, 3, 2),
     Case(2, 64, 8, 8, 64, 64, 3, 1),
+    # Samples enough to fill the tiles that hold one position of many.
+    Case(2, 256, 7, 7, 256, 512, 3, 1),
+    Case(2, 256, 9, 10, 64, 128, 3, 2),
 ]
 # Odd sizes, three streams, channels that fill no tile.
 ODD = [
@@ -96,12 +99,12 @@ def every_tile(
     options = (case.streams, case.geometry)
     block = None if live is None else live.block(given.weight.shape)
     found: list[tuple[str, str, Callable[[], list[Tensor]]]] = []
-    for tile in tiles(case.c, case.k, block)[:most]:
+    for tile in tiles(case.c, case.k, case.n, block)[:most]:
         forward = functools.partial(
             block_conv_triton.forward, xs, given.weight, given.bias, *options, tile=tile, live=live
         )
         found.append(("y", tile.name, forward))
-    for tile in tiles(case.k, case.c, None if block is None else (block[1], block[0]))[:most]:
+    for tile in tiles(case.k, case.c, case.n, None if block is None else (block[1], block[0]))[:most]:
         size = (case.height, case.width)
         gradient = functools.partial(
             block_conv_triton.input_gradient, dys, given.weight, size, *options, tile=tile, live=live
@@ -167,7 +170,7 @@ def test_streams_far_apart_share_a_launch() -> None:
     xs = [given.xs[0].clone(), torch.cat([given.xs[1], given.xs[1]])[:4]]
     for order in (1, -1):
         assert len(launches(2, xs[::order], given.dys)) == 1
-    ys = block_conv_triton.forward(xs, given.weight, given.bias, 2, case.geometry, tiles(64, 64)[0])
+    ys = block_conv_triton.forward(xs, given.weight, given.bias, 2, case.geometry, tiles(64, 64, 4)[0])
     compare("y", ys, given)
     assert between.numel()
 
