@@ -69,15 +69,16 @@ class Choices:
         self._fixed: str | None = None
         self._measuring: bool | None = None
 
+    def idle(self) -> bool:
+        """Whether ``"split"`` is all that can come out: nothing was measured, is to be, or is fixed."""
+        self._read_once()
+        return self._fixed in (None, SPLIT) and (self._fixed == SPLIT or not (self._known or self.measures()))
+
     def known(self, key: str) -> str | None:
         """The name to run without measuring: the fixed one, the winner of an earlier measurement, or None."""
         if self._fixed is not None:
             return self._fixed
-        if not self._read:
-            self._read = True
-            if self._stored:
-                for stored_key, entry in read_entries().items():
-                    self._known.setdefault(stored_key, Measurement(**entry))
+        self._read_once()
         found = self._known.get(key)
         return None if found is None else found.winner
 
@@ -118,13 +119,20 @@ class Choices:
 
     def table(self) -> list[dict[str, Any]]:
         """Everything measured or read: key, winner, and milliseconds by candidate."""
-        self.known("")
+        self._read_once()
         return [{"key": key, **vars(measurement)} for key, measurement in sorted(self._known.items())]
 
     def forget(self) -> None:
         """Empties the memory; the cache file stays, and is not read again."""
         self._known.clear()
         self._read = True
+
+    def _read_once(self) -> None:
+        if not self._read:
+            self._read = True
+            if self._stored:
+                for key, entry in read_entries().items():
+                    self._known.setdefault(key, Measurement(**entry))
 
     def _measure(self, key: str, trial: Mapping[str, Run]) -> str:
         expected = trial[SPLIT]()

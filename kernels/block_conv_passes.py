@@ -143,6 +143,8 @@ def worth_an_operation(
         dtype: that it computes in.
         differentiated: whether there will be a backward pass.
     """
+    if choices.idle():
+        return False
     steps = ("forward", "input gradient", "weight gradient") if differentiated else ("forward",)
     known = [choices.known(problem.key(step, xs, xs[0].shape, weight.shape, dtype)) for step in steps]
     return any(name not in (None, SPLIT) for name in known) or (None in known and choices.measures())

@@ -205,6 +205,22 @@ def test_a_candidate_that_is_gone_leaves_split() -> None:
     assert bench.pick(bench.choices(False)) == SPLIT
 
 
+def test_idle_where_only_split_can_come_out() -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = bench.choices(False)
+    assert choices.idle()
+    with choices.fixed("triton"):
+        assert not choices.idle()
+    choices.set_measuring(True)
+    assert not choices.idle()
+    bench.pick(choices)
+    choices.set_measuring(False)
+    assert not choices.idle()
+    with choices.fixed(SPLIT):
+        assert choices.idle()
+    assert not bench.choices(False).idle()
+
+
 def test_forgotten_choices_are_measured_again() -> None:
     bench = Bench(split=2.0, triton_a=1.0)
     choices = bench.choices()
