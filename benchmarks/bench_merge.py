@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -36,7 +37,7 @@ def naive_stage(case: Case, steps: int) -> None:
         step()
 
 
-def fastmerge_stage(case: Case, epochs: int, loader: list[tuple[Tensor, Tensor]], link_at: float) -> None:
+def fastmerge_stage(case: Case, epochs: int, loader: list[tuple[Tensor, Tensor]], **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few steps leave the gates where they are
         fastmerge.merge(
@@ -44,11 +45,11 @@ def fastmerge_stage(case: Case, epochs: int, loader: list[tuple[Tensor, Tensor]]
             loader,
             merge_epochs=epochs,
             finetune_epochs=0,
-            link_at=link_at,
             lr=1e-3,
             autocast=None if case.precision == "fp32" else case.dtype,
             channels_last=True,
             progress=False,
+            **options,
         )
 
 
@@ -62,11 +63,15 @@ def bench_merge(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None
     def maker(stage: Callable[[], None]) -> Callable[[], Contender]:
         return lambda: Contender(stage, facts)
 
+    options: dict[str, dict[str, Any]] = {
+        **{f"merge, link_at={link_at:g}": {"link_at": link_at} for link_at in (0.0, 0.25, 1.0)},
+        names.MERGE: {},
+    }
     makers = {
         names.NAIVE: maker(lambda: naive_stage(case, epochs * batches)),
         **{
-            f"merge(link_at={link_at:g})": maker(lambda link_at=link_at: fastmerge_stage(case, epochs, loader, link_at))
-            for link_at in (0.0, 0.25, 1.0)
+            n: maker(lambda chosen=chosen: fastmerge_stage(case, epochs, loader, **chosen))
+            for n, chosen in options.items()
         },
     }
     race(benchmark, effort.chosen(makers), 5, warmup=1, seconds=effort.seconds)

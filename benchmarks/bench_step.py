@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import names
 from benchmarks.cases import CASES, Case, parameters
 from benchmarks.contenders import makers
 from benchmarks.effort import Effort
@@ -23,7 +24,8 @@ def bench_step(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None:
     measure_ceilings(case)  # before, and again after: the best counts
     try:
         rounds, warmup = effort.rounds(case.device), effort.warmup(case.device)
-        race(benchmark, effort.chosen(makers(case)), rounds, warmup, effort.seconds)
+        chosen = effort.chosen(makers(case))
+        race(benchmark, chosen, rounds, warmup, effort.seconds, effort.patience, names.UNLINKED)
     finally:
         ceilings = measure_ceilings(case)
         benchmark.extra_info["ceilings"] = {"flops": ceilings.flops, "bandwidth": ceilings.bandwidth}

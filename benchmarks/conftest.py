@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastmerge")
     group.addoption("--rounds", type=int, help="samples of each contender; default 60 on a GPU, 15 on the CPU")
     group.addoption("--seconds", type=float, default=300.0, help="limit for the samples of one benchmark")
+    group.addoption("--patience", type=float, default=math.inf, help="seconds after which no contender is made")
     group.addoption("--contenders", metavar="REGEX", help="measure only these")
 
 
@@ -27,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def effort(request: pytest.FixtureRequest) -> Effort:
-    return Effort(*(request.config.getoption(f"--{name}") for name in ("rounds", "seconds", "contenders")))
+    return Effort(*(request.config.getoption(f"--{name}") for name in ("rounds", "seconds", "patience", "contenders")))
 
 
 @pytest.fixture(autouse=True)

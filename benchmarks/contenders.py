@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,25 +17,29 @@ from benchmarks.counting import step_work
 from benchmarks.memory import describe
 from benchmarks.race import Contender
 from benchmarks.roofline import measure_ceilings
-from benchmarks.steps import Step
+from benchmarks.steps import GraphedTraining, Step
+
+_CAPTURED = 5  # the call of a graphed step by which it is
 
 
 def makers(case: Case) -> dict[str, Callable[[], Contender]]:
-    """Everybody who takes part in a case; the reference comes first, fastmerge's default last.
+    """Everybody who takes part in a case, the most important first: what takes long to compile comes last.
 
-    On the CPU fastmerge fuses nothing, so that there is only one form of it.
+    On the CPU fastmerge fuses and captures nothing, so that there is only one form of it.
     """
     everybody = {
         names.NAIVE: lambda: contender(case, [naive(case)], dense=True),
-        names.NAIVE_COMPILED: lambda: contender(case, [naive(case)], dense=True, compiled=True),
         names.TEACHERS: lambda: contender(case, case.make_teachers(), dense=False),
-        names.TEACHERS_COMPILED: lambda: contender(case, case.make_teachers(), dense=False, compiled=True),
-        names.GROUPED: lambda: contender(case, [naive(case, grouped=True)], dense=False),
-        names.LINKED_PLAIN: lambda: contender(case, [big(case, linked=True, fused=False)], dense=True),
-        names.LINKED: lambda: contender(case, [big(case, linked=True)], dense=True),
-        names.UNLINKED_PLAIN: lambda: contender(case, [big(case, fused=False)], dense=False),
-        names.UNLINKED_UNGATED: lambda: contender(case, [Ungated(big(case))], dense=False),
         names.UNLINKED: lambda: contender(case, [big(case)], dense=False),
+        names.LINKED: lambda: contender(case, [big(case, linked=True)], dense=True),
+        names.GRAPHED: lambda: graphed(case, big(case), dense=False),
+        names.LINKED_GRAPHED: lambda: graphed(case, big(case, linked=True), dense=True),
+        names.UNLINKED_UNGATED: lambda: contender(case, [Ungated(big(case))], dense=False),
+        names.GROUPED: lambda: contender(case, [naive(case, grouped=True)], dense=False),
+        names.UNLINKED_PLAIN: lambda: contender(case, [big(case, fused=False)], dense=False),
+        names.LINKED_PLAIN: lambda: contender(case, [big(case, linked=True, fused=False)], dense=True),
+        names.TEACHERS_COMPILED: lambda: contender(case, case.make_teachers(), dense=False, compiled=True),
+        names.NAIVE_COMPILED: lambda: contender(case, [naive(case)], dense=True, compiled=True),
     }
     return {n: maker for n, maker in everybody.items() if case.device == "cuda" or n not in names.CUDA_ONLY}
 
@@ -43,14 +48,28 @@ def contender(case: Case, networks: Sequence[nn.Module], dense: bool, compiled: 
     """A training step of some networks, with what it moves, computes and keeps."""
     step = Step(case, networks, compiled)
     step()  # momentum and, when compiled, code are there before memory is measured
+    return _contender(case, step, dense, describe(step))
+
+
+def graphed(case: Case, network: fastmerge.BigStudent, dense: bool) -> Contender:
+    """The training step of a big student as ``merge`` captures it in a CUDA graph."""
+    step = GraphedTraining(case, network)
+    for _ in range(_CAPTURED):
+        step()
+    if not step.graph.replays:
+        raise RuntimeError(f"the step was not captured by its {_CAPTURED}th call")
+    return _contender(case, step, dense, {})
+
+
+def _contender(case: Case, step: Step | GraphedTraining, dense: bool, memory: dict[str, Any]) -> Contender:
     work = step_work(case, dense)
     flops, moved = sum(w.flops for w in work), sum(w.bytes for w in work)
-    facts = {"flops": flops, "bytes": moved, "items": case.batch, **describe(step)}
 
     def check() -> None:
         if not math.isfinite(step.loss.item()):
             raise FloatingPointError(f"the loss became {step.loss.item()}")
 
+    facts = {"flops": flops, "bytes": moved, "items": case.batch, **memory}
     return Contender(step, facts, lambda: measure_ceilings(case).seconds(work), check)
 
 

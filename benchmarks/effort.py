@@ -17,11 +17,13 @@ class Effort:
     Attributes:
         asked: samples of each contender, or None for 60 on a GPU and 15 on the CPU.
         seconds: what the samples of one benchmark may take.
+        patience: after which no further contender is made, compiled and warmed up.
         contenders: a regular expression that the contenders' names must contain, or None for all.
     """
 
     asked: int | None
     seconds: float
+    patience: float
     contenders: str | None
 
     def rounds(self, device: str) -> int:

@@ -68,8 +68,8 @@ def parts(sanitizer: bool) -> list[Part]:
         _steps("step-resnet18-bf16", 240, "resnet18-224px-batch-256-bf16-cuda"),
         _steps("step-resnet20-128", 120, "resnet20-32px-batch-128-bf16-cuda"),
         *[
-            _benchmark(file.stem.removeprefix("bench_").replace("_", "-"), 120, file.name)
-            for file in _other_benchmarks()
+            _benchmark(name.replace("_", "-"), _SECONDS.get(name, 120), f"bench_{name}.py")
+            for name in _other_benchmarks()
         ],
         _steps("step-resnet18-fp16", 240, "resnet18-224px-batch-256-fp16-cuda"),
         _steps("step-small", 180, "(resnet20-32px-batch-512 or lenet or sine) and cuda"),
@@ -93,6 +93,7 @@ def parts(sanitizer: bool) -> list[Part]:
     return found
 
 
+_SECONDS = {"block_conv": 300, "merge": 180}  # those that take longer than most
 _PYTEST = ("-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors", "-q")
 
 
@@ -102,10 +103,13 @@ def _gpu_tests() -> list[str]:
     return [str(p.relative_to(ROOT)) for p in files if "mark.gpu" in p.read_text(encoding="utf-8")]
 
 
-def _other_benchmarks() -> list[Path]:
-    """The benchmarks of single operations and of the whole stage that have cases for a GPU."""
+def _other_benchmarks() -> list[str]:
+    """Names of the benchmarks of single operations and of the whole stage that have cases for a GPU."""
     files = [file for file in sorted((ROOT / "benchmarks").glob("bench_*.py")) if file.name != "bench_step.py"]
-    return [file for file in files if re.search(r"mark\.gpu|needs_gpu|parameters\(", file.read_text(encoding="utf-8"))]
+    with_gpu = [
+        file for file in files if re.search(r"mark\.gpu|needs_gpu|parameters\(", file.read_text(encoding="utf-8"))
+    ]
+    return [file.stem.removeprefix("bench_") for file in with_gpu]
 
 
 def _benchmark(name: str, seconds: float, file: str, *options: str) -> Part:
@@ -114,7 +118,8 @@ def _benchmark(name: str, seconds: float, file: str, *options: str) -> Part:
 
 
 def _steps(name: str, seconds: float, cases: str) -> Part:
-    return _benchmark(name, seconds, "bench_step.py", "--seconds", str(seconds / 3), "-k", cases)
+    limits = ("--seconds", f"{seconds / 4:.0f}", "--patience", f"{seconds / 2:.0f}")
+    return _benchmark(name, seconds, "bench_step.py", *limits, "-k", cases)
 
 
 def run(part: Part, out: Path, seconds: float) -> Outcome:

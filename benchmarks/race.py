@@ -8,6 +8,7 @@ that the i-th samples of two contenders make a pair.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,16 +50,20 @@ def race(
     makers: Mapping[str, Callable[[], Contender]],
     rounds: int,
     warmup: int = 5,
-    seconds: float = float("inf"),
+    seconds: float = math.inf,
+    patience: float = math.inf,
+    principal: str | None = None,
 ) -> None:
     """Times contenders in turn.
 
     Args:
-        benchmark: pytest-benchmark's fixture; its own statistics are the last contender's.
-        makers: make the contenders, by name; the reference that others are compared with comes first.
+        benchmark: pytest-benchmark's fixture; its own statistics are the principal's.
+        makers: make the contenders, by name, in order of importance; the reference that others are compared with comes first.
         rounds: samples of each.
         warmup: steps of each before the first sample.
         seconds: what the rounds may take altogether; fewer are run where they would take longer, never below 5.
+        patience: seconds after which no further contender is made.
+        principal: the one that pytest-benchmark times; None is the last.
 
     Raises:
         pytest.fail.Exception: after everything is measured and recorded, if a contender raised, or one was faster than
@@ -67,7 +72,11 @@ def race(
     results: dict[str, dict[str, Any]] = {}
     benchmark.extra_info["contenders"] = results
     runners: dict[str, Contender] = {}
+    end = time.perf_counter() + patience
     for name, make in makers.items():
+        if time.perf_counter() > end:
+            results[name] = {"unavailable": f"the {patience:.0f} s for making contenders were over"}
+            continue
         results[name], contender = _prepare(make, warmup if benchmark.enabled else 1)
         if contender is not None:
             runners[name] = contender
@@ -89,7 +98,8 @@ def race(
     rounds = rounds if took * rounds <= seconds else max(LEAST_ROUNDS, int(seconds / took))
     for values in samples.values():
         values.clear()
-    *others, last = runners
+    last = principal if principal in runners else [*runners][-1]
+    others = [name for name in runners if name != last]
 
     def before_each() -> None:
         for name in others:

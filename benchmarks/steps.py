@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.cases import Case
+from fastmerge import BigStudent, QuadraticLambda
+from fastmerge.evaluation import Setting
 
 LAM = 0.05
 
@@ -68,6 +70,32 @@ class Step:
         for optimizer in self.optimizers:
             found += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return found
+
+
+class GraphedTraining:
+    """The same step of a big student, captured by ``fastmerge.merge``'s own means.
+
+    Args:
+        case: the task, on a CUDA device.
+        network: what is trained.
+    """
+
+    def __init__(self, case: Case, network: BigStudent) -> None:
+        from fastmerge.graphed_step import GraphedStep
+        from fastmerge.merge_step import MergeStep
+
+        self.x, self.target = case.make_batch()
+        scaler = torch.amp.GradScaler(case.device, enabled=case.precision == "fp16")
+        autocast = None if case.precision == "fp32" else case.dtype
+        setting = Setting(torch.device(case.device), case.criterion, autocast, channels_last=True)
+        step = MergeStep(network, make_optimizers(network), setting, scaler, QuadraticLambda(LAM))
+        self.graph = GraphedStep(step, wanted=True)
+        self.loss = torch.tensor(float("nan"))
+
+    def __call__(self) -> None:
+        _, losses = self.graph((self.x,), self.target)
+        self.loss = losses["loss"].detach()
+        torch.cuda.synchronize()
 
 
 def make_optimizers(network: nn.Module) -> list[Optimizer]:

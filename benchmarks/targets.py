@@ -100,6 +100,17 @@ def _batch_norm(layer: str, name: str, target: float, stretch: float) -> list[Ta
     ]
 
 
+def _stage(case: str) -> Target:
+    """The whole merge stage, at a fixed number of steps rather than at the same accuracy."""
+    name = f"naive dense / merge stage, {case.split()[0]}"
+    return Target(name, f"merge, {case}", who.NAIVE, who.MERGE, 2.0, 3.0, at_least=True)
+
+
+def _graphed(case: str) -> Target:
+    name = f"CUDA graph / eager step, {case.split()[0]}"
+    return Target(name, f"step, {case}", who.GRAPHED, who.UNLINKED, 0.40, 0.25)
+
+
 def _cpu(case: str) -> Target:
     name = f"naive dense / block-diagonal, {case.split()[0]} on a CPU"
     return Target(name, f"step, {case} cpu", who.NAIVE, who.UNLINKED, 1.5, at_least=True)
@@ -108,11 +119,14 @@ def _cpu(case: str) -> Target:
 TARGETS = [
     *_steps("resnet18 224px batch 256 bf16 cuda"),
     *_steps("resnet18 224px batch 256 fp16 cuda", ", fp16"),
+    _graphed("resnet20 32px batch 128 bf16 cuda"),
     *[_convolutions(step) for step in ("forward", "input gradient", "weight gradient")],
     _data("data, prepared to 224px cuda"),
     *_batch_norm("layer1", "BatchNorm + ReLU + gate, 206 MB", 2.2, 2.5),
     *_batch_norm("layer2", "BatchNorm + ReLU + gate, 103 MB", 2.2, 2.5),
     *_batch_norm("stem", "BatchNorm + ReLU + pooling + gate", 3.0, 3.8),
+    _stage("resnet18 224px batch 256 bf16 cuda"),
+    _stage("resnet20 32px batch 128 bf16 cuda"),
     _compress("compress, resnet50 cuda"),
     _compress("compress, resnet18 cpu"),
     _cpu("resnet20 32px batch 128 fp32"),

@@ -44,6 +44,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "fast": "{'a': contender('a'), 'b': contender('b', floor=lambda: 5.0)}, 3, 1",
         "wrong": "{'a': contender('a'), 'b': contender('b', check=wrong)}, 3, 1",
         "long": "{'a': contender('a', 0.02), 'b': contender('b', 0.02)}, 1000, 1, 0.3",
+        "patience": "{'a': contender('a'), 'b': contender('b', 0.1), 'c': contender('c')}, 2, 1, 9.0, 0.05, 'a'",
         "before": "{'a': contender('a', before=lambda: order.append('+')), 'b': contender('b')}, 2, 1",
         "none": "{'a': unavailable}, 3, 1",
     }
@@ -99,6 +100,13 @@ def test_rounds_keep_to_the_time_but_for_the_least(outcome: dict[str, Any]) -> N
     assert 5 <= outcome["long"]["stats"]["rounds"] <= 8
 
 
+def test_what_is_made_too_late_is_left_out_and_the_principal_runs_last(outcome: dict[str, Any]) -> None:
+    extra = outcome["patience"]["extra_info"]
+    assert extra["contenders"]["c"] == {"unavailable": "the 0 s for making contenders were over"}
+    assert extra["order"][-4:] == [*"baba"]
+    assert outcome["patience"]["stats"]["max"] < 0.1
+
+
 def test_nobody_there_is_a_skip(outcome: dict[str, Any]) -> None:
     assert "no contender can run here" in outcome["printed"]
-    assert "3 failed, 3 passed, 1 skipped" in outcome["printed"]
+    assert "3 failed, 4 passed, 1 skipped" in outcome["printed"]

@@ -8,6 +8,7 @@ import pytest
 
 from benchmark_reports import raced, report
 from benchmarks import bench_compress as compress
+from benchmarks import bench_merge as merge
 from benchmarks import names
 from benchmarks.cases import CASES
 from benchmarks.report import load, page, readme, verdict
@@ -79,10 +80,11 @@ def test_what_failed_or_did_not_run_is_named() -> None:
 
 
 def test_targets_name_cases_and_contenders_that_exist() -> None:
-    known = {f"step, {case.name}" for case in CASES} | {f"compress, {c.network} {c.device}" for c in compress.CASES}
+    known = {f"step, {case.name}" for case in CASES} | {f"merge, {case.name}" for case in merge.STAGES}
+    known |= {f"compress, {case.network} {case.device}" for case in compress.CASES}
     called = {value for key, value in vars(names).items() if key.isupper()}
     for target in TARGETS:
-        if target.case.startswith(("step, ", "compress, ")):
+        if target.case.startswith(("step, ", "merge, ", "compress, ")):
             assert target.case in known
             assert {target.numerator, target.denominator} <= called
     assert len({(target.name, target.case) for target in TARGETS}) == len(TARGETS)
