@@ -163,7 +163,7 @@ def _fused(
     if not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
         return None
     dtype = _computing_dtype(given)
-    blocks = None if live is None else live.block(weight)
+    blocks = None if live is None else live.block(weight.shape)
     if dtype is None or refusal(xs, weight, geometry, dtype, groups, blocks) is not None:
         return None
     if not compiling:

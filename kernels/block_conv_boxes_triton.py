@@ -1,9 +1,12 @@
 """Tensor descriptors of the block convolution: T streams as one array, and its lattices.
 
-One launch serves all streams, so one TMA descriptor must reach all of them. Its five dimensions are (T, N, H, W, C): streams
-that are slices of one tensor's channels lie C elements apart. Tensors allocated by themselves lie anywhere, but any two of
-one layout lie *some* distance apart, and that is all a descriptor needs: it says where boxes are, not that the memory in
-between is ours, and no box spans two streams. Three or more tensors that happen to lie at unequal distances take a launch
+One launch serves all streams, so one TMA descriptor must reach all of them. Its five dimensions are (T, N, H, W, C), or
+(T, H, W, N, C) where a box holds one position of many samples: dimensions of 1 cost nothing in front, and a copy of the box
+through registers in between.
+
+Streams that are slices of one tensor's channels lie C elements apart. Tensors allocated by themselves lie anywhere, but any
+two of one layout lie *some* distance apart, and that is all a descriptor needs: it says where boxes are, not that the memory
+in between is ours, and no box spans two streams. Three or more tensors that happen to lie at unequal distances take a launch
 for each two.
 
 Dims: T streams, N batch, C channels, H W positions.
@@ -40,12 +43,15 @@ class Streams:
     spacing: int
     backwards: bool = False
 
-    def boxes(self, box: tuple[int, int, int], channels: int, stride: int = 1) -> list[TensorDescriptor | None]:
+    def boxes(
+        self, box: tuple[int, int, int], channels: int, samples: bool, stride: int = 1
+    ) -> list[TensorDescriptor | None]:
         """Descriptors of the lattices (row parity, column parity), (0, 0) first; None after the last.
 
         Args:
             box: N × H × W positions.
             channels: of a box.
+            samples: whether N comes after H and W.
             stride: 1, one lattice with everything, or 2, four of them.
         """
         n, c, h, w = self.first.shape
@@ -54,12 +60,16 @@ class Streams:
         n_stride, h_stride, w_stride = (
             spacing if size > 1 else 8 for size, spacing in ((n, n_stride), (h, h_stride), (w, w_stride))
         )
+
+        def order(n: int, h: int, w: int) -> tuple[int, int, int]:
+            return (h, w, n) if samples else (n, h, w)
+
         lattices: list[TensorDescriptor | None] = [
             TensorDescriptor(
                 self.first[:, :, row::stride, column::stride],
-                [self.count, n, -(-(h - row) // stride), -(-(w - column) // stride), c],
-                [self.spacing, n_stride, h_stride * stride, w_stride * stride, 1],
-                [1, *box, channels],
+                [self.count, *order(n, -(-(h - row) // stride), -(-(w - column) // stride)), c],
+                [self.spacing, *order(n_stride, h_stride * stride, w_stride * stride), 1],
+                [1, *order(*box), channels],
             )
             for row in range(stride)
             for column in range(stride)
@@ -117,7 +127,7 @@ def launches(count: int, *operands: Sequence[Tensor]) -> list[tuple[slice, list[
 
 
 def weight_box(weight: Tensor, count: int, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a channels-last weight (T·K, C, R, S) as (T, K, R·S, C), with boxes of one tap.
+    """Descriptor of a channels-last weight (T·K, C, R, S) as (T, R·S, K, C), with boxes of one tap.
 
     Args:
         weight: its memory in the order (T·K, R, S, C).
@@ -129,7 +139,7 @@ def weight_box(weight: Tensor, count: int, rows: int, columns: int) -> TensorDes
     taps, each = kernel[0] * kernel[1], outputs // count
     return TensorDescriptor(
         weight,
-        [count, each, taps, channels],
-        [each * taps * channels, taps * channels, channels, 1],
-        [1, rows, 1, columns],
+        [count, taps, each, channels],
+        [each * taps * channels, channels, taps * channels, 1],
+        [1, 1, rows, columns],
     )

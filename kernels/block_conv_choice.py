@@ -15,9 +15,11 @@ directory (``block_conv_cache``).
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,25 +53,32 @@ class Choices:
 
     Args:
         timer: milliseconds that a function takes.
+        prepare: called with the candidates that are about to be timed.
         stored: whether winners are read from and written to the cache file.
     """
 
-    def __init__(self, timer: Callable[[Callable[[], Any]], float], stored: bool = True) -> None:
-        self._timer, self._stored = timer, stored
+    def __init__(
+        self,
+        timer: Callable[[Callable[[], Any]], float],
+        prepare: Callable[[Sequence[Run]], None] = lambda runs: None,
+        stored: bool = True,
+    ) -> None:
+        self._timer, self._prepare, self._stored = timer, prepare, stored
         self._known: dict[str, Measurement] = {}
         self._read = False
         self._fixed: str | None = None
         self._measuring: bool | None = None
 
+    def idle(self) -> bool:
+        """Whether ``"split"`` is all that can come out: nothing was measured, is to be, or is fixed."""
+        self._read_once()
+        return self._fixed in (None, SPLIT) and (self._fixed == SPLIT or not (self._known or self.measures()))
+
     def known(self, key: str) -> str | None:
         """The name to run without measuring: the fixed one, the winner of an earlier measurement, or None."""
         if self._fixed is not None:
             return self._fixed
-        if not self._read:
-            self._read = True
-            if self._stored:
-                for stored_key, entry in read_entries().items():
-                    self._known.setdefault(stored_key, Measurement(**entry))
+        self._read_once()
         found = self._known.get(key)
         return None if found is None else found.winner
 
@@ -110,7 +119,7 @@ class Choices:
 
     def table(self) -> list[dict[str, Any]]:
         """Everything measured or read: key, winner, and milliseconds by candidate."""
-        self.known("")
+        self._read_once()
         return [{"key": key, **vars(measurement)} for key, measurement in sorted(self._known.items())]
 
     def forget(self) -> None:
@@ -118,8 +127,16 @@ class Choices:
         self._known.clear()
         self._read = True
 
+    def _read_once(self) -> None:
+        if not self._read:
+            self._read = True
+            if self._stored:
+                for key, entry in read_entries().items():
+                    self._known.setdefault(key, Measurement(**entry))
+
     def _measure(self, key: str, trial: Mapping[str, Run]) -> str:
         expected = trial[SPLIT]()
+        self._prepare([run for name, run in trial.items() if name != SPLIT])
         milliseconds = {}
         for name, run in trial.items():
             try:
@@ -164,13 +181,23 @@ def device_milliseconds(run: Callable[[], Any]) -> float:
     return float(statistics.median(do_bench(run, warmup=10, rep=50, return_mode="all")))
 
 
-choices = Choices(device_milliseconds)
+def run_beside_each_other(runs: Sequence[Run]) -> None:
+    """Runs functions in threads of their own, whatever becomes of them: kernels they launch are compiled side by side."""
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for future in [pool.submit(run) for run in runs]:
+            # What fails here fails again when its turn comes, and is reported then.
+            future.exception()
+    torch.cuda.synchronize()
+
+
+choices = Choices(device_milliseconds, run_beside_each_other)
 
 
 def set_measuring(measuring: bool | None) -> None:
     """Whether layers not met before are timed at their first use: True, False, or as ``torch.backends.cudnn.benchmark``.
 
-    Timing compiles about ten kernels for each pass of a layer, a few seconds the first time.
+    Timing compiles about ten kernels for each pass of a layer, seconds each the first time.
     """
     choices.set_measuring(measuring)
 

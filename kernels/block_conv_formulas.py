@@ -81,9 +81,9 @@ class LiveBlocks(NamedTuple):
     column_rows: Tensor
     mask: Tensor
 
-    def block(self, weight: Tensor) -> Pair:
-        """Output and input channels of a block of this weight."""
-        return weight.shape[0] // self.mask.shape[0], weight.shape[1] // self.mask.shape[1]
+    def block(self, weight_size: Sequence[int]) -> Pair:
+        """Output and input channels of a block of a weight (K, C, R, S)."""
+        return weight_size[0] // self.mask.shape[0], weight_size[1] // self.mask.shape[1]
 
 
 _lists: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -106,24 +106,18 @@ def live_blocks(mask: Tensor) -> LiveBlocks:
     known = _lists.get(mask)
     if known is not None and known[0] == mask._version:
         return known[1]
-    rows, columns = mask.nonzero(as_tuple=True)
-    column_order, column_rows = mask.t().nonzero(as_tuple=True)
-    lists = LiveBlocks(
-        rows.int(),
-        columns.int(),
-        _starts(rows, mask.shape[0]),
-        _starts(column_order, mask.shape[1]),
-        column_rows.int(),
-        mask.clone(),
-    )
+    # On the host: its length is needed there, and the mask is small.
+    host = mask.cpu()
+    rows, columns = host.nonzero(as_tuple=True)
+    _, column_rows = host.t().nonzero(as_tuple=True)
+    made = (rows, columns, _starts(host.sum(1)), _starts(host.sum(0)), column_rows)
+    lists = LiveBlocks(*(t.to(mask.device, torch.int32) for t in made), mask.clone())
     _lists[mask] = (mask._version, lists)
     return lists
 
 
-def _starts(sorted_keys: Tensor, count: int) -> Tensor:
-    counts = torch.zeros(count, dtype=torch.int64, device=sorted_keys.device)
-    counts.scatter_add_(0, sorted_keys, torch.ones_like(sorted_keys))
-    return F.pad(counts.cumsum(0), (1, 0)).int()
+def _starts(counts: Tensor) -> Tensor:
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def block_diagonal_reference(

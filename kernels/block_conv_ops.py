@@ -95,7 +95,9 @@ def block_conv_weight_gradient(
     live: list[Tensor],
 ) -> Tensor:
     """Gradient of the weight, of which the shape alone matters; exact zeros where no block is live."""
-    return passes.weight_gradient(_problem(weight.shape, groups, stride, padding, dilation, live), dys, xs, weight)
+    return passes.weight_gradient(
+        _problem(weight.shape, groups, stride, padding, dilation, live), dys, xs, weight.shape
+    )
 
 
 @block_conv_weight_gradient.register_fake

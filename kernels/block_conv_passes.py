@@ -40,6 +40,10 @@ class Problem:
     geometry: Geometry
     live: LiveBlocks | None = None
 
+    def block(self, weight_size: Sequence[int]) -> tuple[int, int] | None:
+        """Output and input channels of a block of a block-sparse weight."""
+        return None if self.live is None else self.live.block(weight_size)
+
     def key(
         self, step: str, given: Sequence[Tensor], size: Sequence[int], weight_size: Sequence[int], dtype: torch.dtype
     ) -> str:
@@ -66,50 +70,65 @@ class Problem:
 
 def forward(problem: Problem, xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     """The outputs: T tensors (N, K, H', W'), or one joined one."""
-
-    def candidates(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Run]:
-        found: dict[str, Run] = {SPLIT: lambda: _split_forward(problem, xs, weight, bias)}
-        if len(xs) < problem.groups:
-            found["groups"] = lambda: [
-                _convolution(xs[0], weight, bias, *problem.geometry.options, False, [0, 0], problem.groups)
-            ]
-        for tile in tiles(weight.shape[1], weight.shape[0] // problem.groups, _block(problem, weight)):
-            found[tile.name] = functools.partial(_triton_forward, problem, xs, weight, bias, tile)
-        return found
-
-    return _run(problem.key("forward", xs, xs[0].shape, weight.shape, xs[0].dtype), candidates, xs, weight, bias)
+    key = problem.key("forward", xs, xs[0].shape, weight.shape, xs[0].dtype)
+    return _run(key, functools.partial(forward_candidates, problem), xs, weight, bias)
 
 
 def input_gradient(problem: Problem, dys: Sequence[Tensor], weight: Tensor, size: Sequence[int]) -> list[Tensor]:
     """The gradients of the inputs: T tensors of this size (N, C, H, W), or one joined one of (N, T·C, H, W)."""
-
-    def candidates(dys: Sequence[Tensor], weight: Tensor) -> dict[str, Run]:
-        found: dict[str, Run] = {SPLIT: lambda: _split_input_gradient(problem, dys, weight, size)}
-        if len(dys) < problem.groups:
-            x = empty_channels_last(dys[0], size)
-            found["groups"] = lambda: [_cudnn_backward(problem, dys[0], x, weight, problem.groups, 0)]
-        block = _block(problem, weight)
-        swapped = None if block is None else (block[1], block[0])
-        for tile in tiles(weight.shape[0] // problem.groups, weight.shape[1], swapped):
-            found[tile.name] = functools.partial(_triton_input_gradient, problem, dys, weight, size, tile)
-        return found
-
-    return _run(problem.key("input gradient", dys, size, weight.shape, dys[0].dtype), candidates, dys, weight)
+    key = problem.key("input gradient", dys, size, weight.shape, dys[0].dtype)
+    return _run(key, functools.partial(input_gradient_candidates, problem, size), dys, weight)
 
 
-def weight_gradient(problem: Problem, dys: Sequence[Tensor], xs: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The gradient of the weight, shaped as ``like``: (T·K, C, R, S)."""
+def weight_gradient(
+    problem: Problem, dys: Sequence[Tensor], xs: Sequence[Tensor], weight_size: Sequence[int]
+) -> Tensor:
+    """The gradient of the weight: (T·K, C, R, S)."""
+    key = problem.key("weight gradient", xs, xs[0].shape, weight_size, xs[0].dtype)
+    return _run(key, functools.partial(weight_gradient_candidates, problem, weight_size), dys, xs)[0]
 
-    def candidates(dys: Sequence[Tensor], xs: Sequence[Tensor]) -> dict[str, Run]:
-        found: dict[str, Run] = {SPLIT: lambda: [_split_weight_gradient(problem, dys, xs, like)]}
-        if len(dys) < problem.groups:
-            found["groups"] = lambda: [_cudnn_backward(problem, dys[0], xs[0], like, problem.groups, 1)]
-        outputs, channels, _, kernel_w = like.shape
-        for tile in weight_tiles(channels, outputs // problem.groups, kernel_w, _block(problem, like)):
-            found[tile.name] = functools.partial(_triton_weight_gradient, problem, dys, xs, tile)
-        return found
 
-    return _run(problem.key("weight gradient", xs, xs[0].shape, like.shape, xs[0].dtype), candidates, dys, xs)[0]
+def forward_candidates(problem: Problem, xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Run]:
+    """The functions that compute :func:`forward`, by name."""
+    found: dict[str, Run] = {SPLIT: lambda: _split_forward(problem, xs, weight, bias)}
+    if len(xs) < problem.groups:
+        found["groups"] = lambda: [
+            _convolution(xs[0], weight, bias, *problem.geometry.options, False, [0, 0], problem.groups)
+        ]
+    for tile in tiles(weight.shape[1], weight.shape[0] // problem.groups, xs[0].shape[0], problem.block(weight.shape)):
+        found[tile.name] = functools.partial(_triton_forward, problem, xs, weight, bias, tile)
+    return found
+
+
+def input_gradient_candidates(
+    problem: Problem, size: Sequence[int], dys: Sequence[Tensor], weight: Tensor
+) -> dict[str, Run]:
+    """The functions that compute :func:`input_gradient`, by name."""
+    found: dict[str, Run] = {SPLIT: lambda: _split_input_gradient(problem, dys, weight, size)}
+    if len(dys) < problem.groups:
+        found["groups"] = lambda: [
+            _cudnn_backward(problem, dys[0], empty_channels_last(dys[0], size), weight, problem.groups, 0)
+        ]
+    block = problem.block(weight.shape)
+    swapped = None if block is None else (block[1], block[0])
+    for tile in tiles(weight.shape[0] // problem.groups, weight.shape[1], size[0], swapped):
+        found[tile.name] = functools.partial(_triton_input_gradient, problem, dys, weight, size, tile)
+    return found
+
+
+def weight_gradient_candidates(
+    problem: Problem, weight_size: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor]
+) -> dict[str, Run]:
+    """The functions that compute :func:`weight_gradient`, by name."""
+    found: dict[str, Run] = {SPLIT: lambda: [_split_weight_gradient(problem, dys, xs, weight_size)]}
+    if len(dys) < problem.groups:
+        found["groups"] = lambda: [
+            _cudnn_backward(problem, dys[0], xs[0], empty_channels_last(xs[0], weight_size), problem.groups, 1)
+        ]
+    outputs, channels, _, kernel_w = weight_size
+    for tile in weight_tiles(channels, outputs // problem.groups, kernel_w, problem.block(weight_size)):
+        found[tile.name] = functools.partial(_triton_weight_gradient, problem, dys, xs, tile)
+    return found
 
 
 def worth_an_operation(
@@ -124,6 +143,8 @@ def worth_an_operation(
         dtype: that it computes in.
         differentiated: whether there will be a backward pass.
     """
+    if choices.idle():
+        return False
     steps = ("forward", "input gradient", "weight gradient") if differentiated else ("forward",)
     known = [choices.known(problem.key(step, xs, xs[0].shape, weight.shape, dtype)) for step in steps]
     return any(name not in (None, SPLIT) for name in known) or (None in known and choices.measures())
@@ -173,10 +194,14 @@ def _split_input_gradient(problem: Problem, dys: Sequence[Tensor], weight: Tenso
     return _like_given(parts, dys)
 
 
-def _split_weight_gradient(problem: Problem, dys: Sequence[Tensor], xs: Sequence[Tensor], like: Tensor) -> Tensor:
+def _split_weight_gradient(
+    problem: Problem, dys: Sequence[Tensor], xs: Sequence[Tensor], weight_size: Sequence[int]
+) -> Tensor:
+    # Of the weight too, no more than the shape.
+    weight = empty_channels_last(xs[0], (weight_size[0] // problem.groups, *weight_size[1:]))
     parts = [
-        _cudnn_backward(problem, dy, x, w, 1, 1)
-        for dy, x, w in zip(_each(dys, problem), _each(xs, problem), like.chunk(problem.groups), strict=True)
+        _cudnn_backward(problem, dy, x, weight, 1, 1)
+        for dy, x in zip(_each(dys, problem), _each(xs, problem), strict=True)
     ]
     return _dense(problem, torch.cat(parts) if len(parts) > 1 else parts[0])
 
@@ -238,10 +263,6 @@ def _like_given(parts: list[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
 
 def _dense(problem: Problem, weight: Tensor) -> Tensor:
     return weight if problem.live is None else masked_weight(weight, problem.live.mask)
-
-
-def _block(problem: Problem, weight: Tensor) -> tuple[int, int] | None:
-    return None if problem.live is None else problem.live.block(weight)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ class Tile:
         read: channels read in a step.
         warps: warps of a program.
         stages: steps in flight.
+        samples: whether a tile holds one position of many samples, rather than a box of neighbours.
     """
 
     positions: int
@@ -26,10 +27,12 @@ class Tile:
     read: int
     warps: int
     stages: int
+    samples: bool = False
 
     @property
     def name(self) -> str:
-        return f"triton {self.positions}x{self.written}x{self.read} w{self.warps} s{self.stages}"
+        samples = " samples" if self.samples else ""
+        return f"triton {self.positions}x{self.written}x{self.read}{samples} w{self.warps} s{self.stages}"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class WeightTile:
     Attributes:
         rows: output channels in a tile.
         columns: input channels.
-        positions: positions summed in a step, a power of 2.
         row_of_taps: whether a program computes three taps of a row instead of one; kernels three columns wide only.
         programs: how many programs to split the sum for. A constant, not the card's number of multiprocessors: the same
             tile gives the same bits on any card.
@@ -49,7 +51,6 @@ class WeightTile:
 
     rows: int
     columns: int
-    positions: int
     row_of_taps: bool
     programs: int
     warps: int
@@ -58,7 +59,7 @@ class WeightTile:
     @property
     def name(self) -> str:
         taps = "x3" if self.row_of_taps else ""
-        return f"triton {self.rows}x{self.columns}{taps}x{self.positions} p{self.programs} w{self.warps} s{self.stages}"
+        return f"triton {self.rows}x{self.columns}{taps} p{self.programs} w{self.warps} s{self.stages}"
 
 
 # positions, written channels, warps, stages
@@ -93,20 +94,27 @@ _WEIGHT_TILES = (
 _PROGRAMS = (264, 1056)
 
 
-def tiles(read_channels: int, written_channels: int, blocks: tuple[int, int] | None = None) -> tuple[Tile, ...]:
+def tiles(
+    read_channels: int, written_channels: int, batch: int, blocks: tuple[int, int] | None = None
+) -> tuple[Tile, ...]:
     """The tiles to time for a forward pass or an input gradient.
 
     Args:
         read_channels: channels of the read tensor, in one stream.
         written_channels: channels of the written tensor, in one stream.
+        batch: N.
         blocks: written and read channels of a block, of a block-sparse weight: tiles must divide them.
     """
     read = min(64, _power_above(read_channels) if blocks is None else _power_within(blocks[1]))
     widest = min(256, _power_above(written_channels) if blocks is None else _power_within(blocks[0]))
     return tuple(
-        Tile(positions, written, read, warps, stages)
+        Tile(positions, written, read, warps, stages, samples)
         for positions, written, warps, stages in _TILES
+        for samples in (True, False)
         if widest // 2 <= written <= widest
+        # Samples must fill a tile. Where they do, boxes of neighbours are left out if too few channels are written for
+        # them to be wgmma's right operand.
+        and (positions <= batch if samples else written >= 64 or positions > batch)
     )
 
 
@@ -117,7 +125,7 @@ def weight_tiles(
     columns_most = _power_above(read_channels) if blocks is None else _power_within(blocks[1])
     rows_most = max(64, _power_above(written_channels) if blocks is None else blocks[0])
     return tuple(
-        WeightTile(rows, columns, 64, row_of_taps, programs, warps, stages)
+        WeightTile(rows, columns, row_of_taps, programs, warps, stages)
         for rows, columns, row_of_taps, warps, stages in _WEIGHT_TILES
         for programs in _PROGRAMS
         if rows <= rows_most
@@ -137,6 +145,20 @@ def box_of(positions: int, batch: int, height: int, width: int) -> tuple[int, in
         return -(-batch // n) * -(-height // h) * -(-width // w), n, abs(h - w)
 
     return min(_boxes(positions), key=cost)
+
+
+def line_of(batch: int, height: int, width: int) -> tuple[int, int, int]:
+    """The box of N × H × W positions for a sum over all of them: 16 to 64 samples at one position, or positions of a row.
+
+    The one that takes the least time, if a box costs as much as its positions and 16 more.
+    """
+    lines = [line for length in (64, 32, 16) for line in ((length, 1, 1), (1, 1, length))]
+
+    def cost(box: tuple[int, int, int]) -> int:
+        n, _, w = box
+        return -(-batch // n) * height * -(-width // w) * (n * w + 16)
+
+    return min(lines, key=cost)
 
 
 def _boxes(positions: int) -> Iterator[tuple[int, int, int]]:

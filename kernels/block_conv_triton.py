@@ -63,6 +63,8 @@ def _accumulate(
     DILATION_W: tl.constexpr,
     LIVE_BLOCK: tl.constexpr,
     GRADIENT: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     # The taps of this lattice are first, first + STRIDE, ...: all of them at stride 1.
@@ -92,17 +94,43 @@ def _accumulate(
         if GRADIENT:
             shift_h = (row_parity + PADDING_H - first_row) // STRIDE - row * DILATION_H
             shift_w = (column_parity + PADDING_W - first_column) // STRIDE - column * DILATION_W
-            w_tile = w.load([stream, read, weight_tap, channel]).reshape(BK, BN)
+            w_tile = w.load([stream, weight_tap, read, channel]).reshape(BK, BN).T
         else:
             shift_h = row * DILATION_H - (row_parity + PADDING_H - first_row) // STRIDE
             shift_w = column * DILATION_W - (column_parity + PADDING_W - first_column) // STRIDE
-            w_tile = w.load([stream, channel, weight_tap, read]).reshape(BN, BK).T
-        x_tile = x.load([x_stream, n, h + shift_h, w_position + shift_w, read]).reshape(NB * HB * WB, BK)
+            w_tile = w.load([stream, weight_tap, channel, read]).reshape(BN, BK)
+        x_h = h + shift_h
+        x_w = w_position + shift_w
+        x_tile = x.load([x_stream, x_h, x_w, n, read] if SAMPLES else [x_stream, n, x_h, x_w, read])
+        x_tile = x_tile.reshape(NB * HB * WB, BK)
         if UPCAST:
             x_tile = x_tile.to(tl.float32)
             w_tile = w_tile.to(tl.float32)
-        acc = tl.dot(x_tile, w_tile, acc)
+        # wgmma takes any box from shared memory as its right operand. As its left one, Triton copies boxes of more than
+        # one dimension through registers, so these stand on the right wherever there are channels enough for the left.
+        acc = tl.dot(w_tile, x_tile.T, acc) if TRANSPOSED else tl.dot(x_tile, w_tile.T, acc)
     return acc
+
+
+@triton.jit
+def _store(
+    y,
+    tile,
+    stream,
+    n,
+    h,
+    w,
+    channel,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+    BN: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    if SAMPLES:
+        y.store([stream, h, w, n, channel], tile.reshape(1, HB, WB, NB, BN))
+    else:
+        y.store([stream, n, h, w, channel], tile.reshape(1, NB, HB, WB, BN))
 
 
 # Their values matter little, and each variant would be compiled by itself.
@@ -160,6 +188,8 @@ def correlate_kernel(
     WRITE_BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     GRADIENT: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     LATTICES: tl.constexpr = STRIDE * STRIDE
@@ -186,13 +216,14 @@ def correlate_kernel(
         blocks = (tl.load(starts_ptr + row + 1) - start) * (LIVE_BLOCK // BK)
         live_ptr += start
 
-    acc = tl.zeros((NB * HB * WB, BN), tl.float32)
+    POSITIONS: tl.constexpr = NB * HB * WB
+    acc = tl.zeros((BN, POSITIONS) if TRANSPOSED else (POSITIONS, BN), tl.float32)
     if GRADIENT:
         acc = _accumulate(
             acc, x0, w, live_ptr, blocks, x_stream, stream, n, h, w_position, channel,
             lattice // STRIDE, lattice % STRIDE,
             NB, HB, WB, BN, BK, KERNEL_H, KERNEL_W, STRIDE, PADDING_H, PADDING_W, DILATION_H, DILATION_W,
-            LIVE_BLOCK, GRADIENT, UPCAST,
+            LIVE_BLOCK, GRADIENT, SAMPLES, TRANSPOSED, UPCAST,
         )  # fmt: skip
     else:
         for read_lattice in tl.static_range(LATTICES):
@@ -205,23 +236,26 @@ def correlate_kernel(
                     w, live_ptr, blocks, x_stream, stream, n, h, w_position, channel,
                     read_lattice // STRIDE, read_lattice % STRIDE,
                     NB, HB, WB, BN, BK, KERNEL_H, KERNEL_W, STRIDE, PADDING_H, PADDING_W, DILATION_H, DILATION_W,
-                    LIVE_BLOCK, GRADIENT, UPCAST,
+                    LIVE_BLOCK, GRADIENT, SAMPLES, TRANSPOSED, UPCAST,
                 )  # fmt: skip
 
     if BIAS:
         written = channel + tl.arange(0, BN)
         bias = tl.load(bias_ptr + stream * write_channels + written, written < write_channels, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    y_tile = acc.to(y0.dtype).reshape(1, NB, HB, WB, BN)
+        bias = bias.to(tl.float32)
+        acc += bias[:, None] if TRANSPOSED else bias[None, :]
+    y_tile = acc.to(y0.dtype)
+    if TRANSPOSED:
+        y_tile = y_tile.T
     if lattice == 0:
-        y0.store([y_stream, n, h, w_position, channel], y_tile)
+        _store(y0, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
     if GRADIENT and LATTICES == 4:
         if lattice == 1:
-            y1.store([y_stream, n, h, w_position, channel], y_tile)
+            _store(y1, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
         if lattice == 2:
-            y2.store([y_stream, n, h, w_position, channel], y_tile)
+            _store(y2, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
         if lattice == 3:
-            y3.store([y_stream, n, h, w_position, channel], y_tile)
+            _store(y3, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
 
 
 def forward(
@@ -289,12 +323,12 @@ def _correlate(
     if gradient:
         # A tile lies within one lattice; the first is the largest.
         height, width = -(-height // stride), -(-width // stride)
-    box = box_of(tile.positions, n, height, width)
+    box = (tile.positions, 1, 1) if tile.samples else box_of(tile.positions, n, height, width)
     counts = [-(-size // edge) for size, edge in zip((n, height, width), box, strict=True)]
     channel_tiles = triton.cdiv(written, tile.written)
     blocks, lists = (0, 0), (None, None)
     if live is not None:
-        blocks = live.block(weight)
+        blocks = live.block(weight.shape)
         lists = (live.column_starts, live.column_rows) if gradient else (live.row_starts, live.columns)
     constants = correlate_constants(geometry, tile, box, gradient, bias is not None, blocks)
     weight_channels = (tile.read, tile.written) if gradient else (tile.written, tile.read)
@@ -303,9 +337,9 @@ def _correlate(
         programs = channel_tiles * counts[0] * counts[1] * counts[2] * x.count * (stride**2 if gradient else 1)
         with torch.cuda.device_of(reads[0]):
             correlate_kernel[(programs,)](
-                *x.boxes(box, tile.read, 1 if gradient else stride),
+                *x.boxes(box, tile.read, tile.samples, 1 if gradient else stride),
                 weight_box(weight[rows], x.count, *weight_channels),
-                *y.boxes(box, tile.written, stride if gradient else 1),
+                *y.boxes(box, tile.written, tile.samples, stride if gradient else 1),
                 None if bias is None else bias[rows].contiguous(),
                 *lists,
                 triton.cdiv(read, tile.read),
@@ -347,5 +381,7 @@ def correlate_constants(
         "WRITE_BLOCK": blocks[1 if gradient else 0],
         "BIAS": bias,
         "GRADIENT": gradient,
+        "SAMPLES": tile.samples,
+        "TRANSPOSED": tile.written >= 64 and not tile.samples,
         "UPCAST": UPCAST,
     }

@@ -1,7 +1,8 @@
 """Triton kernels of the block convolution's weight gradient. Formulas: ``block_conv_formulas``.
 
 For each tap a GEMM over all positions, ``dw[k, tap, c] = Σ dy[position, k] x[position moved by the tap, c]``: boxes of
-NB × HB × WB positions of dy and, moved by the tap, of x. A program takes one tap, or one row of three taps, which then share
+positions of dy and, moved by the tap, of x. A box holds one position of many samples, or many of one row, which wgmma takes
+from shared memory as they are. A program takes one tap, or one row of three taps, which then share
 each box of dy. At stride 2 a tap reads one lattice of x (``block_conv_triton``).
 
 The positions are dealt out to ``splits`` programs (split-K). Each writes its sum to a workspace of its own, and a second
@@ -19,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.block_conv_boxes_triton import launches
-from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks
-from fastmerge.kernels.block_conv_tiles import WeightTile, box_of
+from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks, empty_channels_last
+from fastmerge.kernels.block_conv_tiles import WeightTile, line_of
 from torch import Tensor
 
 # Bits of bfloat16 mean nothing to the interpreter's dot product.
@@ -84,6 +85,7 @@ def wgrad_kernel(
     PADDING_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    SAMPLES: tl.constexpr,
     ROW_OF_TAPS: tl.constexpr,
     WRITE_BLOCK: tl.constexpr,
     READ_BLOCK: tl.constexpr,
@@ -135,7 +137,9 @@ def wgrad_kernel(
                     w = step % w_boxes * WB
                     h = step // w_boxes % h_boxes * HB
                     n = step // w_boxes // h_boxes * NB
-                    dy_tile = dy.load([dy_stream, n, h, w, k]).reshape(PIXELS, BM)
+                    dy_tile = dy.load([dy_stream, h, w, n, k] if SAMPLES else [dy_stream, n, h, w, k]).reshape(
+                        PIXELS, BM
+                    )
                     even = x0 if parity == 0 else x2
                     odd = even if STRIDE == 1 else x1 if parity == 0 else x3
                     parity0: tl.constexpr = PADDING_W % STRIDE
@@ -144,11 +148,23 @@ def wgrad_kernel(
                     w0 = w + (0 * DILATION_W - PADDING_W - parity0) // STRIDE
                     w1 = w + (1 * DILATION_W - PADDING_W - parity1) // STRIDE
                     w2 = w + (2 * DILATION_W - PADDING_W - parity0) // STRIDE
-                    x_tile = (odd if parity0 else even).load([x_stream, n, x_h, w0, c]).reshape(PIXELS, BN)
+                    x_tile = (
+                        (odd if parity0 else even)
+                        .load([x_stream, x_h, w0, n, c] if SAMPLES else [x_stream, n, x_h, w0, c])
+                        .reshape(PIXELS, BN)
+                    )
                     acc0 = _dot(dy_tile, x_tile, acc0, UPCAST)
-                    x_tile = (odd if parity1 else even).load([x_stream, n, x_h, w1, c]).reshape(PIXELS, BN)
+                    x_tile = (
+                        (odd if parity1 else even)
+                        .load([x_stream, x_h, w1, n, c] if SAMPLES else [x_stream, n, x_h, w1, c])
+                        .reshape(PIXELS, BN)
+                    )
                     acc1 = _dot(dy_tile, x_tile, acc1, UPCAST)
-                    x_tile = (odd if parity0 else even).load([x_stream, n, x_h, w2, c]).reshape(PIXELS, BN)
+                    x_tile = (
+                        (odd if parity0 else even)
+                        .load([x_stream, x_h, w2, n, c] if SAMPLES else [x_stream, n, x_h, w2, c])
+                        .reshape(PIXELS, BN)
+                    )
                     acc2 = _dot(dy_tile, x_tile, acc2, UPCAST)
     else:
         column_parity = (tap_column + PADDING_W) % STRIDE
@@ -159,9 +175,15 @@ def wgrad_kernel(
                     w = step % w_boxes * WB
                     h = step // w_boxes % h_boxes * HB
                     n = step // w_boxes // h_boxes * NB
-                    dy_tile = dy.load([dy_stream, n, h, w, k]).reshape(PIXELS, BM)
+                    dy_tile = dy.load([dy_stream, h, w, n, k] if SAMPLES else [dy_stream, n, h, w, k]).reshape(
+                        PIXELS, BM
+                    )
                     x = x0 if lattice == 0 else x1 if lattice == 1 else x2 if lattice == 2 else x3
-                    x_tile = x.load([x_stream, n, h + shift_h, w + shift_w, c]).reshape(PIXELS, BN)
+                    x_tile = x.load(
+                        [x_stream, h + shift_h, w + shift_w, n, c]
+                        if SAMPLES
+                        else [x_stream, n, h + shift_h, w + shift_w, c]
+                    ).reshape(PIXELS, BN)
                     acc0 = _dot(dy_tile, x_tile, acc0, UPCAST)
 
     taps = tap_row * KERNEL_W + tap_column
@@ -235,12 +257,14 @@ def weight_gradient(
     outputs, channels = dys[0].shape[1] // streams, xs[0].shape[1] // streams
     kernel_h, kernel_w = geometry.kernel
     size = (groups * outputs, channels, kernel_h, kernel_w)
-    # Only live blocks are written: all others are these zeros.
-    empty = torch.zeros if live is not None else torch.empty
-    dw = empty(size, dtype=dys[0].dtype, device=dys[0].device).contiguous(memory_format=torch.channels_last)
-    block = (0, 0) if live is None else live.block(dw)
+    dw = empty_channels_last(dys[0], size)
+    block = (0, 0)
+    if live is not None:
+        block = live.block(dw.shape)
+        # Only live blocks are written.
+        dw.zero_()
     n, _, height, width = dys[0].shape
-    box = box_of(tile.positions, n, height, width)
+    box = line_of(n, height, width)
     counts = [-(-extent // edge) for extent, edge in zip((n, height, width), box, strict=True)]
     boxes = counts[0] * counts[1] * counts[2]
     k_tiles, c_tiles = triton.cdiv(block[0] or outputs, tile.rows), triton.cdiv(block[1] or channels, tile.columns)
@@ -257,8 +281,8 @@ def weight_gradient(
         sums = out if splits == 1 else torch.empty((splits, out.numel()), dtype=torch.float32, device=dw.device)
         with torch.cuda.device_of(dw):
             wgrad_kernel[(k_tiles * c_tiles * taps * parts * splits,)](
-                *x.boxes(box, tile.columns, geometry.stride[0]),
-                *dy.boxes(box, tile.rows)[:1],
+                *x.boxes(box, tile.columns, box[0] > 1, geometry.stride[0]),
+                *dy.boxes(box, tile.rows, box[0] > 1)[:1],
                 sums,
                 *lists,
                 out.numel(),
@@ -326,6 +350,7 @@ def wgrad_constants(
         "PADDING_W": geometry.padding[1],
         "DILATION_H": geometry.dilation[0],
         "DILATION_W": geometry.dilation[1],
+        "SAMPLES": box[0] > 1,
         "ROW_OF_TAPS": tile.row_of_taps,
         "WRITE_BLOCK": block[0],
         "READ_BLOCK": block[1],

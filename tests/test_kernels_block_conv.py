@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from fastmerge.kernels.block_conv_tiles import Tile, WeightTile
@@ -31,25 +33,28 @@ CASES = [
     )
 ]
 TILE = Tile(positions=64, written=32, read=16, warps=4, stages=2)
-WEIGHT_TILE = WeightTile(rows=16, columns=16, positions=64, row_of_taps=False, programs=1, warps=4, stages=2)
+# With 64 channels and more, the product is computed transposed.
+TRANSPOSED = Tile(positions=32, written=64, read=32, warps=4, stages=2)
+SAMPLES = Tile(positions=16, written=32, read=32, warps=4, stages=2, samples=True)
+WEIGHT_TILE = WeightTile(rows=16, columns=16, row_of_taps=False, programs=1, warps=4, stages=2)
 
 ODD = [case for case in CASES if case.width == 9]
 LAST = CASES[3::4]
+# Samples enough that the sum over all positions takes them together.
+MANY = [Case(2, 17, 3, 4, 8, 8, 3, 1), Case(2, 17, 3, 4, 8, 8, 3, 2)]
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 odd_cases = pytest.mark.parametrize("case", ODD, ids=str)
 
 
-def check_every_pass(
-    case: Case, given: Operands, xs: list[Tensor], dys: list[Tensor], weight_tile: WeightTile = WEIGHT_TILE
-) -> None:
+def check_every_pass(case: Case, given: Operands, xs: list[Tensor], dys: list[Tensor], tile: Tile = TILE) -> None:
     from fastmerge.kernels import block_conv_triton, block_conv_wgrad_triton
 
     options = (case.streams, case.geometry)
-    compare("y", block_conv_triton.forward(xs, given.weight, given.bias, *options, TILE), given)
+    compare("y", block_conv_triton.forward(xs, given.weight, given.bias, *options, tile), given)
     size = (case.height, case.width)
-    compare("dx", block_conv_triton.input_gradient(dys, given.weight, size, *options, TILE), given)
-    compare("dw", [block_conv_wgrad_triton.weight_gradient(dys, xs, *options, weight_tile)], given)
+    compare("dx", block_conv_triton.input_gradient(dys, given.weight, size, *options, tile), given)
+    compare("dw", [block_conv_wgrad_triton.weight_gradient(dys, xs, *options, WEIGHT_TILE)], given)
 
 
 @interpreted
@@ -57,6 +62,14 @@ def check_every_pass(
 def test_against_float64(case: Case) -> None:
     given = operands(case, torch.float16)
     check_every_pass(case, given, given.xs, given.dys)
+
+
+@interpreted
+@pytest.mark.parametrize("tile", [TRANSPOSED, SAMPLES], ids=lambda tile: tile.name)
+@pytest.mark.parametrize("case", [ODD[0], ODD[3], *MANY], ids=str)
+def test_other_tiles(case: Case, tile: Tile) -> None:
+    given = operands(case, torch.float16)
+    check_every_pass(case, given, given.xs, given.dys, tile)
 
 
 @interpreted
@@ -89,6 +102,9 @@ def test_streams_joined_in_one_tensor(case: Case) -> None:
         Case(2, 1, 7, 8, 16, 16, 3, 2, padding=0),
         Case(2, 1, 6, 7, 16, 16, 5, 2, padding=3),
         Case(1, 1, 5, 4, 8, 8, 1, 2, padding=1),
+        Case(1, 1, 5, 6, 8, 8, 3, 2, columns=1),
+        Case(1, 1, 5, 6, 8, 8, 1, 2, columns=3),
+        Case(1, 1, 5, 6, 8, 8, 2, 1, columns=3),
     ],
     ids=str,
 )
@@ -99,12 +115,12 @@ def test_padding_dilation_and_other_kernels(case: Case) -> None:
 
 @interpreted
 @pytest.mark.parametrize("programs", [1, 40])
-@pytest.mark.parametrize("case", [ODD[2], ODD[3]], ids=str)
+@pytest.mark.parametrize("case", [ODD[2], ODD[3], MANY[1]], ids=str)
 def test_weight_gradient_of_a_row_of_taps(case: Case, programs: int) -> None:
     from fastmerge.kernels import block_conv_wgrad_triton
 
     given = operands(case, torch.float16)
-    tile = WeightTile(64, 32, 16, row_of_taps=True, programs=programs, warps=4, stages=2)
+    tile = WeightTile(64, 32, row_of_taps=True, programs=programs, warps=4, stages=2)
     dw = block_conv_wgrad_triton.weight_gradient(given.dys, given.xs, case.streams, case.geometry, tile)
     compare("dw", [dw], given)
 
@@ -117,12 +133,12 @@ def test_split_sums_are_right_and_repeat() -> None:
     given = operands(case, torch.float16)
     seen = []
     for programs in (1, 7, 1000):
-        tile = WeightTile(16, 16, 16, row_of_taps=False, programs=programs, warps=4, stages=2)
+        tile = WeightTile(16, 16, row_of_taps=False, programs=programs, warps=4, stages=2)
         run = [block_conv_wgrad_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(2)]
         compare("dw", run[:1], given)
         assert torch.equal(*run)
-        seen.append(block_conv_wgrad_triton.split(9, 2, programs)[1])
-    assert seen == [1, 3, 9]
+        seen.append(block_conv_wgrad_triton.split(18, 2, programs)[1])
+    assert seen == [1, 3, 18]
 
 
 @interpreted
@@ -134,6 +150,17 @@ def test_three_streams_anywhere_in_memory() -> None:
         memory[place] = x.permute(0, 2, 3, 1)
     xs = [memory[place].permute(0, 3, 1, 2) for place in (30, 2, 5)]
     check_every_pass(case, given, xs, given.dys)
+
+
+@interpreted
+def test_results_allocated_backwards() -> None:
+    from fastmerge.kernels import block_conv_triton
+
+    case = Case(2, 1, 4, 5, 8, 16, 3, 1)
+    given = operands(case, torch.float16)
+    places = list(torch.full((2, 1, 4, 5, 16), float("nan"), dtype=torch.float16).permute(0, 1, 4, 2, 3))
+    with mock.patch.object(block_conv_triton, "empty_channels_last", side_effect=places[::-1]):
+        compare("y", block_conv_triton.forward(given.xs, given.weight, given.bias, 2, case.geometry, TILE), given)
 
 
 @interpreted

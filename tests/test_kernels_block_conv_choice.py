@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastmerge.kernels import block_conv_cache
 from fastmerge.kernels.block_conv_cache import cache_file, read_entries, write_entries
-from fastmerge.kernels.block_conv_choice import SPLIT, Choices
+from fastmerge.kernels.block_conv_choice import SPLIT, Choices, run_beside_each_other
 
 KEY = "card | forward float16 | 2 streams | 1x8x1x1 to 8"
 RIGHT = torch.tensor([1.0, 2.0], dtype=torch.float16)
@@ -68,6 +68,25 @@ def test_the_fastest_wins_and_is_timed_once() -> None:
     assert [bench.pick(choices) for _ in range(3)] == ["triton_a"] * 3
     assert bench.timed == ["split", "triton_a", "triton_b"]
     assert choices.table() == [{"key": KEY, "winner": "triton_a", "milliseconds": bench.milliseconds}]
+
+
+def test_candidates_are_prepared_together() -> None:
+    bench, prepared = Bench(split=2.0, triton_a=1.0, triton_b=3.0), []
+    choices = Choices(bench.timer, lambda runs: prepared.extend(run() for run in runs))
+    choices.set_measuring(True)
+    bench.pick(choices)
+    assert len(prepared) == 2
+    assert bench.ran[:3] == ["split", "triton_a", "triton_b"]
+
+
+def test_running_beside_each_other_outlives_failures() -> None:
+    def fail() -> list[torch.Tensor]:
+        raise RuntimeError
+
+    done: list[int] = []
+    with mock.patch.object(torch.cuda, "synchronize"):
+        run_beside_each_other([fail, lambda: done.append(1) or [], fail, lambda: done.append(2) or []])
+    assert sorted(done) == [1, 2]
 
 
 def test_cudnn_wins_a_draw() -> None:
@@ -184,6 +203,22 @@ def test_a_candidate_that_is_gone_leaves_split() -> None:
     write_entries({KEY: {"winner": "triton_gone", "milliseconds": {}}})
     bench = Bench(split=2.0, triton_a=1.0)
     assert bench.pick(bench.choices(False)) == SPLIT
+
+
+def test_idle_where_only_split_can_come_out() -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = bench.choices(False)
+    assert choices.idle()
+    with choices.fixed("triton"):
+        assert not choices.idle()
+    choices.set_measuring(True)
+    assert not choices.idle()
+    bench.pick(choices)
+    choices.set_measuring(False)
+    assert not choices.idle()
+    with choices.fixed(SPLIT):
+        assert choices.idle()
+    assert not bench.choices(False).idle()
 
 
 def test_forgotten_choices_are_measured_again() -> None:

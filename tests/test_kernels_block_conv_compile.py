@@ -19,7 +19,7 @@ THREE = {stride: Geometry((3, 3), (stride, stride), (1, 1)) for stride in (1, 2)
 # Channels read and written, of a stream: ResNet-20's, ResNet-18's and ResNet-50's.
 CHANNELS = [(16, 16), (16, 32), (32, 32), (64, 64), (64, 128), (128, 64), (128, 128), (512, 512)]
 
-ALL_TILES = sorted({tile for read, written in CHANNELS for tile in tiles(read, written)}, key=str)
+ALL_TILES = sorted({tile for read, written in CHANNELS for tile in tiles(read, written, 256)}, key=str)
 ALL_WEIGHT_TILES = sorted(
     {
         tile
@@ -31,12 +31,17 @@ ALL_WEIGHT_TILES = sorted(
     key=str,
 )
 # One of each size of accumulator, for every day.
-SOME_TILES = [tile for tile in ALL_TILES if tile.read == 64 and tile.positions == 128]
+SOME_TILES = [tile for tile in ALL_TILES if tile.read == 64 and tile.positions == 128 and tile.written >= 64]
 SOME_WEIGHT_TILES = [tile for tile in ALL_WEIGHT_TILES if tile.columns == 64]
 
 
 def descriptor(dtype: str, *box: int) -> str:
     return f"tensordesc<{dtype}[{','.join(map(str, box))}]>"
+
+
+def box_dims(box: tuple[int, int, int], samples: bool, channels: int) -> tuple[int, ...]:
+    n, h, w = box
+    return (1, h, w, n, channels) if samples else (1, n, h, w, channels)
 
 
 def compile_correlate(
@@ -50,13 +55,15 @@ def compile_correlate(
 ) -> Compiled:
     from fastmerge.kernels import block_conv_triton as module
 
-    box = box_of(tile.positions, 32, 14, 14)
+    box = (tile.positions, 1, 1) if tile.samples else box_of(tile.positions, 32, 14, 14)
+    assert tile.samples or sum(edge > 1 for edge in box) > 1
     lattices = geometry.stride[0] ** 2
+    read, written = (box_dims(box, tile.samples, channels) for channels in (tile.read, tile.written))
     reads, writes = (1, lattices) if gradient else (lattices, 1)
-    weight = (1, tile.read, 1, tile.written) if gradient else (1, tile.written, 1, tile.read)
+    weight = (1, 1, tile.read, tile.written) if gradient else (1, 1, tile.written, tile.read)
     arguments = (
-        {f"x{i}": descriptor(dtype, 1, *box, tile.read) for i in range(reads)}
-        | {f"y{i}": descriptor(dtype, 1, *box, tile.written) for i in range(writes)}
+        {f"x{i}": descriptor(dtype, *read) for i in range(reads)}
+        | {f"y{i}": descriptor(dtype, *written) for i in range(writes)}
         | {"w": descriptor(dtype, *weight)}
         | ({"bias_ptr": f"*{dtype}"} if bias else {})
         | ({"starts_ptr": "*i32", "live_ptr": "*i32"} if blocks[0] else {})
@@ -70,16 +77,17 @@ def compile_wgrad(
     geometry: Geometry,
     tile: WeightTile,
     block: tuple[int, int] = (0, 0),
+    box: tuple[int, int, int] = (64, 1, 1),
     dtype: str = "bf16",
     sums: str = "*fp32",
     capability: int = 90,
 ) -> Compiled:
     from fastmerge.kernels import block_conv_wgrad_triton as module
 
-    box = box_of(tile.positions, 32, 14, 14)
+    samples = box[0] > 1
     arguments = (
-        {f"x{i}": descriptor(dtype, 1, *box, tile.columns) for i in range(geometry.stride[0] ** 2)}
-        | {"dy": descriptor(dtype, 1, *box, tile.rows), "dw_ptr": sums}
+        {f"x{i}": descriptor(dtype, *box_dims(box, samples, tile.columns)) for i in range(geometry.stride[0] ** 2)}
+        | {"dy": descriptor(dtype, *box_dims(box, samples, tile.rows)), "dw_ptr": sums}
         | ({"rows_ptr": "*i32", "columns_ptr": "*i32"} if block[0] else {})
         | dict.fromkeys(["split_stride", "row_stride", "read_channels", *module._UNSPECIALIZED], "i32")
     )
@@ -107,11 +115,14 @@ def compile_with(
     )
 
 
-def check_hopper(compiled: Compiled, loads_in_flight: int) -> None:
+def check_hopper(compiled: Compiled, loads_in_flight: int, from_shared_memory: bool = True) -> None:
     assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
     assert compiled.shared_bytes <= SHARED_BYTES
     assert "wgmma.mma_async" in compiled.ptx
     assert not re.search(r"\bmma\.sync", compiled.ptx)
+    # Both operands as they lie in shared memory: no copy through registers.
+    left_in_registers = re.findall(r"wgmma\.mma_async[^;{]*\{[^}]*\},\s*\{", compiled.ptx)
+    assert bool(left_in_registers) != from_shared_memory
     # Fetched by TMA alone, the first steps' boxes before the loop: as many as there are stages.
     loads = len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", compiled.ptx))
     assert loads >= loads_in_flight
@@ -120,7 +131,8 @@ def check_hopper(compiled: Compiled, loads_in_flight: int) -> None:
 
 def check_correlate(geometry: Geometry, tile: Tile, gradient: bool, **options: Any) -> None:
     compiled = compile_correlate(geometry, tile, gradient, **options)
-    check_hopper(compiled, 2 * tile.stages)
+    # Few channels can't be the left operand, nor boxes of neighbours.
+    check_hopper(compiled, 2 * (tile.stages - 1), tile.samples or tile.written >= 64)
     assert "cp.async.bulk.tensor.5d.global" in compiled.ptx
     assert "st.global" not in compiled.ptx
 
@@ -133,31 +145,37 @@ def test_some_tiles(tile: Tile, gradient: bool) -> None:
 
 @pytest.mark.parametrize("tile", SOME_WEIGHT_TILES, ids=lambda tile: tile.name)
 def test_some_weight_tiles(tile: WeightTile) -> None:
-    check_hopper(compile_wgrad(THREE[1], tile), (4 if tile.row_of_taps else 2) * tile.stages)
+    check_hopper(compile_wgrad(THREE[1], tile), (4 if tile.row_of_taps else 2) * (tile.stages - 1))
 
 
 @pytest.mark.parametrize("geometry", [*POINTWISE.values(), THREE[1]], ids=["1x1", "1x1 stride 2", "3x3"])
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_geometries(geometry: Geometry, gradient: bool) -> None:
-    check_correlate(geometry, tiles(64, 64)[1], gradient)
+    check_correlate(geometry, tiles(64, 64, 256)[1], gradient)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("geometry", [POINTWISE[1], THREE[1]], ids=["1x1", "3x3"])
 def test_live_blocks(geometry: Geometry, gradient: bool) -> None:
     # As many stages in flight as for a dense weight: looking up the next block holds up no box.
-    check_correlate(geometry, tiles(128, 128, (128, 128))[2], gradient, blocks=(128, 128))
+    check_correlate(geometry, tiles(128, 128, 256, (128, 128))[2], gradient, blocks=(128, 128))
 
 
 def test_weight_gradient_of_live_blocks() -> None:
     tile = weight_tiles(128, 128, 3, (128, 128))[0]
-    check_hopper(compile_wgrad(THREE[2], tile, (128, 128)), 2 * tile.stages)
+    check_hopper(compile_wgrad(THREE[2], tile, (128, 128)), 2 * (tile.stages - 1))
+
+
+@pytest.mark.parametrize("box", [(32, 1, 1), (16, 1, 1), (1, 1, 64), (1, 1, 16)])
+def test_weight_gradient_of_other_boxes(box: tuple[int, int, int]) -> None:
+    tile = weight_tiles(64, 64, 3)[0]
+    check_hopper(compile_wgrad(THREE[1], tile, box=box), (4 if tile.row_of_taps else 2) * (tile.stages - 1))
 
 
 def test_float16() -> None:
-    check_correlate(THREE[1], tiles(64, 64)[0], False, bias=True, dtype="fp16")
+    check_correlate(THREE[1], tiles(64, 64, 256)[0], False, bias=True, dtype="fp16")
     tile = weight_tiles(64, 64, 3)[0]
-    check_hopper(compile_wgrad(THREE[1], tile, dtype="fp16", sums="*fp16"), 2 * tile.stages)
+    check_hopper(compile_wgrad(THREE[1], tile, dtype="fp16", sums="*fp16"), 2 * (tile.stages - 1))
 
 
 @pytest.mark.parametrize("capability", TARGETS)
@@ -184,7 +202,7 @@ def test_ampere() -> None:
         compiled = compile_correlate(THREE[1], Tile(64, 64, 32, 4, 3), gradient, capability=80)
         assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
         assert "mma.sync" in compiled.ptx
-    compiled = compile_wgrad(THREE[1], WeightTile(64, 64, 32, False, 1, 4, 3), capability=80)
+    compiled = compile_wgrad(THREE[1], WeightTile(64, 64, False, 1, 4, 3), capability=80)
     assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
     assert "mma.sync" in compiled.ptx
 
@@ -205,4 +223,4 @@ def test_all_tiles(tile: Tile, gradient: bool, geometry: Geometry) -> None:
 def test_all_weight_tiles(tile: WeightTile, geometry: Geometry) -> None:
     if tile.row_of_taps and geometry.kernel == (1, 1):
         pytest.skip("a kernel of one column has no row of three taps")
-    check_hopper(compile_wgrad(geometry, tile), (4 if tile.row_of_taps else 2) * tile.stages)
+    check_hopper(compile_wgrad(geometry, tile), (4 if tile.row_of_taps else 2) * (tile.stages - 1))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastmerge.kernels import block_conv_formulas as formulas
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d
 from fastmerge.kernels.block_conv_formulas import Geometry, live_blocks, refusal
-from fastmerge.kernels.block_conv_tiles import box_of, tiles, weight_tiles
+from fastmerge.kernels.block_conv_tiles import box_of, line_of, tiles, weight_tiles
 from torch import Tensor
 
 
@@ -102,7 +102,7 @@ def test_live_blocks_are_listed_both_ways() -> None:
     assert lists.column_starts.tolist() == [0, 2, 3, 4]
     assert lists.column_rows.tolist() == [0, 2, 2, 0]
     assert all(field.dtype == torch.int32 for field in lists[:-1])
-    assert lists.block(torch.empty(48, 96, 3, 3)) == (16, 32)
+    assert lists.block((48, 96, 3, 3)) == (16, 32)
 
 
 def test_live_blocks_are_made_once_per_mask() -> None:
@@ -191,19 +191,39 @@ def test_boxes_cover_with_the_fewest(positions: int, shape: tuple[int, int, int]
     assert box_of(positions, *shape) == box
 
 
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        ((256, 7, 7), (64, 1, 1)),
+        ((32, 7, 7), (32, 1, 1)),
+        ((32, 56, 56), (1, 1, 64)),
+        ((1, 56, 56), (1, 1, 64)),
+        ((17, 3, 4), (32, 1, 1)),
+    ],
+)
+def test_sums_take_the_cheapest_line(shape: tuple[int, int, int], box: tuple[int, int, int]) -> None:
+    assert line_of(*shape) == box
+
+
+def test_samples_fill_their_tiles() -> None:
+    assert all(tile.positions <= 128 for tile in tiles(64, 64, 128) if tile.samples)
+    assert any(tile.samples for tile in tiles(64, 64, 128))
+    assert not any(tile.samples for tile in tiles(64, 64, 32))
+
+
 @pytest.mark.parametrize("channels", [8, 16, 24, 32, 48, 64, 96, 512])
 def test_there_are_tiles_for_any_channels(channels: int) -> None:
     for read, written in ((channels, 16), (16, channels), (channels, channels)):
-        assert tiles(read, written)
+        assert tiles(read, written, 1)
         assert weight_tiles(read, written, 1)
         assert any(tile.row_of_taps for tile in weight_tiles(read, written, 3))
         assert not any(tile.row_of_taps for tile in weight_tiles(read, written, 5))
-        for found in (tiles(read, written), weight_tiles(read, written, 3)):
+        for found in (tiles(read, written, 256), weight_tiles(read, written, 3)):
             assert len({tile.name for tile in found}) == len(found)
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (48, 32), (128, 96)])
 def test_tiles_divide_live_blocks(blocks: tuple[int, int]) -> None:
-    assert tiles(512, 512, blocks)
-    assert all(blocks[0] % tile.written == 0 and blocks[1] % tile.read == 0 for tile in tiles(512, 512, blocks))
+    assert tiles(512, 512, 32, blocks)
+    assert all(blocks[0] % tile.written == 0 and blocks[1] % tile.read == 0 for tile in tiles(512, 512, 32, blocks))
     assert weight_tiles(512, 512, 3, blocks)

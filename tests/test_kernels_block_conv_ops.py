@@ -177,12 +177,12 @@ def test_each_pass_runs_its_own_winner(winner: str) -> None:
         "_triton_forward": stand_in("forward", lambda *args: passes._split_forward(*args[:-1])),
         "_triton_input_gradient": stand_in("input gradient", lambda *args: passes._split_input_gradient(*args[:-1])),
         "_triton_weight_gradient": stand_in(
-            "weight gradient", lambda *args: [passes._split_weight_gradient(*args[:-1], given.weight)]
+            "weight gradient", lambda *args: [passes._split_weight_gradient(*args[:-1], given.weight.shape)]
         ),
     }
     with (
         mock.patch.multiple(passes, **stand_ins),
-        mock.patch.multiple(choices, _timer=timer, _stored=False, _measuring=True),
+        mock.patch.multiple(choices, _timer=timer, _prepare=len, _stored=False, _measuring=True),
     ):
         differentiate(diagonal, given, given.xs, given.dys)
         choices.set_measuring(False)
@@ -199,7 +199,9 @@ def test_measuring_leaves_the_random_numbers_alone() -> None:
     given = operands(CASE, torch.float16)
     state = torch.get_rng_state()
     with (
-        mock.patch.multiple(block_conv_choice.choices, _timer=lambda run: 1.0, _stored=False, _measuring=True),
+        mock.patch.multiple(
+            block_conv_choice.choices, _timer=lambda run: 1.0, _prepare=len, _stored=False, _measuring=True
+        ),
         # There is no GPU here that ran the kernels.
         pytest.warns(RuntimeWarning, match="is not used"),
     ):

@@ -54,28 +54,29 @@ def check_every_pass(case: Case, kind: str, weight_tile: WeightTile, dtype: torc
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_masks(case: Case, kind: str) -> None:
     # Rows of a tile beyond its block must not be written: blocks have 32.
-    tile = WeightTile(rows=64, columns=16, positions=64, row_of_taps=False, programs=1, warps=4, stages=2)
+    tile = WeightTile(rows=64, columns=16, row_of_taps=False, programs=1, warps=4, stages=2)
     check_every_pass(case, kind, tile)
 
 
 @interpreted
 @pytest.mark.parametrize("case", CASES[2:], ids=str)
 def test_stride_2(case: Case) -> None:
-    tile = WeightTile(rows=16, columns=64, positions=64, row_of_taps=False, programs=1, warps=4, stages=2)
-    check_every_pass(case, "random", tile)
+    tile = WeightTile(rows=16, columns=64, row_of_taps=False, programs=1, warps=4, stages=2)
+    # Here too, columns beyond the block: the next one in the row is not live.
+    check_every_pass(case, "diagonal", tile)
 
 
 @interpreted
 @pytest.mark.parametrize("kind", ["random", "none"])
 @pytest.mark.parametrize("row_of_taps", [False, True])
 def test_split_sums(row_of_taps: bool, kind: str) -> None:
-    tile = WeightTile(rows=32, columns=16, positions=8, row_of_taps=row_of_taps, programs=40, warps=4, stages=2)
+    tile = WeightTile(rows=32, columns=16, row_of_taps=row_of_taps, programs=40, warps=4, stages=2)
     check_every_pass(CASES[0], kind, tile)
 
 
 @interpreted
 def test_bfloat16() -> None:
-    tile = WeightTile(rows=32, columns=16, positions=64, row_of_taps=False, programs=1, warps=4, stages=2)
+    tile = WeightTile(rows=32, columns=16, row_of_taps=False, programs=1, warps=4, stages=2)
     check_every_pass(CASES[0], "random", tile, torch.bfloat16)
 
 
