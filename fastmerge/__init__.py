@@ -16,6 +16,7 @@ from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups
 from fastmerge.gate_budget import GateBudget
 from fastmerge.gates import HardConcrete
 from fastmerge.history import History
+from fastmerge.information import Information, info
 from fastmerge.merging import merge
 from fastmerge.recalibration import recalibrate
 from fastmerge.schedules import QuadraticLambda
@@ -27,9 +28,11 @@ __all__ = [
     "GateBudget",
     "HardConcrete",
     "History",
+    "Information",
     "QuadraticLambda",
     "__version__",
     "channel_groups",
+    "info",
     "merge",
     "recalibrate",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,10 +21,12 @@ from fastmerge.channels.tracing import trace
 from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
 from fastmerge.validation import check_same_code, check_teachers
+from fastmerge.wide.channelwise import changes_reshaped
 from fastmerge.wide.closing import Compaction, checked_choice, choose
 from fastmerge.wide.compression import Compressor, kept_candidates
 from fastmerge.wide.fusion import NormUse
 from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.layout import prefers_channels_last, to_channels_last, to_contiguous
 from fastmerge.wide.lowering import Program, lower
 from fastmerge.wide.network import Analysis, build_network
 from fastmerge.wide.norms import WideBatchNorm
@@ -112,7 +115,9 @@ class BigStudent(nn.Module):
         gates = None if self._gates_open else self._draw_gates(inputs, kwargs)
         each = self._gates_open and self._each and not self._is_compacted
         program = self._programs[mode, each, self.linked]
-        return program.forward(self.network, gates, *inputs, **kwargs)
+        if self.linked or not self._may_change_layout or not prefers_channels_last(inputs):
+            return program.forward(self.network, gates, *inputs, **kwargs)
+        return to_contiguous(program.forward(self.network, gates, *to_channels_last(inputs), **kwargs))
 
     @property
     def fused(self) -> bool | str:
@@ -348,6 +353,10 @@ class BigStudent(nn.Module):
             (mode, each, joined): lower(analysis, self.network, mode, self._population, each, joined)
             for mode, each, joined in product(("train", "eval"), {False, self._each}, (False, True))
         }
+        self._may_change_layout = not any(
+            changes_reshaped(graph, analysis.traced.root, partial(lambda m, n: n in analysis.calls[m], mode))
+            for mode, graph in analysis.traced.graphs.items()
+        )
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
         total = self._population.total
         readers = [module for module in self.network.modules() if isinstance(module, GateStreams)]

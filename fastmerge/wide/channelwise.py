@@ -146,6 +146,23 @@ def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or _in_place_argument(node)
 
 
+def changes_reshaped(graph: fx.Graph, root: nn.Module, is_layer: Callable[[fx.Node], bool]) -> bool:
+    """Whether an operation in place may reach a tensor through its reshaped view: the layout decides whether that is one."""
+    reshapes = {"view", "reshape", "flatten", torch.reshape, torch.flatten, nn.Flatten, nn.Unflatten, "unflatten"}
+    for changing in graph.nodes:
+        waiting = list(changing.all_input_nodes) if writes_in_place(changing, root) else []
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            target = type(root.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+            if target in reshapes:
+                return True
+            sources = [] if is_layer(node) else [s for s in node.all_input_nodes if s not in seen]
+            waiting += sources
+            seen.update(sources)
+    return False
+
+
 def _in_place_argument(node: fx.Node) -> bool:
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
