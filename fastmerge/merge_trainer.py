@@ -14,15 +14,15 @@ from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally, evaluate
 from fastmerge.gate_budget import GateBudget
 from fastmerge.gate_report import open_probabilities
+from fastmerge.graphed_step import GraphedStep
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merge_progress import Progress
 from fastmerge.merge_state import MergeState
+from fastmerge.merge_step import MergeStep, Weight
 from fastmerge.processes import Processes, ProcessLostError, seed_of_rank, without_averaging
 from fastmerge.random_states import random_states
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.stop_requests import Interrupted, StopRequests
-
-Weight = QuadraticLambda | GateBudget
 
 _AGREE_EVERY = 10  # steps
 
@@ -41,6 +41,7 @@ class Trainer:
         accumulate: Batches per optimizer step.
         bar: Where progress shows.
         callback: Called with each epoch's record, in the first process.
+        cuda_graph: Whether steps are captured as a CUDA graph; None: where that is measured to be faster.
     """
 
     def __init__(
@@ -55,10 +56,17 @@ class Trainer:
         accumulate: int,
         bar: Progress,
         callback: Callable[[EpochRecord], object] | None,
+        cuda_graph: bool | None = None,
     ) -> None:
         self.train_loader, self.val_loader, self.setting = train_loader, val_loader, setting
         self.history, self.state, self.stop, self.bar, self.callback = history, state, stop, bar, callback
         self.processes, self.accumulate = processes, accumulate
+        if cuda_graph and (processes.size > 1 or accumulate > 1):
+            raise ValueError(
+                f"cuda_graph=True needs one process and accumulate=1; got {processes.size} processes and {accumulate=}"
+            )
+        self.cuda_graph = cuda_graph
+        self._graph: GraphedStep | None = None
         # One for both stages: its scale is worth keeping. float16 alone has too little range for gradients.
         self.scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
 
@@ -86,6 +94,7 @@ class Trainer:
         for epoch in range(done, total):
             yield epoch
             self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
+        self._graph = None  # and with it its memory
 
     def epoch(self, stage: Stage, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> None:
         """Trains one epoch; with a weight of the gates, the network is a big student.
@@ -138,35 +147,64 @@ class Trainer:
 
     def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None, tally: Tally) -> None:
         network.train()
-        model = self.processes.wrap(
-            network
-        )  # anew each epoch, before which linking may have changed parameters' shapes
+        # anew each epoch, before which linking may have changed parameters' shapes
+        model = self.processes.wrap(network)
+        graphed = self._graphed(network, optimizers, lam)
         for batches in self._steps(tally):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            samples = sum(len(inputs[0]) for inputs, _ in batches)
-            for number, (inputs, target) in enumerate(batches, start=1):
-                share = len(inputs[0]) / samples if samples else 1.0
-                with without_averaging(model, number < len(batches)):
-                    output, loss = self.setting.apply(model, inputs, target)
-                    losses = {"loss": loss}
-                    if lam is not None and isinstance(network, BigStudent):
-                        losses["gate_loss"] = network.gate_loss()
-                        loss = loss + (lam.loss(network) if isinstance(lam, GateBudget) else lam * losses["gate_loss"])
-                    self.scaler.scale(loss * share if len(batches) > 1 else loss).backward()
-                fresh = tally.add(output, target, len(inputs[0]), **losses)
-                self.bar.step(tally, fresh=fresh)
-            for optimizer in optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
-            if isinstance(lam, GateBudget):
-                lam.step()
+            if graphed is not None:
+                ((inputs, target),) = batches
+                output, losses = graphed(inputs, target)
+                self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **losses))
+            else:
+                self._eager(network, model, optimizers, lam, batches, tally)
             if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.accumulate) == 0:
                 self._pause(tally)
         if self.processes.size > 1:
             self._pause(tally)
         tally.read()
         self.processes.share_buffers(network)
+
+    def _eager(
+        self,
+        network: nn.Module,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        lam: Weight | None,
+        batches: list[Any],
+        tally: Tally,
+    ) -> None:
+        """A step of several batches, or of several processes."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        samples = sum(len(inputs[0]) for inputs, _ in batches)
+        for number, (inputs, target) in enumerate(batches, start=1):
+            share = len(inputs[0]) / samples if samples else 1.0
+            with without_averaging(model, number < len(batches)):
+                output, loss = self.setting.apply(model, inputs, target)
+                losses = {"loss": loss}
+                if lam is not None and isinstance(network, BigStudent):
+                    losses["gate_loss"] = network.gate_loss()
+                    loss = loss + (lam.loss(network) if isinstance(lam, GateBudget) else lam * losses["gate_loss"])
+                self.scaler.scale(loss * share if len(batches) > 1 else loss).backward()
+            fresh = tally.add(output, target, len(inputs[0]), **losses)
+            self.bar.step(tally, fresh=fresh)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        if isinstance(lam, GateBudget):
+            lam.step()
+
+    def _graphed(
+        self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None
+    ) -> MergeStep | GraphedStep | None:
+        """The step of a merge on one CUDA device, from epoch to epoch the same; None for others."""
+        single = self.processes.size == 1 and self.accumulate == 1
+        if self.cuda_graph is False or not single or self.setting.device.type != "cuda":
+            return None
+        if self._graph is None:
+            self._graph = GraphedStep(MergeStep(network, optimizers, self.setting, self.scaler, lam), self.cuda_graph)
+        self._graph.renew()
+        return self._graph
 
     def _steps(self, tally: Tally) -> Iterator[list[Any]]:
         """The epoch's batches that are left, as many at a time as make a step."""

@@ -55,6 +55,7 @@ def merge(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     channels_last: bool = False,
+    cuda_graph: bool | None = None,
     seed: int | None = None,
     progress: bool | None = None,
     callback: Callable[[EpochRecord], object] | None = None,
@@ -101,6 +102,9 @@ def merge(
         device: Where to train; None is where the first teacher is.
         autocast: Dtype for ``torch.autocast``; None for none. float16 uses a gradient scaler.
         channels_last: Trains in the channels-last layout, which convolutions on a GPU prefer.
+        cuda_graph: Whether training steps are captured as a CUDA graph, which spares small networks the wait for the CPU.
+            None: on a CUDA device, by one process that does not accumulate, if five replays after five eager steps show
+            it to be at least 5 % faster. The criterion must not wait for the device then.
         seed: Makes the merge repeatable; the caller's random state is restored. None draws from the caller's.
         progress: Whether to show a progress bar on stderr; None shows it on a terminal.
         callback: Called with the record of each epoch. What it raises ends the merge. After a crash an epoch may be
@@ -142,6 +146,8 @@ def merge(
     teachers = check_teachers(teachers)
     check_accumulate(accumulate)
     setting = Setting(check_device(device, teachers[0]), criterion, autocast, channels_last)
+    if cuda_graph and setting.device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a CUDA device; got {setting.device}")
     cuda = [setting.device] if setting.device.type == "cuda" else []
     snapshots = None
     if checkpoint_dir is not None:
@@ -163,7 +169,9 @@ def merge(
             check_loader("val_loader", val_loader, teachers[0], setting)
         if resume:
             state.load()
-        trainer = Trainer(train_loader, val_loader, setting, history, state, stop, processes, accumulate, bar, callback)
+        trainer = Trainer(
+            train_loader, val_loader, setting, history, state, stop, processes, accumulate, bar, callback, cuda_graph
+        )
         student = train_student(teachers, _examples(inputs, teachers[0]), plan, schedule, trainer)
     return student, history
 

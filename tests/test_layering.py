@@ -21,6 +21,7 @@ LAYERS = [
     ["recipes"],
     ["training"],
     ["merging", "merge_checks", "merge_plan", "merge_progress", "merge_stages", "merge_state", "merge_trainer"],
+    ["graphed_step", "merge_step"],
     ["gate_budget", "gate_report", "evaluation", "history", "checkpoints", "information", "snapshots"],
     [
         "data",

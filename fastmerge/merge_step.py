@@ -1,0 +1,100 @@
+"""One training step of a merge, of either stage: what an eager step, a captured one and a test all run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from fastmerge.big_student import BigStudent
+from fastmerge.evaluation import Setting
+from fastmerge.gate_budget import GateBudget, open_state, penalty
+from fastmerge.schedules import QuadraticLambda
+
+Weight = QuadraticLambda | GateBudget
+Result = tuple[Any, dict[str, Tensor], Tensor | None]
+
+
+class MergeStep:
+    """Forward, losses, backward and optimizers' steps.
+
+    Args:
+        network: in training mode; a big student where there is a weight of the gates.
+        optimizers: of its parameters.
+        setting: criterion, autocast.
+        scaler: of the losses; disabled where there is nothing to scale.
+        lam: the weight of the gates, or None.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizers: list[Optimizer],
+        setting: Setting,
+        scaler: torch.amp.GradScaler,
+        lam: Weight | None,
+    ) -> None:
+        self.network, self.optimizers, self.setting, self.scaler, self.lam = network, optimizers, setting, scaler, lam
+
+    def __call__(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Trains on a batch.
+
+        Returns:
+            The output, and the losses: "loss", and "gate_loss" where there is a weight of the gates.
+        """
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        output, losses, open_now = self.run(inputs, target)
+        self.finish(open_now)
+        return output, losses
+
+    def run(self, inputs: tuple[Tensor, ...], target: Any, terms: tuple[Tensor, ...] | None = None) -> Result:
+        """All that happens on the device.
+
+        Args:
+            inputs: of the network.
+            target: of the criterion.
+            terms: the weight of the gates as tensors, from :meth:`terms`; None: the weight itself.
+
+        Returns:
+            The output, the losses, and P[g > 0] per channel group for a budget that was given as terms.
+        """
+        output, loss = self.setting.apply(self.network, inputs, target)
+        losses, open_now = {"loss": loss}, None
+        if self.lam is not None and isinstance(self.network, BigStudent):
+            losses["gate_loss"] = gate_loss = self.network.gate_loss()
+            if isinstance(self.lam, GateBudget):
+                if terms is None:
+                    weighted = self.lam.loss(self.network)
+                else:
+                    open_now, slopes = open_state(self.network)
+                    weighted, open_now = penalty(open_now, slopes, *terms), open_now.detach()
+            else:
+                weighted = self.lam * gate_loss if terms is None else terms[0] * gate_loss
+            loss = loss + weighted
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        # without their history, which would tie the next step's gradients to this one's stream
+        return tree_map(_detached, output), tree_map(_detached, losses), open_now
+
+    def finish(self, open_now: Tensor | None) -> None:
+        """What follows on the host: a budget takes its step."""
+        if isinstance(self.lam, GateBudget):
+            self.lam.step(open_now)
+
+    def terms(self) -> tuple[Tensor, ...]:
+        """The weight of the gates in the present step, as tensors on the device; of a budget, after its first step."""
+        if isinstance(self.lam, GateBudget):
+            return self.lam.terms()
+        if self.lam is None:
+            return ()
+        return (torch.full((), float(self.lam), device=self.setting.device),)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
