@@ -182,7 +182,7 @@ class GraphedStep:
         network = self.step.network
         tensors = [*network.parameters(), *network.buffers()]
         states = [v for o in self.step.optimizers for entry in o.state.values() for v in entry.values()]
-        places = [t.data_ptr() for t in [*tensors, *states] if isinstance(t, Tensor)]
+        places = [(t.data_ptr(), t.shape) for t in [*tensors, *states] if isinstance(t, Tensor)]
         options = [
             {k: v for k, v in g.items() if k not in ("params", "lr")}
             for o in self.step.optimizers
