@@ -215,7 +215,9 @@ def test_merge_by_this_step_is_merge_as_ever(monkeypatch: pytest.MonkeyPatch) ->
     architecture = BY_NAME["mlp"]
     teachers = [architecture.make() for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(n, 5, generator=generator), torch.randint(0, 4, (n,), generator=generator)) for n in (8, 8, 5)]
+    batches = [
+        (torch.randn(n, 5, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in (8, 8, 5)
+    ]
 
     def run(schedule: str) -> list[tuple[float, float | None]]:
         options: dict[str, Any] = {"gate_schedule": schedule, "merge_epochs": 2, "finetune_epochs": 1, "seed": 3}
