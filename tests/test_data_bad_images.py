@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
 import warnings
@@ -141,18 +142,18 @@ def test_trees_decoded_at_once(tree, kind):
     assert labels(device.val) == [0] * 9 + [1] * 9
 
 
-def test_reasons_say_what_is_wrong(tree):
-    folder = tree / "val" / "ant"
-    reasons = {
-        "text": "it is of no image format that Pillow knows",
-        "truncated": "truncated",
-    }
-    for kind, reason in reasons.items():
-        with pytest.raises(BadImageError, match=reason):
-            read_image(str(spoil(folder / f"00{len(kind) % 9}.jpg", kind)))
-    (folder / "broken.jpg").symlink_to("nowhere")
-    with pytest.raises(BadImageError, match="No such file or directory"):
-        read_image(str(folder / "broken.jpg"))
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("text", "it is of no image format that Pillow knows"),
+        ("truncated", "truncated"),
+        ("empty", "it is empty"),
+    ],
+)
+def test_reasons_say_what_is_wrong(tree, kind, reason):
+    with pytest.raises(BadImageError, match=f"001.jpg can't be read as an image: .*{reason}") as error:
+        read_image(str(spoil(tree / "val" / "ant" / "001.jpg", kind)))
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # it may come from another process
 
 
 def test_what_dali_alone_can_not_read_is_converted_and_cleaned_up(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,14 @@ def test_what_reads_is_chosen_and_said(tree, arrays, monkeypatch):
     monkeypatch.setattr(choosing, "_room", lambda device: 100)
     assert make(arrays, "auto", image_size=None).loader == "torch"
     assert make(tree, "auto", augmentation="small").loader == "torch"
+
+
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    assert choosing.cores() == 12
+    for processes, each in ((4, 3), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert choosing.cores() == each
 
 
 def test_workers_give_what_one_process_gives(tree):

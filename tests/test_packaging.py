@@ -92,7 +92,7 @@ def test_the_metadata_asks_for_lower_bounds(wheel: zipfile.ZipFile) -> None:
         "tqdm",
         "triton",
     }
-    assert all(re.fullmatch(r"[\w.-]+(\[\w+\])?(>=[\d.]+)?(;.*)?", line) for line in requirements), requirements
+    assert all(re.fullmatch(r"[\w.-]+(\[[\w,]+\])?(>=[\d.]+)?(;.*)?", line) for line in requirements), requirements
 
 
 def test_the_wheel_holds_licence_and_command(wheel: zipfile.ZipFile) -> None:

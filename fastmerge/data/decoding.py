@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ def read_image(file: str, draft: tuple[int, int] | None = None) -> Image:
     except MemoryError:
         raise
     except Exception as error:  # for damaged files Pillow's readers raise nearly anything, SyntaxError and KeyError too
-        raise BadImageError(file, _reason(error)) from error
+        raise BadImageError(file, _reason(file, error)) from error
 
 
 def bad_files(files: Iterable[str], workers: int) -> dict[str, str]:
@@ -120,9 +121,9 @@ def _rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def _reason(file: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
-        return "it is of no image format that Pillow knows"
+        return "it is of no image format that Pillow knows" if os.path.getsize(file) else "it is empty"
     return " ".join(str(error).split()) or type(error).__name__

@@ -79,7 +79,8 @@ def image_loaders(
         dtype: Of the images: float32 or float16; "device" and "torch" know bfloat16 too.
         channels_last: The memory format of the images.
         seed: Of the order and the changes.
-        workers: Threads (DALI) or processes (torch) that decode; None is one for each core this process may use, 16 at most.
+        workers: Threads (DALI) or processes (torch) that decode; None is one for each core this process may use, 16 at most;
+            of torchrun's processes on a machine, each takes its part.
         shard, shards: Which part of how many: the rank and the number of processes. See
             :class:`~fastmerge.data.epochs.Batches`.
         drop_last: Leaves out a last training batch that is smaller.
