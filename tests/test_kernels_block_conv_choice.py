@@ -237,7 +237,8 @@ def test_other_versions_keep_their_choices_to_themselves() -> None:
         write_entries({KEY: {"winner": "triton_a", "milliseconds": {}}})
     assert read_entries() == {}
     write_entries({KEY: ours, "another": ours})
-    assert read_entries() == {KEY: ours, "another": ours}
+    write_entries({"third": ours})
+    assert read_entries() == {KEY: ours, "another": ours, "third": ours}
     with mock.patch.object(block_conv_cache, "versions", return_value="older"):
         assert read_entries()[KEY]["winner"] == "triton_a"
 

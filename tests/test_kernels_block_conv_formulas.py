@@ -152,6 +152,7 @@ X, WEIGHT = channels_last(2, 16, 6, 6), channels_last(32, 16, 3, 3)
         (X, channels_last(24, 16, 3, 3), THREE, {}, "multiples of 8 channels.*got 16 and 12"),
         (X, WEIGHT, THREE, {"blocks": (32, 8)}, "multiples of 16 channels; got 32 × 8"),
         (X.contiguous(), WEIGHT, THREE, {}, "channels next to each other"),
+        (channels_last(2, 128, 6, 6)[:, ::8], WEIGHT, THREE, {}, "channels next to each other"),
         (channels_last(2, 20, 6, 6)[:, :16], WEIGHT, THREE, {}, "multiples of 16 bytes"),
     ],
 )
