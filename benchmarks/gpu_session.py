@@ -60,6 +60,7 @@ class Outcome:
 
 def parts(sanitizer: bool) -> list[Part]:
     """What there is to do, the most important first."""
+    others = _other_benchmarks()
     build = Part("build", 120, ("setup.py", "build_ext", "--inplace"))
     tests = Part("tests", 420, ("-m", "pytest", *_PYTEST, "-m", "gpu", "--junitxml={xml}", *_gpu_tests()))
     found = [
@@ -67,34 +68,29 @@ def parts(sanitizer: bool) -> list[Part]:
         tests,
         _steps("step-resnet18-bf16", 240, "resnet18-224px-batch-256-bf16-cuda"),
         _steps("step-resnet20-128", 120, "resnet20-32px-batch-128-bf16-cuda"),
-        *[
-            _benchmark(name.replace("_", "-"), _SECONDS.get(name, 120), f"bench_{name}.py")
-            for name in _other_benchmarks()
-        ],
+        *[_other(name) for name in _FIRST if name in others],
         _steps("step-resnet18-fp16", 240, "resnet18-224px-batch-256-fp16-cuda"),
+        *[_other(name) for name in others if name not in _FIRST],
         _steps("step-small", 180, "(resnet20-32px-batch-512 or lenet or sine) and cuda"),
         _steps("step-resnet50-bf16", 240, "resnet50-224px-batch-256-bf16-cuda"),
         _steps("step-resnet50-fp16", 240, "resnet50-224px-batch-256-fp16-cuda"),
     ]
     if sanitizer:
-        tool = (
-            "compute-sanitizer",
-            "--error-exitcode",
-            "9",
-            "--target-processes",
-            "all",
-            sys.executable,
-            "-m",
-            "pytest",
-        )
+        tool = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all")
+        pytest = (sys.executable, "-m", "pytest")
         tests_of_kernels = [path for path in _gpu_tests() if "kernels" in path]
-        command = (*tool, *_PYTEST, "-m", "gpu", "-k", "float64", "-x", *tests_of_kernels)
+        command = (*tool, *pytest, *_PYTEST, "-m", "gpu", "-k", "float64", "-x", *tests_of_kernels)
         found.insert(2, Part("sanitizer", 300, command, interpreter=False))
     return found
 
 
+_FIRST = ("batch_norm", "gate", "merge")  # of the benchmarks other than whole steps
 _SECONDS = {"block_conv": 300, "merge": 180}  # those that take longer than most
-_PYTEST = ("-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors", "-q")
+# Another machine's versions may deprecate what they like.
+_PYTEST = (
+    *("-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors", "-q"),
+    *("-W", "default::DeprecationWarning", "-W", "default::FutureWarning"),
+)
 
 
 def _gpu_tests() -> list[str]:
@@ -115,6 +111,10 @@ def _other_benchmarks() -> list[str]:
 def _benchmark(name: str, seconds: float, file: str, *options: str) -> Part:
     enabled = ("--benchmark-enable", "--benchmark-json={json}", "-m", "gpu and not slow")
     return Part(name, seconds, ("-m", "pytest", *_PYTEST, *enabled, *options, f"benchmarks/{file}"))
+
+
+def _other(name: str) -> Part:
+    return _benchmark(name.replace("_", "-"), _SECONDS.get(name, 120), f"bench_{name}.py")
 
 
 def _steps(name: str, seconds: float, cases: str) -> Part:
