@@ -1,9 +1,12 @@
 """Images from a tree of files."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from fastmerge.data.folders import load_folder
+from fastmerge.data.trees import find_trees
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -60,6 +63,17 @@ def test_what_is_missing_is_named(tmp_path, tree):
     write(tree / "val" / "dog" / "1.png", 0)
     with pytest.raises(ValueError, match=r"the classes of .*train and .*val differ: dog in one of them alone"):
         load_folder(tree, 4)
+
+
+def test_links_are_followed_and_lead_round_no_circle(tree):
+    (tree / "train" / "cat" / "back").symlink_to(tree / "train" / "cat")
+    (tree / "train" / "ant" / "elsewhere").symlink_to(tree / "val" / "ant")
+    (tree / "train" / "cat" / "folder.png").mkdir()  # named as what it is not
+    (tree / "train" / "cat" / "._1.png").write_bytes(b"what another system leaves beside a file")
+    train, val = find_trees(tree)
+    names = [str(Path(file).relative_to(tree / "train")) for file in train.files]
+    assert names == ["ant/1.png", "ant/elsewhere/1.png", "cat/1.png", "cat/deep/2.JPEG"]
+    assert len(val.files) == 2
 
 
 def test_empty_folders_are_refused(tmp_path):

@@ -58,17 +58,22 @@ def find_trees(path: str | Path) -> tuple[ImageTree, ImageTree]:
 
 
 def image_files(folder: str) -> list[str]:
-    """The image files below a folder, in alphabetical order of their paths."""
-    found, waiting = [], [folder]
+    """The image files below a folder, in alphabetical order of their paths; links are followed, each folder read once."""
+    found, waiting, seen = [], [folder], set()
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        here = waiting.pop()
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link that leads back, or to what was read by another name
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(here) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name.lower().endswith(SUFFIXES):
-                    found.append(entry.path)
-                elif entry.is_dir():
+                if entry.is_dir():
                     waiting.append(entry.path)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    found.append(entry.path)
     return sorted(found)
 
 
