@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import os
 import pickle
@@ -21,21 +22,25 @@ from fastmerge.files import atomic
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these before every name
 _LISTED = 4
+TIMM = "timm:"
 
 
 def build_network(name: str, **arguments: Any) -> nn.Module:
     """Builds a network with fresh weights.
 
     Args:
-        name: A torchvision classification model (``resnet18``), or ``module:factory``: a class or function that returns
-            the network, in a module on the path or in the current directory.
+        name: A torchvision classification model (``resnet18``); ``timm:NAME``, one of timm's; or ``module:factory``: a
+            class or function that returns the network, in a module on the path or in the current directory.
         arguments: For the model or factory, such as ``num_classes=10``.
 
     Raises:
         ValueError: There is no such model, module or factory, or it does not take these arguments.
         TypeError: What the factory returns is not a module.
     """
-    factory = _own_factory(name) if ":" in name else _torchvision_factory(name)
+    if name.startswith(TIMM):
+        factory = _timm_factory(name)
+    else:
+        factory = _own_factory(name) if ":" in name else _torchvision_factory(name)
     if name in ("googlenet", "inception_v3"):
         arguments = {"init_weights": False} | arguments  # their scipy initialisation takes a minute and warns
     try:
@@ -63,6 +68,19 @@ def _torchvision_factory(name: str) -> Callable[..., Any]:
             f"torchvision has no classification model {name}{hint}; for your own network give module:factory"
         )
     return models.get_model_builder(name)
+
+
+def _timm_factory(name: str) -> Callable[..., Any]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"{name} is a model of timm, which is not installed (pip install timm)") from error
+    model = name.removeprefix(TIMM)
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), 3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no model {model}{hint}")
+    return functools.partial(timm.create_model, model)
 
 
 def _own_factory(name: str) -> Callable[..., Any]:

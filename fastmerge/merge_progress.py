@@ -1,11 +1,14 @@
-"""The progress bar of a merge: stage, epoch, loss, accuracy, λ, P[g>0], images per second and the time left."""
+"""The progress bar of a merge: stage, epoch, loss, accuracy, λ, P[g>0], images per second, memory and the time left."""
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Sized
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from fastmerge.evaluation import Tally
 from fastmerge.history import EpochRecord, Score
@@ -85,5 +88,13 @@ class Progress:
         if score.accuracy is not None:
             self._figures["accuracy"] = f"{score.accuracy:.3f}"
         self._figures["images/s"] = f"{rate:.0f}"
+        self._figures["memory"] = f"{peak_memory() / 2**30:.2f} GiB"
         if self._bar is not None:
             self._bar.set_postfix(self._figures)
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held so far: of the GPU that it uses, else of the machine's memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

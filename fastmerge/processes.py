@@ -135,23 +135,23 @@ def without_averaging(model: nn.Module, wanted: bool) -> AbstractContextManager[
     return contextlib.nullcontext()
 
 
-def join_processes(device: str) -> str:
+def join_processes(device: str) -> tuple[str, Processes]:
     """Joins the processes that ``torchrun`` started; does nothing where it did not.
 
     Args:
         device: "cuda" is the card of this process's place on its machine.
 
     Returns:
-        The device of this process.
+        The device of this process, and the processes.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return device
+        return device, Processes(torch.device("cpu"))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return device
+    return device, Processes(torch.device(device))
 
 
 def leave_processes() -> None:

@@ -1,5 +1,8 @@
 """Networks by name, and their weights in files."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -131,3 +134,24 @@ def test_networks_that_can_not_be_built_are_refused(name, arguments, error, mess
     pytest.importorskip("torchvision")
     with pytest.raises(error, match=message):
         build_network(name, **arguments)
+
+
+def test_timm_is_imported_when_asked_for_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="timm:tiny is a model of timm, which is not installed"):
+        build_network("timm:tiny")
+
+    made = []
+
+    def create_model(name, **arguments):
+        made.append((name, arguments))
+        return nn.Linear(2, arguments["num_classes"])
+
+    fake = SimpleNamespace(
+        is_model=lambda name: name == "tiny", list_models=lambda: ["tiny"], create_model=create_model
+    )
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    assert build_network("timm:tiny", num_classes=3).out_features == 3
+    assert made == [("tiny", {"num_classes": 3})]
+    with pytest.raises(ValueError, match="timm has no model tinny; near it: tiny"):
+        build_network("timm:tinny")

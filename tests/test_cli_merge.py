@@ -123,7 +123,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
     }
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--milestones", "1", "3", "--autocast", "bfloat16", "--channels-last", "--batch-size", "5"]
-    words += ["--checkpoint-seconds", "7", "--resume"]
+    words += ["--checkpoint-seconds", "7", "--resume", "--accumulate", "5"]
     seen = {}
 
     def record(teachers, loader, *, val_loader, **options):
@@ -132,8 +132,8 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
 
     monkeypatch.setattr("fastmerge.cli.merge.merge", record)
     assert main([*arguments(), *words]) == 130
-    rest = {"milestones": [1, 3], "autocast": torch.bfloat16, "channels_last": True, "progress": False, "sizes": [5, 5]}
-    rest |= {"checkpoint_seconds": 7, "checkpoint_dir": Path("out/checkpoints"), "resume": True}
+    rest = {"milestones": [1, 3], "autocast": torch.bfloat16, "channels_last": True, "progress": False, "sizes": [1, 1]}
+    rest |= {"checkpoint_seconds": 7, "checkpoint_dir": Path("out/checkpoints"), "resume": True, "accumulate": 5}
     assert callable(seen.pop("callback"))
     assert seen == given | rest
 

@@ -49,7 +49,7 @@ ALONE = {
     "reporting": {"files", "reporting"},
 }
 # Imported inside the functions that need them, so that a missing one is missed only there.
-OPTIONAL = {"PIL", "matplotlib", "nvidia", "sklearn", "torchvision", "triton"}
+OPTIONAL = {"PIL", "matplotlib", "nvidia", "sklearn", "timm", "torchvision", "triton"}
 
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 

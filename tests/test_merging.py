@@ -229,7 +229,7 @@ def test_the_callback_sees_each_epoch_and_an_interrupt_leaves_nothing_behind(tea
     assert all(same(old, teacher.state_dict()) for old, teacher in zip(before, teachers, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
     shown = capsys.readouterr().err
-    for part in ("merge:", "fine-tune:", "epoch=2/2", "λ=", "P[g>0]=", "loss=", "accuracy=", "images/s="):
+    for part in ("merge:", "fine-tune:", "epoch=2/2", "λ=", "P[g>0]=", "loss=", "accuracy=", "images/s=", "memory="):
         assert part in shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -13,10 +14,11 @@ from contextlib import contextmanager
 import torch
 
 from fastmerge.cli import continuing, data, info, merge, report, run
+from fastmerge.processes import ProcessLostError
 from fastmerge.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
-_FAILED = (FloatingPointError, torch.OutOfMemoryError)
+_FAILED = (FloatingPointError, torch.OutOfMemoryError, ProcessLostError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,17 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
         with _plain_warnings():
             options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
     except KeyboardInterrupt as error:
-        resume = continuing.how_to_go_on(options)
-        print(f"fastmerge: interrupted{f'; go on with: {resume}' if resume else ''}", file=sys.stderr)
+        if is_first:
+            resume = continuing.how_to_go_on(options)
+            print(f"fastmerge: interrupted{f'; go on with: {resume}' if resume else ''}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except _BAD_INPUT + _FAILED as error:
         if getattr(options, "debug", False):
             traceback.print_exc()
-        else:
+        elif is_first or isinstance(error, _FAILED):  # what is wrong with the input is wrong in all processes
             print(f"fastmerge: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED) else 2
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastmerge.files import atomic
 CHECKPOINTS = "checkpoints"
 _COMMAND = "command.json"
 # What may differ when a run goes on, since it does not change what comes out of it.
-_FREE = {"checkpoint_seconds", "debug", "device", "out", "quiet", "resume", "tensorboard", "workers"}
+_FREE = {"accumulate", "checkpoint_seconds", "debug", "device", "out", "quiet", "resume", "tensorboard", "workers"}
 
 
 def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
@@ -83,8 +84,12 @@ def complete(
     return options
 
 
-def begin(options: argparse.Namespace) -> bool:
+def begin(options: argparse.Namespace, is_first: bool = True) -> bool:
     """Makes DIR and notes the command there; what can't be written to is better known before the training.
+
+    Args:
+        options: Completed.
+        is_first: Whether this is the process that writes.
 
     Returns:
         Whether the run in it had come to its end.
@@ -101,7 +106,8 @@ def begin(options: argparse.Namespace) -> bool:
             f"{options.out} holds a run that is not finished; add --resume to go on with it, remove "
             f"{options.out / CHECKPOINTS}, or choose another --out"
         )
-    _note(options, finished=False)
+    if is_first:
+        _note(options, finished=False)
     return False
 
 
@@ -120,7 +126,9 @@ def how_to_go_on(options: argparse.Namespace) -> str | None:
     """The command that goes on with an interrupted run, or None where there is nothing to go on with."""
     if not hasattr(options, "words") or not (options.out / _COMMAND).is_file():
         return None
-    return f"fastmerge {options.words[0]} --out {options.out} --resume"
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    program = "fastmerge" if several == "1" else f"torchrun --nproc-per-node {several} -m fastmerge"
+    return f"{program} {options.words[0]} --out {options.out} --resume"
 
 
 def _note(options: argparse.Namespace, finished: bool) -> None:

@@ -8,6 +8,7 @@ train/<class>/<image> and val/<class>/<image>, one with CIFAR's pickles, or an .
 train_labels, test_images and test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots.
 
 Killed or interrupted, it goes on with: fastmerge merge --out DIR --resume
+Several GPUs: torchrun --nproc-per-node 8 -m fastmerge merge ... with the same options; --batch-size is that of all together.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastmerge.checkpoints import build_network, load_weights, save_weights
+from fastmerge.checkpoints import TIMM, build_network, load_weights, save_weights
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import integer, key_value
 from fastmerge.data.augmentation import AUGMENTATIONS
@@ -30,7 +32,9 @@ from fastmerge.data.decoding import ON_BAD_IMAGE
 from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.environment import environment
 from fastmerge.history import EpochRecord
+from fastmerge.merge_checks import check_device
 from fastmerge.merging import merge
+from fastmerge.processes import Processes, join_processes, leave_processes
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write_json
@@ -57,14 +61,21 @@ _MERGE_OPTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge merge``."""
     add = continuing.adder(parser)
-    add("--model", required=True, metavar="NAME", help="torchvision model, or module:factory of your own")
+    add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:factory of your own")
     add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
     add("--teachers", nargs="+", type=Path, required=True, metavar="FILE", help="two or more checkpoints")
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
     add("--merge-epochs", type=integer(1), default=30, metavar="N", help="epochs of the big student; default 30")
     add("--finetune-epochs", type=integer(0), default=30, metavar="N", help="epochs of the student; default 30")
-    add("--batch-size", type=integer(1), default=64, metavar="N", help="default 64")
+    add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step, of all processes; default 64")
+    add(
+        "--accumulate",
+        type=integer(1),
+        default=1,
+        metavar="K",
+        help="read a step's images in K parts, for small cards; default 1",
+    )
     add("--lr", type=float, default=0.01, metavar="X", help="learning rate of the weights; default 0.01")
     add("--finetune-lr", type=float, metavar="X", help="learning rate of the fine-tuning; default --lr")
     add(
@@ -106,13 +117,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Merges, writes the student and its history, and prints the scores."""
-    if continuing.begin(options):
-        print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
+    device, processes = join_processes(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        _merge(options, device, processes)
+    finally:
+        leave_processes()
+
+
+def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:
+    if continuing.begin(options, processes.is_first):
+        if processes.is_first:
+            print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
         return
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device, nn.Identity())
     loaders = image_loaders(
         options.data,
-        options.batch_size,
+        processes.share(options.batch_size, options.accumulate),
         image_size=options.image_size,
         augmentation=options.augmentation,
         loader=options.loader,
@@ -121,18 +141,17 @@ def command(options: argparse.Namespace) -> None:
         seed=options.seed or 0,
         workers=options.workers,
         on_bad_image=options.on_bad_image,
+        shard=processes.rank,
+        shards=processes.size,
     )
-    print(loaders.why)
     teachers = [_teacher(options, loaders, path) for path in options.teachers]
     chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
-    board = options.out / "tensorboard" if options.tensorboard else None
-    log = EpochLog(options.out / "log.jsonl", ("stage", "epoch"), options.resume, board)
-
-    def note(record: EpochRecord) -> None:
-        before = options.merge_epochs if record.stage == "finetune" else 0
-        log.write(dataclasses.asdict(record), before + record.epoch)
-
-    with contextlib.closing(log):
+    with contextlib.ExitStack() as closing:
+        note = None
+        if processes.is_first:
+            print(loaders.why)
+            log = EpochLog(options.out / "log.jsonl", ("stage", "epoch"), options.resume, _board(options))
+            note = _noting(closing.enter_context(contextlib.closing(log)), options.merge_epochs)
         student, history = merge(
             teachers,
             loaders.train,
@@ -144,19 +163,33 @@ def command(options: argparse.Namespace) -> None:
             checkpoint_dir=options.out / continuing.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
+            accumulate=options.accumulate,
             **chosen,
         )
+    if not processes.is_first:
+        return
     save_weights(student, options.out / "student.safetensors")
-    config = continuing.config(options) | {"device": device}
+    config = continuing.config(options) | {"device": device, "processes": processes.size}
     write_json(options.out / "history.json", history.to_dict() | {"config": config, "environment": environment()})
     print(write_report(options.out))
     print(f"\nstudent.safetensors, history.json, log.jsonl, report.md and plots in {options.out}")
     continuing.finish(options)
 
 
+def _board(options: argparse.Namespace) -> Path | None:
+    return options.out / "tensorboard" if options.tensorboard else None
+
+
+def _noting(log: EpochLog, merge_epochs: int) -> Callable[[EpochRecord], None]:
+    def note(record: EpochRecord) -> None:
+        log.write(dataclasses.asdict(record), record.epoch + (merge_epochs if record.stage == "finetune" else 0))
+
+    return note
+
+
 def _teacher(options: argparse.Namespace, loaders: ImageLoaders, path: Path) -> nn.Module:
     arguments = dict(options.model_args)
-    if ":" not in options.model:
+    if ":" not in options.model or options.model.startswith(TIMM):
         arguments = {"num_classes": loaders.classes} | arguments
     network = build_network(options.model, **arguments)
     load_weights(network, path)

@@ -3,12 +3,14 @@
 DIR gets results.json, history.json, log.jsonl, the students as safetensors, report.md and plots.
 
 Killed or interrupted, a run goes on with: fastmerge run --out DIR --resume
+Several GPUs, for recipes over images that don't fit in memory: torchrun --nproc-per-node 8 -m fastmerge run ...
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ import torch
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import fraction, integer, names
 from fastmerge.data.loading import LOADERS
+from fastmerge.processes import Processes, join_processes, leave_processes
 from fastmerge.recipes import RECIPES
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.training import strategies
-from fastmerge.training.running import run_recipe, varied
+from fastmerge.training.loader_recipe import LoaderRecipe
+from fastmerge.training.running import AnyRecipe, run_recipe, varied
 
 SUMMARY = "an experiment: teachers, merge, student, and what else the epochs could have bought"
 
@@ -60,20 +64,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Runs the recipe and prints its table."""
-    out: Path = options.out
     recipe = varied(
         RECIPES[options.recipe](), paper=options.paper, link_at=options.link_at, gate_schedule=options.gate_schedule
     )
-    if continuing.begin(options):
-        print(f"the run in {out} is finished\n\n{write_report(out)}")
+    device, processes = join_processes(options.device)
+    try:
+        _run(options, recipe, device, processes)
+    finally:
+        leave_processes()
+
+
+def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes: Processes) -> None:
+    out: Path = options.out
+    if processes.size > 1 and not isinstance(recipe, LoaderRecipe):
+        raise ValueError(f"{recipe.name} stacks its networks in one process; start it without torchrun")
+    if continuing.begin(options, processes.is_first):
+        if processes.is_first:
+            print(f"the run in {out} is finished\n\n{write_report(out)}")
         return
-    key = ("strategy", "replicates", "stage", "epoch")
-    log = EpochLog(out / "log.jsonl", key, options.resume, out / "tensorboard" if options.tensorboard else None)
-
-    def note(values: dict[str, Any]) -> None:
-        log.write(values, values["epoch"], f"{values['strategy']}-{values['replicates'][0]}/{values['stage']}")
-
-    with contextlib.closing(log):
+    with contextlib.ExitStack() as closing:
+        note = None
+        if processes.is_first:
+            key = ("strategy", "replicates", "stage", "epoch")
+            log = EpochLog(out / "log.jsonl", key, options.resume, out / "tensorboard" if options.tensorboard else None)
+            note = _noting(closing.enter_context(contextlib.closing(log)))
         run_recipe(
             recipe,
             options.strategy,
@@ -83,8 +97,8 @@ def command(options: argparse.Namespace) -> None:
             replicates=options.replicates,
             budget=options.budget,
             seed=options.seed,
-            device=options.device,
-            out=out,
+            device=device,
+            out=out if processes.is_first else None,
             data_path=options.data,
             progress=not options.quiet,
             workers=options.workers,
@@ -93,6 +107,14 @@ def command(options: argparse.Namespace) -> None:
             resume=options.resume,
             note=note,
         )
-    print(write_report(out))
-    print(f"\nresults, students, log.jsonl, report.md and plots in {out}")
-    continuing.finish(options)
+    if processes.is_first:
+        print(write_report(out))
+        print(f"\nresults, students, log.jsonl, report.md and plots in {out}")
+        continuing.finish(options)
+
+
+def _noting(log: EpochLog) -> Callable[[dict[str, Any]], None]:
+    def note(values: dict[str, Any]) -> None:
+        log.write(values, values["epoch"], f"{values['strategy']}-{values['replicates'][0]}/{values['stage']}")
+
+    return note

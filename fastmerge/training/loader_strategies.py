@@ -16,6 +16,7 @@ from torch import nn
 from fastmerge.checkpoints import save_weights
 from fastmerge.environment import environment
 from fastmerge.history import EpochRecord, History
+from fastmerge.processes import Processes
 from fastmerge.reporting import results as results_files
 from fastmerge.training.loader_networks import Place, train_merge, train_network
 from fastmerge.training.loader_recipe import LoaderRecipe
@@ -107,6 +108,7 @@ def run(
     )
     scaled = recipe.scaled(budget)
     sizes = place.loaders(scaled, "check")
+    samples = [int(n) for n in Processes(place.device).sum([sizes.train.samples, sizes.val.samples])]
     found: dict[str, list[Trained]] = {}
     for strategy in strategies:
         found[strategy] = [_Replicate(scaled, place, strategy, number, note).run() for number in range(replicates)]
@@ -132,8 +134,8 @@ def run(
             "device": str(place.device),
             "loader": sizes.loader,
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
-            "train_samples": sizes.train.samples,
-            "test_samples": sizes.val.samples,
+            "train_samples": samples[0],
+            "test_samples": samples[1],
         },
     }
     if out is not None:
