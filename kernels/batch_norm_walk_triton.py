@@ -39,8 +39,10 @@ def tile(n_, p_, last_n, last_p, channel, c, BLOCK_N: tl.constexpr, BLOCK_P: tl.
 def per_channel(ptr, channel, c, other: tl.constexpr):
     """A vector of C, as float32; ``other`` where there is none."""
     if ptr is None:
-        return tl.full(channel.shape, other, tl.float32)
-    return tl.load(ptr + channel, channel < c, other=other).to(tl.float32)
+        values = tl.full(channel.shape, other, tl.float32)
+    else:
+        values = tl.load(ptr + channel, channel < c, other=other).to(tl.float32)
+    return values
 
 
 @triton.jit

@@ -17,6 +17,20 @@ triton = pytest.importorskip("triton")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 by_target = pytest.mark.parametrize("capability", TARGETS)
 by_dtype = pytest.mark.parametrize("dtype", TYPES)
+OPTIONAL = (
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "residual",
+    "gate",
+    "dz",
+    "dgate",
+    "dbias",
+    "dweight",
+    "peak",
+    "place",
+)
 # N, P and C of a layer of ResNet-18, two teachers wide.
 LAYER = (256, 56 * 56, 128)
 TENSORS = ("x", "y", "dy", "dz", "dx", "residual", "place", "peak")
@@ -128,4 +142,40 @@ def test_merging(capability: int) -> None:
         (batch_norm_sums_triton.merge_sums_kernel, {"DGATE": 1}),
     ):
         result = compiled(kernel, torch.float32, constants | more, capability)
+        assert (result.stack_bytes, result.spill_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["ones", "nothing optional", "long"])
+def test_arguments_that_triton_treats_by_themselves(kind: str) -> None:
+    # A 1 becomes a constant, a None too, and what doesn't fit 32 bits is passed in 64.
+    from fastmerge.kernels import (
+        batch_norm_backward_triton,
+        batch_norm_pool_triton,
+        batch_norm_statistics_triton,
+        batch_norm_sums_triton,
+        batch_norm_triton,
+    )
+
+    cut = blocks(torch.float16, True, True)
+    pooling = batch_norm_pool_triton.window_constants((3, 3, 2, 2, 1, 1)) | {"BLOCK_H": 4, "BLOCK_W": 4, "BLOCK_C": 8}
+    merging = {"PARTS": 16, "BLOCK_C": 8}
+    for kernel, constants in (
+        (batch_norm_statistics_triton.partial_statistics_kernel, cut),
+        (batch_norm_statistics_triton.merge_statistics_kernel, merging),
+        (batch_norm_triton.normalize_kernel, cut | {"RELU": False}),
+        (batch_norm_sums_triton.sum_gradients_kernel, cut | {"RELU": False, "DGATE": 0}),
+        (batch_norm_sums_triton.merge_sums_kernel, merging | {"DGATE": 0}),
+        (batch_norm_backward_triton.input_gradient_kernel, cut | {"RELU": False, "TRAINING": False}),
+        (batch_norm_pool_triton.pool_kernel, pooling | {"RELU": False}),
+        (batch_norm_pool_triton.unpool_kernel, pooling | {"RELU": False, "TRAINING": False}),
+    ):
+        given: dict[str, Any] = {}
+        for name in kernel.arg_names:
+            integer = not name.endswith("_ptr") and name not in constants and name not in ("eps", "momentum", "count")
+            if integer and kind != "nothing optional":
+                given[name] = 1 if kind == "ones" else "i64"
+            written = kernel is batch_norm_sums_triton.merge_sums_kernel and name != "dgate_ptr"
+            if name.removesuffix("_ptr") in OPTIONAL and kind == "nothing optional" and not written:
+                given[name] = None
+        result = compiled(kernel, torch.float16, constants, 90, channels_last=False, **given)
         assert (result.stack_bytes, result.spill_bytes) == (0, 0)
