@@ -171,9 +171,11 @@ def test_arguments_that_triton_treats_by_themselves(kind: str) -> None:
     ):
         given: dict[str, Any] = {}
         # Optional in other kernels alone.
-        needed = {"input_gradient_kernel": ["dz_ptr"], "merge_sums_kernel": ["dbias_ptr", "dweight_ptr"]}.get(
-            kernel.__name__, []
-        )
+        needed = {
+            "unpool_kernel": ["place_ptr"],
+            "input_gradient_kernel": ["dz_ptr"],
+            "merge_sums_kernel": ["dbias_ptr", "dweight_ptr"],
+        }.get(kernel.__name__, [])
         for name in kernel.arg_names:
             integer = not name.endswith("_ptr") and name not in constants and name not in ("eps", "momentum", "count")
             if integer and kind != "nothing optional":
