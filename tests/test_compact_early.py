@@ -66,7 +66,7 @@ def test_outputs_and_student_stay_the_same(name: str, link: bool) -> None:
     big, x = merged(name, link)
     close_gates(big)
     whole = copy.deepcopy(big)
-    done = big.compact()
+    done = big.compact(multiple=1)
     sizes = {group.name: big.num_teachers * group.size for group in big.groups}
     assert done.left == {key: len(gate.loc) for key, gate in big.gates.items()}
     assert {key: done.dropped[key] + done.left[key] for key in sizes} == sizes
@@ -87,7 +87,7 @@ def test_outputs_and_student_stay_the_same(name: str, link: bool) -> None:
 def test_linked_networks_lose_every_closed_channel(name: str, count: int) -> None:
     big, _ = merged(name, link=True, count=count)
     close_gates(big)
-    done = big.compact()
+    done = big.compact(multiple=1)
     assert not done.whole
     for group in big.groups:
         assert done.left[group.name] == max(group.size, -(-count * group.size // 2))
@@ -101,7 +101,7 @@ def test_unlinked_streams_keep_as_many_each() -> None:
     with torch.no_grad():
         gate.loc.fill_(OPEN)
         gate.loc[[0, 1, 2, 3, 9, 17]] = torch.tensor([CLOSED, CLOSED - 1, CLOSED, CLOSED, CLOSED, CLOSED]).double()
-    assert big.compact().left["fc1"] == 14
+    assert big.compact(multiple=1).left["fc1"] == 14
     # Of the first teacher those two stay that are the most open of its closed ones.
     assert gate.candidates.tolist() == [0, 2, 4, 5, 6, 7, 8, *range(10, 17)]
 
@@ -112,8 +112,18 @@ def test_the_least_that_stays_are_the_most_open() -> None:
     with torch.no_grad():
         gate.loc.copy_(-20 - torch.arange(18.0))
         gate.loc[13] = OPEN
-    big.compact()
+    big.compact(multiple=1)
     assert gate.candidates.tolist() == [*range(8), 13]
+
+
+@pytest.mark.parametrize(("multiple", "left"), [(1, 9), (2, 10), (4, 12), (16, 16), (32, 18)])
+def test_a_round_number_stays(multiple: int, left: int) -> None:
+    big, _ = merged("mlp", link=True)
+    gate = big.gates["fc1"]
+    with torch.no_grad():
+        gate.loc.copy_(-20 - torch.arange(18.0).flip(0))
+    big.compact(multiple=multiple)
+    assert gate.candidates.tolist() == list(range(18 - left, 18)) if left < 18 else gate.candidates is None
 
 
 @torch.no_grad()
@@ -123,21 +133,21 @@ def test_what_is_not_closed_for_good_stays() -> None:
     gate.loc.fill_(OPEN)
     gate.loc[:4] = torch.tensor([-2.0, -3.0, -4.5, -6.0])  # P[g > 0] = 0.40, 0.20, 0.052, 0.012
     assert gate.mean()[1] == 0  # in eval mode, but every fifth sample opens it
-    assert big.compact(threshold=0.01).total == 0
-    done = big.compact(threshold=0.05, settled=True)
+    assert big.compact(threshold=0.01, multiple=1).total == 0
+    done = big.compact(multiple=1, threshold=0.05, settled=True)
     assert done.total == 0
     assert "not settled" in next(iter(done.whole.values()))
-    assert big.compact(threshold=0.05).total == 1
+    assert big.compact(multiple=1, threshold=0.05).total == 1
     gate.loc[:2] = CLOSED
     gate.loc[2] = OPEN
-    assert big.compact(threshold=0.05, settled=True).total == 2
+    assert big.compact(multiple=1, threshold=0.05, settled=True).total == 2
 
 
 @pytest.mark.parametrize("name", ["lenet", "shufflenet_v2", "group_norm", "two_activations", "permuted_channels"])
 def test_groups_left_whole_say_why(name: str) -> None:
     big, _ = merged(name, link=True)
     close_gates(big)
-    done = big.compact()
+    done = big.compact(multiple=1)
     assert done.whole
     assert all(why in str(done) and done.dropped[group] == 0 for group, why in done.whole.items())
     assert all(" " in why and "'" in why for why in done.whole.values())
@@ -180,11 +190,11 @@ def test_training_goes_on_as_if_nothing_had_been_dropped(name: str, kind: str, l
         theirs.load_state_dict(copy.deepcopy(mine.state_dict()))
     parameters = list(big.parameters())
     for seed in (1, 2):
-        big.compact(*optimizers)
+        big.compact(*optimizers, multiple=1)
         for _ in range(2):
             assert step(big, optimizers, x) == pytest.approx(step(whole, others, x), rel=1e-7)
         close_more(big, whole, seed)
-    big.compact(*optimizers)
+    big.compact(*optimizers, multiple=1)
     assert all(a is b for a, b in zip(parameters, big.parameters(), strict=True)), "parameters stay the same objects"
     expected = whole.compress().state_dict()
     for key, value in big.compress().state_dict().items():
@@ -212,7 +222,7 @@ def test_link_after_compact(name: str) -> None:
     optimizers = optimizers_of(big, OPTIMIZERS["sgd"])
     step(big.train(), optimizers, x)
     close_gates(big)
-    big.compact(*optimizers)
+    big.compact(*optimizers, multiple=1)
     output = big.eval()(*x)
     big.link(optimizers[0])
     assert relative_error(big(*x), output) <= 1e-9
@@ -220,7 +230,7 @@ def test_link_after_compact(name: str) -> None:
     close_gates(big, 0.6)
     output = big.eval()(*x)
     before = sum(len(gate.loc) for gate in big.gates.values())
-    big.compact(*optimizers)
+    big.compact(*optimizers, multiple=1)
     assert sum(len(gate.loc) for gate in big.gates.values()) < before
     assert relative_error(big(*x), output) <= 1e-9
     step(big.train(), optimizers, x)
@@ -232,12 +242,12 @@ def test_copies_pickles_and_states_of_a_compacted_network(name: str, link: bool)
     big, x = merged(name, link)
     fresh = copy.deepcopy(merged(name, link=False)[0])
     close_gates(big)
-    big.compact()
+    big.compact(multiple=1)
     output = big(*x)
     for again in (copy.deepcopy(big), pickle.loads(pickle.dumps(big))):
         assert relative_error(again(*x), output) == 0
         close_gates(again, 0.6)
-        again.compact()
+        again.compact(multiple=1)
     fresh.load_state_dict(big.state_dict())
     assert fresh.linked == link
     assert relative_error(fresh(*x), output) == 0
@@ -249,7 +259,7 @@ def test_the_state_of_a_whole_network_does_not_fit_a_compacted_one() -> None:
     big, _ = merged("mlp", link=True)
     close_gates(big)
     state = copy.deepcopy(big.state_dict())
-    big.compact()
+    big.compact(multiple=1)
     with pytest.raises(RuntimeError, match="size mismatch"):
         big.load_state_dict(state)
 
@@ -258,7 +268,7 @@ def test_the_state_of_a_whole_network_does_not_fit_a_compacted_one() -> None:
 def test_open_gates_opens_those_that_are_left(name: str) -> None:
     big, x = merged(name, link=True)
     close_gates(big)
-    big.compact()
+    big.compact(multiple=1)
     with torch.no_grad():
         output = big(*x)
         for gate in big.gates.values():
@@ -276,7 +286,7 @@ def test_a_loss_that_is_still_alive_does_no_harm(link: bool) -> None:
     close_gates(big)
     loss = big(*x).square().mean()
     loss.backward()
-    big.compact()
+    big.compact(multiple=1)
     loss = big(*x).square().mean() + 0 * loss.detach()
     loss.backward()
     assert all(p.grad.shape == p.shape for p in big.weight_parameters())
@@ -294,6 +304,7 @@ def factored(big: fastmerge.BigStudent) -> Optimizer:
     [
         (lambda big: big.compact(threshold=0), "threshold of P"),
         (lambda big: big.compact(threshold=0.5), "threshold of P"),
+        (lambda big: big.compact(multiple=0), "multiple of at least 1"),
         (lambda big: big.compact(SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)), "this SGD holds none"),
         (lambda big: big.compact(factored(big)), "can't cut AdamW's 'row_var' of"),
         (lambda big: big.keep_only({"fc1": torch.arange(3)}), r"needs 9 or more; got \[3, 0\]"),
@@ -318,7 +329,7 @@ def test_memory_that_others_use_stays_theirs() -> None:
     output = big(*x)
     aliases = {name: tensor.detach() for name, tensor in big.state_dict().items()}
     values = {name: tensor.clone() for name, tensor in aliases.items()}
-    big.compact()
+    big.compact(multiple=1)
     assert relative_error(big(*x), output) <= 1e-9
     assert same(aliases, values)
 
@@ -327,7 +338,7 @@ def test_in_place_compress_after_compact() -> None:
     for link in (False, True):
         big, _ = merged("resnet_projected_shortcut", link)
         close_gates(big, 0.4)
-        big.compact()
+        big.compact(multiple=1)
         expected = big.compress().state_dict()
         assert same(big.compress(in_place=True).state_dict(), expected)
 
@@ -338,5 +349,5 @@ def test_fused_normalisations_shrink_along(name: str) -> None:
     close_gates(big)
     big.fused = True
     output = big.train()(*x)
-    big.compact()
+    big.compact(multiple=1)
     assert relative_error(big(*x), output) <= 1e-9

@@ -45,11 +45,12 @@ def choose(
     linked: bool,
     threshold: float,
     settled: bool,
+    multiple: int,
 ) -> tuple[Population, Compaction]:
     """Who stays.
 
     A candidate is closed for good if its deterministic gate is 0 and ``P[g > 0] < threshold``. Of those, the most open ones
-    stay where fewer than n would be left, or where each teacher must keep as many as any other.
+    stay where fewer than n would be left, where each teacher must keep as many as any other, and up to a round number.
 
     Args:
         population: who is there.
@@ -58,6 +59,7 @@ def choose(
         linked: whether streams of different widths will do.
         threshold: see above.
         settled: leave groups alone of which a candidate is neither closed nor at ``P[g > 0] > 1 - threshold``.
+        multiple: of which the number of those who stay, or of each teacher's, is a multiple where there are so many.
     """
     done = Compaction()
     left: dict[str, Tensor] = {}
@@ -75,9 +77,10 @@ def choose(
                 done.whole[group.name] = "not settled: some gates are neither closed nor surely open"
             else:
                 even = number in shrinkable.even or not linked
-                stays = _stays(
-                    loc, ~closed, candidates // group.size if even else None, group.size, population.num_teachers
-                )
+                teacher = candidates // group.size if even else torch.zeros_like(candidates)
+                least = -(-group.size // (population.num_teachers if even else 1))
+                count = max(least, int(torch.bincount(teacher[~closed], minlength=1).max()))
+                stays = _top_of_each(loc, teacher, -(-count // multiple) * multiple)
         left[group.name] = candidates[stays]
         done.dropped[group.name], done.left[group.name] = int((~stays).sum()), int(stays.sum())
     return Population(population.groups, population.num_teachers, left), done
@@ -114,20 +117,10 @@ def checked_choice(
     return Population(before.groups, before.num_teachers, {**before.candidates, **candidates})
 
 
-def _stays(loc: Tensor, wanted: Tensor, teacher: Tensor | None, size: int, num_teachers: int) -> Tensor:
-    """A mask of the wanted candidates and, by openness, as many more as the group or each teacher must keep."""
-    if teacher is None:
-        return wanted | _top(loc, size)
-    count = max(int(torch.bincount(teacher[wanted], minlength=num_teachers).max()), -(-size // num_teachers))
-    stays = torch.zeros_like(wanted)
-    for t in range(num_teachers):
-        own = (teacher == t).nonzero().flatten()
-        stays[own] = _top(loc[own], count)
-    return stays
-
-
-def _top(loc: Tensor, count: int) -> Tensor:
-    """A mask of the given number of largest; ties go to the lower index."""
+def _top_of_each(loc: Tensor, teacher: Tensor, count: int) -> Tensor:
+    """A mask of the given number of largest ``loc`` of each teacher; ties go to the lower index."""
     mask = torch.zeros(len(loc), dtype=torch.bool)
-    mask[torch.sort(loc, descending=True, stable=True).indices[:count]] = True
+    for t in teacher.unique():
+        own = (teacher == t).nonzero().flatten()
+        mask[own[torch.sort(loc[own], descending=True, stable=True).indices[:count]]] = True
     return mask
