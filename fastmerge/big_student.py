@@ -305,11 +305,15 @@ class BigStudent(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the state of a compacted big student, as which it drops what that had dropped."""
-        given = {g.name: state_dict.get(f"{prefix}gates.{g.name}.candidates") for g in self.groups}
-        left = {name: candidates for name, candidates in given.items() if candidates is not None}
+        left = self.candidates_in(state_dict, prefix)
         if left:
             self.keep_only(left, link=self._is_linked_in(state_dict, f"{prefix}network.", left))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def candidates_in(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Which candidates the state of a compacted big student has, by group; empty for one that was not compacted."""
+        given = {group.name: state_dict.get(f"{prefix}gates.{group.name}.candidates") for group in self.groups}
+        return {name: candidates for name, candidates in given.items() if candidates is not None}
 
     def keep_only(self, candidates: Mapping[str, Tensor], link: bool = False) -> None:
         """Drops all other candidates, as :meth:`compact` would have.

@@ -154,5 +154,6 @@ def open_state(big: BigStudent) -> tuple[Tensor, Tensor]:
     """Of every channel group, in the order of ``big.groups``, P and the mean of (dP/dloc)², each (G,), float32."""
     gates: Any = big.gates
     each = [gates[group.name].open_probability().float() for group in big.groups]
-    means = torch.stack([p.mean() for p in each])
-    return means, torch.stack([(p * (1 - p)).square().mean() for p in each])
+    sizes = [big.num_teachers * group.size for group in big.groups]  # candidates that were dropped count as closed
+    means = torch.stack([p.sum() / size for p, size in zip(each, sizes, strict=True)])
+    return means, torch.stack([(p * (1 - p)).square().sum() / size for p, size in zip(each, sizes, strict=True)])

@@ -58,6 +58,8 @@ class History:
             ``student``. Empty without validation data.
         kept: For each channel group how many of the kept channels came from each teacher, T numbers.
         warnings: What the merge warned of.
+        compactions: What was dropped early, after which epoch of the merge stage: per group how many channels were
+            ``dropped`` and how many are ``left``, and which groups were left ``whole`` and why.
     """
 
     num_teachers: int
@@ -65,6 +67,7 @@ class History:
     borders: dict[str, Score] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    compactions: list[dict[str, Any]] = field(default_factory=list)
 
     def stage(self, stage: Stage) -> list[EpochRecord]:
         """The records of one stage."""
@@ -87,6 +90,7 @@ class History:
         ]
         self.borders = {name: Score(**score) for name, score in record["borders"].items()}
         self.kept, self.warnings = record["kept"], record["warnings"]
+        self.compactions = record.get("compactions", [])
 
     def _plotted(self) -> dict[str, Any]:
         merge = self.stage("merge")

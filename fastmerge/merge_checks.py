@@ -50,6 +50,17 @@ def check_numbers(positive: dict[str, float], not_negative: dict[str, float], li
         raise ValueError(f"merge needs link_at, the fraction of the merge stage before linking, in 0..1; got {link_at}")
 
 
+def check_compact_at(compact_at: object) -> None:
+    """A fraction, "settled" or None."""
+    if compact_at is None or compact_at == "settled":
+        return
+    if isinstance(compact_at, bool) or not isinstance(compact_at, (int, float)) or not 0 <= compact_at <= 1:
+        raise ValueError(
+            "merge needs compact_at, the fraction of the merge stage after which closed channels are dropped, in 0..1, "
+            f"'settled' or None; got {compact_at!r}"
+        )
+
+
 def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch.device:
     """The device asked for, else the teachers' own."""
     if device is None:

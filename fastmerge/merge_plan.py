@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 
 from fastmerge.big_student import BigStudent
 from fastmerge.gate_budget import GateBudget
-from fastmerge.merge_checks import check_epochs, check_numbers
+from fastmerge.merge_checks import check_compact_at, check_epochs, check_numbers
 from fastmerge.schedules import QuadraticLambda, fitting_lam_step
 
 GateSchedule = Literal["quadratic", "budget"]
+CompactAt = float | Literal["settled"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,22 @@ class MergePlan:
     finetune_lr: float | None
     milestones: Sequence[int] | None
     gate_schedule: GateSchedule = "quadratic"
+    compact_at: CompactAt = None
 
     def __post_init__(self) -> None:
         check_epochs(self.merge_epochs, self.finetune_epochs)
         if self.gate_schedule not in (names := get_args(GateSchedule)):
             raise ValueError(f"merge needs a gate_schedule of {' or '.join(names)}; got {self.gate_schedule!r}")
+        check_compact_at(self.compact_at)
         positive = {"lr": self.lr, "gate_lr": self.gate_lr, "finetune_lr": self.first_finetune_lr}
         names = ("momentum", "weight_decay", "lam_start", "lam_step")
         check_numbers(positive, {name: getattr(self, name) or 0 for name in names}, self.link_at)
+
+    def compacts_after(self, epochs: int) -> bool:
+        """Whether candidates are dropped when so many epochs of the merge stage are over."""
+        if self.compact_at is None or epochs == self.merge_epochs:  # then everything is compressed anyway
+            return False
+        return self.compact_at == "settled" or epochs >= self.compact_at * self.merge_epochs
 
     @property
     def first_finetune_lr(self) -> float:

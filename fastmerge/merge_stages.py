@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -76,6 +77,9 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
         trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
         if isinstance(lam, QuadraticLambda):
             lam.step()
+        if plan.compacts_after(epoch + 1):
+            done = big.compact(optimizer, gate_optimizer, settled=plan.compact_at == "settled")
+            trainer.history.compactions.append({"epoch": epoch + 1, **asdict(done)})
     trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, lam_step)
     for warning in trainer.history.warnings if trainer.processes.is_first else ():
         warnings.warn(warning, stacklevel=5)

@@ -93,8 +93,10 @@ class MergeState:
         loaded = self._loaded
         if loaded is None or loaded["stage"] != stage:
             return 0
-        if isinstance(network, BigStudent) and loaded["linked"]:
-            network.link()
+        if isinstance(network, BigStudent):
+            if loaded["linked"]:
+                network.link()
+            network.keep_only(network.candidates_in(loaded["network"]))
         _load_tensors(network, loaded["network"])
         for name, part in parts.items():
             part.load_state_dict(loaded["parts"][name])

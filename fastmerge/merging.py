@@ -23,7 +23,7 @@ from fastmerge.merge_checks import (
     check_processes,
     check_teachers,
 )
-from fastmerge.merge_plan import GateSchedule, MergePlan, describe_options
+from fastmerge.merge_plan import CompactAt, GateSchedule, MergePlan, describe_options
 from fastmerge.merge_progress import Progress
 from fastmerge.merge_stages import train_student
 from fastmerge.merge_state import MergeState
@@ -63,6 +63,7 @@ def merge(
     checkpoint_seconds: float = 300.0,
     resume: bool = False,
     accumulate: int = 1,
+    compact_at: CompactAt = None,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -117,6 +118,11 @@ def merge(
         accumulate: Batches per optimizer step. k batches of n samples train as one of k·n would, but for what a network
             computes over a batch (BatchNorm's statistics), in the memory of one.
 
+        compact_at: Fraction of the merge stage after which channels whose gates are closed for good are dropped, at the
+            end of every epoch but the last (see :meth:`BigStudent.compact`): epochs get cheaper, and the student is the same
+            but for what gates nearly closed let through. "settled" drops a group's channels as soon as all its gates are
+            either closed or open for good; None drops nothing. ``history.compactions`` tells what went when.
+
     Returns:
         (student, history): the student is on ``device``, in eval mode.
 
@@ -140,6 +146,7 @@ def merge(
         lam_start=lam_start,
         lam_step=lam_step,
         gate_schedule=gate_schedule,
+        compact_at=compact_at,
         finetune_lr=finetune_lr,
         milestones=milestones,
     )

@@ -110,6 +110,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "merge_epochs": 3,
         "finetune_epochs": 4,
         "link_at": 0.5,
+        "compact_at": 0.75,
         "lr": 0.02,
         "momentum": 0.8,
         "weight_decay": 0.001,

@@ -141,6 +141,8 @@ def test_what_is_not_closed_for_good_stays() -> None:
     gate.loc[:2] = CLOSED
     gate.loc[2] = OPEN
     assert big.compact(multiple=1, threshold=0.05, settled=True).total == 2
+    gate.loc[0] = -2.0
+    assert big.compact(multiple=1, threshold=0.45).total == 0  # its gate is above 0 in eval mode
 
 
 @pytest.mark.parametrize("name", ["lenet", "shufflenet_v2", "group_norm", "two_activations", "permuted_channels"])

@@ -44,6 +44,7 @@ _MERGE_OPTIONS = (
     "merge_epochs",
     "finetune_epochs",
     "link_at",
+    "compact_at",
     "lr",
     "momentum",
     "weight_decay",
@@ -103,6 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="fraction of the merge before linking; 1 never; default 0",
     )
+    add(
+        "--compact-at",
+        type=_compact_at,
+        metavar="F",
+        help="fraction of the merge after which closed channels are dropped, or 'settled'; default never",
+    )
     add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
     add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
     add("--loader", choices=("auto", *LOADERS), default="auto", help="what reads images; default fits data and machine")
@@ -113,6 +120,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--channels-last", action="store_true", help="channels-last layout")
     add("--seed", type=integer(0), metavar="S", help="makes the merge repeatable")
     add("--quiet", action="store_true", help="no progress bar")
+
+
+def _compact_at(text: str) -> float | str:
+    return text if text == "settled" else float(text)
 
 
 def command(options: argparse.Namespace) -> None:
