@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data.distributed import DistributedSampler
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally, evaluate
@@ -105,6 +106,9 @@ class Trainer:
         """
         epoch, lr = len(self.history.stage(stage)) + 1, optimizers[0].param_groups[0]["lr"]
         linked = network.linked if isinstance(network, BigStudent) else None
+        sampler = getattr(self.train_loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):  # it shuffles by the number of the epoch alone
+            sampler.set_epoch(len(self.history.epochs))
         tally = Tally()
         random = None
         try:

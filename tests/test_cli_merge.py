@@ -1,6 +1,7 @@
 """``fastmerge merge`` from files to files, and what it says to bad input."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,25 @@ def test_an_image_tree_and_a_torchvision_model(tmp_path, monkeypatch, capsys):
     assert main([*tree, "--image-size", "32", "--workers", "0"]) == 0
     models.squeezenet1_1(num_classes=2).load_state_dict(load_file("out/student.safetensors"))
     assert "compressed" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(place, capsys):
+    assert main([*arguments(), "--dry-run", "--link-at", "0.5"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    table = [re.split(r"  +", line) for line in printed if re.match("merge, |fine-tune|validation", line)]
+    assert [(name, *numbers[:2]) for name, *numbers in table] == [
+        ("merge, block-diagonal", "1", "3"),
+        ("merge, linked", "1", "3"),
+        ("validation of the big student", "2", "2"),
+        ("fine-tune", "1", "3"),
+        ("validation of the student", "1", "2"),
+    ]
+    assert all(float(row[3]) > 0 for row in table)
+    assert printed[-1].startswith("about ")
+    assert printed[-1].endswith(" GiB")
+    assert not list(Path("out").iterdir())
+    assert main([*arguments(**{"model-args": ["classes=7"]}), "--dry-run"]) == 2
+    assert "build the network for 3" in capsys.readouterr().err
 
 
 BAD = [

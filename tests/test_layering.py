@@ -20,7 +20,16 @@ LAYERS = [
     ["cli"],
     ["recipes"],
     ["training"],
-    ["merging", "merge_checks", "merge_plan", "merge_progress", "merge_stages", "merge_state", "merge_trainer"],
+    [
+        "merging",
+        "merge_checks",
+        "merge_estimate",
+        "merge_plan",
+        "merge_progress",
+        "merge_stages",
+        "merge_state",
+        "merge_trainer",
+    ],
     ["graphed_step", "merge_step"],
     ["gate_budget", "gate_report", "evaluation", "history", "checkpoints", "information", "snapshots"],
     [

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 import fastmerge.merge_stages as module
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.gate_report import gate_warnings, origins
 from fastmerge.merging import merge
 from fastmerge.schedules import QuadraticLambda, fitting_lam_step
-from small_task import SHORT, VAL, SmallNet, copies, train_loader, train_teachers
+from small_task import SHORT, TRAIN, VAL, SmallNet, copies, train_loader, train_teachers
 
 # Stages this short leave the gates where they are, which only some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -298,3 +300,19 @@ def test_a_budget_needs_a_length(teachers):
 def test_a_gate_schedule_is_one_of_two(teachers):
     with pytest.raises(ValueError, match="gate_schedule of quadratic or budget; got 'linear'"):
         merge(teachers, train_loader(), gate_schedule="linear", **SHORT)
+
+
+def test_a_distributed_sampler_shuffles_anew_each_epoch(teachers):
+    orders = [[]]
+
+    class Noting(DistributedSampler):
+        def __iter__(self):
+            orders.append(list(super().__iter__()))
+            return iter(orders[-1])
+
+    loader = DataLoader(TRAIN, 64, sampler=Noting(TRAIN, num_replicas=1, rank=0))
+    merge(teachers, loader, **SHORT)
+    first, *epochs = orders[1:]  # the first batch is looked at before the merge
+    assert len(epochs) == 3
+    assert epochs[0] == first
+    assert len({tuple(order) for order in epochs}) == 3

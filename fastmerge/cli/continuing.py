@@ -15,7 +15,18 @@ from fastmerge.files import atomic
 CHECKPOINTS = "checkpoints"
 _COMMAND = "command.json"
 # What may differ when a run goes on, since it does not change what comes out of it.
-_FREE = {"accumulate", "checkpoint_seconds", "debug", "device", "out", "quiet", "resume", "tensorboard", "workers"}
+_FREE = {
+    "accumulate",
+    "checkpoint_seconds",
+    "debug",
+    "device",
+    "dry_run",
+    "out",
+    "quiet",
+    "resume",
+    "tensorboard",
+    "workers",
+}
 
 
 def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:

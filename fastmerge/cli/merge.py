@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from fastmerge.checkpoints import TIMM, build_network, load_weights, save_weights
 from fastmerge.cli import continuing
@@ -31,8 +32,11 @@ from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
 from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.environment import environment
+from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord
 from fastmerge.merge_checks import check_device
+from fastmerge.merge_estimate import describe, estimate
+from fastmerge.merge_plan import MergePlan
 from fastmerge.merging import merge
 from fastmerge.processes import Processes, join_processes, leave_processes
 from fastmerge.reporting.epoch_log import EpochLog
@@ -119,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
     add("--channels-last", action="store_true", help="channels-last layout")
     add("--seed", type=integer(0), metavar="S", help="makes the merge repeatable")
+    add("--dry-run", action="store_true", help="check everything, time a few steps, print the plan, and train nothing")
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -136,7 +141,9 @@ def command(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:
-    if continuing.begin(options, processes.is_first):
+    if options.dry_run:
+        options.out.mkdir(parents=True, exist_ok=True)
+    elif continuing.begin(options, processes.is_first):
         if processes.is_first:
             print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
         return
@@ -157,6 +164,16 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
     )
     teachers = [_teacher(options, loaders, path) for path in options.teachers]
     chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
+    autocast = None if options.autocast is None else getattr(torch, options.autocast)
+    if options.dry_run:
+        if processes.size > 1:
+            raise ValueError("--dry-run times one process; start it without torchrun")
+        numbers = {name: value for name, value in chosen.items() if name not in ("channels_last", "seed")}
+        setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
+        print(
+            f"{loaders.why}\n\n{describe(estimate(teachers, loaders.train, loaders.val, setting, MergePlan(**numbers)))}"
+        )
+        return
     with contextlib.ExitStack() as closing:
         note = None
         if processes.is_first:
@@ -168,7 +185,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
             loaders.train,
             val_loader=loaders.val,
             device=device,
-            autocast=None if options.autocast is None else getattr(torch, options.autocast),
+            autocast=autocast,
             progress=False if options.quiet else None,
             callback=note,
             checkpoint_dir=options.out / continuing.CHECKPOINTS,
