@@ -139,6 +139,8 @@ def _runs_fused(loc: Tensor) -> bool:
 
 def _under_func_grad(tensor: Tensor) -> bool:
     """Whether ``torch.func.grad`` follows a tensor, at any depth: custom operators can't be differentiated by it."""
+    if torch._C._functorch.maybe_current_level() is None:  # this question alone can be traced by torch.compile
+        return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_gradtrackingtensor(tensor):
             return True
