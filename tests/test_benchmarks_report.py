@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,16 @@ def test_targets_name_cases_and_contenders_that_exist() -> None:
             assert target.case in known
             assert {target.numerator, target.denominator} <= called
     assert len({(target.name, target.case) for target in TARGETS}) == len(TARGETS)
+
+
+def test_the_readme_has_a_place_for_them() -> None:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    text = render.rendered("before\n<!-- benchmarks -->\nold\n<!-- end -->\nafter")
+    assert text == f"before\n<!-- benchmarks -->\n{readme(load())}\n<!-- end -->\nafter"
 
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
