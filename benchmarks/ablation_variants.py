@@ -15,6 +15,7 @@ from fastmerge.data.dataset import Dataset
 from fastmerge.recalibration import has_statistics, recalibrate
 
 BASE = "paper"
+DRAWS = 4  # of the base, for what chance does
 _RECALIBRATION_SAMPLES = 4096
 
 Edit = Callable[[nn.Module, BigStudent, Dataset, int], None]
@@ -36,19 +37,23 @@ class Variant:
         what: what differs from the paper's setting.
         changes: fields of the recipe.
         big: the class of the big student.
-        edit: changes the student straight after compression. A variant with nothing else shares the base's merge stage.
+        compact_at: fractions of the merge stage after which channels closed for good are dropped.
+        draws: another number, other random draws in the merge stage and fine-tuning.
+        edit: changes the student straight after compression. Such a variant shares the base's merge stage.
     """
 
     name: str
     what: str
     changes: dict[str, Any] = field(default_factory=dict)
     big: type[BigStudent] = BigStudent
+    compact_at: tuple[float, ...] = ()
+    draws: int = 0
     edit: Edit | None = None
 
     @property
     def merges(self) -> bool:
         """Whether it needs a merge stage of its own."""
-        return bool(self.changes) or self.big is not BigStudent or self.name == BASE
+        return self.edit is None
 
 
 def head_layers(big: BigStudent) -> list[str]:
@@ -64,19 +69,25 @@ def rescale_head(student: nn.Module, big: BigStudent, data: Dataset, batch_size:
         parameters[name].mul_(big.num_teachers)
 
 
+def foldable_groups(big: BigStudent) -> set[int]:
+    """Groups that one layer alone writes: no sum carries their gated channels on, so that only layers read them."""
+    writers = [number for units in big.groups.outputs.values() for number in set(units.group.tolist()) if number >= 0]
+    return {number for number in writers if writers.count(number) == 1}
+
+
 @torch.no_grad()
 def fold_gates(student: nn.Module, big: BigStudent, data: Dataset, batch_size: int) -> None:
     """Multiplies what each layer does with a kept channel by the channel's gate.
 
-    Exact: the student then computes what the big student does in eval mode with the other channels' gates at 0. A layer
-    reads ``f · g``, and ``W (f · g) = (W · g) f``.
+    Exact: a layer reads ``f · g``, and ``W (f · g) = (W · g) f``. In a residual stream the gated channels go on through sums
+    as well, where nothing can be multiplied; its gates become 1.
     """
     parameters = dict(student.named_parameters())
     kept = big.keep()
     gates: Any = big.gates
     for name, units in big.groups.inputs.items():
-        factors = torch.ones(len(units.group))
-        for number in set(units.group[units.group >= 0].tolist()):
+        factors = torch.ones(len(units.group), dtype=parameters[name].dtype)
+        for number in foldable_groups(big) & set(units.group.tolist()):
             group = big.groups[number]
             values = gates[group.name].mean()[kept[group.name]].cpu()
             where = torch.from_numpy(units.group == number)
@@ -93,7 +104,9 @@ def recalibrate_norms(student: nn.Module, big: BigStudent, data: Dataset, batch_
 
 def variants(make_network: Callable[[int], nn.Module], link_at: tuple[float, ...]) -> list[Variant]:
     """The base and every choice beside it that says something for a recipe's network."""
-    found = [Variant(BASE, "the paper's setting: linked from the start, quadratic λ, a draw per sample")]
+    setting = "the paper's setting: linked from the start, quadratic λ, a draw per sample"
+    found = [Variant(BASE, setting)]
+    found += [Variant(f"{BASE} ({n + 1})", "the same with other random draws", draws=n) for n in range(1, DRAWS)]
     found += [
         Variant(
             f"link_at {at:g}",
@@ -104,6 +117,7 @@ def variants(make_network: Callable[[int], nn.Module], link_at: tuple[float, ...
         if at
     ]
     found += [
+        Variant("compacted", "closed channels dropped after 1/2 and 3/4 of the merge stage", compact_at=(0.5, 0.75)),
         Variant("draw per batch", "one draw of the gates for a whole batch", big=OneDrawPerBatch),
         Variant("budget", "multipliers by dual ascent in place of λ", {"gate_schedule": "budget"}),
         Variant("head × T", "the head's weights times T at compression", edit=rescale_head),

@@ -11,11 +11,13 @@ docs/ablations.md of the files in docs/results/ablations/.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ class Ablation:
                     torch.manual_seed(self._seed("weights", replicate, number))
                     networks.append(self.recipe.make_network(1))
         stack = Stack(networks)
-        self._train(stack, self.recipe.teacher_stage(), "teachers")
+        self._train(stack, self.recipe.teacher_stage(), "teachers", self.replicates)
         return stack.networks()
 
     def merged(self, teachers: Sequence[nn.Module], variant: Variant) -> list[Any]:
@@ -83,16 +85,29 @@ class Ablation:
                 torch.manual_seed(self._seed("gates", replicate))
                 pair = teachers[TEACHERS * position : TEACHERS * (position + 1)]
                 bigs.append(variant.big(*pair, example_inputs=example))
-        lam = _weight_of_gates(recipe, self.data)
+        stage, unit = recipe.merge_stages()[0], recipe.unit
+        link_from = round(recipe.link_at * unit)
+        cuts = {round(at * unit) for at in variant.compact_at}
         gates = {f"gates.{name}" for name, _ in bigs[0].gates.named_parameters()}
-        for part, stage in enumerate(recipe.merge_stages()):
-            if part and stage.epochs:
+        parts = [(self.replicates, bigs, _weight_of_gates(recipe, self.data))]
+        for start, end in pairwise(sorted({0, link_from, *cuts, unit})):
+            if start == link_from:
                 for big in bigs:
                     big.link()
-            if stage.epochs:
-                stack = Stack(bigs)
-                self._train(stack, stage, f"merge {part}", lam, gates)
-                bigs = stack.networks()
+            if start in cuts:  # from here on the replicates are of different sizes
+                for big in bigs:
+                    big.compact()
+                single = [(r, b, copy.deepcopy(lam)) for rs, bs, lam in parts for r, b in zip(rs, bs, strict=True)]
+                parts = [([replicate], [big], lam) for replicate, big, lam in single]
+            rest = tuple(milestone - start for milestone in stage.milestones)
+            # Until something is cut, all variants read the data in one order.
+            name = f"merge {int(start >= link_from)}" + (f" from {start}" if start in cuts else "")
+            segment = replace(stage, epochs=end - start, milestones=rest)
+            for index, (replicates, together, lam) in enumerate(parts):
+                stack = Stack(together)
+                self._train(stack, segment, name, replicates, variant.draws, lam, gates)
+                parts[index] = (replicates, stack.networks(), lam)
+            bigs = [big for _, together, _ in parts for big in together]
         return bigs
 
     def compressed(self, bigs: Sequence[Any], variant: Variant) -> Stack:
@@ -105,9 +120,9 @@ class Ablation:
             students.append(student)
         return Stack(students)
 
-    def finetune(self, stack: Stack) -> None:
+    def finetune(self, stack: Stack, draws: int) -> None:
         """Trains the students."""
-        self._train(stack, self.recipe.finetune_stage(), "fine-tune")
+        self._train(stack, self.recipe.finetune_stage(), "fine-tune", self.replicates, draws)
 
     def score(self, networks: Stack) -> list[float]:
         """The recipe's metric on the test data, one number per network."""
@@ -118,18 +133,20 @@ class Ablation:
         stack: Stack,
         stage: Stage,
         name: str,
+        replicates: Sequence[int],
+        draws: int = 0,
         lam: QuadraticLambda | GateBudget | None = None,
-        gates: set[str] | None = None,
+        gates: Collection[str] = (),
     ) -> None:
-        each = len(stack) // len(self.replicates)
+        each, path = len(stack) // len(replicates), (name, draws) if draws else (name,)
         orders = [
-            generator_for(self.seed, "ablations", "order", name, replicate, number)
-            for replicate in self.replicates
+            generator_for(self.seed, "ablations", "order", *path, replicate, number)
+            for replicate in replicates
             for number in range(each)
         ]
-        noise = generator_for(self.seed, "ablations", "noise", name, self.replicates[0], device=stack.device)
-        torch.manual_seed(self._seed("draws", name, self.replicates[0]))
-        for _ in train(stack, self.data, stage, orders, noise, lam, gates or ()):
+        noise = generator_for(self.seed, "ablations", "noise", *path, replicates[0], device=stack.device)
+        torch.manual_seed(self._seed("draws", *path, replicates[0]))
+        for _ in train(stack, self.data, stage, orders, noise, lam, gates):
             self.epoch(len(stack))
 
     def _seed(self, *path: int | str) -> int:
@@ -188,9 +205,8 @@ class Record:
 
 
 def _open(big: BigStudent) -> dict[str, float]:
-    gates: Any = big.gates
     with torch.no_grad():
-        return {name: round(gate.open_probability().mean().item(), 4) for name, gate in gates.items()}
+        return {name: round(mean.item(), 4) for name, mean in big.open_probabilities().items()}
 
 
 def _teachers(ablation: Ablation, record: Record, chunk: Sequence[int]) -> list[nn.Module]:
@@ -229,8 +245,9 @@ def ablate(ablation: Ablation, record: Record, wanted: Sequence[Variant]) -> Non
         if not variant.merges:
             bigs = base
         students = ablation.compressed(bigs, variant)
-        scores = {"big student": ablation.score(Stack(bigs)), "compressed": ablation.score(students)}
-        ablation.finetune(students)
+        alone = [ablation.score(Stack([big]))[0] for big in bigs]  # compacted ones are of different sizes
+        scores = {"big student": alone, "compressed": ablation.score(students)}
+        ablation.finetune(students, variant.draws)
         scores["student"] = ablation.score(students)
         scores["seconds"] = [(time.perf_counter() - start) / len(chunk)] * len(chunk)
         record.add(variant, chunk, scores, [_open(big) for big in bigs])
@@ -261,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.variants is not None:
         if unknown := set(options.variants) - {variant.name for variant in chosen}:
             parser.error(f"there are {', '.join(v.name for v in chosen)}; got {', '.join(unknown)}")
-        chosen = [variant for variant in chosen if variant.name in {BASE, *options.variants}]
+        names = {BASE, *options.variants}
+        chosen = [variant for variant in chosen if variant.name in names]
     data = recipe.load_data(options.data, seed_for(options.seed, "data")).to(options.device)
     config = recipe.config() | {"budget": options.budget, "seed": options.seed, "train_samples": len(data.train_inputs)}
     record = Record(options.out or ROOT / "runs" / "ablations" / f"{recipe.name}.json", _plain(config))

@@ -1,4 +1,5 @@
-"""Writes the tables of README.md, and docs/benchmarks.md, from committed results: no figure in them is typed by hand.
+"""Writes the tables of README.md, docs/benchmarks.md and docs/ablations.md from committed results: no figure in them is
+typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. In README.md a
 block between ``<!-- results: NAME -->`` and ``<!-- end -->`` becomes the table of docs/results/NAME/results.json, one after
@@ -16,12 +17,13 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
 
-from benchmarks import report  # noqa: E402
+from benchmarks import ablation_report, report  # noqa: E402
 from fastmerge.reporting.results import read  # noqa: E402
 from fastmerge.reporting.tables import caption, results_table  # noqa: E402
 
 README = DOCS.parent / "README.md"
 BENCHMARKS = DOCS / "benchmarks.md"
+ABLATIONS = DOCS / "ablations.md"
 _BLOCK = re.compile(r"(<!-- (results: (?P<name>[\w-]+)|coverage|benchmarks) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -54,8 +56,12 @@ def _coverage() -> str:
 
 
 def main() -> None:
-    """Writes or checks both files."""
-    files = {README: rendered(README.read_text(encoding="utf-8")), BENCHMARKS: report.page(report.load())}
+    """Writes or checks the files."""
+    files = {
+        README: rendered(README.read_text(encoding="utf-8")),
+        BENCHMARKS: report.page(report.load()),
+        ABLATIONS: ablation_report.page(ablation_report.load()),
+    }
     if "--check" in sys.argv[1:]:
         old = [
             path.name for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text

@@ -132,6 +132,17 @@ def test_a_users_own_loop_and_its_continuation() -> None:
     assert budget.multipliers.ne(0).all()
 
 
+def test_dropped_candidates_count_as_closed() -> None:
+    big, _ = learner()
+    with torch.no_grad():
+        for gate in big.gates.values():
+            gate.loc[: gate.channels // 3].fill_(-30)
+    before = open_state(big)
+    assert big.compact().dropped
+    for value, expected in zip(open_state(big), before, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
 def test_a_step_needs_a_loss() -> None:
     with pytest.raises(RuntimeError, match="there was none"):
         GateBudget(10).step()

@@ -1,0 +1,92 @@
+"""docs/ablations.md from the results of benchmarks/ablations.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablation_variants import BASE
+from fastmerge.reporting.tables import table
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "ablations"
+_CLEAR = 2.5  # standard errors
+
+_INTRODUCTION = f"""\
+What each choice of the merge is worth, everything else as in the paper's setting (`{BASE}`). Every replicate has two
+teachers of its own, which all variants share, with the same gates at first. `{BASE}` is run several times with other random
+draws (batches, gates), because chance alone moves a student by more than most choices do. *difference* is the mean over
+replicates of the student's score less the replicate's mean over those runs, with its standard error, in bold from
+{_CLEAR:g} standard errors on; the rows of `{BASE}` have it too, and show what chance looks like. *compressed* is the same
+before fine-tuning. *P[g > 0]* is the range over channel groups and replicates at the end of the merge stage, which is to be
+1/2. Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills."""
+
+
+def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All results, in the order of the files' names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def page(every: list[dict[str, Any]]) -> str:
+    """The whole file."""
+    return "\n\n".join(["# Ablations", _INTRODUCTION, *map(section, every)]) + "\n"
+
+
+def section(results: dict[str, Any]) -> str:
+    """One recipe: what was run, and a row per variant."""
+    config, made = results["config"], results["environment"]
+    base = base_of(results["variants"])
+    higher = config["metric"] == "test_accuracy"
+    header = ["variant", "n", "student", "difference", "compressed", "P[g > 0]", "seconds"]
+    rows = []
+    for name, variant in results["variants"].items():
+        found = variant["replicates"]
+        opened = [value for replicate in found.values() for value in replicate["open_probability"].values()]
+        rows.append(
+            [
+                name,
+                str(len(found)),
+                f"{statistics.fmean(replicate['student'] for replicate in found.values()):.4f}",
+                _difference(found, base, "student"),
+                _difference(found, base, "compressed"),
+                f"{min(opened):.2f}–{max(opened):.2f}",
+                f"{statistics.fmean(replicate['seconds'] for replicate in found.values()):.1f}",
+            ]
+        )
+    teachers = statistics.fmean(value for pair in results["teachers"].values() for value in pair)
+    meanings = "\n".join(f"- `{name}`: {variant['what']}." for name, variant in results["variants"].items())
+    ran = (
+        f"Test {'accuracy, higher' if higher else 'loss, lower'} is better. {config['epochs']} epochs in all, "
+        f"{config['budget']:g} of the recipe's, {config['train_samples']} training samples; the teachers have "
+        f"{teachers:.4f}. *seconds* are those of merge stage and fine-tuning per replicate, on one core of a machine that "
+        f"others used too. {made['cpu']['name']}, PyTorch {made['torch']}."
+    )
+    return "\n\n".join([f"## {config['name']}", ran, table(header, rows, markdown=True), meanings])
+
+
+def base_of(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """For each replicate the mean over the runs of the paper's setting that it has."""
+    runs = [variant["replicates"] for name, variant in found.items() if name.split(" (")[0] == BASE]
+    return {
+        key: {
+            score: statistics.fmean(run[key][score] for run in runs if key in run)
+            for score in ("student", "compressed")
+        }
+        for key in runs[0]
+    }
+
+
+def _difference(found: dict[str, Any], base: dict[str, Any], score: str) -> str:
+    """Mean and standard error of the paired differences to the base."""
+    mean, error = paired(found, base, score)
+    text = f"{mean:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+    return f"**{text}**" if abs(mean) >= _CLEAR * error > 0 else text
+
+
+def paired(found: dict[str, Any], base: dict[str, Any], score: str) -> tuple[float, float]:
+    """Mean over the replicates that both have of ``found - base``, and its standard error, NaN for one replicate."""
+    differences = [found[key][score] - base[key][score] for key in found if key in base]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return statistics.fmean(differences), error
