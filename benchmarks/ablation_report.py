@@ -19,7 +19,8 @@ What each choice of the merge is worth, everything else as in the paper's settin
 teachers of its own, which all variants share, with the same gates at first. `{BASE}` is run several times with other random
 draws (batches, gates), because chance alone moves a student by more than most choices do. *difference* is the mean over
 replicates of the student's score less the replicate's mean over those runs, with its standard error, in bold from
-{_CLEAR:g} standard errors on; the rows of `{BASE}` have it too, and show what chance looks like. *compressed* is the same
+{_CLEAR:g} standard errors on; the rows of `{BASE}` have it too, and show what chance looks like. What only changes the
+compressed student starts from the first run's big students, and is compared with that run. *compressed* is the same
 before fine-tuning. *P[g > 0]* is the range over channel groups and replicates at the end of the merge stage, which is to be
 1/2. Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills."""
 
@@ -37,12 +38,13 @@ def page(every: list[dict[str, Any]]) -> str:
 def section(results: dict[str, Any]) -> str:
     """One recipe: what was run, and a row per variant."""
     config, made = results["config"], results["environment"]
-    base = base_of(results["variants"])
     higher = config["metric"] == "test_accuracy"
     header = ["variant", "n", "student", "difference", "compressed", "P[g > 0]", "seconds"]
     rows = []
     for name, variant in results["variants"].items():
         found = variant["replicates"]
+        shared = variant.get("merge_of")
+        base = results["variants"][shared]["replicates"] if shared else base_of(results["variants"])
         opened = [value for replicate in found.values() for value in replicate["open_probability"].values()]
         rows.append(
             [
