@@ -39,9 +39,7 @@ def select(weight: Tensor, keep_out: Tensor, keep_in: Tensor | None) -> Tensor:
 
 
 OPERATIONS = {"fused": compact_, "torch": compact_in_torch, "index_select": select}
-on_a_gpu = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-)
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
