@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,3 +48,4 @@ def clean() -> Iterator[None]:
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["fastmerge"] = environment()
+    machine_info["load_average"] = os.getloadavg()[2]  # of the last quarter of an hour: was the machine ours?

@@ -19,8 +19,12 @@ NO_GPU = "There are no figures of a GPU yet: none was at hand. `make gpu OUT=fol
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The committed runs, by file name."""
-    return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    """The committed runs, by file name, each with what NAME.txt beside NAME.json says of it, if anything, as its ``note``."""
+    runs = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    for name, run in runs.items():
+        note = folder / f"{name}.txt"
+        run["note"] = note.read_text(encoding="utf-8").strip() if note.exists() else ""
+    return runs
 
 
 def page(runs: dict[str, dict[str, Any]]) -> str:
@@ -68,7 +72,14 @@ def machine(run: dict[str, Any]) -> str:
     cpu = f"{made['cpu']['name']}, {made['cpu']['threads']} of {made['cpu']['cores']} cores"
     versions = f"Python {made['python']}, PyTorch {made['torch']}, Triton {made['packages']['triton']}"
     commit = (made["commit"] or "no commit")[:10] + ("-dirty" if str(made["commit"]).endswith("-dirty") else "")
-    return f"{card}{cpu}, {versions}, commit {commit}, {run['datetime'][:10]}."
+    sentence = f"{card}{cpu}, {versions}, commit {commit}, {run['datetime'][:10]}."
+    return " ".join(filter(None, [sentence, _load(run), run.get("note")]))
+
+
+def _load(run: dict[str, Any]) -> str:
+    """How busy the machine was at the end of the run; of two cores' own work it would be 2."""
+    load = run["machine_info"].get("load_average")
+    return "" if load is None else f"Load average {load:.1f}."
 
 
 def verdict(target: Target, value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_without_a_gpu_it_says_so_and_shows_the_cpus_figures() -> None:
         )
     assert "not measured" in page(runs)
     assert "no figures of a GPU yet" in readme({})
+
+
+def test_what_is_to_be_said_of_a_run_stands_under_it(tmp_path: Path) -> None:
+    made = run(CPU_CASE, 2.0, 1.0)
+    made["machine_info"]["load_average"] = 7.25
+    (tmp_path / "some-cpu.json").write_text(json.dumps(made))
+    (tmp_path / "some-cpu.txt").write_text("Others ran beside it.\n")
+    assert "2030-01-02. Load average 7.2. Others ran beside it.\n" in page(load(tmp_path))
 
 
 def test_with_a_gpu_it_names_card_and_driver() -> None:
