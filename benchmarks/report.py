@@ -91,15 +91,13 @@ def verdict(target: Target, value: float) -> str:
 
 def _targets(runs: dict[str, dict[str, Any]]) -> list[str]:
     tables = []
-    measured: set[str] = set()
+    measured: set[Target] = set()
     for name, run in runs.items():
         rows = [row for row in _target_rows(run) if row[1] is not None]
         if rows:
             tables += [f"On {name}:", _target_table(rows)]
-            measured |= {target.name for target, _ in rows}
-    missing: list[tuple[Target, list[Ratio] | None]] = [
-        (target, None) for target in TARGETS if target.name not in measured
-    ]
+            measured |= {target for target, _ in rows}
+    missing: list[tuple[Target, list[Ratio] | None]] = [(target, None) for target in TARGETS if target not in measured]
     if missing:
         tables += ["Not measured yet:", _target_table(missing)]
     return tables
