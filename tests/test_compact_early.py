@@ -353,3 +353,23 @@ def test_fused_normalisations_shrink_along(name: str) -> None:
     output = big.train()(*x)
     big.compact(multiple=1)
     assert relative_error(big(*x), output) <= 1e-9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
+@pytest.mark.parametrize("name", ["resnet_projected_shortcut", "densenet", "vgg"])
+def test_on_a_gpu(name: str, link: bool) -> None:
+    big, x = merged(name, link)
+    big, x = big.cuda(), tuple(value.cuda() for value in x)
+    big.fused = False  # float64, to the last digits
+    close_gates(big, 0.25)
+    optimizers = optimizers_of(big, OPTIMIZERS["amsgrad"])
+    step(big.train(), optimizers, x)
+    close_gates(big)
+    output = big.eval()(*x)
+    assert big.compact(*optimizers, multiple=1).total > 0
+    assert relative_error(big(*x), output) <= 1e-9
+    step(big.train(), optimizers, x)
+    expected = big.compress().state_dict()
+    assert same(big.compress(optimizers[0], in_place=True).state_dict(), expected)

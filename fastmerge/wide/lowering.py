@@ -230,6 +230,8 @@ class _Lowering:
             if gate.sample_dim == sample_dim and torch.equal(gate.index.cpu(), torch.cat(columns)):
                 return path
             path += "_"
+        device = next(self.network.parameters()).device  # lowered anew, it need not be the CPU
+        columns = [column.to(device) for column in columns]
         attach(self.network, path, GateStreams(columns, call.geometry.channel_dim, sample_dim))
         return path
 
