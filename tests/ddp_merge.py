@@ -34,11 +34,19 @@ class Net(nn.Module):
         return self.head(self.hidden(self.conv(x).relu().flatten(1)).relu())
 
 
-def teachers() -> list[nn.Module]:
+class Normed(Net):
+    """Its running statistics differ between processes until they are shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(self.conv, nn.BatchNorm2d(4))
+
+
+def teachers(make: Callable[[], nn.Module] = Net) -> list[nn.Module]:
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found.append(Net().double())
+        found.append(make().double())
     return found
 
 
@@ -75,7 +83,7 @@ def run(rank: int, size: int, directory: Path | None = None, accumulate: int = 1
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "P.g>0.")
             return merge(
-                teachers(),
+                teachers(options.pop("make", Net)),
                 options.pop("train", train),
                 val_loader=validation(rank, size),
                 accumulate=accumulate,
@@ -110,6 +118,11 @@ def free_port() -> int:
 def merged(rank: int, size: int, *arguments: Any) -> dict[str, Any]:
     student, history = run(rank, size, *arguments)
     return {"student": {k: v.numpy() for k, v in student.state_dict().items()}, "history": history.record()}
+
+
+def normed(rank: int, size: int) -> dict[str, Any]:
+    student, _ = run(rank, size, make=Normed)
+    return {name: value.tolist() for name, value in student.state_dict().items()}
 
 
 def interrupted(rank: int, size: int, directory: Path, number: int, at: int) -> None:

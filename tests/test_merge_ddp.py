@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ddp_merge
-from ddp_merge import draws, free_port, interrupted, merged, process, uneven
+from ddp_merge import draws, free_port, interrupted, merged, normed, process, uneven
 from killing import forkserver
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -67,6 +67,12 @@ def test_every_process_draws_its_own_gates():
     found = together(2, draws)
     assert found[0] != found[1]
     assert len(found[0]) == len(found[1]) == 3 * ddp_merge.BATCH
+
+
+def test_running_statistics_end_the_same_in_every_process():
+    found = together(2, normed)
+    assert isinstance(found[0], dict), found
+    assert found[0] == found[1]
 
 
 def test_processes_with_unequal_loaders_are_refused():
