@@ -16,13 +16,15 @@ _CLEAR = 2.5  # standard errors
 
 _INTRODUCTION = f"""\
 What each choice of the merge is worth, everything else as in the paper's setting (`{BASE}`). Every replicate has two
-teachers of its own, which all variants share, with the same gates at first. `{BASE}` is run several times with other random
-draws (batches, gates), because chance alone moves a student by more than most choices do. *difference* is the mean over
-replicates of the student's score less the replicate's mean over those runs, with its standard error, in bold from
+teachers of its own, which all variants share, with the same gates at first. `{BASE}` may be run several times with other
+random draws (batches, gates), because chance alone moves a student by more than most choices do. *difference* is the mean
+over replicates of the student's score less the replicate's mean over those runs, with its standard error, in bold from
 {_CLEAR:g} standard errors on; the rows of `{BASE}` have it too, and show what chance looks like. What only changes the
-compressed student starts from the first run's big students, and is compared with that run. *compressed* is the same
-before fine-tuning. *P[g > 0]* is the range over channel groups and replicates at the end of the merge stage, which is to be
-1/2. Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills."""
+compressed student, or drops channels late, has the first run's draws until then, and is compared with that run.
+*compressed* is the same before fine-tuning. *P[g > 0]* is the range over channel groups and replicates at the end of the
+merge stage, which is to be 1/2.
+
+Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -43,7 +45,7 @@ def section(results: dict[str, Any]) -> str:
     rows = []
     for name, variant in results["variants"].items():
         found = variant["replicates"]
-        shared = variant.get("merge_of")
+        shared = variant.get("compared_with")
         base = results["variants"][shared]["replicates"] if shared else base_of(results["variants"])
         opened = [value for replicate in found.values() for value in replicate["open_probability"].values()]
         rows.append(

@@ -187,8 +187,8 @@ class Record:
     def add(self, variant: Variant, chunk: Sequence[int], scores: Scores, opened: list[dict[str, float]]) -> None:
         """Writes down what a variant came to; ``scores`` has one number per replicate under each name."""
         entry = self.results["variants"].setdefault(variant.name, {"what": variant.what, "replicates": {}})
-        if not variant.merges:
-            entry["merge_of"] = BASE
+        if variant.compact_at or not variant.merges:  # it has the draws of the base until then
+            entry["compared_with"] = BASE
         for position, replicate in enumerate(chunk):
             found = {name: values[position] for name, values in scores.items()}
             entry["replicates"][str(replicate)] = found | {"open_probability": opened[position]}

@@ -106,8 +106,9 @@ def test_all_variants_of_all_replicates_and_going_on(run, tmp_path, monkeypatch)
         assert all(0 <= found["student"] <= 1 for found in variant["replicates"].values())
     assert len(everything["teachers"]) == 2
     base, folded = (everything["variants"][name]["replicates"] for name in (BASE, "gates folded"))
-    assert everything["variants"]["gates folded"]["merge_of"] == BASE
-    assert "merge_of" not in everything["variants"]["compacted"]
+    assert everything["variants"]["gates folded"]["compared_with"] == BASE
+    assert everything["variants"]["compacted"]["compared_with"] == BASE
+    assert "compared_with" not in everything["variants"][BASE]
     assert all(base[key]["open_probability"] == folded[key]["open_probability"] for key in base)  # one merge stage
 
     def never(self: Any, *arguments: Any) -> None:
@@ -178,7 +179,7 @@ def test_clear_differences_are_bold() -> None:
         "variants": {BASE: variant(0.5, 0.6), "worse": variant(0.4, 0.51), "same": variant(0.4, 0.7)},
     }
     results["variants"][f"{BASE} (2)"] = variant(0.5, 0.6)
-    results["variants"]["edited"] = variant(0.6, 0.75) | {"merge_of": "worse"}
+    results["variants"]["edited"] = variant(0.6, 0.75) | {"compared_with": "worse"}
     text = section(results)
     assert "**-0.0950 ± 0.0050**" in text
     assert " +0.0000 ± 0.1000 |" in text
