@@ -352,12 +352,10 @@ class BigStudent(nn.Module):
         traced = trace(self._template[0].skeleton, (None,) * self._num_inputs)
         return Analysis(traced, self.groups, self._shapes)
 
-    @property
-    def _is_compacted(self) -> bool:
-        return self._population.total < self.num_teachers * sum(group.size for group in self.groups)
-
     def _lower(self, analysis: Analysis) -> None:
         self._population = Population.of(self.groups, self.num_teachers, self.gates)
+        everyone = self.num_teachers * sum(group.size for group in self.groups)
+        self._is_compacted = bool(self._population.total < everyone)  # here, for a compiler not to follow it
         self._programs: dict[tuple[str, bool, bool], Program] = {
             (mode, each, joined): lower(analysis, self.network, mode, self._population, each, joined)
             for mode, each, joined in product(("train", "eval"), {False, self._each}, (False, True))
