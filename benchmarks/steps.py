@@ -81,8 +81,8 @@ class GraphedTraining:
     """
 
     def __init__(self, case: Case, network: BigStudent) -> None:
-        from fastmerge.graphed_step import GraphedStep
-        from fastmerge.merge_step import MergeStep
+        from fastmerge.merging.graphed_step import GraphedStep
+        from fastmerge.merging.step import MergeStep
 
         self.x, self.target = case.make_batch()
         scaler = torch.amp.GradScaler(case.device, enabled=case.precision == "fp16")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge import HardConcrete, merge
-from fastmerge.snapshots import Snapshots
+from fastmerge.resuming.snapshots import Snapshots
 from teachers import OPEN
 
 BATCH, STEPS, VALIDATION = 12, 4, 11

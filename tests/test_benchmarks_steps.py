@@ -14,7 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.memory import activation_bytes, peak_bytes
 from benchmarks.race import Contender
 from benchmarks.steps import Step
-from fastmerge import graphed_step
+from fastmerge.merging import graphed_step
 
 CASE = Case("lenet", 8, 28)
 

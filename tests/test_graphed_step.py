@@ -18,9 +18,9 @@ import fastmerge
 from architectures import BY_NAME
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
-from fastmerge.graphed_step import MEASURED, WARM_UP, GraphedStep, why_not_captured
-from fastmerge.merge_step import MergeStep, Weight
-from fastmerge.merge_trainer import Trainer
+from fastmerge.merging.graphed_step import MEASURED, WARM_UP, GraphedStep, why_not_captured
+from fastmerge.merging.step import MergeStep, Weight
+from fastmerge.merging.trainer import Trainer
 from fastmerge.schedules import QuadraticLambda
 from teachers import make_teachers, set_gates
 

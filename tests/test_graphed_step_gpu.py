@@ -15,8 +15,8 @@ from torch.optim import SGD
 import fastmerge
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
-from fastmerge.graphed_step import MEASURED, WARM_UP, GraphedStep
-from fastmerge.merge_step import MergeStep, Weight
+from fastmerge.merging.graphed_step import MEASURED, WARM_UP, GraphedStep
+from fastmerge.merging.step import MergeStep, Weight
 from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
 from teachers import OPEN, set_gates

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import killed_merge
-from fastmerge.snapshots import Snapshots, read_snapshot
-from fastmerge.stop_requests import Interrupted, StopRequests
+from fastmerge.resuming.snapshots import Snapshots, read_snapshot
+from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from killed_merge import run, run_until
 from killing import assert_killed
 

@@ -12,10 +12,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-import fastmerge.merge_stages as module
+import fastmerge.merging.stages as module
 from fastmerge.evaluation import Setting, evaluate
-from fastmerge.gate_report import gate_warnings, origins
 from fastmerge.merging import merge
+from fastmerge.merging.gate_report import gate_warnings, origins
 from fastmerge.schedules import QuadraticLambda, fitting_lam_step
 from small_task import SHORT, TRAIN, VAL, SmallNet, copies, train_loader, train_teachers
 

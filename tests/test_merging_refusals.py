@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import fastmerge.merge_stages as module
+import fastmerge.merging.stages as module
 from fastmerge.merging import merge
 from small_task import SHORT, SmallNet, X, Y, copies, train_loader, train_teachers
 

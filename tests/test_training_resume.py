@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import killed_run
-from fastmerge.snapshots import Snapshots, read_snapshot
-from fastmerge.stop_requests import Interrupted
+from fastmerge.resuming.snapshots import Snapshots, read_snapshot
+from fastmerge.resuming.stop_requests import Interrupted
 from killed_run import recipe, train
 from killing import assert_killed
 

@@ -15,7 +15,7 @@ import torch
 
 from fastmerge.cli import continuing, data, info, merge, report, run
 from fastmerge.processes import ProcessLostError
-from fastmerge.stop_requests import Interrupted
+from fastmerge.resuming.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 _FAILED = (FloatingPointError, torch.OutOfMemoryError, ProcessLostError)

@@ -34,10 +34,10 @@ from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.environment import environment
 from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord
-from fastmerge.merge_checks import check_device
-from fastmerge.merge_estimate import describe, estimate
-from fastmerge.merge_plan import MergePlan
 from fastmerge.merging import merge
+from fastmerge.merging.checks import check_device
+from fastmerge.merging.estimate import describe, estimate
+from fastmerge.merging.plan import MergePlan
 from fastmerge.processes import Processes, join_processes, leave_processes
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report

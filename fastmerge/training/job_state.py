@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.fingerprint import fingerprint
-from fastmerge.snapshots import Snapshots
-from fastmerge.stop_requests import StopRequests
+from fastmerge.resuming.fingerprint import fingerprint
+from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.training.jobs import Job, Outcome
 from fastmerge.training.scores import Curves
 from fastmerge.training.stacked import StackTraining
@@ -33,7 +33,7 @@ class JobState:
         stop: Signals that ask to stop; met between epochs, after a checkpoint.
 
     Raises:
-        ValueError: As :meth:`~fastmerge.snapshots.Snapshots.load`.
+        ValueError: As :meth:`~fastmerge.resuming.snapshots.Snapshots.load`.
     """
 
     def __init__(self, job: Job, data: Dataset, stop: StopRequests) -> None:

@@ -13,18 +13,18 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.evaluation import Setting
-from fastmerge.fingerprint import fingerprints
 from fastmerge.history import EpochRecord, History
-from fastmerge.merge_checks import check_checkpoints
-from fastmerge.merge_plan import MergePlan, describe_options
-from fastmerge.merge_progress import Progress
-from fastmerge.merge_stages import finetune
-from fastmerge.merge_state import MergeState
-from fastmerge.merge_trainer import Trainer
 from fastmerge.merging import merge
+from fastmerge.merging.checks import check_checkpoints
+from fastmerge.merging.plan import MergePlan, describe_options
+from fastmerge.merging.progress import Progress
+from fastmerge.merging.stages import finetune
+from fastmerge.merging.state import MergeState
+from fastmerge.merging.trainer import Trainer
 from fastmerge.processes import Processes
-from fastmerge.snapshots import Snapshots
-from fastmerge.stop_requests import StopRequests
+from fastmerge.resuming.fingerprint import fingerprints
+from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.training.loader_recipe import LoaderRecipe, Plan
 from fastmerge.training.seeds import seed_for
 

@@ -13,7 +13,7 @@ import torch
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.environment import environment
-from fastmerge.stop_requests import StopRequests
+from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Outcome, Reporter
 from fastmerge.training.plain_strategies import best_of_three, one

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
 from fastmerge.gate_budget import GateBudget
-from fastmerge.gate_report import gate_warnings, origins
 from fastmerge.kernels.gate import open_probability
+from fastmerge.merging.gate_report import gate_warnings, origins
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.job_stages import train_stage
 from fastmerge.training.job_state import JobState

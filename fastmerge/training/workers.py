@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.stop_requests import Interrupted, StopRequests
+from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.training.jobs import Job, Outcome, Reporter
 
 

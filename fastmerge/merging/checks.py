@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Setting, has_classes
-from fastmerge.fingerprint import fingerprints
 from fastmerge.processes import Processes
-from fastmerge.snapshots import Snapshots
+from fastmerge.resuming.fingerprint import fingerprints
+from fastmerge.resuming.snapshots import Snapshots
 
 
 def check_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:

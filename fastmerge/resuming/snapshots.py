@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.files import atomic
-from fastmerge.nested_state import pack, unpack
+from fastmerge.resuming.nested_state import pack, unpack
 
 FORMAT = "fastmerge checkpoint"
 VERSION = 1

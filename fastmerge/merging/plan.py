@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from fastmerge.big_student import BigStudent
 from fastmerge.gate_budget import GateBudget
-from fastmerge.merge_checks import check_compact_at, check_epochs, check_numbers
+from fastmerge.merging.checks import check_compact_at, check_epochs, check_numbers
 from fastmerge.schedules import QuadraticLambda, fitting_lam_step
 
 GateSchedule = Literal["quadratic", "budget"]

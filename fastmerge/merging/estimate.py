@@ -16,9 +16,9 @@ from torch.optim import SGD
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
-from fastmerge.merge_checks import check_loader, check_teachers
-from fastmerge.merge_plan import MergePlan
-from fastmerge.merge_progress import peak_memory
+from fastmerge.merging.checks import check_loader, check_teachers
+from fastmerge.merging.plan import MergePlan
+from fastmerge.merging.progress import peak_memory
 
 _TIMED = 3
 

@@ -14,8 +14,8 @@ from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Tally
 from fastmerge.history import History, Stage
 from fastmerge.processes import Processes, seed_of_rank
-from fastmerge.random_states import random_states, restore_random_states
-from fastmerge.snapshots import Snapshots
+from fastmerge.resuming.random_states import random_states, restore_random_states
+from fastmerge.resuming.snapshots import Snapshots
 
 
 class MergeState:

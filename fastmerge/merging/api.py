@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastmerge.evaluation import Criterion, Setting
-from fastmerge.fingerprint import fingerprints
 from fastmerge.history import EpochRecord, History
-from fastmerge.merge_checks import (
+from fastmerge.merging.checks import (
     check_accumulate,
     check_checkpoints,
     check_device,
@@ -23,14 +22,15 @@ from fastmerge.merge_checks import (
     check_processes,
     check_teachers,
 )
-from fastmerge.merge_plan import CompactAt, GateSchedule, MergePlan, describe_options
-from fastmerge.merge_progress import Progress
-from fastmerge.merge_stages import train_student
-from fastmerge.merge_state import MergeState
-from fastmerge.merge_trainer import Trainer
+from fastmerge.merging.plan import CompactAt, GateSchedule, MergePlan, describe_options
+from fastmerge.merging.progress import Progress
+from fastmerge.merging.stages import train_student
+from fastmerge.merging.state import MergeState
+from fastmerge.merging.trainer import Trainer
 from fastmerge.processes import Processes
-from fastmerge.snapshots import Snapshots
-from fastmerge.stop_requests import StopRequests
+from fastmerge.resuming.fingerprint import fingerprints
+from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.resuming.stop_requests import StopRequests
 
 
 def merge(

@@ -13,10 +13,10 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from fastmerge.big_student import BigStudent
-from fastmerge.fingerprint import fingerprint
-from fastmerge.gate_report import gate_warnings, open_probabilities, origins
-from fastmerge.merge_plan import MergePlan, gate_schedule
-from fastmerge.merge_trainer import Trainer
+from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins
+from fastmerge.merging.plan import MergePlan, gate_schedule
+from fastmerge.merging.trainer import Trainer
+from fastmerge.resuming.fingerprint import fingerprint
 from fastmerge.schedules import GATE_MOMENTUM, QuadraticLambda
 
 Schedule = Callable[[Optimizer], LRScheduler]

@@ -14,16 +14,16 @@ from torch.utils.data.distributed import DistributedSampler
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally, evaluate
 from fastmerge.gate_budget import GateBudget
-from fastmerge.gate_report import open_probabilities
-from fastmerge.graphed_step import GraphedStep
 from fastmerge.history import EpochRecord, History, Score, Stage
-from fastmerge.merge_progress import Progress
-from fastmerge.merge_state import MergeState
-from fastmerge.merge_step import MergeStep, Weight
+from fastmerge.merging.gate_report import open_probabilities
+from fastmerge.merging.graphed_step import GraphedStep
+from fastmerge.merging.progress import Progress
+from fastmerge.merging.state import MergeState
+from fastmerge.merging.step import MergeStep, Weight
 from fastmerge.processes import Processes, ProcessLostError, seed_of_rank, without_averaging
-from fastmerge.random_states import random_states
+from fastmerge.resuming.random_states import random_states
+from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.schedules import QuadraticLambda
-from fastmerge.stop_requests import Interrupted, StopRequests
 
 _AGREE_EVERY = 10  # steps
 

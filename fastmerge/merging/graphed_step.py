@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmerge.big_student import BigStudent
-from fastmerge.merge_step import MergeStep, Result
+from fastmerge.merging.step import MergeStep, Result
 from fastmerge.wide.norms import WideBatchNorm
 
 WARM_UP = 3
@@ -97,7 +97,7 @@ class GraphedStep:
         return self._replay is not None
 
     def __call__(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, dict[str, Tensor]]:
-        """Trains on a batch, as :class:`~fastmerge.merge_step.MergeStep` does. The output is overwritten by the next call."""
+        """Trains on a batch, as :class:`~fastmerge.merging.step.MergeStep` does. The output is overwritten by the next call."""
         leaves, spec = tree_flatten((inputs, target))
         if not self._possible or not all(isinstance(leaf, Tensor) for leaf in leaves):
             return self.step(inputs, target)

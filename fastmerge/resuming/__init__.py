@@ -1,0 +1,1 @@
+"""What a run that was stopped needs to go on: checkpoints, random states, requests to stop."""
