@@ -25,7 +25,8 @@ class EpochRecord:
         stage: "merge" (the big student) or "finetune" (the student).
         epoch: Counts from 1 in each stage.
         train: Criterion and accuracy over the epoch's batches, in training mode, as it went.
-        val: The same on the validation data after the epoch, in eval mode; None without validation data.
+        val: The same on the validation data after the epoch, in eval mode; None without validation data, and where
+            the epoch was not scored.
         lr: Learning rate of the weights in this epoch.
         lam: λ in this epoch; None with a budget, and in fine-tuning, as are the next three.
         gate_loss: Mean gate loss, without λ.
@@ -106,8 +107,9 @@ class History:
             "target": 1 / self.num_teachers,
             "open_probability": {name: [(record.open_probability or {})[name] for record in merge] for name in groups},
         }
+        known = {key: values for key, values in curves.items() if any(value is not None for value in values)}
         return {
-            "curves": {"student": {key: values for key, values in curves.items() if values and values[0] is not None}},
+            "curves": {"student": known},
             "stages": {"student": {"merge": 0, "fine-tune": len(merge)}},
             "gates": gates,
         }

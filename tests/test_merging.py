@@ -170,6 +170,23 @@ def test_a_schedule_replaces_the_milestones(teachers):
     assert [record.lr for record in history.stage("finetune")] == pytest.approx([1e-2, 1e-3, 1e-3, 1e-4])
 
 
+def test_the_merge_stages_learning_rate_drops_at_its_milestones_before_and_after_linking(teachers):
+    options = {"merge_epochs": 4, "finetune_epochs": 1, "lr": 0.1, "link_at": 0.5, "lam_step": 5.0, "seed": 0}
+    _, history = merge(teachers, train_loader(), merge_milestones=(1, 3), **options)
+    assert [record.lr for record in history.epochs] == pytest.approx([0.1, 0.01, 0.01, 0.001, 0.1])
+    assert [record.linked for record in history.stage("merge")] == [False, False, True, True]
+
+
+def test_epochs_in_between_need_not_be_scored(teachers):
+    options = {"val_loader": VAL, "merge_epochs": 5, "finetune_epochs": 3, "lam_step": 5.0, "seed": 0}
+    student, history = merge(teachers, train_loader(), val_every=2, **options)
+    assert [record.val is not None for record in history.epochs] == [False, True, False, True, True, False, True, True]
+    curves = history.to_dict()["curves"]["student"]
+    assert [value is None for value in curves["val_accuracy"]] == [record.val is None for record in history.epochs]
+    every, _ = merge(teachers, train_loader(), **options)
+    assert same(student.state_dict(), every.state_dict())
+
+
 def test_without_validation_or_fine_tuning(teachers):
     student, history = merge(teachers, train_loader(), **SHORT | {"finetune_epochs": 0})
     assert history.borders == {}

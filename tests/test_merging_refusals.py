@@ -95,6 +95,7 @@ BAD = [
     ("negative", lambda t: {"weight_decay": -1.0}, ValueError, "finite weight_decay of at least 0; got -1"),
     ("compact_at", lambda t: {"compact_at": 1.5}, ValueError, "compact_at, the fraction .* in 0..1, .*; got 1.5"),
     ("compact_at word", lambda t: {"compact_at": "late"}, ValueError, "'settled' or None; got 'late'"),
+    ("val_every", lambda t: {"val_every": 0}, ValueError, "val_every, the epochs between .* at least 1; got 0"),
     ("link_at", lambda t: {"link_at": 1.5}, ValueError, "link_at, the fraction .* in 0..1; got 1.5"),
     ("device", lambda t: {"device": "gpu"}, ValueError, "can't use device gpu"),
     ("no loader", lambda t: {"train_loader": 3}, TypeError, "needs train_loader, a DataLoader or the like; got a int"),

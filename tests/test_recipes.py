@@ -1,6 +1,5 @@
 """The recipes: their choices, their budgets, and that each can run."""
 
-import pickle
 import warnings
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from fastmerge.reporting.paper import paper_mean
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.strategies import run
 
-SHAPES = {"sine": (1,), "digits": (1, 8, 8), "lenet-imagewoof": (3, 28, 28), "resnet20-cifar100": (3, 32, 32)}
+SHAPES = {"sine": (1,), "digits": (1, 8, 8), "lenet-imagewoof": (3, 28, 28)}
 
 
 @pytest.fixture(params=IN_MEMORY)
@@ -90,8 +89,7 @@ def test_networks_run_widen_and_merge(recipe):
 
 
 def test_data_sets_fit_the_networks(recipe, tmp_path):
-    size = {"lenet-imagewoof": 28, "resnet20-cifar100": 32}.get(recipe.name)
-    data = recipe.load_data(imagewoof(tmp_path, size=size) if size else None, 0)
+    data = recipe.load_data(imagewoof(tmp_path) if recipe.name == "lenet-imagewoof" else None, 0)
     outputs = recipe.make_network(1)(data.normalise(data.train_inputs[:3]))
     assert recipe.criterion(outputs, data.train_targets[:3]).isfinite()
     assert (data.classes is None) == (recipe.metric == "test_loss")
@@ -133,9 +131,8 @@ def test_imagewoof_refuses_other_data(tmp_path, options, message):
 
 
 def test_paths_are_asked_for_or_refused(tmp_path):
-    for name in ("lenet-imagewoof", "resnet20-cifar100"):
-        with pytest.raises(ValueError, match=f"{name} needs data"):
-            IN_MEMORY[name]().load_data(None, 0)
+    with pytest.raises(ValueError, match="lenet-imagewoof needs data"):
+        lenet_imagewoof().load_data(None, 0)
     for name in ("sine", "digits"):
         with pytest.raises(ValueError, match="takes no path"):
             IN_MEMORY[name]().load_data(tmp_path, 0)
@@ -149,37 +146,12 @@ def test_imagewoof_runs_augmented(tmp_path):
     assert results["config"]["augment"].endswith("flip_and_shift")
 
 
-def test_cifar100_is_the_papers():
-    recipe = IN_MEMORY["resnet20-cifar100"]()
-    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.weight_decay) == (900, 128, 0.1, 1e-4)
-    assert (recipe.lam_start, recipe.lam_step, recipe.gate_lr) == (0.05, 0.05, 0.2)
-    assert sum(p.numel() for p in recipe.make_network(1).parameters()) == 278_324
-    teacher, (before, merge), finetune = recipe.teacher_stage(), recipe.merge_stages(), recipe.finetune_stage()
-    assert (teacher.epochs, before.epochs, merge.epochs, finetune.epochs) == (300, 0, 150, 150)
-    for stage, ends in ((teacher, (150, 225)), (merge, (75, 105)), (finetune, (75, 113))):
-        rates = [stage.lr_at(epoch) for end in ends for epoch in (end - 1, end)]
-        assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
-
-
 def test_milestones_of_the_merge_stage_hold_across_linking():
-    recipe = replace(IN_MEMORY["resnet20-cifar100"](), link_at=0.6)
+    recipe = replace(lenet_imagewoof(), epochs=900, lr=0.1, merge_milestones=(75, 105), link_at=0.6)
     before, after = recipe.merge_stages()
     assert (before.epochs, after.epochs) == (90, 60)
     assert [before.lr_at(74), before.lr_at(75)] == pytest.approx([0.1, 0.01])
     assert [after.lr_at(0), after.lr_at(14), after.lr_at(15)] == pytest.approx([0.01, 0.01, 0.001])
-
-
-def test_cifar100_reads_what_torchvision_keeps_and_refuses_other_data(tmp_path):
-    recipe = IN_MEMORY["resnet20-cifar100"]()
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    for name, count in (("train", 5), ("test", 3)):
-        pixels = np.random.default_rng(0).integers(0, 256, (count, 3072), np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": list(range(count))}, protocol=2))
-    data = recipe.load_data(tmp_path, 0)
-    assert data.train_inputs.shape == (5, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"resnet20-cifar100 needs 32x32 images .* has 28x28"):
-        recipe.load_data(imagewoof(tmp_path), 0)
 
 
 def test_every_group_of_digits_ends_near_its_share_with_a_budget():

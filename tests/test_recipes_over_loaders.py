@@ -48,6 +48,17 @@ def test_imagewoof_is_the_papers() -> None:
     assert {plan.lr for plan in (recipe.teacher, recipe.merge, recipe.finetune, recipe.long)} == {0.01}
 
 
+def test_cifar100_is_the_papers() -> None:
+    recipe = OVER_LOADERS["resnet20-cifar100"]()
+    assert epochs_of(recipe) == (300, 150, 150, 900, 300)
+    assert (recipe.lam_start, recipe.lam_step, recipe.gate_lr, recipe.link_at) == (0.05, 0.05, 0.2, 0.0)
+    assert (recipe.batch_size, recipe.momentum, recipe.weight_decay) == (128, 0.9, 1e-4)
+    plans = (recipe.teacher, recipe.third, recipe.merge, recipe.finetune, recipe.long)
+    assert [plan.milestones for plan in plans] == [(150, 225), (150, 225), (75, 105), (75, 113), (450, 675)]
+    assert {plan.lr for plan in plans} == {0.1}
+    assert sum(parameter.numel() for parameter in recipe.make_network(100, 1).parameters()) == 278_324
+
+
 def test_names_agree(recipe: LoaderRecipe) -> None:
     assert RECIPES[recipe.name]() == recipe
     assert paper_mean(recipe.name, "student") is not None
@@ -162,6 +173,28 @@ def strip(strategies: dict) -> dict:
     return {name: strategy["values"] for name, strategy in strategies.items()}
 
 
+def test_the_test_images_are_looked_at_as_often_as_asked_for(tree: Path, tmp_path: Path) -> None:
+    told: list[dict] = []
+    recipe = small_recipe(test_every=100)  # two epochs of 0.02 of 600
+    strategies = run_small(tree, recipe=recipe, replicates=1, out=tmp_path, note=told.append)["strategies"]
+    assert strip(strategies) == strip(run_small(tree, replicates=1)["strategies"])
+    curves = json.loads((tmp_path / "history.json").read_text())["curves"]
+    assert curves["student"]["epochs"] == [4, 8, 10, 12]
+    assert curves["bo3"]["epochs"] == [6, 12]
+    assert curves["one-big"]["epochs"] == [2, 4, 6, 8, 10, 12]
+    looked = [(each["stage"], each["epoch"]) for each in told if "test_accuracy" in each]
+    assert looked[:4] == [("teacher", 2), ("teacher", 4), ("teacher", 2), ("teacher", 4)]
+    assert len(looked) < len(told)
+
+
+def test_the_merge_stage_follows_its_plan(tree: Path) -> None:
+    told: list[dict] = []
+    recipe = small_recipe(merge=Plan(epochs=100, lr=0.01, milestones=(50,)))
+    run_small(tree, recipe=recipe, strategies=["student"], replicates=1, note=told.append)
+    rates = [each["lr"] for each in told if each["stage"] == "merge"]
+    assert rates == pytest.approx([0.01, 0.001])
+
+
 def test_networks_start_and_read_differently(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts, orders = [], []
     train = loader_networks.train_network
@@ -232,11 +265,15 @@ def test_a_replicate_that_diverges_is_left_out(tree: Path, monkeypatch: pytest.M
         run_small(tree, strategies=["student"], recipe=small_recipe(weight_decay=float(2**60)))
 
 
-def test_bad_input(tree: Path) -> None:
+def test_bad_input(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resnet18-imagewoof needs data: a tree"):
         run_small(tree, data_path=None)
     with pytest.raises(ValueError, match=r"at most 1 classes; .* has 2"):
         run_small(tree, recipe=small_recipe(most_classes=1))
+    grey = {"images": np.zeros((2, 24, 24), np.uint8), "labels": np.arange(2)}
+    np.savez(tmp_path / "grey.npz", **{f"{split}_{k}": v for split in ("train", "test") for k, v in grey.items()})
+    with pytest.raises(ValueError, match=r"needs images of 3 channels; those of .*grey\.npz have 1"):
+        run_small(tree, data_path=tmp_path / "grey.npz")
     with pytest.raises(ValueError, match="unknown strategy luck"):
         run_small(tree, strategies=["luck"])
     with pytest.raises(ValueError, match="sine has its data in memory"):

@@ -28,6 +28,7 @@ class ImageLoaders:
         train: Shuffled and changed at random.
         val: In order, each image once.
         classes: How many classes there are.
+        channels: C.
         loader: Which of the loaders reads.
         why: The same in a sentence, with the reason, for a log.
         bad_images: Files that could not be read and were left out; it fills as the loaders come by them.
@@ -36,6 +37,7 @@ class ImageLoaders:
     train: EpochLoader
     val: EpochLoader
     classes: int
+    channels: int
     loader: Loader
     why: str
     bad_images: BadImages
@@ -118,8 +120,11 @@ def image_loaders(
     else:
         name, why = choose_for_trees(data, loader, choice)
     train, val = make_loaders(data, name, choice)
-    classes = data.classes if isinstance(data, ImageArrays) else len(data[0].classes)
-    return ImageLoaders(train, val, classes, name, f"loader {name}: {why}", choice.bad_images)
+    if isinstance(data, ImageArrays):
+        classes, channels = data.classes, data.train_images.shape[3]
+    else:
+        classes, channels = len(data[0].classes), 3
+    return ImageLoaders(train, val, classes, channels, name, f"loader {name}: {why}", choice.bad_images)
 
 
 def _device(given: torch.device | str) -> torch.device:

@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging.checks import (
-    check_accumulate,
     check_checkpoints,
+    check_count,
     check_device,
     check_loader,
     check_processes,
@@ -64,6 +64,8 @@ def merge(
     resume: bool = False,
     accumulate: int = 1,
     compact_at: CompactAt = None,
+    merge_milestones: Sequence[int] | None = None,
+    val_every: int = 1,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -83,7 +85,8 @@ def merge(
         teachers: Two or more trained networks of one architecture.
         train_loader: Yields (input, target) batches, once over the data per ``iter``. A tuple of tensors in place of
             the input goes to a network of several inputs.
-        val_loader: The same for validation: scored after every epoch and at the borders of the stages.
+        val_loader: The same for validation: scored after epochs (see ``val_every``) and at the borders of the
+            stages.
         merge_epochs: Length of the merge stage, at least 1.
         finetune_epochs: Length of the fine-tuning, at least 0.
         link_at: Fraction of the merge stage in which the big student is block-diagonal, which costs less compute; the
@@ -117,11 +120,12 @@ def merge(
         resume: Whether to go on from the last good checkpoint there; where there is none yet, the merge begins.
         accumulate: Batches per optimizer step. k batches of n samples train as one of k·n would, but for what a network
             computes over a batch (BatchNorm's statistics), in the memory of one.
-
         compact_at: Fraction of the merge stage after which channels whose gates are closed for good are dropped, at the
             end of every epoch but the last (see :meth:`BigStudent.compact`): epochs get cheaper, and the student is the same
             but for what gates nearly closed let through. "settled" drops a group's channels as soon as all its gates are
             either closed or open for good; None drops nothing. ``history.compactions`` tells what went when.
+        merge_milestones: Epochs of the merge stage after which the weights' learning rate is divided by ten; None is none.
+        val_every: Epochs of a stage between two scores on the validation data; its last epoch always has one.
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.
@@ -147,11 +151,13 @@ def merge(
         lam_step=lam_step,
         gate_schedule=gate_schedule,
         compact_at=compact_at,
+        merge_milestones=merge_milestones,
         finetune_lr=finetune_lr,
         milestones=milestones,
     )
     teachers = check_teachers(teachers)
-    check_accumulate(accumulate)
+    check_count("accumulate", "the batches per step", accumulate)
+    check_count("val_every", "the epochs between two scores", val_every)
     setting = Setting(check_device(device, teachers[0]), criterion, autocast, channels_last)
     if cuda_graph and setting.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device; got {setting.device}")
@@ -177,7 +183,18 @@ def merge(
         if resume:
             state.load()
         trainer = Trainer(
-            train_loader, val_loader, setting, history, state, stop, processes, accumulate, bar, callback, cuda_graph
+            train_loader,
+            val_loader,
+            setting,
+            history,
+            state,
+            stop,
+            processes,
+            accumulate,
+            bar,
+            callback,
+            cuda_graph,
+            val_every,
         )
         student = train_student(teachers, _examples(inputs, teachers[0]), plan, schedule, trainer)
     return student, history

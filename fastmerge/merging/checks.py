@@ -74,12 +74,10 @@ def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch
     return device
 
 
-def check_accumulate(accumulate: int) -> None:
-    """A step needs a batch."""
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(
-            f"merge needs accumulate, the batches per step, a whole number of at least 1; got {accumulate!r}"
-        )
+def check_count(name: str, what: str, value: int) -> None:
+    """A step needs a batch, and the like."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"merge needs {name}, {what}, a whole number of at least 1; got {value!r}")
 
 
 def check_processes(processes: Processes, train_loader: Iterable[Any], teachers: Sequence[nn.Module]) -> None:

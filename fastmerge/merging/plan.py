@@ -36,6 +36,7 @@ class MergePlan:
     milestones: Sequence[int] | None
     gate_schedule: GateSchedule = "quadratic"
     compact_at: CompactAt = None
+    merge_milestones: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_epochs(self.merge_epochs, self.finetune_epochs)
@@ -64,9 +65,15 @@ class MergePlan:
             return [max(1, round(self.finetune_epochs * 2 / 3))]
         return list(self.milestones)
 
+    def merge_lr(self, epoch: int) -> float:
+        """The weights' learning rate in an epoch of the merge stage, counted from 0."""
+        return float(self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.merge_milestones or ()))
+
     def options(self) -> dict[str, Any]:
         """All of it as JSON values."""
-        return asdict(self) | {"milestones": None if self.milestones is None else list(self.milestones)}
+        values = asdict(self)
+        lists = ("milestones", "merge_milestones")
+        return values | {name: None if values[name] is None else list(values[name]) for name in lists}
 
     def fitted(self, big: BigStudent, steps: int | None) -> MergePlan:
         """The same plan with a ``lam_step``: the one chosen, or the one that fits this network and stage.

@@ -74,6 +74,8 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
     for epoch in trainer.epochs("merge", plan.merge_epochs, big, parts):
         if not big.linked and epoch >= plan.link_at * plan.merge_epochs:
             big.link(optimizer=optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.merge_lr(epoch)
         trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
         if isinstance(lam, QuadraticLambda):
             lam.step()

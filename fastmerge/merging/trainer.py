@@ -43,6 +43,7 @@ class Trainer:
         bar: Where progress shows.
         callback: Called with each epoch's record, in the first process.
         cuda_graph: Whether steps are captured as a CUDA graph; None: where that is measured to be faster.
+        val_every: Epochs of a stage between two scores; its last epoch always has one.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Trainer:
         bar: Progress,
         callback: Callable[[EpochRecord], object] | None,
         cuda_graph: bool | None = None,
+        val_every: int = 1,
     ) -> None:
         self.train_loader, self.val_loader, self.setting = train_loader, val_loader, setting
         self.history, self.state, self.stop, self.bar, self.callback = history, state, stop, bar, callback
@@ -67,6 +69,7 @@ class Trainer:
                 f"cuda_graph=True needs one process and accumulate=1; got {processes.size} processes and {accumulate=}"
             )
         self.cuda_graph = cuda_graph
+        self.val_every, self._stage_epochs = val_every, 0
         self._graph: GraphedStep | None = None
         # One for both stages: its scale is worth keeping. float16 alone has too little range for gradients.
         self.scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
@@ -92,6 +95,7 @@ class Trainer:
         """
         done = self.state.begin(stage, network, {**parts, "scaler": self.scaler})
         self.bar.start(stage, total, self.train_loader, done)
+        self._stage_epochs = total
         for epoch in range(done, total):
             yield epoch
             self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
@@ -116,7 +120,8 @@ class Trainer:
                 self._train(network, optimizers, lam, tally)
                 random = random_states(self.setting.device)
                 score = tally.score(self.processes)
-                val = None if self.val_loader is None else self._evaluate(network)
+                scored = epoch % self.val_every == 0 or epoch == self._stage_epochs
+                val = self._evaluate(network) if scored and self.val_loader is not None else None
                 rate = self.processes.sum([tally.rate()])[0]
         except FloatingPointError as error:
             blame = self._blame(stage, epoch, lr, *error.args)

@@ -17,9 +17,9 @@ IN_MEMORY: dict[str, Callable[[], Recipe]] = {
     "sine": sine,
     "digits": digits,
     "lenet-imagewoof": lenet_imagewoof,
-    "resnet20-cifar100": resnet20_cifar100,
 }
 OVER_LOADERS: dict[str, Callable[[], LoaderRecipe]] = {
+    "resnet20-cifar100": resnet20_cifar100,
     "resnet18-imagewoof": resnet18_imagewoof,
     "resnet18-imagenet": resnet18_imagenet,
 }

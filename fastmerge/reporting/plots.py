@@ -184,6 +184,8 @@ def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | 
                 continue
             middle, low, high = _over_replicates(values[key])
             epochs = np.asarray(values.get("epochs", range(1, len(middle) + 1)))
+            known = np.isfinite(middle)  # epochs that were not scored don't break the line
+            epochs, middle, low, high = (part[known] for part in (epochs, middle, low, high))
             colour = _colour(name, position)
             axes.plot(epochs, middle, color=colour, linewidth=1.5, label=name, marker="." if len(epochs) < 3 else None)
             axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -66,7 +66,7 @@ class Place:
 
         Raises:
             ValueError, FileNotFoundError, ImportError: as :func:`~fastmerge.data.loading.image_loaders`, and where there
-                are more classes than the recipe has.
+                are more classes than the recipe has, or images without three channels.
         """
         processes = Processes(self.device)
         made = image_loaders(
@@ -86,6 +86,8 @@ class Place:
             raise ValueError(
                 f"{recipe.name} needs images of at most {recipe.most_classes} classes; {self.data} has {made.classes}"
             )
+        if made.channels != 3:
+            raise ValueError(f"{recipe.name} needs images of 3 channels; those of {self.data} have {made.channels}")
         return made
 
     def checkpoint(self, *path: int | str) -> Path | None:
@@ -135,7 +137,19 @@ def train_network(
     ):
         if place.resume:
             state.load()
-        trainer = Trainer(loaders.train, loaders.val, setting, history, state, stop, processes, 1, bar, note)
+        trainer = Trainer(
+            loaders.train,
+            loaders.val,
+            setting,
+            history,
+            state,
+            stop,
+            processes,
+            1,
+            bar,
+            note,
+            val_every=recipe.test_every,
+        )
         finetune(network, numbers, plan.schedule, trainer)
     return network.eval(), history
 
@@ -152,6 +166,7 @@ def train_merge(
         finetune_epochs=recipe.finetune.epochs,
         link_at=recipe.link_at,
         lr=recipe.merge.lr,
+        merge_milestones=recipe.merge.milestones or None,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         gate_lr=recipe.gate_lr,
@@ -165,6 +180,7 @@ def train_merge(
         channels_last=True,
         seed=seed_for(place.seed, "gates", *path),
         progress=place.progress,
+        val_every=recipe.test_every,
         callback=lambda record: tell(record.stage, record),
         checkpoint_dir=place.checkpoint(*path),
         checkpoint_seconds=place.checkpoint_seconds,

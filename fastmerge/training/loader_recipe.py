@@ -71,6 +71,7 @@ class LoaderRecipe:
         lam_start, lam_step: λ grows as :class:`~fastmerge.QuadraticLambda`.
         gate_schedule: "quadratic" for λ, "budget" for a :class:`~fastmerge.GateBudget`, which needs no λ.
         link_at: fraction of the merge stage before the big student becomes dense.
+        test_every: epochs between two looks at the test data; the end of a stage always has one.
         source: where the choices come from.
     """
 
@@ -94,6 +95,7 @@ class LoaderRecipe:
     source: str
     gate_schedule: Literal["quadratic", "budget"] = "quadratic"
     metric: Literal["test_accuracy"] = "test_accuracy"
+    test_every: int = 1
 
     def __post_init__(self) -> None:
         student = 2 * self.teacher.epochs + self.merge.epochs + self.finetune.epochs
@@ -129,6 +131,7 @@ class LoaderRecipe:
             long=self.long.scaled(epochs / self.long.epochs),
             third=self.third.scaled(-(-epochs // 3) / self.third.epochs),
             lam_step=scaled_lam_step(self.lam_start, self.lam_step, self.merge.epochs, merge.epochs),
+            test_every=max(1, round(self.test_every * epochs / self.epochs)),
         )
 
     def config(self) -> dict[str, Any]:

@@ -204,7 +204,9 @@ class _Replicate:
     def _tell(self, stage: str, record: EpochRecord) -> None:
         if self.note is not None:
             values = {"strategy": self.strategy, "replicates": [self.number], "stage": stage, "epoch": record.epoch}
-            values |= {"lr": record.lr, "train_loss": [record.train.loss], "test_accuracy": [_accuracy(record)]}
+            values |= {"lr": record.lr, "train_loss": [record.train.loss]}
+            if record.val is not None:
+                values["test_accuracy"] = [_accuracy(record)]
             self.note(values)
 
 
@@ -213,12 +215,17 @@ def _accuracy(record: EpochRecord) -> float:
 
 
 def _mean_curve(histories: list[History], choose: Callable[[list[float]], float]) -> dict[str, list[tuple[int, float]]]:
-    """Series of networks trained for equally many epochs each; ``choose`` makes one accuracy of theirs."""
+    """Series of networks trained for equally many epochs each; ``choose`` makes one accuracy of theirs.
+
+    There is an entry for every epoch that looked at the test data.
+    """
     curve: dict[str, list[tuple[int, float]]] = {"train_loss": [], "test_loss": [], "test_accuracy": []}
     for index, records in enumerate(zip(*(history.epochs for history in histories), strict=True)):
+        losses = [record.val.loss for record in records if record.val is not None]
+        if not losses:
+            continue
         epoch = len(records) * (index + 1)
         curve["train_loss"].append((epoch, sum(record.train.loss for record in records) / len(records)))
-        losses = [record.val.loss for record in records if record.val is not None]
         curve["test_loss"].append((epoch, sum(losses) / len(losses)))
         curve["test_accuracy"].append((epoch, choose([_accuracy(record) for record in records])))
     return curve
