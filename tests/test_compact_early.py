@@ -95,6 +95,22 @@ def test_linked_networks_lose_every_closed_channel(name: str, count: int) -> Non
     assert all(weight.numel() * weight.element_size() == weight.untyped_storage().nbytes() for weight in weights)
 
 
+@pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
+def test_layers_print_the_channels_that_are_there(link: bool) -> None:
+    big, _ = merged("mlp", link)
+    text = {name: str(module) for name, module in big.network.named_children()}
+    assert "linear, 18 -> 14 channels of 2 teachers, streams -> streams" in text["fc2"]
+    close_gates(big)
+    big.compact(multiple=1)
+    first, second = (len(big.gates[name].loc) for name in ("fc1", "fc2"))
+    assert first < 18
+    assert second < 14
+    fc1, fc2, fc3 = (str(big.network.get_submodule(name)) for name in ("fc1", "fc2", "fc3"))
+    assert f"-> {first} channels of 2 teachers, shared -> streams" in fc1
+    assert f"linear, {first} -> {second} channels of 2 teachers" in fc2
+    assert f"linear, {second} -> " in fc3
+
+
 def test_unlinked_streams_keep_as_many_each() -> None:
     big, _ = merged("mlp", link=False)
     gate = big.gates["fc1"]  # 9 places, 18 candidates

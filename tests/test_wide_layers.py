@@ -41,11 +41,6 @@ def test_ways_to_run_a_layer(name: str, bias: bool) -> None:
     layer = WideLayer(geometry, Wiring(True, True), weights, biases)
     dim = geometry.channel_dim
     expected = torch.cat(layer(streams), dim)
-    if name == "conv2d":
-        assert layer._is_plain_conv2d
-        torch.testing.assert_close(torch.cat(layer._chosen_conv2d(streams), dim), expected)
-    else:
-        assert not layer._is_plain_conv2d or name == "conv2d"
     for link in (False, True):
         if link:
             layer.link()

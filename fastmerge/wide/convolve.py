@@ -1,17 +1,26 @@
-"""A convolution or linear layer applied as its geometry says."""
+"""A convolution or linear layer applied as its geometry says, to one tensor or to each teacher's own.
+
+Two-dimensional convolutions of several teachers, streams or groups of one tensor, run on a CUDA device by whatever was
+measured to be the fastest there for each pass (``fastmerge.kernels.block_conv``); all others are PyTorch's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmerge.channels.layer_calls import Geometry
+from fastmerge.kernels.block_conv import block_diagonal_conv2d, grouped_conv2d
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+# torch.compile can't ask what was measured: what was not would run one group after another, well for a few teachers alone.
+_MOST_GROUPS_COMPILED = 4
 
 
 def convolve(
@@ -28,6 +37,9 @@ def convolve(
         groups: of a convolution.
     """
     options = dict(geometry.options)
+    few = groups <= _MOST_GROUPS_COMPILED or not torch.compiler.is_compiling()
+    if groups > 1 and few and _runs_as_measured(geometry, x, weight):
+        return grouped_conv2d(x, weight, bias, groups=groups, **options)
     if geometry.kind == "linear":
         return F.linear(x, weight, bias)
     if geometry.kind == "conv":
@@ -38,6 +50,46 @@ def convolve(
     if output_size is not None:
         options["output_padding"] = _output_padding(geometry, x, output_size)
     return _CONV_TRANSPOSE[geometry.spatial_dims](x, weight, bias, groups=groups, **options)
+
+
+def convolve_streams(
+    geometry: Geometry,
+    streams: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: Any = None,
+    groups: int = 1,
+) -> tuple[Tensor, ...]:
+    """Applies a layer to T tensors, each with its own weights.
+
+    Args:
+        geometry: kind, stride, padding and so on.
+        streams: T tensors of one shape.
+        weight: the T weights, one under the other along dimension 0.
+        bias: the T biases likewise, or None.
+        output_size: as for :func:`convolve`.
+        groups: of each convolution.
+    """
+    if groups == 1 and _runs_as_measured(geometry, streams[0], weight):
+        return block_diagonal_conv2d(streams, weight, bias, **geometry.options)
+    weights = weight.chunk(len(streams))
+    biases = [None] * len(streams) if bias is None else bias.chunk(len(streams))
+    return tuple(
+        convolve(geometry, x, own_weight, own_bias, output_size, groups)
+        for x, own_weight, own_bias in zip(streams, weights, biases, strict=True)
+    )
+
+
+def _runs_as_measured(geometry: Geometry, x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer runs by whatever was measured to be the fastest: on a CUDA device, where a kernel could take it."""
+    return x.is_cuda and x.dim() == 4 and _is_plain_conv2d(geometry, weight)
+
+
+def _is_plain_conv2d(geometry: Geometry, weight: Tensor) -> bool:
+    """Whether a layer is a two-dimensional convolution that pads both sides alike, with zeros."""
+    if geometry.kind != "conv" or geometry.spatial_dims != 2 or geometry.padding_mode != "zeros":
+        return False
+    return geometry.options.get("padding") != "same" or all(size % 2 == 1 for size in weight.shape[2:])
 
 
 def _output_padding(geometry: Geometry, x: Tensor, output_size: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.layer_calls import Geometry
-from fastmerge.wide.convolve import convolve
+from fastmerge.wide.convolve import convolve, convolve_streams
 
 
 class GroupedLayer(nn.Module):
@@ -35,12 +35,7 @@ class GroupedLayer(nn.Module):
         if len(values) == 1:
             groups = self.num_teachers * self.groups
             return (convolve(self.geometry, values[0], self.weight, self.bias, output_size, groups),)
-        weights = self.weight.chunk(self.num_teachers)
-        biases = [None] * self.num_teachers if self.bias is None else self.bias.chunk(self.num_teachers)
-        return tuple(
-            convolve(self.geometry, x, weight, bias, output_size, self.groups)
-            for x, weight, bias in zip(values, weights, biases, strict=True)
-        )
+        return convolve_streams(self.geometry, values, self.weight, self.bias, output_size, self.groups)
 
     def extra_repr(self) -> str:
         return (

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.compaction import set_data
-from fastmerge.kernels.block_conv import block_diagonal_conv2d
-from fastmerge.wide.convolve import convolve
+from fastmerge.wide.convolve import convolve, convolve_streams
 from fastmerge.wide.streams import split_streams
 
 
@@ -66,7 +65,6 @@ class WideLayer(nn.Module):
         self.geometry, self.wiring = geometry, wiring
         self.num_teachers = len(weights)
         self.linked = False
-        self.out_channels = weights[0].shape[geometry.out_dim]
         self.in_channels = weights[0].shape[geometry.in_dim]
         if wiring.writes_streams:
             weight = torch.cat(list(weights), dim=0 if wiring.reads_streams else geometry.out_dim)
@@ -145,25 +143,8 @@ class WideLayer(nn.Module):
     def _block_diagonal(self, values: Sequence[Tensor], output_size: Any, join: bool) -> tuple[Tensor, ...]:
         if len(values) == 1 and join and self.geometry.kind != "linear":
             return (convolve(self.geometry, values[0], self.weight, self.bias, output_size, self.num_teachers),)
-        if values[0].is_cuda and self._is_plain_conv2d:
-            outputs = self._chosen_conv2d(self._streams(values))
-            return (torch.cat(outputs, 1),) if join else outputs
-        weights = self.weight.chunk(self.num_teachers)
-        biases = [None] * self.num_teachers if self.bias is None else self.bias.chunk(self.num_teachers)
-        outputs = tuple(
-            convolve(self.geometry, x, weight, bias, output_size)
-            for x, weight, bias in zip(self._streams(values), weights, biases, strict=True)
-        )
+        outputs = convolve_streams(self.geometry, self._streams(values), self.weight, self.bias, output_size)
         return (torch.cat(outputs, self.geometry.channel_dim),) if join else outputs
-
-    @property
-    def _is_plain_conv2d(self) -> bool:
-        geometry = self.geometry
-        return geometry.kind == "conv" and geometry.spatial_dims == 2 and geometry.padding_mode == "zeros"
-
-    def _chosen_conv2d(self, streams: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """By whatever was measured to be the fastest for each pass."""
-        return block_diagonal_conv2d(streams, self.weight, self.bias, **self.geometry.options)
 
     def _streams(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         if len(values) > 1:
@@ -171,9 +152,12 @@ class WideLayer(nn.Module):
         return split_streams(values[0], self.num_teachers, self.geometry.channel_dim)
 
     def extra_repr(self) -> str:
+        shape = list(self.weight.shape)
+        if self.wiring.has_off_diagonal and not self.linked:
+            shape[1] *= self.num_teachers  # of the blocks, which lie one under the other
         state = "" if not self.wiring.has_off_diagonal else ", linked" if self.linked else ", block-diagonal"
         return (
-            f"{self.geometry.kind}, {self.num_teachers} x ({self.in_channels} -> {self.out_channels}), "
-            f"{'streams' if self.wiring.reads_streams else 'shared'} -> "
+            f"{self.geometry.kind}, {shape[self.geometry.in_dim]} -> {shape[self.geometry.out_dim]} channels "
+            f"of {self.num_teachers} teachers, {'streams' if self.wiring.reads_streams else 'shared'} -> "
             f"{'streams' if self.wiring.writes_streams else 'mean'}{state}, bias={self.bias is not None}"
         )
