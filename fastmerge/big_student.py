@@ -21,10 +21,10 @@ from fastmerge.channels.tracing import trace
 from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
 from fastmerge.validation import check_same_code, check_teachers
-from fastmerge.wide.channelwise import changes_reshaped
 from fastmerge.wide.closing import Compaction, checked_choice, choose
 from fastmerge.wide.compression import Compressor, kept_candidates
 from fastmerge.wide.fusion import NormUse
+from fastmerge.wide.in_place import changes_reshaped
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.layout import prefers_channels_last, to_channels_last, to_contiguous
 from fastmerge.wide.lowering import Program, lower

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -145,6 +147,27 @@ class Reflected(Parts):
         return F.relu(x + x)
 
 
+class PooledAlone(Parts):
+    """A max-pooling of what was normalised, without an activation between."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.norm(x), 2)
+
+
+class Scaled(Parts):
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(x) * 2
+
+
+class NormalisedAgain(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.BatchNorm2d(6)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(x))
+
+
 class PooledOtherwise(Parts):
     """A max-pooling whose windows have gaps."""
 
@@ -206,6 +229,62 @@ def test_what_is_taken_as_a_pattern(name: str, monkeypatch: pytest.MonkeyPatch) 
             for fused in (False, True):
                 big.fused = fused
                 assert_close(run(big.train(training), x, joined), expected_values)
+
+
+class Activated(Parts):
+    """Another activation than ReLU, as a module or a function."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(x))
+
+
+ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], str]] = [
+    (nn.ReLU6(inplace=True), "ReLU6"),
+    (nn.Hardtanh(), "Hardtanh"),
+    (nn.SiLU(), "SiLU"),
+    (nn.Hardswish(), "Hardswish"),
+    (nn.GELU(), "GELU"),
+    (nn.PReLU(), "PReLU"),
+    (F.relu6, "relu6"),
+    (F.silu, "silu"),
+    (F.hardtanh, "hardtanh"),
+    (F.hardswish, "hardswish"),
+    (torch.sigmoid, "sigmoid"),
+    (lambda x: x.tanh(), "tanh"),
+]
+
+
+@pytest.mark.parametrize(("activation", "name"), ACTIVATIONS, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_activation_without_a_fused_operation_is_named(activation: Callable[[Tensor], Tensor], name: str) -> None:
+    x = BY_NAME["unet"].inputs(SIZE)
+    big = fastmerge.BigStudent(
+        *make_teachers(lambda: Activated(copy.deepcopy(activation)), x, 2), example_inputs=x
+    ).train()
+    (norm,) = big.norms()
+    assert not norm.fused
+    assert norm.reason == f"the activation after it is {name}, and only ReLU has a fused operation"
+
+
+REASONS: dict[type[nn.Module], str] = {
+    ReadTwice: "read by relu and add",
+    AddedWithAlpha: "the add after it is not the sum of two tensors of one shape",
+    AddedToALine: "read by add and mean|the add after it is not the sum",
+    Reflected: "the add after it is not the sum of two tensors of one shape",
+    PooledAlone: "only where there is a ReLU between them",
+    Scaled: "followed by mul, which no fused operation includes",
+    NormalisedAgain: "followed by second, which reads it without a gate",
+}
+
+
+@pytest.mark.parametrize("make", REASONS)
+def test_why_nothing_is_fused(make: type[nn.Module]) -> None:
+    x = BY_NAME["unet"].inputs(SIZE)
+    big = fastmerge.BigStudent(*make_teachers(make, x, 2), example_inputs=x).train()
+    assert re.search(REASONS[make], big.norms()[0].reason), big.norms()[0].reason
 
 
 @joined_or_not

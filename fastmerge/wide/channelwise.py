@@ -5,7 +5,6 @@ A list of what is known to be so; whatever is not on it runs per stream.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,11 +18,17 @@ from fastmerge.wide.streams import concatenate_joined
 
 Shape = tuple[int, ...]
 
-_POINTWISE_MODULES = {
+ACTIVATION_MODULES: set[Any] = {
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
     *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
-    *(nn.LogSigmoid, nn.Threshold, nn.Identity, nn.Dropout, nn.AlphaDropout),
+    *(nn.LogSigmoid, nn.Threshold),
 }
+ACTIVATION_FUNCTIONS: set[Any] = {
+    *(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
+    *(F.sigmoid, F.tanh, F.hardtanh, F.hardsigmoid, F.hardswish, F.hardshrink, F.softshrink, F.tanhshrink),
+    *(F.logsigmoid, F.threshold, torch.relu, torch.relu_, torch.sigmoid, torch.tanh),
+}
+_POINTWISE_MODULES = {*ACTIVATION_MODULES, nn.Identity, nn.Dropout, nn.AlphaDropout}
 _SPATIAL_MODULES: dict[Any, int] = {
     **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.Dropout1d), 1),
     **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d), 2),
@@ -32,10 +37,7 @@ _SPATIAL_MODULES: dict[Any, int] = {
     **dict.fromkeys((nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), 2),
 }
 _POINTWISE_FUNCTIONS: set[Any] = {
-    *(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
-    *(F.sigmoid, F.tanh, F.hardtanh, F.hardsigmoid, F.hardswish, F.hardshrink, F.softshrink, F.tanhshrink),
-    *(F.logsigmoid, F.threshold, F.dropout, F.alpha_dropout),
-    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.abs, torch.exp, torch.sqrt, torch.square, torch.neg),
+    *(*ACTIVATION_FUNCTIONS, F.dropout, F.alpha_dropout, torch.abs, torch.exp, torch.sqrt, torch.square, torch.neg),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum, torch.clamp, torch.pow),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
@@ -51,10 +53,6 @@ _SPATIAL_FUNCTIONS: dict[Any, int] = {
 }
 _REDUCTIONS = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
 _CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
-_IN_PLACE_FUNCTIONS = {
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
-    *(operator.iand, operator.ior, operator.ixor, operator.setitem),
-}
 _MAY_ALIAS = {"contiguous", "float", "half", "bfloat16", "double", F.dropout, F.alpha_dropout, *_SPATIAL_FUNCTIONS}
 _MAY_ALIAS_MODULES = {nn.Identity, nn.Dropout, nn.AlphaDropout, *_SPATIAL_MODULES}
 
@@ -129,48 +127,6 @@ def joined_call(
     if target in _CONCATENATIONS:
         return _concatenation(node, placements, shape, num_teachers)
     return None
-
-
-def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether an operation changes one of its operands."""
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op != "call_function":
-        return False
-    if node.target in _IN_PLACE_FUNCTIONS or node.kwargs.get("out") is not None:
-        return True
-    name = getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or _in_place_argument(node)
-
-
-def changes_reshaped(graph: fx.Graph, root: nn.Module, is_layer: Callable[[fx.Node], bool]) -> bool:
-    """Whether an operation in place may reach a tensor through its reshaped view: the layout decides whether that is one."""
-    reshapes = {"view", "reshape", "flatten", torch.reshape, torch.flatten, nn.Flatten, nn.Unflatten, "unflatten"}
-    for changing in graph.nodes:
-        waiting = list(changing.all_input_nodes) if writes_in_place(changing, root) else []
-        seen = set(waiting)
-        while waiting:
-            node = waiting.pop()
-            target = type(root.get_submodule(str(node.target))) if node.op == "call_module" else node.target
-            if target in reshapes:
-                return True
-            sources = [] if is_layer(node) else [s for s in node.all_input_nodes if s not in seen]
-            waiting += sources
-            seen.update(sources)
-    return False
-
-
-def _in_place_argument(node: fx.Node) -> bool:
-    if "inplace" in node.kwargs:
-        return bool(node.kwargs["inplace"])
-    try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a builtin
-        return False
-    return "inplace" in names and bool(dict(zip(names, node.args, strict=False)).get("inplace", False))
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

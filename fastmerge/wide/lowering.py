@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastmerge.channels.layer_calls import LayerCall
-from fastmerge.wide.channelwise import JoinedCall, Placement, joined_call, writes_in_place
-from fastmerge.wide.fusion import Lowered, NormUse, fuse
+from fastmerge.wide.channelwise import JoinedCall, Placement, joined_call
+from fastmerge.wide.fusion import NormUse, fuse
 from fastmerge.wide.grouped import GroupedLayer
+from fastmerge.wide.in_place import writes_in_place
 from fastmerge.wide.network import Analysis, attach, has
 from fastmerge.wide.norms import WideBatchNorm
+from fastmerge.wide.patterns import Lowered
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams, mean_of_streams, split_streams
 
