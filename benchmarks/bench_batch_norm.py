@@ -1,6 +1,7 @@
 """BatchNorm with what follows it, forward and backward in training: eager, compiled, fused, and a copy of as many bytes.
 
-Layers are those of ``BigStudent(resnet18, resnet18)`` at 224 px, linked, or one teacher's stream of it, channels-last.
+Layers are those of ``BigStudent(resnet18, resnet18)`` at 224 px, linked, or one teacher's stream of it, channels-last; of
+two ResNet-50s and two ResNet-20s those that differ.
 Eager and compiled are the reference: ``F.batch_norm``, add, ReLU, max-pooling, and a gate cast to the activation's dtype.
 ``bytes`` is what the fused operation has to move at the least, for bandwidths. Needs a CUDA GPU; skips without one.
 """
@@ -32,6 +33,12 @@ LAYERS: dict[str, tuple[int, ...]] = {
     "layer3": (256, 512, 14, 14),
     "layer4": (256, 1024, 7, 7),
     "resnet20 layer1": (128, 32, 32, 32),
+    "resnet20 layer2": (128, 64, 16, 16),
+    "resnet20 layer3": (128, 128, 8, 8),
+    "resnet50 layer1": (256, 512, 56, 56),
+    "resnet50 layer2": (256, 1024, 28, 28),
+    "resnet50 layer3": (256, 2048, 14, 14),
+    "resnet50 layer4": (256, 4096, 7, 7),
 }
 CASES = [
     *[

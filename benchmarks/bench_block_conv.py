@@ -2,7 +2,9 @@
 
 Layers of ResNet-18 and ResNet-50 at 224 pixels and of ResNet-20 at 32, named after their channels, kernel, stride and size. The
 Triton contender runs the tile that is fastest here; the time of every tile is in its facts, under ``tiles``. cuDNN's groups
-read and write joined tensors, the others one tensor for each network. Needs a CUDA GPU; skips without one.
+read and write joined tensors, the others one tensor for each network. ``device_ms`` is a contender's time on the device alone,
+with a cold L2 cache: what a step whose kernels wait in the queue pays, and what decides who wins, as in
+``block_conv_choice``. Needs a CUDA GPU; skips without one.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from fastmerge.kernels.block_conv_formulas import Geometry, empty_channels_last,
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.convolution_tables import fastest
 from benchmarks.effort import Effort
 from benchmarks.race import Contender, UnavailableError, race
 
@@ -84,6 +87,12 @@ LAYERS = [
     Layer("resnet50", 256, 128, 128, 3, 2, 56),
     Layer("resnet50", 256, 256, 256, 3, 2, 28),
     Layer("resnet50", 256, 512, 512, 3, 2, 14),
+    Layer("resnet50", 256, 64, 64, 1, 1, 56),
+    Layer("resnet50", 256, 64, 256, 1, 1, 56),
+    Layer("resnet50", 256, 256, 64, 1, 1, 56),
+    Layer("resnet50", 256, 512, 128, 1, 1, 28),
+    Layer("resnet50", 256, 1024, 256, 1, 1, 14),
+    Layer("resnet50", 256, 512, 2048, 1, 1, 7),
 ]
 
 
@@ -119,6 +128,7 @@ def contender(layer: Layer, step: str, dtype: torch.dtype, implementation: str) 
         facts["tiles"] = times = {name: device_milliseconds(run) for name, run in tiles.items()}
         facts["tile"] = min(times, key=times.__getitem__)
         run = tiles[facts["tile"]]
+    facts["device_ms"] = device_milliseconds(run)
 
     def synchronised() -> None:
         run()
@@ -132,10 +142,12 @@ def contender(layer: Layer, step: str, dtype: torch.dtype, implementation: str) 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name.replace(" ", "-"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_block_conv(benchmark: BenchmarkFixture, layer: Layer, step: str, dtype: str, effort: Effort) -> None:
-    case = f"block convolution, {step}, {layer.name} {dtype} cuda"
-    benchmark.group = case
-    benchmark.extra_info["case"] = case
+    benchmark.group = benchmark.extra_info["case"] = f"block convolution, {step}, {layer.name} {dtype} cuda"
+    benchmark.extra_info["convolution"] = {"pass": step, "layer": layer.name, "dtype": dtype}
     makers: dict[str, Callable[[], Contender]] = {
         name: (lambda name=name: contender(layer, step, DTYPES[dtype], name)) for name in (SPLIT, "groups", "triton")
     }
-    race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)
+    try:
+        race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)
+    finally:
+        benchmark.extra_info["convolution"]["winner"] = fastest(benchmark.extra_info["contenders"])

@@ -26,11 +26,13 @@ OPEN, CLOSED = 3.0, -40.0
 
 @torch.no_grad()
 def close_gates(network: fastmerge.BigStudent, share: float) -> None:
-    """Closes a share of each group's gates for good, chosen at random."""
+    """Closes gates for good, chosen at random: in all, the dropped ones among them, a share of each group's candidates."""
     generator = torch.Generator().manual_seed(0)
-    for gate in network.gates.values():
-        loc = torch.full((len(gate.loc),), OPEN)
-        loc[torch.randperm(len(loc), generator=generator)[: int(share * len(loc))]] = CLOSED
+    for group in network.groups:
+        gate = network.gates[group.name]
+        count, candidates = len(gate.loc), network.num_teachers * group.size
+        loc = torch.full((count,), OPEN)
+        loc[torch.randperm(count, generator=generator)[: max(0, count - candidates + int(share * candidates))]] = CLOSED
         gate.loc.copy_(loc)
 
 

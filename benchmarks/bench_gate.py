@@ -13,18 +13,25 @@ from fastmerge.kernels.gate import sample_gates, sample_gates_reference
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.cases import needs_gpu
+from benchmarks.baselines.naive_dense import naive_dense
+from benchmarks.cases import Case, needs_gpu
 from benchmarks.effort import Effort
 from benchmarks.race import Contender, race
 
 pytestmark = needs_gpu
 
-# Samples of a batch and channels of each channel group, both teachers' together.
-NETWORKS = {
-    "resnet18 batch 256": (256, [128, 128, 128, 256, 256, 256, 512, 512, 512, 1024, 1024, 1024]),
-    "resnet20 batch 128": (128, [32] * 4 + [64] * 4 + [128] * 4),
-    "sine batch 10000": (10_000, [200]),
-}
+CASES = [
+    Case("resnet18", 256, 224, device="cuda"),
+    Case("resnet50", 256, 224, device="cuda"),
+    Case("resnet20", 128, 32, device="cuda"),
+    Case("sine", 10_000, 0, device="cuda"),
+]
+
+
+def group_sizes(network: str) -> list[int]:
+    """Gates of each channel group of two teachers of this name."""
+    gates = naive_dense(Case(network, 1, 0).make_teachers()).gates
+    return [parameter.numel() for parameter in gates.parameters()]
 
 
 def by_group(loc: Tensor, n: int, sizes: list[int]) -> Tensor:
@@ -47,8 +54,8 @@ SAMPLERS: dict[str, Callable[[], Callable[[Tensor, int, list[int]], Tensor]]] = 
 }
 
 
-def contender(sampler: str, n: int, sizes: list[int]) -> Contender:
-    sample = SAMPLERS[sampler]()
+def contender(sampler: str, case: Case, sizes: list[int]) -> Contender:
+    sample, n = SAMPLERS[sampler](), case.batch
     loc = torch.randn(sum(sizes), device="cuda", requires_grad=True)
     dz = torch.randn(n, sum(sizes), device="cuda")
 
@@ -60,8 +67,9 @@ def contender(sampler: str, n: int, sizes: list[int]) -> Contender:
     return Contender(step, {"items": n, "bytes": 3 * dz.nbytes})
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def bench_gate(benchmark: BenchmarkFixture, network: str, effort: Effort) -> None:
-    benchmark.group = benchmark.extra_info["case"] = f"gates, {network} cuda"
-    makers = {name: (lambda name=name: contender(name, *NETWORKS[network])) for name in SAMPLERS}
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def bench_gate(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None:
+    benchmark.group = benchmark.extra_info["case"] = f"gates, {case.network} batch {case.batch} cuda"
+    sizes = group_sizes(case.network)
+    makers = {name: (lambda name=name: contender(name, case, sizes)) for name in SAMPLERS}
     race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastmerge.kernels.block_conv_choice import choice_table
 
 from benchmarks.effort import Effort
 from fastmerge.environment import environment
@@ -49,3 +50,8 @@ def clean() -> Iterator[None]:
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["fastmerge"] = environment()
     machine_info["load_average"] = os.getloadavg()[2]  # of the last quarter of an hour: was the machine ours?
+    if torch.cuda.is_available():
+        # What whole steps ran: timed in this run, or by an earlier one with the same versions on the same card.
+        card = torch.cuda.get_device_name()
+        found = [choice for choice in choice_table() if choice["key"].startswith(f"{card} | ")]
+        machine_info["convolution_choices"] = found

@@ -173,6 +173,11 @@ def joined(files: Sequence[Path]) -> dict[str, Any] | None:
             report = found
         else:
             report["benchmarks"] += found["benchmarks"]
+            # Each run has those of the runs before it, if the cache file could be written.
+            both = [run["machine_info"].get("convolution_choices", []) for run in (report, found)]
+            choices = {choice["key"]: choice for choices in both for choice in choices}
+            if choices:
+                report["machine_info"]["convolution_choices"] = [choices[key] for key in sorted(choices)]
     return report
 
 

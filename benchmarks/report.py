@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.convolution_tables import convolutions, raced_cases
 from benchmarks.results import Contenders, Ratio, cases, quartiles, ratio, read
 from benchmarks.targets import TARGETS, Target
 from fastmerge.reporting.tables import table
@@ -47,8 +48,11 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         parts.insert(3, NO_GPU)
     for name, run in runs.items():
         parts += [f"## {name}", machine(run)]
+        together = raced_cases(run)
         for case, contenders in cases(run).items():
-            parts += [f"### {case}", _case_table(contenders), *_problems(contenders)]
+            if case not in together:
+                parts += [f"### {case}", _case_table(contenders), *_stage_table(contenders), *_problems(contenders)]
+        parts += convolutions(run)
     return "\n\n".join(parts) + "\n"
 
 
@@ -165,6 +169,22 @@ def _case_table(contenders: Contenders) -> str:
             ]
         )
     return table(header, rows, markdown=True)
+
+
+def _stage_table(contenders: Contenders) -> list[str]:
+    """Of whole stages, how the time of a step changes from epoch to epoch."""
+    stages = {name: c["step_seconds"] for name, c in contenders.items() if c.get("step_seconds")}
+    if not stages:
+        return []
+    epochs = max(len(seconds) for seconds in stages.values())
+    header = ["ms per step", *(f"epoch {epoch}" for epoch in range(1, epochs + 1))]
+    rows = [[name, *(f"{1e3 * s:.4g}" for s in seconds)] for name, seconds in stages.items()]
+    filled = [row + ["–"] * (len(header) - len(row)) for row in rows]
+    return [
+        "A step within each epoch of the stage. So few steps leave gates open: for *compact_at* they are closed by hand, "
+        "equally many after each epoch.",
+        table(header, filled, markdown=True),
+    ]
 
 
 def _problems(contenders: Contenders) -> list[str]:

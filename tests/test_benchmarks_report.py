@@ -89,6 +89,18 @@ def test_what_failed_or_did_not_run_is_named() -> None:
     assert "*c* did not run: needs two." in text
 
 
+def test_stages_show_a_steps_time_by_epoch() -> None:
+    contenders = {
+        "a": {"samples": [1.0], "step_seconds": [0.5, 0.25]},
+        "b": {"samples": [1.0], "step_seconds": [0.125]},
+    }
+    text = page({"x": report([raced("merge, a case", contenders)])})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["a", "500", "250"] in rows
+    assert ["b", "125", "–"] in rows
+    assert "A step within each epoch" not in page({"x": report([raced("case", {"a": [1.0]})])})
+
+
 def test_targets_name_cases_and_contenders_that_exist() -> None:
     known = {f"step, {case.name}" for case in CASES} | {f"merge, {case.name}" for case in merge.STAGES}
     known |= {f"compress, {case.network} {case.device}" for case in compress.CASES}

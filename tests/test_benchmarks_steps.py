@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import utils as dynamo
 
 from benchmarks import contenders, names
 from benchmarks.baselines.naive_dense import naive_dense
 from benchmarks.cases import Case
+from benchmarks.effort import Effort
 from benchmarks.memory import activation_bytes, peak_bytes
 from benchmarks.race import Contender
 from benchmarks.steps import Step
@@ -60,6 +63,25 @@ def test_every_contender_of_the_cpu_runs() -> None:
             contender.check()
             assert contender.facts["flops"] > 0
             assert contender.facts["items"] == 8
+
+
+@pytest.mark.filterwarnings("default")
+def test_compiled_contenders_have_their_code_before_the_first_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Graphs are traced as for Inductor, which would take long and need a compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    case = Case("sine", 8, 0)
+    for name in (names.NAIVE_COMPILED, names.TEACHERS_COMPILED):
+        contender = contenders.makers(case)[name]()
+        for _ in range(Effort(None, 1.0, 1.0, None).warmup("cpu")):
+            contender.step()
+        graphs = dynamo.counters["stats"]["unique_graphs"]
+        assert graphs >= 1  # teachers of one class share theirs
+        for _ in range(3):
+            contender.step()
+        assert dynamo.counters["stats"]["unique_graphs"] == graphs
+        contender.check()
+        torch.compiler.reset()
+        dynamo.counters.clear()
 
 
 def test_activations_are_what_autograd_keeps() -> None:
