@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,57 @@ from fastmerge.schedules import QuadraticLambda
 
 Weight = QuadraticLambda | GateBudget
 Result = tuple[Any, dict[str, Tensor], Tensor | None]
+
+
+class Losses(NamedTuple):
+    """What a batch came to.
+
+    Attributes:
+        output: of the network.
+        each: "loss", and "gate_loss" where there is a weight of the gates.
+        whole: what is minimised, a 0-d tensor.
+        open_now: P[g > 0] per channel group, for a budget that was given as terms.
+    """
+
+    output: Any
+    each: dict[str, Tensor]
+    whole: Tensor
+    open_now: Tensor | None
+
+
+def losses(
+    network: nn.Module,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    target: Any,
+    setting: Setting,
+    lam: Weight | None,
+    terms: tuple[Tensor, ...] | None = None,
+) -> Losses:
+    """Forward and losses of a batch: ``criterion + λ · gate_loss``, or as the budget says.
+
+    Args:
+        network: a big student where there is a weight of the gates.
+        model: what is called: the network, or what wraps it.
+        inputs: of the network.
+        target: of the criterion.
+        setting: criterion, autocast.
+        lam: the weight of the gates, or None.
+        terms: the weight of the gates as tensors, from :meth:`MergeStep.terms`; None: the weight itself.
+    """
+    output, loss = setting.apply(model, inputs, target)
+    each, open_now = {"loss": loss}, None
+    if lam is not None and isinstance(network, BigStudent):
+        each["gate_loss"] = gate_loss = network.gate_loss()
+        if not isinstance(lam, GateBudget):
+            weighted = lam * gate_loss if terms is None else terms[0] * gate_loss
+        elif terms is None:
+            weighted = lam.loss(network)
+        else:
+            open_now, slopes = open_state(network)
+            weighted, open_now = penalty(open_now, slopes, *terms), open_now.detach()
+        loss = loss + weighted
+    return Losses(output, each, loss, open_now)
 
 
 class MergeStep:
@@ -47,9 +98,9 @@ class MergeStep:
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        output, losses, open_now = self.run(inputs, target)
+        output, each, open_now = self.run(inputs, target)
         self.finish(open_now)
-        return output, losses
+        return output, each
 
     def run(self, inputs: tuple[Tensor, ...], target: Any, terms: tuple[Tensor, ...] | None = None) -> Result:
         """All that happens on the device.
@@ -62,25 +113,15 @@ class MergeStep:
         Returns:
             The output, the losses, and P[g > 0] per channel group for a budget that was given as terms.
         """
-        output, loss = self.setting.apply(self.network, inputs, target)
-        losses, open_now = {"loss": loss}, None
-        if self.lam is not None and isinstance(self.network, BigStudent):
-            losses["gate_loss"] = gate_loss = self.network.gate_loss()
-            if isinstance(self.lam, GateBudget):
-                if terms is None:
-                    weighted = self.lam.loss(self.network)
-                else:
-                    open_now, slopes = open_state(self.network)
-                    weighted, open_now = penalty(open_now, slopes, *terms), open_now.detach()
-            else:
-                weighted = self.lam * gate_loss if terms is None else terms[0] * gate_loss
-            loss = loss + weighted
-        self.scaler.scale(loss).backward()
+        output, each, whole, open_now = losses(
+            self.network, self.network, inputs, target, self.setting, self.lam, terms
+        )
+        self.scaler.scale(whole).backward()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         # without their history, which would tie the next step's gradients to this one's stream
-        return tree_map(_detached, output), tree_map(_detached, losses), open_now
+        return tree_map(_detached, output), tree_map(_detached, each), open_now
 
     def finish(self, open_now: Tensor | None) -> None:
         """What follows on the host: a budget takes its step."""

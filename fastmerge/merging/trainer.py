@@ -19,7 +19,7 @@ from fastmerge.merging.gate_report import open_probabilities
 from fastmerge.merging.graphed_step import GraphedStep
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.state import MergeState
-from fastmerge.merging.step import MergeStep, Weight
+from fastmerge.merging.step import MergeStep, Weight, losses
 from fastmerge.processes import Processes, ProcessLostError, seed_of_rank, without_averaging
 from fastmerge.resuming.random_states import random_states
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
@@ -162,8 +162,8 @@ class Trainer:
         for batches in self._steps(tally):
             if graphed is not None:
                 ((inputs, target),) = batches
-                output, losses = graphed(inputs, target)
-                self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **losses))
+                output, each = graphed(inputs, target)
+                self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
             else:
                 self._eager(network, model, optimizers, lam, batches, tally)
             if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.accumulate) == 0:
@@ -189,13 +189,9 @@ class Trainer:
         for number, (inputs, target) in enumerate(batches, start=1):
             share = len(inputs[0]) / samples if samples else 1.0
             with without_averaging(model, number < len(batches)):
-                output, loss = self.setting.apply(model, inputs, target)
-                losses = {"loss": loss}
-                if lam is not None and isinstance(network, BigStudent):
-                    losses["gate_loss"] = network.gate_loss()
-                    loss = loss + (lam.loss(network) if isinstance(lam, GateBudget) else lam * losses["gate_loss"])
-                self.scaler.scale(loss * share if len(batches) > 1 else loss).backward()
-            fresh = tally.add(output, target, len(inputs[0]), **losses)
+                output, each, whole, _ = losses(network, model, inputs, target, self.setting, lam)
+                self.scaler.scale(whole * share if len(batches) > 1 else whole).backward()
+            fresh = tally.add(output, target, len(inputs[0]), **each)
             self.bar.step(tally, fresh=fresh)
         for optimizer in optimizers:
             self.scaler.step(optimizer)
