@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -40,6 +38,13 @@ class Normed(Net):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Sequential(self.conv, nn.BatchNorm2d(4))
+
+
+def coloured(seed: int = 0, num_classes: int = 2) -> nn.Module:
+    """A network for coloured images of any size."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(24, num_classes))
 
 
 def teachers(make: Callable[[], nn.Module] = Net) -> list[nn.Module]:
@@ -92,24 +97,6 @@ def run(rank: int, size: int, directory: Path | None = None, accumulate: int = 1
             )
     finally:
         HardConcrete.reset_parameters = reset  # type: ignore[method-assign]
-
-
-def process(
-    rank: int, size: int, port: int, results: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    try:
-        results.put((rank, work(rank, size, *arguments)))
-    except BaseException as error:
-        results.put((rank, f"{type(error).__name__}: {error}"))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 # Work for a process; what it returns is pickled.

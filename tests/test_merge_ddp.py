@@ -8,27 +8,10 @@ import pytest
 import torch
 
 import ddp_merge
-from ddp_merge import draws, free_port, interrupted, merged, normed, process, uneven
-from killing import forkserver
+from ddp_merge import draws, interrupted, merged, normed, uneven
+from gloo import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
-
-
-def together(size: int, work: Any, *arguments: Any, missing: int = 0) -> dict[int, Any]:
-    """What processes of gloo bring back, by rank; so many of them may bring nothing."""
-    with forkserver(["ddp_merge"]) as context:
-        results, port = context.Queue(), free_port()
-        processes = [
-            context.Process(target=process, args=(rank, size, port, results, work, arguments)) for rank in range(size)
-        ]
-        for each in processes:
-            each.start()
-    try:
-        return dict(results.get(timeout=240) for _ in range(size - missing))
-    finally:
-        for each in processes:
-            each.join(20)
-            each.kill()
 
 
 @pytest.fixture(scope="module")

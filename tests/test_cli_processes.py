@@ -1,0 +1,57 @@
+"""The command line in several processes: each reads its share of the images, and together they read every one once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ddp_merge
+from fastmerge.checkpoints import save_weights
+from gloo import counted, together
+from image_files import write_tree
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0.:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine images for validation, which two processes can't share evenly."""
+    folders = {"train_ant": 6, "train_cat": 6, "val_ant": 4, "val_cat": 5}
+    return write_tree(tmp_path_factory.mktemp("tree"), **folders)
+
+
+def words(tree: Path, out: Path, loader: str, *more: str) -> list[str]:
+    teachers = [str(tree / f"{seed}.safetensors") for seed in (1, 2)]
+    for seed, path in enumerate(teachers, start=1):
+        save_weights(ddp_merge.coloured(seed), Path(path))
+    given = ["--model", "ddp_merge:coloured", "--teachers", *teachers, "--data", str(tree), "--out", str(out)]
+    given += [
+        "--image-size",
+        "16",
+        "--augmentation",
+        "cifar",
+        "--loader",
+        loader,
+        "--workers",
+        "0",
+        "--batch-size",
+        "4",
+    ]
+    return ["merge", *given, "--merge-epochs", "1", "--finetune-epochs", "1", "--seed", "0", "--quiet", *more]
+
+
+@pytest.mark.parametrize("loader", ["torch", "device"])
+def test_every_validation_image_counts_once(tree: Path, tmp_path: Path, loader: str) -> None:
+    done = together(2, counted, words(tree, tmp_path / "two", loader))
+    assert [done[rank][0] for rank in (0, 1)] == [0, 0], done
+    assert done[1][1:3] == ("", "")
+    assert done[0][1].count(f"loader {loader}: ") == 1
+    *_, alone = counted(0, 1, words(tree, tmp_path / "one", loader))
+    assert sorted(set(alone)) == [9, 12]  # images of validation and of training, in each pass
+    assert [sum(each) for each in zip(done[0][3], done[1][3], strict=True)] == alone
+    two, one = (json.loads((tmp_path / out / "history.json").read_text()) for out in ("two", "one"))
+    assert two["config"]["processes"] == 2
+    for border in ("teacher 0", "teacher 1", "big student, gates open"):
+        assert two["borders"][border] == pytest.approx(one["borders"][border], rel=1e-5), border
