@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings are errors in tests; here compilers and the like may have their say."""
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    """Drops what was interrupted before its first sample, over which pytest-benchmark would write down none of the others."""
+    found = session.config._benchmarksession  # type: ignore[attr-defined]
+    found.benchmarks[:] = [benchmark for benchmark in found.benchmarks if benchmark.stats.data]
+    return (yield)
 
 
 @pytest.fixture

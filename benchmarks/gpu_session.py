@@ -4,6 +4,10 @@
 pytest-benchmark, from a checkout; nothing is installed and no network needed. Every part has a time limit. One that fails or
 runs over costs no other part's results: what it has measured is kept. OUT receives a log and a JSON per part,
 ``benchmarks.json`` with all of them, rewritten after each part, and ``summary.json``.
+
+``--minutes 9.5`` ends it, results written, within that time: tests get half of it at the most, and what comes late is not
+begun. ``--only`` picks parts by kind (build, tests, sanitizer, bench) or by name, for a machine that is lent for a few minutes
+at a time.
 """
 
 from __future__ import annotations
@@ -11,128 +15,64 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.gpu_parts import KINDS, ROOT, Part, parts, selected
+
 GRACE = 20.0  # seconds for pytest to write down what it has, after an interrupt
-
-
-@dataclass(frozen=True)
-class Part:
-    """One command.
-
-    Attributes:
-        name: of its files in OUT.
-        seconds: how long it may take.
-        command: after the interpreter; "{json}" and "{xml}" become paths in OUT.
-        interpreter: whether it runs under this Python.
-    """
-
-    name: str
-    seconds: float
-    command: tuple[str, ...]
-    interpreter: bool = True
+LEAST = 30.0  # with less left, no part is begun
+TESTS = 0.5  # of the session's time, if benchmarks follow
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: its exit code, or None where it ran over its time; and a line that says more."""
+    """How a part ended: its exit code, or None where it ran over its time or was not begun; and a line that says more."""
 
     name: str
     code: int | None
     seconds: float
     says: str
+    good: bool
 
     @property
-    def good(self) -> bool:
-        return self.code == 0
-
-
-def parts(sanitizer: bool) -> list[Part]:
-    """What there is to do, the most important first."""
-    others = _other_benchmarks()
-    build = Part("build", 120, ("setup.py", "build_ext", "--inplace"))
-    tests = Part("tests", 420, ("-m", "pytest", *_PYTEST, "-m", "gpu", "--junitxml={xml}", *_gpu_tests()))
-    found = [
-        build,
-        tests,
-        _steps("step-resnet18-bf16", 240, "resnet18-224px-batch-256-bf16-cuda"),
-        _steps("step-resnet20-128", 120, "resnet20-32px-batch-128-bf16-cuda"),
-        *[_other(name) for name in _FIRST if name in others],
-        _steps("step-resnet18-fp16", 240, "resnet18-224px-batch-256-fp16-cuda"),
-        *[_other(name) for name in others if name not in _FIRST],
-        _steps("step-small", 180, "(resnet20-32px-batch-512 or lenet or sine) and cuda"),
-        _steps("step-resnet50-bf16", 240, "resnet50-224px-batch-256-bf16-cuda"),
-        _steps("step-resnet50-fp16", 240, "resnet50-224px-batch-256-fp16-cuda"),
-    ]
-    if sanitizer:
-        tool = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all")
-        pytest = (sys.executable, "-m", "pytest")
-        tests_of_kernels = [path for path in _gpu_tests() if "kernels" in path]
-        command = (*tool, *pytest, *_PYTEST, "-m", "gpu", "-k", "float64", "-x", *tests_of_kernels)
-        found.insert(2, Part("sanitizer", 300, command, interpreter=False))
-    return found
-
-
-_FIRST = ("batch_norm", "gate", "merge")  # of the benchmarks other than whole steps
-_SECONDS = {"block_conv": 300, "merge": 180}  # those that take longer than most
-# Another machine's versions may deprecate what they like.
-_PYTEST = (
-    *("-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors", "-q"),
-    *("-W", "default::DeprecationWarning", "-W", "default::FutureWarning"),
-)
-
-
-def _gpu_tests() -> list[str]:
-    """The files that have GPU tests: the others may need packages that a GPU machine lacks."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in files if "mark.gpu" in p.read_text(encoding="utf-8")]
-
-
-def _other_benchmarks() -> list[str]:
-    """Names of the benchmarks of single operations and of the whole stage that have cases for a GPU."""
-    files = [file for file in sorted((ROOT / "benchmarks").glob("bench_*.py")) if file.name != "bench_step.py"]
-    with_gpu = [
-        file for file in files if re.search(r"mark\.gpu|needs_gpu|parameters\(", file.read_text(encoding="utf-8"))
-    ]
-    return [file.stem.removeprefix("bench_") for file in with_gpu]
-
-
-def _benchmark(name: str, seconds: float, file: str, *options: str) -> Part:
-    enabled = ("--benchmark-enable", "--benchmark-json={json}", "-m", "gpu and not slow")
-    return Part(name, seconds, ("-m", "pytest", *_PYTEST, *enabled, *options, f"benchmarks/{file}"))
-
-
-def _other(name: str) -> Part:
-    return _benchmark(name.replace("_", "-"), _SECONDS.get(name, 120), f"bench_{name}.py")
-
-
-def _steps(name: str, seconds: float, cases: str) -> Part:
-    limits = ("--seconds", f"{seconds / 4:.0f}", "--patience", f"{seconds / 2:.0f}")
-    return _benchmark(name, seconds, "bench_step.py", *limits, "-k", cases)
+    def state(self) -> str:
+        """A word or two."""
+        if self.good:
+            return "ok" if self.code == 0 else "skipped"
+        return "over time" if self.code is None else f"exit {self.code}"
 
 
 def run(part: Part, out: Path, seconds: float) -> Outcome:
     """Runs one part; when its time is over it is interrupted, and killed if that does not end it."""
     files = {"json": out / f"{part.name}.json", "xml": out / f"{part.name}.xml"}
-    command = [a.replace("{json}", str(files["json"])).replace("{xml}", str(files["xml"])) for a in part.command]
+    filled = {**files, "samples": f"{seconds / 4:.0f}", "patience": f"{seconds / 2:.0f}"}
+    command = list(part.command)
+    for key, value in filled.items():
+        command = [argument.replace(f"{{{key}}}", str(value)) for argument in command]
     if part.interpreter:
         command.insert(0, sys.executable)
     elif shutil.which(command[0]) is None:
-        return Outcome(part.name, 127, 0.0, f"{command[0]} is not there")
+        return Outcome(part.name, 127, 0.0, f"{command[0]} is not there", good=part.optional)
     start = time.monotonic()
     with (out / f"{part.name}.log").open("w", encoding="utf-8") as log:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **part.environment},
+        )
         code = _wait(child, seconds)
         if code is None:
             os.killpg(child.pid, signal.SIGINT)
@@ -140,8 +80,10 @@ def run(part: Part, out: Path, seconds: float) -> Outcome:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
     took = time.monotonic() - start
-    says = f"ran over its {seconds:.0f} s" if code is None else _says(files["xml"], out / f"{part.name}.log")
-    return Outcome(part.name, code, took, says)
+    says = _says(files["xml"], out / f"{part.name}.log")
+    if code is None:
+        says = f"ran over its {seconds:.0f} s; {says}"
+    return Outcome(part.name, code, took, says, good=code == 0)
 
 
 def _wait(child: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -153,12 +95,13 @@ def _wait(child: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 def _says(xml: Path, log: Path) -> str:
     """The last line of a log, or the counts of a test run."""
-    if xml.exists():
+    try:
         suites = list(ElementTree.parse(xml).iter("testsuite"))
         counts = {key: sum(int(s.attrib[key]) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
         return ", ".join(f"{count} {key}" for key, count in counts.items())
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:100] if lines else ""
+    except (OSError, ElementTree.ParseError):  # no tests, or none that came to an end
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        return next((line[:100] for line in reversed(lines) if line), "")
 
 
 def joined(files: Sequence[Path]) -> dict[str, Any] | None:
@@ -182,7 +125,7 @@ def joined(files: Sequence[Path]) -> dict[str, Any] | None:
 
 
 def session(todo: Sequence[Part], out: Path, seconds: float) -> Iterator[Outcome]:
-    """Runs the parts in turn and writes what there is after each.
+    """Runs the parts in turn, tests beside each other, and writes what there is after each turn.
 
     Args:
         todo: the parts.
@@ -191,19 +134,51 @@ def session(todo: Sequence[Part], out: Path, seconds: float) -> Iterator[Outcome
     """
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
+    for_tests = (TESTS if any(part.kind == "bench" for part in todo) else 1.0) * seconds
     outcomes: list[Outcome] = []
-    for part in todo:
-        left = end - time.monotonic() - GRACE
-        if left < min(part.seconds, 30):
-            outcome = Outcome(part.name, None, 0.0, "no time left")
-        else:
-            outcome = run(part, out, min(part.seconds, left))
-        outcomes.append(outcome)
+    for turn in _turns(todo):
+        start = time.monotonic()
+        left = end - start - GRACE
+        limit = left if turn[0].alone else min(left, for_tests)
+        with ThreadPoolExecutor(len(turn)) as pool:
+            running = [pool.submit(_begin, part, out, limit) for part in turn]
+        for future in running:
+            outcomes.append(future.result())
+        if not turn[0].alone:
+            for_tests -= time.monotonic() - start
         report = joined([out / f"{part.name}.json" for part in todo])
         if report is not None:
             (out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
-        yield outcome
+        yield from outcomes[-len(turn) :]
+
+
+def _begin(part: Part, out: Path, limit: float) -> Outcome:
+    if limit < min(part.seconds, LEAST):
+        return Outcome(part.name, None, 0.0, "no time left", good=False)
+    return run(part, out, min(part.seconds, limit))
+
+
+def _turns(todo: Sequence[Part]) -> Iterator[list[Part]]:
+    """The parts in order; tests with those that follow them, as many at a time as there are cores for."""
+    most = max(1, (os.cpu_count() or 1) // 2)
+    turn: list[Part] = []
+    for part in todo:
+        if turn and (part.alone or turn[0].alone or len(turn) == most):
+            yield turn
+            turn = []
+        turn.append(part)
+    if turn:
+        yield turn
+
+
+def targets(out: Path) -> str:
+    """The targets that were measured, as a table; empty where there are none."""
+    # Imported here: whatever is wrong with it must not cost the results.
+    from benchmarks.report import measured_targets
+
+    report = joined([out / "benchmarks.json"])
+    return "" if report is None else measured_targets(report)
 
 
 def has_gpu() -> bool:
@@ -217,13 +192,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for logs and results")
     parser.add_argument("--minutes", type=float, default=25.0, help="for all of it (default %(default)g)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="only these parts")
-    parser.add_argument("--sanitizer", action="store_true", help="also some kernels' tests under compute-sanitizer")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help=f"only these: {', '.join(KINDS)}, or names"
+    )
     options = parser.parse_args(arguments)
-    todo = parts(options.sanitizer)
-    unknown = set(options.only or ()) - {part.name for part in todo}
-    if unknown:
-        parser.error(f"--only takes {', '.join(part.name for part in todo)}; got {', '.join(sorted(unknown))}")
+    try:
+        todo = selected(parts(), options.only)
+    except ValueError as error:
+        parser.error(str(error))
     if not has_gpu():
         print(
             "gpu_session needs a CUDA GPU and a torch that can use it; torch.cuda.is_available() is False",
@@ -231,15 +207,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     outcomes = []
-    for outcome in session(
-        [p for p in todo if not options.only or p.name in options.only], options.out, 60 * options.minutes
-    ):
+    for outcome in session(todo, options.out, 60 * options.minutes):
         outcomes.append(outcome)
         print(f"{outcome.name}: {outcome.says} ({outcome.seconds:.0f} s)", flush=True)
     print()
+    try:
+        print(targets(options.out))
+    except Exception as error:
+        print(f"the targets could not be read: {type(error).__name__}: {error}")
     for outcome in outcomes:
-        state = "ok" if outcome.good else "over time" if outcome.code is None else f"exit {outcome.code}"
-        print(f"{outcome.name:<22}{state:<10}{outcome.seconds:>6.0f} s  {outcome.says}")
+        print(f"{outcome.name:<26}{outcome.state:<10}{outcome.seconds:>6.0f} s  {outcome.says}")
     print(f"Results in {options.out}; benchmarks.json has all figures.")
     return 0 if all(outcome.good for outcome in outcomes) else 1
 

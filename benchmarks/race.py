@@ -84,6 +84,8 @@ def race(
         _fail(results, [])
         pytest.skip("no contender can run here")
     samples: dict[str, list[float]] = {name: [] for name in runners}
+    for name, values in samples.items():
+        results[name]["samples"] = values  # filled as they come: an interrupted race keeps them
 
     def run(name: str) -> None:
         start = time.perf_counter()
@@ -111,7 +113,6 @@ def race(
     benchmark.pedantic(run, args=(last,), setup=before_each, rounds=rounds)
     broken = []
     for name, contender in runners.items():
-        results[name]["samples"] = samples[name]
         try:
             contender.check()
         except Exception as error:

@@ -68,6 +68,14 @@ def readme(runs: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
+def measured_targets(run: dict[str, Any]) -> str:
+    """The targets that one run has figures for, as a short table in plain text; empty without any."""
+    rows = [(t, found) for t, found in _target_rows(run) if found is not None]
+    cells = [_target_row(target, found) for target, found in rows]
+    short = [[row[0], row[2], row[4], row[6], row[7].strip("*")] for row in cells]
+    return table(["ratio", "target", "result", "n", "verdict"], short) if short else ""
+
+
 def machine(run: dict[str, Any]) -> str:
     """What a run ran on, in a sentence."""
     made = run["machine_info"]["fastmerge"]

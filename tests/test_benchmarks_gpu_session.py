@@ -12,7 +12,9 @@ import pytest
 
 from benchmark_reports import raced, report
 from benchmarks import gpu_session
-from benchmarks.gpu_session import Part, _gpu_tests, joined, main, parts, session
+from benchmarks.gpu_parts import KINDS, Part, gpu_tests, parts, selected
+from benchmarks.gpu_session import joined, main, session
+from benchmarks.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a GPU machine with torch and pytest may lack.
@@ -38,12 +40,80 @@ def test_a_failing_or_endless_part_does_not_cost_the_others(tmp_path: Path, monk
     outcomes = {outcome.name: outcome for outcome in session(todo, tmp_path / "out", 600)}
     assert [outcome.code for outcome in outcomes.values()] == [0, 3, None, 127, 0]
     assert outcomes["failing"].says == "a reason"
-    assert outcomes["endless"].says == "ran over its 2 s"
+    assert outcomes["endless"].says.startswith("ran over its 2 s")
+    assert [outcome.state for outcome in outcomes.values()] == ["ok", "exit 3", "over time", "exit 127", "ok"]
     assert outcomes["absent"].says == "no-such-tool is not there"
     found = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
     assert [b["group"] for b in found["benchmarks"]] == ["one", "interrupted", "two"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [outcome["name"] for outcome in summary] == [part.name for part in todo]
+
+
+def test_tests_run_beside_each_other_and_benchmarks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    code = "import sys, time; t = time.time(); time.sleep(0.5); open(sys.argv[1], 'w').write(f'[{t}, {time.time()}]')"
+    kinds = {"a": "tests", "b": "tests", "c": "sanitizer", "d": "tests", "e": "bench", "f": "bench"}
+    todo = [Part(name, 30, ("-c", code, str(tmp_path / name)), kind) for name, kind in kinds.items()]
+    assert all(outcome.good for outcome in session(todo, tmp_path / "out", 600))
+    ran = {name: json.loads((tmp_path / name).read_text()) for name in kinds}
+    beside = {(x, y) for x in kinds for y in kinds if x < y and ran[y][0] < ran[x][1]}
+    assert beside == {("a", "b"), ("a", "c"), ("b", "c")}  # three at once on six cores
+
+
+def test_tests_leave_half_of_the_time_to_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_session, "GRACE", 1.0)
+    monkeypatch.setattr(gpu_session, "LEAST", 1.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    slow = [Part(name, 420, ("-c", "import time; time.sleep(60)"), "tests") for name in ("slow", "too late")]
+    quick = Part("quick", 240, ("-c", writing("case"), "{json}"))
+    outcomes = {outcome.name: outcome for outcome in session([*slow, quick], tmp_path, 12)}
+    assert outcomes["slow"].state == "over time"
+    assert 5 < outcomes["slow"].seconds < 9
+    assert outcomes["too late"].says == "no time left"
+    assert outcomes["quick"].good
+
+
+def test_a_benchmark_plans_with_the_time_that_it_is_given(tmp_path: Path) -> None:
+    code = "import sys; open('{json}', 'w').write(repr(sys.argv[1:]))"
+    part = Part("a", 240, ("-c", code, "--seconds={samples}", "--patience={patience}"))
+    assert gpu_session.run(part, tmp_path, 80.0).good
+    assert (tmp_path / "a.json").read_text() == "['--seconds=20', '--patience=40']"
+
+
+def test_an_optional_program_may_be_absent(tmp_path: Path) -> None:
+    absent = Part("sanitizer", 30, ("no-such-tool",), "sanitizer", interpreter=False, optional=True)
+    (outcome,) = session([absent], tmp_path, 600)
+    assert (outcome.good, outcome.state) == (True, "skipped")
+
+
+def test_parts_are_selected_by_kind_or_name() -> None:
+    todo = parts()
+    assert {part.kind for part in todo} == set(KINDS)
+    assert [part.name for part in selected(todo, [])] == [part.name for part in todo]
+    assert {part.kind for part in selected(todo, ["tests,sanitizer"])} == {"tests", "sanitizer"}
+    assert [part.name for part in selected(todo, ["build", "batch-norm,step-resnet18-bf16"])] == [
+        "build",
+        "step-resnet18-bf16",
+        "batch-norm",
+    ]
+    with pytest.raises(ValueError, match=r"got nothing-such$"):
+        selected(todo, ["tests", "nothing-such"])
+
+
+def test_the_last_word_is_a_short_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = next(target for target in TARGETS if target.at_least)
+    text = json.dumps(report([raced(target.case, {target.numerator: [3.0], target.denominator: [1.0]})], gpu=True))
+    made = Part("made", 30, ("-c", f"import sys; open(sys.argv[1], 'w').write({text!r})", "{json}"))
+    monkeypatch.setattr(gpu_session, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_session, "parts", lambda: [made, Part("failing", 30, ("-c", "raise SystemExit('why')"))])
+    assert main([str(tmp_path / "out"), "--minutes", "5", "--only", "bench"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if target.name in line]
+    assert "3.00" in row
+    assert row.rstrip().endswith("met, stretch too")
+    assert lines[-2].split() == ["failing", "exit", "1", "0", "s", "why"]
 
 
 def test_parts_without_time_are_not_begun(tmp_path: Path) -> None:
@@ -57,7 +127,7 @@ def test_half_a_file_is_left_out(tmp_path: Path) -> None:
 
 
 def test_every_part_names_files_that_exist() -> None:
-    for part in parts(sanitizer=True):
+    for part in parts():
         files = [argument for argument in part.command if argument.endswith(".py")]
         assert files, part
         assert all((ROOT / file).exists() for file in files), part
@@ -77,7 +147,7 @@ def test_gpu_tests_and_benchmarks_collect_where_little_is_installed(tmp_path: Pa
     (tmp_path / "bare_machine.py").write_text(f"import sys\n{blocked}")
     plugins = ["-p", "bare_machine", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugins, "--collect-only", "-q", "-m", "gpu", *_gpu_tests(), "benchmarks"],
+        [sys.executable, "-m", "pytest", *plugins, "--collect-only", "-q", "-m", "gpu", *gpu_tests(), "benchmarks"],
         capture_output=True,
         text=True,
         cwd=ROOT,

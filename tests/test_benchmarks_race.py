@@ -53,10 +53,15 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, arguments in tests.items():
         code += f"\ndef bench_{name}(benchmark):\n    order.clear()\n    try:\n        race(benchmark, {arguments})\n"
         code += "    finally:\n        benchmark.extra_info['order'] = order[:]\n"
+    return outcome_of(folder, code)
+
+
+def outcome_of(folder: Path, code: str) -> dict[str, Any]:
     (folder / "bench_races.py").write_text(code)
     options = ["--benchmark-enable", f"--benchmark-json={folder / 'out.json'}", "-c", str(ROOT / "pyproject.toml")]
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.conftest"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *options, str(folder / "bench_races.py")],
+        [sys.executable, "-m", "pytest", *plugins, "-rA", *options, str(folder / "bench_races.py")],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -109,6 +114,36 @@ def test_what_is_made_too_late_is_left_out_and_the_principal_runs_last(outcome: 
     assert extra["contenders"]["c"] == {"unavailable": "the 0 s for making contenders were over"}
     assert extra["order"][-4:] == [*"baba"]
     assert outcome["patience"]["stats"]["max"] < 0.1
+
+
+@pytest.mark.parametrize("call", [1, 7], ids=["while warming up", "in the fifth round"])
+def test_an_interrupt_costs_no_sample_that_was_taken(tmp_path: Path, call: int) -> None:
+    code = f"""{BENCHMARK}
+import os
+import signal
+
+def bench_whole(benchmark):
+    race(benchmark, {{'a': contender('a')}}, 3, 1)
+
+def bench_cut(benchmark):
+    calls = []
+    def step():
+        calls.append(0)
+        if len(calls) == {call}:
+            os.kill(os.getpid(), signal.SIGINT)
+    race(benchmark, {{'a': contender('a'), 'b': lambda: Contender(step)}}, 9, 1)
+
+def bench_late(benchmark):
+    race(benchmark, {{'a': contender('a')}}, 3, 1)
+"""
+    found = outcome_of(tmp_path, code)
+    assert len(found["whole"]["extra_info"]["contenders"]["a"]["samples"]) == 3
+    assert "late" not in found
+    if call == 1:
+        assert "cut" not in found
+    else:
+        samples = {name: c["samples"] for name, c in found["cut"]["extra_info"]["contenders"].items()}
+        assert {name: len(values) for name, values in samples.items()} == {"a": 5, "b": 4}
 
 
 def test_nobody_there_is_a_skip(outcome: dict[str, Any]) -> None:
