@@ -17,14 +17,14 @@ help: ## what there is to make
 
 setup: $(READY) ## the virtual environment alone
 
-$(READY): pyproject.toml setup.py constraints.txt csrc/bindings.cpp csrc/compact.h csrc/release.h
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	    echo "fastmerge needs Python 3.10 or newer as $(or $(PYTHON),python3); name another with make PYTHON=..." >&2; exit 1; }
 	@rm -f $(READY)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	@echo "Installing fastmerge and what it needs into $(VENV): a few minutes, once."
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
-	@$(BIN)/python -c "import fastmerge._compaction" 2>/dev/null || echo "The C++ extension was not built; compaction runs in Python."
+	@$(BIN)/python -c "import torch, fastmerge._compaction, fastmerge._batch_norm" 2>/dev/null || echo "The C++ extensions were not built; PyTorch does the same, slower."
 	@touch $(READY)
 
 demo: $(READY) ## merges sine networks, then networks that read real digits, and reports
@@ -55,13 +55,13 @@ format: $(READY) ## what ruff can put right by itself
 # for: the interpreter and torch leave plenty at exit.
 SANITIZED := build/sanitize/lib
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g
-sanitize: $(READY) ## the extension's tests under the address and undefined-behaviour sanitizers
+sanitize: $(READY) ## the extensions' tests under the address and undefined-behaviour sanitizers
 	rm -rf build/sanitize
 	CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib $(SANITIZED)
-	nm -D $(SANITIZED)/fastmerge/_compaction*.so | grep -q __asan_init
+	for library in compaction batch_norm; do nm -D $(SANITIZED)/fastmerge/_$$library*.so | grep -q __asan_init || exit 1; done
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PYTHONPATH=$(SANITIZED) $(TEST) -p no:cacheprovider --override-ini pythonpath=$(SANITIZED) \
-	        --capture=sys -k "not peak_of_memory" tests/test_compaction*.py
+	        --capture=sys -k "not peak_of_memory and not compiled_it" tests/test_compaction*.py tests/test_kernels_batch_norm_cpu.py
 
 NEW ?= runs/benchmarks.json
 bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/

@@ -25,7 +25,7 @@ _CAPTURED = 5  # the call of a graphed step by which it is
 def makers(case: Case) -> dict[str, Callable[[], Contender]]:
     """Everybody who takes part in a case, the most important first: what takes long to compile comes last.
 
-    On the CPU fastmerge fuses and captures nothing, so that there is only one form of it.
+    On the CPU nothing is captured.
     """
     everybody = {
         names.NAIVE: lambda: contender(case, [naive(case)], dense=True),

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 # In a source checkout the kernels lie beside the package, in kernels/; an installed copy holds them inside it.
 _checkout = Path(__file__).resolve().parent.parent
-if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "csrc" / "bindings.cpp").is_file():
+if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "csrc" / "compact.h").is_file():
     __path__.append(str(_checkout))
 
 from fastmerge.big_student import BigStudent

@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
         are versions or None; ``commit`` is the git commit of a source checkout, with ``-dirty`` where tracked files
         differ from it, or None for an installed package; ``cpu`` holds ``name``, ``cores`` (usable by this process) and
         ``threads`` (torch's); ``gpus`` lists ``name``, ``memory_gib`` and ``capability`` of each, ``driver`` is their
-        driver's version; ``extension`` says whether the compiled compaction is built, ``kernels`` whether the Triton
+        driver's version; ``extension`` says whether the compiled extensions are built, ``kernels`` whether the Triton
         kernels can run here.
     """
     gpus = _gpus()
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
         "cpu": {"name": _cpu_name(), "cores": _cores(), "threads": torch.get_num_threads()},
         "gpus": gpus,
         "driver": _driver() if gpus else None,
-        "extension": _found("fastmerge._compaction"),
+        "extension": _found("fastmerge._compaction") and _found("fastmerge._batch_norm"),
         "kernels": bool(gpus) and packages["triton"] is not None and _found("fastmerge.kernels"),
     }
 

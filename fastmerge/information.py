@@ -48,7 +48,7 @@ def _of_big_student(big: BigStudent) -> Information:
         "normalisations": norms,
         "normalisations_fused": count,
     }
-    when = {True: "always", False: "never", "auto": "on CUDA devices"}[big.fused]
+    when = {True: "always", False: "never", "auto": "on CUDA devices, on CPUs with the C++ extension"}[big.fused]
     lines = [
         f"big student of {big.num_teachers} teachers, {len(big.groups)} channel groups, "
         f"{'linked' if big.linked else 'block-diagonal'}",
@@ -83,6 +83,10 @@ def _of_machine() -> Information:
     else:
         rows["GPU"] = "none"
     rows["kernels"] = "Triton" if found["kernels"] else "plain PyTorch"
-    rows["extension"] = "compiled" if found["extension"] else "not built; compaction runs in Python"
+    rows["extension"] = (
+        "compiled"
+        if found["extension"]
+        else "not built; compaction runs in Python, fused BatchNorm not at all on a CPU"
+    )
     width = max(map(len, rows))
     return Information(found, "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))

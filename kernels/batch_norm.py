@@ -8,7 +8,8 @@ residual where the activation or the gates' gradient needs it, and vectors of C 
 There are two ways to the same kernels. torch.compile and other tracers see custom operators: one that takes the
 statistics and updates the running ones, and one that is a function of the statistics and has a gradient. Plain eager calls
 go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers wait
-for the CPU.
+for the CPU. On a CPU that function runs a C++ extension (``batch_norm_cpu``) in place of the kernels; what traces a call there
+sees plain PyTorch.
 
 Dims: N batch, C channels.
 """
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fastmerge.kernels import batch_norm_cpu
 from fastmerge.kernels.batch_norm_formulas import (
     ACTIVATIONS,
     batch_norm_act_reference,
@@ -27,6 +29,7 @@ from fastmerge.kernels.batch_norm_formulas import (
     empty_in_layout,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["batch_norm_act", "batch_norm_act_reference", "why_not_fused"]
 
@@ -170,32 +173,61 @@ class _BatchNormAct(torch.autograd.Function):
         eps: float,
         activation: str,
     ) -> Tensor:
-        from fastmerge.kernels import batch_norm_triton
-
         mean, var = running_mean, running_var
         if training:
             mean, var = eager_statistics(x, running_mean, running_var, momentum)
         ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        ctx.on_cpu, ctx.has_residual = not _holds_kernels(x), residual is not None
         _save(ctx, x, weight, bias, mean, var, residual, gate)
-        return batch_norm_triton.normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
+        normalize: Any = batch_norm_cpu.normalize
+        if not ctx.on_cpu:
+            from fastmerge.kernels.batch_norm_triton import normalize
+        return normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from fastmerge.kernels import batch_norm_backward_triton
-
-        x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
-        dx, dweight, dbias, dresidual, dgate = batch_norm_backward_triton.gradients(
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, dy, needs)
+        gradients: Any = batch_norm_cpu.gradients
+        if not ctx.on_cpu:
+            from fastmerge.kernels.batch_norm_backward_triton import gradients
+        x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
+        dx, dweight, dbias, dresidual, dgate = gradients(
             dy, x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation, needs
         )
         return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients by way of the reference, for a backward pass that is to be differentiated itself."""
+    x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
+    if ctx.has_residual and residual is None:  # not kept, for its values change no gradient
+        residual = torch.zeros_like(x).requires_grad_(needs[3])
+    y = batch_norm_act_reference(
+        x,
+        weight,
+        bias,
+        None if ctx.training else mean,
+        None if ctx.training else var,
+        training=ctx.training,
+        eps=ctx.eps,
+        residual=residual,
+        activation=ctx.activation,
+        gate=gate,
+    )
+    wanted = [tensor for tensor, need in zip((x, weight, bias, residual, gate), needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    dx, dweight, dbias, dresidual, dgate = (next(found) if need else None for need in needs)
+    return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None, None
 
 
 def eager_statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """``statistics`` without the operator's dispatch."""
+    if not _holds_kernels(x):
+        return batch_norm_cpu.statistics(x, running_mean, running_var, momentum)
     from fastmerge.kernels import batch_norm_statistics_triton
 
     for running in (running_mean, running_var):
@@ -220,12 +252,12 @@ def batch_norm_act(
 ) -> Tensor:
     """BatchNorm, residual add, activation and gate: ``act(batch_norm(x) + residual) * gate``.
 
-    Fused on a CUDA device where ``why_not_fused`` has no objection, in plain PyTorch elsewhere. Mean and variance are
+    Fused on a CUDA device or a CPU where ``why_not_fused`` has no objection, in plain PyTorch elsewhere. Mean and variance are
     computed in float32 whatever the dtype of ``x``; so is everything up to the result, which is rounded once.
 
     Args:
         x: shape (N, C, ...), float32, float16 or bfloat16 for the fused operation; in any layout, also as a slice of the
-            channels of a wider tensor.
+            channels of a wider tensor. On a CPU: float32 or bfloat16, channels side by side.
         weight: shape (C,), or None for ones; its dtype is its own affair.
         bias: shape (C,), or None for zeros.
         running_mean: shape (C,), updated in place in training; needed in evaluation.
@@ -239,7 +271,7 @@ def batch_norm_act(
 
     Returns:
         Shape and dtype of ``x``, dense; channels-last if ``x`` is so or is a slice of something channels-last, otherwise
-        contiguous. Differentiable once with respect to x, weight, bias, residual and gate.
+        contiguous. Differentiable with respect to x, weight, bias, residual and gate; under torch.compile once.
 
     Raises:
         ValueError: for an unknown activation, a residual or gate of the wrong shape, evaluation without running statistics,
@@ -288,10 +320,12 @@ def why_not_fused(
     activation: str = "relu",
     gate: Tensor | None = None,
 ) -> str | None:
-    """Why ``batch_norm_act`` or ``batch_norm_act_pool`` would run in plain PyTorch, or None if it would run fused."""
+    """Why ``batch_norm_act`` would run in plain PyTorch, or None if it would run fused."""
     if not _holds_kernels(x):
-        return f"x is on {x.device.type}, not on a CUDA device"
-    if not _HAS_TRITON:
+        reason = _why_not_on_cpu(x)
+        if reason is not None:
+            return reason
+    elif not _HAS_TRITON:
         return "Triton is not installed"
     if torch._C._functorch.maybe_current_level() is not None:
         return "custom operators don't run under the transforms of torch.func"
@@ -311,5 +345,16 @@ def why_not_fused(
     return None
 
 
+def _why_not_on_cpu(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}, neither on a CUDA device nor on a CPU"
+    if not runs_direct(x):
+        return "the call is traced, which on a CPU sees plain PyTorch"
+    if forward_ad._current_level >= 0:
+        return "there is no forward-mode derivative"
+    return batch_norm_cpu.why_not(x)
+
+
 def _holds_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels can run on a tensor."""
     return x.is_cuda

@@ -40,7 +40,7 @@ def batch_norm_act_reference(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
-    return _gated(F.relu(y) if activation == "relu" else y, gate)
+    return gated(F.relu(y) if activation == "relu" else y, gate)
 
 
 def batch_norm_act_pool_reference(
@@ -64,10 +64,11 @@ def batch_norm_act_pool_reference(
     window = pooling_window(x, kernel_size, stride, padding)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y = F.max_pool2d(F.relu(y) if activation == "relu" else y, window[:2], window[2:4], window[4:])
-    return _gated(y, gate)
+    return gated(y, gate)
 
 
-def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
+def gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    """A result times its gates, if there are any."""
     if gate is None:
         return y
     # In the activation's dtype: a wider gate would promote the activation and double its traffic.

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fastmerge.kernels import batch_norm
 from fastmerge.kernels.batch_norm_formulas import (
     MAX_WINDOW,
     batch_norm_act_pool_reference,
     check,
     empty_in_layout,
+    gated,
     pooled_shape,
     pooling_window,
 )
@@ -221,6 +223,12 @@ def batch_norm_act_pool(
     window = pooling_window(x, kernel_size, stride, padding)
     tensors = (x, weight, bias, running_mean, running_var)
     if why_not_fused(*tensors, kernel_size=window[:2], activation=activation, gate=gate):
+        if batch_norm.why_not_fused(*tensors, activation=activation, gate=gate) is None:
+            # On a CPU all but the pooling.
+            options: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "activation": activation}
+            check("batch_norm_act_pool", x, training, activation, None, gate, running_mean, running_var)
+            y = batch_norm.batch_norm_act(*tensors, **options)
+            return gated(F.max_pool2d(y, window[:2], window[2:4], window[4:]), gate)
         return batch_norm_act_pool_reference(
             *tensors,
             training=training,
@@ -255,6 +263,8 @@ def why_not_fused(
     gate: Tensor | None = None,
 ) -> str | None:
     """Why ``batch_norm_act_pool`` would run in plain PyTorch, or None if it would run fused."""
+    if not batch_norm._holds_kernels(x):
+        return f"x is on {x.device.type}, not on a CUDA device"
     if kernel_size[0] * kernel_size[1] > MAX_WINDOW:
         return f"the pooling window has {kernel_size[0] * kernel_size[1]} positions, more than {MAX_WINDOW}"
     return batch_norm.why_not_fused(x, weight, bias, running_mean, running_var, activation=activation, gate=gate)

@@ -105,7 +105,8 @@ def test_cuda_takes_the_kernels() -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="says nothing about the interpreter")
 def test_why_not_fused() -> None:
-    assert batch_norm.why_not_fused(torch.empty(SHAPE)) == "x is on cpu, not on a CUDA device"
+    x = torch.empty(SHAPE)
+    assert batch_norm_pool.why_not_fused(x, kernel_size=(2, 2)) == "x is on cpu, not on a CUDA device"
     with torch._subclasses.FakeTensorMode():
         x = torch.empty(SHAPE, device="cuda", dtype=torch.bfloat16)
         assert batch_norm.why_not_fused(x, residual=x, gate=torch.empty(3, 5, device="cuda")) is None

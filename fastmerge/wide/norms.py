@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.kernels.batch_norm import batch_norm_act
+from fastmerge.kernels.batch_norm import batch_norm_act, why_not_fused
 from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
 from fastmerge.wide.streams import GateStreams, split_streams
 
@@ -34,6 +34,10 @@ def _runs_as_rows(x: Tensor) -> bool:
     )
 
 
+def _has_fused(x: Tensor) -> bool:
+    return x.is_cuda or (x.device.type == "cpu" and why_not_fused(x) is None)
+
+
 class WideBatchNorm(nn.Module):
     """The teachers' BatchNorms as one of T·C channels, teacher by teacher.
 
@@ -46,7 +50,8 @@ class WideBatchNorm(nn.Module):
         weight, bias: (T·C,), or None where they are not affine.
         running_mean, running_var: (T·C,), or None where they are not tracked.
         num_batches_tracked: (T,), or None.
-        fused: whether the normalisation and what follows it run as one operation: True, False, or "auto" for on a CUDA device.
+        fused: whether the normalisation and what follows it run as one operation: True, False, or "auto" for where there is
+            such an operation.
     """
 
     weight: nn.Parameter | None
@@ -102,7 +107,7 @@ class WideBatchNorm(nn.Module):
         columns: Sequence[Tensor | None] = [None] * len(values)
         if gates is not None and gate is not None:
             columns = gate.columns(gates, joined=len(values) == 1)
-        fused = activation is not None and (values[0].is_cuda if self.fused == "auto" else bool(self.fused))
+        fused = activation is not None and (_has_fused(values[0]) if self.fused == "auto" else bool(self.fused))
         outputs = []
         for t, (x, tensors) in enumerate(zip(values, self._tensors(len(values)), strict=True)):
             if fused:

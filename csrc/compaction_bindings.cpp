@@ -1,4 +1,4 @@
-// Binds the operations of csrc/ to Python; memory comes as an address, so no version of torch is compiled in.
+// Binds csrc/compact.h and csrc/release.h to Python; memory comes as an address, so no version of torch is compiled in.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
