@@ -85,7 +85,7 @@ class Ablation:
                 torch.manual_seed(self._seed("gates", replicate))
                 pair = teachers[TEACHERS * position : TEACHERS * (position + 1)]
                 bigs.append(variant.big(*pair, example_inputs=example))
-        stage, unit = recipe.merge_stages()[0], recipe.unit
+        stage, unit = recipe.merge_stage(), recipe.unit
         link_from = round(recipe.link_at * unit)
         cuts = {round(at * unit) for at in variant.compact_at}
         gates = {f"gates.{name}" for name, _ in bigs[0].gates.named_parameters()}

@@ -33,6 +33,10 @@ class Net(nn.Module):
         return self.head(self.drop(self.norm(self.conv(x)).relu().flatten(1)))
 
 
+def wide_net(width: int) -> Net:
+    return Net(4 * width)
+
+
 def images(path: Path | None, seed: int) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     x, y = BRIGHTNESS + torch.randn(36, 1, 4, 4, generator=generator), torch.arange(36) % 3

@@ -33,11 +33,11 @@ def test_names_agree(recipe):
 @pytest.mark.parametrize("budget", [1.0, 0.5, 0.031, 1e-6])
 def test_strategies_are_equal_at_every_budget(recipe, budget):
     scaled = recipe.scaled(budget)
-    before, after = scaled.merge_stages()
-    student = 2 * scaled.teacher_stage().epochs + before.epochs + after.epochs + scaled.finetune_stage().epochs
+    merge = sum(part.epochs for _, part in scaled.merge_parts())
+    student = 2 * scaled.teacher_stage().epochs + merge + scaled.finetune_stage().epochs
     assert student == 3 * scaled.teacher_stage().epochs == scaled.long_stage().epochs == scaled.epochs
     assert scaled.epochs == pytest.approx(recipe.epochs * budget, abs=6)
-    assert before.epochs + after.epochs == scaled.finetune_stage().epochs == scaled.unit
+    assert merge == scaled.merge_stage().epochs == scaled.finetune_stage().epochs == scaled.unit
     assert scaled.test_every >= 1
 
 
@@ -148,8 +148,8 @@ def test_imagewoof_runs_augmented(tmp_path):
 
 def test_milestones_of_the_merge_stage_hold_across_linking():
     recipe = replace(lenet_imagewoof(), epochs=900, lr=0.1, merge_milestones=(75, 105), link_at=0.6)
-    before, after = recipe.merge_stages()
-    assert (before.epochs, after.epochs) == (90, 60)
+    (first, before), (second, after) = recipe.merge_parts()
+    assert (first, before.epochs, second, after.epochs) == (0, 90, 90, 60)
     assert [before.lr_at(74), before.lr_at(75)] == pytest.approx([0.1, 0.01])
     assert [after.lr_at(0), after.lr_at(14), after.lr_at(15)] == pytest.approx([0.01, 0.01, 0.001])
 
@@ -167,3 +167,16 @@ def test_every_group_of_digits_ends_near_its_share_with_a_budget():
 def test_epochs_must_add_up(epochs):
     with pytest.raises(ValueError, match="divide by 6"):
         replace(sine(), epochs=epochs)
+
+
+def test_the_merge_stage_is_cut_where_the_network_changes_shape():
+    recipe = replace(lenet_imagewoof(), epochs=900, link_at=0.5, compact_at=(0.75, 0.5, 0.999))
+    assert [(first, part.epochs) for first, part in recipe.merge_parts()] == [(0, 75), (75, 37), (112, 38)]
+    assert recipe.compact_from == [75, 112]  # nothing is left to drop for at the end of the stage
+    assert [(first, part.epochs) for first, part in recipe.scaled(1e-6).merge_parts()] == [(0, 1)]
+
+
+@pytest.mark.parametrize("compact_at", [(0.0,), (0.5, 1.0), (float("nan"),)])
+def test_compaction_is_within_the_merge_stage(compact_at):
+    with pytest.raises(ValueError, match="compact_at takes fractions of the merge stage, between 0 and 1"):
+        replace(sine(), compact_at=compact_at)

@@ -87,6 +87,38 @@ def test_a_budgets_multipliers_go_on(tmp_path):
     assert_same(tmp_path / "other", tmp_path / "whole")
 
 
+def test_compacted_replicates_go_on(tmp_path):
+    """Interrupted before the compaction, before linking, which here comes after it, and later."""
+    changes = {
+        "epochs": 18,
+        "compact_at": (0.4,),
+        "link_at": 0.7,
+        "make_network": killed_run.wide_net,
+        "gate_lr": 300.0,
+    }
+    options = {"recipe": recipe(lam_start=30.0, **changes), "strategies": ("student",)}
+    train(tmp_path / "whole", **options)
+    history = json.loads((tmp_path / "whole" / "history.json").read_text())
+    assert history["compactions"] == [{"epoch": 1, "left": [{"conv": 16}] * 2}]
+    for epochs, where in ((7, ("merge 0", 1)), (1, ("merge 1", 1)), (1, ("merge 2", 1)), (2, ("fine-tune 0", 2))):
+        with pytest.raises(Interrupted):
+            train(tmp_path / "other", epochs, lambda: os.kill(os.getpid(), signal.SIGINT), **options)
+        assert places(tmp_path / "other") == {"student-0": where}
+    train(tmp_path / "other", **options)
+    assert_same(tmp_path / "other", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("link_at", [0.0, 1.0])
+def test_a_merge_stage_of_one_part_goes_on(tmp_path, link_at):
+    options = {"recipe": recipe(link_at=link_at), "strategies": ("student",)}
+    train(tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "other", 5, lambda: os.kill(os.getpid(), signal.SIGINT), **options)
+    assert places(tmp_path / "other") == {"student-0": ("merge 0", 1)}
+    train(tmp_path / "other", **options)
+    assert_same(tmp_path / "other", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -15,11 +15,12 @@ from fastmerge.training.jobs import Job, Reporter
 from fastmerge.training.seeds import generator_for
 from fastmerge.training.stack import Stack
 from fastmerge.training.stacked import EpochLosses, StackTraining, Stage
+from fastmerge.training.stacks import Stacks, StacksTraining
 
 
 def train_stage(
     job: Job,
-    stack: Stack,
+    stack: Stack | Stacks,
     data: Dataset,
     stage: Stage,
     rows: list[int],
@@ -52,7 +53,7 @@ def train_stage(
     orders = job.orders(replicates, networks, f"{stage.name} {done}")
     noise = generator_for(job.seed, job.strategy, "noise", stage.name, done, replicates[0], device=stack.device)
     torch.manual_seed(job.seed_for("gates", stage.name, done, replicates[0]))
-    training, name = StackTraining(stack, data, stage, orders, noise, lam, gates), f"{stage.name} {done}"
+    name, training = f"{stage.name} {done}", _training(stack, data, stage, orders, noise, lam, gates)
     if state.is_over(name):
         reporter.skip(stage.name, stage.epochs * len(stack))
         return
@@ -72,6 +73,10 @@ def train_stage(
                 )
         yield losses
         state.end_epoch(name, training, records)
+
+
+def _training(stack: Stack | Stacks, *arguments: Any) -> StackTraining | StacksTraining:
+    return StacksTraining(stack, *arguments) if isinstance(stack, Stacks) else StackTraining(stack, *arguments)
 
 
 def _values(job: Job, stage: Stage, done: int, losses: EpochLosses) -> dict[str, Any]:

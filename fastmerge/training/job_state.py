@@ -16,6 +16,7 @@ from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.training.jobs import Job, Outcome
 from fastmerge.training.scores import Curves
 from fastmerge.training.stacked import StackTraining
+from fastmerge.training.stacks import StacksTraining
 
 _FINISHED = "finished"
 
@@ -78,14 +79,16 @@ class JobState:
         """Whether a stage's epochs were all done before; stages are asked for in their order."""
         return self._loaded is not None and self._loaded["stage"] != stage
 
-    def begin(self, training: StackTraining) -> None:
+    def begin(self, training: StackTraining | StacksTraining) -> None:
         """Puts the stage that the job was in back to where it was."""
         if self._loaded is not None:
             training.load_state_dict(self._loaded["training"])
             _restore_random(self._loaded["random"], training.stack.device)
             self._loaded = None
 
-    def end_epoch(self, stage: str, training: StackTraining, records: Callable[[], dict[str, Any]]) -> None:
+    def end_epoch(
+        self, stage: str, training: StackTraining | StacksTraining, records: Callable[[], dict[str, Any]]
+    ) -> None:
         """Writes a checkpoint where it is time, the stage ends, or a signal came.
 
         Args:

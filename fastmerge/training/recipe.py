@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ class Recipe:
         lam_start, lam_step: λ grows as :class:`~fastmerge.QuadraticLambda`.
         gate_schedule: "quadratic" for λ, "budget" for a :class:`~fastmerge.GateBudget`, which needs no λ.
         link_at: fraction of the merge stage before the big student becomes dense.
+        compact_at: fractions of the merge stage, between 0 and 1, after which channels whose gates are closed for good are
+            dropped (see :meth:`BigStudent.compact <fastmerge.BigStudent.compact>`); None for none. Replicates that
+            differ in size from then on train one after another.
         augment: random changes of training images, or None.
         test_every: epochs between two looks at the test data; the end of a stage always has one.
         stack: replicates trained as one batched network. Results depend on it only by rounding and by gates' draws.
@@ -65,11 +69,14 @@ class Recipe:
     source: str
     gate_schedule: Literal["quadratic", "budget"] = "quadratic"
     merge_milestones: tuple[int, ...] = ()
+    compact_at: tuple[float, ...] | None = None
     curve: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 6 or self.epochs % 6:
             raise ValueError(f"a recipe needs epochs that divide by 6, for its stages to add up; got {self.epochs}")
+        if not all(0 < at < 1 for at in self.compact_at or ()):
+            raise ValueError(f"compact_at takes fractions of the merge stage, between 0 and 1; got {self.compact_at}")
 
     @property
     def unit(self) -> int:
@@ -112,11 +119,29 @@ class Recipe:
         """One network for all epochs."""
         return self._stage("long run", self.epochs, self.long_milestones)
 
-    def merge_stages(self) -> tuple[Stage, Stage]:
-        """The merge stage before and after linking; either may have no epochs."""
-        before = round(self.link_at * self.unit)
-        later = tuple(milestone - before for milestone in self.merge_milestones)  # 0 or less: already past
-        return self._stage("merge", before, self.merge_milestones), self._stage("merge", self.unit - before, later)
+    @property
+    def link_from(self) -> int:
+        """The epoch of the merge stage, counted from 0, before which the big student becomes dense."""
+        return round(self.link_at * self.unit)
+
+    @property
+    def compact_from(self) -> list[int]:
+        """The epochs of the merge stage, counted from 0, before which closed channels are dropped."""
+        epochs = {round(at * self.unit) for at in self.compact_at or ()}
+        return sorted(epochs - {0, self.unit})
+
+    def merge_stage(self) -> Stage:
+        """The merge stage as a whole."""
+        return self._stage("merge", self.unit, self.merge_milestones)
+
+    def merge_parts(self) -> list[tuple[int, Stage]]:
+        """The merge stage where nothing changes the network's shape: where each part begins, and the part."""
+        borders = sorted({0, self.link_from, *self.compact_from, self.unit})
+        return [
+            # milestones at 0 or less are past
+            (first, self._stage("merge", end - first, tuple(mark - first for mark in self.merge_milestones)))
+            for first, end in pairwise(borders)
+        ]
 
     def finetune_stage(self) -> Stage:
         """The student after compression."""

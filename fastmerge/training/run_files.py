@@ -82,7 +82,18 @@ def _history(recipe: Recipe, found: dict[str, list[Outcome]]) -> dict[str, Any]:
             },
             "kept": [kept for part in parts for kept in part.student.get("kept", [None] * len(part.values))],
         }
+        if compacted := merged[0]["compactions"]:
+            history["compactions"] = [
+                {"epoch": each["epoch"], "left": [left for part in parts for left in _left(part, number)]}
+                for number, each in enumerate(compacted)
+            ]
     return history
+
+
+def _left(part: Outcome, number: int) -> list[dict[str, int] | None]:
+    """How many channels of each group the replicates had left after a compaction; None for one that diverged before."""
+    found: list[dict[str, int] | None] = [None] * len(part.values)
+    return part.student["compactions"][number]["left"] if part.student else found
 
 
 def _joined(parts: list[Outcome], rows: list[list[list[float]]]) -> list[list[float]]:

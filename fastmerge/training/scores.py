@@ -13,11 +13,12 @@ from torch.func import vmap
 from fastmerge.data.dataset import Dataset
 from fastmerge.training.stack import Stack
 from fastmerge.training.stacked import Criterion
+from fastmerge.training.stacks import Stacks
 
 _VALUES_AT_ONCE = 2**20  # of input or of a hidden layer like the sine's, in all networks together
 
 
-def score(stack: Stack, data: Dataset, criterion: Criterion) -> dict[str, Tensor]:
+def score(stack: Stack | Stacks, data: Dataset, criterion: Criterion) -> dict[str, Tensor]:
     """Tests every network, in eval mode.
 
     Returns:

@@ -45,6 +45,11 @@ class Stack:
         return self._size
 
     @property
+    def parts(self) -> list[Stack]:
+        """Itself: all networks are of one size."""
+        return [self]
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return next(iter(self.parameters.values())).device

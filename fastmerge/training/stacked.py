@@ -161,7 +161,7 @@ class StackTraining:
             self.lam.load_state_dict(state["lam"])
         if isinstance(self.lam, GateBudget):
             skeleton: Any = self.stack.skeleton
-            self.lam.begin(skeleton, _open_means(self.stack))  # brings what was loaded to the device
+            self.lam.begin(skeleton, open_means(self.stack))  # brings what was loaded to the device
         for order, saved in zip(self.orders, state["orders"], strict=True):
             order.set_state(saved)
         self.noise.set_state(state["noise"])
@@ -183,7 +183,7 @@ class _Step:
         self.gates = _StackedSGD(parameters, of_gates, stage.momentum, 0.0)
         if isinstance(lam, GateBudget):
             big: Any = stack.skeleton
-            lam.begin(big, _open_means(stack))
+            lam.begin(big, open_means(stack))
         self.replays: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
     def start_epoch(self, lr: float) -> None:
@@ -287,9 +287,12 @@ class _WithGates(_WithoutGates):
         return self.network(x), *open_state(self.network)  # type: ignore[arg-type]
 
 
-def _open_means(stack: Stack) -> Tensor:
+def open_means(stack: Stack) -> Tensor:
     """P of every group of each big student, (R, G)."""
     big: Any = stack.skeleton
-    gates = [(big.gates[group.name], stack.parameters[f"gates.{group.name}.loc"]) for group in big.groups]
-    means = [open_probability(loc, gate.beta, gate.gamma, gate.zeta).mean(1) for gate, loc in gates]
+    means = []
+    for group in big.groups:
+        gate, loc = big.gates[group.name], stack.parameters[f"gates.{group.name}.loc"]
+        opened = open_probability(loc, gate.beta, gate.gamma, gate.zeta).sum(1)
+        means.append(opened / (big.num_teachers * group.size))  # candidates that were dropped count as closed
     return torch.stack(means, 1)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
 from fastmerge.gate_budget import GateBudget
-from fastmerge.kernels.gate import open_probability
 from fastmerge.merging.gate_report import gate_warnings, origins
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.job_stages import train_stage
@@ -20,7 +19,8 @@ from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Outcome, Reporter, predictions, state_on_cpu
 from fastmerge.training.scores import Curves, score, spread
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import EpochLosses, Stage
+from fastmerge.training.stacked import EpochLosses, Stage, open_means
+from fastmerge.training.stacks import Stacks
 
 TEACHERS = 2
 
@@ -42,6 +42,7 @@ class _StudentRun:
         self.open_probability: list[dict[str, Tensor]] = []
         self.lam: list[float | None] = []
         self.kept: list[dict[str, list[int]] | None] = [None] * self.size
+        self.left: list[dict[str, Any]] = []  # of each compaction: its epoch, whom each replicate kept, and how many
         self.teacher_scores: dict[str, Tensor] = {}
         if state.records is not None:
             self._restore(dict(state.records))
@@ -66,6 +67,7 @@ class _StudentRun:
                 "open_probability": self._gates(),
                 "borders": self.borders,
                 "kept": self.kept,
+                "compactions": self._compactions(),
             },
         )
 
@@ -99,15 +101,13 @@ class _StudentRun:
         before = _open_probabilities(stack)
         first = TEACHERS * 2 * self.recipe.unit
         for losses in self._merge_epochs(stack):
-            stack = self.big_stack
-            self.open_probability.append(_open_probabilities(stack))
+            self.open_probability.append(_open_probabilities(self.big_stack))
             self.lam.append(losses.lam)
             if self._is_tested(losses.epoch, self.recipe.unit):
-                self._record(first + losses.epoch, {"train_loss": losses.loss, **self._score(stack)})
-        stack = self.big_stack  # all its epochs may have been done before the run was interrupted
-        bigs: list[Any] = stack.networks()
-        if "big student" not in self.borders:
-            self._border("big student", stack)
+                self._record(first + losses.epoch, {"train_loss": losses.loss, **self._score(self.big_stack)})
+        bigs: list[Any] = self.big_stack.networks()
+        if "big student" not in self.borders:  # all its epochs may have been done before the run was interrupted
+            self._border("big student", self.big_stack)
             self._warn_of_gates(before, self.open_probability[-1])
             for row, big in zip(self.rows, bigs, strict=True):
                 self.kept[row] = origins(big)
@@ -116,22 +116,48 @@ class _StudentRun:
         return compressed
 
     def _merge_epochs(self, stack: Stack) -> Iterator[EpochLosses]:
-        """The merge stage of ``big_stack``, epoch by epoch. Linking restarts the momentum, which ten steps build up again."""
-        self.big_stack = stack
-        lam = self._weight_of_gates()
-        before, after = self.recipe.merge_stages()
-        options: dict[str, Any] = {"lam": lam, "gates": _gate_names(stack), "total": self.recipe.unit}
-        for losses in self._train(stack, before, self.rows, **options):
-            yield losses
-        if not after.epochs:
+        """The merge stage of ``big_stack``, epoch by epoch.
+
+        Linking and compaction restart the momentum, which ten steps build up again.
+        """
+        self.big_stack: Stack | Stacks = stack
+        recipe, gates = self.recipe, _gate_names(stack)
+        options: dict[str, Any] = {"lam": self._weight_of_gates(), "gates": gates, "total": recipe.unit}
+        for first, part in recipe.merge_parts():
+            if first in (recipe.link_from, *recipe.compact_from):
+                bigs: list[Any] = self.big_stack.networks()
+                if first == recipe.link_from:
+                    for big in bigs:
+                        big.link()
+                if first in recipe.compact_from:
+                    self._compact(first, bigs)
+                self.big_stack = Stack(bigs) if all(map(_is_whole, bigs)) else Stacks(bigs)
+            for losses in self._train(self.big_stack, part, self.rows, done=first, **options):
+                yield EpochLosses(first + losses.epoch, losses.loss, losses.gate_loss, losses.lam)
+
+    def _compact(self, epoch: int, bigs: list[Any]) -> None:
+        """Drops what is closed for good, or what was dropped before the run was interrupted."""
+        known = next((each["candidates"] for each in self.left if each["epoch"] == epoch), None)
+        if known is not None:
+            for big, candidates in zip(bigs, known, strict=True):
+                big.keep_only(candidates)
             return
-        bigs: list[Any] = stack.networks()
         for big in bigs:
-            big.link()
-        self.big_stack = stack = Stack(bigs)
-        options["done"] = before.epochs
-        for losses in self._train(stack, after, self.rows, **options):
-            yield EpochLosses(before.epochs + losses.epoch, losses.loss, losses.gate_loss, losses.lam)
+            big.compact()
+        shrunk = [{name: gate for name, gate in big.gates.items() if gate.candidates is not None} for big in bigs]
+        candidates = [{name: gate.candidates.cpu() for name, gate in gates.items()} for gates in shrunk]
+        counts = [{name: gate.channels for name, gate in big.gates.items()} for big in bigs]
+        self.left.append({"epoch": epoch, "candidates": candidates, "counts": counts})
+
+    def _compactions(self) -> list[dict[str, Any]]:
+        """After which epochs of the merge stage channels were dropped, and how many of each group each replicate had left."""
+        found = []
+        for each in self.left:
+            counts: list[dict[str, int] | None] = [None] * self.size
+            for row, left in zip(self.rows, each["counts"], strict=True):
+                counts[row] = left
+            found.append({"epoch": each["epoch"], "left": counts})
+        return found
 
     def _weight_of_gates(self) -> QuadraticLambda | GateBudget:
         if self.recipe.gate_schedule == "quadratic":
@@ -148,7 +174,7 @@ class _StudentRun:
         self._border("student", stack)
         return stack
 
-    def _train(self, stack: Stack, stage: Stage, rows: list[int], **options: Any) -> Iterator[EpochLosses]:
+    def _train(self, stack: Stack | Stacks, stage: Stage, rows: list[int], **options: Any) -> Iterator[EpochLosses]:
         arguments = (self.job, stack, self.data, stage, rows, self.reporter, self.state, self._records)
         return train_stage(*arguments, **options)
 
@@ -159,6 +185,7 @@ class _StudentRun:
             "open_probability": self.open_probability,
             "lam": self.lam,
             "kept": self.kept,
+            "left": self.left,
             "teacher_scores": self.teacher_scores,
         }
 
@@ -169,14 +196,14 @@ class _StudentRun:
     def _is_tested(self, epoch: int, last: int) -> bool:
         return epoch % self.recipe.test_every == 0 or epoch == last
 
-    def _score(self, stack: Stack) -> dict[str, Tensor]:
+    def _score(self, stack: Stack | Stacks) -> dict[str, Tensor]:
         return score(stack, self.data, self.recipe.criterion)
 
     def _record(self, epoch: int, values: dict[str, Tensor]) -> None:
         full = {name: spread(value.double(), self.rows, self.size) for name, value in values.items()}
         self.curves.add(epoch, full)
 
-    def _border(self, name: str, stack: Stack) -> None:
+    def _border(self, name: str, stack: Stack | Stacks) -> None:
         if name in self.borders:
             return
         self.borders[name] = spread(self._score(stack)[self.recipe.metric], self.rows, self.size).tolist()
@@ -198,17 +225,19 @@ def _mean_of_two(values: Tensor) -> Tensor:
     return values.view(-1, TEACHERS).mean(1)
 
 
+def _is_whole(big: BigStudent) -> bool:
+    gates: Any = big.gates
+    return all(gates[group.name].channels == big.num_teachers * group.size for group in big.groups)
+
+
 def _gate_names(stack: Stack) -> set[str]:
     big: Any = stack.skeleton
     gates = {id(parameter) for parameter in big.gate_parameters()}
     return {name for name, parameter in big.named_parameters() if id(parameter) in gates}
 
 
-def _open_probabilities(stack: Stack) -> dict[str, Tensor]:
+def _open_probabilities(stack: Stack | Stacks) -> dict[str, Tensor]:
     """Mean P[g > 0] of every channel group, (R,), on the CPU."""
-    big: Any = stack.skeleton
-    found = {}
-    for group, gate in big.gates.items():
-        loc = stack.parameters[f"gates.{group}.loc"]
-        found[group] = open_probability(loc, gate.beta, gate.gamma, gate.zeta).mean(1).cpu()
-    return found
+    big: Any = stack.parts[0].skeleton
+    means = torch.cat([open_means(part) for part in stack.parts]).cpu()
+    return {group.name: means[:, number] for number, group in enumerate(big.groups)}
