@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -172,18 +173,20 @@ def evaluate(
         processes: That share the data; however unevenly, every sample counts once.
 
     Raises:
-        FloatingPointError: As ``Tally.add``.
+        FloatingPointError: As ``Tally.add``, in all processes.
     """
     mode = network.training
     network.eval()
     try:
         tally = Tally()
-        for inputs, target in setting.batches(loader):
-            output, loss = setting.apply(network, inputs, target)
-            tally.add(output, target, len(inputs[0]), loss=loss)
-            if after_step is not None:
-                after_step()
-        tally.read()
+        whole = contextlib.nullcontext() if processes is None else processes.together(FloatingPointError)
+        with whole:
+            for inputs, target in setting.batches(loader):
+                output, loss = setting.apply(network, inputs, target)
+                tally.add(output, target, len(inputs[0]), loss=loss)
+                if after_step is not None:
+                    after_step()
+            tally.read()
         return tally.score(processes)
     finally:
         network.train(mode)

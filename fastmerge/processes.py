@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,22 +20,28 @@ class ProcessLostError(RuntimeError):
     """Another process of the run ended, or can't be reached."""
 
 
+_PATIENCE = timedelta(days=365)  # of groups that wait for each other; a process that dies is noticed all the same
+
+
 class Processes:
     """The default process group of torch.distributed where there is one, else this process alone.
 
-    Every method that tells or asks must be called by all processes, in the same order.
+    Every method that tells or asks must be called by all processes, in the same order, and raises ProcessLostError where
+    another one is gone.
 
     Args:
         device: Where tensors of messages go, for backends that know one kind of device.
+        group: Some of the processes, as torch.distributed made it, instead of all.
 
     Attributes:
         rank, size: Which process this is, and of how many.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        self.device, self.group = device, group
         together = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if together else (0, 1)
+        self._first = 0 if group is None else dist.get_global_rank(group, 0)
 
     @property
     def is_first(self) -> bool:
@@ -67,7 +75,8 @@ class Processes:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with self.watched():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def from_first(self, value: Any) -> Any:
@@ -75,14 +84,38 @@ class Processes:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with self.watched():
+            dist.broadcast_object_list(values, src=self._first, group=self.group)
         return values[0]
 
     def share_buffers(self, network: nn.Module) -> None:
         """Gives every process the first one's buffers, such as running statistics, of which each has its own."""
-        if self.size > 1:
-            for buffer in network.buffers():
-                dist.broadcast(buffer, src=0)
+        self.share_tensors(list(network.buffers()))
+
+    def share_tensors(self, tensors: list[Tensor], source: int = 0) -> None:
+        """Gives every process, in place, the tensors of one, the first unless another is named."""
+        if self.size == 1:
+            return
+        source = source if self.group is None else dist.get_global_rank(self.group, source)
+        with self.watched():
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()  # messages know no strides
+                dist.broadcast(whole, src=source, group=self.group)
+                if whole.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(whole)
+
+    @contextlib.contextmanager
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Where exceptions of these kinds are raised within this context, all processes raise one, at its end: the one whose
+        arguments are the least, such as the first step's.
+        """
+        problem = None
+        try:
+            yield
+        except kinds as error:
+            problem = error
+        if self.most(problem is not None)[0]:
+            raise min((error for error in self.gather(problem) if error is not None), key=lambda error: error.args)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network with gradients averaged over the processes; itself where there is one process.
@@ -92,7 +125,23 @@ class Processes:
         if self.size == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids)
+        return DistributedDataParallel(network, device_ids=ids, process_group=self.group)
+
+    def split(self, parts: int) -> Split:
+        """Divides the processes into so many groups of equal size, neighbours together.
+
+        Raises:
+            ValueError: They can't be divided evenly.
+        """
+        size, rest = divmod(self.size, parts)
+        if rest or not size:
+            raise ValueError(
+                f"{parts} groups of equal size need a multiple of {parts} processes; there are {self.size}"
+            )
+        groups = [dist.new_group(range(part * size, (part + 1) * size)) for part in range(parts)]
+        mine = self.rank // size
+        waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return Split(mine, size, Processes(self.device, groups[mine]), Processes(torch.device("cpu"), waiting))
 
     def check_same(self, what: str, value: str) -> None:
         """Raises where the processes don't have the same.
@@ -113,6 +162,8 @@ class Processes:
         """
         try:
             yield
+        except ProcessLostError:
+            raise
         except RuntimeError as error:
             if self.size > 1 and _is_of_a_message(error):
                 raise ProcessLostError(
@@ -123,9 +174,31 @@ class Processes:
 
     def _reduced(self, values: list[float], operation: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, operation)
+        with self.watched():
+            dist.all_reduce(tensor, operation, group=self.group)
         found: list[float] = tensor.tolist()
         return found
+
+
+@dataclass(frozen=True)
+class Split:
+    """All processes, divided into groups.
+
+    Attributes:
+        number: Of this process's group.
+        size: Processes in each.
+        own: The processes of this one's group.
+        waiting: All processes, for a group that has to wait for another, however long.
+    """
+
+    number: int
+    size: int
+    own: Processes
+    waiting: Processes
+
+    def first_of(self, number: int) -> int:
+        """The rank of a group's first process among all."""
+        return number * self.size
 
 
 def without_averaging(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:

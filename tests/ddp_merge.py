@@ -40,6 +40,19 @@ class Normed(Net):
         self.conv = nn.Sequential(self.conv, nn.BatchNorm2d(4))
 
 
+class Wide(nn.Module):
+    """BatchNorms of images and of vectors, of enough channels to drop some before linking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24)
+        self.hidden, self.flat, self.head = nn.Linear(24, 24), nn.BatchNorm1d(24, momentum=None), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.head(self.flat(self.hidden(x)).relu())
+
+
 def coloured(seed: int = 0, num_classes: int = 2) -> nn.Module:
     """A network for coloured images of any size."""
     torch.manual_seed(seed)
@@ -102,14 +115,19 @@ def run(rank: int, size: int, directory: Path | None = None, accumulate: int = 1
 # Work for a process; what it returns is pickled.
 
 
-def merged(rank: int, size: int, *arguments: Any) -> dict[str, Any]:
-    student, history = run(rank, size, *arguments)
+def merged(rank: int, size: int, *arguments: Any, **options: Any) -> dict[str, Any]:
+    student, history = run(rank, size, *arguments, **options)
     return {"student": {k: v.numpy() for k, v in student.state_dict().items()}, "history": history.record()}
 
 
 def normed(rank: int, size: int) -> dict[str, Any]:
     student, _ = run(rank, size, make=Normed)
     return {name: value.tolist() for name, value in student.state_dict().items()}
+
+
+def synced(rank: int, size: int, wanted: bool = True) -> dict[str, Any]:
+    """A merge with BatchNorm over all processes: block-diagonal, compacted, linked, compacted, fine-tuned."""
+    return merged(rank, size, None, 1, make=Wide, sync_batch_norm=wanted, compact_at=0.25)
 
 
 def interrupted(rank: int, size: int, directory: Path, number: int, at: int) -> None:
@@ -143,6 +161,19 @@ def draws(rank: int, size: int) -> list[float]:
 
 def _drawn_gates(gate: HardConcrete) -> None:
     nn.init.normal_(gate.loc, 1.0, 0.01)
+
+
+def diverging(rank: int, size: int, training: bool) -> Any:
+    """The last process alone comes upon NaN, in the third step or in the first validation after it."""
+    made = 0
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal made
+        made += output.requires_grad
+        bad = rank == size - 1 and made >= 3 and output.requires_grad == training
+        return cross_entropy(output, target) * (float("nan") if bad else 1.0)
+
+    return run(rank, size, criterion=criterion)
 
 
 def uneven(rank: int, size: int) -> Any:

@@ -20,7 +20,7 @@ from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, GraphedStep, why_not_captured
 from fastmerge.merging.step import MergeStep, Weight
-from fastmerge.merging.trainer import Trainer
+from fastmerge.merging.steps import Steps
 from fastmerge.schedules import QuadraticLambda
 from teachers import make_teachers, set_gates
 
@@ -226,13 +226,13 @@ def test_merge_by_this_step_is_merge_as_ever(monkeypatch: pytest.MonkeyPatch) ->
             _, history = fastmerge.merge(teachers, batches, progress=False, **options)
         return [(record.train.loss, record.gate_loss) for record in history.epochs]
 
-    def step_of(trainer: Trainer, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> MergeStep:
+    def step_of(trainer: Steps, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> MergeStep:
         return MergeStep(network, optimizers, trainer.setting, trainer.scaler, lam)
 
     for schedule in ("quadratic", "budget"):
         expected = run(schedule)
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_graphed", step_of)
+            patch.setattr(Steps, "_graphed", step_of)
             assert run(schedule) == expected
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ddp_merge
-from ddp_merge import draws, interrupted, merged, normed, uneven
+from ddp_merge import diverging, draws, interrupted, merged, normed, uneven
 from gloo import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -63,6 +63,14 @@ def test_processes_with_unequal_loaders_are_refused():
     assert set(found.values()) == {
         "ValueError: processes that merge together need equally many batches each; they have [4, 3]"
     }
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_in_one_process_ends_all_with_the_same_error(training):
+    found = together(2, diverging, training)
+    assert len(set(found.values())) == 1, found
+    where = "step 3" if training else "step 1"
+    assert found[0].startswith(f"FloatingPointError: the loss became nan in {where} of epoch 1 of the merge stage")
 
 
 def test_a_signal_to_one_stops_all_and_any_number_of_processes_go_on(alone, tmp_path):

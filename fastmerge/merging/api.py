@@ -22,6 +22,7 @@ from fastmerge.merging.checks import (
     check_processes,
     check_teachers,
 )
+from fastmerge.merging.execution import Execution
 from fastmerge.merging.plan import CompactAt, GateSchedule, MergePlan, describe_options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.stages import train_student
@@ -66,6 +67,8 @@ def merge(
     compact_at: CompactAt = None,
     merge_milestones: Sequence[int] | None = None,
     val_every: int = 1,
+    compile: bool = False,
+    sync_batch_norm: bool = False,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -126,6 +129,11 @@ def merge(
             either closed or open for good; None drops nothing. ``history.compactions`` tells what went when.
         merge_milestones: Epochs of the merge stage after which the weights' learning rate is divided by ten; None is none.
         val_every: Epochs of a stage between two scores on the validation data; its last epoch always has one.
+        compile: Whether networks run under torch.compile, which takes a minute or so for each stage and shape of batch; the
+            log says what was compiled, and a warning what could not be and runs eagerly. Whatever else the caller has
+            compiled is compiled anew afterwards. A CUDA graph then needs ``cuda_graph=True``.
+        sync_batch_norm: Whether BatchNorm takes its statistics in training over the batches of all processes, instead of each
+            process over its own. On CUDA devices it is then not fused with what follows it.
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.
@@ -156,18 +164,19 @@ def merge(
         milestones=milestones,
     )
     teachers = check_teachers(teachers)
-    check_count("accumulate", "the batches per step", accumulate)
+    execution = Execution(accumulate, cuda_graph, compile, sync_batch_norm)
     check_count("val_every", "the epochs between two scores", val_every)
     setting = Setting(check_device(device, teachers[0]), criterion, autocast, channels_last)
-    if cuda_graph and setting.device.type != "cuda":
-        raise ValueError(f"cuda_graph=True needs a CUDA device; got {setting.device}")
+    processes = Processes(setting.device)
+    execution.check(setting.device, processes)
     cuda = [setting.device] if setting.device.type == "cuda" else []
     snapshots = None
     if checkpoint_dir is not None:
         others = {"criterion": criterion, "autocast": autocast, "channels_last": channels_last, "seed": seed}
+        others |= {"sync_batch_norm": True} if sync_batch_norm else {}  # not in checkpoints of before there was one
         snapshots = Snapshots(checkpoint_dir, plan.options() | describe_options(others) | fingerprints(teachers))
         check_checkpoints(snapshots, resume)
-    history, processes = History(len(teachers)), Processes(setting.device)
+    history = History(len(teachers))
     check_processes(processes, train_loader, teachers)
     state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history, processes)
     with (
@@ -190,10 +199,9 @@ def merge(
             state,
             stop,
             processes,
-            accumulate,
+            execution,
             bar,
             callback,
-            cuda_graph,
             val_every,
         )
         student = train_student(teachers, _examples(inputs, teachers[0]), plan, schedule, trainer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -13,14 +15,14 @@ from torch.utils.data.distributed import DistributedSampler
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally, evaluate
-from fastmerge.gate_budget import GateBudget
 from fastmerge.history import EpochRecord, History, Score, Stage
+from fastmerge.merging.execution import Execution
 from fastmerge.merging.gate_report import open_probabilities
-from fastmerge.merging.graphed_step import GraphedStep
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.state import MergeState
-from fastmerge.merging.step import MergeStep, Weight, losses
-from fastmerge.processes import Processes, ProcessLostError, seed_of_rank, without_averaging
+from fastmerge.merging.step import Weight
+from fastmerge.merging.steps import Steps
+from fastmerge.processes import Processes, ProcessLostError, seed_of_rank
 from fastmerge.resuming.random_states import random_states
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.schedules import QuadraticLambda
@@ -39,10 +41,9 @@ class Trainer:
         state: Writes checkpoints, and goes on from one.
         stop: Signals that ask to stop; met between steps, after a checkpoint.
         processes: That merge together.
-        accumulate: Batches per optimizer step.
+        execution: How steps are run.
         bar: Where progress shows.
         callback: Called with each epoch's record, in the first process.
-        cuda_graph: Whether steps are captured as a CUDA graph; None: where that is measured to be faster.
         val_every: Epochs of a stage between two scores; its last epoch always has one.
     """
 
@@ -55,24 +56,16 @@ class Trainer:
         state: MergeState,
         stop: StopRequests,
         processes: Processes,
-        accumulate: int,
+        execution: Execution,
         bar: Progress,
         callback: Callable[[EpochRecord], object] | None,
-        cuda_graph: bool | None = None,
         val_every: int = 1,
     ) -> None:
         self.train_loader, self.val_loader, self.setting = train_loader, val_loader, setting
         self.history, self.state, self.stop, self.bar, self.callback = history, state, stop, bar, callback
-        self.processes, self.accumulate = processes, accumulate
-        if cuda_graph and (processes.size > 1 or accumulate > 1):
-            raise ValueError(
-                f"cuda_graph=True needs one process and accumulate=1; got {processes.size} processes and {accumulate=}"
-            )
-        self.cuda_graph = cuda_graph
+        self.processes, self.accumulate = processes, execution.accumulate
         self.val_every, self._stage_epochs = val_every, 0
-        self._graph: GraphedStep | None = None
-        # One for both stages: its scale is worth keeping. float16 alone has too little range for gradients.
-        self.scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
+        self._run = Steps(setting, execution, processes, bar)
 
     def score(self, border: str, network: nn.Module) -> None:
         """Scores a network at a border between stages, where there is validation data."""
@@ -93,13 +86,14 @@ class Trainer:
             network: Trained in it.
             parts: What else changes with it: optimizers, λ, a scheduler.
         """
-        done = self.state.begin(stage, network, {**parts, "scaler": self.scaler})
+        done = self.state.begin(stage, network, {**parts, "scaler": self._run.scaler})
         self.bar.start(stage, total, self.train_loader, done)
         self._stage_epochs = total
         for epoch in range(done, total):
             yield epoch
-            self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
-        self._graph = None  # and with it its memory
+            with self._whereabouts():
+                self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
+        self._run.end_stage()
 
     def epoch(self, stage: Stage, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> None:
         """Trains one epoch; with a weight of the gates, the network is a big student.
@@ -113,10 +107,11 @@ class Trainer:
         sampler = getattr(self.train_loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):  # it shuffles by the number of the epoch alone
             sampler.set_epoch(len(self.history.epochs))
-        tally = Tally()
+        # several processes read their losses together, since all must know where one came upon NaN
+        tally = Tally() if self.processes.size == 1 else Tally(every=sys.maxsize)
         random = None
         try:
-            with self.processes.watched():
+            with self._whereabouts(), self.processes.watched():
                 self._train(network, optimizers, lam, tally)
                 random = random_states(self.setting.device)
                 score = tally.score(self.processes)
@@ -130,8 +125,6 @@ class Trainer:
             tally.read()
             self.state.save(random or random_states(self.setting.device), tally)
             raise
-        except ProcessLostError as error:
-            raise ProcessLostError(f"{error}{self.state.whereabouts()}") from error
         record = EpochRecord(
             stage=stage,
             epoch=epoch,
@@ -156,60 +149,15 @@ class Trainer:
 
     def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None, tally: Tally) -> None:
         network.train()
-        # anew each epoch, before which linking may have changed parameters' shapes
-        model = self.processes.wrap(network)
-        graphed = self._graphed(network, optimizers, lam)
-        for batches in self._steps(tally):
-            if graphed is not None:
-                ((inputs, target),) = batches
-                output, each = graphed(inputs, target)
-                self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
-            else:
-                self._eager(network, model, optimizers, lam, batches, tally)
-            if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.accumulate) == 0:
-                self._pause(tally)
+        with self._run.of_epoch(network, optimizers, lam) as step:
+            for batches in self._steps(tally):
+                step(batches, tally)
+                if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.accumulate) == 0:
+                    self._pause(tally)
         if self.processes.size > 1:
             self._pause(tally)
         tally.read()
         self.processes.share_buffers(network)
-
-    def _eager(
-        self,
-        network: nn.Module,
-        model: nn.Module,
-        optimizers: list[Optimizer],
-        lam: Weight | None,
-        batches: list[Any],
-        tally: Tally,
-    ) -> None:
-        """A step of several batches, or of several processes."""
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        samples = sum(len(inputs[0]) for inputs, _ in batches)
-        for number, (inputs, target) in enumerate(batches, start=1):
-            share = len(inputs[0]) / samples if samples else 1.0
-            with without_averaging(model, number < len(batches)):
-                output, each, whole, _ = losses(network, model, inputs, target, self.setting, lam)
-                self.scaler.scale(whole * share if len(batches) > 1 else whole).backward()
-            fresh = tally.add(output, target, len(inputs[0]), **each)
-            self.bar.step(tally, fresh=fresh)
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        if isinstance(lam, GateBudget):
-            lam.step()
-
-    def _graphed(
-        self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None
-    ) -> MergeStep | GraphedStep | None:
-        """The step of a merge on one CUDA device, from epoch to epoch the same; None for others."""
-        single = self.processes.size == 1 and self.accumulate == 1
-        if self.cuda_graph is False or not single or self.setting.device.type != "cuda":
-            return None
-        if self._graph is None:
-            self._graph = GraphedStep(MergeStep(network, optimizers, self.setting, self.scaler, lam), self.cuda_graph)
-        self._graph.renew()
-        return self._graph
 
     def _steps(self, tally: Tally) -> Iterator[list[Any]]:
         """The epoch's batches that are left, as many at a time as make a step."""
@@ -222,6 +170,9 @@ class Trainer:
 
         Processes do so together; to ask each other takes time, so that several do it only now and then.
         """
+        if self.processes.size > 1:
+            with self.processes.together(FloatingPointError):
+                tally.read()
         number, due = self.processes.most(self.stop.number or 0, self.state.is_due())
         if number:
             raise Interrupted(int(number))
@@ -246,7 +197,16 @@ class Trainer:
         assert self.val_loader is not None
         alone = self.processes.size == 1  # several processes stop together, between steps
         after_step = self.stop.raise_if_any if alone else None
-        return evaluate(network, self.val_loader, self.setting, after_step, self.processes)
+        loader, setting, processes = self.val_loader, self.setting, self.processes
+        return self._run.compiler.run(lambda: evaluate(network, loader, setting, after_step, processes))
+
+    @contextmanager
+    def _whereabouts(self) -> Iterator[None]:
+        """A process that is lost ends this one with an error that names the last checkpoint."""
+        try:
+            yield
+        except ProcessLostError as error:
+            raise ProcessLostError(f"{error}{self.state.whereabouts()}") from error
 
     def _blame(self, stage: Stage, epoch: int, lr: float, step: int, loss: str, value: float) -> str:
         where = f"the {loss.replace('_', ' ')} became {value} in step {step} of epoch {epoch} of the {stage} stage"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging import merge
 from fastmerge.merging.checks import check_checkpoints
+from fastmerge.merging.execution import Execution
 from fastmerge.merging.plan import MergePlan, describe_options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.stages import finetune
@@ -47,6 +48,8 @@ class Place:
         checkpoint_seconds: at least so many between two checkpoints.
         resume: whether to go on from those that are there.
         progress: whether to show a bar; None on a terminal.
+        execution: how steps are run.
+        group: the processes that train, where they are not all.
     """
 
     data: Path
@@ -60,6 +63,13 @@ class Place:
     checkpoint_seconds: float = 300.0
     resume: bool = False
     progress: bool | None = None
+    execution: Execution = field(default_factory=Execution)
+    group: Processes | None = None
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train a network together."""
+        return Processes(self.device) if self.group is None else self.group
 
     def loaders(self, recipe: LoaderRecipe, *path: int | str) -> ImageLoaders:
         """Loaders with an order and changes of their own.
@@ -68,10 +78,10 @@ class Place:
             ValueError, FileNotFoundError, ImportError: as :func:`~fastmerge.data.loading.image_loaders`, and where there
                 are more classes than the recipe has, or images without three channels.
         """
-        processes = Processes(self.device)
+        processes = self.processes
         made = image_loaders(
             self.data,
-            processes.share(recipe.batch_size),
+            processes.share(recipe.batch_size, self.execution.accumulate),
             image_size=recipe.image_size,
             augmentation=recipe.augmentation,
             loader=self.loader,
@@ -121,10 +131,11 @@ def train_network(
     snapshots, directory = None, place.checkpoint(*path)
     if directory is not None:
         others = describe_options({"autocast": place.autocast, "seed": place.seed})
+        others |= {"sync_batch_norm": True} if place.execution.sync_batch_norm else {}
         snapshots = Snapshots(directory, numbers.options() | others | fingerprints([network]))
         check_checkpoints(snapshots, place.resume)
     setting.place(network)
-    history, processes = History(1), Processes(place.device)
+    history, processes = History(1), place.processes
     state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history, processes)
     title, shown = " ".join(map(str, path)), place.progress if processes.is_first else False
 
@@ -145,7 +156,7 @@ def train_network(
             state,
             stop,
             processes,
-            1,
+            place.execution,
             bar,
             note,
             val_every=recipe.test_every,
@@ -173,6 +184,7 @@ def train_merge(
         lam_start=recipe.lam_start,
         lam_step=recipe.lam_step,
         gate_schedule=recipe.gate_schedule,
+        compact_at=recipe.compact_at,
         finetune_lr=recipe.finetune.lr,
         schedule=recipe.finetune.schedule,
         device=place.device,
@@ -185,6 +197,7 @@ def train_merge(
         checkpoint_dir=place.checkpoint(*path),
         checkpoint_seconds=place.checkpoint_seconds,
         resume=place.resume,
+        **asdict(place.execution),
     )
 
 

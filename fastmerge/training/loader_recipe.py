@@ -71,6 +71,7 @@ class LoaderRecipe:
         lam_start, lam_step: λ grows as :class:`~fastmerge.QuadraticLambda`.
         gate_schedule: "quadratic" for λ, "budget" for a :class:`~fastmerge.GateBudget`, which needs no λ.
         link_at: fraction of the merge stage before the big student becomes dense.
+        compact_at: fraction of the merge stage after which closed channels are dropped, or "settled"; None never.
         test_every: epochs between two looks at the test data; the end of a stage always has one.
         source: where the choices come from.
     """
@@ -96,6 +97,7 @@ class LoaderRecipe:
     gate_schedule: Literal["quadratic", "budget"] = "quadratic"
     metric: Literal["test_accuracy"] = "test_accuracy"
     test_every: int = 1
+    compact_at: float | Literal["settled"] | None = None
 
     def __post_init__(self) -> None:
         student = 2 * self.teacher.epochs + self.merge.epochs + self.finetune.epochs

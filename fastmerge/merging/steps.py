@@ -1,0 +1,139 @@
+"""The training steps of a stage: eager, compiled, captured as a CUDA graph, of several batches, of several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fastmerge.big_student import BigStudent
+from fastmerge.evaluation import Setting, Tally
+from fastmerge.gate_budget import GateBudget
+from fastmerge.merging.compiling import Compiler
+from fastmerge.merging.execution import Execution
+from fastmerge.merging.graphed_step import GraphedStep
+from fastmerge.merging.progress import Progress
+from fastmerge.merging.step import MergeStep, Weight, losses
+from fastmerge.processes import Processes, without_averaging
+from fastmerge.synced_batch_norm import SyncedBatchNorm
+
+Step = Callable[[list[Any], Tally], None]
+
+
+class Steps:
+    """Makes the steps of each epoch as :class:`~fastmerge.merging.execution.Execution` says.
+
+    Args:
+        setting: Device, criterion and the like.
+        execution: How steps are run.
+        processes: That train together.
+        bar: Where progress shows.
+
+    Attributes:
+        scaler: Of the losses. One for both stages: its scale is worth keeping. float16 alone has too little range for
+            gradients.
+        compiler: Of the network in training.
+    """
+
+    def __init__(self, setting: Setting, execution: Execution, processes: Processes, bar: Progress) -> None:
+        execution.check(setting.device, processes)
+        self.setting, self.execution, self.processes, self.bar = setting, execution, processes, bar
+        self.scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
+        self.compiler = Compiler(execution.compile, processes.is_first)
+        self._graph: GraphedStep | None = None
+
+    @contextmanager
+    def of_epoch(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> Iterator[Step]:
+        """Gives ``step(batches, tally)``, to be called within this context.
+
+        Anew for each epoch, before which linking and compaction may have changed parameters' shapes.
+        """
+        self.compiler.renew(network)
+        graphed = self._graphed(network, optimizers, lam)
+        if graphed is not None:
+            yield partial(self._replay, graphed)
+            return
+        model = self.processes.wrap(network)
+        step = partial(self._eager, network, model, optimizers, lam)
+        if self.processes.size == 1 or not self.execution.sync_batch_norm:
+            yield step
+            return
+        with SyncedBatchNorm(self.processes.group), _plain_norms(network):
+            yield step
+
+    def end_stage(self) -> None:
+        """Lets go of what was made for a stage's network."""
+        self._graph = None  # and with it its memory
+        self.compiler.stop()
+
+    def _replay(self, graphed: GraphedStep, batches: list[Any], tally: Tally) -> None:
+        ((inputs, target),) = batches
+        output, each = self.compiler.run(lambda: graphed(inputs, target))
+        self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
+
+    def _eager(
+        self,
+        network: nn.Module,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        lam: Weight | None,
+        batches: list[Any],
+        tally: Tally,
+    ) -> None:
+        """A step of several batches, or of several processes."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        samples = sum(len(inputs[0]) for inputs, _ in batches)
+        for number, (inputs, target) in enumerate(batches, start=1):
+            share = len(inputs[0]) / samples if samples else 1.0
+            part = partial(self._gradients, network, model, inputs, target, lam, share if len(batches) > 1 else None)
+            with without_averaging(model, number < len(batches)):
+                output, each = self.compiler.run(part)
+            self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        if isinstance(lam, GateBudget):
+            lam.step()
+
+    def _gradients(
+        self,
+        network: nn.Module,
+        model: nn.Module,
+        inputs: Any,
+        target: Any,
+        lam: Weight | None,
+        share: float | None,
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        output, each, whole, _ = losses(network, model, inputs, target, self.setting, lam)
+        self.scaler.scale(whole if share is None else whole * share).backward()
+        return output, each
+
+    def _graphed(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> GraphedStep | None:
+        """The step of a merge on one CUDA device, from epoch to epoch the same; None for others."""
+        wanted = False if self.execution.compile and self.execution.cuda_graph is None else self.execution.cuda_graph
+        single = self.processes.size == 1 and self.execution.accumulate == 1
+        if wanted is False or not single or self.setting.device.type != "cuda":
+            return None
+        if self._graph is None:
+            self._graph = GraphedStep(MergeStep(network, optimizers, self.setting, self.scaler, lam), wanted)
+        self._graph.renew()
+        return self._graph
+
+
+@contextmanager
+def _plain_norms(network: nn.Module) -> Iterator[None]:
+    """Within this context a big student's BatchNorms are calls of their own, which can be synced."""
+    if not isinstance(network, BigStudent):
+        yield
+        return
+    before, network.fused = network.fused, False
+    try:
+        yield
+    finally:
+        network.fused = before
