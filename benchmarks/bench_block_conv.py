@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 from fastmerge.kernels import block_conv_passes as passes
-from fastmerge.kernels.block_conv_choice import SPLIT, device_milliseconds, run_beside_each_other
+from fastmerge.kernels.block_conv_choice import SPLIT, Run, device_milliseconds, run_beside_each_other
 from fastmerge.kernels.block_conv_formulas import Geometry, empty_channels_last, fetches_boxes
+from fastmerge.kernels.block_conv_problem import Problem
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -96,7 +97,7 @@ LAYERS = [
 ]
 
 
-def functions(layer: Layer, step: str, dtype: torch.dtype, joined: bool) -> Mapping[str, passes.Run]:
+def functions(layer: Layer, step: str, dtype: torch.dtype, joined: bool) -> Mapping[str, Run]:
     """The candidates of a pass, by name, on random tensors."""
     streams = 1 if joined else TEACHERS
 
@@ -108,7 +109,7 @@ def functions(layer: Layer, step: str, dtype: torch.dtype, joined: bool) -> Mapp
     xs, dys = random(layer.channels, layer.side, layer.side), random(layer.outputs, *layer.output)
     size = (TEACHERS * layer.outputs, layer.channels, layer.kernel, layer.kernel)
     weight = torch.randn(size, dtype=dtype, device="cuda").contiguous(memory_format=torch.channels_last)
-    problem = passes.Problem(TEACHERS, layer.geometry)
+    problem = Problem(TEACHERS, layer.geometry)
     if step == "forward":
         return passes.forward_candidates(problem, xs, weight, None)
     if step == "input gradient":

@@ -25,7 +25,8 @@ from fastmerge.kernels.block_conv_formulas import (
     live_blocks,
     refusal,
 )
-from fastmerge.kernels.block_conv_passes import Problem, worth_an_operation
+from fastmerge.kernels.block_conv_passes import worth_an_operation
+from fastmerge.kernels.block_conv_problem import Problem
 from torch import Tensor
 
 __all__ = ["LiveBlocks", "block_diagonal_conv2d", "block_sparse_conv2d", "grouped_conv2d", "live_blocks"]

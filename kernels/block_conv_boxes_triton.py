@@ -1,4 +1,4 @@
-"""Tensor descriptors of the block convolution: T streams as one array, and its lattices.
+"""Tensor descriptors of the block convolution: T streams as one array, its lattices, and how kernels read and write boxes.
 
 One launch serves all streams, so one TMA descriptor must reach all of them. Its five dimensions are (T, N, H, W, C), or
 (T, H, W, N, C) where a box holds one position of many samples: dimensions of 1 cost nothing in front, and a copy of the box
@@ -18,11 +18,62 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import triton
+import triton.language as tl
+from fastmerge.kernels.block_conv_formulas import Geometry
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # TMA holds a distance in 40 bits of bytes.
 _FARTHEST = 2**40
+# Bits of bfloat16 mean nothing to the interpreter's dot product.
+_UPCAST = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def load_box(array, stream, n, h, w, channel, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, SAMPLES: tl.constexpr):
+    """A box as a matrix (positions, channels); zeros where it lies outside."""
+    box = array.load([stream, h, w, n, channel] if SAMPLES else [stream, n, h, w, channel])
+    return box.reshape(POSITIONS, CHANNELS)
+
+
+@triton.jit
+def store_box(
+    array,
+    matrix,
+    stream,
+    n,
+    h,
+    w,
+    channel,
+    NB: tl.constexpr,
+    HB: tl.constexpr,
+    WB: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """Writes a matrix (positions, channels) as a box; nothing where it lies outside."""
+    if SAMPLES:
+        array.store([stream, h, w, n, channel], matrix.reshape(1, HB, WB, NB, CHANNELS))
+    else:
+        array.store([stream, n, h, w, channel], matrix.reshape(1, NB, HB, WB, CHANNELS))
+
+
+def shared_constants(geometry: Geometry, box: tuple[int, int, int]) -> dict[str, int | bool]:
+    """The constexpr arguments that the kernels of all passes take."""
+    return {
+        "NB": box[0],
+        "HB": box[1],
+        "WB": box[2],
+        "KERNEL_H": geometry.kernel[0],
+        "KERNEL_W": geometry.kernel[1],
+        "STRIDE": geometry.stride[0],
+        "PADDING_H": geometry.padding[0],
+        "PADDING_W": geometry.padding[1],
+        "DILATION_H": geometry.dilation[0],
+        "DILATION_W": geometry.dilation[1],
+        "UPCAST": _UPCAST,
+    }
 
 
 @dataclass(frozen=True)

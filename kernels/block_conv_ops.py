@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fastmerge.kernels import block_conv_passes as passes
 from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks, empty_channels_last
+from fastmerge.kernels.block_conv_problem import Problem
 from torch import Tensor
 
 
@@ -24,10 +25,10 @@ def _problem(
     padding: list[int],
     dilation: list[int],
     live: list[Tensor],
-) -> passes.Problem:
+) -> Problem:
     (r, s), (sh, sw), (ph, pw), (dh, dw) = weight_size[2:], stride, padding, dilation
     geometry = Geometry((r, s), (sh, sw), (ph, pw), (dh, dw))
-    return passes.Problem(groups, geometry, LiveBlocks(*live) if live else None)
+    return Problem(groups, geometry, LiveBlocks(*live) if live else None)
 
 
 @torch.library.custom_op("fastmerge::block_conv", mutates_args=())

@@ -19,19 +19,13 @@ Dims: T streams, N batch, H W positions, C channels; BN channels written by a ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.block_conv_boxes_triton import launches, weight_box
-from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks, dense_weight, empty_channels_last
-from fastmerge.kernels.block_conv_tiles import Tile, box_of
-from torch import Tensor
-
-# Bits of bfloat16 mean nothing to the interpreter's dot product.
-UPCAST = triton.knobs.runtime.interpret
+from fastmerge.kernels.block_conv_boxes_triton import load_box, shared_constants, store_box
+from fastmerge.kernels.block_conv_formulas import Geometry
+from fastmerge.kernels.block_conv_tiles import Tile
 
 
 @triton.jit
@@ -99,10 +93,7 @@ def _accumulate(
             shift_h = row * DILATION_H - (row_parity + PADDING_H - first_row) // STRIDE
             shift_w = column * DILATION_W - (column_parity + PADDING_W - first_column) // STRIDE
             w_tile = w.load([stream, weight_tap, channel, read]).reshape(BN, BK)
-        x_h = h + shift_h
-        x_w = w_position + shift_w
-        x_tile = x.load([x_stream, x_h, x_w, n, read] if SAMPLES else [x_stream, n, x_h, x_w, read])
-        x_tile = x_tile.reshape(NB * HB * WB, BK)
+        x_tile = load_box(x, x_stream, n, h + shift_h, w_position + shift_w, read, NB * HB * WB, BK, SAMPLES)
         if UPCAST:
             x_tile = x_tile.to(tl.float32)
             w_tile = w_tile.to(tl.float32)
@@ -112,40 +103,10 @@ def _accumulate(
     return acc
 
 
-@triton.jit
-def _store(
-    y,
-    tile,
-    stream,
-    n,
-    h,
-    w,
-    channel,
-    NB: tl.constexpr,
-    HB: tl.constexpr,
-    WB: tl.constexpr,
-    BN: tl.constexpr,
-    SAMPLES: tl.constexpr,
-):
-    if SAMPLES:
-        y.store([stream, h, w, n, channel], tile.reshape(1, HB, WB, NB, BN))
-    else:
-        y.store([stream, n, h, w, channel], tile.reshape(1, NB, HB, WB, BN))
-
-
 # Their values matter little, and each variant would be compiled by itself.
 _UNSPECIALIZED = [
-    *(
-        "blocks",
-        "channel_tiles",
-        "n_tiles",
-        "h_tiles",
-        "w_tiles",
-        "write_channels",
-        "streams",
-        "x_reversed",
-        "y_reversed",
-    )
+    *("blocks", "channel_tiles", "n_tiles", "h_tiles", "w_tiles"),
+    *("write_channels", "streams", "x_reversed", "y_reversed"),
 ]
 
 
@@ -248,111 +209,14 @@ def correlate_kernel(
     if TRANSPOSED:
         y_tile = y_tile.T
     if lattice == 0:
-        _store(y0, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
+        store_box(y0, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
     if GRADIENT and LATTICES == 4:
         if lattice == 1:
-            _store(y1, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
+            store_box(y1, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
         if lattice == 2:
-            _store(y2, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
+            store_box(y2, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
         if lattice == 3:
-            _store(y3, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
-
-
-def forward(
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    geometry: Geometry,
-    tile: Tile,
-    live: LiveBlocks | None = None,
-) -> list[Tensor]:
-    """Launches ``correlate_kernel`` for the forward pass.
-
-    Args:
-        xs: T tensors (N, C, H, W) of which TMA can fetch boxes, or one joined one (N, T·C, H, W).
-        weight: (T·K, C, R, S).
-        bias: (T·K,), or None.
-        groups: T.
-        geometry: of the convolution.
-        tile: of the kernel.
-        live: the live blocks of a block-sparse weight, T being 1.
-
-    Returns:
-        T tensors (N, K, H', W') in channels-last order, or one joined one.
-    """
-    n, _, height, width = xs[0].shape
-    outputs = weight.shape[0] // len(xs)
-    ys = [empty_channels_last(x, (n, outputs, *geometry.output_size(height, width))) for x in xs]
-    _correlate(xs, ys, weight, bias, groups, geometry, tile, live, gradient=False)
-    return ys
-
-
-def input_gradient(
-    dys: Sequence[Tensor],
-    weight: Tensor,
-    size: tuple[int, int],
-    groups: int,
-    geometry: Geometry,
-    tile: Tile,
-    live: LiveBlocks | None = None,
-) -> list[Tensor]:
-    """Launches ``correlate_kernel`` for the gradient of the inputs; ``size`` is theirs, (H, W)."""
-    channels = weight.shape[1] * groups // len(dys)
-    dxs = [empty_channels_last(dy, (dy.shape[0], channels, *size)) for dy in dys]
-    _correlate(dys, dxs, weight, None, groups, geometry, tile, live, gradient=True)
-    return dxs
-
-
-def _correlate(
-    reads: Sequence[Tensor],
-    writes: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    geometry: Geometry,
-    tile: Tile,
-    live: LiveBlocks | None,
-    gradient: bool,
-) -> None:
-    weight = dense_weight(weight)
-    outputs, channels = weight.shape[0] // groups, weight.shape[1]
-    written, read = (channels, outputs) if gradient else (outputs, channels)
-    stride = geometry.stride[0]
-    n, _, height, width = writes[0].shape
-    if gradient:
-        # A tile lies within one lattice; the first is the largest.
-        height, width = -(-height // stride), -(-width // stride)
-    box = (tile.positions, 1, 1) if tile.samples else box_of(tile.positions, n, height, width)
-    counts = [-(-size // edge) for size, edge in zip((n, height, width), box, strict=True)]
-    channel_tiles = triton.cdiv(written, tile.written)
-    blocks, lists = (0, 0), (None, None)
-    if live is not None:
-        blocks = live.block(weight.shape)
-        lists = (live.column_starts, live.column_rows) if gradient else (live.row_starts, live.columns)
-    constants = correlate_constants(geometry, tile, box, gradient, bias is not None, blocks)
-    weight_channels = (tile.read, tile.written) if gradient else (tile.written, tile.read)
-    for part, (x, y) in launches(groups, reads, writes):
-        rows = slice(part.start * outputs, part.stop * outputs)
-        programs = channel_tiles * counts[0] * counts[1] * counts[2] * x.count * (stride**2 if gradient else 1)
-        with torch.cuda.device_of(reads[0]):
-            correlate_kernel[(programs,)](
-                *x.boxes(box, tile.read, tile.samples, 1 if gradient else stride),
-                weight_box(weight[rows], x.count, *weight_channels),
-                *y.boxes(box, tile.written, tile.samples, stride if gradient else 1),
-                None if bias is None else bias[rows].contiguous(),
-                *lists,
-                triton.cdiv(read, tile.read),
-                channel_tiles,
-                *counts,
-                written,
-                x.count,
-                int(x.backwards),
-                int(y.backwards),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                **constants,
-            )
+            store_box(y3, y_tile, y_stream, n, h, w_position, channel, NB, HB, WB, BN, SAMPLES)
 
 
 def correlate_constants(
@@ -364,24 +228,13 @@ def correlate_constants(
     blocks: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
     """The constexpr arguments of ``correlate_kernel``; ``blocks`` are output and input channels of a live block, or 0."""
-    return {
-        "NB": box[0],
-        "HB": box[1],
-        "WB": box[2],
+    return shared_constants(geometry, box) | {
         "BN": tile.written,
         "BK": tile.read,
-        "KERNEL_H": geometry.kernel[0],
-        "KERNEL_W": geometry.kernel[1],
-        "STRIDE": geometry.stride[0],
-        "PADDING_H": geometry.padding[0],
-        "PADDING_W": geometry.padding[1],
-        "DILATION_H": geometry.dilation[0],
-        "DILATION_W": geometry.dilation[1],
         "LIVE_BLOCK": blocks[0 if gradient else 1],
         "WRITE_BLOCK": blocks[1 if gradient else 0],
         "BIAS": bias,
         "GRADIENT": gradient,
         "SAMPLES": tile.samples,
         "TRANSPOSED": tile.written >= 64 and not tile.samples,
-        "UPCAST": UPCAST,
     }

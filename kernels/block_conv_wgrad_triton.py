@@ -13,20 +13,15 @@ Dims: T streams, N batch, H W positions, C channels of x, K of dy; BM channels o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.block_conv_boxes_triton import launches
-from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks, empty_channels_last
-from fastmerge.kernels.block_conv_tiles import WeightTile, line_of
-from torch import Tensor
+from fastmerge.kernels.block_conv_boxes_triton import load_box, shared_constants
+from fastmerge.kernels.block_conv_formulas import Geometry
+from fastmerge.kernels.block_conv_tiles import WeightTile
 
-# Bits of bfloat16 mean nothing to the interpreter's dot product.
-UPCAST = triton.knobs.runtime.interpret
-_REDUCE_BLOCK = 1024
+REDUCE_BLOCK = 1024  # elements of a program that adds up
 
 
 @triton.jit
@@ -137,9 +132,7 @@ def wgrad_kernel(
                     w = step % w_boxes * WB
                     h = step // w_boxes % h_boxes * HB
                     n = step // w_boxes // h_boxes * NB
-                    dy_tile = dy.load([dy_stream, h, w, n, k] if SAMPLES else [dy_stream, n, h, w, k]).reshape(
-                        PIXELS, BM
-                    )
+                    dy_tile = load_box(dy, dy_stream, n, h, w, k, PIXELS, BM, SAMPLES)
                     even = x0 if parity == 0 else x2
                     odd = even if STRIDE == 1 else x1 if parity == 0 else x3
                     parity0: tl.constexpr = PADDING_W % STRIDE
@@ -148,23 +141,11 @@ def wgrad_kernel(
                     w0 = w + (0 * DILATION_W - PADDING_W - parity0) // STRIDE
                     w1 = w + (1 * DILATION_W - PADDING_W - parity1) // STRIDE
                     w2 = w + (2 * DILATION_W - PADDING_W - parity0) // STRIDE
-                    x_tile = (
-                        (odd if parity0 else even)
-                        .load([x_stream, x_h, w0, n, c] if SAMPLES else [x_stream, n, x_h, w0, c])
-                        .reshape(PIXELS, BN)
-                    )
+                    x_tile = load_box(odd if parity0 else even, x_stream, n, x_h, w0, c, PIXELS, BN, SAMPLES)
                     acc0 = _dot(dy_tile, x_tile, acc0, UPCAST)
-                    x_tile = (
-                        (odd if parity1 else even)
-                        .load([x_stream, x_h, w1, n, c] if SAMPLES else [x_stream, n, x_h, w1, c])
-                        .reshape(PIXELS, BN)
-                    )
+                    x_tile = load_box(odd if parity1 else even, x_stream, n, x_h, w1, c, PIXELS, BN, SAMPLES)
                     acc1 = _dot(dy_tile, x_tile, acc1, UPCAST)
-                    x_tile = (
-                        (odd if parity0 else even)
-                        .load([x_stream, x_h, w2, n, c] if SAMPLES else [x_stream, n, x_h, w2, c])
-                        .reshape(PIXELS, BN)
-                    )
+                    x_tile = load_box(odd if parity0 else even, x_stream, n, x_h, w2, c, PIXELS, BN, SAMPLES)
                     acc2 = _dot(dy_tile, x_tile, acc2, UPCAST)
     else:
         column_parity = (tap_column + PADDING_W) % STRIDE
@@ -175,15 +156,9 @@ def wgrad_kernel(
                     w = step % w_boxes * WB
                     h = step // w_boxes % h_boxes * HB
                     n = step // w_boxes // h_boxes * NB
-                    dy_tile = dy.load([dy_stream, h, w, n, k] if SAMPLES else [dy_stream, n, h, w, k]).reshape(
-                        PIXELS, BM
-                    )
+                    dy_tile = load_box(dy, dy_stream, n, h, w, k, PIXELS, BM, SAMPLES)
                     x = x0 if lattice == 0 else x1 if lattice == 1 else x2 if lattice == 2 else x3
-                    x_tile = x.load(
-                        [x_stream, h + shift_h, w + shift_w, n, c]
-                        if SAMPLES
-                        else [x_stream, n, h + shift_h, w + shift_w, c]
-                    ).reshape(PIXELS, BN)
+                    x_tile = load_box(x, x_stream, n, h + shift_h, w + shift_w, c, PIXELS, BN, SAMPLES)
                     acc0 = _dot(dy_tile, x_tile, acc0, UPCAST)
 
     taps = tap_row * KERNEL_W + tap_column
@@ -231,128 +206,15 @@ def reduce_kernel(
     tl.store(dw_ptr + offset, total.to(dw_ptr.dtype.element_ty), inside)
 
 
-def weight_gradient(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    groups: int,
-    geometry: Geometry,
-    tile: WeightTile,
-    live: LiveBlocks | None = None,
-) -> Tensor:
-    """Launches ``wgrad_kernel``, and ``reduce_kernel`` where the sum was split.
-
-    Args:
-        dys: T gradients (N, K, H', W') of which TMA can fetch boxes, or one joined one.
-        xs: T inputs (N, C, H, W) likewise.
-        groups: T.
-        geometry: of the convolution.
-        tile: of the kernel.
-        live: the live blocks of a block-sparse weight, T being 1.
-
-    Returns:
-        Gradient of the weight, (T·K, C, R, S) in channels-last order and the dtype of dy: exact zeros where no block is
-        live, and the same bits each time for the same tile.
-    """
-    streams = groups // len(dys)
-    outputs, channels = dys[0].shape[1] // streams, xs[0].shape[1] // streams
-    kernel_h, kernel_w = geometry.kernel
-    size = (groups * outputs, channels, kernel_h, kernel_w)
-    dw = empty_channels_last(dys[0], size)
-    block = (0, 0)
-    if live is not None:
-        block = live.block(dw.shape)
-        # Only live blocks are written.
-        dw.zero_()
-    n, _, height, width = dys[0].shape
-    box = line_of(n, height, width)
-    counts = [-(-extent // edge) for extent, edge in zip((n, height, width), box, strict=True)]
-    boxes = counts[0] * counts[1] * counts[2]
-    k_tiles, c_tiles = triton.cdiv(block[0] or outputs, tile.rows), triton.cdiv(block[1] or channels, tile.columns)
-    taps = kernel_h * (1 if tile.row_of_taps else kernel_w)
-    constants = wgrad_constants(geometry, tile, box, block)
-    row_stride = kernel_h * kernel_w * channels
-    lists = (None, None) if live is None else (live.rows, live.columns)
-    for part, (x, dy) in launches(groups, xs, dys):
-        parts = x.count if live is None else len(live.rows)
-        if parts == 0:
-            continue
-        per_split, splits = split(boxes, k_tiles * c_tiles * taps * parts, tile.programs)
-        out = dw[part.start * outputs : part.stop * outputs]
-        sums = out if splits == 1 else torch.empty((splits, out.numel()), dtype=torch.float32, device=dw.device)
-        with torch.cuda.device_of(dw):
-            wgrad_kernel[(k_tiles * c_tiles * taps * parts * splits,)](
-                *x.boxes(box, tile.columns, box[0] > 1, geometry.stride[0]),
-                *dy.boxes(box, tile.rows, box[0] > 1)[:1],
-                sums,
-                *lists,
-                out.numel(),
-                row_stride,
-                channels,
-                outputs,
-                k_tiles,
-                c_tiles,
-                parts,
-                boxes,
-                per_split,
-                *counts[1:],
-                int(x.backwards),
-                int(dy.backwards),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                **constants,
-            )
-            if splits > 1:
-                elements = out.numel() if live is None else block[0] * block[1] * kernel_h * kernel_w
-                reduce_kernel[(triton.cdiv(elements, _REDUCE_BLOCK), 1 if live is None else parts)](
-                    sums,
-                    out,
-                    *lists,
-                    splits,
-                    out.numel(),
-                    row_stride,
-                    channels,
-                    block[1] * kernel_h * kernel_w,
-                    elements,
-                    WRITE_BLOCK=block[0],
-                    READ_BLOCK=block[1],
-                    BLOCK=_REDUCE_BLOCK,
-                )
-    return dw
-
-
-def split(boxes: int, programs: int, wanted: int) -> tuple[int, int]:
-    """How to deal out a sum: boxes of positions for each program, and into how many parts that splits it.
-
-    Args:
-        boxes: to sum over.
-        programs: without splitting.
-        wanted: programs in all; a little more or fewer is fine.
-    """
-    splits = max(1, min(boxes, wanted // programs))
-    per_split = -(-boxes // splits)
-    return per_split, -(-boxes // per_split)
-
-
 def wgrad_constants(
     geometry: Geometry, tile: WeightTile, box: tuple[int, int, int], block: tuple[int, int] = (0, 0)
 ) -> dict[str, Any]:
     """The constexpr arguments of ``wgrad_kernel``; ``block`` is output and input channels of a live block, or 0."""
-    return {
-        "NB": box[0],
-        "HB": box[1],
-        "WB": box[2],
+    return shared_constants(geometry, box) | {
         "BM": tile.rows,
         "BN": tile.columns,
-        "KERNEL_H": geometry.kernel[0],
-        "KERNEL_W": geometry.kernel[1],
-        "STRIDE": geometry.stride[0],
-        "PADDING_H": geometry.padding[0],
-        "PADDING_W": geometry.padding[1],
-        "DILATION_H": geometry.dilation[0],
-        "DILATION_W": geometry.dilation[1],
         "SAMPLES": box[0] > 1,
         "ROW_OF_TAPS": tile.row_of_taps,
         "WRITE_BLOCK": block[0],
         "READ_BLOCK": block[1],
-        "UPCAST": UPCAST,
     }

@@ -186,7 +186,7 @@ def test_reduction(capability: int, block: tuple[int, int]) -> None:
     arguments = {"sums_ptr": "*fp32", "dw_ptr": "*bf16"} | dict.fromkeys(
         ["splits", "split_stride", "row_stride", "read_channels", "row_elements", "block_elements"], "i32"
     )
-    constants: dict[str, Any] = {"WRITE_BLOCK": block[0], "READ_BLOCK": block[1], "BLOCK": module._REDUCE_BLOCK}
+    constants: dict[str, Any] = {"WRITE_BLOCK": block[0], "READ_BLOCK": block[1], "BLOCK": module.REDUCE_BLOCK}
     lists = ["rows_ptr", "columns_ptr"]
     if block[0]:
         arguments |= dict.fromkeys(lists, "*i32")

@@ -94,26 +94,26 @@ def every_tile(
     most: int = 100,
 ) -> Iterator[tuple[str, str, Callable[[], list[Tensor]]]]:
     """Pass, tile and function of every candidate, all compiled when the first is handed out."""
-    from fastmerge.kernels import block_conv_triton, block_conv_wgrad_triton
+    from fastmerge.kernels import block_conv_launch_triton
 
     options = (case.streams, case.geometry)
     block = None if live is None else live.block(given.weight.shape)
     found: list[tuple[str, str, Callable[[], list[Tensor]]]] = []
     for tile in tiles(case.c, case.k, case.n, block)[:most]:
         forward = functools.partial(
-            block_conv_triton.forward, xs, given.weight, given.bias, *options, tile=tile, live=live
+            block_conv_launch_triton.forward, xs, given.weight, given.bias, *options, tile=tile, live=live
         )
         found.append(("y", tile.name, forward))
     for tile in tiles(case.k, case.c, case.n, None if block is None else (block[1], block[0]))[:most]:
         size = (case.height, case.width)
         gradient = functools.partial(
-            block_conv_triton.input_gradient, dys, given.weight, size, *options, tile=tile, live=live
+            block_conv_launch_triton.input_gradient, dys, given.weight, size, *options, tile=tile, live=live
         )
         found.append(("dx", tile.name, gradient))
     for weight_tile in weight_tiles(case.c, case.k, case.kernel, block)[:most]:
 
         def weight_gradient(weight_tile: object = weight_tile) -> list[Tensor]:
-            return [block_conv_wgrad_triton.weight_gradient(dys, xs, *options, tile=weight_tile, live=live)]
+            return [block_conv_launch_triton.weight_gradient(dys, xs, *options, tile=weight_tile, live=live)]
 
         found.append(("dw", weight_tile.name, weight_gradient))
     run_beside_each_other([run for _, _, run in found])
@@ -161,7 +161,7 @@ def test_live_blocks_against_float64(block: int, kernel: int, stride: int, kind:
 
 
 def test_streams_far_apart_share_a_launch() -> None:
-    from fastmerge.kernels import block_conv_triton
+    from fastmerge.kernels import block_conv_launch_triton
     from fastmerge.kernels.block_conv_boxes_triton import launches
 
     case = Case(2, 4, 8, 8, 64, 64, 3, 1)
@@ -170,19 +170,19 @@ def test_streams_far_apart_share_a_launch() -> None:
     xs = [given.xs[0].clone(), torch.cat([given.xs[1], given.xs[1]])[:4]]
     for order in (1, -1):
         assert len(launches(2, xs[::order], given.dys)) == 1
-    ys = block_conv_triton.forward(xs, given.weight, given.bias, 2, case.geometry, tiles(64, 64, 4)[0])
+    ys = block_conv_launch_triton.forward(xs, given.weight, given.bias, 2, case.geometry, tiles(64, 64, 4)[0])
     compare("y", ys, given)
     assert between.numel()
 
 
 def test_gradients_repeat_bit_by_bit() -> None:
-    from fastmerge.kernels import block_conv_wgrad_triton
+    from fastmerge.kernels import block_conv_launch_triton
 
     case = LAYERS[3]
     given = given_for(case, torch.bfloat16)
     for tile in weight_tiles(case.c, case.k, case.kernel):
         results = [
-            block_conv_wgrad_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(5)
+            block_conv_launch_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(5)
         ]
         assert all(torch.equal(results[0], result) for result in results[1:]), tile.name
 

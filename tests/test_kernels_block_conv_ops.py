@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastmerge.kernels import block_conv, block_conv_choice, block_conv_formulas, block_conv_ops
+from fastmerge.kernels import block_conv_cudnn as cudnn
 from fastmerge.kernels import block_conv_passes as passes
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks
 from fastmerge.kernels.block_conv_choice import fixed_choice
@@ -174,10 +175,10 @@ def test_each_pass_runs_its_own_winner(winner: str) -> None:
 
     given, choices = operands(CASE, torch.bfloat16), block_conv_choice.choices
     stand_ins = {
-        "_triton_forward": stand_in("forward", lambda *args: passes._split_forward(*args[:-1])),
-        "_triton_input_gradient": stand_in("input gradient", lambda *args: passes._split_input_gradient(*args[:-1])),
+        "_triton_forward": stand_in("forward", lambda *args: cudnn.split_forward(*args[:-1])),
+        "_triton_input_gradient": stand_in("input gradient", lambda *args: cudnn.split_input_gradient(*args[:-1])),
         "_triton_weight_gradient": stand_in(
-            "weight gradient", lambda *args: [passes._split_weight_gradient(*args[:-1], given.weight.shape)]
+            "weight gradient", lambda *args: [cudnn.split_weight_gradient(*args[:-1], given.weight.shape)]
         ),
     }
     with (

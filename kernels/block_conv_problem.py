@@ -1,0 +1,65 @@
+"""A block convolution as a problem to be solved by whichever implementation is fastest: what it is, and what it is known by.
+
+Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution, whatever its tensors hold.
+
+    Attributes:
+        groups: T.
+        geometry: of the convolution.
+        live: the live blocks of a block-sparse weight, T being 1; None for a block diagonal.
+    """
+
+    groups: int
+    geometry: Geometry
+    live: LiveBlocks | None = None
+
+    def block(self, weight_size: Sequence[int]) -> tuple[int, int] | None:
+        """Output and input channels of a block of a block-sparse weight."""
+        return None if self.live is None else self.live.block(weight_size)
+
+    def key(
+        self, step: str, given: Sequence[Tensor], size: Sequence[int], weight_size: Sequence[int], dtype: torch.dtype
+    ) -> str:
+        """Card, pass and shapes, as text: what a measured choice holds for.
+
+        Args:
+            step: name of the pass.
+            given: inputs or output gradients, T or joined.
+            size: of an input, (N, C, H, W) or (N, T·C, H, W).
+            weight_size: (T·K, C, R, S).
+            dtype: that it computes in.
+        """
+        n, _, height, width = size
+        outputs, channels, *kernel = weight_size
+        (stride, _), padding, dilation = self.geometry.options
+        live = "" if self.live is None else f", {len(self.live.rows)} of {self.live.mask.numel()} blocks"
+        layout = "joined" if len(given) < self.groups else "streams"
+        return (
+            f"{_card(given[0].device)} | {step} {str(dtype).removeprefix('torch.')} | {self.groups} {layout}{live} | "
+            f"{n}x{channels}x{height}x{width} to {outputs // self.groups}, kernel {_pair(kernel)}, stride {stride}, "
+            f"padding {_pair(padding)}, dilation {_pair(dilation)}"
+        )
+
+
+@functools.cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _pair(pair: Sequence[int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
