@@ -1,0 +1,126 @@
+"""Experiments on real images at the budget of a machine with a few cores: what docs/results/ shows of the larger recipes.
+
+``python -m benchmarks.experiments resnet20-cifar100 --data cifar-100-python --out runs/resnet20-cifar100``
+
+The recipe is the paper's, with a fraction of its epochs and of its images. Strategies train beside each other, one process
+and one core each; a run that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmerge.data.arrays import ImageArrays, load_npz
+from fastmerge.data.cifar import find_cifar, load_cifar
+from fastmerge.recipes import RECIPES
+from fastmerge.reporting import results as results_files
+from fastmerge.reporting.report import write_report
+from fastmerge.training.loader_strategies import run
+
+STRATEGIES = ("student", "bo3", "one")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe and how much of it is run.
+
+    Attributes:
+        budget: fraction of the recipe's epochs.
+        per_class: training images of each class, the first ones of the data; test images are all there are.
+        replicates: of each strategy.
+        test_every: epochs between two looks at the test images.
+        autocast: dtype of mixed precision.
+    """
+
+    budget: float
+    per_class: int
+    replicates: int
+    test_every: int
+    autocast: torch.dtype
+
+
+EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 15, 50, 3, 10, torch.bfloat16)}
+
+
+def main() -> None:
+    """Runs an experiment, or one strategy of it, and reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR's folder, or an .npz")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--strategy", choices=STRATEGIES, help="this one alone, in this process")
+    options = parser.parse_args()
+    if options.strategy:
+        run_strategy(options.name, options.data, options.out, options.strategy)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    save_subset(options.data, options.out / "images.npz", EXPERIMENTS[options.name].per_class)
+    command = [sys.executable, "-m", "benchmarks.experiments", options.name, "--data", str(options.out / "images.npz")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen([*command, "--strategy", name, "--out", str(options.out / name)], env=environment)
+        for name in STRATEGIES
+    ]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        sys.exit("a strategy failed; the same command goes on with it")
+    join(options.out)
+    print(write_report(options.out))
+
+
+def run_strategy(name: str, data: Path, out: Path, strategy: str) -> None:
+    """Trains the replicates of one strategy, from the checkpoints in ``out`` if there are any."""
+    experiment = EXPERIMENTS[name]
+    recipe = RECIPES[name]()
+    # The recipe's own number shrinks with the epochs, and a look costs as much as half an epoch of so few images.
+    recipe = replace(recipe, test_every=round(experiment.test_every / experiment.budget))
+    run(
+        recipe,
+        [strategy],
+        experiment.replicates,
+        budget=experiment.budget,
+        out=out,
+        data_path=data,
+        autocast=experiment.autocast,
+        checkpoint_dir=out / "checkpoints",
+        resume=(out / "checkpoints").is_dir(),
+    )
+
+
+def save_subset(source: Path, target: Path, per_class: int) -> None:
+    """Writes the first images of each class, and all test images, as an .npz."""
+    arrays: ImageArrays = load_cifar(source) if find_cifar(source) else load_npz(source)
+    labels = arrays.train_labels
+    chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(arrays.classes)]))
+    np.savez(
+        target,
+        train_images=arrays.train_images[chosen],
+        train_labels=labels[chosen],
+        test_images=arrays.test_images,
+        test_labels=arrays.test_labels,
+    )
+
+
+def join(out: Path) -> None:
+    """Puts the strategies' files together as if one run had trained them all."""
+    results: dict[str, Any] = {}
+    history: dict[str, Any] = {}
+    for strategy in STRATEGIES:
+        part, its_history = results_files.read(out / strategy)
+        results = {**part, "strategies": results.get("strategies", {}) | part["strategies"]}
+        for key, value in (its_history or {}).items():
+            history[key] = history.get(key, {}) | value
+    results_files.write(out, results, history)
+
+
+if __name__ == "__main__":
+    main()
