@@ -94,6 +94,7 @@ ZOO = [
     Architecture("two_inputs", heads.TwoInputs, ((3, 8, 8), (4,))),
     Architecture("auxiliary_in_training", heads.AuxiliaryInTraining),
     Architecture("log_softmax", heads.LogSoftmax),
+    Architecture("direct_head", heads.DirectHead),
     Architecture("layer_used_twice", unusual.LayerUsedTwice),
     Architecture("layer_used_on_input", unusual.LayerUsedOnInput),
     Architecture("tied_weights", unusual.TiedWeights, (5,)),

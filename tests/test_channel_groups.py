@@ -211,3 +211,28 @@ def test_gates_are_the_groups_of_all_teachers() -> None:
     groups = fastmerge.channel_groups(make(), x)
     big = fastmerge.BigStudent(make(), make(), make(), example_inputs=x)
     assert {name: gate.loc.numel() for name, gate in big.gates.items()} == {g.name: 3 * g.size for g in groups}
+
+
+class AttentionNames(nn.Module):
+    """Layers named like methods of the dictionary that the gates lie in, and two that would get one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values, self.pop_, self.pop = (nn.Linear(5, 5) for _ in range(4))
+        self.items = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.keys, self.values, self.pop, self.pop_):
+            x = torch.relu(layer(x))
+        return self.items(x)  # type: ignore[no-any-return]
+
+
+def test_layers_may_be_named_like_methods() -> None:
+    teachers = [AttentionNames().double() for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers)
+    assert [group.name for group in big.groups] == ["keys__2", "values__2", "pop__2", "pop_", "items_0"]
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with big.open_gates():
+        torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
+    big.link()
+    assert big.compress()(x).shape == (3, 2)

@@ -47,7 +47,7 @@ def merged(
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_student_is_that_of_a_copying_compress(name: str, link: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuts, "_SCRATCH_ELEMENTS", 50)
+    monkeypatch.setattr(cuts, "SCRATCH_ELEMENTS", 50)
     big, _ = merged(name, link)
     expected = big.compress().state_dict()
     student = big.compress(in_place=True)

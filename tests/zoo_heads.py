@@ -77,3 +77,14 @@ class LogSoftmax(Trunk):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.log_softmax(self.fc(self.features(x).mean((2, 3))), dim=1)
+
+
+class DirectHead(Trunk):
+    """Scores to which a layer that reads the input itself adds, with a sigmoid after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.direct = nn.Linear(5, 4), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc(self.features(x).mean((2, 3))) + self.direct(x).mean((2, 3)))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.channels.tracing import TracedNetwork, undisturbed
 
 _SIZES = (64, 32, 28, 96, 128, 224, 299, 16, 8, 48, 256, 20, 24, 40, 56, 84, 112, 160, 192, 384, 512)
 
@@ -59,8 +59,7 @@ def _failure(traced: TracedNetwork, inputs: tuple[Any, ...], keeps_batch: bool =
         keeps_batch: whether a batch that changes its size on the way is a failure: ``x.view(-1, 400)`` accepts images of a
             wrong size that way.
     """
-    devices = [x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with undisturbed(inputs):
         for mode in ("eval", "train"):
             try:
                 out = fx.Interpreter(traced.graph_module(mode)).run(*inputs)

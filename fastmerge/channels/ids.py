@@ -18,67 +18,59 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.channels.record import NO_ID, IdRecord, LayerRecord, compact
+from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule
 from fastmerge.channels.samples import find_sample_dims
-from fastmerge.channels.tracing import TracedNetwork, module_path
+from fastmerge.channels.tracing import TracedNetwork, module_path, tensor_at, undisturbed
 
 
-class _IdMode(TorchDispatchMode):
+class _IdDispatch(TorchDispatchMode):
     """Carries ids through every ATen operation beside its numbers."""
 
-    def __init__(self, record: IdRecord) -> None:
+    def __init__(self, run: IdRun) -> None:
         super().__init__()
-        self.record = record
-        self.ids = WeakIdKeyDictionary()
-        self.noise = WeakIdKeyDictionary()
-        self.mixing: set[str] = set()
-        self.mode = ""
-        self.node: fx.Node | None = None
+        self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        apply_rule(self, func, args, kwargs or {}, out)
+        apply_rule(self.run, func, args, kwargs or {}, out)
         return out
-
-    def where(self) -> str:
-        return module_path(self.node) if self.node is not None else "?"
 
 
 class _IdInterpreter(fx.Interpreter):
-    """Runs one mode's graph node by node, layers by their own rule, everything else under the id mode."""
+    """Runs one mode's graph node by node, layers by their own rule, everything else operation by operation."""
 
-    def __init__(self, traced: TracedNetwork, mode: str, ids: _IdMode, names: dict[int, str]) -> None:
+    def __init__(self, traced: TracedNetwork, mode: str, ids: IdRun, names: dict[int, str]) -> None:
         self.graph_mode = mode
         super().__init__(traced.graph_module(mode), garbage_collect_values=True)
         self.root = traced.root
         self.ids = ids
         self.names = names
+        self.dispatch = _IdDispatch(ids)
 
     def run_node(self, n: fx.Node) -> Any:
         self.ids.node, self.ids.mode = n, self.graph_mode
         call = layer_call(n, self.root, self.names)
         if call is None:
-            with self.ids:
+            with self.dispatch:
                 return super().run_node(n)
         out = super().run_node(n)
         record_layer(self.ids, call, self.env[call.input], out, n)
         return out
 
 
-def record_layer(mode: _IdMode, call: LayerCall, x: Tensor, out: Tensor, node: fx.Node) -> None:
+def record_layer(run: IdRun, call: LayerCall, x: Tensor, out: Tensor, node: fx.Node) -> None:
     """A layer reads the ids of its input's channels and writes fresh ones (or, called again, the same)."""
-    record = mode.record
+    record = run.record
     dim = call.geometry.channel_dim
-    if x not in mode.ids:
+    if x not in run.ids:
         raise ValueError(
             f"layer '{call.name}' reads a tensor whose channels can't be followed back to the network's input or to a "
             "parameter (made inside the forward, for example by torch.zeros and assignment). Build it by torch.cat instead"
         )
-    read = channel_ids(mode, mode.ids[x], dim, call.name).clone()
+    read = channel_ids(run, run.ids[x], dim, call.name).clone()
     padding = read == NO_ID  # channels of zeros: each an id of its own, that nothing else can take the place of
     read[padding] = record.new_ids(int(padding.sum()))
     record.positions += [("padding", i) for i in read[padding].tolist()]
@@ -97,7 +89,7 @@ def record_layer(mode: _IdMode, call: LayerCall, x: Tensor, out: Tensor, node: f
             )
         record.unite(torch.from_numpy(previous.inputs), read)
         written = torch.from_numpy(previous.outputs)
-    record.reads[(mode.mode, node.name)] = read.numpy()
+    record.reads[(run.mode, node.name)] = read.numpy()
     if call.groups > 1:
         blocks_in, blocks_out = read.view(call.groups, -1), written.view(call.groups, -1)
         for block in (blocks_in, blocks_out):
@@ -105,11 +97,11 @@ def record_layer(mode: _IdMode, call: LayerCall, x: Tensor, out: Tensor, node: f
         record.tie(blocks_in[:, :1], blocks_out[:, :1])
     shape = [1] * out.dim()
     shape[dim] = len(written)
-    values = written if previous is None else record.issue(f"{node.name} of {mode.mode}", written)
-    mode.ids[out] = values.view(shape).expand(out.shape)
+    values = written if previous is None else record.issue(f"{node.name} of {run.mode}", written)
+    run.ids[out] = values.view(shape).expand(out.shape)
 
 
-def channel_ids(mode: _IdMode, ids: Tensor, dim: int, where: str) -> Tensor:
+def channel_ids(run: IdRun, ids: Tensor, dim: int, where: str) -> Tensor:
     """The ids along the channel dimension; a channel that holds several keeps them together, named by the first."""
     columns = compact(ids.movedim(dim, 0), keep_first=True)
     columns = columns.reshape(columns.shape[0], -1)
@@ -117,10 +109,10 @@ def channel_ids(mode: _IdMode, ids: Tensor, dim: int, where: str) -> Tensor:
     mixed = (columns != first[:, None]) & (columns != NO_ID)
     for c in mixed.any(dim=1).nonzero().flatten().tolist():
         values, pattern = columns[c].unique(return_inverse=True)
-        mode.record.tie(values[:1].expand(len(values)), values)
+        run.record.tie(values[:1].expand(len(values)), values)
         first[c] = values[values != NO_ID][0]
         digest = hash(pattern.numpy().tobytes())
-        mode.record.patterns.append((f"{where} pattern {digest}", values[values != NO_ID].numpy()))
+        run.record.patterns.append((f"{where} pattern {digest}", values[values != NO_ID].numpy()))
     return first
 
 
@@ -135,25 +127,25 @@ def run_on_ids(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> IdReco
         ValueError: naming the layer, if it can't be merged.
     """
     record = IdRecord()
-    mode = _IdMode(record)
+    run = IdRun(record)
     names = parameter_names(traced.root)
     called = _called_weights(traced, names)
     inputs = [_input_ids(record, x) for x in example_inputs if isinstance(x, Tensor)]
     parameters = _element_ids(record, traced.root, called)
-    with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(example_inputs)):
-        for graph_mode in ("train", "eval"):
+    with undisturbed(example_inputs):
+        for mode in ("train", "eval"):
             for x, ids in zip([x for x in example_inputs if isinstance(x, Tensor)], inputs, strict=True):
-                mode.ids[x] = ids
+                run.ids[x] = ids
             for name, ids in parameters.items():
-                mode.ids[_tensor(traced.root, name)] = ids
+                run.ids[tensor_at(traced.root, name)] = ids
             try:
-                out = _IdInterpreter(traced, graph_mode, mode, names).run(*example_inputs)
+                out = _IdInterpreter(traced, mode, run, names).run(*example_inputs)
             except ValueError as error:  # a rule's own message, without what the interpreter adds to it
                 raise ValueError(str(error.args[0]).partition("\n\nWhile executing")[0]) from None
             record.outputs += [
-                np.unique(compact(mode.ids[y]))
+                np.unique(compact(run.ids[y]))
                 for y in torch.utils._pytree.tree_leaves(out)
-                if isinstance(y, Tensor) and y in mode.ids
+                if isinstance(y, Tensor) and y in run.ids
             ]
     record.tensors = _used(traced, parameters)
     record.sample_dims = find_sample_dims(traced, example_inputs)
@@ -175,7 +167,7 @@ def _called_weights(traced: TracedNetwork, names: dict[int, str]) -> set[str]:
         called |= {name for call in calls.values() for name in (call.weight, call.bias) if name is not None}
     for graph in traced.graphs.values():
         for node in graph.nodes:
-            name = names.get(id(_tensor(traced.root, str(node.target)))) if node.op == "get_attr" else None
+            name = names.get(id(tensor_at(traced.root, str(node.target)))) if node.op == "get_attr" else None
             if name in called and any(layer_call(user, traced.root, names) is None for user in node.users):
                 raise ValueError(
                     f"parameter '{name}' is the weight or bias of a layer and also used outside it (in '{module_path(node)}'); "
@@ -207,14 +199,3 @@ def _used(traced: TracedNetwork, parameters: dict[str, Tensor]) -> dict[str, Ten
         return (".".join(parts[:k]) for k in range(len(parts), 0, -1))
 
     return {name: ids for name, ids in parameters.items() if not targets.isdisjoint(owners(name))}
-
-
-def _tensor(root: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    tensor = getattr(root.get_submodule(owner), attribute)
-    assert isinstance(tensor, Tensor)
-    return tensor
-
-
-def _cuda_devices(example_inputs: tuple[Any, ...]) -> list[torch.device]:
-    return list({x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda})

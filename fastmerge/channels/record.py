@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.layer_calls import LayerCall
+from fastmerge.channels.tracing import module_path
 
 NO_ID = -1
 
@@ -143,3 +145,43 @@ class IdRecord:
         if keep.any():
             both = torch.unique(a[keep] << 32 | b[keep])
             pairs.append(((both >> 32).numpy(), (both & 0xFFFFFFFF).numpy()))
+
+
+class IdRun:
+    """A run on ids under way: the record, and what it knows of the tensors that are alive.
+
+    Args:
+        record: to write to.
+
+    Attributes:
+        ids: the channel ids of a tensor, in a tensor of its shape.
+        noise: tensors that hold nothing but noise.
+        mixing: operations without a rule that were met.
+        mode: which forward is run, "train" or "eval".
+        node: the node that is run.
+    """
+
+    def __init__(self, record: IdRecord) -> None:
+        self.record = record
+        self.ids = WeakIdKeyDictionary()
+        self.noise = WeakIdKeyDictionary()
+        self.mixing: set[str] = set()
+        self.mode = ""
+        self.node: fx.Node | None = None
+
+    def where(self) -> str:
+        """Where in the network, for messages."""
+        return module_path(self.node) if self.node is not None else "?"
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The ids of an output, and of all operands it was computed from.
+
+    Attributes:
+        ids: of the output's shape.
+        operands: what it was computed from, shapes that broadcast to it.
+    """
+
+    ids: Tensor
+    operands: list[Tensor]

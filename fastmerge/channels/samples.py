@@ -5,26 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fastmerge.channels.layer_calls import layer_call, parameter_names
+from fastmerge.channels.shapes import find_shapes
 from fastmerge.channels.tracing import TracedNetwork
-
-
-class _ShapeInterpreter(fx.Interpreter):
-    """Runs a graph and notes the shape of what each layer reads."""
-
-    def __init__(self, traced: TracedNetwork, mode: str) -> None:
-        super().__init__(traced.graph_module(mode))
-        self.root = traced.root
-        self.names = parameter_names(traced.root)
-        self.shapes: dict[str, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        call = layer_call(n, self.root, self.names)
-        if call is not None:
-            self.shapes[n.name] = self.env[call.input].shape
-        return super().run_node(n)
 
 
 def find_sample_dims(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> dict[tuple[str, str], int]:
@@ -39,20 +24,14 @@ def find_sample_dims(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> 
         holds samples and something else counts, the samples being the slower index.
     """
     larger = tuple(torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in example_inputs)
-    found = {}
-    for mode in traced.graphs:
-        shapes = [_shapes(traced, mode, inputs) for inputs in (example_inputs, larger)]
-        for name, shape in shapes[0].items():
-            other = shapes[1].get(name)
-            grown = [d for d, size in enumerate(shape) if other is not None and other[d] != size]
-            if len(grown) == 1:
-                found[mode, name] = grown[0]
+    shapes, others = find_shapes(traced, example_inputs), find_shapes(traced, larger)
+    names, found = parameter_names(traced.root), {}
+    for mode, graph in traced.graphs.items():
+        for node in graph.nodes:
+            call = layer_call(node, traced.root, names)
+            if call is not None:
+                read, other = shapes[mode, call.input.name], others[mode, call.input.name]
+                grown = [d for d, size in enumerate(read) if other[d] != size]
+                if len(grown) == 1:
+                    found[mode, node.name] = grown[0]
     return found
-
-
-def _shapes(traced: TracedNetwork, mode: str, inputs: tuple[Any, ...]) -> dict[str, torch.Size]:
-    devices = [x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda]
-    interpreter = _ShapeInterpreter(traced, mode)
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        interpreter.run(*inputs)
-    return interpreter.shapes

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -89,6 +91,26 @@ def _defaults(root: nn.Module, example_inputs: Any) -> dict[str, Any]:
     given = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else 1
     arguments = list(inspect.signature(root.forward).parameters.values())
     return {a.name: a.default for a in arguments[given:] if a.default is not inspect.Parameter.empty}
+
+
+def tensor_at(root: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer at a dotted path."""
+    owner, _, attribute = path.rpartition(".")
+    tensor = getattr(root.get_submodule(owner), attribute)
+    assert isinstance(tensor, Tensor), path
+    return tensor
+
+
+@contextmanager
+def undisturbed(inputs: Sequence[Any]) -> Iterator[None]:
+    """To run a network once, without gradients and without using up anybody's random numbers.
+
+    Args:
+        inputs: what it is run on.
+    """
+    devices = list({x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        yield
 
 
 def module_path(node: fx.Node) -> str:

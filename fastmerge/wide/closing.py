@@ -60,7 +60,14 @@ def choose(
         threshold: see above.
         settled: leave groups alone of which a candidate is neither closed nor at ``P[g > 0] > 1 - threshold``.
         multiple: of which the number of those who stay, or of each teacher's, is a multiple where there are so many.
+
+    Raises:
+        ValueError: a number is out of range.
     """
+    if not 0 < threshold < 0.5:
+        raise ValueError(f"compact needs a threshold of P[g > 0] in (0, 0.5); got {threshold}")
+    if multiple < 1:
+        raise ValueError(f"compact needs a multiple of at least 1; got {multiple}")
     done = Compaction()
     left: dict[str, Tensor] = {}
     for number, group in enumerate(population.groups):

@@ -1,4 +1,4 @@
-"""From the big student to one teacher's size: which candidates to keep, and every tensor cut down to them."""
+"""From the big student to one teacher's size: every tensor cut down to the candidates that are kept."""
 
 from __future__ import annotations
 
@@ -11,27 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
-from fastmerge.gates import HardConcrete
 from fastmerge.wide.cuts import BlockSelection, Cut, Joined, OneTeachers, Part, Selection, Sums, Whole
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
 from fastmerge.wide.population import Population
-
-
-def kept_candidates(groups: ChannelGroups, gates: nn.ModuleDict) -> dict[str, Tensor]:
-    """Per group the n candidates whose gates are the most open, ascending; ties go to the lower index.
-
-    Returns:
-        int64 (n,) per group name; candidate t·n + j is channel j of teacher t.
-    """
-    kept = {}
-    for group in groups:
-        gate = gates[group.name]
-        assert isinstance(gate, HardConcrete)
-        order = torch.sort(gate.loc.detach(), descending=True, stable=True).indices
-        top = order[: group.size].sort().values
-        kept[group.name] = top if gate.candidates is None else gate.candidates[top]
-    return kept
 
 
 @dataclass(frozen=True)
@@ -110,6 +93,10 @@ class Compressor:
             self._cuts[name] = self._per_teacher(name, self.sources[name])
         uses = Counter(id(tensor) for sources in self.sources.values() for tensor in sources)
         self._alone = {name: all(uses[id(t)] == 1 for t in sources) for name, sources in self.sources.items()}
+
+    def cut_all(self, in_place: bool) -> dict[str, Tensor]:
+        """The student's parameters and buffers by name, one after another in their sources' memory if ``in_place``."""
+        return {name: self.cut(name, sources, in_place) for name, sources in self.sources.items()}
 
     def cut(self, name: str, sources: Sequence[Tensor], in_place: bool) -> Tensor:
         """A parameter or buffer of the student, or what an optimizer keeps for each of its elements.

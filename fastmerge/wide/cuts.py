@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmerge.compaction import compact_, dense_strides, is_compactable, set_data
 from fastmerge.kernels.compact_plan import memory_order
 
-_SCRATCH_ELEMENTS = 1 << 18
+SCRATCH_ELEMENTS = 1 << 18
 
 
 class Cut:
@@ -170,7 +170,7 @@ class BlockSelection(Cut):
         rows = self.rows[self.row_teacher, torch.arange(len(self.row_teacher))]
         compact_(source, rows.sort().values)
         teachers = self.row_teacher[rows.argsort()]
-        step = max(1, _SCRATCH_ELEMENTS // max(1, source[:1].numel()))
+        step = max(1, SCRATCH_ELEMENTS // max(1, source[:1].numel()))
         for part, teacher in zip(source.detach().split(step), teachers.split(step), strict=True):
             cut = torch.zeros_like(part)
             for t in teacher.unique().tolist():

@@ -3,151 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from fastmerge.channels.groups import OUTPUT, ChannelGroups
-from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.channels.tracing import tensor_at
+from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.grouped import GroupedLayer
-from fastmerge.wide.layers import WideLayer, Wiring
+from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.norms import NORMS, WideBatchNorm
-from fastmerge.wide.shapes import Shapes
-from fastmerge.wide.streams import StreamTensors
-
-
-@dataclass
-class Analysis:
-    """What is known of a traced network before anything is built; its identities are taken out of its graphs.
-
-    Attributes:
-        traced: the first teacher's graphs.
-        groups: its channel groups.
-        shapes: of its values.
-        calls: per mode, the layer call of each node that is one (dense and grouped).
-        names: the one name of each parameter by ``id``.
-    """
-
-    traced: TracedNetwork
-    groups: ChannelGroups
-    shapes: Shapes
-    names: dict[int, str] = field(init=False)
-    calls: dict[str, dict[fx.Node, LayerCall]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.names = parameter_names(self.traced.root)
-        for graph in self.traced.graphs.values():
-            _remove_identities(graph, self.traced.root)
-        self.calls = {
-            mode: {n: c for n in graph.nodes if (c := layer_call(n, self.traced.root, self.names)) is not None}
-            for mode, graph in self.traced.graphs.items()
-        }
-
-    @property
-    def stateful(self) -> Collection[str]:
-        """Names of tensors that each stream has its own of: all that are used, but for dense layers'."""
-        return self.groups.tensors.keys()
-
-    @cached_property
-    def reached(self) -> set[str]:
-        """Names of the tensors that the code reads itself, rather than a module of ``torch.nn``."""
-        targets = {str(n.target) for graph in self.traced.graphs.values() for n in graph.nodes if n.op == "get_attr"}
-        return targets | {self.tensor_name(target) for target in targets}
-
-    @cached_property
-    def tied(self) -> set[str]:
-        """Names of parameters that are known by another name, too."""
-        every = self.traced.root.named_parameters(remove_duplicate=False)
-        return {self.names[id(parameter)] for name, parameter in every if self.names[id(parameter)] != name}
-
-    def dense_call(self, mode: str, node: fx.Node) -> LayerCall | None:
-        """The dense layer a node calls, if any."""
-        call = self.calls[mode].get(node)
-        return call if call is not None and call.groups == 1 else None
-
-    def averages(self, call: LayerCall) -> bool:
-        """Whether a layer makes the network's output, which is the teachers' mean."""
-        return bool((self.groups.outputs[call.weight].group == OUTPUT).any())
-
-    def tensor_name(self, target: str) -> str:
-        """The one name of the parameter or buffer behind a graph's ``get_attr`` target."""
-        owner, _, attribute = target.rpartition(".")
-        return self.names.get(id(getattr(self.traced.root.get_submodule(owner), attribute)), target)
-
-    def is_stateful(self, node: fx.Node) -> bool:
-        """Whether a node brings in values of its own for each teacher, other than a dense layer's."""
-        if node.op == "get_attr":
-            return self.tensor_name(str(node.target)) in self.stateful
-        if node.op == "call_module":
-            module = self.traced.root.get_submodule(str(node.target))
-            tensors = [*module.named_parameters(), *module.named_buffers()]
-            names = {self.names.get(id(tensor), f"{node.target}.{name}") for name, tensor in tensors}
-            return not names.isdisjoint(self.stateful)
-        return False
-
-    def streams(self, mode: str, each: bool = False) -> set[fx.Node]:
-        """The nodes whose value is T streams rather than one shared tensor.
-
-        Args:
-            mode: "train" or "eval".
-            each: whether output layers give each teacher's own output instead of the mean.
-        """
-        found: set[fx.Node] = set()
-        for node in self.traced.graphs[mode].nodes:
-            call = self.dense_call(mode, node)
-            if call is not None:
-                is_stream = each or not self.averages(call)
-            else:
-                is_stream = self.is_stateful(node) or any(source in found for source in node.all_input_nodes)
-            if is_stream and node.op not in ("placeholder", "output"):
-                found.add(node)
-        return found
-
-    @cached_property
-    def paths(self) -> dict[str, str]:
-        """Per weight name the path of its wide layer: layers that share a weight are one."""
-        return {weight: call.name for weight, (call, _) in self.wirings().items()}
-
-    def wirings(self) -> dict[str, tuple[LayerCall, Wiring]]:
-        """Per dense layer (by weight name) its first call and what it connects."""
-        wirings: dict[str, tuple[LayerCall, Wiring]] = {}
-        for mode in self.traced.graphs:
-            streams = self.streams(mode)
-            for node in self.traced.graphs[mode].nodes:
-                call = self.dense_call(mode, node)
-                if call is not None:
-                    first, before = wirings.get(call.weight, (call, Wiring(False, False)))
-                    reads = before.reads_streams or call.input in streams
-                    wirings[call.weight] = (first, Wiring(reads, not self.averages(call)))
-        return wirings
-
-    def needs_each(self, nonlinear: set[tuple[str, str]]) -> bool:
-        """Whether the mean of the teachers' outputs differs from what follows from the mean of their last layers."""
-        for mode, graph in self.traced.graphs.items():
-            tail: set[fx.Node] = set()
-            for node in graph.nodes:
-                call = self.dense_call(mode, node)
-                if (call is not None and self.averages(call)) or any(source in tail for source in node.all_input_nodes):
-                    tail.add(node)
-                    if call is None and (mode, node.name) in nonlinear:
-                        return True
-        return False
-
-
-def _remove_identities(graph: fx.Graph, root: nn.Module) -> None:
-    """Lets whoever reads the output of an ``nn.Identity`` read its input, so that both are one value to be gated."""
-    for node in graph.nodes:
-        if (
-            node.op == "call_module"
-            and type(root.get_submodule(str(node.target))) is nn.Identity
-            and len(node.args) == 1
-        ):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+from fastmerge.wide.streams import GateStreams, StreamTensors
 
 
 @dataclass
@@ -168,13 +36,12 @@ class Layout:
     per_teacher: dict[str, list[str]] = field(default_factory=dict)
 
 
-def build_network(analysis: Analysis, teachers: Sequence[nn.Module], keep_each_bias: bool) -> tuple[nn.Module, Layout]:
+def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn.Module, Layout]:
     """Builds the big student's modules from the teachers'.
 
     Args:
         analysis: of the first teacher.
         teachers: T networks of one architecture.
-        keep_each_bias: see :class:`~fastmerge.wide.layers.WideLayer`.
 
     Returns:
         A tree of modules with the teachers' paths, and where everything is.
@@ -188,7 +55,7 @@ def build_network(analysis: Analysis, teachers: Sequence[nn.Module], keep_each_b
             wiring,
             [p[weight].detach() for p in parameters],
             biases,
-            keep_each_bias and not wiring.writes_streams,
+            keep_each_bias=analysis.each and not wiring.writes_streams,
         )
         attach(network, call.name, wide)
         layout.layers[weight] = call.name
@@ -226,12 +93,12 @@ def _attach_node(
     elif node.op == "get_attr" and not has(network, target):
         name = analysis.tensor_name(target)
         if name in analysis.stateful:
-            tensors = StreamTensors([_get(t, name) for t in teachers])
+            tensors = StreamTensors([tensor_at(t, name) for t in teachers])
             attach(network, target, tensors)
             places = [f"{target}.{tensors.attribute(t)}" for t in range(len(teachers))]
             layout.per_teacher.setdefault(name, places)
         elif name not in layout.layers and name not in layout.biases:
-            attach(network, target, copy.deepcopy(_get(analysis.traced.root, target)))
+            attach(network, target, copy.deepcopy(tensor_at(analysis.traced.root, target)))
 
 
 def _side_by_side(
@@ -271,6 +138,31 @@ def attach(network: nn.Module, path: str, value: Any) -> None:
         setattr(network, last, value)
 
 
+def attach_gate(network: nn.Module, layer: str, columns: Sequence[Tensor], channel_dim: int, sample_dim: int) -> str:
+    """Puts the module that gates what a layer reads below ``gates_before``; a layer used twice may read different channels.
+
+    Args:
+        network: the wide modules.
+        layer: the layer's path.
+        columns: per teacher, of the gate matrix; see :class:`~fastmerge.wide.streams.GateStreams`.
+        channel_dim: likewise.
+        sample_dim: likewise.
+
+    Returns:
+        The module's path, of one that was there before if it gates the same channels.
+    """
+    path = f"gates_before.{layer.replace('.', '_')}"
+    while has(network, path):
+        gate = network.get_submodule(path)
+        assert isinstance(gate, GateStreams)
+        if gate.sample_dim == sample_dim and torch.equal(gate.index.cpu(), torch.cat(list(columns))):
+            return path
+        path += "_"
+    device = next(network.parameters()).device  # lowered anew, it need not be the CPU
+    attach(network, path, GateStreams([column.to(device) for column in columns], channel_dim, sample_dim))
+    return path
+
+
 def has(network: nn.Module, path: str) -> bool:
     """Whether something other than a bare container lies at a dotted path."""
     value: Any = network
@@ -279,8 +171,3 @@ def has(network: nn.Module, path: str) -> bool:
             return False
         value = getattr(value, name)
     return type(value) is not nn.Module
-
-
-def _get(root: nn.Module, name: str) -> Any:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(root.get_submodule(owner), attribute)

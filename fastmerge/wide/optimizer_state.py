@@ -17,7 +17,7 @@ def carry_through_link(optimizer: Optimizer, layer: WideLayer) -> None:
     """Writes out the zeros off the diagonal in the state of a weight that is about to be linked."""
     state = optimizer.state.get(layer.weight, {})
     for key, value in state.items():
-        if _is_per_element(layer.weight, value):
+        if is_per_element(layer.weight, value):
             state[key] = layer.dense(value)
 
 
@@ -53,7 +53,7 @@ class StateCarrier:
         self._whole[name], self._per_element[name] = {}, {}
         for key, value in entries[0].items():
             values = [entry.get(key) for entry in entries]
-            if all(_is_per_element(source, v) for source, v in zip(sources, values, strict=True)):
+            if all(is_per_element(source, v) for source, v in zip(sources, values, strict=True)):
                 self._per_element[name][key] = values
             elif isinstance(value, Tensor) and value.numel() > 1:
                 raise ValueError(
@@ -85,5 +85,6 @@ class StateCarrier:
         self.optimizer.state.update(state)
 
 
-def _is_per_element(tensor: Tensor, value: Any) -> bool:
+def is_per_element(tensor: Tensor, value: Any) -> bool:
+    """Whether an entry of an optimizer's state has a number for each element of its parameter."""
     return isinstance(value, Tensor) and tensor.dim() > 0 and value.shape == tensor.shape

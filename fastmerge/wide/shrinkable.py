@@ -16,9 +16,9 @@ from torch import fx, nn
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
+from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.channelwise import Placement, joined_call
 from fastmerge.wide.lowering import stays_joined
-from fastmerge.wide.network import Analysis
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import concatenate_joined

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,11 @@ from torch.optim import Optimizer
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.compaction import compact_, is_compactable, set_data
 from fastmerge.gates import HardConcrete
+from fastmerge.wide.cuts import SCRATCH_ELEMENTS
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
+from fastmerge.wide.optimizer_state import is_per_element
 from fastmerge.wide.population import Population
-
-_SCRATCH_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Move:
         count = self.columns.shape[1]
         for block, columns in zip(tensor.detach().chunk(len(self.columns)), self.columns, strict=True):
             columns = columns.to(tensor.device)
-            for part in block.split(max(1, _SCRATCH_ELEMENTS // max(1, block[:1].numel()))):
+            for part in block.split(max(1, SCRATCH_ELEMENTS // max(1, block[:1].numel()))):
                 part[:, :count] = part.index_select(1, columns)
         del block, part
         compact_(tensor, torch.arange(tensor.shape[0]), torch.arange(count))
@@ -143,7 +142,7 @@ class Shrinking:
     def _states_of(self, tensor: Tensor) -> list[Tensor]:
         """What the optimizers keep for each element of a parameter."""
         entries = [optimizer.state.get(tensor, {}) for optimizer in self.optimizers]
-        return [value for entry in entries for value in entry.values() if _is_per_element(tensor, value)]
+        return [value for entry in entries for value in entry.values() if is_per_element(tensor, value)]
 
     def _check_optimizers(self) -> None:
         named = [*self.network.named_parameters(), *self.gates.named_parameters()]
@@ -156,12 +155,8 @@ class Shrinking:
             for parameter, entry in optimizer.state.items():
                 for key, value in entry.items():
                     one = not isinstance(value, Tensor) or value.numel() <= 1
-                    if id(parameter) in moved and not one and not _is_per_element(parameter, value):
+                    if id(parameter) in moved and not one and not is_per_element(parameter, value):
                         raise ValueError(
                             f"compact can't cut {kind}'s {key!r} of '{names[id(parameter)]}': it has shape "
                             f"{tuple(value.shape)} and belongs to no element of the parameter, {tuple(parameter.shape)}"
                         )
-
-
-def _is_per_element(tensor: Tensor, value: Any) -> bool:
-    return isinstance(value, Tensor) and tensor.dim() > 0 and value.shape == tensor.shape

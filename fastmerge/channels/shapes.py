@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.channels.tracing import TracedNetwork, undisturbed
 
 Shapes = dict[tuple[str, str], tuple[int, ...]]
 
@@ -37,10 +36,9 @@ def find_shapes(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> Shape
         Per (mode, node name) the shape of a value that is a tensor.
     """
     found: Shapes = {}
-    devices = [x.device for x in example_inputs if isinstance(x, Tensor) and x.is_cuda]
     for mode in traced.graphs:
         interpreter = _ShapeInterpreter(traced.graph_module(mode))
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with undisturbed(example_inputs):
             interpreter.run(*example_inputs)
         found.update({(mode, name): shape for name, shape in interpreter.shapes.items()})
     return found

@@ -1,0 +1,56 @@
+"""Operations that mix the elements of a dimension: pooling, reductions, softmax and cumulative sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastmerge.channels.record import NO_ID, IdRun, compact
+
+
+def pool(run: IdRun, name: str, x: Tensor, outs: list[Any]) -> list[Tensor]:
+    """Channels stay; a channel of several ids becomes one, as pooling mixes them."""
+    spatial = x.dim() - 2
+    first = x.flatten(2).amax(dim=2)[(...,) + (None,) * spatial] if spatial else x
+    _unite_with(run, name, first, x)
+    return [first.expand(t.shape) for t in outs if isinstance(t, Tensor)]
+
+
+def reduce(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+    x: Tensor = run.ids[args[0]]
+    dim = argument(func, "dim", args, kwargs)
+    dims = list(range(x.dim())) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
+    keep = bool(argument(func, "keepdim", args, kwargs))
+    dims = [d % x.dim() for d in dims]
+    first = x.amax(dim=dims, keepdim=True)
+    _unite_with(run, name, first, x)
+    if not keep:
+        for d in sorted(dims, reverse=True):
+            first = first.squeeze(d)
+    return [first] * sum(isinstance(t, Tensor) for t in tree_leaves(out))
+
+
+def along(run: IdRun, func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
+    x: Tensor = run.ids[args[0]]
+    first = x.amax(dim=argument(func, "dim", args, kwargs), keepdim=True)
+    _unite_with(run, name, first, x)
+    return [first.expand(x.shape)] * 2
+
+
+def _unite_with(run: IdRun, name: str, first: Tensor, x: Tensor) -> None:
+    """Unites ids with the one that stands for them; more than one in a place means that the operation mixes channels."""
+    first, x = compact(first.expand(x.shape), x)
+    mixed = (first != x) & (x != NO_ID)
+    if mixed.any():
+        run.record.unite(first, x)
+        run.record.mixed.append((run.where(), name, np.unique(x[x != NO_ID].numpy())))
+
+
+def argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[i] if i < len(args) else kwargs.get(name, argument.default_value)
+    return None

@@ -1,0 +1,51 @@
+"""Operations element by element: what meets in one is one channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastmerge.channels.record import NO_ID, Computed, IdRun, compact
+
+
+def pointwise(run: IdRun, name: str, args: Any, kwargs: Any, out: Any) -> Computed:
+    shape = tree_leaves(out)[0].shape
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    operands = [run.ids[t].expand(shape) for t in tensors if t in run.ids]
+    result = torch.tensor(NO_ID).expand(shape)
+    for operand in operands:
+        a, b = compact(result, operand)
+        _unite_pairwise(run, name, a, b)
+        result = torch.maximum(a, b).expand(shape)
+    for t in tensors:
+        if t not in run.ids and t not in run.noise and t.numel() > 1:
+            _fixed_positions(run, t, result)
+    return Computed(result, operands)
+
+
+def _unite_pairwise(run: IdRun, name: str, a: Tensor, b: Tensor) -> None:
+    """Unites what meets, and notes where one channel meets several (a single slope or map for many channels)."""
+    meet = (a != NO_ID) & (b != NO_ID)
+    if not meet.any():
+        return
+    a, b = a[meet], b[meet]
+    run.record.unite(a, b)
+    pairs = torch.unique(a << 32 | b)
+    if len(pairs) > min(len(torch.unique(a)), len(torch.unique(b))):
+        run.record.mixed.append((run.where(), name, torch.unique(torch.cat([a, b])).numpy()))
+
+
+def _fixed_positions(run: IdRun, constant: Tensor, ids: Tensor) -> None:
+    """A constant that differs from channel to channel: those channels can't change places."""
+    small = compact(ids)
+    constant = constant.reshape(*[1] * (small.dim() - constant.dim()), *constant.shape)
+    varying = [d for d in range(small.dim()) if small.shape[d] > 1 and constant.shape[d] > 1]
+    if any(not torch.equal(constant, constant.narrow(d, 0, 1).expand_as(constant)) for d in varying):
+        assert run.node is not None
+        label = f"constant in {run.node.name} of {run.mode}"
+        present = np.unique(small.numpy())
+        run.record.positions += [(f"{label} {k}", int(i)) for k, i in enumerate(present[present != NO_ID])]

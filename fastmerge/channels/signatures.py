@@ -1,0 +1,72 @@
+"""Hashes of everything a unit takes part in: units of equal signatures can change places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastmerge.channels.labels import mix, occurrence
+from fastmerge.channels.record import NO_ID, IdRecord
+
+
+def signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
+    """Two 64-bit hashes per id, equal within a unit: uint64 (ids, 2).
+
+    Args:
+        record: of a run on ids.
+        unit: per id the unit it belongs to.
+    """
+    role, total = _roles(record, unit), np.zeros((record.count, 2), dtype=np.uint64)
+
+    def add(ids: np.ndarray, *values: Any) -> None:
+        for column in (0, 1):
+            np.add.at(total[:, column], unit[ids], mix(column + 1, *values))
+
+    for number, ids in enumerate(_axes(record)):
+        add(ids, np.full(len(ids), 3), np.full(len(ids), number), occurrence(unit[ids]), role[ids])
+    labels: dict[str, int] = {}
+    for label, ids in [("values", issue.ids) for issue in record.issues] + record.patterns:
+        number = labels.setdefault(label, len(labels))
+        add(ids, np.full(len(ids), 5), np.full(len(ids), number), role[ids])
+    for text, i in record.positions:
+        add(np.array([i]), np.array([7]), np.array([i]), np.array([labels.setdefault(text, len(labels))]))
+    return total[unit]
+
+
+def axis_of(ids: np.ndarray) -> int | None:
+    """The dimension that a parameter's ids lie along; None if one id stands for the whole tensor."""
+    long = [d for d in range(ids.ndim) if ids.shape[d] > 1]
+    return long[0] if len(long) == 1 else None
+
+
+def _roles(record: IdRecord, unit: np.ndarray) -> np.ndarray:
+    """Per id a hash of how its value came about: the axis that issued it and its number there within the unit, or the
+    operation and its operands' roles.
+
+    Within a unit it tells ids apart that are one channel, such as the value and the gate of a gated linear unit; between
+    units that can change places it says which corresponds to which.
+    """
+    role = np.zeros(record.count, dtype=np.uint64)
+    for number, ids in enumerate(_issuing(record)):
+        role[ids] = mix(np.full(len(ids), number), occurrence(unit[ids]))
+    labels: dict[str, int] = {}
+    for issue in record.issues:
+        number = labels.setdefault(issue.label, len(labels))
+        operands = [np.where(ids == NO_ID, np.uint64(0), role[ids]) for ids in issue.sources]
+        role[issue.ids] = mix(np.full(len(issue.ids), number), *operands)
+    return role
+
+
+def _issuing(record: IdRecord) -> list[np.ndarray]:
+    tensors = [np.unique(ids.numpy()) for ids in record.tensors.values()]
+    return [*record.inputs, *(layer.outputs for layer in record.layers.values()), *tensors]
+
+
+def _axes(record: IdRecord) -> list[np.ndarray]:
+    """The ids along each dimension of channels that a parameter or buffer has."""
+    axes = [ids for layer in record.layers.values() for ids in (layer.inputs, layer.outputs)]
+    for tensor in record.tensors.values():
+        ids = tensor.numpy()
+        axes.append(np.unique(ids) if axis_of(ids) is None else ids.reshape(-1))
+    return axes

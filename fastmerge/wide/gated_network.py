@@ -1,0 +1,143 @@
+"""The teachers side by side as one module: built, run with gates, printed and copied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fastmerge.channels.groups import ChannelGroups
+from fastmerge.gates import HardConcrete
+from fastmerge.wide.analysis import Analysis
+from fastmerge.wide.blueprint import build
+from fastmerge.wide.fusion import NormUse
+from fastmerge.wide.gate_matrix import draw_gates, make_gates
+from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.norms import WideBatchNorm
+from fastmerge.wide.population import Population
+from fastmerge.wide.programs import Programs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11
+
+
+class GatedNetwork(nn.Module):
+    """What a :class:`~fastmerge.BigStudent` is between two steps of its journey: a network to be run and trained.
+
+    Its modules hold what is trained; its programs, made from the teachers' code, run them.
+
+    Args:
+        teachers: two or more networks of one architecture.
+        example_inputs: what their forward takes, or None to infer it.
+
+    Raises:
+        TypeError, ValueError: see :class:`~fastmerge.BigStudent`.
+    """
+
+    def __init__(self, *teachers: nn.Module, example_inputs: Any = None) -> None:
+        super().__init__()
+        self._blueprint, analysis, self.network = build(teachers, example_inputs)
+        self.groups: ChannelGroups = self._blueprint.groups
+        self.num_teachers = len(teachers)
+        self.gates = make_gates(self.groups, self.num_teachers, next(teachers[0].parameters()))
+        self._linked = False
+        self._gates_open = False
+        self._fused: bool | str = "auto"
+        self._lower(analysis)
+        self.train(teachers[0].training)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The teachers' forward, gated: same inputs, same output structure.
+
+        Raises:
+            ValueError: if the first input has no batch dimension.
+        """
+        gates = None if self._gates_open else self._draw_gates(inputs, kwargs)
+        each = self._gates_open and self._blueprint.each and not self._is_compacted
+        way = "train" if self.training else "eval", each, self.linked
+        return self._programs.run(way, self.network, gates, inputs, kwargs)
+
+    @contextmanager
+    def open_gates(self) -> Iterator[Self]:
+        """Within this context every gate is 1: until trained, the output is exactly the mean of the teachers' outputs.
+
+        Where a network goes on after its last layer (SqueezeNet's final ReLU, a log-softmax), the mean is taken at the
+        output here and in the last layer otherwise, since only the latter can be compressed into one network.
+        """
+        before, self._gates_open = self._gates_open, True
+        try:
+            yield self
+        finally:
+            self._gates_open = before
+
+    @property
+    def fused(self) -> bool | str:
+        """Whether each BatchNorm runs as one operation with the add, ReLU, max-pooling and gate that follow it.
+
+        True, False, or "auto", the default: on CUDA devices alone, where that saves memory traffic. The results are the same
+        up to rounding; ``fastmerge.info(big)`` says which normalisations can.
+        """
+        return self._fused
+
+    @fused.setter
+    def fused(self, value: bool | str) -> None:
+        if not isinstance(value, bool) and value != "auto":
+            raise ValueError(f'BigStudent.fused needs True, False or "auto"; got {value!r}')
+        self._fused = value
+        for module in self.network.modules():
+            if isinstance(module, WideBatchNorm):
+                module.fused = value
+
+    def norms(self) -> tuple[NormUse, ...]:
+        """For each call of a normalisation in the training forward, what runs in one operation with it, or why nothing does."""
+        return self._programs["train", False, self.linked].norms
+
+    @property
+    def linked(self) -> bool:
+        """Whether the off-diagonal weights are there and trained."""
+        return self._linked or any(layer.linked for layer in self._layers)
+
+    def extra_repr(self) -> str:
+        norms = self.norms()
+        fused = f", {sum(bool(norm.fused) for norm in norms)} of {len(norms)} normalisations fused" if norms else ""
+        linked = "linked" if self.linked else "not linked"
+        return f"{self.num_teachers} teachers, {len(self.groups)} channel groups, {linked}{fused}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_programs"] = None  # compiled from the template's code, and again after loading
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lower(self._blueprint.analyse())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return clone
+
+    def _lower(self, analysis: Analysis) -> None:
+        self._population = Population.of(self.groups, self.num_teachers, self.gates)
+        everyone = self.num_teachers * sum(group.size for group in self.groups)
+        self._is_compacted = bool(self._population.total < everyone)  # here, for a compiler not to follow it
+        self._programs = Programs(analysis, self.network, self._population)
+        self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
+
+    def _draw_gates(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """All groups' gates side by side and, where some channel has none, a column of ones: (N or 1, columns)."""
+        x = next(value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor))
+        if x.dim() < (dims := self._blueprint.input_dims):
+            raise ValueError(
+                f"BigStudent draws one gate per sample, so its input needs a batch dimension: {dims} dimensions; "
+                f"got shape {tuple(x.shape)}"
+            )
+        samples = x.shape[0] if self.training else None
+        return draw_gates(self._gate_modules(), samples, self._programs.has_ungated_channels)
+
+    def _gate_modules(self) -> list[HardConcrete]:
+        return [self.gates[group.name] for group in self.groups]  # type: ignore[misc]

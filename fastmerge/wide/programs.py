@@ -1,0 +1,90 @@
+"""The big student's forward passes as code: one for each mode and way to run it, compiled from lowered graphs."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastmerge.wide.analysis import Analysis
+from fastmerge.wide.fusion import NormUse
+from fastmerge.wide.in_place import changes_reshaped
+from fastmerge.wide.layout import prefers_channels_last, to_channels_last, to_contiguous
+from fastmerge.wide.lowering import lower
+from fastmerge.wide.population import Population
+from fastmerge.wide.streams import GateStreams
+
+
+@dataclass(frozen=True)
+class Program:
+    """One forward of the big student.
+
+    Attributes:
+        forward: ``forward(network, gates, *inputs)``.
+        norms: what became of each call of a normalisation.
+    """
+
+    forward: Callable[..., Any]
+    norms: tuple[NormUse, ...]
+
+
+class Programs:
+    """The forwards of a big student, by (mode, each, joined).
+
+    The mode is "train" or "eval"; *each* runs every teacher to its own output and takes the mean there, where that is another
+    one than the last layers' mean; *joined* keeps the streams in one tensor.
+
+    Args:
+        analysis: of the first teacher.
+        network: the wide modules; gate modules are attached to it.
+        population: the channels that are left.
+
+    Attributes:
+        has_ungated_channels: whether layers read gated channels beside others that have no gate.
+    """
+
+    def __init__(self, analysis: Analysis, network: nn.Module, population: Population) -> None:
+        self._programs = {
+            (mode, each, joined): _compiled(analysis, network, mode, population, each, joined)
+            for mode, each, joined in product(("train", "eval"), {False, analysis.each}, (False, True))
+        }
+        self._may_change_layout = not any(
+            changes_reshaped(graph, analysis.traced.root, partial(lambda m, n: n in analysis.calls[m], mode))
+            for mode, graph in analysis.traced.graphs.items()
+        )
+        readers = [module for module in network.modules() if isinstance(module, GateStreams)]
+        self.has_ungated_channels = any(bool((reader.index == population.total).any()) for reader in readers)
+
+    def __getitem__(self, key: tuple[str, bool, bool]) -> Program:
+        return self._programs[key]
+
+    def run(
+        self,
+        key: tuple[str, bool, bool],
+        network: nn.Module,
+        gates: Tensor | None,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Runs one, channels-last where that is faster."""
+        forward, joined = self._programs[key].forward, key[2]
+        if joined or not self._may_change_layout or not prefers_channels_last(inputs):
+            return forward(network, gates, *inputs, **kwargs)
+        return to_contiguous(forward(network, gates, *to_channels_last(inputs), **kwargs))
+
+
+def _compiled(
+    analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
+) -> Program:
+    graph, norms = lower(analysis, network, mode, population, each, joined)
+    code = graph.python_code("self")
+    filename = f"<fastmerge {mode} forward of {type(analysis.traced.root).__name__} {id(graph)}>"
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    return Program(namespace["forward"], tuple(norms))
