@@ -30,7 +30,7 @@ LAYERS = [
 ]
 # What these import of fastmerge, whatever lies below them.
 ALONE = {
-    "data": {"data"},
+    "data": {"data", "files"},
     "environment": set(),
     "files": set(),
     "kernels": {"_batch_norm", "kernels"},

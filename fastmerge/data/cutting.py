@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from fastmerge.data.geometry import centre_crop, random_crop
 
 
 def read_batch(
-    files: list[str],
+    files: Sequence[str],
     samples: NDArray[np.int64],
     size: int,
     augmentation: Augmentation,

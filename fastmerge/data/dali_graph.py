@@ -33,6 +33,7 @@ class Graph:
         channels_last: The memory layout.
         device_id: The GPU, or None for the CPU.
         threads: That decode on the CPU.
+        packed: Whether it is fed with the content of files in place of their names.
     """
 
     batch_size: int
@@ -45,10 +46,11 @@ class Graph:
     channels_last: bool
     device_id: int | None
     threads: int
+    packed: bool = False
 
     def inputs(self) -> list[str]:
         """The names of what the pipeline is fed with: DALI warns of inputs that it has no use for."""
-        found = ["path"]
+        found = ["file"]
         if self.training:
             found += ["mirrored"] * self.augmentation.mirror + ["start"] * (self.augmentation.shift > 0)
             found += ["twist"] * self.augmentation.jitters
@@ -56,13 +58,13 @@ class Graph:
         return found
 
     def feed(
-        self, paths: list[NDArray[np.uint8]], seed: int, epoch: int, samples: NDArray[np.int64]
+        self, files: list[NDArray[np.uint8]], seed: int, epoch: int, samples: NDArray[np.int64]
     ) -> tuple[Any, ...]:
-        """One batch for the pipeline: file names, and what was drawn for them."""
+        """One batch for the pipeline: files' names or content, and what was drawn for them."""
         changes = draw_changes(self.augmentation, seed, epoch, samples)
         shift = self.augmentation.shift
         values: dict[str, Any] = {
-            "path": paths,
+            "file": files,
             "mirrored": changes.mirrored.astype(np.int32),
             "start": np.stack([changes.top - shift, changes.left - shift], 1).astype(np.int32),
             "twist": np.stack([changes.brightness, changes.contrast, changes.saturation, changes.hue], 1),
@@ -85,7 +87,7 @@ class Graph:
         from nvidia.dali import Pipeline, fn, types
 
         kinds = {
-            "path": (types.UINT8, 1),
+            "file": (types.UINT8, 1),
             "mirrored": (types.INT32, 0),
             "start": (types.INT32, 1),
             "twist": (types.FLOAT, 1),
@@ -104,9 +106,15 @@ class Graph:
                 ndim=[kinds[name][1] for name in names],
             )
             fed = dict(zip(names, nodes, strict=True))
-            encoded = fn.io.file.read(fed.pop("path"))
+            encoded = self.encoded(fed.pop("file"))
             pipeline.set_outputs(self._images(encoded, fed), encoded[:2], encoded[-2:])
         return pipeline
+
+    def encoded(self, file: Any) -> Any:
+        """The content of the files that the pipeline is fed with, on the graph."""
+        from nvidia.dali import fn
+
+        return file if self.packed else fn.io.file.read(file)
 
     def _images(self, encoded: Any, fed: dict[str, Any]) -> Any:
         from nvidia.dali import fn, types

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class DaliLoader(EpochLoader):
     way, reports it, and goes on from there with a new pipeline, so that clean data costs nothing.
 
     Args:
-        files: Paths.
+        files: Paths, or packed files.
         labels: int64, of each file.
         batches: Which samples make which batch.
         graph: What is done with them.
@@ -33,7 +33,7 @@ class DaliLoader(EpochLoader):
     """
 
     def __init__(
-        self, files: list[str], labels: NDArray[np.int64], batches: Batches, graph: Graph, bad_images: BadImages
+        self, files: Sequence[str], labels: NDArray[np.int64], batches: Batches, graph: Graph, bad_images: BadImages
     ) -> None:
         super().__init__(batches)
         self.labels = torch.from_numpy(labels)
@@ -111,8 +111,7 @@ class DaliLoader(EpochLoader):
             samples = self._repair.left(self._waiting.pop())
             if len(samples):
                 self._under_way.append(samples)
-                paths = [self._repair.path(sample) for sample in samples]
-                return self.graph.feed(paths, self.batches.seed, self._epoch, samples)
+                return self.graph.feed(self._repair.sources(samples), self.batches.seed, self._epoch, samples)
             self.batches.check_left_out()
         raise StopIteration
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastmerge.data.dali_graph import Graph
 from fastmerge.data.decoding import BadImages, bad_files, read_image
+from fastmerge.data.packed import contents
 
 _JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
 
@@ -24,21 +26,24 @@ class Repair:
     written to a temporary folder as PNG, so that every loader has the same images.
 
     Args:
-        files: Paths.
+        files: Paths, or packed files.
         graph: The pipeline in which they are read.
         bad_images: What happens to files that can't be read.
     """
 
-    def __init__(self, files: list[str], graph: Graph, bad_images: BadImages) -> None:
+    def __init__(self, files: Sequence[str], graph: Graph, bad_images: BadImages) -> None:
         self.files, self.graph, self.bad_images = files, graph, bad_images
         self._bad = np.zeros(len(files), bool)
         self._whole: set[int] = set()
         self._converted: dict[int, str] = {}
         self._folder: str | None = None
 
-    def path(self, sample: int) -> NDArray[np.uint8]:
-        """Where to read a sample, as DALI takes file names."""
-        return np.frombuffer(os.fsencode(self._converted.get(sample, self.files[sample])), np.uint8)
+    def sources(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Where to read samples, as DALI takes file names; of packed files, their content."""
+        files = [self._converted.get(sample, self.files[sample]) for sample in samples.tolist()]
+        if self.graph.packed:
+            return contents(files)
+        return [np.frombuffer(os.fsencode(file), np.uint8) for file in files]
 
     def left(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """The samples without those known to be bad."""
@@ -111,10 +116,10 @@ class Repair:
     def _decodes(self, samples: list[int]) -> bool:
         from nvidia.dali import Pipeline, fn, types
 
-        paths = [self.path(sample) for sample in samples]
+        sources = self.sources(np.array(samples))
         pipeline = Pipeline(len(samples), self.graph.threads, self.graph.device_id, prefetch_queue_depth=1)
         with pipeline:
-            encoded = fn.io.file.read(fn.external_source(source=lambda: paths, batch=True))
+            encoded = self.graph.encoded(fn.external_source(source=lambda: sources, batch=True))
             device = "cpu" if self.graph.device_id is None else "mixed"
             pipeline.set_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB))
         try:

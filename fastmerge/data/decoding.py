@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from fastmerge.data.packed import PackedFile, content
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -82,7 +84,7 @@ def read_image(file: str, draft: tuple[int, int] | None = None) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as image:
+        with Image.open(content(file)) as image:
             if draft is not None:
                 image.draft("RGB", draft)
             upright = ImageOps.exif_transpose(image)
@@ -125,5 +127,6 @@ def _reason(file: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
-        return "it is of no image format that Pillow knows" if os.path.getsize(file) else "it is empty"
+        nbytes = file.size if isinstance(file, PackedFile) else os.path.getsize(file)
+        return "it is of no image format that Pillow knows" if nbytes else "it is empty"
     return " ".join(str(error).split()) or type(error).__name__

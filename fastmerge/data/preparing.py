@@ -1,4 +1,4 @@
-"""A tree of images made small: what a fast network waits for is the decoding of large JPEGs."""
+"""A tree of images made small, as a tree or packed: what a fast network waits for is the decoding of large JPEGs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import sys
 from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from fastmerge.data.decoding import BadImageError, BadImages, OnBadImage, read_image
-from fastmerge.data.trees import image_files
+from fastmerge.data.decoding import BadImageError, BadImages, OnBadImage
+from fastmerge.data.packing import Done, pack
+from fastmerge.data.shrinking import begins_and_ends, small_jpeg
+from fastmerge.data.trees import find_trees, image_files
 
 RECORD = "prepared.json"
 _PARTIAL = ".partial"
 _JPEG = (".jpg", ".jpeg")
 _UNDER_WAY = 4  # files per worker that wait their turn, so that a million of them need no memory
-
-Outcome = Literal["resized", "copied", "there", "bad"]
 
 
 @dataclass
@@ -59,6 +57,7 @@ def prepare(
     workers: int | None = None,
     on_bad_image: OnBadImage = "raise",
     progress: bool | None = None,
+    packed: bool = False,
 ) -> Summary:
     """Copies a tree of images as JPEGs whose shorter side is at most ``size``.
 
@@ -67,19 +66,24 @@ def prepare(
     only when it is whole, so a run that was killed goes on where it was. ``prepared.json`` in the target holds size and
     quality.
 
+    Packed, the images go into tar files of some thousand each, ``train-00000.tar`` and so on, beside an index. What reads
+    trees reads such a folder as the tree that it was made of. A tar file appears when it is whole, and a run that was killed
+    goes on with the first that is missing.
+
     Args:
-        source: The tree, of any depth.
+        source: The tree, of any depth; to be packed, ``train/<class>/<image>`` and ``val/<class>/<image>`` (or ``test``).
         target: Where it goes; made if missing.
         size: Pixels of the shorter side; 256 for crops of 224.
         quality: Of the JPEGs, 1 to 100.
         workers: Threads; None is one for each core. Pillow works outside the interpreter's lock.
         on_bad_image: "raise" stops at the first file that can't be read, "skip" goes on; either names it.
         progress: Whether to show a progress bar on stderr; None shows it on a terminal.
+        packed: Whether to write few large files in place of the tree.
 
     Raises:
-        FileNotFoundError: There is no source.
+        FileNotFoundError: There is no source, or a tree to be packed lacks a folder.
         ValueError: Source and target are one in the other, hold no images, or two images would get one name; the target was
-            prepared with another size or quality, or is being prepared now; a number is out of range.
+            prepared with another size or quality, or packed and not, or is being prepared now; a number is out of range.
         BadImageError: A file can't be read, and bad images are to stop the run.
         ImportError: Pillow is not installed.
     """
@@ -89,15 +93,21 @@ def prepare(
             f"prepare needs a size and workers of at least 1 and a quality of 1..100; got size={size}, "
             f"quality={quality}, workers={workers}"
         )
-    pairs = _pairs(source, target)
+    _check_apart(source, target)
     bad_images, summary = BadImages(on_bad_image), Summary()
     count = workers or os.cpu_count() or 1
-    with _held(target, {"size": size, "quality": quality}):
-        _remove_partial(target)
-        results = _side_by_side(pairs, size, quality, count)
+    settings = {"size": size, "quality": quality}
+    if packed:
+        trees = find_trees(source)
+        total, results = sum(len(tree.files) for tree in trees), pack(trees, target, size, quality, count)
+        settings["packed"] = True
+    else:
+        pairs = _pairs(source, target)
+        total, results = len(pairs), _side_by_side(pairs, target, size, quality, count)
+    with _held(target, settings):
         shown = sys.stderr.isatty() if progress is None else progress
         with contextlib.closing(results):
-            for result in _with_bar(results, len(pairs)) if shown else results:
+            for result in _with_bar(results, total) if shown else results:
                 if result.outcome == "bad":
                     bad_images.report(result.file, result.reason)
                 else:
@@ -108,28 +118,22 @@ def prepare(
     return summary
 
 
-def _with_bar(results: Iterator[_Result], total: int) -> Iterator[_Result]:
+def _with_bar(results: Iterator[Done], total: int) -> Iterator[Done]:
     from tqdm import tqdm
 
     return iter(tqdm(results, "prepare", total, unit="img", dynamic_ncols=True))
 
 
-@dataclass(frozen=True)
-class _Result:
-    file: str
-    outcome: Outcome
-    before: int = 0
-    after: int = 0
-    reason: str = ""
-
-
-def _pairs(source: Path, target: Path) -> list[tuple[str, str]]:
-    """Files and where they go."""
+def _check_apart(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise FileNotFoundError(f"there is no directory {source}")
     whole, there = source.resolve(), target.resolve()
     if whole == there or whole in there.parents or there in whole.parents:
         raise ValueError(f"prepare needs a target outside the source; got {source} and {target}")
+
+
+def _pairs(source: Path, target: Path) -> list[tuple[str, str]]:
+    """Files and where they go."""
     files = image_files(str(source))
     if not files:
         raise ValueError(f"{source} holds no images")
@@ -174,11 +178,12 @@ def _remove_partial(target: Path) -> None:
 
 
 def _side_by_side(
-    pairs: list[tuple[str, str]], size: int, quality: int, workers: int
-) -> Generator[_Result, None, None]:
+    pairs: list[tuple[str, str]], target: Path, size: int, quality: int, workers: int
+) -> Generator[Done, None, None]:
     """Results as they come; when the caller stops, what is under way comes to its end and nothing new begins."""
+    _remove_partial(target)
     waiting = iter(pairs)
-    under_way: set[Future[_Result]] = set()
+    under_way: set[Future[Done]] = set()
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
@@ -194,9 +199,9 @@ def _side_by_side(
             pool.shutdown(cancel_futures=True)
 
 
-def _prepare(file: str, target: str, size: int, quality: int) -> _Result:
+def _prepare(file: str, target: str, size: int, quality: int) -> Done:
     if _is_done(file, target):
-        return _Result(file, "there")
+        return Done(file, "there")
     folder, name = os.path.split(target)
     os.makedirs(folder, exist_ok=True)
     partial = os.path.join(folder, f".{name}{_PARTIAL}")
@@ -205,53 +210,23 @@ def _prepare(file: str, target: str, size: int, quality: int) -> _Result:
         before, after = os.path.getsize(file), os.path.getsize(partial)
         os.replace(partial, target)
     except BadImageError as error:
-        return _Result(file, "bad", reason=error.reason)
+        return Done(file, "bad", reason=error.reason)
     finally:
         with contextlib.suppress(FileNotFoundError):  # it is gone where all went well
             os.unlink(partial)
-    return _Result(file, "copied" if copied else "resized", before, after)
+    return Done(file, "copied" if copied else "resized", before, after)
 
 
 def _is_done(file: str, target: str) -> bool:
     """Whether the target is there, whole, and not older than its source."""
     try:
-        return os.stat(target).st_mtime_ns >= os.stat(file).st_mtime_ns and _begins_and_ends(target)
+        return os.stat(target).st_mtime_ns >= os.stat(file).st_mtime_ns and begins_and_ends(target)
     except OSError:  # it is missing, or too short to be anything
         return False
 
 
-def _begins_and_ends(file: str) -> bool:
-    """Whether a file has the markers between which a JPEG lies."""
-    with open(file, "rb") as stream:
-        begins = stream.read(2)
-        stream.seek(-2, os.SEEK_END)
-        return begins == b"\xff\xd8" and stream.read(2) == b"\xff\xd9"
-
-
 def _write(file: str, partial: str, size: int, quality: int) -> bool:
     """Writes the small image; whether it is a copy."""
-    from PIL.Image import Resampling
-
-    if _is_small_jpeg(file, size):
-        read_image(file)  # it has to be whole
-        shutil.copyfile(file, partial)
-        return True
-    image = read_image(file, draft=(2 * size, 2 * size))
-    least = min(image.size)
-    if least > size:
-        width, height = (round(side * size / least) for side in image.size)
-        image = image.resize((width, height), Resampling.LANCZOS)
-    image.save(partial, "JPEG", quality=quality)
-    return False
-
-
-def _is_small_jpeg(file: str, size: int) -> bool:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            upright = image.getexif().get(0x112, 1) == 1
-            small = image.format == "JPEG" and image.mode == "RGB" and upright and min(image.size) <= size
-        return small and _begins_and_ends(file)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError):
-        return False  # reading it whole will say what is wrong
+    encoded, copied = small_jpeg(file, size, quality)
+    Path(partial).write_bytes(encoded)
+    return copied

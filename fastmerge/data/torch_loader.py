@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ Key = tuple[int, NDArray[np.int64]]  # an epoch and the samples of a batch
 class TreeBatches(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
     """Reads a whole batch of files; runs in the workers."""
 
-    def __init__(self, files: list[str], size: int, augmentation: Augmentation, batches: Batches) -> None:
+    def __init__(self, files: Sequence[str], size: int, augmentation: Augmentation, batches: Batches) -> None:
         self.files, self.size, self.augmentation, self.batches = files, size, augmentation, batches
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, dict[str, str]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastmerge.data.packed import is_packed, read_index
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 TEST_FOLDERS = ("val", "test")
@@ -19,13 +22,14 @@ class ImageTree:
 
     Attributes:
         folder: Where they are, ``train`` or ``val``.
-        files: Their paths, class by class and in alphabetical order within a class.
+        files: Their paths, class by class and in alphabetical order within a class; packed ones are each a
+            :class:`~fastmerge.data.packed.PackedFile`.
         labels: int64 (N,), the class of each.
         classes: The names of the classes.
     """
 
     folder: Path
-    files: list[str]
+    files: Sequence[str]
     labels: NDArray[np.int64]
     classes: list[str]
 
@@ -34,18 +38,24 @@ def find_trees(path: str | Path) -> tuple[ImageTree, ImageTree]:
     """Lists the images of a tree ``train/<class>/<image>`` and ``val/<class>/<image>`` (or ``test``).
 
     Classes are the subdirectories of ``train``, in alphabetical order, as torchvision's ImageFolder has them; images may
-    lie deeper. Names that begin with a dot are left out: they are nobody's images.
+    lie deeper. Names that begin with a dot are left out: they are nobody's images. A tree that was packed by
+    :func:`~fastmerge.data.preparing.prepare` is listed as it was.
 
     Returns:
         Images to train on and images to validate on, both with the training folder's classes.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: There are no classes, the two folders' classes differ, or a class has no images.
+        ValueError: There are no classes, the two folders' classes differ, a class has no images, or a packed tree is not
+            finished or damaged.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}")
+    if is_packed(path):
+        return _packed_trees(path)
+    if any(path.glob("train-*.tar")):
+        raise ValueError(f"{path} is being packed, or was not finished: it has no index yet; prepare it again")
     train, val = path / "train", next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), path / "val")
     for folder in (train, val):
         if not folder.is_dir():
@@ -75,6 +85,12 @@ def image_files(folder: str) -> list[str]:
                 elif entry.name.lower().endswith(SUFFIXES):
                     found.append(entry.path)
     return sorted(found)
+
+
+def _packed_trees(path: Path) -> tuple[ImageTree, ImageTree]:
+    classes, splits = read_index(path)
+    train, val = (ImageTree(path / split, files, labels, classes) for split, (files, labels) in splits.items())
+    return train, val
 
 
 def _classes(folder: Path) -> list[str]:

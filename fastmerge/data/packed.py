@@ -1,0 +1,174 @@
+"""Trees of image files packed into few large ones: what lies where, and how to read it."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX = "packed.npz"
+
+
+class PackedFile(str):
+    """An image within a tar file, by the path that messages name it with.
+
+    Attributes:
+        tar: The tar file.
+        offset, size: Where its bytes lie in it.
+    """
+
+    tar: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            OSError: The tar file can't be read, or ends early.
+        """
+        handle = os.open(self.tar, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            content = os.pread(handle, self.size, self.offset)
+        finally:
+            os.close(handle)
+        if len(content) != self.size:
+            raise OSError(f"{self.tar} ends within it")
+        return content
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the images of one split lie.
+
+    Attributes:
+        tars: Names of the tar files, in the index's folder.
+        sizes: int64, their bytes.
+        shard: int32 (N,), which tar file each image is in.
+        offset, length: int64 (N,), its bytes there.
+        names: uint8, the images' paths in the tree, in UTF-8, one behind another.
+        ends: int64 (N,), where each path ends.
+    """
+
+    tars: list[str]
+    sizes: NDArray[np.int64]
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    names: NDArray[np.uint8]
+    ends: NDArray[np.int64]
+
+
+class PackedFiles(Sequence[str]):
+    """The images of one split as a list of their paths, each a :class:`PackedFile`; a million of them take arrays alone.
+
+    Args:
+        folder: With the tar files.
+        places: What lies where.
+    """
+
+    def __init__(self, folder: Path, places: Places) -> None:
+        self.folder, self.places = folder, places
+        self._tars = [str(folder / name) for name in places.tars]
+
+    def __len__(self) -> int:
+        return len(self.places.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> PackedFile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> PackedFile | list[str]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        places = self.places
+        number = range(len(self))[index]
+        begin = places.ends[number - 1] if number else 0
+        name = os.fsdecode(places.names[begin : places.ends[number]].tobytes())
+        tar = self._tars[places.shard[number]]
+        file = PackedFile(f"{tar}/{name}")
+        file.tar, file.offset, file.size = tar, int(places.offset[number]), int(places.length[number])
+        return file
+
+
+def content(file: str) -> str | io.BytesIO:
+    """What Pillow opens an image with: the path of a file, or the bytes of a packed one."""
+    return io.BytesIO(file.read()) if isinstance(file, PackedFile) else file
+
+
+def contents(files: list[str]) -> list[NDArray[np.uint8]]:
+    """The bytes of files, packed or not.
+
+    The system is told of all packed ones first, so that a disk fetches them at once.
+    """
+    handles: dict[str, int] = {}
+    found = []
+    try:
+        for file in files:
+            if isinstance(file, PackedFile):
+                if file.tar not in handles:
+                    handles[file.tar] = os.open(file.tar, os.O_RDONLY | os.O_CLOEXEC)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(handles[file.tar], file.offset, file.size, os.POSIX_FADV_WILLNEED)
+        for file in files:
+            if isinstance(file, PackedFile):
+                found.append(np.frombuffer(os.pread(handles[file.tar], file.size, file.offset), np.uint8))
+            else:
+                found.append(np.fromfile(file, np.uint8))
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    return found
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a folder has an index of packed images."""
+    return (path / INDEX).is_file()
+
+
+def read_index(path: Path) -> tuple[list[str], dict[str, tuple[PackedFiles, NDArray[np.int64]]]]:
+    """The classes of a folder of packed images, and by split the files and the class of each.
+
+    Raises:
+        ValueError: The index is damaged, or the tar files are not those it was made for.
+    """
+    index = path / INDEX
+    try:
+        with index.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays: dict[str, Any] = {name: file[name] for name in file.files}
+        classes = arrays["classes"].tolist()
+        splits = {}
+        for split in arrays["splits"].tolist():
+            part = {name: arrays[f"{split}_{name}"] for name in Places.__annotations__}
+            places = Places(**part | {"tars": part["tars"].tolist()})
+            splits[split] = PackedFiles(path, places), arrays[f"{split}_labels"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{index} is damaged ({error}); prepare the tree again") from error
+    for files, _ in splits.values():
+        for name, size in zip(files.places.tars, files.places.sizes.tolist(), strict=True):
+            tar = path / name
+            there = tar.stat().st_size if tar.is_file() else None
+            if there != size:
+                found = "missing" if there is None else f"of {there} bytes"
+                raise ValueError(f"{tar} should have {size} bytes and is {found}; prepare the tree again")
+    return classes, splits
+
+
+def index_arrays(
+    classes: list[str], splits: dict[str, tuple[Places, NDArray[np.int64]]]
+) -> dict[str, NDArray[np.generic]]:
+    """What :func:`read_index` reads, as the arrays of an .npz."""
+    arrays: dict[str, Any] = {"classes": np.array(classes), "splits": np.array(list(splits))}
+    for split, (places, labels) in splits.items():
+        arrays |= {f"{split}_{name}": np.array(value) for name, value in vars(places).items()}
+        arrays[f"{split}_labels"] = labels
+    return arrays
