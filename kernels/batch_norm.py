@@ -5,9 +5,8 @@
 Two passes over the tensors forward (statistics, result), two backward (sums, dx); kept for the backward pass are x, the
 residual where the activation or the gates' gradient needs it, and vectors of C numbers. Sums are deterministic.
 
-There are two ways to the same kernels. torch.compile and other tracers see custom operators: one that takes the
-statistics and updates the running ones, and one that is a function of the statistics and has a gradient. Plain eager calls
-go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers wait
+There are two ways to the same kernels. torch.compile and other tracers see custom operators (``batch_norm_ops``). Plain eager
+calls go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers wait
 for the CPU. On a CPU that function runs a C++ extension (``batch_norm_cpu``) in place of the kernels; what traces a call there
 sees plain PyTorch.
 
@@ -21,13 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels import batch_norm_cpu
-from fastmerge.kernels.batch_norm_formulas import (
-    ACTIVATIONS,
-    batch_norm_act_reference,
-    check,
-    empty_in_layout,
-)
+from fastmerge.kernels import batch_norm_cpu, batch_norm_ops
+from fastmerge.kernels.batch_norm_formulas import ACTIVATIONS, batch_norm_act_reference, check
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -35,124 +29,6 @@ __all__ = ["batch_norm_act", "batch_norm_act_reference", "why_not_fused"]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@torch.library.custom_op("fastmerge::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
-def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; updates the running statistics."""
-    # Imported here: a machine without CUDA never imports Triton.
-    from fastmerge.kernels import batch_norm_statistics_triton
-
-    return batch_norm_statistics_triton.statistics(x, running_mean, running_var, momentum)
-
-
-@statistics.register_fake
-def _(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float) -> tuple[Tensor, Tensor]:
-    c = x.shape[1]
-    return x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-
-
-@torch.library.custom_op("fastmerge::batch_norm_act", mutates_args=())
-def _normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    from fastmerge.kernels import batch_norm_triton
-
-    return batch_norm_triton.normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
-
-
-@_normalize.register_fake
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    return empty_in_layout(x)
-
-
-@torch.library.custom_op("fastmerge::batch_norm_act_backward", mutates_args=())
-def _normalize_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fastmerge.kernels import batch_norm_backward_triton
-
-    gradients = batch_norm_backward_triton.gradients(
-        dy, x, weight, bias, mean, var, residual, gate, training, eps, activation, needs
-    )
-    # An operator returns tensors, and none of its arguments.
-    dx, dweight, dbias, dresidual, dgate = (x.new_empty(0) if g is None or g is dy else g for g in gradients)
-    return dx, dweight, dbias, dresidual, dgate
-
-
-@_normalize_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    changed = activation == "relu" or gate is not None
-    dx, dresidual = (empty_in_layout(x) if need else x.new_empty(0) for need in (needs[0], needs[3] and changed))
-    dweight, dbias, dgate = (empty_gradient(x, t, needs[i]) for t, i in ((weight, 1), (bias, 2), (gate, 4)))
-    return dx, dweight, dbias, dresidual, dgate
-
-
-def empty_gradient(x: Tensor, tensor: Tensor | None, needed: bool) -> Tensor:
-    """What a backward operator returns for a tensor other than x, to a fake call."""
-    return x.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation = inputs
-    _save(ctx, x, weight, bias, mean, var, residual, gate)
-
-
-def _save(ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, residual: Any, gate: Any) -> None:
-    gate_learns = gate is not None and gate.requires_grad
-    if ctx.activation != "relu" and not gate_learns:
-        residual = None
-    ctx.save_for_backward(x, weight, bias, mean, var, residual, gate)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
-    gradients = _normalize_backward(
-        dy, x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation, needs
-    )
-    dx, dweight, dbias, dresidual, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    if dresidual is not None and ctx.activation != "relu" and gate is None:
-        dresidual = dy
-    return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None
-
-
-_normalize.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -178,7 +54,7 @@ class _BatchNormAct(torch.autograd.Function):
             mean, var = eager_statistics(x, running_mean, running_var, momentum)
         ctx.training, ctx.eps, ctx.activation = training, eps, activation
         ctx.on_cpu, ctx.has_residual = not _holds_kernels(x), residual is not None
-        _save(ctx, x, weight, bias, mean, var, residual, gate)
+        batch_norm_ops.save(ctx, x, weight, bias, mean, var, residual, gate)
         normalize: Any = batch_norm_cpu.normalize
         if not ctx.on_cpu:
             from fastmerge.kernels.batch_norm_triton import normalize
@@ -225,7 +101,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, needs: Sequence[bool]) -> tu
 def eager_statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """``statistics`` without the operator's dispatch."""
+    """``batch_norm_ops.statistics`` without the operator's dispatch."""
     if not _holds_kernels(x):
         return batch_norm_cpu.statistics(x, running_mean, running_var, momentum)
     from fastmerge.kernels import batch_norm_statistics_triton
@@ -295,8 +171,8 @@ def batch_norm_act(
     if not runs_direct(x):
         mean, var = running_mean, running_var
         if training:
-            mean, var = statistics(x.detach(), running_mean, running_var, momentum)
-        return _normalize(x, weight, bias, mean, var, residual, gate, training, eps, activation)
+            mean, var = batch_norm_ops.statistics(x.detach(), running_mean, running_var, momentum)
+        return batch_norm_ops.normalize(x, weight, bias, mean, var, residual, gate, training, eps, activation)
     return _BatchNormAct.apply(
         x, weight, bias, running_mean, running_var, residual, gate, training, momentum, eps, activation
     )

@@ -25,6 +25,7 @@ from fastmerge.kernels.batch_norm_walk_triton import (
     channels_of,
     contiguous,
     gate_stride,
+    in_dtypes_of,
     per_channel,
     rows_of,
     share,
@@ -134,10 +135,7 @@ def input_gradient(
         input_gradient_kernel[cut.grid](
             dz,
             x,
-            contiguous(weight),
-            contiguous(bias),
-            contiguous(mean),
-            contiguous(var),
+            *contiguous(weight, bias, mean, var),
             rows_of(gate),
             *(sums or (None, None)),
             dx,
@@ -198,10 +196,7 @@ def gradients(
             dx = input_gradient(dy, x, weight, bias, mean, var, gate, sums, eps, relu)
         else:
             dx = input_gradient(dz, x, weight, bias, mean, var, None, sums, eps, False)
-    return (
-        dx,
-        dweight.to(weight.dtype) if needs_dweight else None,
-        dbias.to(bias.dtype) if needs_dbias else None,
-        (dz if changed else dy) if needs_dresidual else None,
-        dgate.to(gate.dtype) if needs_dgate else None,
-    )
+    dresidual = (dz if changed else dy) if needs_dresidual else None
+    needed = (needs_dweight, needs_dbias, needs_dgate)
+    dweight, dbias, dgate = in_dtypes_of((weight, bias, gate), (dweight, dbias, dgate), needed)
+    return dx, dweight, dbias, dresidual, dgate

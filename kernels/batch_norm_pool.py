@@ -15,128 +15,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels import batch_norm
+from fastmerge.kernels import batch_norm, batch_norm_ops, batch_norm_pool_ops
 from fastmerge.kernels.batch_norm_formulas import (
     MAX_WINDOW,
     batch_norm_act_pool_reference,
     check,
-    empty_in_layout,
     gated,
-    pooled_shape,
     pooling_window,
 )
 from torch import Tensor
 
 __all__ = ["batch_norm_act_pool", "batch_norm_act_pool_reference", "why_not_fused"]
-
-
-@torch.library.custom_op("fastmerge::batch_norm_act_pool", mutates_args=())
-def _pool(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: str,
-    window: Sequence[int],
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # Imported here: a machine without CUDA never imports Triton.
-    from fastmerge.kernels import batch_norm_pool_triton
-
-    y, peak, place = batch_norm_pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
-    if peak is None or place is None:
-        peak, place = x.new_empty(0), x.new_empty(0, dtype=torch.int8)
-    return y, peak, place
-
-
-@_pool.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: str,
-    window: Sequence[int],
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = pooled_shape(x, window)
-    if not keep:
-        return empty_in_layout(x, shape), x.new_empty(0), x.new_empty(0, dtype=torch.int8)
-    return empty_in_layout(x, shape), empty_in_layout(x, shape), empty_in_layout(x, shape, torch.int8)
-
-
-@torch.library.custom_op("fastmerge::batch_norm_act_pool_backward", mutates_args=())
-def _pool_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor | None,
-    peak: Tensor,
-    place: Tensor,
-    training: bool,
-    eps: float,
-    activation: str,
-    window: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastmerge.kernels import batch_norm_pool_triton
-
-    gradients = batch_norm_pool_triton.gradients(
-        dy, x, weight, bias, mean, var, gate, peak, place, training, eps, activation, window, needs
-    )
-    dx, dweight, dbias, dgate = (x.new_empty(0) if g is None else g for g in gradients)
-    return dx, dweight, dbias, dgate
-
-
-@_pool_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor | None,
-    peak: Tensor,
-    place: Tensor,
-    training: bool,
-    eps: float,
-    activation: str,
-    window: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = empty_in_layout(x) if needs[0] else x.new_empty(0)
-    dweight, dbias, dgate = (
-        batch_norm.empty_gradient(x, t, need) for t, need in zip((weight, bias, gate), needs[1:], strict=True)
-    )
-    return dx, dweight, dbias, dgate
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, mean, var, gate, ctx.training, ctx.eps, ctx.activation, ctx.window, _ = inputs
-    _, peak, place = output
-    ctx.save_for_backward(x, weight, bias, mean, var, gate, peak, place)
-
-
-def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
-    gradients = _pool_backward(dy, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.activation, ctx.window, needs)
-    dx, dweight, dbias, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return dx, dweight, dbias, None, None, dgate, None, None, None, None, None
-
-
-_pool.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _BatchNormActPool(torch.autograd.Function):
@@ -172,10 +61,10 @@ class _BatchNormActPool(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from fastmerge.kernels import batch_norm_pool_triton
+        from fastmerge.kernels import batch_norm_unpool_triton
 
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
-        dx, dweight, dbias, dgate = batch_norm_pool_triton.gradients(
+        dx, dweight, dbias, dgate = batch_norm_unpool_triton.gradients(
             dy, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.activation, ctx.window, needs
         )
         return dx, dweight, dbias, None, None, dgate, *[None] * 6
@@ -246,8 +135,8 @@ def batch_norm_act_pool(
     if not batch_norm.runs_direct(x):
         mean, var = running_mean, running_var
         if training:
-            mean, var = batch_norm.statistics(x.detach(), running_mean, running_var, momentum)
-        return _pool(x, weight, bias, mean, var, gate, training, eps, activation, window, keep)[0]
+            mean, var = batch_norm_ops.statistics(x.detach(), running_mean, running_var, momentum)
+        return batch_norm_pool_ops.pool(x, weight, bias, mean, var, gate, training, eps, activation, window, keep)[0]
     return _BatchNormActPool.apply(*tensors, gate, training, momentum, eps, activation, window, keep)
 
 

@@ -207,10 +207,7 @@ def sum_gradients(
         sum_gradients_kernel[cut.grid](
             dy,
             x,
-            contiguous(weight),
-            contiguous(bias),
-            contiguous(mean),
-            contiguous(var),
+            *contiguous(weight, bias, mean, var),
             residual,
             rows_of(gate),
             dz,
@@ -229,7 +226,7 @@ def sum_gradients(
         )
         merge_sums_kernel[(triton.cdiv(c, MERGE_C),)](
             partial,
-            contiguous(var),
+            *contiguous(var),
             dbias,
             dweight,
             dgate,

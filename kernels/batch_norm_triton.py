@@ -100,10 +100,7 @@ def normalize(
     with torch.cuda.device_of(x):
         normalize_kernel[cut.grid](
             x,
-            contiguous(weight),
-            contiguous(bias),
-            contiguous(mean),
-            contiguous(var),
+            *contiguous(weight, bias, mean, var),
             residual,
             rows_of(gate),
             y,

@@ -5,6 +5,8 @@ Dims: N batch, C channels, P positions of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,8 +53,19 @@ def total_per_channel(values):
     return tl.sum(tl.sum(values, 0), 0)[None, None, :]
 
 
-def contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Vectors of C, as kernels read them."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def in_dtypes_of(
+    tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients in the dtypes of what they belong to, None where not needed."""
+    return [
+        g.to(t.dtype) if need and g is not None and t is not None else None
+        for t, g, need in zip(tensors, gradients, needs, strict=True)
+    ]
 
 
 def rows_of(gate: Tensor | None) -> Tensor | None:

@@ -120,6 +120,7 @@ def test_passes(name: str, dtype: torch.dtype, channels_last: bool, capability: 
 @pytest.mark.parametrize("pooling", [True, False])
 def test_pooling(dtype: torch.dtype, capability: int, pooling: bool) -> None:
     from fastmerge.kernels import batch_norm_pool_triton as kernels
+    from fastmerge.kernels.batch_norm_unpool_triton import unpool_kernel
 
     block_h, block_w, block_c = patches(56, 56, 128, dtype.itemsize, True, pooling)
     constants = kernels.window_constants((3, 3, 2, 2, 1, 1)) | {"RELU": True}
@@ -127,7 +128,7 @@ def test_pooling(dtype: torch.dtype, capability: int, pooling: bool) -> None:
     if pooling:
         result = compiled(kernels.pool_kernel, dtype, constants, capability)
     else:
-        result = compiled(kernels.unpool_kernel, dtype, constants | {"TRAINING": True}, capability)
+        result = compiled(unpool_kernel, dtype, constants | {"TRAINING": True}, capability)
     check(result, 9 if pooling else 2)
 
 
@@ -154,6 +155,7 @@ def test_arguments_that_triton_treats_by_themselves(kind: str) -> None:
         batch_norm_statistics_triton,
         batch_norm_sums_triton,
         batch_norm_triton,
+        batch_norm_unpool_triton,
     )
 
     cut = blocks(torch.float16, True, True)
@@ -167,7 +169,7 @@ def test_arguments_that_triton_treats_by_themselves(kind: str) -> None:
         (batch_norm_sums_triton.merge_sums_kernel, merging | {"DGATE": 0}),
         (batch_norm_backward_triton.input_gradient_kernel, cut | {"RELU": False, "TRAINING": False}),
         (batch_norm_pool_triton.pool_kernel, pooling | {"RELU": False}),
-        (batch_norm_pool_triton.unpool_kernel, pooling | {"RELU": False, "TRAINING": False}),
+        (batch_norm_unpool_triton.unpool_kernel, pooling | {"RELU": False, "TRAINING": False}),
     ):
         given: dict[str, Any] = {}
         # Optional in other kernels alone.
