@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import fastmerge
 from architectures import BY_NAME, ZOO
 from compaction_paths import raw
+from fastmerge.wide.norms import WideBatchNorm
 from teachers import OPEN, make_teachers, relative_error
 
 CLOSED = -OPEN
@@ -109,6 +110,19 @@ def test_layers_print_the_channels_that_are_there(link: bool) -> None:
     assert f"-> {first} channels of 2 teachers, shared -> streams" in fc1
     assert f"linear, {first} -> {second} channels of 2 teachers" in fc2
     assert f"linear, {second} -> " in fc3
+
+
+def test_normalisations_print_the_channels_that_are_there() -> None:
+    big, _ = merged("vgg", link=True)
+    norms = [m for m in big.network.modules() if isinstance(m, WideBatchNorm)]
+    before = [f"{m.weight.shape[0]} channels of 2 teachers" for m in norms]
+    assert all(text in str(m) for text, m in zip(before, norms, strict=True))
+    close_gates(big)
+    big.compact(multiple=1)
+    assert all(text not in str(m) for text, m in zip(before, norms, strict=True))
+    assert all(f"({m.weight.shape[0]} channels of 2 teachers, eps=" in str(m) for m in norms)
+    bare = WideBatchNorm([nn.BatchNorm2d(3, affine=False, track_running_stats=False) for _ in range(2)])
+    assert str(bare).startswith("WideBatchNorm(2 teachers, eps=")
 
 
 def test_unlinked_streams_keep_as_many_each() -> None:

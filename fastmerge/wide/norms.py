@@ -63,7 +63,7 @@ class WideBatchNorm(nn.Module):
     def __init__(self, norms: Sequence[Any]) -> None:
         super().__init__()
         first = norms[0]
-        self.num_teachers, self.num_features = len(norms), first.num_features
+        self.num_teachers = len(norms)
         self.eps, self.momentum = first.eps, first.momentum
         self.fused: bool | str = "auto"
         for name in ("weight", "bias"):
@@ -186,7 +186,9 @@ class WideBatchNorm(nn.Module):
         return [1 / count for count in self.num_batches_tracked.tolist()]
 
     def extra_repr(self) -> str:
+        sized = self.weight if self.weight is not None else self.running_mean
+        channels = "" if sized is None else f"{len(sized)} channels of "
         return (
-            f"{self.num_teachers} x {self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"{channels}{self.num_teachers} teachers, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.weight is not None}, track_running_stats={self.running_mean is not None}"
         )
