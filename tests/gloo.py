@@ -19,7 +19,7 @@ from fastmerge.history import Score
 from fastmerge.processes import Processes
 from killing import forkserver
 
-PRELOADED = ["gloo", "ddp_merge", "synced_shares"]
+PRELOADED = ["gloo", "ddp_merge", "ddp_recipe", "synced_shares"]
 
 
 def together(size: int, work: Callable[..., Any], *arguments: Any, missing: int = 0) -> dict[int, Any]:

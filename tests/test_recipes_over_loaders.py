@@ -14,15 +14,20 @@ from torch import nn
 from fastmerge import BigStudent
 from fastmerge.cli import main
 from fastmerge.data.augmentation import Augmentation
+from fastmerge.merging import compiling
+from fastmerge.merging.execution import Execution
 from fastmerge.recipes import OVER_LOADERS, RECIPES
 from fastmerge.reporting.paper import paper_mean
 from fastmerge.schedules import QuadraticLambda
-from fastmerge.training import loader_networks, loader_strategies
+from fastmerge.training import loader_networks
 from fastmerge.training.loader_recipe import LoaderRecipe, Plan
 from fastmerge.training.running import run_recipe, varied
 
 # So short a stage leaves the gates where they are.
-pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0.:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*P.g>0.:UserWarning",
+    "ignore::DeprecationWarning:torch",  # what importing the compiler gives
+)
 
 
 @pytest.fixture(params=OVER_LOADERS)
@@ -205,7 +210,7 @@ def test_networks_start_and_read_differently(tree: Path, monkeypatch: pytest.Mon
         starts.append((path, width, network[0].weight.sum().item()))
         return network, history
 
-    monkeypatch.setattr(loader_strategies, "train_network", spy)
+    monkeypatch.setattr(loader_networks, "train_network", spy)
     run_small(tree)
     assert [path for path, _, _ in starts[:2]] == [("teacher", 0, 0), ("teacher", 0, 1)]
     assert [width for _, width, _ in starts] == [1] * 4 + [1] * 6 + [2] * 2
@@ -247,6 +252,34 @@ def test_an_interrupted_run_goes_on(tree, tmp_path) -> None:
     assert strip(run_small(tree, checkpoint_dir=tmp_path, resume=True)["strategies"]) == whole
 
 
+def test_options_reach_every_stage(tree, monkeypatch) -> None:
+    """The merge compacts, each stage is compiled, and a step reads its images in two parts."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    said, sizes, compacted = [], [], []
+    monkeypatch.setattr(compiling.LOG, "info", lambda text, *parts: said.append(text % parts))
+    merge, train = loader_networks.train_merge, loader_networks.train_network
+
+    def spy_merge(*arguments):
+        student, history = merge(*arguments)
+        compacted.extend(history.compactions)
+        return student, history
+
+    def spy_train(recipe, plan, place, loaders, *rest):
+        sizes.append(loaders.train.batches.batch_size)
+        return train(recipe, plan, place, loaders, *rest)
+
+    monkeypatch.setattr(loader_networks, "train_merge", spy_merge)
+    monkeypatch.setattr(loader_networks, "train_network", spy_train)
+    execution = Execution(accumulate=2, compile=True)
+    recipe = small_recipe(compact_at=0.0)
+    run_small(tree, recipe=recipe, strategies=["student"], replicates=1, execution=execution)
+    assert sizes == [4, 4]
+    assert [each["epoch"] for each in compacted] == [1]
+    assert said == [
+        f"compiled {name}: 1 graph" for name in 2 * ["Sequential"] + ["the big student, linked", "Sequential"]
+    ]
+
+
 def test_a_replicate_that_diverges_is_left_out(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = loader_networks.train_network
 
@@ -255,7 +288,7 @@ def test_a_replicate_that_diverges_is_left_out(tree: Path, monkeypatch: pytest.M
             raise FloatingPointError("the loss became nan")
         return train(recipe, plan, place, loaders, width, tell, *path)
 
-    monkeypatch.setattr(loader_strategies, "train_network", diverging)
+    monkeypatch.setattr(loader_networks, "train_network", diverging)
     with pytest.warns(UserWarning, match="student, replicate 1: the loss became nan"):
         results = run_small(tree, strategies=["student"])
     values = results["strategies"]["student"]["values"]
@@ -276,6 +309,9 @@ def test_bad_input(tree: Path, tmp_path: Path) -> None:
         run_small(tree, data_path=tmp_path / "grey.npz")
     with pytest.raises(ValueError, match="unknown strategy luck"):
         run_small(tree, strategies=["luck"])
+    for options in ({"loader": "dali"}, {"execution": Execution(accumulate=2)}, {"teachers_in_parallel": True}):
+        with pytest.raises(ValueError, match="sine has its data in memory"):
+            run_recipe(RECIPES["sine"](), ["one"], **options)
     with pytest.raises(ValueError, match="sine has its data in memory"):
         run_recipe(RECIPES["sine"](), ["one"], loader="dali")
 
@@ -284,6 +320,13 @@ def test_variations() -> None:
     recipe = replace(RECIPES["digits"](), link_at=0.25, gate_schedule="budget")
     assert varied(recipe) == recipe
     assert varied(recipe, paper=True) == RECIPES["digits"]()
+    assert varied(recipe, compact_at=0.5).compact_at == (0.5,)
+    loaders = OVER_LOADERS["resnet18-imagewoof"]()
+    assert varied(loaders, compact_at="settled") == replace(loaders, compact_at="settled")
+    with pytest.raises(ValueError, match="digits stacks its networks, which drop channels together: give a fraction"):
+        varied(recipe, compact_at="settled")
+    with pytest.raises(ValueError, match=r"compact_at, .* in 0\.\.1, 'settled' or None; got 3"):
+        varied(loaders, compact_at=3.0)
     assert varied(recipe, link_at=0.5).link_at == 0.5
     assert varied(RECIPES["sine"](), gate_schedule="budget").gate_schedule == "budget"
     with pytest.raises(ValueError, match="leave them out, or --paper"):

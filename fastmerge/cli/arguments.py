@@ -7,6 +7,8 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
+from fastmerge.merging.execution import Execution
+
 
 def integer(least: int) -> Callable[[str], int]:
     """A whole number of at least ``least``."""
@@ -51,3 +53,31 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def compact_at(text: str) -> float | str:
+    """A fraction or "settled"; whether it is in range is for those to say who use it."""
+    if text == "settled":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs a fraction of the merge stage or 'settled'; got {text!r}") from None
+
+
+def add_execution(add: Callable[..., None]) -> None:
+    """Adds the options that say how steps are run, which :func:`execution` reads."""
+    add(
+        "--accumulate",
+        type=integer(1),
+        default=1,
+        metavar="K",
+        help="read a step's images in K parts, for small cards; default 1",
+    )
+    add("--compile", action="store_true", help="run networks under torch.compile, where that works")
+    add("--sync-batch-norm", action="store_true", help="BatchNorm over the images of all processes")
+
+
+def execution(options: argparse.Namespace) -> Execution:
+    """How steps are run, as options say."""
+    return Execution(options.accumulate, None, options.compile, options.sync_batch_norm)

@@ -18,12 +18,14 @@ _COMMAND = "command.json"
 _FREE = {
     "accumulate",
     "checkpoint_seconds",
+    "compile",
     "debug",
     "device",
     "dry_run",
     "out",
     "quiet",
     "resume",
+    "teachers_in_parallel",
     "tensorboard",
     "workers",
 }

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.checkpoints import TIMM, build_network, load_weights, save_weights
 from fastmerge.cli import continuing
-from fastmerge.cli.arguments import integer, key_value
+from fastmerge.cli.arguments import add_execution, compact_at, execution, integer, key_value
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
@@ -74,13 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--merge-epochs", type=integer(1), default=30, metavar="N", help="epochs of the big student; default 30")
     add("--finetune-epochs", type=integer(0), default=30, metavar="N", help="epochs of the student; default 30")
     add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step, of all processes; default 64")
-    add(
-        "--accumulate",
-        type=integer(1),
-        default=1,
-        metavar="K",
-        help="read a step's images in K parts, for small cards; default 1",
-    )
+    add_execution(add)
     add("--lr", type=float, default=0.01, metavar="X", help="learning rate of the weights; default 0.01")
     add("--finetune-lr", type=float, metavar="X", help="learning rate of the fine-tuning; default --lr")
     add(
@@ -110,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--compact-at",
-        type=_compact_at,
+        type=compact_at,
         metavar="F",
         help="fraction of the merge after which closed channels are dropped, or 'settled'; default never",
     )
@@ -125,10 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=integer(0), metavar="S", help="makes the merge repeatable")
     add("--dry-run", action="store_true", help="check everything, time a few steps, print the plan, and train nothing")
     add("--quiet", action="store_true", help="no progress bar")
-
-
-def _compact_at(text: str) -> float | str:
-    return text if text == "settled" else float(text)
 
 
 def command(options: argparse.Namespace) -> None:
@@ -191,7 +181,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
             checkpoint_dir=options.out / continuing.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
-            accumulate=options.accumulate,
+            **dataclasses.asdict(execution(options)),
             **chosen,
         )
     if not processes.is_first:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastmerge.cli import continuing
-from fastmerge.cli.arguments import fraction, integer, names
+from fastmerge.cli.arguments import add_execution, compact_at, execution, fraction, integer, names
 from fastmerge.data.loading import LOADERS
 from fastmerge.processes import Processes, join_processes, leave_processes
 from fastmerge.recipes import RECIPES
@@ -56,16 +56,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--paper", action="store_true", help="the paper's setting where the recipe's own differs")
     add("--link-at", type=float, metavar="F", help="fraction of the merge stage before linking")
     add("--gate-schedule", choices=("quadratic", "budget"), help="what brings gates to 1/T")
+    add(
+        "--compact-at",
+        type=compact_at,
+        metavar="F",
+        help="fraction of the merge stage after which closed channels are dropped, or 'settled'; default never",
+    )
     add("--loader", default="auto", choices=("auto", *LOADERS), help="of recipes over loaders")
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision of recipes over loaders")
     add("--on-bad-image", default="raise", choices=("raise", "skip"), help="what a file that can't be read does")
+    add_execution(add)
+    add(
+        "--teachers-in-parallel",
+        action="store_true",
+        help="with several processes, train the teachers of recipes over loaders side by side, each by its share of them",
+    )
     add("--quiet", action="store_true", help="no progress bar")
 
 
 def command(options: argparse.Namespace) -> None:
     """Runs the recipe and prints its table."""
     recipe = varied(
-        RECIPES[options.recipe](), paper=options.paper, link_at=options.link_at, gate_schedule=options.gate_schedule
+        RECIPES[options.recipe](),
+        paper=options.paper,
+        link_at=options.link_at,
+        gate_schedule=options.gate_schedule,
+        compact_at=options.compact_at,
     )
     device, processes = join_processes(options.device)
     try:
@@ -85,7 +101,7 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
     with contextlib.ExitStack() as closing:
         note = None
         if processes.is_first:
-            key = ("strategy", "replicates", "stage", "epoch")
+            key = ("strategy", "replicates", "stage", "network", "epoch")
             log = EpochLog(out / "log.jsonl", key, options.resume, out / "tensorboard" if options.tensorboard else None)
             note = _noting(closing.enter_context(contextlib.closing(log)))
         run_recipe(
@@ -94,6 +110,8 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
             loader=options.loader,
             autocast=None if options.autocast is None else getattr(torch, options.autocast),
             on_bad_image=options.on_bad_image,
+            execution=execution(options),
+            teachers_in_parallel=options.teachers_in_parallel,
             replicates=options.replicates,
             budget=options.budget,
             seed=options.seed,
@@ -115,6 +133,8 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
 
 def _noting(log: EpochLog) -> Callable[[dict[str, Any]], None]:
     def note(values: dict[str, Any]) -> None:
-        log.write(values, values["epoch"], f"{values['strategy']}-{values['replicates'][0]}/{values['stage']}")
+        network = f"-{values['network']}" if values.get("network") else ""
+        stage = f"{values['stage']}{network}"
+        log.write(values, values["epoch"], f"{values['strategy']}-{values['replicates'][0]}/{stage}")
 
     return note

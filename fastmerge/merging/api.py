@@ -130,8 +130,9 @@ def merge(
         merge_milestones: Epochs of the merge stage after which the weights' learning rate is divided by ten; None is none.
         val_every: Epochs of a stage between two scores on the validation data; its last epoch always has one.
         compile: Whether networks run under torch.compile, which takes a minute or so for each stage and shape of batch; the
-            log says what was compiled, and a warning what could not be and runs eagerly. Whatever else the caller has
-            compiled is compiled anew afterwards. A CUDA graph then needs ``cuda_graph=True``.
+            log says what was compiled, and a warning what could not be and runs eagerly. The gates drawn are others than
+            without it. Whatever else the caller has compiled is compiled anew afterwards. A CUDA graph then needs
+            ``cuda_graph=True``.
         sync_batch_norm: Whether BatchNorm takes its statistics in training over the batches of all processes, instead of each
             process over its own. On CUDA devices it is then not fused with what follows it.
 

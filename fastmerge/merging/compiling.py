@@ -46,7 +46,13 @@ class Compiler:
             return
         self._network, self._shapes = network, shapes
         torch.compiler.reset()
-        network.compile(backend=BACKEND, dynamic=False)
+
+        def call(
+            *inputs: Any, **options: Any
+        ) -> Any:  # Module.compile does nothing for torch's own, such as Sequential
+            return network._call_impl(*inputs, **options)
+
+        network._compiled_call_impl = torch.compile(call, backend=BACKEND, dynamic=False)
         self._before = _counts()
 
     def run(self, work: Callable[[], Result]) -> Result:

@@ -29,7 +29,7 @@ from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.training.loader_recipe import LoaderRecipe, Plan
 from fastmerge.training.seeds import seed_for
 
-Tell = Callable[[str, EpochRecord], object]
+Tell = Callable[[str, EpochRecord, int], object]  # the stage, an epoch of it, and which of several networks
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def train_network(
         loaders: of this network alone.
         width: of the network.
         tell: told of every epoch, with the stage's name.
-        path: names the network; its seeds and checkpoints follow from it.
+        path: names the network, and ends with its number among others of its kind; its seeds and checkpoints follow from it.
 
     Raises:
         FloatingPointError: The loss became NaN or Inf.
@@ -137,10 +137,10 @@ def train_network(
     setting.place(network)
     history, processes = History(1), place.processes
     state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history, processes)
-    title, shown = " ".join(map(str, path)), place.progress if processes.is_first else False
+    title, shown = " ".join(map(str, path)), place.progress if Processes(place.device).is_first else False
 
     def note(record: EpochRecord) -> None:
-        tell(str(path[0]), record)
+        tell(str(path[0]), record, int(path[-1]))
 
     with (
         StopRequests(enabled=snapshots is not None) as stop,
@@ -193,7 +193,7 @@ def train_merge(
         seed=seed_for(place.seed, "gates", *path),
         progress=place.progress,
         val_every=recipe.test_every,
-        callback=lambda record: tell(record.stage, record),
+        callback=lambda record: tell(record.stage, record, 0),
         checkpoint_dir=place.checkpoint(*path),
         checkpoint_seconds=place.checkpoint_seconds,
         resume=place.resume,

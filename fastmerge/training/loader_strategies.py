@@ -1,4 +1,4 @@
-"""Strategies at equal epochs over loaders, one network after another, and the files of such a comparison."""
+"""Strategies at equal epochs over loaders, one network after another."""
 
 from __future__ import annotations
 
@@ -6,42 +6,21 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastmerge.checkpoints import save_weights
 from fastmerge.environment import environment
-from fastmerge.history import EpochRecord, History
-from fastmerge.processes import Processes
-from fastmerge.reporting import results as results_files
-from fastmerge.training.loader_networks import Place, train_merge, train_network
+from fastmerge.history import EpochRecord
+from fastmerge.merging.execution import Execution
+from fastmerge.processes import Split
+from fastmerge.training import loader_networks
+from fastmerge.training.loader_networks import Place
 from fastmerge.training.loader_recipe import LoaderRecipe
+from fastmerge.training.loader_results import TEACHERS, Trained, accuracy_of, mean_curve, write
+from fastmerge.training.loader_teachers import split_for_teachers, train_teachers
 from fastmerge.training.strategies import check_device, check_strategies
-
-TEACHERS = 2
-
-
-@dataclass
-class Trained:
-    """What one replicate of a strategy came to.
-
-    Attributes:
-        value: accuracy on the validation images; NaN where a loss was no longer finite.
-        network: the final one; None where there is none.
-        curve: by name of a series, (epoch, value) pairs; epochs are those of all networks together.
-        history: of the merge, for the student.
-        seconds: how long it took.
-    """
-
-    value: float = math.nan
-    network: nn.Module | None = None
-    curve: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    history: History | None = None
-    seconds: float = 0.0
 
 
 def run(
@@ -62,6 +41,8 @@ def run(
     checkpoint_seconds: float = 300.0,
     resume: bool = False,
     note: Callable[[dict[str, Any]], None] | None = None,
+    execution: Execution | None = None,
+    teachers_in_parallel: bool = False,
 ) -> dict[str, Any]:
     """Trains strategies at equal epochs and writes what came of them.
 
@@ -80,6 +61,9 @@ def run(
         checkpoint_dir, checkpoint_seconds, resume: as :func:`fastmerge.merge`; each network and merge has a directory of
             its own in it, and what was finished is not trained again.
         note: told of every epoch.
+        execution: how steps are run.
+        teachers_in_parallel: with several processes, whether the teachers train side by side, each by its share of the
+            processes; of teachers that other processes train, ``note`` is told when all are trained.
 
     Returns:
         What ``results.json`` holds.
@@ -105,13 +89,17 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         resume=resume,
         progress=progress,
+        execution=Execution() if execution is None else execution,
     )
+    split = split_for_teachers(place.processes) if teachers_in_parallel else None
     scaled = recipe.scaled(budget)
     sizes = place.loaders(scaled, "check")
-    samples = [int(n) for n in Processes(place.device).sum([sizes.train.samples, sizes.val.samples])]
+    samples = [int(n) for n in place.processes.sum([sizes.train.samples, sizes.val.samples])]
     found: dict[str, list[Trained]] = {}
     for strategy in strategies:
-        found[strategy] = [_Replicate(scaled, place, strategy, number, note).run() for number in range(replicates)]
+        found[strategy] = [
+            _Replicate(scaled, place, strategy, number, split, note).run() for number in range(replicates)
+        ]
         if not any(math.isfinite(trained.value) for trained in found[strategy]):
             raise FloatingPointError(f"{recipe.name}: every replicate of {strategy} diverged")
     results = {
@@ -139,7 +127,7 @@ def run(
         },
     }
     if out is not None:
-        _write(Path(out), scaled, results, found)
+        write(Path(out), scaled, results, found)
     return results
 
 
@@ -152,9 +140,11 @@ class _Replicate:
         place: Place,
         strategy: str,
         number: int,
+        split: Split | None,
         note: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.recipe, self.place, self.strategy, self.number, self.note = recipe, place, strategy, number, note
+        self.recipe, self.place, self.strategy, self.number = recipe, place, strategy, number
+        self.split, self.note = split, note
         self.width = 2 if strategy.endswith("-big") else 1
 
     def run(self) -> Trained:
@@ -174,99 +164,34 @@ class _Replicate:
         for index in range(count):
             path = (self.strategy, self.number, index)
             loaders = self.place.loaders(recipe, *path)
-            network, history = train_network(recipe, plan, self.place, loaders, self.width, self._tell, *path)
+            network, history = loader_networks.train_network(
+                recipe, plan, self.place, loaders, self.width, self._tell, *path
+            )
             networks.append(network)
             histories.append(history)
-        finals = [_accuracy(history.epochs[-1]) for history in histories]
+        finals = [accuracy_of(history.epochs[-1]) for history in histories]
         best = max(range(count), key=finals.__getitem__)
-        curve = _mean_curve(histories, lambda values: max(values))
+        curve = mean_curve(histories, lambda values: max(values))
         return Trained(finals[best], networks[best], curve)
 
     def _student(self) -> Trained:
-        recipe, teachers, histories = self.recipe, [], []
-        for index in range(TEACHERS):
-            path = ("teacher", self.number, index)
-            loaders = self.place.loaders(recipe, *path)
-            network, history = train_network(recipe, recipe.teacher, self.place, loaders, 1, self._tell, *path)
-            teachers.append(network)
-            histories.append(history)
+        recipe = self.recipe
+        teachers, histories = train_teachers(recipe, self.place, self.number, self.split, self._tell)
         path = ("student", self.number, 0)
-        student, history = train_merge(
+        student, history = loader_networks.train_merge(
             recipe, self.place, self.place.loaders(recipe, *path), teachers, self._tell, *path
         )
-        curve = _mean_curve(histories, lambda values: sum(values) / len(values))
+        curve = mean_curve(histories, lambda values: sum(values) / len(values))
         first = TEACHERS * recipe.teacher.epochs
-        for name, pairs in _mean_curve([history], lambda values: values[0]).items():
+        for name, pairs in mean_curve([history], lambda values: values[0]).items():
             curve[name] += [(first + epoch, value) for epoch, value in pairs]
         final = history.borders["student"].accuracy
         return Trained(math.nan if final is None else final, student, curve, history)
 
-    def _tell(self, stage: str, record: EpochRecord) -> None:
+    def _tell(self, stage: str, record: EpochRecord, index: int) -> None:
         if self.note is not None:
-            values = {"strategy": self.strategy, "replicates": [self.number], "stage": stage, "epoch": record.epoch}
-            values |= {"lr": record.lr, "train_loss": [record.train.loss]}
+            values: dict[str, Any] = {"strategy": self.strategy, "replicates": [self.number], "stage": stage}
+            values |= {"network": index, "epoch": record.epoch, "lr": record.lr, "train_loss": [record.train.loss]}
             if record.val is not None:
-                values["test_accuracy"] = [_accuracy(record)]
+                values["test_accuracy"] = [accuracy_of(record)]
             self.note(values)
-
-
-def _accuracy(record: EpochRecord) -> float:
-    return math.nan if record.val is None or record.val.accuracy is None else record.val.accuracy
-
-
-def _mean_curve(histories: list[History], choose: Callable[[list[float]], float]) -> dict[str, list[tuple[int, float]]]:
-    """Series of networks trained for equally many epochs each; ``choose`` makes one accuracy of theirs.
-
-    There is an entry for every epoch that looked at the test data.
-    """
-    curve: dict[str, list[tuple[int, float]]] = {"train_loss": [], "test_loss": [], "test_accuracy": []}
-    for index, records in enumerate(zip(*(history.epochs for history in histories), strict=True)):
-        losses = [record.val.loss for record in records if record.val is not None]
-        if not losses:
-            continue
-        epoch = len(records) * (index + 1)
-        curve["train_loss"].append((epoch, sum(record.train.loss for record in records) / len(records)))
-        curve["test_loss"].append((epoch, sum(losses) / len(losses)))
-        curve["test_accuracy"].append((epoch, choose([_accuracy(record) for record in records])))
-    return curve
-
-
-def _write(out: Path, recipe: LoaderRecipe, results: dict[str, Any], found: dict[str, list[Trained]]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("student-*.safetensors"):  # of an earlier run with more replicates
-        stale.unlink()
-    for index, trained in enumerate(found.get("student", [])):
-        if trained.network is not None:
-            save_weights(trained.network, out / f"student-{index}.safetensors")
-    results_files.write(out, results, _history(recipe, found))
-
-
-def _history(recipe: LoaderRecipe, found: dict[str, list[Trained]]) -> dict[str, Any]:
-    curves = {}
-    for strategy, parts in found.items():
-        whole = next(trained for trained in parts if trained.curve)
-        curves[strategy] = {"epochs": [epoch for epoch, _ in whole.curve["train_loss"]]} | {
-            name: [[_at(trained, name, index) for trained in parts] for index in range(len(pairs))]
-            for name, pairs in whole.curve.items()
-        }
-    history: dict[str, Any] = {"curves": curves}
-    merged = [trained.history for trained in found.get("student", []) if trained.history is not None]
-    if merged:
-        first = TEACHERS * recipe.teacher.epochs
-        history["stages"] = {"student": {"merge": first, "fine-tune": first + recipe.merge.epochs}}
-        gates = [each.to_dict()["gates"] for each in merged]
-        history["gates"] = gates[0] | {
-            "open_probability": {
-                name: [list(row) for row in zip(*(each["open_probability"][name] for each in gates), strict=True)]
-                for name in gates[0]["open_probability"]
-            }
-        }
-        history["replicates"] = {
-            "borders": {name: [each.borders[name].accuracy for each in merged] for name in merged[0].borders},
-            "kept": [each.kept for each in merged],
-        }
-    return history
-
-
-def _at(trained: Trained, name: str, index: int) -> float:
-    return trained.curve[name][index][1] if trained.curve else math.nan

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from fastmerge.merging.checks import check_compact_at
+from fastmerge.merging.execution import Execution
+from fastmerge.merging.plan import CompactAt
 from fastmerge.training import loader_strategies, strategies
 from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.recipe import Recipe
@@ -16,25 +19,37 @@ AnyRecipe = Recipe | LoaderRecipe
 
 
 def varied(
-    recipe: AnyRecipe, *, paper: bool = False, link_at: float | None = None, gate_schedule: Any = None
+    recipe: AnyRecipe,
+    *,
+    paper: bool = False,
+    link_at: float | None = None,
+    gate_schedule: Any = None,
+    compact_at: CompactAt = None,
 ) -> AnyRecipe:
     """A recipe with other choices for its merge stage.
 
     Args:
         recipe: the experiment.
-        paper: takes the paper's: linked from the start, quadratic λ.
-        link_at, gate_schedule: as :func:`fastmerge.merge`; None is the recipe's own.
+        paper: takes the paper's: linked from the start, quadratic λ, no channels dropped before compression.
+        link_at, gate_schedule, compact_at: as :func:`fastmerge.merge`; None is the recipe's own. A recipe in memory drops
+            channels once, at that fraction.
 
     Raises:
         ValueError: the paper's choices and another are asked for, or one is out of range.
     """
-    if paper and not (link_at is None and gate_schedule is None):
-        raise ValueError("the paper's setting has its own link_at and gate_schedule; leave them out, or --paper")
+    chosen = {"link_at": link_at, "gate_schedule": gate_schedule, "compact_at": compact_at}
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    if paper and changes:
+        raise ValueError(f"the paper's setting has its own {', '.join(chosen)}; leave them out, or --paper")
     if link_at is not None and not 0 <= link_at <= 1:
         raise ValueError(f"link_at is a fraction of the merge stage, in 0..1; got {link_at}")
-    changes: dict[str, Any] = {"link_at": 0.0, "gate_schedule": "quadratic"} if paper else {}
-    changes |= {} if link_at is None else {"link_at": link_at}
-    changes |= {} if gate_schedule is None else {"gate_schedule": gate_schedule}
+    check_compact_at(compact_at)
+    if compact_at is not None and not isinstance(recipe, LoaderRecipe):
+        if compact_at == "settled":
+            raise ValueError(f"{recipe.name} stacks its networks, which drop channels together: give a fraction")
+        changes["compact_at"] = (compact_at,)
+    if paper:
+        changes = {"link_at": 0.0, "gate_schedule": "quadratic", "compact_at": None}
     return replace(recipe, **changes)
 
 
@@ -45,6 +60,8 @@ def run_recipe(
     loader: str = "auto",
     autocast: torch.dtype | None = None,
     on_bad_image: str = "raise",
+    execution: Execution | None = None,
+    teachers_in_parallel: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains strategies at equal epochs: see ``run`` of :mod:`~fastmerge.training.strategies` and
@@ -53,18 +70,25 @@ def run_recipe(
     Args:
         recipe: the experiment.
         chosen: strategies.
-        loader, autocast, on_bad_image: for recipes over loaders alone.
+        loader, autocast, on_bad_image, execution, teachers_in_parallel: for recipes over loaders alone.
         options: of either.
 
     Raises:
         ValueError: as they do, and where an option is for the other kind of recipe.
     """
+    execution = Execution() if execution is None else execution
+    given: dict[str, Any] = {
+        "loader": loader,
+        "autocast": autocast,
+        "on_bad_image": on_bad_image,
+        "execution": execution,
+        "teachers_in_parallel": teachers_in_parallel,
+    }
     if isinstance(recipe, LoaderRecipe):
-        given: dict[str, Any] = {"loader": loader, "autocast": autocast, "on_bad_image": on_bad_image}
         return loader_strategies.run(recipe, chosen, **given, **options)
-    if (loader, autocast, on_bad_image) != ("auto", None, "raise"):
+    if tuple(given.values()) != ("auto", None, "raise", Execution(), False):
         raise ValueError(
-            f"{recipe.name} has its data in memory and trains in float32; a loader, autocast and on_bad_image are for "
-            "recipes over images that don't fit"
+            f"{recipe.name} has its data in memory and trains in float32; a loader, autocast, on_bad_image and how steps run "
+            "on several devices are for recipes over images that don't fit"
         )
     return strategies.run(recipe, chosen, **options)

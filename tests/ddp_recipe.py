@@ -1,0 +1,110 @@
+"""A recipe over loaders by several processes, with gates that draw 0 or 1 for sure and a network without BatchNorm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddp_merge import fixed_gates
+from fastmerge import HardConcrete
+from fastmerge.data.augmentation import Augmentation
+from fastmerge.merging.trainer import Trainer
+from fastmerge.recipes import OVER_LOADERS
+from fastmerge.training import loader_networks
+from fastmerge.training.loader_recipe import LoaderRecipe
+from fastmerge.training.running import run_recipe
+
+
+def network(classes: int, width: int) -> nn.Module:
+    layers = [nn.Conv2d(3, 6 * width, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(49 * 6 * width, classes)]
+    return nn.Sequential(*layers)
+
+
+def recipe() -> LoaderRecipe:
+    """Two teachers of four epochs, two epochs of the merge, two of fine-tuning; three steps each."""
+    base = OVER_LOADERS["resnet18-imagewoof"]()
+    small = replace(base, make_network=network, image_size=16, batch_size=4, augmentation=Augmentation(shift=1))
+    return small.scaled(0.02)
+
+
+def run(rank: int, size: int, tree: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Trains the student; returns the teachers' and the student's weights, and what was told."""
+    seen: dict[str, Any] = {"told": []}
+    merge, reset = loader_networks.train_merge, HardConcrete.reset_parameters
+
+    def spy(recipe: LoaderRecipe, place: Any, loaders: Any, teachers: list[nn.Module], *rest: Any) -> Any:
+        student, history = merge(recipe, place, loaders, teachers, *rest)
+        seen.update(teachers=[weights(teacher) for teacher in teachers], student=weights(student))
+        return student, history
+
+    loader_networks.train_merge, HardConcrete.reset_parameters = spy, fixed_gates  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*P.g>0.")
+            results = run_recipe(
+                recipe(),
+                ["student"],
+                **{
+                    "replicates": 1,
+                    "data_path": tree,
+                    "progress": False,
+                    "loader": "device",
+                    "checkpoint_dir": out,
+                    "resume": True,
+                    "note": seen["told"].append if rank == 0 else None,
+                    **options,
+                },
+            )
+    finally:
+        loader_networks.train_merge, HardConcrete.reset_parameters = merge, reset  # type: ignore[method-assign]
+    return seen | {"value": results["strategies"]["student"]["values"][0]}
+
+
+def weights(network: nn.Module) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in network.state_dict().items()}
+
+
+# Work for a process.
+
+
+def trained(rank: int, size: int, tree: Path, out: Path, parallel: bool = False) -> dict[str, Any]:
+    return run(rank, size, tree, out, teachers_in_parallel=parallel)
+
+
+def killed(rank: int, size: int, tree: Path, out: Path, parallel: bool, epochs: int) -> dict[str, Any]:
+    """The last process dies before it has trained so many epochs."""
+    epoch, begun = Trainer.epoch, 0
+
+    def spy(*arguments: Any) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == epochs and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        epoch(*arguments)
+
+    Trainer.epoch = spy  # type: ignore[method-assign]
+    return run(rank, size, tree, out, teachers_in_parallel=parallel, checkpoint_seconds=0)
+
+
+def diverging(rank: int, size: int, tree: Path, out: Path) -> dict[str, Any]:
+    """The second teacher alone comes upon NaN."""
+    make = loader_networks.train_network
+
+    def spy(recipe: LoaderRecipe, plan: Any, place: Any, loaders: Any, width: int, tell: Any, *path: Any) -> Any:
+        if path[-1] == 1:
+            plan = replace(plan, lr=float(2**120))
+        return make(recipe, plan, place, loaders, width, tell, *path)
+
+    loader_networks.train_network = spy
+    return run(rank, size, tree, out, teachers_in_parallel=True)
+
+
+def tensors(arrays: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
