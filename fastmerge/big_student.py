@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastmerge.gated_network import GatedNetwork
+from fastmerge.narrowing.closing import Compaction, checked_choice, choose
+from fastmerge.narrowing.compression import Compressor
+from fastmerge.narrowing.loading import candidates_in, is_linked_in
+from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link
+from fastmerge.narrowing.shrinkable import find_shrinkable
+from fastmerge.narrowing.shrinking import Shrinking
+from fastmerge.narrowing.spent import spend
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.closing import Compaction, checked_choice, choose
-from fastmerge.wide.compression import Compressor
 from fastmerge.wide.gate_matrix import kept_candidates
-from fastmerge.wide.gated_network import GatedNetwork
-from fastmerge.wide.loading import candidates_in, is_linked_in
-from fastmerge.wide.optimizer_state import StateCarrier, carry_through_link
 from fastmerge.wide.population import Population
-from fastmerge.wide.shrinkable import find_shrinkable
-from fastmerge.wide.shrinking import Shrinking
-from fastmerge.wide.spent import spend
 
 
 class BigStudent(GatedNetwork):

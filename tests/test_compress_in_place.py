@@ -19,7 +19,7 @@ from torch.optim import SGD, AdamW
 import fastmerge
 from architectures import BY_NAME
 from compaction_paths import raw
-from fastmerge.wide import cuts
+from fastmerge.narrowing import cuts
 from teachers import make_teachers, select_gates
 
 # Concatenations, grouped and transposed convolutions, inputs read by later layers, norms and scales outside layers.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import fastmerge
 from architectures import BY_NAME, ZOO, Architecture
-from fastmerge.wide import lowering, norms
+from fastmerge.lowering import graph
+from fastmerge.wide import norms
 from teachers import make_teachers
 from test_wide_joined import SIZE, merge, run
 
@@ -30,7 +31,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 def without_patterns(patch: pytest.MonkeyPatch, big: fastmerge.BigStudent) -> fastmerge.BigStudent:
     """The same big student, lowered without looking for patterns."""
     with patch.context() as inner:
-        inner.setattr(lowering, "fuse", lambda *_: [])
+        inner.setattr(graph, "fuse", lambda *_: [])
         other = fastmerge.BigStudent.__new__(fastmerge.BigStudent)
         other.__setstate__(big.__getstate__())
     return other

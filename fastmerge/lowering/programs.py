@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmerge.lowering.fusion import NormUse
+from fastmerge.lowering.graph import lower
+from fastmerge.lowering.in_place import changes_reshaped
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.fusion import NormUse
-from fastmerge.wide.in_place import changes_reshaped
 from fastmerge.wide.layout import prefers_channels_last, to_channels_last, to_contiguous
-from fastmerge.wide.lowering import lower
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams
 

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastmerge.channels.layer_calls import LayerCall
+from fastmerge.lowering.channelwise import JoinedCall, Placement, joined_call
+from fastmerge.lowering.fusion import NormUse, fuse
+from fastmerge.lowering.in_place import writes_in_place
+from fastmerge.lowering.patterns import Lowered
+from fastmerge.lowering.values import JoinedValue, Memory, Value, Values, nodes_of
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.channelwise import JoinedCall, Placement, joined_call
-from fastmerge.wide.fusion import NormUse, fuse
 from fastmerge.wide.grouped import GroupedLayer
-from fastmerge.wide.in_place import writes_in_place
 from fastmerge.wide.network import attach_gate, has
 from fastmerge.wide.norms import WideBatchNorm
-from fastmerge.wide.patterns import Lowered
 from fastmerge.wide.population import Population
-from fastmerge.wide.values import JoinedValue, Memory, Value, Values, nodes_of
 
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm, torch.batch_norm, torch.group_norm, torch.instance_norm)

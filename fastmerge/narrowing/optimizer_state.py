@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastmerge.wide.compression import Compressor
+from fastmerge.narrowing.compression import Compressor
 from fastmerge.wide.layers import WideLayer
 
 

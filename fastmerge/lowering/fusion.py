@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from fastmerge.lowering.patterns import Lowered, Pattern, match, why_alone
 from fastmerge.wide.norms import WideBatchNorm
-from fastmerge.wide.patterns import Lowered, Pattern, match, why_alone
 
 
 @dataclass(frozen=True)

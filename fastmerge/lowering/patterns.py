@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastmerge.wide.channelwise import ACTIVATION_FUNCTIONS, ACTIVATION_MODULES
-from fastmerge.wide.in_place import writes_in_place
+from fastmerge.lowering.channelwise import ACTIVATION_FUNCTIONS, ACTIVATION_MODULES
+from fastmerge.lowering.in_place import writes_in_place
 from fastmerge.wide.streams import GateStreams
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", nn.ReLU}

@@ -1,8 +1,8 @@
 """Which channel groups may lose channels while the big student is trained, as far as its code proves it.
 
 Dropping channels changes the sizes of the tensors that the teachers' code handles. That is safe where the code treats each
-channel alone, whatever their number (``channelwise`` has the list), and not where it moves channels about, splits them or
-names their number: such groups are left whole.
+channel alone, whatever their number (``lowering.channelwise`` has the list), and not where it moves channels about, splits
+them or names their number: such groups are left whole.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import fx, nn
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
+from fastmerge.lowering.channelwise import Placement, joined_call
+from fastmerge.lowering.graph import stays_joined
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.channelwise import Placement, joined_call
-from fastmerge.wide.lowering import stays_joined
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import concatenate_joined

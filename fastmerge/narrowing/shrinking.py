@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.compaction import compact_, is_compactable, set_data
 from fastmerge.gates import HardConcrete
-from fastmerge.wide.cuts import SCRATCH_ELEMENTS
+from fastmerge.narrowing.cuts import SCRATCH_ELEMENTS
+from fastmerge.narrowing.optimizer_state import is_per_element
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
-from fastmerge.wide.optimizer_state import is_per_element
 from fastmerge.wide.population import Population
 
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.gates import HardConcrete
+from fastmerge.lowering.fusion import NormUse
+from fastmerge.lowering.programs import Programs
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
-from fastmerge.wide.fusion import NormUse
 from fastmerge.wide.gate_matrix import draw_gates, make_gates
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
-from fastmerge.wide.programs import Programs
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11

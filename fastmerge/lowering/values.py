@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fastmerge.wide.channelwise import Placement
+from fastmerge.lowering.channelwise import Placement
 from fastmerge.wide.streams import mean_of_streams, split_streams
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
-from fastmerge.wide.cuts import BlockSelection, Cut, Joined, OneTeachers, Part, Selection, Sums, Whole
+from fastmerge.narrowing.cuts import BlockSelection, Cut, Joined, OneTeachers, Part, Selection, Sums, Whole
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
 from fastmerge.wide.population import Population

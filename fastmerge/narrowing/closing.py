@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.gates import HardConcrete
+from fastmerge.narrowing.shrinkable import Shrinkable
 from fastmerge.wide.population import Population
-from fastmerge.wide.shrinkable import Shrinkable
 
 
 @dataclass(frozen=True)

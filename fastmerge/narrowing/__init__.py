@@ -1,0 +1,7 @@
+"""From all teachers' channels to fewer: while the big student is trained, and in the end to one teacher's number.
+
+Early: `closing` says which gates are closed for good, `shrinkable` which groups the code allows to lose channels, `shrinking`
+drops them. At the end `compression` finds for each tensor of the student where it comes from, by a cut of `cuts`; `spent` is
+what is left of a big student that gave its memory away. `optimizer_state` takes momentum and moments along, `loading` reads
+from a state what was dropped before it was saved.
+"""
