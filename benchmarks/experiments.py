@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.experiments resnet20-cifar100 --data cifar-100-python --out runs/resnet20-cifar100``
 
-The recipe is the paper's, with a fraction of its epochs and of its images. Strategies train beside each other, one process
-and one core each; a run that was stopped goes on with the same command.
+The recipe is the paper's, with a fraction of its epochs and of its images. Strategies train beside each other, one core
+each; a run that was stopped goes on with the same command.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Experiment:
     autocast: torch.dtype
 
 
-EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 15, 50, 3, 10, torch.bfloat16)}
+EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 15, 25, 3, 10, torch.bfloat16)}
 
 
 def main() -> None:
@@ -66,11 +67,9 @@ def main() -> None:
     save_subset(options.data, options.out / "images.npz", EXPERIMENTS[options.name].per_class)
     command = [sys.executable, "-m", "benchmarks.experiments", options.name, "--data", str(options.out / "images.npz")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, "--strategy", name, "--out", str(options.out / name)], env=environment)
-        for name in STRATEGIES
-    ]
-    codes = [process.wait() for process in running]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        calls = [[*command, "--strategy", name, "--out", str(options.out / name)] for name in STRATEGIES]
+        codes = list(pool.map(lambda call: subprocess.call(call, env=environment), calls))
     if any(codes):
         sys.exit("a strategy failed; the same command goes on with it")
     join(options.out)
