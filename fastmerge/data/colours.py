@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastmerge.data.augmentation import Augmentation, Changes
 
-# Colours to luminance and two of chrominance, and back, as DALI's color_twist rounds them.
+# Colours to luminance and two of chrominance, as DALI's color_twist has them, and back.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-_RGB = np.array([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107, 1.705]])
+_RGB = np.linalg.inv(_YIQ)
 _MIDDLE = 128.0  # what contrast spreads colours from
 
 
