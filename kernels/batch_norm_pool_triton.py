@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm_formulas import empty_in_layout, is_channels_last, pooled_shape
-from fastmerge.kernels.batch_norm_tiles import patches
+from fastmerge.kernels.batch_norm_tiles import patch_warps, patches
 from fastmerge.kernels.batch_norm_walk_triton import contiguous, gate_stride, per_channel, rows_of
 from torch import Tensor
 
@@ -178,7 +178,9 @@ def cut(
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
     """Grid, sizes and constexpr blocks for walking a plane of ``walked`` cells of each sample."""
     n, c, height, width = x.shape
-    block_h, block_w, block_c = patches(*walked, c, x.element_size(), is_channels_last(x), pooling)
+    channels_last = is_channels_last(x)
+    block_h, block_w, block_c = patches(*walked, c, x.element_size(), channels_last, pooling)
     high, wide = triton.cdiv(walked[0], block_h), triton.cdiv(walked[1], block_w)
     blocks = {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c}
+    blocks["num_warps"] = patch_warps(channels_last, pooling)
     return (n * high * wide, triton.cdiv(c, block_c)), (c, height, width, *pooled[2:], high, wide), blocks

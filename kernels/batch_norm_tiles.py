@@ -17,7 +17,7 @@ from torch import Tensor
 # Elements of a tile, 8 in each of 128 threads: one or two vector loads of each tensor. Larger ones take so many registers in
 # the passes that sum, with residual and gate, that only few programs fit.
 _TILE = 1024
-# Outputs of a tile in the pooling pass, whose neighbouring windows share what they read.
+# Outputs of a tile in the pooling pass over channels-last tensors, whose neighbouring windows share what they read.
 _POOLING_TILE = 2048
 # The bytes of a position that a tile takes at a time, in channels-last: one cache line.
 _LINE_BYTES = 128
@@ -104,14 +104,14 @@ def tiles(n: int, p: int, c: int, itemsize: int, channels_last: bool, summing: b
 
 @functools.lru_cache(maxsize=4096)
 def patches(h: int, w: int, c: int, itemsize: int, channels_last: bool, pooling: bool) -> tuple[int, int, int]:
-    """Rows, columns and channels of the patches of a plane, powers of 2.
+    """Rows, columns and channels of the patches of a plane, powers of 2; ``patch_warps`` walk each.
 
     Args:
         h, w, c: sizes of the plane.
         itemsize, channels_last: see ``tiles``.
         pooling: for the pass that pools, rather than the one back.
     """
-    most = _POOLING_TILE if pooling else _TILE
+    most = _POOLING_TILE if pooling and channels_last else _TILE
     if not channels_last:
         # In one piece along a row, for that is what lies side by side; channels fill up what a small plane leaves.
         block_w = min(_power_of_2(w), 64)
@@ -122,6 +122,14 @@ def patches(h: int, w: int, c: int, itemsize: int, channels_last: bool, pooling:
     positions = most // block_c
     block_w = min(_power_of_2(w), 1 << (positions.bit_length() // 2))
     return min(_power_of_2(h), positions // block_w), block_w, block_c
+
+
+def patch_warps(channels_last: bool, pooling: bool) -> int:
+    """Warps of a program that walks a patch: no thread may hold more of the windows that it reads than its registers take.
+
+    A tap is one vector load of a thread in channels-last, one load for each position where these lie side by side.
+    """
+    return 8 if pooling or not channels_last else 4
 
 
 def tiles_of(x: Tensor, strides: Iterable[tuple[int, int, int]], by_sample: bool, summing: bool) -> Tiles:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm_tiles import patches, tiles
+from fastmerge.kernels.batch_norm_tiles import patch_warps, patches, tiles
 
 from offline_compile import TARGETS, Compiled, compile_offline
 
@@ -42,6 +42,7 @@ def compiled(
     constants: Mapping[str, Any],
     capability: int,
     channels_last: bool = True,
+    num_warps: int = 4,
     **given: Any,
 ) -> Compiled:
     """Compiles a kernel for tensors of one dtype; every argument not ``given`` gets the type that its name tells."""
@@ -55,13 +56,13 @@ def compiled(
             types[name] = given[name]
         elif tensor and tensor[2] == "ptr":
             types[name] = "*i8" if tensor[1] == "place" else f"*{TYPES[dtype]}"
-        elif tensor and tensor[2] == ("stride_c" if channels_last else "stride_p"):
+        elif tensor and tensor[2] in (("stride_c",) if channels_last else ("stride_p", "stride_w")):
             constants[name] = 1
         elif name.endswith("_ptr"):
             types[name] = "*fp32"
         else:
             types[name] = "fp32" if name in ("eps", "momentum", "count") else "i32"
-    return compile_offline(kernel, types, constants, capability)
+    return compile_offline(kernel, types, constants, capability, num_warps=num_warps)
 
 
 def check(kernel: Compiled, tensors: int) -> None:
@@ -117,19 +118,24 @@ def test_passes(name: str, dtype: torch.dtype, channels_last: bool, capability: 
 
 @by_target
 @by_dtype
+@pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("pooling", [True, False])
-def test_pooling(dtype: torch.dtype, capability: int, pooling: bool) -> None:
+def test_pooling(dtype: torch.dtype, capability: int, channels_last: bool, pooling: bool) -> None:
     from fastmerge.kernels import batch_norm_pool_triton as kernels
     from fastmerge.kernels.batch_norm_unpool_triton import unpool_kernel
 
-    block_h, block_w, block_c = patches(56, 56, 128, dtype.itemsize, True, pooling)
+    block_h, block_w, block_c = patches(56, 56, 128, dtype.itemsize, channels_last, pooling)
     constants = kernels.window_constants((3, 3, 2, 2, 1, 1)) | {"RELU": True}
     constants |= {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c}
-    if pooling:
-        result = compiled(kernels.pool_kernel, dtype, constants, capability)
-    else:
-        result = compiled(unpool_kernel, dtype, constants | {"TRAINING": True}, capability)
-    check(result, 9 if pooling else 2)
+    if not pooling:
+        constants |= {"TRAINING": True}
+    kernel, warps = kernels.pool_kernel if pooling else unpool_kernel, patch_warps(channels_last, pooling)
+    result = compiled(kernel, dtype, constants, capability, channels_last, warps)
+    assert (result.stack_bytes, result.spill_bytes) == (0, 0)
+    # 512 threads on a multiprocessor at the least.
+    assert result.registers <= 128
+    if channels_last:
+        check(result, 9 if pooling else 2)
 
 
 @by_target
