@@ -10,7 +10,7 @@ READY := $(VENV)/fastmerge.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench bench-smoke bench-check gpu coverage docs clean
+.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench bench-smoke bench-data bench-check gpu coverage docs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -76,6 +76,10 @@ bench-smoke: $(READY) ## that the benchmarks run: small cases, three samples eac
 bench-check: $(READY) ## whether NEW=...json (runs/benchmarks.json) has become slower than BASE=...json, as ratios within each
 	@test -n "$(BASE)" || { echo "bench-check needs BASE=...json, such as a file of benchmarks/results" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.compare $(BASE) $(NEW)
+
+NAME ?= loaders-cpu
+bench-data: $(READY) ## the loaders on the same files, as benchmarks/results/NAME.json; make docs puts them into docs/data.md
+	$(BIN)/python -m pytest benchmarks/bench_data.py --benchmark-enable --benchmark-json benchmarks/results/$(NAME).json
 
 # Needs no set-up: the machine's own Python, with torch, torchvision, pybind11, pytest and pytest-benchmark.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(or $(PYTHON),python3))

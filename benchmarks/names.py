@@ -21,4 +21,6 @@ DATALOADER_ALONE = "DataLoader, one process"
 DALI = "DALI"
 DALI_ALONE = "DALI, one thread"
 DEVICE = "on the device"
+DATALOADER_PACKED = "DataLoader, packed"
+DALI_PACKED = "DALI, packed"
 CUDA_ONLY = (GRAPHED, LINKED_GRAPHED)

@@ -1,10 +1,10 @@
-"""Writes the tables of README.md, docs/benchmarks.md and docs/ablations.md from committed results: no figure in them is
-typed by hand.
+"""Writes the tables of README.md, docs/benchmarks.md, docs/data.md and docs/ablations.md from committed results: no figure in
+them is typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. In README.md a
 block between ``<!-- results: NAME -->`` and ``<!-- end -->`` becomes the table of docs/results/NAME/results.json, one after
-``<!-- coverage -->`` a summary of docs/coverage.json, and one after ``<!-- benchmarks -->`` the targets with the results in
-benchmarks/results.
+``<!-- coverage -->`` a summary of docs/coverage.json, one after ``<!-- benchmarks -->`` the targets with the results in
+benchmarks/results, and in docs/data.md one after ``<!-- loaders -->`` the loaders' figures there.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
 
-from benchmarks import ablation_report, report  # noqa: E402
+from benchmarks import ablation_report, loader_tables, report  # noqa: E402
 from fastmerge.reporting.results import read  # noqa: E402
 from fastmerge.reporting.tables import caption, results_table  # noqa: E402
 
 README = DOCS.parent / "README.md"
 BENCHMARKS = DOCS / "benchmarks.md"
 ABLATIONS = DOCS / "ablations.md"
-_BLOCK = re.compile(r"(<!-- (results: (?P<name>[\w-]+)|coverage|benchmarks) -->\n).*?(<!-- end -->)", re.DOTALL)
+DATA = DOCS / "data.md"
+_BLOCK = re.compile(r"(<!-- (results: (?P<name>[\w-]+)|coverage|benchmarks|loaders) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:
@@ -35,7 +36,9 @@ def rendered(text: str) -> str:
 def _content(kind: str, name: str | None) -> str:
     if name is not None:
         return _results(DOCS / "results" / name)
-    return _coverage() if kind == "coverage" else report.readme(report.load())
+    if kind == "coverage":
+        return _coverage()
+    return loader_tables.tables(report.load()) if kind == "loaders" else report.readme(report.load())
 
 
 def _results(run: Path) -> str:
@@ -64,6 +67,7 @@ def main() -> None:
     files = {
         README: rendered(README.read_text(encoding="utf-8")),
         BENCHMARKS: report.page(report.load()),
+        DATA: rendered(DATA.read_text(encoding="utf-8")),
         ABLATIONS: ablation_report.page(ablation_report.load()),
     }
     if "--check" in sys.argv[1:]:
