@@ -49,18 +49,8 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch_size: int, accumulate: int = 1) -> int:
-        """Images of each process in each part of a step, of so many in the step.
-
-        Raises:
-            ValueError: They can't be shared out evenly.
-        """
-        share, rest = divmod(batch_size, self.size * accumulate)
-        if rest or not share:
-            raise ValueError(
-                f"a batch of {batch_size} can't be shared out evenly to {self.size} processes times {accumulate} "
-                f"accumulated batches; it needs a multiple of {self.size * accumulate}"
-            )
-        return share
+        """Images of each process in each part of a step, of so many in the step: see :func:`share_of`."""
+        return share_of(batch_size, self.size, accumulate)
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums, in float64, of what each process has."""
@@ -178,6 +168,26 @@ class Processes:
             dist.all_reduce(tensor, operation, group=self.group)
         found: list[float] = tensor.tolist()
         return found
+
+
+def share_of(batch_size: int, processes: int, accumulate: int = 1) -> int:
+    """Images of each process in each part of a step.
+
+    Args:
+        batch_size: Images in the step, of all processes together.
+        processes: How many there are.
+        accumulate: Parts of the step.
+
+    Raises:
+        ValueError: They can't be shared out evenly.
+    """
+    share, rest = divmod(batch_size, processes * accumulate)
+    if rest or not share:
+        raise ValueError(
+            f"a batch of {batch_size} can't be shared out evenly to {processes} processes times {accumulate} "
+            f"accumulated batches; it needs a multiple of {processes * accumulate}"
+        )
+    return share
 
 
 @dataclass(frozen=True)

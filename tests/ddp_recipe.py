@@ -27,11 +27,11 @@ def network(classes: int, width: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def recipe() -> LoaderRecipe:
+def recipe(**changes: Any) -> LoaderRecipe:
     """Two teachers of four epochs, two epochs of the merge, two of fine-tuning; three steps each."""
     base = OVER_LOADERS["resnet18-imagewoof"]()
     small = replace(base, make_network=network, image_size=16, batch_size=4, augmentation=Augmentation(shift=1))
-    return small.scaled(0.02)
+    return replace(small.scaled(0.02), **changes)
 
 
 def run(rank: int, size: int, tree: Path, out: Path, **options: Any) -> dict[str, Any]:

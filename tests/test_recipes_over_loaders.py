@@ -154,7 +154,9 @@ def test_from_the_command_line_to_the_files(recipe, tree, tmp_path, monkeypatch,
     load = pytest.importorskip("safetensors.torch").load_file
     student.load_state_dict(load(tmp_path / "student-0.safetensors"))
     assert "| student" in (tmp_path / "report.md").read_text()
-    assert capsys.readouterr().out.startswith("strategy")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("strategy")
+    assert printed.err.splitlines()[0].startswith("fastmerge: loader torch: ")
 
 
 def small_recipe(**changes) -> LoaderRecipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
-        with _plain_warnings():
+        with _plain_messages():
             options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
     except KeyboardInterrupt as error:
         if is_first:
@@ -69,10 +70,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
+def _plain_messages() -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
         print(f"fastmerge: warning: {message}", file=sys.stderr)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
+    log, handler = logging.getLogger("fastmerge"), _Lines()
+    level, handlers = log.level, log.handlers
+    log.setLevel(logging.INFO)
+    log.handlers = [handler]
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        log.handlers = handlers
+        log.setLevel(level)
+
+
+class _Lines(logging.Handler):
+    """What the log says, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"fastmerge: {record.getMessage()}", file=sys.stderr)

@@ -17,12 +17,14 @@ _COMMAND = "command.json"
 # What may differ when a run goes on, since it does not change what comes out of it.
 _FREE = {
     "accumulate",
+    "bandwidth",
     "checkpoint_seconds",
     "compile",
     "debug",
     "device",
     "dry_run",
     "out",
+    "processes",
     "quiet",
     "resume",
     "teachers_in_parallel",

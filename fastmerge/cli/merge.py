@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from fastmerge.checkpoints import TIMM, build_network, load_weights, save_weights
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import add_execution, compact_at, execution, integer, key_value
+from fastmerge.cli.planning import add_planning, check_planning, plan
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
@@ -36,9 +37,9 @@ from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord
 from fastmerge.merging import merge
 from fastmerge.merging.checks import check_device
-from fastmerge.merging.estimate import describe, estimate
+from fastmerge.merging.estimate import estimate
 from fastmerge.merging.plan import MergePlan
-from fastmerge.processes import Processes, join_processes, leave_processes
+from fastmerge.processes import Processes, join_processes, leave_processes, share_of
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write_json
@@ -117,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
     add("--channels-last", action="store_true", help="channels-last layout")
     add("--seed", type=integer(0), metavar="S", help="makes the merge repeatable")
-    add("--dry-run", action="store_true", help="check everything, time a few steps, print the plan, and train nothing")
+    add_planning(add)
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -131,16 +132,16 @@ def command(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:
-    if options.dry_run:
-        options.out.mkdir(parents=True, exist_ok=True)
-    elif continuing.begin(options, processes.is_first):
+    check_planning(options, processes)
+    if not options.dry_run and continuing.begin(options, processes.is_first):
         if processes.is_first:
             print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
         return
     check_device(device, nn.Identity())
+    size = options.processes if options.dry_run else processes.size
     loaders = image_loaders(
         options.data,
-        processes.share(options.batch_size, options.accumulate),
+        share_of(options.batch_size, size, options.accumulate),
         image_size=options.image_size,
         augmentation=options.augmentation,
         loader=options.loader,
@@ -150,19 +151,16 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         workers=options.workers,
         on_bad_image=options.on_bad_image,
         shard=processes.rank,
-        shards=processes.size,
+        shards=size,
     )
     teachers = [_teacher(options, loaders, path) for path in options.teachers]
     chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.dry_run:
-        if processes.size > 1:
-            raise ValueError("--dry-run times one process; start it without torchrun")
         numbers = {name: value for name, value in chosen.items() if name not in ("channels_last", "seed")}
         setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
-        print(
-            f"{loaders.why}\n\n{describe(estimate(teachers, loaders.train, loaders.val, setting, MergePlan(**numbers)))}"
-        )
+        found = estimate(teachers, loaders.train, loaders.val, setting, MergePlan(**numbers))
+        print(plan(options, loaders.why, found))
         return
     with contextlib.ExitStack() as closing:
         note = None

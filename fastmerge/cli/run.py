@@ -18,12 +18,15 @@ import torch
 
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import add_execution, compact_at, execution, fraction, integer, names
+from fastmerge.cli.planning import add_planning, check_planning, plan
 from fastmerge.data.loading import LOADERS
 from fastmerge.processes import Processes, join_processes, leave_processes
 from fastmerge.recipes import RECIPES
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.training import strategies
+from fastmerge.training.loader_estimate import estimate_run
+from fastmerge.training.loader_networks import Place, check_data
 from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.running import AnyRecipe, run_recipe, varied
 
@@ -71,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with several processes, train the teachers of recipes over loaders side by side, each by its share of them",
     )
+    add_planning(add)
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -94,6 +98,10 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
     out: Path = options.out
     if processes.size > 1 and not isinstance(recipe, LoaderRecipe):
         raise ValueError(f"{recipe.name} stacks its networks in one process; start it without torchrun")
+    check_planning(options, processes)
+    if options.dry_run:
+        print(_plan(options, recipe, device))
+        return
     if continuing.begin(options, processes.is_first):
         if processes.is_first:
             print(f"the run in {out} is finished\n\n{write_report(out)}")
@@ -129,6 +137,24 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
         print(write_report(out))
         print(f"\nresults, students, log.jsonl, report.md and plots in {out}")
         continuing.finish(options)
+
+
+def _plan(options: argparse.Namespace, recipe: AnyRecipe, device: str) -> str:
+    if not isinstance(recipe, LoaderRecipe):
+        raise ValueError(f"{recipe.name} has its data in memory; --dry-run is for recipes over loaders")
+    place = Place(
+        data=check_data(recipe, options.data),
+        device=strategies.check_device(device),
+        seed=options.seed,
+        loader=options.loader,
+        workers=options.workers,
+        autocast=None if options.autocast is None else getattr(torch, options.autocast),
+        on_bad_image=options.on_bad_image,
+        execution=execution(options),
+    )
+    shape = {"replicates": options.replicates, "budget": options.budget, "processes": options.processes}
+    loaders, found = estimate_run(recipe, options.strategy, place, **shape)
+    return plan(options, loaders.why, found)
 
 
 def _noting(log: EpochLog) -> Callable[[dict[str, Any]], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -18,7 +18,6 @@ from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.plan import MergePlan
-from fastmerge.merging.progress import peak_memory
 
 _TIMED = 3
 
@@ -32,17 +31,47 @@ class Part:
         epochs: How many.
         steps: Batches per epoch, or None where the loader has no length.
         seconds: Of a batch, the median of three after a first one, reading it included.
+        gradients: Bytes that processes exchange in a step; 0 in validation.
     """
 
     name: str
     epochs: int
     steps: int | None
     seconds: float
+    gradients: int = 0
 
     @property
     def total(self) -> float | None:
         """Seconds in all."""
         return None if self.steps is None else self.epochs * self.steps * self.seconds
+
+    def messages(self, processes: int, bandwidth: float, accumulate: int = 1) -> float:
+        """Seconds in all that so many processes take to add up their gradients, where nothing else goes on meanwhile.
+
+        A ring sends ``2 (P - 1) / P`` times the gradients from each process, once per step.
+
+        Args:
+            processes: P.
+            bandwidth: Bytes per second that one process sends.
+            accumulate: Batches per step.
+        """
+        steps = self.epochs * (self.steps or 0) / accumulate
+        return steps * 2 * (processes - 1) / processes * self.gradients / bandwidth
+
+
+@dataclass
+class Estimate:
+    """What is to come.
+
+    Attributes:
+        parts: One after another.
+        reading: Seconds to read a training batch, and do nothing else.
+        kept: Bytes of checkpoints on the disk, at the most.
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    reading: float = 0.0
+    kept: int = 0
 
 
 def estimate(
@@ -51,7 +80,8 @@ def estimate(
     val_loader: Iterable[Any] | None,
     setting: Setting,
     plan: MergePlan,
-) -> list[Part]:
+    val_every: int = 1,
+) -> Estimate:
     """Checks what :func:`fastmerge.merge` checks before its first epoch, and times some batches of what follows.
 
     Nothing is kept: teachers, loaders and files stay as they are, and so do random numbers.
@@ -68,44 +98,38 @@ def estimate(
         where = next(teachers[0].parameters()).device
         examples = tuple(value[:2].to(where) for value in inputs)
         big = setting.place(BigStudent(*teachers, example_inputs=examples[0] if len(examples) == 1 else examples))
-        length = len(train_loader) if isinstance(train_loader, Sized) else None
         linked = sum(epoch >= plan.link_at * plan.merge_epochs for epoch in range(plan.merge_epochs))
-        parts = []
+        found = Estimate(reading=time_reading(train_loader, setting))
         if linked < plan.merge_epochs:
-            seconds = _step_seconds(big, train_loader, setting)
-            parts.append(Part("merge, block-diagonal", plan.merge_epochs - linked, length, seconds))
+            epochs = plan.merge_epochs - linked
+            found.parts.append(time_training("merge, block-diagonal", epochs, big, train_loader, setting))
         if linked:
             big.link()
-            parts.append(Part("merge, linked", linked, length, _step_seconds(big, train_loader, setting)))
-        if val_loader is not None:
-            parts.append(_validation(big, val_loader, setting, "validation of the big student", plan.merge_epochs))
+            found.parts.append(time_training("merge, linked", linked, big, train_loader, setting))
+        scored = scores(plan.merge_epochs, val_every)
+        found.parts += time_validation("validation of the big student", scored, big, val_loader, setting)
+        found.kept = 3 * checkpoint_bytes(big)  # two, and one that is being written
         del big
         student = setting.place(copy.deepcopy(teachers[0])).requires_grad_(True)
-        parts.append(Part("fine-tune", plan.finetune_epochs, length, _step_seconds(student, train_loader, setting)))
-        if val_loader is not None:
-            parts.append(_validation(student, val_loader, setting, "validation of the student", plan.finetune_epochs))
-    return parts
+        found.parts.append(time_training("fine-tune", plan.finetune_epochs, student, train_loader, setting))
+        scored = scores(plan.finetune_epochs, val_every)
+        found.parts += time_validation("validation of the student", scored, student, val_loader, setting)
+    return found
 
 
-def describe(parts: Sequence[Part]) -> str:
-    """The parts as a table, with the time of all and the most memory that timing them took."""
-    rows = [("part", "epochs", "batches", "s per batch", "in all")]
-    rows += [
-        (part.name, str(part.epochs), _or_unknown(part.steps), f"{part.seconds:.3g}", _duration(part.total))
-        for part in parts
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    totals = [part.total for part in parts]
-    known = [total for total in totals if total is not None]
-    whole = _duration(sum(known)) if len(known) == len(totals) else "unknown, since a loader has no length"
-    return "\n".join([*lines, f"about {whole}; memory so far {peak_memory() / 2**30:.2f} GiB"])
+def scores(epochs: int, val_every: int) -> int:
+    """How many of a stage's epochs end with a look at the validation data."""
+    return sum(epoch % val_every == 0 or epoch == epochs for epoch in range(1, epochs + 1))
 
 
-def _step_seconds(network: nn.Module, loader: Iterable[Any], setting: Setting) -> float:
+def checkpoint_bytes(network: nn.Module) -> int:
+    """What a checkpoint of a network in training takes, SGD's momentum included."""
+    parameters = sum(parameter.nbytes for parameter in network.parameters())
+    return 2 * parameters + sum(buffer.nbytes for buffer in network.buffers())
+
+
+def time_training(name: str, epochs: int, network: nn.Module, loader: Iterable[Any], setting: Setting) -> Part:
+    """A part that trains, from the time of a few steps; their learning rate is 0."""
     network.train()
     optimizer = SGD(network.parameters(), lr=0.0, momentum=0.9)
     scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
@@ -119,10 +143,16 @@ def _step_seconds(network: nn.Module, loader: Iterable[Any], setting: Setting) -
         scaler.step(optimizer)
         scaler.update()
         times.append(-started + (started := _now(setting)))
-    return median(times[1:] or times)
+    gradients = sum(parameter.nbytes for parameter in network.parameters())
+    return Part(name, epochs, _length(loader), median(times[1:] or times), gradients)
 
 
-def _validation(network: nn.Module, loader: Iterable[Any], setting: Setting, name: str, epochs: int) -> Part:
+def time_validation(
+    name: str, epochs: int, network: nn.Module, loader: Iterable[Any] | None, setting: Setting
+) -> list[Part]:
+    """The part that scores, where there is something to score on."""
+    if loader is None:
+        return []
     times, started = [], _now(setting)
 
     def after_step() -> None:
@@ -130,23 +160,22 @@ def _validation(network: nn.Module, loader: Iterable[Any], setting: Setting, nam
         times.append(-started + (started := _now(setting)))
 
     evaluate(network, list(islice(loader, 1 + _TIMED)), setting, after_step)
-    return Part(name, epochs, len(loader) if isinstance(loader, Sized) else None, median(times[1:] or times))
+    return [Part(name, epochs, _length(loader), median(times[1:] or times))]
+
+
+def time_reading(loader: Iterable[Any], setting: Setting) -> float:
+    """Seconds per batch."""
+    times, started = [], _now(setting)
+    for _ in setting.batches(islice(loader, 1 + _TIMED)):
+        times.append(-started + (started := _now(setting)))
+    return median(times[1:] or times)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 def _now(setting: Setting) -> float:
     if setting.device.type == "cuda":
         torch.cuda.synchronize(setting.device)
     return time.perf_counter()
-
-
-def _or_unknown(value: int | None) -> str:
-    return "?" if value is None else str(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

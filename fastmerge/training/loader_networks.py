@@ -22,7 +22,7 @@ from fastmerge.merging.progress import Progress
 from fastmerge.merging.stages import finetune
 from fastmerge.merging.state import MergeState
 from fastmerge.merging.trainer import Trainer
-from fastmerge.processes import Processes
+from fastmerge.processes import Processes, share_of
 from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
 from fastmerge.resuming.stop_requests import StopRequests
@@ -71,17 +71,22 @@ class Place:
         """Those that train a network together."""
         return Processes(self.device) if self.group is None else self.group
 
-    def loaders(self, recipe: LoaderRecipe, *path: int | str) -> ImageLoaders:
+    def loaders(self, recipe: LoaderRecipe, *path: int | str, planned: int | None = None) -> ImageLoaders:
         """Loaders with an order and changes of their own.
+
+        Args:
+            recipe: the experiment.
+            path: names the network that they are for.
+            planned: processes to share the images with that are not there yet.
 
         Raises:
             ValueError, FileNotFoundError, ImportError: as :func:`~fastmerge.data.loading.image_loaders`, and where there
                 are more classes than the recipe has, or images without three channels.
         """
-        processes = self.processes
+        rank, size = (self.processes.rank, self.processes.size) if planned is None else (0, planned)
         made = image_loaders(
             self.data,
-            processes.share(recipe.batch_size, self.execution.accumulate),
+            share_of(recipe.batch_size, size, self.execution.accumulate),
             image_size=recipe.image_size,
             augmentation=recipe.augmentation,
             loader=self.loader,
@@ -89,8 +94,8 @@ class Place:
             seed=seed_for(self.seed, "images", *path),
             workers=self.workers,
             on_bad_image=self.on_bad_image,
-            shard=processes.rank,
-            shards=processes.size,
+            shard=rank,
+            shards=size,
         )
         if made.classes > recipe.most_classes:
             raise ValueError(
@@ -103,6 +108,17 @@ class Place:
     def checkpoint(self, *path: int | str) -> Path | None:
         """The directory for the checkpoints of one network or merge."""
         return None if self.checkpoints is None else self.checkpoints / "-".join(map(str, path))
+
+
+def check_data(recipe: LoaderRecipe, path: Path | None) -> Path:
+    """Where the data is.
+
+    Raises:
+        ValueError: It was not said.
+    """
+    if path is None:
+        raise ValueError(f"{recipe.name} needs data: a tree train/<class>/<image>, val/<class>/<image>, or an .npz")
+    return path
 
 
 def train_network(
@@ -173,19 +189,7 @@ def train_merge(
         teachers,
         loaders.train,
         val_loader=loaders.val,
-        merge_epochs=recipe.merge.epochs,
-        finetune_epochs=recipe.finetune.epochs,
-        link_at=recipe.link_at,
-        lr=recipe.merge.lr,
-        merge_milestones=recipe.merge.milestones or None,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        gate_lr=recipe.gate_lr,
-        lam_start=recipe.lam_start,
-        lam_step=recipe.lam_step,
-        gate_schedule=recipe.gate_schedule,
-        compact_at=recipe.compact_at,
-        finetune_lr=recipe.finetune.lr,
+        **merge_numbers(recipe),
         schedule=recipe.finetune.schedule,
         device=place.device,
         autocast=place.autocast,
@@ -199,6 +203,25 @@ def train_merge(
         resume=place.resume,
         **asdict(place.execution),
     )
+
+
+def merge_numbers(recipe: LoaderRecipe) -> dict[str, Any]:
+    """The numbers of a recipe's merge, under the names of :func:`fastmerge.merge`."""
+    return {
+        "merge_epochs": recipe.merge.epochs,
+        "finetune_epochs": recipe.finetune.epochs,
+        "link_at": recipe.link_at,
+        "lr": recipe.merge.lr,
+        "merge_milestones": recipe.merge.milestones or None,
+        "momentum": recipe.momentum,
+        "weight_decay": recipe.weight_decay,
+        "gate_lr": recipe.gate_lr,
+        "lam_start": recipe.lam_start,
+        "lam_step": recipe.lam_step,
+        "gate_schedule": recipe.gate_schedule,
+        "compact_at": recipe.compact_at,
+        "finetune_lr": recipe.finetune.lr,
+    }
 
 
 class _Titled(Progress):

@@ -13,10 +13,11 @@ import torch
 
 from fastmerge.environment import environment
 from fastmerge.history import EpochRecord
+from fastmerge.merging.compiling import LOG
 from fastmerge.merging.execution import Execution
 from fastmerge.processes import Split
 from fastmerge.training import loader_networks
-from fastmerge.training.loader_networks import Place
+from fastmerge.training.loader_networks import Place, check_data
 from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.loader_results import TEACHERS, Trained, accuracy_of, mean_curve, write
 from fastmerge.training.loader_teachers import split_for_teachers, train_teachers
@@ -75,10 +76,8 @@ def run(
         Interrupted: a signal came, and a checkpoint was written.
     """
     check_strategies(strategies, replicates, seed)
-    if data_path is None:
-        raise ValueError(f"{recipe.name} needs data: a tree train/<class>/<image>, val/<class>/<image>, or an .npz")
     place = Place(
-        data=data_path,
+        data=check_data(recipe, data_path),
         device=check_device(device),
         seed=seed,
         loader=loader,
@@ -94,6 +93,8 @@ def run(
     split = split_for_teachers(place.processes) if teachers_in_parallel else None
     scaled = recipe.scaled(budget)
     sizes = place.loaders(scaled, "check")
+    if place.processes.is_first:
+        LOG.info("%s", sizes.why)
     samples = [int(n) for n in place.processes.sum([sizes.train.samples, sizes.val.samples])]
     found: dict[str, list[Trained]] = {}
     for strategy in strategies:

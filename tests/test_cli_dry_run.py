@@ -1,0 +1,129 @@
+"""``--dry-run``: the plan of a merge and of a recipe, and what it finds out before anything is trained."""
+
+from __future__ import annotations
+
+import re
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddp_recipe
+from fastmerge.big_student import BigStudent
+from fastmerge.cli import main
+from fastmerge.merging.estimate import Estimate, Part
+from fastmerge.merging.estimate_table import describe
+from fastmerge.recipes import RECIPES
+from image_files import write_tree
+from test_cli_merge import arguments, place  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folders = {"train_ant": 6, "train_cat": 6, "val_ant": 4, "val_cat": 5}
+    return write_tree(tmp_path_factory.mktemp("tree"), **folders)
+
+
+@pytest.fixture
+def recipe(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a dry run: teachers of 4 epochs, a merge of 2 and fine-tuning of 2; a validation every second epoch."""
+    monkeypatch.setitem(RECIPES, "resnet18-imagewoof", lambda: ddp_recipe.recipe(test_every=2))
+    given = ["--data", str(tree), "--out", str(tmp_path / "out"), "--replicates", "3", "--loader", "device"]
+    return ["run", "resnet18-imagewoof", *given, "--dry-run"]
+
+
+def table(printed: str) -> list[tuple[str, int, int]]:
+    rows = [re.split(r"  +", line) for line in printed.splitlines()]
+    return [(row[0], int(row[1]), int(row[2])) for row in rows if len(row) == 5 and row[1].isdigit()]
+
+
+def test_a_recipe_is_planned_and_nothing_is_trained(recipe, tmp_path, capsys) -> None:
+    assert main([*recipe, "--strategy", "student,bo3,one-big", "--link-at", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert table(printed) == [
+        ("student: teachers", 24, 3),
+        ("student: validation", 12, 3),
+        ("student: merge, block-diagonal", 3, 3),
+        ("student: merge, linked", 3, 3),
+        ("student: validation of the big student", 3, 3),
+        ("student: fine-tune", 6, 3),
+        ("student: validation of the student", 3, 3),
+        ("bo3: training", 36, 3),
+        ("bo3: validation", 18, 3),
+        ("one-big: training", 36, 3),
+        ("one-big: validation", 18, 3),
+    ]
+    assert printed.startswith("loader device: ")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_share_of_several_processes_is_timed(recipe, capsys) -> None:
+    assert main([*recipe, "--strategy", "one", "--processes", "2", "--bandwidth", "0.001", "--accumulate", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert table(printed) == [("one: training", 36, 6), ("one: validation", 18, 5)]  # by parts of one image
+    nbytes = 4 * sum(parameter.numel() for parameter in ddp_recipe.network(2, 1).parameters())
+    seconds = 36 * 3 * nbytes / 1e6  # two processes send as much as there is, once per step
+    assert f"up to {seconds:.2g} s more where gradients" in printed
+
+
+def test_messages_of_a_ring() -> None:
+    part = Part("training", epochs=10, steps=100, seconds=0.5, gradients=1000)
+    assert part.messages(1, 1.0) == 0
+    assert part.messages(4, bandwidth=500.0, accumulate=5) == pytest.approx(10 * 20 * 1.5 * 2)
+    text = describe(Estimate([part, Part("validation", 1, 10, 1.0)], kept=2**29), 4, 500.0, 5)
+    assert "checkpoints take up to 0.50 GiB" in text
+    assert "about 8 min with 4 processes, and up to 10 min more" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--processes", "3"], "a batch of 4 can't be shared out evenly to 3 processes"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--out", "taken"], "taken"),
+        (["--bandwidth", "0"], "--bandwidth needs a number above 0"),
+        (["--strategy", "luck"], "unknown strategy luck"),
+        (["--autocast", "bfloat16", "--loader", "dali", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_what_can_not_be_is_found_out(recipe, tmp_path, monkeypatch, capsys, more, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    assert main([*recipe, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_found_out(recipe, place, monkeypatch, capsys) -> None:  # noqa: F811
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("fastmerge.cli.planning.shutil.disk_usage", lambda path: usage(9, 9, 1000))
+    for words in ([*recipe, "--strategy", "student"], [*arguments(), "--dry-run"]):
+        assert main(words) == 2
+        assert re.search(r"checkpoints need up to \d.\d GiB in .*out, where 0.0 GiB are free", capsys.readouterr().err)
+
+
+def test_room_is_for_what_a_run_keeps(recipe, tmp_path, monkeypatch) -> None:
+    """Two checkpoints of each teacher, and of the merge a third, which is being written; with momentum and buffers."""
+    rooms: list[int] = []
+    monkeypatch.setattr("fastmerge.cli.planning.check_room", lambda path, needed: rooms.append(needed))
+    assert main([*recipe, "--strategy", "student"]) == 0
+    big = BigStudent(*(ddp_recipe.network(2, 1) for _ in range(2)), example_inputs=torch.zeros(2, 3, 16, 16))
+    big.link()
+    large, small = (4 * sum(p.numel() for p in net.parameters()) for net in (big, ddp_recipe.network(2, 1)))
+    buffers = sum(buffer.nbytes for buffer in big.buffers())
+    assert rooms == [3 * (2 * 2 * 2 * small + 3 * (2 * large + buffers))]
+
+
+def test_it_is_for_one_process_and_processes_are_for_it(recipe, capsys) -> None:
+    words = [word for word in recipe if word != "--dry-run"]
+    assert main([*words, "--processes", "2"]) == 2
+    assert "--processes plans with --dry-run" in capsys.readouterr().err
+    assert main(["run", "sine", "--dry-run"]) == 2
+    assert "sine has its data in memory; --dry-run is for recipes over loaders" in capsys.readouterr().err
+
+
+def test_a_merge_with_several_processes(place, capsys) -> None:  # noqa: F811
+    assert main([*arguments(), "--dry-run", "--processes", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert table(printed)[0] == ("merge, linked", 2, 3)  # 24 of 49 images in eights
+    assert " with 2 processes, and up to " in printed
