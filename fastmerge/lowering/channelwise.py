@@ -53,6 +53,8 @@ _SPATIAL_FUNCTIONS: dict[Any, int] = {
 }
 _REDUCTIONS = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
 _CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm, torch.batch_norm, torch.group_norm, torch.instance_norm)
 _MAY_ALIAS = {"contiguous", "float", "half", "bfloat16", "double", F.dropout, F.alpha_dropout, *_SPATIAL_FUNCTIONS}
 _MAY_ALIAS_MODULES = {nn.Identity, nn.Dropout, nn.AlphaDropout, *_SPATIAL_MODULES}
 
@@ -127,6 +129,13 @@ def joined_call(
     if target in _CONCATENATIONS:
         return _concatenation(node, placements, shape, num_teachers)
     return None
+
+
+def is_norm(node: fx.Node, root: nn.Module) -> bool:
+    """Whether an operation is a batch, group or instance normalisation."""
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(str(node.target)), _NORM_MODULES)
+    return node.op == "call_function" and node.target in _NORM_FUNCTIONS
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fastmerge.channels.layer_calls import LayerCall
-from fastmerge.lowering.channelwise import JoinedCall, Placement, joined_call
+from fastmerge.lowering.channelwise import JoinedCall, Placement, is_norm, joined_call
 from fastmerge.lowering.fusion import NormUse, fuse
 from fastmerge.lowering.in_place import writes_in_place
 from fastmerge.lowering.patterns import Lowered
@@ -25,9 +24,6 @@ from fastmerge.wide.grouped import GroupedLayer
 from fastmerge.wide.network import attach_gate, has
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
-
-_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-_NORM_FUNCTIONS = (F.batch_norm, F.group_norm, F.instance_norm, torch.batch_norm, torch.group_norm, torch.instance_norm)
 
 
 class _ChangedInPlace(Exception):  # noqa: N818
@@ -66,6 +62,12 @@ def stays_joined(analysis: Analysis, network: nn.Module, mode: str, population: 
 
 
 class _Lowering:
+    """One pass through a teacher's graph, node by node; see :func:`lower` for its arguments.
+
+    Layers become calls of wide layers, normalisations and grouped convolutions calls of wide ones where there are such, all
+    else operations on the joined tensor or on each stream. What a layer reads is gated first.
+    """
+
     def __init__(
         self, analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
     ) -> None:
@@ -99,7 +101,7 @@ class _Lowering:
         shapes = {node: self.analysis.shapes[self.mode, node.name] for node in values if self._has_shape(node)}
         lowered = Lowered(self.graph, values, self.gate_calls, shapes, self.root, self.network)
         return fuse(
-            lowered, (node for node in nodes if node not in self.analysis.calls[self.mode] and self._is_norm(node))
+            lowered, (node for node in nodes if node not in self.analysis.calls[self.mode] and is_norm(node, self.root))
         )
 
     def _has_shape(self, node: fx.Node) -> bool:
@@ -134,7 +136,7 @@ class _Lowering:
         if isinstance(value, fx.Node):
             if not self.wirings[call.weight].reads_streams:
                 return (value,)
-            # a layer used twice, once on a shared tensor
+            # a layer used twice, once on a shared tensor, or one that makes each teacher's output from the input
             return tuple(nodes_of(self._gated(node, call, [value] * self.num_teachers)))
         if isinstance(value, JoinedValue) and value.place.dim != call.geometry.channel_dim % value.place.rank:
             value = self.values.take_apart(value)
@@ -241,9 +243,4 @@ class _Lowering:
 
     def _undoes_gates(self, node: fx.Node) -> bool:
         """Normalisations and grouped convolutions keep a channel's scale apart, so a following BatchNorm undoes it."""
-        return node in self.analysis.calls[self.mode] or self._is_norm(node)
-
-    def _is_norm(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self.root.get_submodule(str(node.target)), _NORM_MODULES)
-        return node.op == "call_function" and node.target in _NORM_FUNCTIONS
+        return node in self.analysis.calls[self.mode] or is_norm(node, self.root)
