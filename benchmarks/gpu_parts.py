@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("build", "tests", "sanitizer", "bench")
+KINDS = ("build", "compile", "tests", "sanitizer", "bench")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Part:
         seconds: how long it may take.
         command: "{json}" and "{xml}" become paths in OUT; "{samples}" and "{patience}" a quarter and a half of the seconds
             that it is given.
-        kind: of ``KINDS``. Tests, and tests under the sanitizer, run beside each other; whatever is timed runs alone.
+        kind: of ``KINDS``. Compiling, tests, and tests under the sanitizer go on beside each other; what is timed runs alone.
         interpreter: whether the command is what comes after this Python.
         optional: whether it is no failure if the command's program is not there.
         environment: variables set for it.
@@ -48,6 +48,7 @@ def parts() -> list[Part]:
     others = other_benchmarks()
     return [
         Part("build", 120, ("setup.py", "build_ext", "--inplace"), "build"),
+        Part("compile", 240, ("-m", "benchmarks.compile_kernels"), "compile"),
         *[_test(file) for file in gpu_tests()],
         *[_sanitizer(file) for file in gpu_tests() if "kernels" in file],
         _steps("step-resnet18-bf16", 240, "resnet18-224px-batch-256-bf16-cuda"),
@@ -63,7 +64,7 @@ def parts() -> list[Part]:
 
 
 def selected(todo: Sequence[Part], only: Sequence[str]) -> list[Part]:
-    """The parts named, by their own names or by their kinds; all of them if none is named.
+    """The parts named, by their own names or by their kinds; all of them if none is named. Benchmarks bring compiling along.
 
     Args:
         todo: the parts.
@@ -77,7 +78,10 @@ def selected(todo: Sequence[Part], only: Sequence[str]) -> list[Part]:
     if unknown:
         known = ", ".join([*KINDS, *(part.name for part in todo)])
         raise ValueError(f"--only takes {known}; got {', '.join(sorted(unknown))}")
-    return [part for part in todo if not wanted or wanted & {part.name, part.kind}]
+    found = [part for part in todo if not wanted or wanted & {part.name, part.kind}]
+    if any(part.kind == "bench" for part in found):
+        found = [part for part in todo if part in found or part.kind == "compile"]
+    return found
 
 
 def gpu_tests() -> list[str]:

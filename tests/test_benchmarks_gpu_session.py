@@ -93,6 +93,7 @@ def test_parts_are_selected_by_kind_or_name() -> None:
     assert {part.kind for part in selected(todo, ["tests,sanitizer"])} == {"tests", "sanitizer"}
     assert [part.name for part in selected(todo, ["build", "batch-norm,step-resnet18-bf16"])] == [
         "build",
+        "compile",
         "step-resnet18-bf16",
         "batch-norm",
     ]
@@ -128,7 +129,8 @@ def test_half_a_file_is_left_out(tmp_path: Path) -> None:
 
 def test_every_part_names_files_that_exist() -> None:
     for part in parts():
-        files = [argument for argument in part.command if argument.endswith(".py")]
+        modules = [f"{name.replace('.', '/')}.py" for name in part.command if name.startswith("benchmarks.")]
+        files = [argument for argument in part.command if argument.endswith(".py")] + modules
         assert files, part
         assert all((ROOT / file).exists() for file in files), part
 

@@ -29,7 +29,8 @@ def densenet() -> nn.Module:
 
 def mobilenet() -> nn.Module:
     torchvision = pytest.importorskip("torchvision")
-    return torchvision.models.mobilenet_v2(num_classes=7)  # type: ignore[no-any-return]
+    # Dropout draws for itself on each device.
+    return torchvision.models.mobilenet_v2(num_classes=7, dropout=0.0)  # type: ignore[no-any-return]
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -38,7 +39,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "densenet": densenet,
     "mobilenet": mobilenet,
 }
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+# Of the output, at least twice what a CPU has under autocast: MobileNetV2 4e-6, 4e-2 and 6e-3, the others a tenth of that.
+TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 _BIG: dict[str, fastmerge.BigStudent] = {}
 
 
