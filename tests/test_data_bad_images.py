@@ -7,15 +7,20 @@ import pickle
 import shutil
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from fastmerge.cli import main
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.data.decoding import BadImageError, BadImageWarning, read_image
 from fastmerge.data.folders import load_folder
 from fastmerge.data.loading import image_loaders
+from fastmerge.recipes import RECIPES
+from fastmerge.recipes.resnet18_imagewoof import resnet18_imagewoof
 from image_files import pixels, spoil, write_odd_images, write_tree
 
 pytest.importorskip("PIL")
@@ -127,6 +132,72 @@ def test_a_bad_file_under_way_when_a_pass_is_broken_off(tree, loader):
     next(iter(val))
     with pytest.warns(BadImageWarning):
         assert len(labels(val)) == 18
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 images to train on, grey, CMYK and PNG ones among them, of which one is cut short and one damaged."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("thousand")
+    write_tree(root, train_ant=1, train_cat=1, val_ant=2, val_cat=2)
+    small = image.fromarray(pixels(7, (24, 20)))
+    kinds = {".jpg": small, "-grey.jpg": small.convert("L"), "-cmyk.jpg": small.convert("CMYK"), ".png": small}
+    for number in range(998):
+        suffix = list(kinds)[1 + number // 100 % 3 if number % 100 == 50 else 0]
+        kinds[suffix].save(root / "train" / "ant" / f"{number + 1:04}{suffix}")
+    spoil(root / "train" / "ant" / "0123.jpg", "truncated")
+    spoil(root / "train" / "ant" / "0777.jpg", "header")
+    return root
+
+
+BAD = ["train/ant/0123.jpg", "train/ant/0777.jpg"]
+
+
+def test_a_thousand_images_with_two_bad_ones(thousand, loader):
+    train = make(thousand, loader, "raise", batch_size=64).train
+    with pytest.raises(BadImageError, match=r"train/ant/(0123|0777).jpg can't be read as an image"):
+        list(train)
+    loaders = make(thousand, loader, batch_size=64)
+    with pytest.warns(BadImageWarning) as caught:
+        batches = list(loaders.train)
+    assert len(caught) == 2
+    assert sum(len(targets) for _, targets in batches) == 998
+    assert all(images.isfinite().all() for images, _ in batches)
+    assert sorted(loaders.bad_images.found) == [str(thousand / name) for name in BAD]
+
+
+@pytest.mark.filterwarnings("always::fastmerge.data.decoding.BadImageWarning")  # the command prints them
+@pytest.mark.filterwarnings("ignore:.*P.g>0.:UserWarning")
+def test_a_run_says_which_file_and_stops_or_goes_on(thousand, loader, tmp_path, monkeypatch, capsys):
+    def network(classes: int, width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 4 * width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)
+        )
+
+    recipe = replace(resnet18_imagewoof(), make_network=network, image_size=16, batch_size=250)
+    monkeypatch.setitem(RECIPES, recipe.name, lambda: recipe)
+    workers = ["--loader", loader.split()[0], "--workers", "2" if "workers" in loader else "1"]
+    words = [
+        "run",
+        recipe.name,
+        "--data",
+        str(thousand),
+        "--strategy",
+        "one",
+        "--replicates",
+        "1",
+        "--budget",
+        "1e-6",
+        *workers,
+    ]
+    assert main([*words, "--out", str(tmp_path / "stops"), "--on-bad-image", "raise"]) == 2
+    error = capsys.readouterr().err
+    assert any(f"{thousand / name} can't be read as an image: " in error for name in BAD)
+    assert "on_bad_image='skip' leaves such files out" in error
+    assert main([*words, "--out", str(tmp_path / "goes on"), "--on-bad-image", "skip"]) == 0
+    error = capsys.readouterr().err
+    assert f"loader {loader.split()[0]}: 1004 image files are decoded" in error
+    assert all(f"{thousand / name} can't be read as an image and is left out: " in error for name in BAD)
 
 
 @pytest.mark.parametrize("kind", KINDS)

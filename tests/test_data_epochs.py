@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, draw_changes, draw_crops
 from fastmerge.data.draws import order, uniforms
 from fastmerge.data.epochs import Batches
 from fastmerge.data.geometry import centre_crop, random_crop
 from fastmerge.data.loading import image_loaders
+from fastmerge.evaluation import Setting, evaluate
 from image_files import write_tree
 
 
@@ -133,6 +136,31 @@ def test_centre_crop():
     assert centre_crop(256, 256, 224, 256) == (16, 16, 240, 240)
     assert centre_crop(512, 1024, 224, 256) == (32, 288, 480, 736)
     assert centre_crop(256, 287, 224, 256) == (16, 32, 240, 256)  # 31.5 is rounded to even, as torchvision does
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch", "device"])
+def test_scores_count_each_image_of_a_smaller_last_batch_once(tmp_path, loader):
+    """Whatever the batches, and whatever the shards, whose samples and not whose means are counted."""
+    pytest.importorskip("PIL")
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    write_tree(tmp_path, train_a=2, train_b=2, val_a=7, val_b=4)
+    options = {"image_size": 8, "augmentation": "small", "loader": loader, "workers": 0}
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    setting = Setting(torch.device("cpu"), nn.functional.cross_entropy)
+    whole = evaluate(network, image_loaders(tmp_path, 11, **options).val, setting)
+    assert 0 < whole.accuracy < 1
+    for batch_size in (1, 3, 4, 10, 100):
+        score = evaluate(network, image_loaders(tmp_path, batch_size, **options).val, setting)
+        assert score.accuracy == pytest.approx(whole.accuracy)
+        assert score.loss == pytest.approx(whole.loss, rel=1e-5)
+    parts = [image_loaders(tmp_path, 3, shard=shard, shards=2, **options).val for shard in range(2)]
+    assert [len(part) for part in parts] == [2, 2]
+    assert [part.samples for part in parts] == [6, 5]
+    scores = [evaluate(network, part, setting) for part in parts]
+    right = sum(score.accuracy * part.samples for score, part in zip(scores, parts, strict=True))
+    assert right / 11 == pytest.approx(whole.accuracy)
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch", "device"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -298,6 +299,30 @@ def test_a_replicate_that_diverges_is_left_out(tree: Path, monkeypatch: pytest.M
     failed = pytest.raises(FloatingPointError, match="every replicate of student diverged")
     with failed, pytest.warns(UserWarning, match="loss"):
         run_small(tree, strategies=["student"], recipe=small_recipe(weight_decay=float(2**60)))
+
+
+def test_cifar_is_read_from_torchvisions_folder_and_from_arrays(tmp_path: Path) -> None:
+    """With the recipe's own changes of images, which stay in memory."""
+    recipe = replace(OVER_LOADERS["resnet20-cifar100"](), make_network=small_network)
+    folder, arrays = tmp_path / "cifar-100-python", {}
+    folder.mkdir()
+    for split, count in (("train", 150), ("test", 30)):
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 3072), np.uint8)
+        labels = [number % 100 for number in range(count)]
+        (folder / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}, protocol=2))
+        arrays |= {f"{split}_images": pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), f"{split}_labels": labels}
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    options = {"recipe": recipe, "strategies": ["one"], "replicates": 1, "budget": 0.001, "loader": "auto"}
+    found = [run_small(tmp_path, data_path=path, **options) for path in (tmp_path, tmp_path / "arrays.npz")]
+    assert found[0]["config"]["loader"] == "device"
+    assert (found[0]["config"]["train_samples"], found[0]["config"]["test_samples"]) == (150, 30)
+    assert strip(found[0]["strategies"]) == strip(found[1]["strategies"])
+    np.savez(
+        tmp_path / "small.npz",
+        **arrays | {f"{split}_images": arrays[f"{split}_images"][:, :28] for split in ("train", "test")},
+    )
+    with pytest.raises(ValueError, match=r"the images of .*small.npz are 28 high; another size is for a tree"):
+        run_small(tmp_path, data_path=tmp_path / "small.npz", **options)
 
 
 def test_bad_input(tree: Path, tmp_path: Path) -> None:
