@@ -219,8 +219,9 @@ def test_every_gradient_through_autograd(choice: str, dtype: torch.dtype) -> Non
 
 
 @pytest.fixture
-def forgetful() -> None:
+def forgetful(request: pytest.FixtureRequest) -> None:
     """For what must not be filled with NaN or forbidden what is nondeterministic: cuDNN's choice of an algorithm."""
+    request.getfixturevalue("poisoned_memory")  # whose turn would come after this one's
     torch.use_deterministic_algorithms(False)
 
 
