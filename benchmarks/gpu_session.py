@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def joined(files: Sequence[Path]) -> dict[str, Any] | None:
 
 
 def session(todo: Sequence[Part], out: Path, seconds: float) -> Iterator[Outcome]:
-    """Runs the parts in turn, tests beside each other, and writes what there is after each turn.
+    """Runs the parts in turn, tests beside each other, and writes what there is after each part.
 
     Args:
         todo: the parts.
@@ -133,38 +133,41 @@ def session(todo: Sequence[Part], out: Path, seconds: float) -> Iterator[Outcome
         seconds: for all parts together; those for which no time is left are not begun.
     """
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds - GRACE
     for_tests = (TESTS if any(part.kind == "bench" for part in todo) else 1.0) * seconds
+    at_once = max(1, (os.cpu_count() or 1) // 2)
     outcomes: list[Outcome] = []
     for turn in _turns(todo):
         start = time.monotonic()
-        left = end - start - GRACE
-        limit = left if turn[0].alone else min(left, for_tests)
-        with ThreadPoolExecutor(len(turn)) as pool:
-            running = [pool.submit(_begin, part, out, limit) for part in turn]
-        for future in running:
-            outcomes.append(future.result())
+        until = end if turn[0].alone else min(end, start + for_tests)
+        with ThreadPoolExecutor(at_once) as pool:
+            for future in as_completed([pool.submit(_begin, part, out, until) for part in turn]):
+                outcomes.append(future.result())
+                _write(out, todo, outcomes)
+                yield outcomes[-1]
         if not turn[0].alone:
             for_tests -= time.monotonic() - start
-        report = joined([out / f"{part.name}.json" for part in todo])
-        if report is not None:
-            (out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
-        yield from outcomes[-len(turn) :]
 
 
-def _begin(part: Part, out: Path, limit: float) -> Outcome:
-    if limit < min(part.seconds, LEAST):
+def _begin(part: Part, out: Path, until: float) -> Outcome:
+    left = until - time.monotonic()
+    if left < min(part.seconds, LEAST):
         return Outcome(part.name, None, 0.0, "no time left", good=False)
-    return run(part, out, min(part.seconds, limit))
+    return run(part, out, min(part.seconds, left))
+
+
+def _write(out: Path, todo: Sequence[Part], outcomes: Sequence[Outcome]) -> None:
+    report = joined([out / f"{part.name}.json" for part in todo])
+    if report is not None:
+        (out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
 
 
 def _turns(todo: Sequence[Part]) -> Iterator[list[Part]]:
-    """The parts in order; tests with those that follow them, as many at a time as there are cores for."""
-    most = max(1, (os.cpu_count() or 1) // 2)
+    """The parts in order: each that must be alone by itself, the others with those that follow them."""
     turn: list[Part] = []
     for part in todo:
-        if turn and (part.alone or turn[0].alone or len(turn) == most):
+        if turn and (part.alone or turn[0].alone):
             yield turn
             turn = []
         turn.append(part)
