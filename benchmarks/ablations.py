@@ -38,7 +38,8 @@ from fastmerge.training.recipe import Recipe
 from fastmerge.training.scores import score
 from fastmerge.training.seeds import generator_for, seed_for
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import Stage, train
+from fastmerge.training.stacked import train
+from fastmerge.training.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHERS = 2

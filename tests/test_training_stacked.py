@@ -15,7 +15,8 @@ from fastmerge.networks.resnet_cifar import ResNetCifar, resnet20
 from fastmerge.networks.sine_mlp import SineMLP
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import Stage, train
+from fastmerge.training.stacked import train
+from fastmerge.training.stage import Stage
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 

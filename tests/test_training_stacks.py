@@ -15,8 +15,10 @@ from fastmerge.networks.sine_mlp import SineMLP
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.scores import score
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import StackTraining, Stage, open_means
+from fastmerge.training.stacked import StackTraining
+from fastmerge.training.stacked_step import open_means
 from fastmerge.training.stacks import Stacks, StacksTraining
+from fastmerge.training.stage import Stage
 
 STEPS = 3  # of an epoch
 STAGE = Stage("test", 3, 0.05, 16, F.mse_loss, milestones=(2,), weight_decay=0.01, gate_lr=0.2)

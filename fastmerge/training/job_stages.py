@@ -14,8 +14,9 @@ from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Reporter
 from fastmerge.training.seeds import generator_for
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import EpochLosses, StackTraining, Stage
+from fastmerge.training.stacked import StackTraining
 from fastmerge.training.stacks import Stacks, StacksTraining
+from fastmerge.training.stage import EpochLosses, Stage
 
 
 def train_stage(

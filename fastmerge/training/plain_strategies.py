@@ -13,7 +13,7 @@ from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Outcome, Reporter, predictions, state_on_cpu
 from fastmerge.training.scores import Curves, score
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import EpochLosses
+from fastmerge.training.stage import EpochLosses
 
 
 def best_of_three(job: Job, data: Dataset, reporter: Reporter, state: JobState, width: int) -> Outcome:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmerge.data.dataset import Dataset
 from fastmerge.schedules import scaled_lam_step
 from fastmerge.training.order import Augment
-from fastmerge.training.stacked import Criterion, Stage
+from fastmerge.training.stage import Criterion, Stage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from torch.func import vmap
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import Criterion
 from fastmerge.training.stacks import Stacks
+from fastmerge.training.stage import Criterion
 
 _VALUES_AT_ONCE = 2**20  # of input or of a hidden layer like the sine's, in all networks together
 

@@ -13,7 +13,8 @@ from fastmerge.data.dataset import Dataset
 from fastmerge.gate_budget import GateBudget
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import EpochLosses, StackTraining, Stage
+from fastmerge.training.stacked import StackTraining
+from fastmerge.training.stage import EpochLosses, Stage
 
 Weight = QuadraticLambda | GateBudget
 

@@ -19,8 +19,9 @@ from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Outcome, Reporter, predictions, state_on_cpu
 from fastmerge.training.scores import Curves, score, spread
 from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import EpochLosses, Stage, open_means
+from fastmerge.training.stacked_step import open_means
 from fastmerge.training.stacks import Stacks
+from fastmerge.training.stage import EpochLosses, Stage
 
 TEACHERS = 2
 
