@@ -178,6 +178,9 @@ def test_other_packings_are_refused(tree: Path, tmp_path: Path) -> None:
         prepare(tree, target, size=32)
     with pytest.raises(ValueError, match="choose another target"):
         prepare(tree, target, size=40, packed=True)
+    for packed in (False, True):
+        with pytest.raises(ValueError, match=r"to is packed already; prepare the tree that it was made of"):
+            prepare(target, tmp_path / "again", packed=packed)
     (tree / "val" / "cat" / "000.jpg").unlink()
     with pytest.raises(ValueError, match="holds no images"):
         prepare(tree, tmp_path / "other", size=32, packed=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastmerge.data.decoding import BadImageError, BadImages, OnBadImage
+from fastmerge.data.packed import is_packed
 from fastmerge.data.packing import Done, pack
 from fastmerge.data.shrinking import begins_and_ends, small_jpeg
 from fastmerge.data.trees import find_trees, image_files
@@ -82,8 +83,9 @@ def prepare(
 
     Raises:
         FileNotFoundError: There is no source, or a tree to be packed lacks a folder.
-        ValueError: Source and target are one in the other, hold no images, or two images would get one name; the target was
-            prepared with another size or quality, or packed and not, or is being prepared now; a number is out of range.
+        ValueError: The source is packed; source and target are one in the other, hold no images, or two images would get one
+            name; the target was prepared with another size or quality, or packed and not, or is being prepared now; a number
+            is out of range.
         BadImageError: A file can't be read, and bad images are to stop the run.
         ImportError: Pillow is not installed.
     """
@@ -127,6 +129,8 @@ def _with_bar(results: Iterator[Done], total: int) -> Iterator[Done]:
 def _check_apart(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise FileNotFoundError(f"there is no directory {source}")
+    if is_packed(source):
+        raise ValueError(f"{source} is packed already; prepare the tree that it was made of")
     whole, there = source.resolve(), target.resolve()
     if whole == there or whole in there.parents or there in whole.parents:
         raise ValueError(f"prepare needs a target outside the source; got {source} and {target}")

@@ -117,7 +117,9 @@ def check_data(recipe: LoaderRecipe, path: Path | None) -> Path:
         ValueError: It was not said.
     """
     if path is None:
-        raise ValueError(f"{recipe.name} needs data: a tree train/<class>/<image>, val/<class>/<image>, or an .npz")
+        raise ValueError(
+            f"{recipe.name} needs data: a tree train/<class>/<image>, val/<class>/<image>, CIFAR's folder or an .npz"
+        )
     return path
 
 
