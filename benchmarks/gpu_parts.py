@@ -49,7 +49,7 @@ def parts() -> list[Part]:
     return [
         Part("build", 120, ("setup.py", "build_ext", "--inplace"), "build"),
         Part("compile", 240, ("-m", "benchmarks.compile_kernels"), "compile"),
-        *[_test(file) for file in gpu_tests()],
+        *[part for file in gpu_tests() for part in _tests(file)],
         *[_sanitizer(file) for file in gpu_tests() if "kernels" in file],
         _steps("step-resnet18-bf16", 240, "resnet18-224px-batch-256-bf16-cuda"),
         *[_other(name) for name in _FIRST if name in others],
@@ -116,6 +116,11 @@ def find_sanitizer() -> str:
 _FIRST = ("batch_norm", "block_conv")
 _SECOND = ("compress", "merge", "gate")
 _RISKIEST = ("block_conv", "graphed", "batch_norm", "wide", "compact", "gate")
+# Expressions for pytest's -k that cut a file's tests into parts of about equal length.
+_SLICES = {
+    "kernels_block_conv": ("every_tile and fp16", "every_tile and bf16", "measured"),
+    "kernels_batch_norm": ("odd_shapes", "real_shapes or options"),
+}
 _SECONDS = {"block_conv": 300, "merge": 180}  # those that take longer than most
 # Another machine's versions may deprecate what they like.
 _PYTEST = (
@@ -126,9 +131,20 @@ _PYTEST = (
 _EDGES = "(odd or layout or live_blocks or slices or stem or against_float64) and not every_tile"
 
 
-def _test(file: str) -> Part:
-    name = Path(file).stem.removeprefix("test_").removesuffix("_gpu").replace("_", "-")
-    return Part(f"tests-{name}", 420, (*_PYTEST, "-m", "gpu", "--junitxml={xml}", file), "tests")
+def _tests(file: str) -> list[Part]:
+    """A file's tests; of one with many kernels to compile, what is in no slice first, then the slices."""
+    name = Path(file).stem.removeprefix("test_").removesuffix("_gpu")
+    slices = _SLICES.get(name, ())
+    rest = f"not ({' or '.join(f'({part})' for part in slices)})" if slices else ""
+    return [
+        Part(
+            f"tests-{name}{f'-{number}' if number else ''}".replace("_", "-"),
+            420,
+            (*_PYTEST, "-m", "gpu", *(["-k", chosen] if chosen else []), "--junitxml={xml}", file),
+            "tests",
+        )
+        for number, chosen in enumerate((rest, *slices))
+    ]
 
 
 def _sanitizer(file: str) -> Part:

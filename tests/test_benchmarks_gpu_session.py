@@ -138,6 +138,20 @@ def test_every_part_names_files_that_exist() -> None:
         assert all((ROOT / file).exists() for file in files), part
 
 
+def test_slices_of_a_file_are_all_of_it_and_none_is_empty() -> None:
+    def collected(options: list[str]) -> set[str]:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, check=False)
+        return {line for line in done.stdout.splitlines() if "::" in line}
+
+    sliced = [part for part in parts() if part.kind == "tests" and "kernels-block-conv" in part.name]
+    assert len(sliced) > 1
+    found = [collected([*part.command[part.command.index("-k") :][:2], part.command[-1]]) for part in sliced]
+    assert all(found)
+    assert set().union(*found) == collected([sliced[0].command[-1]])
+    assert sum(map(len, found)) == len(set().union(*found))
+
+
 def test_without_a_gpu_it_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
