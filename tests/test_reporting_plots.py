@@ -77,6 +77,14 @@ def test_training_curves_are_the_median_over_the_replicates():
     assert [line.get_xdata()[0] for line in loss.get_lines()[2:]] == [1, 2]
 
 
+def test_epochs_without_a_score_leave_no_gap():
+    (accuracy,) = plots.plot_training(
+        {"student": {"epochs": [1, 2, 3, 4], "val_accuracy": [None, 0.5, None, 0.7]}}
+    ).axes
+    (line,) = accuracy.get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [0.5, 0.7])
+
+
 def test_a_report_writes_what_the_run_allows(tmp_path):
     write(tmp_path, RESULTS)
     text = write_report(tmp_path)
