@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge import HardConcrete, merge
+from fastmerge.merging import compiling
 from fastmerge.resuming.snapshots import Snapshots
 from teachers import OPEN
 
@@ -125,9 +126,19 @@ def normed(rank: int, size: int) -> dict[str, Any]:
     return {name: value.tolist() for name, value in student.state_dict().items()}
 
 
-def synced(rank: int, size: int, wanted: bool = True) -> dict[str, Any]:
+def synced(rank: int, size: int, wanted: bool = True, **options: Any) -> dict[str, Any]:
     """A merge with BatchNorm over all processes: block-diagonal, compacted, linked, compacted, fine-tuned."""
-    return merged(rank, size, None, 1, make=Wide, sync_batch_norm=wanted, compact_at=0.25)
+    return merged(rank, size, None, 1, make=Wide, sync_batch_norm=wanted, compact_at=0.25, **options)
+
+
+def compiled(rank: int, size: int) -> dict[str, Any]:
+    """The same under torch.compile; what the log says comes along."""
+    said: list[str] = []
+    compiling.BACKEND = "aot_eager"
+    compiling.LOG.info = lambda text, *parts: said.append(text % parts)  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what the compiler imports
+        return synced(rank, size, compile=True) | {"said": said}
 
 
 def interrupted(rank: int, size: int, directory: Path, number: int, at: int) -> None:

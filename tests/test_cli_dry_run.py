@@ -127,3 +127,37 @@ def test_a_merge_with_several_processes(place, capsys) -> None:  # noqa: F811
     printed = capsys.readouterr().out
     assert table(printed)[0] == ("merge, linked", 2, 3)  # 24 of 49 images in eights
     assert " with 2 processes, and up to " in printed
+
+
+def test_recipes_over_loaders_train_on_the_gpu_where_there_is_one(recipe, monkeypatch) -> None:
+    joined: list[str] = []
+
+    def join(device: str) -> None:
+        joined.append(device)
+        raise ValueError
+
+    monkeypatch.setattr("fastmerge.cli.run.join_processes", join)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words in (recipe, [*recipe, "--device", "cpu"], ["run", "sine"]):
+        assert main(words) == 2
+    assert joined == ["cuda", "cpu", "cpu"]
+
+
+def test_the_bytes_that_the_docs_name() -> None:
+    make = RECIPES["resnet18-imagenet"]().make_network
+    teachers = [make(1000, 1) for _ in range(2)]
+    big = BigStudent(*teachers, example_inputs=torch.zeros(2, 3, 64, 64))
+    found = [megabytes(teachers[0]), megabytes(big)]
+    big.link()
+    found.append(megabytes(big))
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in teachers[0].modules())
+    text = " ".join((Path(__file__).parent.parent / "docs" / "scaling.md").read_text().split())
+    teacher, apart, linked = (f"{value:.0f} MB" for value in found)
+    assert f"ResNet-18 sends {teacher} a step; the big student {apart} block-diagonal and {linked} linked" in text
+    first, second, third = (f"{2 * value / 1e4 * 1e3:.0f}" for value in found)  # at 10 GB/s, for many processes
+    assert f"{first}, {second} and {third} ms per step" in text
+    assert f"{norms} of them in a ResNet-18, {2 * norms} waits" in text
+
+
+def megabytes(network: torch.nn.Module) -> float:
+    return sum(parameter.nbytes for parameter in network.parameters()) / 1e6

@@ -66,6 +66,21 @@ def test_a_merge_with_batch_norm_is_that_of_one_process(alone: dict[str, Any], s
     assert any(dropped)
 
 
+@pytest.mark.slow
+def test_under_torch_compile(alone: dict[str, Any]) -> None:
+    found = together(2, ddp_merge.compiled)
+    for rank in range(2):
+        assert isinstance(found[rank], dict), found
+        assert_close(found[rank], alone)
+    assert [said.partition(":")[0] for said in found[0]["said"]] == [
+        "compiled the big student, block-diagonal",
+        "compiled the big student, block-diagonal",  # after channels were dropped
+        "compiled the big student, linked",
+        "compiled Wide",
+    ]
+    assert found[1]["said"] == []
+
+
 def test_without_it_the_statistics_are_those_of_a_share(alone: dict[str, Any]) -> None:
     found = together(2, ddp_merge.synced, False)
     with pytest.raises(AssertionError):

@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=fraction, default=1.0, metavar="F", help="fraction of the recipe's epochs, 0..1; default 1")
     add("--data", type=Path, metavar="PATH", help="image tree or .npz, for recipes that need one")
     add("--seed", type=integer(0), default=0, metavar="S", help="default 0")
-    add("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, ...; default cpu")
+    add(
+        "--device",
+        metavar="D",
+        help="cpu, cuda, cuda:1, ...; default cpu, for recipes over loaders cuda where there is one",
+    )
     add("--out", type=Path, metavar="DIR", help="default runs/RECIPE")
     add(
         "--workers",
@@ -87,7 +91,8 @@ def command(options: argparse.Namespace) -> None:
         gate_schedule=options.gate_schedule,
         compact_at=options.compact_at,
     )
-    device, processes = join_processes(options.device)
+    by_itself = "cuda" if isinstance(recipe, LoaderRecipe) and torch.cuda.is_available() else "cpu"
+    device, processes = join_processes(options.device or by_itself)
     try:
         _run(options, recipe, device, processes)
     finally:
