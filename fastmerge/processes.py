@@ -130,8 +130,11 @@ class Processes:
             )
         groups = [dist.new_group(range(part * size, (part + 1) * size)) for part in range(parts)]
         mine = self.rank // size
-        waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        return Split(mine, size, Processes(self.device, groups[mine]), Processes(torch.device("cpu"), waiting))
+        return Split(mine, size, Processes(self.device, groups[mine]), self.patient())
+
+    def patient(self) -> Processes:
+        """All processes, as a group in which one may wait for another however long, without a GPU."""
+        return Processes(torch.device("cpu"), dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     def check_same(self, what: str, value: str) -> None:
         """Raises where the processes don't have the same.

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import ddp_merge
 from fastmerge.checkpoints import save_weights
-from gloo import counted, together
+from gloo import command, counted, together
 from image_files import write_tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0.:UserWarning")
@@ -55,3 +57,20 @@ def test_every_validation_image_counts_once(tree: Path, tmp_path: Path, loader: 
     assert two["config"]["processes"] == 2
     for border in ("teacher 0", "teacher 1", "big student, gates open"):
         assert two["borders"][border] == pytest.approx(one["borders"][border], rel=1e-5), border
+
+
+def test_stacks_are_shared_out_with_the_same_results(tmp_path: Path) -> None:
+    given = ["run", "sine", "--budget", "0.0001", "--replicates", "3", "--quiet", "--workers", "1"]
+    found = []
+    for size, out in ((2, tmp_path / "two"), (1, tmp_path / "one")):
+        done = together(size, command, [*given, "--out", str(out)])
+        assert [status for status, _, _ in done.values()] == [0] * size, done
+        assert all(done[rank][1] == "" for rank in range(1, size))
+        results = json.loads((out / "results.json").read_text())
+        log = (out / "log.jsonl").read_text().splitlines()
+        weights = load_file(out / "student-2.safetensors")
+        found.append(({name: one["values"] for name, one in results["strategies"].items()}, sorted(log), weights))
+    (values, log, weights), (expected, told, theirs) = found
+    assert values == expected
+    assert log == told
+    assert all(torch.equal(weights[name], value) for name, value in theirs.items())

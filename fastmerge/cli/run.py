@@ -3,7 +3,8 @@
 DIR gets results.json, history.json, log.jsonl, the students as safetensors, report.md and plots.
 
 Killed or interrupted, a run goes on with: fastmerge run --out DIR --resume
-Several GPUs, for recipes over images that don't fit in memory: torchrun --nproc-per-node 8 -m fastmerge run ...
+Several GPUs: torchrun --nproc-per-node 8 -m fastmerge run ... trains each network by all of them; recipes in memory share
+out their stacks of networks.
 """
 
 from __future__ import annotations
@@ -101,8 +102,6 @@ def command(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes: Processes) -> None:
     out: Path = options.out
-    if processes.size > 1 and not isinstance(recipe, LoaderRecipe):
-        raise ValueError(f"{recipe.name} stacks its networks in one process; start it without torchrun")
     check_planning(options, processes)
     if options.dry_run:
         print(_plan(options, recipe, device))

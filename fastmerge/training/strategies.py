@@ -13,6 +13,7 @@ import torch
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.environment import environment
+from fastmerge.processes import Processes
 from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Outcome, Reporter
@@ -21,7 +22,7 @@ from fastmerge.training.recipe import Recipe
 from fastmerge.training.run_files import write_run
 from fastmerge.training.seeds import seed_for
 from fastmerge.training.student_strategy import student
-from fastmerge.training.workers import run_jobs
+from fastmerge.training.workers import Note, run_jobs
 
 # In the order of their cost, so that processes that share the jobs end together.
 _RUN: dict[str, Callable[[Job, Dataset, Reporter, JobState], Outcome]] = {
@@ -68,7 +69,8 @@ def run(
             for a regression of one variable; nothing is written before all is trained. None for no files.
         data_path: the data set, for recipes that need one.
         progress: whether to show a bar.
-        workers: processes on the CPU; None for one per core.
+        workers: processes on the CPU; None for one per core. Of processes that torchrun started, each does its part of the
+            jobs, by itself unless it is given workers too; of the other processes' jobs ``note`` is told at the end.
         checkpoint_dir: for the run's checkpoints. Each job writes them between epochs and at the end of a stage, keeps
             the last two, and keeps its results when it is finished.
         checkpoint_seconds: at least so many between two of a job's checkpoints.
@@ -96,7 +98,7 @@ def run(
         if strategy in strategies
         for chunk in _chunks(replicates, scaled.stack)
     ]
-    outcomes = run_jobs(_run_job, jobs, data, workers, progress, note)
+    outcomes = _shared_out(jobs, data, workers, progress, note)
     found = {
         strategy: [outcome for job, outcome in zip(jobs, outcomes, strict=True) if job.strategy == strategy]
         for strategy in strategies
@@ -119,6 +121,26 @@ def run(
     if out is not None:
         write_run(Path(out), scaled, results, found)
     return results
+
+
+def _shared_out(
+    jobs: list[Job], data: Dataset, workers: int | None, progress: bool, note: Note | None
+) -> list[Outcome]:
+    """Does the jobs, each in one of the processes of torch.distributed, if there are several; all get all outcomes."""
+    processes = Processes(torch.device("cpu"))
+    if processes.size == 1:
+        return run_jobs(_run_job, jobs, data, workers, progress, note)
+    waiting = processes.patient()
+    told: list[dict[str, Any]] = []
+    mine = jobs[processes.rank :: processes.size]
+    note = note if processes.is_first else told.append
+    own = run_jobs(_run_job, mine, data, workers or 1, progress and processes.is_first, note)
+    each = waiting.gather((own, told))
+    if processes.is_first and note is not None:
+        for _, values in each:
+            for value in values:
+                note(value)
+    return [each[index % processes.size][0][index // processes.size] for index in range(len(jobs))]
 
 
 def _run_job(job: Job, data: Dataset, reporter: Reporter) -> Outcome:
