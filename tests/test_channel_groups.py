@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -236,3 +237,35 @@ def test_layers_may_be_named_like_methods() -> None:
         torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
     big.link()
     assert big.compress()(x).shape == (3, 2)
+
+
+def channels_last(value: torch.Tensor | nn.Module) -> Any:
+    """A module, or images, with channels side by side."""
+    images = isinstance(value, nn.Module) or value.dim() == 4
+    return value.to(memory_format=torch.channels_last) if images else value
+
+
+# LeNet's view doesn't take channels-last images at all.
+IMAGES = [a for a in ZOO if any(x.dim() == 4 for x in a.inputs(1)) and a.name != "lenet"]
+
+
+@pytest.mark.parametrize("architecture", IMAGES, ids=lambda a: a.name)
+def test_channels_last_has_the_same_groups(architecture: Architecture) -> None:
+    network, inputs = architecture.make().double(), architecture.inputs(2)
+    expected = str(fastmerge.channel_groups(network, example_inputs=inputs))
+    found = fastmerge.channel_groups(channels_last(network), example_inputs=tuple(map(channels_last, inputs)))
+    assert str(found) == expected
+
+
+def test_a_strided_view_that_moves_numbers_keeps_its_channels_together() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x).mean((2, 3))
+            return self.second(y.as_strided(y.shape, (1, y.shape[0])))
+
+    (group,) = fastmerge.channel_groups(Transposed(), example_inputs=torch.randn(2, 3, 8, 8))
+    assert group.size == 1

@@ -34,9 +34,26 @@ class _IdDispatch(TorchDispatchMode):
         self.run = run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Asked first, for in place it changes the strides that it is about.
+        rule = torch.ops.aten.alias.default if _restrides_nothing(func, args) else func
         out = func(*args, **(kwargs or {}))
-        apply_rule(self.run, func, args, kwargs or {}, out)
+        apply_rule(self.run, rule, args, kwargs or {}, out)
         return out
+
+
+def _restrides_nothing(func: Any, args: Any) -> bool:
+    """Whether an operation gives a tensor's dimensions of size 1 other strides and leaves all else where it is.
+
+    So does a pooling to one pixel that stays channels-last.
+    """
+    if func not in (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_.default):
+        return False
+    x, size, strides, *offset = args
+    return (
+        tuple(size) == tuple(x.shape)
+        and all(n == 1 or old == new for n, old, new in zip(size, x.stride(), strides, strict=True))
+        and (not offset or offset[0] in (None, x.storage_offset()))
+    )
 
 
 class _IdInterpreter(fx.Interpreter):
