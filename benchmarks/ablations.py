@@ -201,6 +201,22 @@ class Record:
             self.results["teachers"][str(replicate)] = values[TEACHERS * position : TEACHERS * (position + 1)]
         self.write()
 
+    def take(self, path: Path) -> None:
+        """Takes over what another file has and this one lacks.
+
+        Raises:
+            ValueError: it has another configuration, or other teachers, which nothing can be compared over.
+        """
+        other = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("config", "teachers"):
+            if self.results[key] and other[key] != self.results[key]:
+                raise ValueError(f"{path} has another {key} than {self.path}")
+        self.results["teachers"] = other["teachers"]
+        for name, entry in other["variants"].items():
+            mine = self.results["variants"].setdefault(name, {**entry, "replicates": {}})
+            mine["replicates"] = entry["replicates"] | mine["replicates"]
+        self.write()
+
     def write(self) -> None:
         """Replaces the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,6 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of them; default all")
     parser.add_argument("--device", default="cpu", metavar="D", help="default cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default runs/ablations/RECIPE.json")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE.json", help="take over what a run beside this one has measured"
+    )
     options = parser.parse_args(arguments)
     recipe = IN_MEMORY[options.recipe]().scaled(options.budget)
     chosen = variants(recipe.make_network, LINK_AT)
@@ -286,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = recipe.load_data(options.data, seed_for(options.seed, "data")).to(options.device)
     config = recipe.config() | {"budget": options.budget, "seed": options.seed, "train_samples": len(data.train_inputs)}
     record = Record(options.out or ROOT / "runs" / "ablations" / f"{recipe.name}.json", _plain(config))
+    if options.add is not None:
+        record.take(options.add)
     torch.set_num_threads(1)
     with tqdm(unit="epoch") as bar:
         for chunk in _chunks(options.replicates, recipe.stack):

@@ -189,3 +189,21 @@ def test_clear_differences_are_bold() -> None:
 
 def test_the_page_is_that_of_the_results() -> None:
     assert (DOCS / "ablations.md").read_text(encoding="utf-8") == page(load())
+
+
+def test_runs_beside_each_other_are_put_together(run, tmp_path):
+    first = run("--replicates", "1", "--variants", "gates folded")
+    beside = tmp_path / "beside.json"
+    (tmp_path / "tiny.json").rename(beside)
+    second = run("--replicates", "1", "--variants", "budget")
+    both = run("--replicates", "1", "--variants", "budget", "gates folded", "--add", str(beside))
+    assert set(both["variants"]) == {BASE, "budget", "gates folded"}
+    for name in ("gates folded", BASE):
+        assert (
+            both["variants"][name]["replicates"]["0"]["student"]
+            == first["variants"][name]["replicates"]["0"]["student"]
+        )
+    assert both["variants"][BASE] == second["variants"][BASE]
+    beside.write_text(json.dumps(first | {"teachers": {"0": [0.0, 0.0]}}))
+    with pytest.raises(ValueError, match="another teachers"):
+        run("--replicates", "1", "--add", str(beside))

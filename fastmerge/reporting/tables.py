@@ -114,6 +114,8 @@ def caption(results: dict[str, Any]) -> str:
     budget = results["config"].get("budget", 1)
     if budget != 1 and any(paper_mean(results["recipe"], name) is not None for name in strategies):
         sentences.append(f"This run had {budget:.2g} of the paper's epochs.")
+    if isinstance(samples := results["config"].get("train_samples"), int):
+        sentences.append(f"{samples:,} training samples.")
     if lost:
         sentences.append(f"Diverged and left out: {lost}.")
     return " ".join(sentences)
