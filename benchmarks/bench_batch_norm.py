@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference
-from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool, batch_norm_act_pool_reference
+from fastmerge.kernels.batch_norm import (
+    batch_norm_act,
+    batch_norm_act_pool,
+    batch_norm_act_pool_reference,
+    batch_norm_act_reference,
+)
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

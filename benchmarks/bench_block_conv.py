@@ -4,7 +4,7 @@ Layers of ResNet-18 and ResNet-50 at 224 pixels and of ResNet-20 at 32, named af
 Triton contender runs the tile that is fastest here; the time of every tile is in its facts, under ``tiles``. cuDNN's groups
 read and write joined tensors, the others one tensor for each network. ``device_ms`` is a contender's time on the device alone,
 with a cold L2 cache: what a step whose kernels wait in the queue pays, and what decides who wins, as in
-``block_conv_choice``. Needs a CUDA GPU; skips without one.
+``fastmerge.kernels.block_conv.choice``. Needs a CUDA GPU; skips without one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels import block_conv_passes as passes
-from fastmerge.kernels.block_conv_choice import SPLIT, Run, device_milliseconds, run_beside_each_other
-from fastmerge.kernels.block_conv_formulas import Geometry, empty_channels_last, fetches_boxes
-from fastmerge.kernels.block_conv_problem import Problem
+from fastmerge.kernels.block_conv import passes
+from fastmerge.kernels.block_conv.choice import SPLIT, Run, device_milliseconds, run_beside_each_other
+from fastmerge.kernels.block_conv.formulas import Geometry, empty_channels_last, fetches_boxes
+from fastmerge.kernels.block_conv.problem import Problem
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 

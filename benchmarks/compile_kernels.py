@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastmerge.kernels.block_conv_choice import choices, set_measuring
+from fastmerge.kernels.block_conv.choice import choices, set_measuring
 
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import big

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.block_conv_choice import choice_table
+from fastmerge.kernels.block_conv import choice_table
 
 from benchmarks.effort import Effort
 from fastmerge.environment import environment

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastmerge.kernels.compact import SCRATCH_BYTES, compact
-from fastmerge.kernels.compact_plan import memory_order
+from fastmerge.kernels.compact import SCRATCH_BYTES, compact, memory_order
 
 _compaction: Any = None
 _why_missing = ""

@@ -9,10 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from fastmerge.kernels import batch_norm, batch_norm_tiles
-from fastmerge.kernels.batch_norm import batch_norm_act
-from fastmerge.kernels.batch_norm_formulas import batch_norm_act_pool_reference, batch_norm_act_reference
-from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from fastmerge.kernels.batch_norm import act, batch_norm_act, batch_norm_act_pool, tiles
+from fastmerge.kernels.batch_norm.formulas import batch_norm_act_pool_reference, batch_norm_act_reference
 from torch import Tensor
 
 # Relative and absolute, for results of order 1.
@@ -158,7 +156,7 @@ def fused(direct: bool = True) -> Iterator[None]:
     """Sends the public functions through the kernels on the CPU too: straight, or by way of the custom operators."""
     # Functions instead of mocks, for torch.compile traces them.
     replaced = {"_holds_kernels": _yes} if direct else {"_holds_kernels": _yes, "runs_direct": _no}
-    with mock.patch.multiple(batch_norm, **replaced):
+    with mock.patch.multiple(act, **replaced):
         yield
 
 
@@ -175,10 +173,10 @@ def small_cuts(tile: int = 64, programs: int = 4) -> Iterator[None]:
     """Cuts tensors as if they were large: several tiles to a program, several programs along N and P."""
     cut = {"programs": programs, "least": 1, "most": 3}
     with mock.patch.multiple(
-        batch_norm_tiles, _TILE=tile, _POOLING_TILE=tile, _LINE_BYTES=16, _SUMMING=cut, _WRITING=cut, _FEW_PROGRAMS=1
+        tiles, _TILE=tile, _POOLING_TILE=tile, _LINE_BYTES=16, _SUMMING=cut, _WRITING=cut, _FEW_PROGRAMS=1
     ):
-        batch_norm_tiles.tiles.cache_clear()
-        batch_norm_tiles.patches.cache_clear()
+        tiles.tiles.cache_clear()
+        tiles.patches.cache_clear()
         yield
-    batch_norm_tiles.tiles.cache_clear()
-    batch_norm_tiles.patches.cache_clear()
+    tiles.tiles.cache_clear()
+    tiles.patches.cache_clear()

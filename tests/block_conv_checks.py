@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fastmerge.kernels.block_conv_formulas import (
+from fastmerge.kernels.block_conv.formulas import (
     Geometry,
     block_diagonal_reference,
     block_sparse_reference,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastmerge.kernels import gate  # noqa: F401, which registers the operations
-from fastmerge.kernels.gate_formulas import BETA, GAMMA, ZETA, hard_concrete
+from fastmerge.kernels.gate import sampling  # noqa: F401, which registers the operations
+from fastmerge.kernels.gate.formulas import BETA, GAMMA, ZETA, hard_concrete
 from torch import Tensor
 
 from philox import uniforms

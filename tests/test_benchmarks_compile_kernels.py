@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastmerge.kernels.block_conv_choice import choices
+from fastmerge.kernels.block_conv.choice import choices
 from torch import Tensor
 
 from benchmarks import compile_kernels

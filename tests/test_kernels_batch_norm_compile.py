@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm_tiles import patch_warps, patches, tiles
+from fastmerge.kernels.batch_norm.tiles import patch_warps, patches, tiles
 
 from offline_compile import TARGETS, Compiled, compile_offline
 
@@ -86,20 +86,15 @@ def blocks(dtype: torch.dtype, summing: bool, channels_last: bool) -> dict[str, 
 )
 @pytest.mark.parametrize("name", ["statistics", "normalize", "sums", "input gradient"])
 def test_passes(name: str, dtype: torch.dtype, channels_last: bool, capability: int) -> None:
-    from fastmerge.kernels import (
-        batch_norm_backward_triton,
-        batch_norm_statistics_triton,
-        batch_norm_sums_triton,
-        batch_norm_triton,
-    )
+    from fastmerge.kernels.batch_norm import backward_triton, forward_triton, statistics_triton, sums_triton
 
     # With everything: residual, gates, the gradients of both.
     kernel, summing, tensors, constants = {
-        "statistics": (batch_norm_statistics_triton.partial_statistics_kernel, True, 1, {}),
-        "normalize": (batch_norm_triton.normalize_kernel, False, 2, {"RELU": True}),
-        "sums": (batch_norm_sums_triton.sum_gradients_kernel, True, 3, {"RELU": True, "DGATE": 2}),
+        "statistics": (statistics_triton.partial_statistics_kernel, True, 1, {}),
+        "normalize": (forward_triton.normalize_kernel, False, 2, {"RELU": True}),
+        "sums": (sums_triton.sum_gradients_kernel, True, 3, {"RELU": True, "DGATE": 2}),
         "input gradient": (
-            batch_norm_backward_triton.input_gradient_kernel,
+            backward_triton.input_gradient_kernel,
             False,
             2,
             {"RELU": True, "TRAINING": True},
@@ -121,8 +116,8 @@ def test_passes(name: str, dtype: torch.dtype, channels_last: bool, capability: 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("pooling", [True, False])
 def test_pooling(dtype: torch.dtype, capability: int, channels_last: bool, pooling: bool) -> None:
-    from fastmerge.kernels import batch_norm_pool_triton as kernels
-    from fastmerge.kernels.batch_norm_unpool_triton import unpool_kernel
+    from fastmerge.kernels.batch_norm import pool_triton as kernels
+    from fastmerge.kernels.batch_norm.unpool_triton import unpool_kernel
 
     block_h, block_w, block_c = patches(56, 56, 128, dtype.itemsize, channels_last, pooling)
     constants = kernels.window_constants((3, 3, 2, 2, 1, 1)) | {"RELU": True}
@@ -140,13 +135,13 @@ def test_pooling(dtype: torch.dtype, capability: int, channels_last: bool, pooli
 
 @by_target
 def test_merging(capability: int) -> None:
-    from fastmerge.kernels import batch_norm_statistics_triton, batch_norm_sums_triton
-    from fastmerge.kernels.batch_norm_walk_triton import MERGE_C, MERGE_PARTS
+    from fastmerge.kernels.batch_norm import statistics_triton, sums_triton
+    from fastmerge.kernels.batch_norm.walk_triton import MERGE_C, MERGE_PARTS
 
     constants = {"PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C}
     for kernel, more in (
-        (batch_norm_statistics_triton.merge_statistics_kernel, {}),
-        (batch_norm_sums_triton.merge_sums_kernel, {"DGATE": 1}),
+        (statistics_triton.merge_statistics_kernel, {}),
+        (sums_triton.merge_sums_kernel, {"DGATE": 1}),
     ):
         result = compiled(kernel, torch.float32, constants | more, capability)
         assert (result.stack_bytes, result.spill_bytes) == (0, 0)
@@ -155,27 +150,27 @@ def test_merging(capability: int) -> None:
 @pytest.mark.parametrize("kind", ["ones", "nothing optional", "long"])
 def test_arguments_that_triton_treats_by_themselves(kind: str) -> None:
     # A 1 becomes a constant, a None too, and what doesn't fit 32 bits is passed in 64.
-    from fastmerge.kernels import (
-        batch_norm_backward_triton,
-        batch_norm_pool_triton,
-        batch_norm_statistics_triton,
-        batch_norm_sums_triton,
-        batch_norm_triton,
-        batch_norm_unpool_triton,
+    from fastmerge.kernels.batch_norm import (
+        backward_triton,
+        forward_triton,
+        pool_triton,
+        statistics_triton,
+        sums_triton,
+        unpool_triton,
     )
 
     cut = blocks(torch.float16, True, True)
-    pooling = batch_norm_pool_triton.window_constants((3, 3, 2, 2, 1, 1)) | {"BLOCK_H": 4, "BLOCK_W": 4, "BLOCK_C": 8}
+    pooling = pool_triton.window_constants((3, 3, 2, 2, 1, 1)) | {"BLOCK_H": 4, "BLOCK_W": 4, "BLOCK_C": 8}
     merging = {"PARTS": 16, "BLOCK_C": 8}
     for kernel, constants in (
-        (batch_norm_statistics_triton.partial_statistics_kernel, cut),
-        (batch_norm_statistics_triton.merge_statistics_kernel, merging),
-        (batch_norm_triton.normalize_kernel, cut | {"RELU": False}),
-        (batch_norm_sums_triton.sum_gradients_kernel, cut | {"RELU": False, "DGATE": 0}),
-        (batch_norm_sums_triton.merge_sums_kernel, merging | {"DGATE": 0}),
-        (batch_norm_backward_triton.input_gradient_kernel, cut | {"RELU": False, "TRAINING": False}),
-        (batch_norm_pool_triton.pool_kernel, pooling | {"RELU": False}),
-        (batch_norm_unpool_triton.unpool_kernel, pooling | {"RELU": False, "TRAINING": False}),
+        (statistics_triton.partial_statistics_kernel, cut),
+        (statistics_triton.merge_statistics_kernel, merging),
+        (forward_triton.normalize_kernel, cut | {"RELU": False}),
+        (sums_triton.sum_gradients_kernel, cut | {"RELU": False, "DGATE": 0}),
+        (sums_triton.merge_sums_kernel, merging | {"DGATE": 0}),
+        (backward_triton.input_gradient_kernel, cut | {"RELU": False, "TRAINING": False}),
+        (pool_triton.pool_kernel, pooling | {"RELU": False}),
+        (unpool_triton.unpool_kernel, pooling | {"RELU": False, "TRAINING": False}),
     ):
         given: dict[str, Any] = {}
         # Optional in other kernels alone.

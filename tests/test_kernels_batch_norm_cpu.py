@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels import batch_norm_cpu
-from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference, why_not_fused
+from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference, cpu, why_not_fused
 from torch import Tensor
 
 import fastmerge
 from batch_norm_checks import NAMES, check_against_float64, in_layout, make
 
-needs_extension = pytest.mark.skipif(batch_norm_cpu._batch_norm is None, reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(cpu._batch_norm is None, reason="the C++ extension is not built")
 TRAINING = {"training": True, "activation": "relu"}
 # Below and above the channels that are worked on together; several samples to a chunk, several chunks to a sample.
 SHAPES = [
@@ -102,7 +101,7 @@ def test_small_variance_far_from_zero() -> None:
 @pytest.mark.parametrize("shape", [(64, 48, 13, 7), (2, 24, 64, 33), (512, 96)], ids=str)
 def test_the_same_bits_with_any_number_of_threads(shape: tuple[int, ...]) -> None:
     case = laid_out(make(shape, torch.float32, samples=shape[0]), "channels-last")
-    assert case["x"].numel() >= batch_norm_cpu._WORTH_THREADS
+    assert case["x"].numel() >= cpu._WORTH_THREADS
 
     def results(threads: int) -> list[Tensor]:
         before = torch.get_num_threads()
@@ -166,7 +165,7 @@ def test_what_stays_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
     torch.func.vmap(lambda x: seen.append(why_not_fused(x)) or x)(torch.randn(2, 3, 5, 4, 3))
     assert seen[0] is not None
-    monkeypatch.setattr(batch_norm_cpu, "_batch_norm", None)
+    monkeypatch.setattr(cpu, "_batch_norm", None)
     assert why_not_fused(x) == "the C++ extension is not built"
     y = batch_norm_act(x, None, None, None, None, training=True)
     assert torch.equal(y, batch_norm_act_reference(x, None, None, None, None, training=True))
@@ -197,7 +196,7 @@ def test_the_extension_checks_by_itself(changes: dict[str, Any]) -> None:
         "var": var.data_ptr(),
     }
     with pytest.raises(ValueError, match="batch_norm needs"):
-        batch_norm_cpu._batch_norm.statistics(**call | changes)
+        cpu._batch_norm.statistics(**call | changes)
     assert not mean.any()
     assert not var.any()
 
@@ -206,7 +205,7 @@ def test_the_extension_checks_by_itself(changes: dict[str, Any]) -> None:
 def test_the_stub_names_what_the_module_has() -> None:
     stub = parse((Path(fastmerge.__file__).parent / "_batch_norm.pyi").read_text())
     functions = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, FunctionDef)}
-    module = batch_norm_cpu._batch_norm
+    module = cpu._batch_norm
     assert sorted(functions) == [name for name in dir(module) if not name.startswith("_")]
     for name, arguments in functions.items():
         described = (inspect.getdoc(getattr(module, name)) or "").splitlines()[0]

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act
-from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool
 from torch import Tensor, nn
 
 from batch_norm_checks import fused

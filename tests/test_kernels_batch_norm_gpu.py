@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act, why_not_fused
-from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, why_not_fused
 from torch import Tensor
 
 from batch_norm_checks import DTYPES, by_dtype_and_layout, check_against_float64, in_layout, make

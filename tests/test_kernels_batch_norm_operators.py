@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels import batch_norm, batch_norm_pool
-from fastmerge.kernels.batch_norm import batch_norm_act
-from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from fastmerge.kernels.batch_norm import act, batch_norm_act, batch_norm_act_pool, pool
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -106,10 +104,10 @@ def test_cuda_takes_the_kernels() -> None:
 @pytest.mark.skipif(INTERPRETING, reason="says nothing about the interpreter")
 def test_why_not_fused() -> None:
     x = torch.empty(SHAPE)
-    assert batch_norm_pool.why_not_fused(x, kernel_size=(2, 2)) == "x is on cpu, not on a CUDA device"
+    assert pool.why_not_fused(x, kernel_size=(2, 2)) == "x is on cpu, not on a CUDA device"
     with torch._subclasses.FakeTensorMode():
         x = torch.empty(SHAPE, device="cuda", dtype=torch.bfloat16)
-        assert batch_norm.why_not_fused(x, residual=x, gate=torch.empty(3, 5, device="cuda")) is None
+        assert act.why_not_fused(x, residual=x, gate=torch.empty(3, 5, device="cuda")) is None
         for reason, arguments, options in (
             ("the activation is gelu", (x,), {"activation": "gelu"}),
             ("x is torch.float64", (x.double(),), {}),
@@ -118,18 +116,18 @@ def test_why_not_fused() -> None:
             ("another argument on cpu", (x, torch.empty(5)), {}),
             ("an argument is torch.float64", (x,), {"gate": torch.empty(1, 5, device="cuda", dtype=torch.float64)}),
         ):
-            assert reason in str(batch_norm.why_not_fused(*arguments, **options))
-        assert batch_norm_pool.why_not_fused(x, kernel_size=(8, 16)) is None
-        assert "144 positions" in str(batch_norm_pool.why_not_fused(x, kernel_size=(12, 12)))
+            assert reason in str(act.why_not_fused(*arguments, **options))
+        assert pool.why_not_fused(x, kernel_size=(8, 16)) is None
+        assert "144 positions" in str(pool.why_not_fused(x, kernel_size=(12, 12)))
 
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_torch_func_runs_the_reference(pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = []
-    monkeypatch.setattr(batch_norm, "_holds_kernels", lambda x: True)
+    monkeypatch.setattr(act, "_holds_kernels", lambda x: True)
 
     def loss(weight: Tensor, x: Tensor) -> Tensor:
-        reasons.append(batch_norm.why_not_fused(x, weight))
+        reasons.append(act.why_not_fused(x, weight))
         arguments = (x, weight, None, None, None)
         if pooled:
             return batch_norm_act_pool(*arguments, training=True, kernel_size=2, stride=2).sum()

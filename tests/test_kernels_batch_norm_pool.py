@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from fastmerge.kernels.batch_norm import batch_norm_act_pool
 from torch import Tensor
 
 from batch_norm_checks import by_dtype_and_layout, check_against_float64, fused, in_layout, make, small_cuts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm_tiles import Tiles, patches, strides_of, tiles, tiles_of, walkable
+from fastmerge.kernels.batch_norm.tiles import Tiles, patches, strides_of, tiles, tiles_of, walkable
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fastmerge.kernels.block_conv_tiles import Tile, WeightTile
+from fastmerge.kernels.block_conv.tiles import Tile, WeightTile
 from torch import Tensor
 
 from block_conv_checks import Case, Operands, compare, joined, operands, slices
@@ -48,13 +48,13 @@ odd_cases = pytest.mark.parametrize("case", ODD, ids=str)
 
 
 def check_every_pass(case: Case, given: Operands, xs: list[Tensor], dys: list[Tensor], tile: Tile = TILE) -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     options = (case.streams, case.geometry)
-    compare("y", block_conv_launch_triton.forward(xs, given.weight, given.bias, *options, tile), given)
+    compare("y", launch_triton.forward(xs, given.weight, given.bias, *options, tile), given)
     size = (case.height, case.width)
-    compare("dx", block_conv_launch_triton.input_gradient(dys, given.weight, size, *options, tile), given)
-    compare("dw", [block_conv_launch_triton.weight_gradient(dys, xs, *options, WEIGHT_TILE)], given)
+    compare("dx", launch_triton.input_gradient(dys, given.weight, size, *options, tile), given)
+    compare("dw", [launch_triton.weight_gradient(dys, xs, *options, WEIGHT_TILE)], given)
 
 
 @interpreted
@@ -117,27 +117,27 @@ def test_padding_dilation_and_other_kernels(case: Case) -> None:
 @pytest.mark.parametrize("programs", [1, 40])
 @pytest.mark.parametrize("case", [ODD[2], ODD[3], MANY[1]], ids=str)
 def test_weight_gradient_of_a_row_of_taps(case: Case, programs: int) -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     given = operands(case, torch.float16)
     tile = WeightTile(64, 32, row_of_taps=True, programs=programs, warps=4, stages=2)
-    dw = block_conv_launch_triton.weight_gradient(given.dys, given.xs, case.streams, case.geometry, tile)
+    dw = launch_triton.weight_gradient(given.dys, given.xs, case.streams, case.geometry, tile)
     compare("dw", [dw], given)
 
 
 @interpreted
 def test_split_sums_are_right_and_repeat() -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     case = Case(2, 3, 6, 6, 16, 16, 1, 1)
     given = operands(case, torch.float16)
     seen = []
     for programs in (1, 7, 1000):
         tile = WeightTile(16, 16, row_of_taps=False, programs=programs, warps=4, stages=2)
-        run = [block_conv_launch_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(2)]
+        run = [launch_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(2)]
         compare("dw", run[:1], given)
         assert torch.equal(*run)
-        seen.append(block_conv_launch_triton.split(18, 2, programs)[1])
+        seen.append(launch_triton.split(18, 2, programs)[1])
     assert seen == [1, 3, 18]
 
 
@@ -154,37 +154,35 @@ def test_three_streams_anywhere_in_memory() -> None:
 
 @interpreted
 def test_results_allocated_backwards() -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     case = Case(2, 1, 4, 5, 8, 16, 3, 1)
     given = operands(case, torch.float16)
     places = list(torch.full((2, 1, 4, 5, 16), float("nan"), dtype=torch.float16).permute(0, 1, 4, 2, 3))
-    with mock.patch.object(block_conv_launch_triton, "empty_channels_last", side_effect=places[::-1]):
-        compare(
-            "y", block_conv_launch_triton.forward(given.xs, given.weight, given.bias, 2, case.geometry, TILE), given
-        )
+    with mock.patch.object(launch_triton, "empty_channels_last", side_effect=places[::-1]):
+        compare("y", launch_triton.forward(given.xs, given.weight, given.bias, 2, case.geometry, TILE), given)
 
 
 @interpreted
 def test_weights_of_other_layouts() -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     case = Case(2, 1, 4, 5, 16, 16, 3, 1)
     given = operands(case, torch.float16)
     wide = torch.full((2 * 16 + 1, 24, 3, 3), float("nan"), dtype=torch.float16)
     wide[1:, 3:19] = given.weight
     for weight in (given.weight.contiguous(memory_format=torch.channels_last), wide[1:, 3:19]):
-        compare("y", block_conv_launch_triton.forward(given.xs, weight, given.bias, 2, case.geometry, TILE), given)
+        compare("y", launch_triton.forward(given.xs, weight, given.bias, 2, case.geometry, TILE), given)
 
 
 @interpreted
 def test_no_bias() -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     case = Case(2, 1, 4, 5, 16, 16, 1, 1)
     given = operands(case, torch.float16)
     (with_bias, _), (without, _) = (
-        block_conv_launch_triton.forward(given.xs, given.weight, bias, 2, case.geometry, TILE)
+        launch_triton.forward(given.xs, given.weight, bias, 2, case.geometry, TILE)
         for bias in (torch.zeros_like(given.bias), None)
     )
     assert torch.equal(with_bias, without)

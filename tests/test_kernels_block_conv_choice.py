@@ -10,9 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
-from fastmerge.kernels import block_conv_cache
-from fastmerge.kernels.block_conv_cache import cache_file, read_entries, write_entries
-from fastmerge.kernels.block_conv_choice import SPLIT, Choices, run_beside_each_other
+from fastmerge.kernels.block_conv.cache import cache_file, read_entries, versions, write_entries
+from fastmerge.kernels.block_conv.choice import SPLIT, Choices, run_beside_each_other
 
 KEY = "card | forward float16 | 2 streams | 1x8x1x1 to 8"
 RIGHT = torch.tensor([1.0, 2.0], dtype=torch.float16)
@@ -233,19 +232,19 @@ def test_forgotten_choices_are_measured_again() -> None:
 
 def test_other_versions_keep_their_choices_to_themselves() -> None:
     ours = {"winner": "split", "milliseconds": {"split": 1.0}}
-    with mock.patch.object(block_conv_cache, "versions", return_value="older"):
+    with mock.patch("fastmerge.kernels.block_conv.cache.versions", return_value="older"):
         write_entries({KEY: {"winner": "triton_a", "milliseconds": {}}})
     assert read_entries() == {}
     write_entries({KEY: ours, "another": ours})
     write_entries({"third": ours})
     assert read_entries() == {KEY: ours, "another": ours, "third": ours}
-    with mock.patch.object(block_conv_cache, "versions", return_value="older"):
+    with mock.patch("fastmerge.kernels.block_conv.cache.versions", return_value="older"):
         assert read_entries()[KEY]["winner"] == "triton_a"
 
 
 def test_versions_name_what_matters() -> None:
-    assert torch.__version__ in block_conv_cache.versions()
-    assert all(word in block_conv_cache.versions() for word in ("triton", "cuda", "cudnn", "driver", "kernels"))
+    assert torch.__version__ in versions()
+    assert all(word in versions() for word in ("triton", "cuda", "cudnn", "driver", "kernels"))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from fastmerge.kernels.block_conv_formulas import Geometry
-from fastmerge.kernels.block_conv_tiles import Tile, WeightTile, box_of, tiles, weight_tiles
+from fastmerge.kernels.block_conv.formulas import Geometry
+from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, box_of, tiles, weight_tiles
 
 from offline_compile import TARGETS, Compiled, compile_offline
 
@@ -53,7 +53,7 @@ def compile_correlate(
     dtype: str = "bf16",
     capability: int = 90,
 ) -> Compiled:
-    from fastmerge.kernels import block_conv_triton as module
+    from fastmerge.kernels.block_conv import correlate_triton as module
 
     box = (tile.positions, 1, 1) if tile.samples else box_of(tile.positions, 32, 14, 14)
     assert tile.samples or sum(edge > 1 for edge in box) > 1
@@ -82,7 +82,7 @@ def compile_wgrad(
     sums: str = "*fp32",
     capability: int = 90,
 ) -> Compiled:
-    from fastmerge.kernels import block_conv_wgrad_triton as module
+    from fastmerge.kernels.block_conv import wgrad_triton as module
 
     samples = box[0] > 1
     arguments = (
@@ -181,7 +181,7 @@ def test_float16() -> None:
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("block", [(0, 0), (64, 64)])
 def test_reduction(capability: int, block: tuple[int, int]) -> None:
-    from fastmerge.kernels import block_conv_wgrad_triton as module
+    from fastmerge.kernels.block_conv import wgrad_triton as module
 
     arguments = {"sums_ptr": "*fp32", "dw_ptr": "*bf16"} | dict.fromkeys(
         ["splits", "split_stride", "row_stride", "read_channels", "row_elements", "block_elements"], "i32"

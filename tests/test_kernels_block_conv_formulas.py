@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels import block_conv_formulas as formulas
-from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d
-from fastmerge.kernels.block_conv_formulas import Geometry, live_blocks, refusal
-from fastmerge.kernels.block_conv_tiles import box_of, line_of, tiles, weight_tiles
+from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, formulas, grouped_conv2d
+from fastmerge.kernels.block_conv.formulas import Geometry, live_blocks, refusal
+from fastmerge.kernels.block_conv.tiles import box_of, line_of, tiles, weight_tiles
 from torch import Tensor
 
 

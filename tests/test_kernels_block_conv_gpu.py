@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels import block_conv_ops
-from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks
-from fastmerge.kernels.block_conv_choice import (
+from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks, ops
+from fastmerge.kernels.block_conv.choice import (
     choice_table,
     choices,
     fixed_choice,
     run_beside_each_other,
     set_measuring,
 )
-from fastmerge.kernels.block_conv_formulas import LiveBlocks, fetches_boxes
-from fastmerge.kernels.block_conv_tiles import tiles, weight_tiles
+from fastmerge.kernels.block_conv.formulas import LiveBlocks, fetches_boxes
+from fastmerge.kernels.block_conv.tiles import tiles, weight_tiles
 from torch import Tensor
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask, slices
@@ -94,26 +93,24 @@ def every_tile(
     most: int = 100,
 ) -> Iterator[tuple[str, str, Callable[[], list[Tensor]]]]:
     """Pass, tile and function of every candidate, all compiled when the first is handed out."""
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     options = (case.streams, case.geometry)
     block = None if live is None else live.block(given.weight.shape)
     found: list[tuple[str, str, Callable[[], list[Tensor]]]] = []
     for tile in tiles(case.c, case.k, case.n, block)[:most]:
-        forward = functools.partial(
-            block_conv_launch_triton.forward, xs, given.weight, given.bias, *options, tile=tile, live=live
-        )
+        forward = functools.partial(launch_triton.forward, xs, given.weight, given.bias, *options, tile=tile, live=live)
         found.append(("y", tile.name, forward))
     for tile in tiles(case.k, case.c, case.n, None if block is None else (block[1], block[0]))[:most]:
         size = (case.height, case.width)
         gradient = functools.partial(
-            block_conv_launch_triton.input_gradient, dys, given.weight, size, *options, tile=tile, live=live
+            launch_triton.input_gradient, dys, given.weight, size, *options, tile=tile, live=live
         )
         found.append(("dx", tile.name, gradient))
     for weight_tile in weight_tiles(case.c, case.k, case.kernel, block)[:most]:
 
         def weight_gradient(weight_tile: object = weight_tile) -> list[Tensor]:
-            return [block_conv_launch_triton.weight_gradient(dys, xs, *options, tile=weight_tile, live=live)]
+            return [launch_triton.weight_gradient(dys, xs, *options, tile=weight_tile, live=live)]
 
         found.append(("dw", weight_tile.name, weight_gradient))
     run_beside_each_other([run for _, _, run in found])
@@ -161,8 +158,8 @@ def test_live_blocks_against_float64(block: int, kernel: int, stride: int, kind:
 
 
 def test_streams_far_apart_share_a_launch() -> None:
-    from fastmerge.kernels import block_conv_launch_triton
-    from fastmerge.kernels.block_conv_boxes_triton import launches
+    from fastmerge.kernels.block_conv import launch_triton
+    from fastmerge.kernels.block_conv.boxes_triton import launches
 
     case = Case(2, 4, 8, 8, 64, 64, 3, 1)
     given = given_for(case, torch.float16)
@@ -170,20 +167,18 @@ def test_streams_far_apart_share_a_launch() -> None:
     xs = [given.xs[0].clone(), torch.cat([given.xs[1], given.xs[1]])[:4]]
     for order in (1, -1):
         assert len(launches(2, xs[::order], given.dys)) == 1
-    ys = block_conv_launch_triton.forward(xs, given.weight, given.bias, 2, case.geometry, tiles(64, 64, 4)[0])
+    ys = launch_triton.forward(xs, given.weight, given.bias, 2, case.geometry, tiles(64, 64, 4)[0])
     compare("y", ys, given)
     assert between.numel()
 
 
 def test_gradients_repeat_bit_by_bit() -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     case = LAYERS[3]
     given = given_for(case, torch.bfloat16)
     for tile in weight_tiles(case.c, case.k, case.kernel):
-        results = [
-            block_conv_launch_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(5)
-        ]
+        results = [launch_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile) for _ in range(5)]
         assert all(torch.equal(results[0], result) for result in results[1:]), tile.name
 
 
@@ -313,9 +308,7 @@ def test_opcheck(choice: str) -> None:
     options = (2, [1, 1], [1, 1], [1, 1], [])
     xs = [x.clone().requires_grad_() for x in given.xs]
     with fixed_choice(choice):
-        torch.library.opcheck(
-            block_conv_ops.block_conv, (xs, given.weight.clone().requires_grad_(), given.bias, *options)
-        )
+        torch.library.opcheck(ops.block_conv, (xs, given.weight.clone().requires_grad_(), given.bias, *options))
 
 
 def test_small_inputs_take_plain_pytorch() -> None:

@@ -8,11 +8,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels import block_conv, block_conv_choice, block_conv_formulas, block_conv_ops
-from fastmerge.kernels import block_conv_cudnn as cudnn
-from fastmerge.kernels import block_conv_passes as passes
-from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks
-from fastmerge.kernels.block_conv_choice import fixed_choice
+from fastmerge.kernels.block_conv import (
+    block_diagonal_conv2d,
+    block_sparse_conv2d,
+    conv2d,
+    cudnn,
+    formulas,
+    grouped_conv2d,
+    live_blocks,
+    ops,
+    passes,
+)
+from fastmerge.kernels.block_conv.choice import choices, fixed_choice
 from torch import Tensor
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask
@@ -31,9 +38,9 @@ DTYPES = {"triton": torch.float16, "split": torch.bfloat16, "groups": torch.bflo
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets tensors of this machine through to the operations, with an empty memory of choices."""
-    monkeypatch.setattr(block_conv_formulas, "fetches_boxes", lambda device: True)
-    monkeypatch.setattr(block_conv_choice.choices, "_known", {})
-    monkeypatch.setattr(block_conv_choice.choices, "_read", True)
+    monkeypatch.setattr(formulas, "fetches_boxes", lambda device: True)
+    monkeypatch.setattr(choices, "_known", {})
+    monkeypatch.setattr(choices, "_read", True)
 
 
 def differentiate(function: Any, given: Operands, xs: list[Tensor], dys: list[Tensor]) -> None:
@@ -58,7 +65,7 @@ def grouped(xs: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("choice", ["triton", "split", "groups"])
 def test_every_gradient_of_each_candidate(choice: str) -> None:
     given = operands(CASE, DTYPES[choice])
-    with fixed_choice(choice), mock.patch.object(block_conv, "worth_an_operation", return_value=True):
+    with fixed_choice(choice), mock.patch.object(conv2d, "worth_an_operation", return_value=True):
         differentiate(diagonal, given, given.xs, given.dys)
         differentiate(grouped, given, joined(given.xs), joined(given.dys))
 
@@ -68,7 +75,7 @@ def test_every_gradient_of_each_candidate(choice: str) -> None:
 def test_every_gradient_of_live_blocks(choice: str) -> None:
     mask = random_mask(2, 2, "empty row")
     given = operands(BLOCKS, DTYPES[choice], mask=mask)
-    with fixed_choice(choice), mock.patch.object(block_conv, "worth_an_operation", return_value=True):
+    with fixed_choice(choice), mock.patch.object(conv2d, "worth_an_operation", return_value=True):
         differentiate(
             lambda xs, weight, bias: [block_sparse_conv2d(xs[0], weight, mask, bias, stride=2, padding=1)],
             given,
@@ -99,13 +106,13 @@ def test_only_what_is_asked_for() -> None:
     first, second, weight = given.xs[0].clone().requires_grad_(), given.xs[1], given.weight.clone()
     with fixed_choice("triton"):
         ys = block_diagonal_conv2d([first, second], weight, padding=1)
-        with mock.patch.object(block_conv_ops, "block_conv_weight_gradient") as weight_gradient:
+        with mock.patch.object(ops, "block_conv_weight_gradient") as weight_gradient:
             (dx,) = torch.autograd.grad(ys[0], first, given.dys[0])
         assert not weight_gradient.called
         torch.testing.assert_close(dx.double(), given.expected["dx"][0], rtol=2e-3, atol=2e-2)
         weight.requires_grad_()
         ys = block_diagonal_conv2d([x.detach() for x in given.xs], weight, padding=1)
-        with mock.patch.object(block_conv_ops, "block_conv_input_gradient") as input_gradient:
+        with mock.patch.object(ops, "block_conv_input_gradient") as input_gradient:
             (dw,) = torch.autograd.grad(ys[1], weight, given.dys[1])
         assert not input_gradient.called
         assert (dw[:32] == 0).all()
@@ -115,7 +122,7 @@ def test_only_what_is_asked_for() -> None:
 def test_differentiable_once() -> None:
     given = operands(CASE, torch.float16)
     weight = given.weight.requires_grad_()
-    with mock.patch.object(block_conv, "worth_an_operation", return_value=True):
+    with mock.patch.object(conv2d, "worth_an_operation", return_value=True):
         (y, _) = block_diagonal_conv2d([x.requires_grad_() for x in given.xs], weight, padding=1)
     (dw,) = torch.autograd.grad(y.float().pow(2).sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
@@ -133,11 +140,11 @@ def test_opcheck(choice: str) -> None:
         given.bias.requires_grad_(),
     )
     with fixed_choice(choice):
-        torch.library.opcheck(block_conv_ops.block_conv, (xs, weight, bias, *options))
-        torch.library.opcheck(block_conv_ops.block_conv, (joined([x.detach() for x in xs]), weight, None, *options))
+        torch.library.opcheck(ops.block_conv, (xs, weight, bias, *options))
+        torch.library.opcheck(ops.block_conv, (joined([x.detach() for x in xs]), weight, None, *options))
         xs, weight = [x.detach() for x in xs], weight.detach()
-        torch.library.opcheck(block_conv_ops.block_conv_input_gradient, (given.dys, weight, [1, 16, 4, 4], *options))
-        torch.library.opcheck(block_conv_ops.block_conv_weight_gradient, (given.dys, xs, weight, *options))
+        torch.library.opcheck(ops.block_conv_input_gradient, (given.dys, weight, [1, 16, 4, 4], *options))
+        torch.library.opcheck(ops.block_conv_weight_gradient, (given.dys, xs, weight, *options))
 
 
 @interpreted
@@ -146,12 +153,12 @@ def test_opcheck_of_live_blocks() -> None:
     weight = given.weight.requires_grad_()
     options = (1, [1, 1], [0, 0], [1, 1], list(live_blocks(random_mask(2, 2, "empty row"))))
     with fixed_choice("triton"):
-        torch.library.opcheck(block_conv_ops.block_conv, (given.xs, weight, None, *options))
+        torch.library.opcheck(ops.block_conv, (given.xs, weight, None, *options))
 
 
 def test_nothing_measured_is_plain_pytorch() -> None:
     given = operands(CASE, torch.float16)
-    with mock.patch.object(block_conv_ops, "block_conv", side_effect=AssertionError):
+    with mock.patch.object(ops, "block_conv", side_effect=AssertionError):
         ys = diagonal(given.xs, given.weight, given.bias)
     assert torch.equal(ys[1], F.conv2d(given.xs[1], given.weight[32:], given.bias[32:], padding=1))
 
@@ -173,7 +180,7 @@ def test_each_pass_runs_its_own_winner(winner: str) -> None:
         run()
         return 1.0 if ran[before:] == [winner] else 2.0
 
-    given, choices = operands(CASE, torch.bfloat16), block_conv_choice.choices
+    given = operands(CASE, torch.bfloat16)
     stand_ins = {
         "_triton_forward": stand_in("forward", lambda *args: cudnn.split_forward(*args[:-1])),
         "_triton_input_gradient": stand_in("input gradient", lambda *args: cudnn.split_input_gradient(*args[:-1])),
@@ -200,9 +207,7 @@ def test_measuring_leaves_the_random_numbers_alone() -> None:
     given = operands(CASE, torch.float16)
     state = torch.get_rng_state()
     with (
-        mock.patch.multiple(
-            block_conv_choice.choices, _timer=lambda run: 1.0, _prepare=len, _stored=False, _measuring=True
-        ),
+        mock.patch.multiple(choices, _timer=lambda run: 1.0, _prepare=len, _stored=False, _measuring=True),
         # There is no GPU here that ran the kernels.
         pytest.warns(RuntimeWarning, match="is not used"),
     ):
@@ -217,7 +222,7 @@ def test_autocast_casts_as_conv2d_does(dtype: torch.dtype) -> None:
     results = []
     for worth in (True, False):
         with (
-            mock.patch.object(block_conv, "worth_an_operation", return_value=worth),
+            mock.patch.object(conv2d, "worth_an_operation", return_value=worth),
             torch.autocast("cpu", dtype=torch.bfloat16),
         ):
             ys = diagonal(leaves[:2], leaves[2], leaves[3])
@@ -271,7 +276,7 @@ def test_transformations_take_plain_pytorch() -> None:
     given = operands(CASE, torch.float16)
     with (
         fixed_choice("triton"),
-        mock.patch.object(block_conv_ops, "block_conv", side_effect=AssertionError),
+        mock.patch.object(ops, "block_conv", side_effect=AssertionError),
     ):
         gradient = torch.func.grad(lambda w: diagonal(given.xs, w, given.bias)[0].float().sum())(given.weight)
         assert gradient.shape == given.weight.shape

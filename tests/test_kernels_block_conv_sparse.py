@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels.block_conv_formulas import live_blocks
-from fastmerge.kernels.block_conv_tiles import Tile, WeightTile
+from fastmerge.kernels.block_conv.formulas import live_blocks
+from fastmerge.kernels.block_conv.tiles import Tile, WeightTile
 
 from block_conv_checks import Case, Operands, compare, operands, random_mask
 from gate_checks import poisoned_memory  # noqa: F401
@@ -36,15 +36,15 @@ def poison_dead_blocks(given: Operands, mask: torch.Tensor) -> torch.Tensor:
 
 
 def check_every_pass(case: Case, kind: str, weight_tile: WeightTile, dtype: torch.dtype = torch.float16) -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     mask = random_mask(3, 2, kind)
     given = operands(case, dtype, mask=mask)
     weight, live = poison_dead_blocks(given, mask), live_blocks(mask)
-    compare("y", block_conv_launch_triton.forward(given.xs, weight, given.bias, 1, case.geometry, TILE, live), given)
+    compare("y", launch_triton.forward(given.xs, weight, given.bias, 1, case.geometry, TILE, live), given)
     size = (case.height, case.width)
-    compare("dx", block_conv_launch_triton.input_gradient(given.dys, weight, size, 1, case.geometry, TILE, live), given)
-    dw = block_conv_launch_triton.weight_gradient(given.dys, given.xs, 1, case.geometry, weight_tile, live)
+    compare("dx", launch_triton.input_gradient(given.dys, weight, size, 1, case.geometry, TILE, live), given)
+    dw = launch_triton.weight_gradient(given.dys, given.xs, 1, case.geometry, weight_tile, live)
     compare("dw", [dw], given)
     assert (dw[given.expected["dw"][0] == 0] == 0).all()
 
@@ -82,12 +82,12 @@ def test_bfloat16() -> None:
 
 @interpreted
 def test_a_diagonal_mask_is_the_block_diagonal() -> None:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     case = Case(1, 1, 4, 4, 32, 32, 3, 1)
     given = operands(case, torch.float16)
     x, weight, bias = given.xs[0], given.weight, given.bias
-    (y,) = block_conv_launch_triton.forward([x], weight, bias, 1, case.geometry, TILE, live_blocks(torch.eye(2).bool()))
+    (y,) = launch_triton.forward([x], weight, bias, 1, case.geometry, TILE, live_blocks(torch.eye(2).bool()))
     blocks = torch.cat([weight[:16, :16], weight[16:, 16:]])
-    (grouped,) = block_conv_launch_triton.forward([x], blocks, bias, 2, case.geometry, TILE)
+    (grouped,) = launch_triton.forward([x], blocks, bias, 2, case.geometry, TILE)
     assert torch.equal(y, grouped)

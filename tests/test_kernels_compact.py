@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from fastmerge.kernels.compact import compact_reference
-from fastmerge.kernels.compact_plan import make_plan
+from fastmerge.kernels.compact.plan import make_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,9 +20,9 @@ by_scratch = pytest.mark.parametrize("scratch", [1, 600, 1 << 24])
 
 
 def through_the_kernel(scratch_bytes: int):
-    from fastmerge.kernels import compact_triton
+    from fastmerge.kernels.compact import gather_triton
 
-    return lambda tensor, keeps: compact_triton.compact(tensor, keeps, scratch_bytes)
+    return lambda tensor, keeps: gather_triton.compact(tensor, keeps, scratch_bytes)
 
 
 @interpreted
@@ -43,9 +43,9 @@ def test_little_scratch(scratch: int) -> None:
 
 @interpreted
 def test_huge_memory_is_indexed_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmerge.kernels import compact_triton
+    from fastmerge.kernels.compact import gather_triton
 
-    monkeypatch.setattr(compact_triton, "_INT32_WORDS", 10)
+    monkeypatch.setattr(gather_triton, "_INT32_WORDS", 10)
     for case in range(6):
         tensor = make((40, 30, 3), torch.float32, "contiguous")
         check_moves(through_the_kernel(1000), tensor, keeps_of(tensor, 2)[case])

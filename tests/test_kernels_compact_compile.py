@@ -15,14 +15,14 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("aligned", [True, False])
 def test_gather(word: str, index: torch.dtype, capability: int, aligned: bool) -> None:
-    from fastmerge.kernels import compact_triton
+    from fastmerge.kernels.compact import gather_triton
 
     offset = "i32" if index == torch.int32 else "i64"
     compiled = compile_offline(
-        compact_triton.gather_kernel,
+        gather_triton.gather_kernel,
         {"source_ptr": f"*{word}", "target_ptr": f"*{word}", "outer_ptr": f"*{offset}", "inner_ptr": f"*{offset}"}
         | dict.fromkeys(["first", "last", "row", "run"], offset),
-        compact_triton.gather_constants(index),
+        gather_triton.gather_constants(index),
         capability,
         aligned=aligned,
     )

@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from fastmerge.kernels import gate
-from fastmerge.kernels.gate_formulas import BETA, GAMMA, ZETA, hard_concrete, open_probability
+from fastmerge.kernels.gate import sampling
+from fastmerge.kernels.gate.formulas import BETA, GAMMA, ZETA, hard_concrete, open_probability
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -175,9 +175,9 @@ def test_opcheck() -> None:
 def test_public_function_through_the_kernel() -> None:
     torch.manual_seed(0)
     loc = torch.zeros(20, dtype=torch.float16, requires_grad=True)
-    with mock.patch.object(gate, "_runs_fused", return_value=True):
-        z = gate.sample_gates(loc, 8, beta=0.5, gamma=-0.2, zeta=1.3, dtype=torch.float32)
-        other = gate.sample_gates(loc, 8, beta=0.5, gamma=-0.2, zeta=1.3, dtype=torch.float32)
+    with mock.patch.object(sampling, "_runs_fused", return_value=True):
+        z = sampling.sample_gates(loc, 8, beta=0.5, gamma=-0.2, zeta=1.3, dtype=torch.float32)
+        other = sampling.sample_gates(loc, 8, beta=0.5, gamma=-0.2, zeta=1.3, dtype=torch.float32)
     torch.manual_seed(0)
     seed = torch.randint(2**63 - 1, (1,))
     u = uniforms(int(seed), 8, 20)
@@ -191,9 +191,9 @@ def test_public_function_through_the_kernel() -> None:
 @pytest.mark.skipif(INTERPRETING, reason="says nothing about the interpreter")
 def test_cuda_takes_the_kernel() -> None:
     with torch._subclasses.FakeTensorMode():
-        graph = make_fx(lambda loc: gate.sample_gates(loc, 8))(torch.empty(20, device="cuda"))
+        graph = make_fx(lambda loc: sampling.sample_gates(loc, 8))(torch.empty(20, device="cuda"))
         assert sample.default in [node.target for node in graph.graph.nodes]
-        graph = make_fx(lambda loc: gate.sample_gates(loc, 8))(torch.empty(20))
+        graph = make_fx(lambda loc: sampling.sample_gates(loc, 8))(torch.empty(20))
         assert sample.default not in [node.target for node in graph.graph.nodes]
 
 
@@ -201,7 +201,7 @@ def test_func_grad_is_noticed_at_any_depth() -> None:
     seen = []
 
     def loss(loc: Tensor) -> Tensor:
-        seen.append(gate._under_func_grad(loc))
+        seen.append(sampling._under_func_grad(loc))
         return loc.sum()
 
     loc = torch.zeros(3, 4)
@@ -209,4 +209,4 @@ def test_func_grad_is_noticed_at_any_depth() -> None:
     torch.func.vmap(torch.func.grad(loss))(loc)
     torch.func.grad(lambda loc: torch.func.vmap(loss)(loc).sum())(loc)
     assert seen == [False, True, True]
-    assert not gate._under_func_grad(loc)
+    assert not sampling._under_func_grad(loc)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from fastmerge.kernels.gate_formulas import BETA, GAMMA, ZETA
+from fastmerge.kernels.gate.formulas import BETA, GAMMA, ZETA
 
 from offline_compile import TARGETS, compile_offline
 
@@ -21,14 +21,14 @@ by_dtype = pytest.mark.parametrize(("dtype", "aligned"), [*((dtype, True) for dt
 @by_target
 @by_dtype
 def test_forward(dtype: torch.dtype, capability: int, aligned: bool) -> None:
-    from fastmerge.kernels import gate_triton
+    from fastmerge.kernels.gate import sampling_triton
 
     pointer = f"*{TYPES[dtype]}"
     compiled = compile_offline(
-        gate_triton.sample_kernel,
+        sampling_triton.sample_kernel,
         {"loc_ptr": pointer, "seed_ptr": "*i64", "z_ptr": pointer}
         | dict.fromkeys(["n", "channels", "channels_per_seed"], "i32"),
-        gate_triton.sample_constants(dtype, dtype, BETA, GAMMA, ZETA),
+        sampling_triton.sample_constants(dtype, dtype, BETA, GAMMA, ZETA),
         capability,
         aligned=aligned,
     )
@@ -40,14 +40,14 @@ def test_forward(dtype: torch.dtype, capability: int, aligned: bool) -> None:
 @by_target
 @by_dtype
 def test_backward(dtype: torch.dtype, capability: int, aligned: bool) -> None:
-    from fastmerge.kernels import gate_triton
+    from fastmerge.kernels.gate import sampling_triton
 
     pointer = f"*{TYPES[dtype]}"
     strides = {"dz_stride_n": "i32"} if aligned else {"dz_stride_n": "i32", "dz_stride_c": "i32"}
     compiled = compile_offline(
-        gate_triton.sample_backward_kernel,
+        sampling_triton.sample_backward_kernel,
         {"dz_ptr": pointer, "z_ptr": pointer, "dloc_ptr": pointer, "n": "i32", "channels": "i32"} | strides,
-        gate_triton.sample_backward_constants(dtype, BETA, GAMMA, ZETA) | ({"dz_stride_c": 1} if aligned else {}),
+        sampling_triton.sample_backward_constants(dtype, BETA, GAMMA, ZETA) | ({"dz_stride_c": 1} if aligned else {}),
         capability,
         aligned=aligned,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastmerge.kernels.gate import sample_gates
-from fastmerge.kernels.gate_formulas import (
+from fastmerge.kernels.gate.formulas import (
     BETA,
     GAMMA,
     ZETA,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastmerge.kernels.gate import sample_gates
-from fastmerge.kernels.gate_formulas import hard_concrete
+from fastmerge.kernels.gate.formulas import hard_concrete
 
 from gate_checks import (
     CONSTANTS,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.compaction import compact_, dense_strides, is_compactable, set_data
-from fastmerge.kernels.compact_plan import memory_order
+from fastmerge.kernels.compact import memory_order
 
 SCRATCH_ELEMENTS = 1 << 18
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.kernels.batch_norm import batch_norm_act, why_not_fused
-from fastmerge.kernels.batch_norm_pool import batch_norm_act_pool
+from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, why_not_fused
 from fastmerge.wide.streams import GateStreams, split_streams
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

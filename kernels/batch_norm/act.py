@@ -1,13 +1,13 @@
-"""BatchNorm, residual add, activation and gate as one operation. Reference: ``batch_norm_formulas``.
+"""BatchNorm, residual add, activation and gate as one operation. Reference: ``formulas``.
 
     y = act((x - mean) / sqrt(var + eps) · weight + bias + residual) · gate
 
 Two passes over the tensors forward (statistics, result), two backward (sums, dx); kept for the backward pass are x, the
 residual where the activation or the gates' gradient needs it, and vectors of C numbers. Sums are deterministic.
 
-There are two ways to the same kernels. torch.compile and other tracers see custom operators (``batch_norm_ops``). Plain eager
+There are two ways to the same kernels. torch.compile and other tracers see custom operators (``ops``). Plain eager
 calls go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers wait
-for the CPU. On a CPU that function runs a C++ extension (``batch_norm_cpu``) in place of the kernels; what traces a call there
+for the CPU. On a CPU that function runs a C++ extension (``cpu``) in place of the kernels; what traces a call there
 sees plain PyTorch.
 
 Dims: N batch, C channels.
@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels import batch_norm_cpu, batch_norm_ops
-from fastmerge.kernels.batch_norm_formulas import ACTIVATIONS, batch_norm_act_reference, check
+from fastmerge.kernels.batch_norm import cpu, ops
+from fastmerge.kernels.batch_norm.formulas import ACTIVATIONS, batch_norm_act_reference, check
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -54,10 +54,10 @@ class _BatchNormAct(torch.autograd.Function):
             mean, var = eager_statistics(x, running_mean, running_var, momentum)
         ctx.training, ctx.eps, ctx.activation = training, eps, activation
         ctx.on_cpu, ctx.has_residual = not _holds_kernels(x), residual is not None
-        batch_norm_ops.save(ctx, x, weight, bias, mean, var, residual, gate)
-        normalize: Any = batch_norm_cpu.normalize
+        ops.save(ctx, x, weight, bias, mean, var, residual, gate)
+        normalize: Any = cpu.normalize
         if not ctx.on_cpu:
-            from fastmerge.kernels.batch_norm_triton import normalize
+            from fastmerge.kernels.batch_norm.forward_triton import normalize
         return normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
 
     @staticmethod
@@ -65,9 +65,9 @@ class _BatchNormAct(torch.autograd.Function):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, dy, needs)
-        gradients: Any = batch_norm_cpu.gradients
+        gradients: Any = cpu.gradients
         if not ctx.on_cpu:
-            from fastmerge.kernels.batch_norm_backward_triton import gradients
+            from fastmerge.kernels.batch_norm.backward_triton import gradients
         x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
         dx, dweight, dbias, dresidual, dgate = gradients(
             dy, x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation, needs
@@ -101,15 +101,15 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, needs: Sequence[bool]) -> tu
 def eager_statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """``batch_norm_ops.statistics`` without the operator's dispatch."""
+    """``ops.statistics`` without the operator's dispatch."""
     if not _holds_kernels(x):
-        return batch_norm_cpu.statistics(x, running_mean, running_var, momentum)
-    from fastmerge.kernels import batch_norm_statistics_triton
+        return cpu.statistics(x, running_mean, running_var, momentum)
+    from fastmerge.kernels.batch_norm import statistics_triton
 
     for running in (running_mean, running_var):
         if running is not None:
             torch.autograd.graph.increment_version(running)
-    return batch_norm_statistics_triton.statistics(x, running_mean, running_var, momentum)
+    return statistics_triton.statistics(x, running_mean, running_var, momentum)
 
 
 def batch_norm_act(
@@ -171,8 +171,8 @@ def batch_norm_act(
     if not runs_direct(x):
         mean, var = running_mean, running_var
         if training:
-            mean, var = batch_norm_ops.statistics(x.detach(), running_mean, running_var, momentum)
-        return batch_norm_ops.normalize(x, weight, bias, mean, var, residual, gate, training, eps, activation)
+            mean, var = ops.statistics(x.detach(), running_mean, running_var, momentum)
+        return ops.normalize(x, weight, bias, mean, var, residual, gate, training, eps, activation)
     return _BatchNormAct.apply(
         x, weight, bias, running_mean, running_var, residual, gate, training, momentum, eps, activation
     )
@@ -228,7 +228,7 @@ def _why_not_on_cpu(x: Tensor) -> str | None:
         return "the call is traced, which on a CPU sees plain PyTorch"
     if forward_ad._current_level >= 0:
         return "there is no forward-mode derivative"
-    return batch_norm_cpu.why_not(x)
+    return cpu.why_not(x)
 
 
 def _holds_kernels(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """BatchNorm + residual + activation + gate on a CPU, through the C++ extension (csrc/batch_norm.h).
 
 It takes tensors whose channels lie side by side and whose positions follow one another at one distance: channels-last images,
-slices of the channels of such, and matrices. The functions have the arguments of those in ``batch_norm_triton`` and
-``batch_norm_backward_triton``.
+slices of the channels of such, and matrices. The functions have the arguments of those in ``forward_triton`` and
+``backward_triton``.
 
 Dims: N batch, C channels, P positions of a sample.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels.batch_norm_formulas import empty_in_layout
+from fastmerge.kernels.batch_norm.formulas import empty_in_layout
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)

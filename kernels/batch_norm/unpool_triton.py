@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm_formulas import empty_in_layout
-from fastmerge.kernels.batch_norm_pool_triton import cut, patch, window_constants
-from fastmerge.kernels.batch_norm_sums_triton import sum_gradients
-from fastmerge.kernels.batch_norm_tiles import walkable
-from fastmerge.kernels.batch_norm_walk_triton import contiguous, gate_stride, in_dtypes_of, per_channel, rows_of
+from fastmerge.kernels.batch_norm.formulas import empty_in_layout
+from fastmerge.kernels.batch_norm.pool_triton import cut, patch, window_constants
+from fastmerge.kernels.batch_norm.sums_triton import sum_gradients
+from fastmerge.kernels.batch_norm.tiles import walkable
+from fastmerge.kernels.batch_norm.walk_triton import contiguous, gate_stride, in_dtypes_of, per_channel, rows_of
 from torch import Tensor
 
 

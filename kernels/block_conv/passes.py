@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels import block_conv_cudnn as cudnn
-from fastmerge.kernels.block_conv_choice import SPLIT, Run, choices
-from fastmerge.kernels.block_conv_formulas import boxes_fit
-from fastmerge.kernels.block_conv_problem import Problem
-from fastmerge.kernels.block_conv_tiles import Tile, WeightTile, tiles, weight_tiles
+from fastmerge.kernels.block_conv import cudnn
+from fastmerge.kernels.block_conv.choice import SPLIT, Run, choices
+from fastmerge.kernels.block_conv.formulas import boxes_fit
+from fastmerge.kernels.block_conv.problem import Problem
+from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, tiles, weight_tiles
 from torch import Tensor
 
 
@@ -123,20 +123,18 @@ def _triton_forward(
     problem: Problem, xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, tile: Tile
 ) -> list[Tensor]:
     # Imported here, as below: a machine without CUDA never imports Triton.
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
-    return block_conv_launch_triton.forward(
-        _fitting(xs), weight, bias, problem.groups, problem.geometry, tile, problem.live
-    )
+    return launch_triton.forward(_fitting(xs), weight, bias, problem.groups, problem.geometry, tile, problem.live)
 
 
 def _triton_input_gradient(
     problem: Problem, dys: Sequence[Tensor], weight: Tensor, size: Sequence[int], tile: Tile
 ) -> list[Tensor]:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     height, width = size[2:]
-    return block_conv_launch_triton.input_gradient(
+    return launch_triton.input_gradient(
         _fitting(dys), weight, (height, width), problem.groups, problem.geometry, tile, problem.live
     )
 
@@ -144,12 +142,10 @@ def _triton_input_gradient(
 def _triton_weight_gradient(
     problem: Problem, dys: Sequence[Tensor], xs: Sequence[Tensor], tile: WeightTile
 ) -> list[Tensor]:
-    from fastmerge.kernels import block_conv_launch_triton
+    from fastmerge.kernels.block_conv import launch_triton
 
     return [
-        block_conv_launch_triton.weight_gradient(
-            _fitting(dys), _fitting(xs), problem.groups, problem.geometry, tile, problem.live
-        )
+        launch_triton.weight_gradient(_fitting(dys), _fitting(xs), problem.groups, problem.geometry, tile, problem.live)
     ]
 
 

@@ -9,7 +9,7 @@ gave the same result. Measuring is off unless
 * :func:`set_measuring` says so.
 
 It never happens while a CUDA graph is captured. Winners live in memory and in ``convolutions.json`` in fastmerge's cache
-directory (``block_conv_cache``).
+directory (``cache``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastmerge.kernels.block_conv_cache import read_entries, write_entries
+from fastmerge.kernels.block_conv.cache import read_entries, write_entries
 from torch import Tensor
 
 SPLIT = "split"

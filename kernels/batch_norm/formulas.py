@@ -59,7 +59,7 @@ def batch_norm_act_pool_reference(
     padding: int | Sequence[int] = 0,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """``batch_norm_pool.batch_norm_act_pool`` in plain PyTorch; arguments, result and errors are its own."""
+    """``pool.batch_norm_act_pool`` in plain PyTorch; arguments, result and errors are its own."""
     check("batch_norm_act_pool", x, training, activation, None, gate, running_mean, running_var)
     window = pooling_window(x, kernel_size, stride, padding)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -1,4 +1,4 @@
-"""Triton kernels of the gate sampling, imported at the first launch. Formula and reference: ``gate_formulas``.
+"""Triton kernels of the gate sampling, imported at the first launch. Formula and reference: ``formulas``.
 
 Dims: N batch, C channels, S seeds.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.gate_formulas import UNIFORM_MARGIN, computing_dtype
+from fastmerge.kernels.gate.formulas import UNIFORM_MARGIN, computing_dtype
 from torch import Tensor
 
 # One Philox call yields four numbers; a thread turns them into the gates of four consecutive samples.

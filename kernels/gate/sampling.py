@@ -1,4 +1,4 @@
-"""Sampling of all hard concrete gates of a network in one launch. Formula and reference: ``gate_formulas``.
+"""Sampling of all hard concrete gates of a network in one launch. Formula and reference: ``formulas``.
 
 The gates come from a seed tensor on the device: Philox with the seed as key and (channel, sample) as counter. The same
 seed gives the same gates; a replayed CUDA graph draws a new seed. The backward pass needs the gates alone,
@@ -14,7 +14,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from fastmerge.kernels.gate_formulas import (
+from fastmerge.kernels.gate.formulas import (
     BETA,
     GAMMA,
     ZETA,
@@ -34,9 +34,9 @@ _MAX_SEED = 2**63 - 1
 @torch.library.custom_op("fastmerge::sample_gates", mutates_args=())
 def _sample(loc: Tensor, seed: Tensor, n: int, beta: float, gamma: float, zeta: float, dtype: torch.dtype) -> Tensor:
     # Imported here: a machine without CUDA never imports Triton.
-    from fastmerge.kernels import gate_triton
+    from fastmerge.kernels.gate import sampling_triton
 
-    return gate_triton.sample(loc, seed, n, beta, gamma, zeta, dtype)
+    return sampling_triton.sample(loc, seed, n, beta, gamma, zeta, dtype)
 
 
 @_sample.register_fake
@@ -46,9 +46,9 @@ def _(loc: Tensor, seed: Tensor, n: int, beta: float, gamma: float, zeta: float,
 
 @torch.library.custom_op("fastmerge::sample_gates_backward", mutates_args=())
 def _sample_backward(dz: Tensor, z: Tensor, beta: float, gamma: float, zeta: float, dtype: torch.dtype) -> Tensor:
-    from fastmerge.kernels import gate_triton
+    from fastmerge.kernels.gate import sampling_triton
 
-    return gate_triton.sample_backward(dz, z, beta, gamma, zeta, dtype)
+    return sampling_triton.sample_backward(dz, z, beta, gamma, zeta, dtype)
 
 
 @_sample_backward.register_fake

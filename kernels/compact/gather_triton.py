@@ -1,6 +1,6 @@
 """Triton kernel of compaction in place, imported at the first launch.
 
-Formula and plan: ``compact_plan``. Reference: ``compact``.
+Formula and plan: ``plan``. Reference: ``in_place.compact_reference``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.compact_plan import Plan, make_plan
+from fastmerge.kernels.compact.plan import Plan, make_plan
 from torch import Tensor
 
 _BLOCK = 1024

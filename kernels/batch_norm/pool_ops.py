@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels.batch_norm_formulas import empty_in_layout, pooled_shape
-from fastmerge.kernels.batch_norm_ops import empty_gradient
+from fastmerge.kernels.batch_norm.formulas import empty_in_layout, pooled_shape
+from fastmerge.kernels.batch_norm.ops import empty_gradient
 from torch import Tensor
 
 
@@ -30,9 +30,9 @@ def pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and what ``pool_backward`` needs of it where it is kept: the x that each element came from, and its place."""
     # Imported here: a machine without CUDA never imports Triton.
-    from fastmerge.kernels import batch_norm_pool_triton
+    from fastmerge.kernels.batch_norm import pool_triton
 
-    y, peak, place = batch_norm_pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
+    y, peak, place = pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
     if peak is None or place is None:
         peak, place = x.new_empty(0), x.new_empty(0, dtype=torch.int8)
     return y, peak, place
@@ -76,9 +76,9 @@ def pool_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``pool``, in training through mean and variance too; empty where not needed."""
-    from fastmerge.kernels import batch_norm_unpool_triton
+    from fastmerge.kernels.batch_norm import unpool_triton
 
-    gradients = batch_norm_unpool_triton.gradients(
+    gradients = unpool_triton.gradients(
         dy, x, weight, bias, mean, var, gate, peak, place, training, eps, activation, window, needs
     )
     dx, dweight, dbias, dgate = (x.new_empty(0) if g is None else g for g in gradients)

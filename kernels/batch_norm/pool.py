@@ -1,9 +1,9 @@
-"""BatchNorm, activation, max-pooling and gate as one operation: the stem. Reference: ``batch_norm_formulas``.
+"""BatchNorm, activation, max-pooling and gate as one operation: the stem. Reference: ``formulas``.
 
     y = max_pool(act((x - mean) / sqrt(var + eps) · weight + bias)) · gate
 
 The activation before the pooling is never written, forward or backward. Statistics, and the two ways to the kernels, are
-those of ``batch_norm``.
+those of ``act``.
 
 Dims: N batch, C channels, H W of x.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels import batch_norm, batch_norm_ops, batch_norm_pool_ops
-from fastmerge.kernels.batch_norm_formulas import (
+from fastmerge.kernels.batch_norm import act, ops, pool_ops
+from fastmerge.kernels.batch_norm.formulas import (
     MAX_WINDOW,
     batch_norm_act_pool_reference,
     check,
@@ -47,12 +47,12 @@ class _BatchNormActPool(torch.autograd.Function):
         window: tuple[int, ...],
         keep: bool,
     ) -> Tensor:
-        from fastmerge.kernels import batch_norm_pool_triton
+        from fastmerge.kernels.batch_norm import pool_triton
 
         mean, var = running_mean, running_var
         if training:
-            mean, var = batch_norm.eager_statistics(x, running_mean, running_var, momentum)
-        y, peak, place = batch_norm_pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
+            mean, var = act.eager_statistics(x, running_mean, running_var, momentum)
+        y, peak, place = pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
         if keep:
             ctx.training, ctx.eps, ctx.activation, ctx.window = training, eps, activation, window
             ctx.save_for_backward(x, weight, bias, mean, var, gate, peak, place)
@@ -61,10 +61,10 @@ class _BatchNormActPool(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from fastmerge.kernels import batch_norm_unpool_triton
+        from fastmerge.kernels.batch_norm import unpool_triton
 
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5)]
-        dx, dweight, dbias, dgate = batch_norm_unpool_triton.gradients(
+        dx, dweight, dbias, dgate = unpool_triton.gradients(
             dy, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.activation, ctx.window, needs
         )
         return dx, dweight, dbias, None, None, dgate, *[None] * 6
@@ -93,7 +93,7 @@ def batch_norm_act_pool(
 
     Args:
         x: shape (N, C, H, W), float32, float16 or bfloat16 for the fused operation; any strides.
-        weight, bias, running_mean, running_var, training, momentum, eps: as those of ``batch_norm.batch_norm_act``.
+        weight, bias, running_mean, running_var, training, momentum, eps: as those of ``act.batch_norm_act``.
         activation: "relu" or "identity".
         kernel_size: of the pooling, one number or (height, width); at most 128 positions for the fused operation.
         stride: one number or (height, width).
@@ -112,11 +112,11 @@ def batch_norm_act_pool(
     window = pooling_window(x, kernel_size, stride, padding)
     tensors = (x, weight, bias, running_mean, running_var)
     if why_not_fused(*tensors, kernel_size=window[:2], activation=activation, gate=gate):
-        if batch_norm.why_not_fused(*tensors, activation=activation, gate=gate) is None:
+        if act.why_not_fused(*tensors, activation=activation, gate=gate) is None:
             # On a CPU all but the pooling.
             options: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "activation": activation}
             check("batch_norm_act_pool", x, training, activation, None, gate, running_mean, running_var)
-            y = batch_norm.batch_norm_act(*tensors, **options)
+            y = act.batch_norm_act(*tensors, **options)
             return gated(F.max_pool2d(y, window[:2], window[2:4], window[4:]), gate)
         return batch_norm_act_pool_reference(
             *tensors,
@@ -132,11 +132,11 @@ def batch_norm_act_pool(
     check("batch_norm_act_pool", x, training, activation, None, gate, running_mean, running_var)
     learning = [t is not None and t.requires_grad for t in (x, weight, bias, gate)]
     keep = torch.is_grad_enabled() and any(learning)
-    if not batch_norm.runs_direct(x):
+    if not act.runs_direct(x):
         mean, var = running_mean, running_var
         if training:
-            mean, var = batch_norm_ops.statistics(x.detach(), running_mean, running_var, momentum)
-        return batch_norm_pool_ops.pool(x, weight, bias, mean, var, gate, training, eps, activation, window, keep)[0]
+            mean, var = ops.statistics(x.detach(), running_mean, running_var, momentum)
+        return pool_ops.pool(x, weight, bias, mean, var, gate, training, eps, activation, window, keep)[0]
     return _BatchNormActPool.apply(*tensors, gate, training, momentum, eps, activation, window, keep)
 
 
@@ -152,8 +152,8 @@ def why_not_fused(
     gate: Tensor | None = None,
 ) -> str | None:
     """Why ``batch_norm_act_pool`` would run in plain PyTorch, or None if it would run fused."""
-    if not batch_norm._holds_kernels(x):
+    if not act._holds_kernels(x):
         return f"x is on {x.device.type}, not on a CUDA device"
     if kernel_size[0] * kernel_size[1] > MAX_WINDOW:
         return f"the pooling window has {kernel_size[0] * kernel_size[1]} positions, more than {MAX_WINDOW}"
-    return batch_norm.why_not_fused(x, weight, bias, running_mean, running_var, activation=activation, gate=gate)
+    return act.why_not_fused(x, weight, bias, running_mean, running_var, activation=activation, gate=gate)

@@ -1,9 +1,9 @@
-"""Triton kernels of the block convolution's weight gradient. Formulas: ``block_conv_formulas``.
+"""Triton kernels of the block convolution's weight gradient. Formulas: ``formulas``.
 
 For each tap a GEMM over all positions, ``dw[k, tap, c] = Σ dy[position, k] x[position moved by the tap, c]``: boxes of
 positions of dy and, moved by the tap, of x. A box holds one position of many samples, or many of one row, which wgmma takes
 from shared memory as they are. A program takes one tap, or one row of three taps, which then share
-each box of dy. At stride 2 a tap reads one lattice of x (``block_conv_triton``).
+each box of dy. At stride 2 a tap reads one lattice of x (``correlate_triton``).
 
 The positions are dealt out to ``splits`` programs (split-K). Each writes its sum to a workspace of its own, and a second
 kernel adds them up in one order: no atomics, so a gradient is the same bits each time.
@@ -17,9 +17,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastmerge.kernels.block_conv_boxes_triton import load_box, shared_constants
-from fastmerge.kernels.block_conv_formulas import Geometry
-from fastmerge.kernels.block_conv_tiles import WeightTile
+from fastmerge.kernels.block_conv.boxes_triton import load_box, shared_constants
+from fastmerge.kernels.block_conv.formulas import Geometry
+from fastmerge.kernels.block_conv.tiles import WeightTile
 
 REDUCE_BLOCK = 1024  # elements of a program that adds up
 

@@ -1,4 +1,4 @@
-"""Triton kernel of the block convolution's forward pass and input gradient. Formulas: ``block_conv_formulas``.
+"""Triton kernel of the block convolution's forward pass and input gradient. Formulas: ``formulas``.
 
 Both are one implicit GEMM that never builds its left operand: a tile of NB × HB × WB positions of the written tensor needs,
 for each tap and each block of channels, one dense box of the read tensor, shifted by the tap. TMA fetches it, writes zeros
@@ -23,9 +23,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastmerge.kernels.block_conv_boxes_triton import load_box, shared_constants, store_box
-from fastmerge.kernels.block_conv_formulas import Geometry
-from fastmerge.kernels.block_conv_tiles import Tile
+from fastmerge.kernels.block_conv.boxes_triton import load_box, shared_constants, store_box
+from fastmerge.kernels.block_conv.formulas import Geometry
+from fastmerge.kernels.block_conv.tiles import Tile
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Normalisation and activation never decrease along x, or never increase where the scale is negative. So the largest
 activation of a window is the activation of its largest or smallest x, and the window is searched before anything is
-computed. Kept for the backward pass (``batch_norm_unpool_triton``), all in the pooled size: that x, and its place in the
+computed. Kept for the backward pass (``unpool_triton``), all in the pooled size: that x, and its place in the
 window as int8.
 
 Dims: N batch, C channels, H W of x, OH OW of the pooled y.
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm_formulas import empty_in_layout, is_channels_last, pooled_shape
-from fastmerge.kernels.batch_norm_tiles import patch_warps, patches
-from fastmerge.kernels.batch_norm_walk_triton import contiguous, gate_stride, per_channel, rows_of
+from fastmerge.kernels.batch_norm.formulas import empty_in_layout, is_channels_last, pooled_shape
+from fastmerge.kernels.batch_norm.tiles import patch_warps, patches
+from fastmerge.kernels.batch_norm.walk_triton import contiguous, gate_stride, per_channel, rows_of
 from torch import Tensor
 
 _INFINITY = tl.constexpr(float("inf"))

@@ -1,9 +1,9 @@
 """Convolutions of several networks at once: block-diagonal, grouped, and sparse by blocks of channels.
 
-Formula and reference: ``block_conv_formulas``. On CUDA devices of compute capability 9.0 and newer, in float16 and bfloat16,
+Formula and reference: ``formulas``. On CUDA devices of compute capability 9.0 and newer, in float16 and bfloat16,
 each pass of each layer runs whatever was measured to be fastest: cuDNN one stream after another, cuDNN's groups, or an
-implicit GEMM in Triton (``block_conv_triton``, ``block_conv_wgrad_triton``). Where nothing was measured, and everywhere
-else, it is plain PyTorch. :func:`fastmerge.kernels.block_conv_choice.set_measuring` says when to measure.
+implicit GEMM in Triton (``correlate_triton``, ``wgrad_triton``). Where nothing was measured, and everywhere
+else, it is plain PyTorch. :func:`fastmerge.kernels.block_conv.choice.set_measuring` says when to measure.
 
 Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel.
 """
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from fastmerge.kernels import block_conv_ops
-from fastmerge.kernels.block_conv_formulas import (
+from fastmerge.kernels.block_conv import ops
+from fastmerge.kernels.block_conv.formulas import (
     Geometry,
     LiveBlocks,
     Pair,
@@ -25,8 +25,8 @@ from fastmerge.kernels.block_conv_formulas import (
     live_blocks,
     refusal,
 )
-from fastmerge.kernels.block_conv_passes import worth_an_operation
-from fastmerge.kernels.block_conv_problem import Problem
+from fastmerge.kernels.block_conv.passes import worth_an_operation
+from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 
 __all__ = ["LiveBlocks", "block_diagonal_conv2d", "block_sparse_conv2d", "grouped_conv2d", "live_blocks"]
@@ -173,7 +173,7 @@ def _fused(
             return None
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     options = (list(pair) for pair in geometry.options)
-    ys = block_conv_ops.block_conv([x.to(dtype) for x in xs], weight, bias, groups, *options, list(live or ()))
+    ys = ops.block_conv([x.to(dtype) for x in xs], weight, bias, groups, *options, list(live or ()))
     return cast(list[Tensor], ys)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels.batch_norm_formulas import empty_in_layout
+from fastmerge.kernels.batch_norm.formulas import empty_in_layout
 from torch import Tensor
 
 
@@ -21,9 +21,9 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel; updates the running statistics."""
     # Imported here: a machine without CUDA never imports Triton.
-    from fastmerge.kernels import batch_norm_statistics_triton
+    from fastmerge.kernels.batch_norm import statistics_triton
 
-    return batch_norm_statistics_triton.statistics(x, running_mean, running_var, momentum)
+    return statistics_triton.statistics(x, running_mean, running_var, momentum)
 
 
 @statistics.register_fake
@@ -46,9 +46,9 @@ def normalize(
     activation: str,
 ) -> Tensor:
     """``act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate``."""
-    from fastmerge.kernels import batch_norm_triton
+    from fastmerge.kernels.batch_norm import forward_triton
 
-    return batch_norm_triton.normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
+    return forward_triton.normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
 
 
 @normalize.register_fake
@@ -72,9 +72,9 @@ def normalize_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``normalize``, in training through mean and variance too; empty where not needed."""
-    from fastmerge.kernels import batch_norm_backward_triton
+    from fastmerge.kernels.batch_norm import backward_triton
 
-    gradients = batch_norm_backward_triton.gradients(
+    gradients = backward_triton.gradients(
         dy, x, weight, bias, mean, var, residual, gate, training, eps, activation, needs
     )
     # An operator returns tensors, and none of its arguments.

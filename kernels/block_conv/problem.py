@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks
+from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
 from torch import Tensor
 
 

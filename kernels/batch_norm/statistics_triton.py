@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm_tiles import arguments, strides_of, tiles_of, walkable
-from fastmerge.kernels.batch_norm_walk_triton import MERGE_C, MERGE_PARTS, channels_of, share, tile, total_per_channel
+from fastmerge.kernels.batch_norm.tiles import arguments, strides_of, tiles_of, walkable
+from fastmerge.kernels.batch_norm.walk_triton import MERGE_C, MERGE_PARTS, channels_of, share, tile, total_per_channel
 from torch import Tensor
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of BatchNorm's backward sums, imported at the first launch. Formulas: ``batch_norm_backward_triton``.
+"""Triton kernels of BatchNorm's backward sums, imported at the first launch. Formulas: ``backward_triton``.
 
 One pass over the tensors leaves the sums of each program's share, a small kernel adds them up.
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm_formulas import empty_in_layout
-from fastmerge.kernels.batch_norm_tiles import arguments, strides_of, tiles_of
-from fastmerge.kernels.batch_norm_walk_triton import (
+from fastmerge.kernels.batch_norm.formulas import empty_in_layout
+from fastmerge.kernels.batch_norm.tiles import arguments, strides_of, tiles_of
+from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
     channels_of,

@@ -35,7 +35,7 @@ def cache_file() -> Path:
 def versions() -> str:
     """Everything, the card aside, that may change which implementation is fastest."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("block_conv*.py")):
+    for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     try:
         triton = importlib.metadata.version("triton")

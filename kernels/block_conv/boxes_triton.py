@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from fastmerge.kernels.block_conv_formulas import Geometry
+from fastmerge.kernels.block_conv.formulas import Geometry
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 

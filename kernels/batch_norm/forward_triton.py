@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm_formulas import empty_in_layout
-from fastmerge.kernels.batch_norm_tiles import arguments, strides_of, tiles_of, walkable
-from fastmerge.kernels.batch_norm_walk_triton import (
+from fastmerge.kernels.batch_norm.formulas import empty_in_layout
+from fastmerge.kernels.batch_norm.tiles import arguments, strides_of, tiles_of, walkable
+from fastmerge.kernels.batch_norm.walk_triton import (
     channels_of,
     contiguous,
     gate_stride,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastmerge.kernels.block_conv_formulas import empty_channels_last, masked_weight
-from fastmerge.kernels.block_conv_problem import Problem
+from fastmerge.kernels.block_conv.formulas import empty_channels_last, masked_weight
+from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 
 _convolution = torch.ops.aten.convolution.default

@@ -1,6 +1,6 @@
 """Launches of the block convolution's kernels: the forward pass, the input gradient, the weight gradient.
 
-Each takes tensors of which TMA can fetch boxes (``block_conv_boxes_triton``) and cuts what it writes, or in the weight
+Each takes tensors of which TMA can fetch boxes (``boxes_triton``) and cuts what it writes, or in the weight
 gradient what it sums over, into boxes of a tile's positions.
 
 Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel.
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 import triton
-from fastmerge.kernels.block_conv_boxes_triton import launches, weight_box
-from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks, dense_weight, empty_channels_last
-from fastmerge.kernels.block_conv_tiles import Tile, WeightTile, box_of, line_of
-from fastmerge.kernels.block_conv_triton import correlate_constants, correlate_kernel
-from fastmerge.kernels.block_conv_wgrad_triton import REDUCE_BLOCK, reduce_kernel, wgrad_constants, wgrad_kernel
+from fastmerge.kernels.block_conv.boxes_triton import launches, weight_box
+from fastmerge.kernels.block_conv.correlate_triton import correlate_constants, correlate_kernel
+from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks, dense_weight, empty_channels_last
+from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, box_of, line_of
+from fastmerge.kernels.block_conv.wgrad_triton import REDUCE_BLOCK, reduce_kernel, wgrad_constants, wgrad_kernel
 from torch import Tensor
 
 

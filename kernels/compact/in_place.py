@@ -1,4 +1,4 @@
-"""Compaction in place of a strided tensor: fused on CUDA, plain PyTorch elsewhere. Formula and plan: ``compact_plan``."""
+"""Compaction in place of a strided tensor: fused on CUDA, plain PyTorch elsewhere. Formula and plan: ``plan``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from fastmerge.kernels.compact_plan import memory_order
+from fastmerge.kernels.compact.plan import memory_order
 from torch import Tensor
 
 SCRATCH_BYTES = 1 << 24
@@ -56,8 +56,8 @@ def compact(tensor: Tensor, keeps: Sequence[Tensor | None], scratch_bytes: int =
     """
     if tensor.is_cuda and _HAS_TRITON:
         # Imported here: a machine without CUDA never imports Triton.
-        from fastmerge.kernels import compact_triton
+        from fastmerge.kernels.compact import gather_triton
 
-        compact_triton.compact(tensor, keeps, scratch_bytes)
+        gather_triton.compact(tensor, keeps, scratch_bytes)
     else:
         compact_reference(tensor, keeps, scratch_bytes)

@@ -1,6 +1,6 @@
 """The block convolution as operations of PyTorch: what autograd and torch.compile see.
 
-The operations choose their implementation when they run (``block_conv_choice``), so a compiled graph holds no choice that
+The operations choose their implementation when they run (``choice``), so a compiled graph holds no choice that
 another card or shape would have to take back.
 
 Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel, L live blocks.
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels import block_conv_passes as passes
-from fastmerge.kernels.block_conv_formulas import Geometry, LiveBlocks, empty_channels_last
-from fastmerge.kernels.block_conv_problem import Problem
+from fastmerge.kernels.block_conv import passes
+from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks, empty_channels_last
+from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 
 
