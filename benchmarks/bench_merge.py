@@ -131,13 +131,15 @@ def bench_merge(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None
     for name, options in OPTIONS.items():
         loader = loaders[name]
         makers[name] = maker(lambda loader=loader, options=options: fastmerge_stage(case, epochs, loader, **options))
-    race(benchmark, effort.chosen(makers), 5, warmup=1, seconds=effort.seconds)
-    for name, contender in benchmark.extra_info["contenders"].items():
-        if "samples" in contender:
-            contender["step_seconds"] = by_epoch(loaders[name].seconds, epochs, len(contender["samples"]))
+    try:
+        race(benchmark, effort.chosen(makers), 5, warmup=1, seconds=effort.seconds)
+    finally:  # an interrupted race keeps its samples
+        for name, contender in benchmark.extra_info.get("contenders", {}).items():
+            if contender.get("samples"):
+                contender["step_seconds"] = by_epoch(loaders[name].seconds, epochs, len(contender["samples"]))
 
 
 def by_epoch(seconds: list[float], epochs: int, rounds: int) -> list[float]:
-    """The median over the last rounds of each epoch's seconds."""
-    timed = seconds[-epochs * rounds :]
+    """The median over the last rounds of each epoch's seconds; a round that was interrupted is none."""
+    timed = seconds[: len(seconds) // epochs * epochs][-epochs * rounds :]
     return [statistics.median(timed[epoch::epochs]) for epoch in range(epochs)]

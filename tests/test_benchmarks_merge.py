@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from benchmarks import bench_merge as merge
 from benchmarks import names
 from benchmarks.cases import Case
+from benchmarks.effort import Effort
 from fastmerge.merging import stages
 
 CASE = Case("lenet", 8, 28)
@@ -55,6 +59,29 @@ def test_compaction_has_something_to_drop_in_the_benchmark(monkeypatch: pytest.M
     assert len(made) == EPOCHS - 1
     assert all(made)
     assert stages.BigStudent is before
+
+
+def test_an_interrupted_race_keeps_the_epochs_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five stages of the naive network, the first to warm up, and the interrupt in the sixth, after one of its epochs."""
+    case, epochs = Case("lenet", 128, 28), 4
+    benchmark = SimpleNamespace(extra_info={})
+
+    def race(benchmark: SimpleNamespace, makers: dict[str, Any], *_: object, **options: object) -> None:
+        contender: dict[str, Any] = {"samples": []}
+        results = {names.NAIVE: contender, names.MERGE: {"error": "no"}, names.MERGE_COMPACTED: {"samples": []}}
+        benchmark.extra_info["contenders"] = results
+        times = iter([*[9.0] * epochs, *[1.0, 2.0, 3.0, 4.0] * 4, 7.0])
+        monkeypatch.setattr(merge, "naive_stage", lambda case, epochs, loader: loader.seconds.extend(times))
+        makers[names.NAIVE]().step()
+        contender["samples"] += [0.1] * 4
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge, "race", race)
+    with pytest.raises(KeyboardInterrupt):
+        merge.bench_merge(benchmark, case, Effort(None, 1.0, 1.0, None))
+    contenders = benchmark.extra_info["contenders"]
+    assert contenders[names.NAIVE]["step_seconds"] == [1.0, 2.0, 3.0, 4.0]
+    assert "step_seconds" not in contenders[names.MERGE] | contenders[names.MERGE_COMPACTED]
 
 
 def test_epochs_are_medians_over_the_last_rounds() -> None:

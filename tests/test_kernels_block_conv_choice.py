@@ -93,6 +93,32 @@ def test_cudnn_wins_a_draw() -> None:
     assert bench.pick(bench.choices()) == SPLIT
 
 
+def test_the_default_is_the_callers() -> None:
+    bench = Bench(split=2.0, groups=3.0, triton_a=1.0)
+    choices = bench.choices(False)
+    assert choices.pick(KEY, bench.candidates(), bench.candidates, "groups") == "groups"
+    with choices.fixed("triton_gone"):
+        assert choices.pick(KEY, bench.candidates(), bench.candidates, "groups") == "groups"
+    choices.set_measuring(True)
+    assert choices.pick(KEY, bench.candidates(), bench.candidates, "groups") == "triton_a"
+
+
+def test_what_takes_minutes_is_said_once(caplog: pytest.LogCaptureFixture, cache: Path) -> None:
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = bench.choices(False)
+    with caplog.at_level("INFO", "fastmerge"):
+        bench.pick(choices)
+        assert not caplog.messages
+        choices.set_measuring(True)
+        with mock.patch.object(Choices, "_measure", autospec=True, side_effect=Choices._measure) as measure:
+            bench.pick(choices, "one")
+            bench.pick(choices, "other")
+    assert measure.call_count == 2
+    (message,) = caplog.messages
+    assert "timed at their first use" in message
+    assert str(cache) in message
+
+
 def test_keys_are_measured_apart() -> None:
     fast, slow = Bench(split=2.0, triton_a=1.0), Bench(split=1.0, triton_a=2.0)
     choices = Choices(lambda run: next(b for b in (fast, slow) if run() and b.ran).timer(run))
@@ -204,7 +230,7 @@ def test_a_candidate_that_is_gone_leaves_split() -> None:
     assert bench.pick(bench.choices(False)) == SPLIT
 
 
-def test_idle_where_only_split_can_come_out() -> None:
+def test_idle_where_there_is_nothing_to_choose() -> None:
     bench = Bench(split=2.0, triton_a=1.0)
     choices = bench.choices(False)
     assert choices.idle()
@@ -216,7 +242,7 @@ def test_idle_where_only_split_can_come_out() -> None:
     choices.set_measuring(False)
     assert not choices.idle()
     with choices.fixed(SPLIT):
-        assert choices.idle()
+        assert not choices.idle()  # plain PyTorch runs groups where streams are joined
     assert not bench.choices(False).idle()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from fastmerge.kernels.block_conv import (
     ops,
     passes,
 )
-from fastmerge.kernels.block_conv.choice import choices, fixed_choice
+from fastmerge.kernels.block_conv.choice import Measurement, choices, fixed_choice
 from torch import Tensor
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 CASE = Case(2, 2, 5, 6, 16, 32, 3, 1)
 BLOCKS = Case(1, 1, 5, 6, 32, 32, 3, 2)
+STEPS = ("forward", "input_gradient", "weight_gradient")
 # On a CPU, PyTorch sums convolutions of float16 in float16.
 DTYPES = {"triton": torch.float16, "split": torch.bfloat16, "groups": torch.bfloat16}
 
@@ -200,6 +202,58 @@ def test_each_pass_runs_its_own_winner(winner: str) -> None:
     winners = {row["key"].split(" | ")[1].rpartition(" ")[0]: row["winner"] for row in choices.table()}
     assert len(winners) == 3
     assert {name for name, chosen in winners.items() if chosen != "split"} == {winner}
+
+
+def passes_of_cudnn(given: Operands) -> list[str]:
+    """Which of cuDNN's functions run in both passes of joined streams."""
+    ran: list[str] = []
+
+    def spy(name: str) -> Any:
+        function = getattr(cudnn, name)
+
+        def run(*args: Any) -> Any:
+            ran.append(name)
+            return function(*args)
+
+        return run
+
+    names = [f"{way}_{step}" for way in ("split", "grouped") for step in STEPS]
+    leaves = [t.detach().requires_grad_() for t in (*joined(given.xs), given.weight)]
+    with mock.patch.multiple(cudnn, **{name: spy(name) for name in names}):
+        y = grouped_conv2d(*leaves, groups=len(given.xs), padding=1)
+        torch.autograd.grad(y, leaves, joined(given.dys))
+    return ran
+
+
+@pytest.mark.parametrize(("groups", "way"), [(2, "split"), (4, "split"), (5, "grouped"), (16, "grouped")])
+def test_a_pass_that_was_never_measured_runs_groups_where_there_are_many(groups: int, way: str) -> None:
+    given = operands(Case(groups, 1, 4, 4, 8, 8, 3, 1), torch.bfloat16)
+    choices._known["another layer"] = Measurement("triton")
+    with mock.patch.object(conv2d, "worth_an_operation", return_value=True):
+        assert passes_of_cudnn(given) == [f"{way}_{step}" for step in STEPS]
+
+
+@pytest.mark.parametrize(("winner", "expected"), [("split", [f"split_{step}" for step in STEPS]), ("groups", [])])
+def test_the_winner_runs_for_joined_streams_too(winner: str, expected: list[str]) -> None:
+    """Plain PyTorch is cuDNN's groups there, so where these win no operation is needed."""
+    given = operands(Case(2, 1, 4, 4, 16, 16, 3, 1), torch.bfloat16)
+    with (
+        mock.patch.multiple(choices, _timer=lambda run: 1.0, _prepare=len, _stored=False, _measuring=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # no kernel can run here
+        passes_of_cudnn(given)
+    measured = choices.table()
+    assert len(measured) == 3
+    assert all({"split", "groups"} <= row["milliseconds"].keys() for row in measured)
+    choices._known.update({row["key"]: Measurement(winner) for row in measured})
+    assert passes_of_cudnn(given) == expected
+
+
+def test_a_fixed_choice_holds_for_joined_streams() -> None:
+    given = operands(Case(2, 1, 4, 4, 16, 16, 3, 1), torch.bfloat16)
+    with fixed_choice("split"):
+        assert passes_of_cudnn(given) == [f"split_{step}" for step in STEPS]
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the kernels run there")

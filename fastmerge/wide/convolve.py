@@ -19,7 +19,7 @@ from fastmerge.kernels.block_conv import block_diagonal_conv2d, grouped_conv2d
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
-# torch.compile can't ask what was measured: what was not would run one group after another, well for a few teachers alone.
+# torch.compile can't ask what was measured. Of many groups, which the kernels are not made for, it gets PyTorch's own.
 _MOST_GROUPS_COMPILED = 4
 
 

@@ -1,8 +1,8 @@
 """Which implementation runs a convolution: timed once for each card, layer and pass, and remembered.
 
-Candidates are functions by name: ``"split"``, cuDNN convolutions one after another, is always one, and the default where
-nothing has been measured. Others run only where they were measured to be faster, on this card, with these versions, and
-gave the same result. Measuring is off unless
+Candidates are functions by name. ``"split"``, cuDNN convolutions one after another, is always one, and what the others are
+checked against. A pass that was never measured runs it too, or cuDNN's groups where there are many. Others run only where they
+were measured to be faster, on this card, with these versions, and gave the same result. Measuring is off unless
 
 * ``torch.backends.cudnn.benchmark`` is on, PyTorch's own switch for timing convolutions at their first use, and no
   deterministic algorithms are asked for, or
@@ -15,6 +15,7 @@ directory (``cache``).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import statistics
 import warnings
@@ -24,9 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastmerge.kernels.block_conv.cache import read_entries, write_entries
+from fastmerge.kernels.block_conv.cache import cache_file, read_entries, write_entries
 from torch import Tensor
 
+LOG = logging.getLogger("fastmerge")
 SPLIT = "split"
 
 Run = Callable[[], list[Tensor]]
@@ -68,11 +70,12 @@ class Choices:
         self._read = False
         self._fixed: str | None = None
         self._measuring: bool | None = None
+        self._told = False
 
     def idle(self) -> bool:
-        """Whether ``"split"`` is all that can come out: nothing was measured, is to be, or is fixed."""
+        """Whether there is nothing to choose: nothing was measured, is to be, or is fixed."""
         self._read_once()
-        return self._fixed in (None, SPLIT) and (self._fixed == SPLIT or not (self._known or self.measures()))
+        return self._fixed is None and not (self._known or self.measures())
 
     def known(self, key: str) -> str | None:
         """The name to run without measuring: the fixed one, the winner of an earlier measurement, or None."""
@@ -82,18 +85,21 @@ class Choices:
         found = self._known.get(key)
         return None if found is None else found.winner
 
-    def pick(self, key: str, candidates: Mapping[str, Any], trial: Callable[[], Mapping[str, Run]]) -> str:
+    def pick(
+        self, key: str, candidates: Mapping[str, Any], trial: Callable[[], Mapping[str, Run]], default: str = SPLIT
+    ) -> str:
         """The name of the candidate to run.
 
         Args:
             key: card, layer and pass.
             candidates: by name; ``"split"`` among them.
             trial: makes functions of the same names that run on other data, for measuring.
+            default: the candidate where nothing was measured, or where what was measured or fixed is not a candidate.
         """
         name = self.known(key)
         if name is None and self.measures():
             name = self._measure(key, trial())
-        return _matching(name, candidates)
+        return _matching(name, candidates, default)
 
     def measures(self) -> bool:
         """Whether a layer nobody has measured yet would be, now."""
@@ -110,7 +116,7 @@ class Choices:
 
     @contextlib.contextmanager
     def fixed(self, name: str) -> Iterator[None]:
-        """Within it, this candidate runs wherever it is one, and ``"split"`` elsewhere; see :func:`fixed_choice`."""
+        """Within it, this candidate runs wherever it is one, and the default elsewhere; see :func:`fixed_choice`."""
         before, self._fixed = self._fixed, name
         try:
             yield
@@ -135,6 +141,7 @@ class Choices:
                     self._known.setdefault(key, Measurement(**entry))
 
     def _measure(self, key: str, trial: Mapping[str, Run]) -> str:
+        self._tell()
         expected = trial[SPLIT]()
         self._prepare([run for name, run in trial.items() if name != SPLIT])
         milliseconds = {}
@@ -154,12 +161,21 @@ class Choices:
             write_entries({key: vars(self._known[key])})
         return winner
 
+    def _tell(self) -> None:
+        """Says, the first time, why nothing seems to happen."""
+        if not self._told:
+            self._told = True
+            kept = f" in {cache_file()}" if self._stored else ""
+            LOG.info(
+                "convolutions are timed at their first use, which takes minutes in all; the fastest are kept%s", kept
+            )
 
-def _matching(name: str | None, candidates: Mapping[str, Any]) -> str:
-    """A candidate of this name, else the first whose name begins with it, else split."""
+
+def _matching(name: str | None, candidates: Mapping[str, Any], default: str) -> str:
+    """A candidate of this name, else the first whose name begins with it, else the default."""
     if name is None or name in candidates:
-        return name or SPLIT
-    return next((candidate for candidate in candidates if candidate.startswith(name)), SPLIT)
+        return name or default
+    return next((candidate for candidate in candidates if candidate.startswith(name)), default)
 
 
 def _disagreement(got: list[Tensor], expected: list[Tensor]) -> str | None:
@@ -207,7 +223,7 @@ def fixed_choice(name: str) -> contextlib.AbstractContextManager[None]:
 
     Args:
         name: ``"split"``, ``"groups"``, the full name of a Triton tile, or ``"triton"`` for the first that fits. Where there
-            is no such candidate, ``"split"`` runs.
+            is no such candidate, what runs is that of a pass never measured.
     """
     return choices.fixed(name)
 

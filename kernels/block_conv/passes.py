@@ -17,17 +17,21 @@ from fastmerge.kernels.block_conv.problem import Problem
 from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, tiles, weight_tiles
 from torch import Tensor
 
+GROUPS = "groups"
+# So many groups as there are teachers to merge. More are one layer's own, which would be as many small convolutions.
+_FEW_GROUPS = 4
+
 
 def forward(problem: Problem, xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     """The outputs: T tensors (N, K, H', W'), or one joined one."""
     key = problem.key("forward", xs, xs[0].shape, weight.shape, xs[0].dtype)
-    return _run(key, functools.partial(forward_candidates, problem), xs, weight, bias)
+    return _run(problem, key, functools.partial(forward_candidates, problem), xs, weight, bias)
 
 
 def input_gradient(problem: Problem, dys: Sequence[Tensor], weight: Tensor, size: Sequence[int]) -> list[Tensor]:
     """The gradients of the inputs: T tensors of this size (N, C, H, W), or one joined one of (N, T·C, H, W)."""
     key = problem.key("input gradient", dys, size, weight.shape, dys[0].dtype)
-    return _run(key, functools.partial(input_gradient_candidates, problem, size), dys, weight)
+    return _run(problem, key, functools.partial(input_gradient_candidates, problem, size), dys, weight)
 
 
 def weight_gradient(
@@ -35,14 +39,14 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient of the weight: (T·K, C, R, S)."""
     key = problem.key("weight gradient", xs, xs[0].shape, weight_size, xs[0].dtype)
-    return _run(key, functools.partial(weight_gradient_candidates, problem, weight_size), dys, xs)[0]
+    return _run(problem, key, functools.partial(weight_gradient_candidates, problem, weight_size), dys, xs)[0]
 
 
 def forward_candidates(problem: Problem, xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Run]:
     """The functions that compute :func:`forward`, by name."""
     found: dict[str, Run] = {SPLIT: lambda: cudnn.split_forward(problem, xs, weight, bias)}
     if len(xs) < problem.groups:
-        found["groups"] = lambda: [cudnn.grouped_forward(problem, xs[0], weight, bias)]
+        found[GROUPS] = lambda: [cudnn.grouped_forward(problem, xs[0], weight, bias)]
     for tile in tiles(weight.shape[1], weight.shape[0] // problem.groups, xs[0].shape[0], problem.block(weight.shape)):
         found[tile.name] = functools.partial(_triton_forward, problem, xs, weight, bias, tile)
     return found
@@ -54,7 +58,7 @@ def input_gradient_candidates(
     """The functions that compute :func:`input_gradient`, by name."""
     found: dict[str, Run] = {SPLIT: lambda: cudnn.split_input_gradient(problem, dys, weight, size)}
     if len(dys) < problem.groups:
-        found["groups"] = lambda: [cudnn.grouped_input_gradient(problem, dys[0], weight, size)]
+        found[GROUPS] = lambda: [cudnn.grouped_input_gradient(problem, dys[0], weight, size)]
     block = problem.block(weight.shape)
     swapped = None if block is None else (block[1], block[0])
     for tile in tiles(weight.shape[0] // problem.groups, weight.shape[1], size[0], swapped):
@@ -68,7 +72,7 @@ def weight_gradient_candidates(
     """The functions that compute :func:`weight_gradient`, by name."""
     found: dict[str, Run] = {SPLIT: lambda: [cudnn.split_weight_gradient(problem, dys, xs, weight_size)]}
     if len(dys) < problem.groups:
-        found["groups"] = lambda: [cudnn.grouped_weight_gradient(problem, dys[0], xs[0], weight_size)]
+        found[GROUPS] = lambda: [cudnn.grouped_weight_gradient(problem, dys[0], xs[0], weight_size)]
     outputs, channels, _, kernel_w = weight_size
     for tile in weight_tiles(channels, outputs // problem.groups, kernel_w, problem.block(weight_size)):
         found[tile.name] = functools.partial(_triton_weight_gradient, problem, dys, xs, tile)
@@ -78,7 +82,7 @@ def weight_gradient_candidates(
 def worth_an_operation(
     problem: Problem, xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, differentiated: bool
 ) -> bool:
-    """Whether a pass runs, or may be measured to run, anything but cuDNN one stream after another.
+    """Whether a pass runs, or may be measured to run, anything but what plain PyTorch does: cuDNN, groups for a joined tensor.
 
     Args:
         problem: the convolution.
@@ -91,11 +95,15 @@ def worth_an_operation(
         return False
     steps = ("forward", "input gradient", "weight gradient") if differentiated else ("forward",)
     known = [choices.known(problem.key(step, xs, xs[0].shape, weight.shape, dtype)) for step in steps]
-    return any(name not in (None, SPLIT) for name in known) or (None in known and choices.measures())
+    plain = GROUPS if len(xs) < problem.groups else SPLIT
+    return any(name not in (None, plain) for name in known) or (None in known and choices.measures())
 
 
 def _run(
-    key: str, candidates: Callable[..., Mapping[str, Run]], *operands: Sequence[Tensor] | Tensor | None
+    problem: Problem,
+    key: str,
+    candidates: Callable[..., Mapping[str, Run]],
+    *operands: Sequence[Tensor] | Tensor | None,
 ) -> list[Tensor]:
     """Picks a candidate and runs it on tensors of which TMA can fetch boxes, laid out as the fake results say."""
 
@@ -105,7 +113,8 @@ def _run(
         return candidates(*(_random_like(operand, generators) for operand in operands))
 
     found = candidates(*operands)
-    results = found[choices.pick(key, found, trial)]()
+    default = GROUPS if GROUPS in found and problem.groups > _FEW_GROUPS else SPLIT
+    results = found[choices.pick(key, found, trial, default)]()
     return [result.contiguous(memory_format=torch.channels_last) for result in results]
 
 
