@@ -257,7 +257,7 @@ def ablate(ablation: Ablation, record: Record, wanted: Sequence[Variant]) -> Non
     teachers = _teachers(ablation, record, chunk)
     base: list[Any] = []
     for variant in missing:
-        start = time.perf_counter()
+        start = time.process_time()
         if variant.merges or not base:
             bigs = ablation.merged(teachers, variant if variant.merges else _named(wanted, BASE))
             base = bigs if variant.name == BASE or not variant.merges else base
@@ -268,7 +268,7 @@ def ablate(ablation: Ablation, record: Record, wanted: Sequence[Variant]) -> Non
         scores = {"big student": alone, "compressed": ablation.score(students)}
         ablation.finetune(students, variant.draws)
         scores["student"] = ablation.score(students)
-        scores["seconds"] = [(time.perf_counter() - start) / len(chunk)] * len(chunk)
+        scores["seconds"] = [(time.process_time() - start) / len(chunk)] * len(chunk)
         record.add(variant, chunk, scores, [_open(big) for big in bigs])
 
 
