@@ -78,7 +78,7 @@ class GatedNetwork(nn.Module):
         """Whether each BatchNorm runs as one operation with the add, ReLU, max-pooling and gate that follow it.
 
         True, False, or "auto", the default: where there is such an operation, on CUDA devices and, with the C++ extension, on
-        CPUs. The results are the same up to rounding; ``fastmerge.info(big)`` says which normalisations can.
+        CPUs in training mode. The results are the same up to rounding; ``fastmerge.info(big)`` says which normalisations can.
         """
         return self._fused
 

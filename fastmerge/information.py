@@ -48,7 +48,9 @@ def _of_big_student(big: BigStudent) -> Information:
         "normalisations": norms,
         "normalisations_fused": count,
     }
-    when = {True: "always", False: "never", "auto": "on CUDA devices, on CPUs with the C++ extension"}[big.fused]
+    when = {True: "always", False: "never", "auto": "on CUDA devices, in training on CPUs with the C++ extension"}[
+        big.fused
+    ]
     lines = [
         f"big student of {big.num_teachers} teachers, {len(big.groups)} channel groups, "
         f"{'linked' if big.linked else 'block-diagonal'}",

@@ -33,8 +33,9 @@ def _runs_as_rows(x: Tensor) -> bool:
     )
 
 
-def _has_fused(x: Tensor) -> bool:
-    return x.is_cuda or (x.device.type == "cpu" and why_not_fused(x) is None)
+def _has_fused(x: Tensor, training: bool) -> bool:
+    """Whether there is a fused operation that pays: on a CPU evaluation runs what the teachers run, to the same rounding."""
+    return x.is_cuda or (training and x.device.type == "cpu" and why_not_fused(x) is None)
 
 
 class WideBatchNorm(nn.Module):
@@ -50,7 +51,7 @@ class WideBatchNorm(nn.Module):
         running_mean, running_var: (T·C,), or None where they are not tracked.
         num_batches_tracked: (T,), or None.
         fused: whether the normalisation and what follows it run as one operation: True, False, or "auto" for where there is
-            such an operation.
+            such an operation, on a CPU in training mode alone.
     """
 
     weight: nn.Parameter | None
@@ -106,7 +107,9 @@ class WideBatchNorm(nn.Module):
         columns: Sequence[Tensor | None] = [None] * len(values)
         if gates is not None and gate is not None:
             columns = gate.columns(gates, joined=len(values) == 1)
-        fused = activation is not None and (_has_fused(values[0]) if self.fused == "auto" else bool(self.fused))
+        fused = activation is not None and (
+            _has_fused(values[0], self.training) if self.fused == "auto" else bool(self.fused)
+        )
         outputs = []
         for t, (x, tensors) in enumerate(zip(values, self._tensors(len(values)), strict=True)):
             if fused:
