@@ -260,7 +260,6 @@ struct Backward {
     float* dweight;
     float* dbias;
     float* dgates;  // (rows of gates, channels)
-    bool shared_gates;
 };
 
 // Sums over a chunk of dz and of dz (x - mean), z being what the activation reads; per sample of dy · act(z).
@@ -380,8 +379,9 @@ void backward(const Chunks& chunks, const Backward<T>& call, const Affine& affin
             }
         }
         if (call.dgates) {
-            const std::int64_t each = call.shared_gates ? chunks.samples * chunks.parts : chunks.parts;
-            for (std::int64_t row = 0; row < (call.shared_gates ? 1 : chunks.samples); ++row) {
+            const bool shared = call.gates.stride == 0;
+            const std::int64_t each = shared ? chunks.samples * chunks.parts : chunks.parts;
+            for (std::int64_t row = 0; row < (shared ? 1 : chunks.samples); ++row) {
                 for (std::int64_t c = 0; c < channels; ++c) {
                     double sum = 0;
                     for (std::int64_t part = 0; part < each; ++part) {

@@ -90,7 +90,7 @@ void backward(const Shape& shape, bool bfloat16, const StridedRows& dy, const St
         using T = decltype(zero);
         const bn::Backward<T> call{rows<const T>(dy), rows<const T>(x),   rows<const T>(residual), rows<const float>(gates),
                                    relu,              training,           rows<T>(dx),             rows<T>(dresidual),
-                                   pointer<float>(dweight), pointer<float>(dbias), pointer<float>(dgates), gates.second == 0};
+                                   pointer<float>(dweight), pointer<float>(dbias), pointer<float>(dgates)};
         bn::backward<T>(chunks, call, affine, threads);
     });
 }

@@ -71,6 +71,11 @@ def make(
     }
 
 
+def laid_out(case: dict[str, Any], layout: str) -> dict[str, Any]:
+    """The case with its images in one layout."""
+    return {k: in_layout(t, layout) if t is not None and k in ("x", "residual") else t for k, t in case.items()}
+
+
 def check_against_float64(
     case: dict[str, Tensor | None],
     options: dict[str, Any],

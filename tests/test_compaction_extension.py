@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from ast import FunctionDef, parse
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from compaction_paths import check, needs_extension, select
+from extension_stub import check_stub
 from fastmerge import compaction
 from fastmerge.compaction import compact_
 
@@ -126,25 +124,4 @@ def test_the_extension_checks_by_itself(changes: dict[str, Any], error: type[Exc
 
 @needs_extension
 def test_the_stub_names_what_the_module_has() -> None:
-    stub = parse(Path(compaction.__file__).with_name("_compaction.pyi").read_text())
-    functions = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, FunctionDef)}
-    module = compaction._compaction
-    public = [name for name in dir(module) if not name.startswith("_")]
-    assert sorted(functions) == public
-    for name, arguments in functions.items():
-        described = inspect.getdoc(getattr(module, name)).splitlines()[0]  # name(a: type, b: type = 1) -> type
-        assert [part.split(":")[0].strip() for part in _arguments(described)] == arguments
-        assert described.endswith("-> None")
-
-
-def _arguments(signature: str) -> list[str]:
-    """The arguments of a signature as pybind11 writes it, split at the commas outside brackets."""
-    inside = signature[signature.index("(") + 1 : signature.rindex(")")]
-    parts, depth = [""], 0
-    for letter in inside:
-        depth += (letter in "[(") - (letter in "])")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+    check_stub(compaction._compaction)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference
@@ -15,6 +13,7 @@ from batch_norm_checks import (
     check_against_float64,
     fused,
     in_layout,
+    laid_out,
     make,
     small_cuts,
 )
@@ -27,11 +26,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TRAINING = {"training": True, "activation": "relu"}
 SHAPE = (3, 5, 4, 3)
 operators = torch.ops.fastmerge
-
-
-def laid_out(case: dict[str, Any], layout: str) -> dict[str, Any]:
-    """The case with its images in one layout."""
-    return {k: in_layout(t, layout) if t is not None and k in ("x", "residual") else t for k, t in case.items()}
 
 
 @interpreted

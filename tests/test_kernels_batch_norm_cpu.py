@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from ast import FunctionDef, parse
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +9,8 @@ import torch
 from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference, cpu, why_not_fused
 from torch import Tensor
 
-import fastmerge
-from batch_norm_checks import NAMES, check_against_float64, in_layout, make
+from batch_norm_checks import NAMES, check_against_float64, in_layout, laid_out, make
+from extension_stub import check_stub
 
 needs_extension = pytest.mark.skipif(cpu._batch_norm is None, reason="the C++ extension is not built")
 TRAINING = {"training": True, "activation": "relu"}
@@ -30,11 +27,6 @@ SHAPES = [
     (3, 20, 9),
 ]
 SPLIT = (3, 64, 17, 19)  # 323 positions of 64 channels: two chunks to a sample
-
-
-def laid_out(case: dict[str, Any], layout: str) -> dict[str, Any]:
-    """The case with its images in one layout."""
-    return {k: in_layout(t, layout) if t is not None and k in ("x", "residual") else t for k, t in case.items()}
 
 
 @needs_extension
@@ -203,13 +195,4 @@ def test_the_extension_checks_by_itself(changes: dict[str, Any]) -> None:
 
 @needs_extension
 def test_the_stub_names_what_the_module_has() -> None:
-    stub = parse((Path(fastmerge.__file__).parent / "_batch_norm.pyi").read_text())
-    functions = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, FunctionDef)}
-    module = cpu._batch_norm
-    assert sorted(functions) == [name for name in dir(module) if not name.startswith("_")]
-    for name, arguments in functions.items():
-        described = (inspect.getdoc(getattr(module, name)) or "").splitlines()[0]
-        places = [described.find(f"{argument}: ") for argument in arguments]
-        assert -1 not in places
-        assert places == sorted(places)
-        assert described.count(": ") == len(arguments)
+    check_stub(cpu._batch_norm)

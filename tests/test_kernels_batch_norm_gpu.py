@@ -10,7 +10,7 @@ import torch
 from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, why_not_fused
 from torch import Tensor
 
-from batch_norm_checks import DTYPES, by_dtype_and_layout, check_against_float64, in_layout, make
+from batch_norm_checks import DTYPES, by_dtype_and_layout, check_against_float64, in_layout, laid_out, make
 from gate_checks import poisoned_memory  # noqa: F401
 
 pytest.importorskip("triton")
@@ -25,10 +25,6 @@ STEM: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
 REAL = [(32, 128, 56, 56), (32, 256, 28, 28), (64, 512, 14, 14), (64, 1024, 7, 7), (16, 4096, 7, 7), (128, 32, 32, 32)]
 ODD = [(2, 1, 1, 1), (3, 5, 7, 3), (7, 13), (33, 65, 17, 19), (5, 1000, 3, 3), (1000, 300)]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def laid_out(case: dict[str, Any], layout: str) -> dict[str, Any]:
-    return {k: in_layout(t, layout) if t is not None and k in ("x", "residual") else t for k, t in case.items()}
 
 
 @pytest.mark.usefixtures("poisoned_memory")
