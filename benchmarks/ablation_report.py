@@ -61,9 +61,11 @@ def section(results: dict[str, Any]) -> str:
         )
     teachers = statistics.fmean(value for pair in results["teachers"].values() for value in pair)
     meanings = "\n".join(f"- `{name}`: {variant['what']}." for name, variant in results["variants"].items())
+    dtype = f", {config['autocast']}" if "autocast" in config else ""
     ran = (
         f"Test {'accuracy, higher' if higher else 'loss, lower'} is better. {config['epochs']} epochs in all, "
-        f"{config['budget']:g} of the recipe's, {config['train_samples']} training samples; the teachers have "
+        f"{config['budget']:g} of the recipe's, {config['train_samples']} training samples in batches of "
+        f"{config['batch_size']}{dtype}; the teachers have "
         f"{teachers:.4f}. *seconds* are those of merge stage and fine-tuning per replicate, on one core of a machine that "
         f"others used too. {made['cpu']['name']}, PyTorch {made['torch']}."
     )

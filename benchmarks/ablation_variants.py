@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.channels.groups import OUTPUT
-from fastmerge.data.dataset import Dataset
 from fastmerge.recalibration import has_statistics, recalibrate
 
 BASE = "paper"
 DRAWS = 4  # of the base, for what chance does
-_RECALIBRATION_SAMPLES = 4096
 
-Edit = Callable[[nn.Module, BigStudent, Dataset, int], None]
+Edit = Callable[[nn.Module, BigStudent, Iterable[Any]], None]
 
 
 class OneDrawPerBatch(BigStudent):
@@ -39,7 +37,8 @@ class Variant:
         big: the class of the big student.
         compact_at: fractions of the merge stage after which channels closed for good are dropped.
         draws: another number, other random draws in the merge stage and fine-tuning.
-        edit: changes the student straight after compression. Such a variant shares the base's merge stage.
+        edit: ``edit(student, big, batches)`` changes the student straight after compression; the batches are of training
+            data. Such a variant shares the base's merge stage.
     """
 
     name: str
@@ -62,7 +61,7 @@ def head_layers(big: BigStudent) -> list[str]:
 
 
 @torch.no_grad()
-def rescale_head(student: nn.Module, big: BigStudent, data: Dataset, batch_size: int) -> None:
+def rescale_head(student: nn.Module, big: BigStudent, batches: Iterable[Any]) -> None:
     """Multiplies the last layer's weights by T, which the mean over T teachers had divided them by."""
     parameters = dict(student.named_parameters())
     for name in head_layers(big):
@@ -76,7 +75,7 @@ def foldable_groups(big: BigStudent) -> set[int]:
 
 
 @torch.no_grad()
-def fold_gates(student: nn.Module, big: BigStudent, data: Dataset, batch_size: int) -> None:
+def fold_gates(student: nn.Module, big: BigStudent, batches: Iterable[Any]) -> None:
     """Multiplies what each layer does with a kept channel by the channel's gate.
 
     Exact: a layer reads ``f · g``, and ``W (f · g) = (W · g) f``. In a residual stream the gated channels go on through sums
@@ -96,14 +95,20 @@ def fold_gates(student: nn.Module, big: BigStudent, data: Dataset, batch_size: i
         weight.mul_(factors.to(weight).view(1, -1, *[1] * (weight.dim() - 2)))
 
 
-def recalibrate_norms(student: nn.Module, big: BigStudent, data: Dataset, batch_size: int) -> None:
+def recalibrate_norms(student: nn.Module, big: BigStudent, batches: Iterable[Any]) -> None:
     """Estimates the statistics of BatchNorm anew on training data."""
-    inputs = data.train_inputs[:_RECALIBRATION_SAMPLES].split(batch_size)
-    recalibrate(student, [data.normalise(batch) for batch in inputs])
+    recalibrate(student, batches)
 
 
-def variants(make_network: Callable[[int], nn.Module], link_at: tuple[float, ...]) -> list[Variant]:
-    """The base and every choice beside it that says something for a recipe's network."""
+def variants(network: nn.Module, link_at: tuple[float, ...], *, every_epoch: bool = False) -> list[Variant]:
+    """The base and every choice beside it that says something for a recipe's network.
+
+    Args:
+        network: a teacher's, fresh.
+        link_at: fractions of the merge stage.
+        every_epoch: whether channels are dropped after every epoch from the first of ``compact_at`` on, as
+            :func:`fastmerge.merge` does.
+    """
     setting = "the paper's setting: linked from the start, quadratic λ, a draw per sample"
     found = [Variant(BASE, setting)]
     found += [Variant(f"{BASE} ({n + 1})", "the same with other random draws", draws=n) for n in range(1, DRAWS)]
@@ -117,13 +122,22 @@ def variants(make_network: Callable[[int], nn.Module], link_at: tuple[float, ...
         if at
     ]
     found += [
-        Variant("compacted", "closed channels dropped after 1/2 and 3/4 of the merge stage", compact_at=(0.5, 0.75)),
+        Variant(
+            "compacted",
+            "closed channels dropped "
+            + (
+                "after every epoch from 1/2 of the merge stage on"
+                if every_epoch
+                else "after 1/2 and 3/4 of the merge stage"
+            ),
+            compact_at=(0.5,) if every_epoch else (0.5, 0.75),
+        ),
         Variant("draw per batch", "one draw of the gates for a whole batch", big=OneDrawPerBatch),
         Variant("budget", "multipliers by dual ascent in place of λ", {"gate_schedule": "budget"}),
         Variant("head × T", "the head's weights times T at compression", edit=rescale_head),
         Variant("gates folded", "kept gates' means folded into the next layers at compression", edit=fold_gates),
     ]
-    if has_statistics(make_network(1)):
+    if has_statistics(network):
         recalibrated = Variant(
             "recalibrated", "BatchNorm's statistics estimated anew at compression", edit=recalibrate_norms
         )

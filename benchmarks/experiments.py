@@ -22,9 +22,10 @@ import torch
 
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.cifar import find_cifar, load_cifar
-from fastmerge.recipes import RECIPES
+from fastmerge.recipes import OVER_LOADERS
 from fastmerge.reporting import results as results_files
 from fastmerge.reporting.report import write_report
+from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.loader_strategies import run
 
 STRATEGIES = ("student", "bo3", "one")
@@ -40,6 +41,7 @@ class Experiment:
         replicates: of each strategy.
         test_every: epochs between two looks at the test images.
         autocast: dtype of mixed precision.
+        batch_size: images per step; None is the recipe's. With few images the recipe's leaves few steps.
     """
 
     budget: float
@@ -47,9 +49,16 @@ class Experiment:
     replicates: int
     test_every: int
     autocast: torch.dtype
+    batch_size: int | None = None
+
+    def sized(self, recipe: LoaderRecipe) -> LoaderRecipe:
+        """The recipe with this batch size, and as few looks at the test images."""
+        # The recipe's own number shrinks with the epochs, and a look costs as much as half an epoch of so few images.
+        recipe = replace(recipe, test_every=round(self.test_every / self.budget))
+        return recipe if self.batch_size is None else replace(recipe, batch_size=self.batch_size)
 
 
-EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 15, 25, 3, 10, torch.bfloat16)}
+EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 15, 25, 3, 10, torch.bfloat16, batch_size=32)}
 
 
 def main() -> None:
@@ -79,11 +88,8 @@ def main() -> None:
 def run_strategy(name: str, data: Path, out: Path, strategy: str) -> None:
     """Trains the replicates of one strategy, from the checkpoints in ``out`` if there are any."""
     experiment = EXPERIMENTS[name]
-    recipe = RECIPES[name]()
-    # The recipe's own number shrinks with the epochs, and a look costs as much as half an epoch of so few images.
-    recipe = replace(recipe, test_every=round(experiment.test_every / experiment.budget))
     run(
-        recipe,
+        experiment.sized(OVER_LOADERS[name]()),
         [strategy],
         experiment.replicates,
         budget=experiment.budget,

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablations
+from benchmarks import ablation_stacked, ablations
 from benchmarks.ablation_report import base_of, load, page, paired, section
+from benchmarks.ablation_stacked import StackedAblation
 from benchmarks.ablation_variants import BASE, OneDrawPerBatch, fold_gates, foldable_groups, rescale_head, variants
 from fastmerge import BigStudent
 from fastmerge.data.dataset import Dataset
@@ -43,7 +44,7 @@ def test_folded_gates_make_the_student_compute_what_the_big_student_does(make: A
             loc[chosen] = torch.linspace(-1.5, 1.5, len(keep), dtype=loc.dtype) if name in folded else 30.0
         student = big.eval().compress()
         plain = student(*inputs)
-        fold_gates(student, big, Dataset(*inputs * 4), 4)
+        fold_gates(student, big, [])
         assert relative_error(student(*inputs), big(*inputs)) < 1e-9
         assert relative_error(plain, big(*inputs)) > 1e-3
 
@@ -52,7 +53,7 @@ def test_the_heads_weights_are_multiplied() -> None:
     big: Any = BigStudent(small_lenet(), small_lenet(), small_lenet())
     student = big.compress()
     before = copy.deepcopy(student.state_dict())
-    rescale_head(student, big, Dataset(*[torch.zeros(1)] * 4), 4)
+    rescale_head(student, big, [])
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, before[name] * (3 if name == "fc3.weight" else 1))
 
@@ -97,10 +98,10 @@ def test_all_variants_of_all_replicates_and_going_on(run, tmp_path, monkeypatch)
     chosen = ["--variants", "compacted", "gates folded"]
     everything = run("--replicates", "2", *chosen)
     assert sorted(everything["variants"]) == sorted([BASE, *chosen[1:]])
-    names = [variant.name for variant in variants(tiny, ablations.LINK_AT)]
+    names = [variant.name for variant in variants(tiny(1), ablations.LINK_AT)]
     assert {"link_at 0.1", "link_at 1", "compacted", "head × T", "gates folded", "paper (4)"} <= set(names)
     assert "recalibrated" not in names
-    assert "recalibrated" in [variant.name for variant in variants(lambda width: ResNetCifar(1), (0.0,))]
+    assert "recalibrated" in [variant.name for variant in variants(ResNetCifar(1), (0.0,))]
     for variant in everything["variants"].values():
         assert list(variant["replicates"]) == ["0", "1"]
         assert all(0 <= found["student"] <= 1 for found in variant["replicates"].values())
@@ -114,7 +115,7 @@ def test_all_variants_of_all_replicates_and_going_on(run, tmp_path, monkeypatch)
     def never(self: Any, *arguments: Any) -> None:
         raise AssertionError("nothing is left to train")
 
-    monkeypatch.setattr(ablations.Ablation, "_train", never)
+    monkeypatch.setattr(StackedAblation, "_train", never)
     assert run("--replicates", "2", *chosen) == everything
     with pytest.raises(ValueError, match="results of another configuration"):
         run("--seed", "1")
@@ -129,10 +130,10 @@ def test_variants_differ_only_by_their_choice(monkeypatch):
         raise InterruptedError
 
     data = tiny_images(None, 0)
-    ablation = ablations.Ablation(tiny_recipe(), data, [0, 1], 0, lambda networks: None)
+    ablation = StackedAblation(tiny_recipe(), data, [0, 1], 0, lambda networks: None)
     teachers = [tiny(1) for _ in range(4)]
-    monkeypatch.setattr(ablations, "train", stop)
-    for variant in variants(tiny, ()):
+    monkeypatch.setattr(ablation_stacked, "train", stop)
+    for variant in variants(tiny(1), ()):
         if variant.merges:
             name = variant.name
             with pytest.raises(InterruptedError):
@@ -173,7 +174,14 @@ def test_clear_differences_are_bold() -> None:
         return {"what": "x", "replicates": {str(key): each | {"student": value} for key, value in enumerate(values)}}
 
     results = {
-        "config": {"name": "tiny", "metric": "test_accuracy", "epochs": 6, "budget": 1.0, "train_samples": 9},
+        "config": {
+            "name": "tiny",
+            "metric": "test_accuracy",
+            "epochs": 6,
+            "budget": 1.0,
+            "train_samples": 9,
+            "batch_size": 4,
+        },
         "environment": {"cpu": {"name": "C"}, "torch": "2"},
         "teachers": {"0": [0.4, 0.6]},
         "variants": {BASE: variant(0.5, 0.6), "worse": variant(0.4, 0.51), "same": variant(0.4, 0.7)},
@@ -185,6 +193,9 @@ def test_clear_differences_are_bold() -> None:
     assert " +0.0000 ± 0.1000 |" in text
     assert "**+0.2200 ± 0.0200**" in text  # to the run whose big students it shares
     assert "0.40–0.50" in text
+    assert "9 training samples in batches of 4; the teachers" in text
+    results["config"]["autocast"] = "bfloat16"
+    assert "in batches of 4, bfloat16; the teachers" in section(results)
 
 
 def test_the_page_is_that_of_the_results() -> None:

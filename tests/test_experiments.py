@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,15 @@ def test_each_is_a_recipe_over_loaders_at_equal_epochs(name: str) -> None:
     # Milestones stay apart, or the learning rate would skip a step of its schedule.
     for plan in (scaled.teacher, scaled.merge, scaled.finetune, scaled.long):
         assert sorted({0, plan.epochs, *plan.milestones}) == [0, *plan.milestones, plan.epochs]
+
+
+def test_the_batch_size_is_the_experiments_or_the_recipes() -> None:
+    recipe = RECIPES["resnet20-cifar100"]()
+    assert isinstance(recipe, LoaderRecipe)
+    experiment = experiments.EXPERIMENTS["resnet20-cifar100"]
+    assert replace(experiment, batch_size=5).sized(recipe).batch_size == 5
+    assert replace(experiment, batch_size=None).sized(recipe).batch_size == recipe.batch_size
+    assert experiment.sized(recipe).scaled(experiment.budget).test_every == experiment.test_every
 
 
 def test_a_share_has_the_first_images_of_each_class(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.training import strategies
 from fastmerge.training.loader_estimate import estimate_run
-from fastmerge.training.loader_networks import Place, check_data
+from fastmerge.training.loader_place import Place, check_data
 from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.running import AnyRecipe, run_recipe, varied
 

@@ -23,7 +23,8 @@ from fastmerge.merging.estimate import (
     time_validation,
 )
 from fastmerge.merging.plan import MergePlan
-from fastmerge.training.loader_networks import Place, merge_numbers
+from fastmerge.training.loader_networks import merge_numbers
+from fastmerge.training.loader_place import Place
 from fastmerge.training.loader_recipe import LoaderRecipe, Plan
 from fastmerge.training.loader_results import TEACHERS
 from fastmerge.training.strategies import check_strategies

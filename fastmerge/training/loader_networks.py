@@ -2,125 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastmerge.data.loading import ImageLoaders, image_loaders
+from fastmerge.data.loading import ImageLoaders
 from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging import merge
 from fastmerge.merging.checks import check_checkpoints
-from fastmerge.merging.execution import Execution
 from fastmerge.merging.plan import MergePlan, describe_options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.stages import finetune
 from fastmerge.merging.state import MergeState
 from fastmerge.merging.trainer import Trainer
-from fastmerge.processes import Processes, share_of
+from fastmerge.processes import Processes
 from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
 from fastmerge.resuming.stop_requests import StopRequests
+from fastmerge.training.loader_place import Place
 from fastmerge.training.loader_recipe import LoaderRecipe, Plan
 from fastmerge.training.seeds import seed_for
 
 Tell = Callable[[str, EpochRecord, int], object]  # the stage, an epoch of it, and which of several networks
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and how a run's networks train.
-
-    Attributes:
-        data: image tree, CIFAR folder or .npz.
-        device: of the networks.
-        seed: of the run.
-        loader: "auto", "dali", "device" or "torch".
-        workers: that decode images; None is one per core.
-        autocast: dtype of mixed precision, or None.
-        on_bad_image: "raise" or "skip".
-        checkpoints: a directory, or None for none.
-        checkpoint_seconds: at least so many between two checkpoints.
-        resume: whether to go on from those that are there.
-        progress: whether to show a bar; None on a terminal.
-        execution: how steps are run.
-        group: the processes that train, where they are not all.
-    """
-
-    data: Path
-    device: torch.device
-    seed: int
-    loader: str = "auto"
-    workers: int | None = None
-    autocast: torch.dtype | None = None
-    on_bad_image: Any = "raise"
-    checkpoints: Path | None = None
-    checkpoint_seconds: float = 300.0
-    resume: bool = False
-    progress: bool | None = None
-    execution: Execution = field(default_factory=Execution)
-    group: Processes | None = None
-
-    @property
-    def processes(self) -> Processes:
-        """Those that train a network together."""
-        return Processes(self.device) if self.group is None else self.group
-
-    def loaders(self, recipe: LoaderRecipe, *path: int | str, planned: int | None = None) -> ImageLoaders:
-        """Loaders with an order and changes of their own.
-
-        Args:
-            recipe: the experiment.
-            path: names the network that they are for.
-            planned: processes to share the images with that are not there yet.
-
-        Raises:
-            ValueError, FileNotFoundError, ImportError: as :func:`~fastmerge.data.loading.image_loaders`, and where there
-                are more classes than the recipe has, or images without three channels.
-        """
-        rank, size = (self.processes.rank, self.processes.size) if planned is None else (0, planned)
-        made = image_loaders(
-            self.data,
-            share_of(recipe.batch_size, size, self.execution.accumulate),
-            image_size=recipe.image_size,
-            augmentation=recipe.augmentation,
-            loader=self.loader,
-            device=self.device,
-            seed=seed_for(self.seed, "images", *path),
-            workers=self.workers,
-            on_bad_image=self.on_bad_image,
-            shard=rank,
-            shards=size,
-        )
-        if made.classes > recipe.most_classes:
-            raise ValueError(
-                f"{recipe.name} needs images of at most {recipe.most_classes} classes; {self.data} has {made.classes}"
-            )
-        if made.channels != 3:
-            raise ValueError(f"{recipe.name} needs images of 3 channels; those of {self.data} have {made.channels}")
-        return made
-
-    def checkpoint(self, *path: int | str) -> Path | None:
-        """The directory for the checkpoints of one network or merge."""
-        return None if self.checkpoints is None else self.checkpoints / "-".join(map(str, path))
-
-
-def check_data(recipe: LoaderRecipe, path: Path | None) -> Path:
-    """Where the data is.
-
-    Raises:
-        ValueError: It was not said.
-    """
-    if path is None:
-        raise ValueError(
-            f"{recipe.name} needs data: a tree train/<class>/<image>, val/<class>/<image>, CIFAR's folder or an .npz"
-        )
-    return path
 
 
 def train_network(
@@ -153,22 +62,54 @@ def train_network(
         snapshots = Snapshots(directory, numbers.options() | others | fingerprints([network]))
         check_checkpoints(snapshots, place.resume)
     setting.place(network)
-    history, processes = History(1), place.processes
+    history = History(1)
+    with trainer_of(
+        recipe,
+        place,
+        loaders,
+        history,
+        " ".join(map(str, path)),
+        snapshots=snapshots,
+        note=lambda record: tell(str(path[0]), record, int(path[-1])),
+    ) as trainer:
+        finetune(network, numbers, plan.schedule, trainer)
+    return network.eval(), history
+
+
+@contextmanager
+def trainer_of(
+    recipe: LoaderRecipe,
+    place: Place,
+    loaders: ImageLoaders,
+    history: History,
+    title: str,
+    *,
+    snapshots: Snapshots | None = None,
+    note: Callable[[EpochRecord], object] | None = None,
+    validate: bool = True,
+) -> Iterator[Trainer]:
+    """What trains a stage of :mod:`fastmerge.merging.stages`.
+
+    Args:
+        recipe: the experiment.
+        place: where.
+        loaders: of the stage.
+        history: where its epochs go.
+        title: of the progress bar.
+        snapshots: its checkpoints, gone on from where the place says so; None for none.
+        note: called after every epoch.
+        validate: whether the networks are scored now and then.
+    """
+    processes = place.processes
+    setting = Setting(place.device, cross_entropy, place.autocast, channels_last=True)
     state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history, processes)
-    title, shown = " ".join(map(str, path)), place.progress if Processes(place.device).is_first else False
-
-    def note(record: EpochRecord) -> None:
-        tell(str(path[0]), record, int(path[-1]))
-
-    with (
-        StopRequests(enabled=snapshots is not None) as stop,
-        _Titled(title, shown) as bar,
-    ):
-        if place.resume:
+    shown = place.progress if Processes(place.device).is_first else False
+    with StopRequests(enabled=snapshots is not None) as stop, _Titled(title, shown) as bar:
+        if place.resume and snapshots is not None:
             state.load()
-        trainer = Trainer(
+        yield Trainer(
             loaders.train,
-            loaders.val,
+            loaders.val if validate else None,
             setting,
             history,
             state,
@@ -179,8 +120,6 @@ def train_network(
             note,
             val_every=recipe.test_every,
         )
-        finetune(network, numbers, plan.schedule, trainer)
-    return network.eval(), history
 
 
 def train_merge(

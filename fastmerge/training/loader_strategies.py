@@ -17,7 +17,7 @@ from fastmerge.merging.compiling import LOG
 from fastmerge.merging.execution import Execution
 from fastmerge.processes import Split
 from fastmerge.training import loader_networks
-from fastmerge.training.loader_networks import Place, check_data
+from fastmerge.training.loader_place import Place, check_data
 from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.loader_results import TEACHERS, Trained, accuracy_of, mean_curve, write
 from fastmerge.training.loader_teachers import split_for_teachers, train_teachers

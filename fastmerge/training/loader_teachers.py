@@ -11,7 +11,8 @@ from torch import nn
 from fastmerge.history import History
 from fastmerge.processes import Processes, Split
 from fastmerge.training import loader_networks
-from fastmerge.training.loader_networks import Place, Tell
+from fastmerge.training.loader_networks import Tell
+from fastmerge.training.loader_place import Place
 from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.loader_results import TEACHERS
 
