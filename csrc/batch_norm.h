@@ -24,11 +24,6 @@
 
 namespace fastmerge::batch_norm {
 
-constexpr int lanes = 16;  // channels that are worked on together
-typedef float Floats __attribute__((vector_size(lanes * sizeof(float))));
-typedef std::int32_t Bits __attribute__((vector_size(lanes * sizeof(float))));
-typedef std::uint16_t Halves __attribute__((vector_size(lanes * sizeof(std::uint16_t))));
-
 struct BFloat16 {
     std::uint16_t bits;
 };
@@ -49,10 +44,35 @@ FASTMERGE_INLINE void store_one(BFloat16* to, float value) {
     to->bits = value != value ? 0x7fc0 : static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// What a loop over channels works on: `lanes` channels at a time, or the last few one at a time.
+// Vectors of so many channels; a size that depends on a template's argument is no constant to the attribute.
+template <int lanes>
+struct Vectors;
+template <>
+struct Vectors<16> {
+    typedef float Floats __attribute__((vector_size(64)));
+    typedef std::int32_t Bits __attribute__((vector_size(64)));
+    typedef std::uint16_t Halves __attribute__((vector_size(32)));
+};
+template <>
+struct Vectors<8> {
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef std::int32_t Bits __attribute__((vector_size(32)));
+    typedef std::uint16_t Halves __attribute__((vector_size(16)));
+};
+template <>
+struct Vectors<4> {
+    typedef float Floats __attribute__((vector_size(16)));
+    typedef std::int32_t Bits __attribute__((vector_size(16)));
+    typedef std::uint16_t Halves __attribute__((vector_size(8)));
+};
+
+// What a loop over channels works on: several channels at a time, or one.
+template <int lanes>
 struct Wide {
+    using Floats = typename Vectors<lanes>::Floats;
+    using Bits = typename Vectors<lanes>::Bits;
+    using Halves = typename Vectors<lanes>::Halves;
     using Value = Floats;
-    static constexpr int width = lanes;
 
     static FASTMERGE_INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof to); }
     static FASTMERGE_INLINE void load(Floats& to, const BFloat16* from) {
@@ -71,18 +91,21 @@ struct Wide {
         std::memcpy(to, &halves, sizeof halves);
     }
     static FASTMERGE_INLINE void fill(Floats& to, float value) { to = Floats{} + value; }
+    static FASTMERGE_INLINE void clear_first(Floats& value, int count) {
+        std::memset(&value, 0, static_cast<std::size_t>(count) * sizeof(float));
+    }
     static FASTMERGE_INLINE void where_positive(Floats& value, const Floats& of) { value = of <= 0.0f ? Floats{} : value; }
 };
 
 struct Narrow {
     using Value = float;
-    static constexpr int width = 1;
 
     template <typename T>
     static FASTMERGE_INLINE void load(float& to, const T* from) { to = to_float(*from); }
     template <typename T>
     static FASTMERGE_INLINE void store(T* to, const float& value) { store_one(to, value); }
     static FASTMERGE_INLINE void fill(float& to, float value) { to = value; }
+    static FASTMERGE_INLINE void clear_first(float&, int) {}
     static FASTMERGE_INLINE void where_positive(float& value, const float& of) { value = of <= 0.0f ? 0.0f : value; }
 };
 
@@ -133,12 +156,23 @@ inline void for_each_chunk(const Chunks& chunks, std::int64_t threads, const Wor
     for (std::int64_t chunk = 0; chunk < count; ++chunk) work(chunk);
 }
 
-// Calls work(tag, channel) for all channels, `lanes` at a time and then one at a time.
+// Covers all channels by vectors of so many, or does nothing where there are fewer. The last vector ends with the last channel
+// and repeats what the one before it did.
+template <int lanes, typename Work>
+FASTMERGE_INLINE bool cover(std::int64_t channels, const Work& work) {
+    if (channels < lanes) return false;
+    std::int64_t channel = 0;
+    for (; channel + lanes <= channels; channel += lanes) work(Wide<lanes>{}, channel, 0);
+    if (channel < channels) work(Wide<lanes>{}, channels - lanes, lanes - static_cast<int>(channels - channel));
+    return true;
+}
+
+// Calls work(tag, channel, repeated) for all channels: the first `repeated` of a vector were in another call already. Several
+// passes over narrow slices of the rows cost more than a vector's last lanes for nothing.
 template <typename Work>
 FASTMERGE_INLINE void for_each_channel(std::int64_t channels, const Work& work) {
-    std::int64_t channel = 0;
-    for (; channel + lanes <= channels; channel += lanes) work(Wide{}, channel);
-    for (; channel < channels; ++channel) work(Narrow{}, channel);
+    if (cover<16>(channels, work) || cover<8>(channels, work) || cover<4>(channels, work)) return;
+    for (std::int64_t channel = 0; channel < channels; ++channel) work(Narrow{}, channel, 0);
 }
 
 // Mean and sum of squared distances from it, of the rows of one chunk.
@@ -147,7 +181,7 @@ FASTMERGE_FOR_EACH_CPU void chunk_statistics(const Chunks& chunks, std::int64_t 
     // The samples of a chunk follow one another, and so do the positions of a part of one.
     const std::int64_t first = chunks.first_sample(chunk) * chunks.positions + chunks.first_position(chunk);
     const std::int64_t count = chunks.rows_of(chunk);
-    for_each_channel(chunks.channels, [&](auto tag, std::int64_t c) __attribute__((always_inline)) {
+    for_each_channel(chunks.channels, [&](auto tag, std::int64_t c, int) __attribute__((always_inline)) {
         using V = decltype(tag);
         typename V::Value sums[4], value, distance, centre;
         for (auto& sum : sums) V::fill(sum, 0.0f);
@@ -227,7 +261,7 @@ FASTMERGE_FOR_EACH_CPU void chunk_normalize(const Chunks& chunks, std::int64_t c
                                             Rows<const T> residual, Gates gates, bool relu, Rows<T> y) {
     const std::int64_t first = chunks.first_position(chunk), last = chunks.last_position(chunk);
     for (std::int64_t sample = chunks.first_sample(chunk); sample < chunks.last_sample(chunk); ++sample) {
-        for_each_channel(chunks.channels, [&](auto tag, std::int64_t c) __attribute__((always_inline)) {
+        for_each_channel(chunks.channels, [&](auto tag, std::int64_t c, int) __attribute__((always_inline)) {
             using V = decltype(tag);
             typename V::Value mean, scale, bias, gate, value, more;
             V::load(mean, affine.mean + c);
@@ -270,7 +304,7 @@ FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk,
     std::fill(sums, sums + chunks.channels, 0.0f);
     std::fill(products, products + chunks.channels, 0.0f);
     for (std::int64_t sample = chunks.first_sample(chunk); sample < chunks.last_sample(chunk); ++sample) {
-        for_each_channel(chunks.channels, [&](auto tag, std::int64_t c) __attribute__((always_inline)) {
+        for_each_channel(chunks.channels, [&](auto tag, std::int64_t c, int repeated) __attribute__((always_inline)) {
             using V = decltype(tag);
             typename V::Value mean, scale, bias, gate, dy, distance, z, more, sum, product, of_gate;
             V::load(mean, affine.mean + c);
@@ -298,6 +332,8 @@ FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk,
                 if (call.dresidual) V::store(call.dresidual.at(row, c), dy);
             }
             if (of_gates) V::store(of_gates + (sample - chunks.first_sample(chunk)) * chunks.channels + c, of_gate);
+            V::clear_first(sum, repeated);
+            V::clear_first(product, repeated);
             typename V::Value before;
             V::load(before, sums + c);
             V::store(sums + c, before + sum);
@@ -313,7 +349,7 @@ FASTMERGE_FOR_EACH_CPU void chunk_dx(const Chunks& chunks, std::int64_t chunk, c
                                      const float* offset, const float* slope) {
     const std::int64_t first = chunks.first_position(chunk), last = chunks.last_position(chunk);
     for (std::int64_t sample = chunks.first_sample(chunk); sample < chunks.last_sample(chunk); ++sample) {
-        for_each_channel(chunks.channels, [&](auto tag, std::int64_t c) __attribute__((always_inline)) {
+        for_each_channel(chunks.channels, [&](auto tag, std::int64_t c, int) __attribute__((always_inline)) {
             using V = decltype(tag);
             typename V::Value mean, scale, bias, gate, dy, distance, z, more, shift, tilt;
             V::load(mean, affine.mean + c);

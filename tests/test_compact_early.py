@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 import fastmerge
 from architectures import BY_NAME, ZOO
 from compaction_paths import raw
+from fastmerge.narrowing.closing import fitting_multiple
 from fastmerge.wide.norms import WideBatchNorm
 from teachers import OPEN, make_teachers, relative_error
 
@@ -144,6 +145,40 @@ def test_the_least_that_stays_are_the_most_open() -> None:
         gate.loc[13] = OPEN
     big.compact(multiple=1)
     assert gate.candidates.tolist() == [*range(8), 13]
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+def test_widths_are_multiples_and_whoever_is_open_stays(multiple: int, link: bool) -> None:
+    big, x = merged("resnet_projected_shortcut", link)
+    close_gates(big)
+    whole = copy.deepcopy(big)
+    opened = {name: gate.loc.detach() > 0 for name, gate in big.gates.items()}
+    streams = 1 if link else 2  # linked, only the number in all counts
+    assert big.compact(multiple=multiple).total
+    for group in big.groups:
+        kept = big.gates[group.name].candidates
+        mask = (
+            torch.ones(2 * group.size, dtype=torch.bool)
+            if kept is None
+            else torch.isin(torch.arange(2 * group.size), kept)
+        )
+        assert mask[opened[group.name]].all()
+        widths, needed = mask.view(streams, -1).sum(1), opened[group.name].view(streams, -1).sum(1).max()
+        whole_width = 2 * group.size // streams
+        least = max(int(needed), -(-group.size // streams))
+        assert set(widths.tolist()) == {min(whole_width, -(-least // multiple) * multiple)}
+    with torch.no_grad():
+        assert relative_error(big.eval()(*x), whole.eval()(*x)) <= 1e-9
+
+
+def test_on_a_cpu_no_closed_channel_stays_for_a_round_number() -> None:
+    big, _ = merged("mlp", link=True)
+    close_gates(big)
+    exact = copy.deepcopy(big)
+    assert big.compact() == exact.compact(multiple=1)
+    assert exact.compact().total == 0
+    assert [fitting_multiple(torch.device(kind)) for kind in ("cpu", "cuda")] == [1, 8]
 
 
 @pytest.mark.parametrize(("multiple", "left"), [(1, 9), (2, 10), (4, 12), (16, 16), (32, 18)])

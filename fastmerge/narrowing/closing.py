@@ -38,6 +38,11 @@ class Compaction:
         return "\n".join(lines) or "nothing to drop"
 
 
+def fitting_multiple(device: torch.device) -> int:
+    """Of which the candidates that stay should be a multiple for steps to be fast: on a CPU each channel less saves time."""
+    return 8 if device.type == "cuda" else 1
+
+
 def choose(
     population: Population,
     gates: nn.ModuleDict,
