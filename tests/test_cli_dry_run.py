@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fastmerge.cli import main
 from fastmerge.merging.estimate import Estimate, Part
 from fastmerge.merging.estimate_table import describe
 from fastmerge.recipes import RECIPES
-from image_files import write_tree
+from image_files import spoil, write_tree
 from test_cli_merge import arguments, place  # noqa: F401 (a fixture)
 
 
@@ -54,8 +55,30 @@ def test_a_recipe_is_planned_and_nothing_is_trained(recipe, tmp_path, capsys) ->
         ("one-big: training", 36, 3),
         ("one-big: validation", 18, 3),
     ]
-    assert printed.startswith("loader device: ")
+    assert printed.startswith("21 images, whose headers can all be read\nloader device: ")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_every_image_is_looked_at(recipe, tmp_path, capsys) -> None:
+    """One that no timed step comes by."""
+    large = write_tree(tmp_path / "tree", train_ant=6, train_cat=6, val_ant=4, val_cat=40)
+    file = spoil(large / "val" / "cat" / "039.jpg", "truncated")
+    recipe[recipe.index("--data") + 1] = str(large)
+    words = [*recipe, "--strategy", "one", "--loader", "torch", "--workers", "1"]
+    assert main(words) == 2
+    assert f"{file} can't be read as an image" in capsys.readouterr().err
+    assert main([*words, "--on-bad-image", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"56 images, of which 1 can't be read and are left out:\n  {file}: ")
+
+
+def test_a_merge_looks_at_every_image_too(place, tree, tmp_path, capsys) -> None:  # noqa: F811
+    copied = shutil.copytree(tree, tmp_path / "tree")
+    spoil(copied / "train" / "ant" / "004.jpg", "text")
+    words = arguments()
+    words[words.index("--data") + 1] = str(copied)
+    assert main([*words, "--dry-run"]) == 2
+    assert "004.jpg can't be read as an image: it is of no image format" in capsys.readouterr().err
 
 
 def test_a_share_of_several_processes_is_timed(recipe, capsys) -> None:
@@ -65,6 +88,13 @@ def test_a_share_of_several_processes_is_timed(recipe, capsys) -> None:
     nbytes = 4 * sum(parameter.numel() for parameter in ddp_recipe.network(2, 1).parameters())
     seconds = 36 * 3 * nbytes / 1e6  # two processes send as much as there is, once per step
     assert f"up to {seconds:.2g} s more where gradients" in printed
+
+
+def test_the_batch_size_is_that_of_all_processes(recipe, capsys) -> None:
+    assert main([*recipe, "--strategy", "one", "--processes", "2", "--batch-size", "6"]) == 0
+    assert table(capsys.readouterr().out)[0] == ("one: training", 36, 2)  # 12 images in threes, by two
+    assert main([*recipe, "--processes", "2", "--batch-size", "5"]) == 2
+    assert "a batch of 5 can't be shared out evenly to 2 processes" in capsys.readouterr().err
 
 
 def test_messages_of_a_ring() -> None:

@@ -55,6 +55,29 @@ def test_a_run_writes_results_students_report_and_plots(tmp_path, monkeypatch, c
     assert capsys.readouterr().out.splitlines()[:5] == printed.splitlines()[:5]
 
 
+def test_the_batch_size_is_recorded_and_goes_on_with_the_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    out = str(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        "fastmerge.cli.run.run_recipe", lambda recipe, *_, **__: seen.append(recipe.batch_size) or stop()
+    )
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for words in (["digits", "--batch-size", "24"], ["--resume"], ["digits", "--batch-size", "25", "--resume"]):
+        main(["run", *words, "--out", out])
+    assert seen == [24, 24]
+    assert "is of a run with --batch-size 24, not 25" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run("digits", "--replicates", "1", "--strategy", "one", "--batch-size", "500", "--out", out) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["batch_size"] == 500
+    with pytest.raises(SystemExit):
+        run("digits", "--batch-size", "0")
+    assert "--batch-size: needs a whole number of at least 1; got '0'" in capsys.readouterr().err
+
+
 def test_sine_draws_what_each_strategy_learned(tmp_path):
     assert run("sine", "--replicates", "1", "--strategy", "one,bo3-big", "--out", str(tmp_path)) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -355,6 +355,11 @@ def test_variations() -> None:
     with pytest.raises(ValueError, match=r"compact_at, .* in 0\.\.1, 'settled' or None; got 3"):
         varied(loaders, compact_at=3.0)
     assert varied(recipe, link_at=0.5).link_at == 0.5
+    assert varied(recipe, batch_size=7) == replace(recipe, batch_size=7)
+    assert varied(loaders, batch_size=7) == replace(loaders, batch_size=7)
+    assert varied(recipe, paper=True, batch_size=7) == replace(RECIPES["digits"](), batch_size=7)
+    with pytest.raises(ValueError, match="batch_size of at least 1; got 0"):
+        varied(loaders, batch_size=0)
     assert varied(RECIPES["sine"](), gate_schedule="budget").gate_schedule == "budget"
     with pytest.raises(ValueError, match="leave them out, or --paper"):
         varied(recipe, paper=True, link_at=0.0)

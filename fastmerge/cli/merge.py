@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from fastmerge.checkpoints import TIMM, build_network, load_weights, save_weights
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import add_execution, compact_at, execution, integer, key_value
-from fastmerge.cli.planning import add_planning, check_planning, plan
+from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
@@ -139,6 +139,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         return
     check_device(device, nn.Identity())
     size = options.processes if options.dry_run else processes.size
+    images = checked_images(options) if options.dry_run else ""
     loaders = image_loaders(
         options.data,
         share_of(options.batch_size, size, options.accumulate),
@@ -160,7 +161,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         numbers = {name: value for name, value in chosen.items() if name not in ("channels_last", "seed")}
         setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
         found = estimate(teachers, loaders.train, loaders.val, setting, MergePlan(**numbers))
-        print(plan(options, loaders.why, found))
+        print(plan(options, images, loaders.why, found))
         return
     with contextlib.ExitStack() as closing:
         note = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from fastmerge.cli.arguments import integer
+from fastmerge.data.checking import check_images
 from fastmerge.merging.estimate import Estimate
 from fastmerge.merging.estimate_table import describe
 from fastmerge.processes import Processes
@@ -16,7 +18,11 @@ from fastmerge.processes import Processes
 
 def add_planning(add: Callable[..., None]) -> None:
     """Adds ``--dry-run`` and what goes with it."""
-    add("--dry-run", action="store_true", help="check everything, time a few steps, print the plan, and train nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything, every image's header too, time a few steps, print the plan, and train nothing",
+    )
     add(
         "--processes",
         type=integer(1),
@@ -53,14 +59,40 @@ def check_planning(options: argparse.Namespace, processes: Processes) -> None:
         pass
 
 
-def plan(options: argparse.Namespace, why: str, found: Estimate) -> str:
+def checked_images(options: argparse.Namespace) -> str:
+    """What the headers of the images say, in a sentence with a list of those that can't be read; empty for arrays.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`~fastmerge.data.checking.check_images`.
+    """
+    from tqdm import tqdm
+
+    with tqdm(desc="headers", unit="img", dynamic_ncols=True, disable=options.quiet or not sys.stderr.isatty()) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = check_images(options.data, options.on_bad_image, tell)
+    return "" if found is None else str(found)
+
+
+def plan(options: argparse.Namespace, images: str, why: str, found: Estimate) -> str:
     """What ``--dry-run`` prints.
+
+    Args:
+        options: of the command.
+        images: what :func:`checked_images` said.
+        why: which loader reads, and the reason.
+        found: from timed steps.
 
     Raises:
         ValueError: There is no room for the checkpoints in DIR.
     """
     check_room(options.out, found.kept)
-    return f"{why}\n\n{describe(found, options.processes, options.bandwidth * 1e9, options.accumulate)}"
+    return f"{images}\n{why}\n\n".lstrip() + describe(
+        found, options.processes, options.bandwidth * 1e9, options.accumulate
+    )
 
 
 def check_room(directory: Path, needed: int) -> None:

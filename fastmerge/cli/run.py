@@ -19,7 +19,7 @@ import torch
 
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import add_execution, compact_at, execution, fraction, integer, names
-from fastmerge.cli.planning import add_planning, check_planning, plan
+from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
 from fastmerge.data.loading import LOADERS
 from fastmerge.processes import Processes, join_processes, leave_processes
 from fastmerge.recipes import RECIPES
@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--replicates", type=integer(1), default=5, metavar="N", help="of each strategy; default 5")
     add("--budget", type=fraction, default=1.0, metavar="F", help="fraction of the recipe's epochs, 0..1; default 1")
+    add(
+        "--batch-size",
+        type=integer(1),
+        metavar="N",
+        help="images per step, of all processes that share a network; default the recipe's, as are the learning rates",
+    )
     add("--data", type=Path, metavar="PATH", help="image tree or .npz, for recipes that need one")
     add("--seed", type=integer(0), default=0, metavar="S", help="default 0")
     add(
@@ -91,6 +97,7 @@ def command(options: argparse.Namespace) -> None:
         link_at=options.link_at,
         gate_schedule=options.gate_schedule,
         compact_at=options.compact_at,
+        batch_size=options.batch_size,
     )
     by_itself = "cuda" if isinstance(recipe, LoaderRecipe) and torch.cuda.is_available() else "cpu"
     device, processes = join_processes(options.device or by_itself)
@@ -157,8 +164,9 @@ def _plan(options: argparse.Namespace, recipe: AnyRecipe, device: str) -> str:
         execution=execution(options),
     )
     shape = {"replicates": options.replicates, "budget": options.budget, "processes": options.processes}
+    images = checked_images(options)
     loaders, found = estimate_run(recipe, options.strategy, place, **shape)
-    return plan(options, loaders.why, found)
+    return plan(options, images, loaders.why, found)
 
 
 def _noting(log: EpochLog) -> Callable[[dict[str, Any]], None]:

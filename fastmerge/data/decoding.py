@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 OnBadImage = Literal["raise", "skip"]
+JPEG_END = b"\xff\xd9"
 ON_BAD_IMAGE: tuple[OnBadImage, ...] = ("raise", "skip")
 
 
@@ -83,12 +85,50 @@ def read_image(file: str, draft: tuple[int, int] | None = None) -> Image:
     """
     from PIL import Image, ImageOps
 
-    try:
+    with _named(file), Image.open(content(file)) as image:
+        if draft is not None:
+            image.draft("RGB", draft)
+        upright = ImageOps.exif_transpose(image)
+        return _rgb(upright)
+
+
+def check_header(file: str) -> None:
+    """Reads the header of an image file, and what its format has in the way of checksums, without decoding it.
+
+    Only a JPEG that doesn't end as JPEGs do, because it is cut off or something follows, is read whole.
+
+    Args:
+        file: Its path.
+
+    Raises:
+        BadImageError: It can't be opened, is none of the formats that Pillow reads, is cut off, or its header or a checksum
+            is damaged.
+        ImportError: Pillow is not installed.
+    """
+    from PIL import Image
+
+    with _named(file):
         with Image.open(content(file)) as image:
-            if draft is not None:
-                image.draft("RGB", draft)
-            upright = ImageOps.exif_transpose(image)
-            return _rgb(upright)
+            is_jpeg = image.format == "JPEG"
+            image.verify()
+        if not is_jpeg or _tail(file) == JPEG_END:
+            return
+    read_image(file)
+
+
+def _tail(file: str) -> bytes:
+    if isinstance(file, PackedFile):
+        return file.read()[-len(JPEG_END) :]
+    with open(file, "rb") as stream:
+        stream.seek(-len(JPEG_END), os.SEEK_END)
+        return stream.read()
+
+
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Whatever goes wrong in reading a file names it."""
+    try:
+        yield
     except MemoryError:
         raise
     except Exception as error:  # for damaged files Pillow's readers raise nearly anything, SyntaxError and KeyError too

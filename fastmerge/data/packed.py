@@ -153,7 +153,9 @@ def read_index(path: Path) -> tuple[list[str], dict[str, tuple[PackedFiles, NDAr
             splits[split] = PackedFiles(path, places), arrays[f"{split}_labels"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{index} is damaged ({error}); prepare the tree again") from error
-    for files, _ in splits.values():
+    for split, (files, labels) in splits.items():
+        if problem := _problem(files.places, labels, len(classes)):
+            raise ValueError(f"{index} is damaged ({split}: {problem}); prepare the tree again")
         for name, size in zip(files.places.tars, files.places.sizes.tolist(), strict=True):
             tar = path / name
             there = tar.stat().st_size if tar.is_file() else None
@@ -161,6 +163,26 @@ def read_index(path: Path) -> tuple[list[str], dict[str, tuple[PackedFiles, NDAr
                 found = "missing" if there is None else f"of {there} bytes"
                 raise ValueError(f"{tar} should have {size} bytes and is {found}; prepare the tree again")
     return classes, splits
+
+
+def _problem(places: Places, labels: NDArray[np.int64], classes: int) -> str:
+    """Why a split's index can't be right, or an empty string."""
+    counts = {len(places.shard), len(places.offset), len(places.length), len(places.ends), len(labels)}
+    if len(counts) > 1 or len(places.sizes) != len(places.tars):
+        return "its arrays differ in length"
+    if not len(labels):
+        return "it has no images"
+    if labels.min() < 0 or labels.max() >= classes:
+        return f"classes {labels.min()}..{labels.max()} of {classes}"
+    if places.shard.min() < 0 or places.shard.max() >= len(places.tars):
+        return "images in tar files that it doesn't name"
+    if (places.length <= 0).any() or (places.offset < 0).any():
+        return "images without bytes"
+    if (places.offset + places.length > places.sizes[places.shard]).any():
+        return "images beyond the end of their tar file"
+    if np.diff(places.ends, prepend=0).min() <= 0 or places.ends[-1] != len(places.names):
+        return "paths that don't fit"
+    return ""
 
 
 def index_arrays(

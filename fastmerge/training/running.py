@@ -25,14 +25,17 @@ def varied(
     link_at: float | None = None,
     gate_schedule: Any = None,
     compact_at: CompactAt = None,
+    batch_size: int | None = None,
 ) -> AnyRecipe:
-    """A recipe with other choices for its merge stage.
+    """A recipe with other choices for its merge stage, or another batch size in all stages.
 
     Args:
         recipe: the experiment.
         paper: takes the paper's: linked from the start, quadratic λ, no channels dropped before compression.
         link_at, gate_schedule, compact_at: as :func:`fastmerge.merge`; None is the recipe's own. A recipe in memory drops
             channels once, at that fraction.
+        batch_size: images per step, of each network; of all processes together where they share a network. Learning rates
+            stay as they are. None is the recipe's own.
 
     Raises:
         ValueError: the paper's choices and another are asked for, or one is out of range.
@@ -48,8 +51,12 @@ def varied(
         if compact_at == "settled":
             raise ValueError(f"{recipe.name} stacks its networks, which drop channels together: give a fraction")
         changes["compact_at"] = (compact_at,)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"a recipe needs a batch_size of at least 1; got {batch_size}")
     if paper:
         changes = {"link_at": 0.0, "gate_schedule": "quadratic", "compact_at": None}
+    if batch_size is not None:
+        changes["batch_size"] = batch_size
     return replace(recipe, **changes)
 
 

@@ -1,0 +1,143 @@
+"""What a look at the headers of all images finds, and what it leaves alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastmerge.data import checking, decoding
+from fastmerge.data.checking import check_images
+from fastmerge.data.decoding import BadImageError, bad_files
+from fastmerge.data.packed import INDEX
+from fastmerge.data.preparing import prepare
+from fastmerge.data.trees import find_trees
+from image_files import spoil, write_odd_images, write_tree
+
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "tree", train_ant=70, train_cat=6, val_ant=4, val_cat=5)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ["truncated", "last byte", "empty", "text", "header"])
+def test_each_kind_of_damage_is_found_by_name(tree: Path, split: str, kind: str) -> None:
+    file = spoil(tree / split / "ant" / "003.jpg", kind)
+    with pytest.raises(BadImageError, match=rf"{split}/ant/003.jpg can't be read as an image: .*; on_bad_image='skip'"):
+        check_images(tree)
+    found = check_images(tree, "skip")
+    assert found is not None
+    assert found.bad == bad_files([str(file)], 1)
+    assert found.files == 85
+
+
+def test_all_are_named_and_counted(tree: Path) -> None:
+    files = [spoil(tree / "train" / "ant" / f"{number:03}.jpg", "empty") for number in range(22)]
+    with pytest.raises(BadImageError, match=r"000.jpg .*: it is empty, and 21 more of 85 images can't; on_bad_image"):
+        check_images(tree)
+    found = check_images(tree, "skip")
+    assert found is not None
+    assert list(found.bad) == [str(file) for file in files]
+    lines = str(found).splitlines()
+    assert lines[0] == "85 images, of which 22 can't be read and are left out:"
+    assert lines[1] == f"  {files[0]}: it is empty"
+    assert lines[-1] == "  and 2 more"
+    assert len(lines) == 22
+
+
+def test_good_images_of_every_kind_are_let_through_without_decoding(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_odd_images(tree / "train" / "odd")
+    write_odd_images(tree / "val" / "odd")
+    decoded = []
+    read = decoding.read_image
+
+    def spy(file: str) -> Any:
+        decoded.append(Path(file).name)
+        return read(file)
+
+    monkeypatch.setattr(decoding, "read_image", spy)
+    told: list[tuple[int, int]] = []
+    found = check_images(tree, tell=lambda done, total: told.append((done, total)))
+    assert found is not None
+    assert str(found) == f"{85 + 24} images, whose headers can all be read"
+    assert told[-1] == (109, 109)
+    assert [done for done, _ in told] == [64, 109]
+    assert decoded == ["11_trailing.jpg"] * 2
+
+
+def test_arrays_are_read_anyway(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros(1))
+    assert check_images(tmp_path / "x.npz") is None
+
+
+def test_without_pillow_it_says_so(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking.importlib.util, "find_spec", lambda name: None)
+    found = check_images(tree)
+    assert str(found) == "85 images, whose headers were not read: that needs Pillow (pip install pillow)"
+
+
+def test_an_interrupt_ends_it_at_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during a look at a million files does not wait for the rest."""
+    looked: list[str] = []
+    monkeypatch.setattr(checking, "_CHUNK", 1)
+    monkeypatch.setattr(checking, "_THREADS", 1)
+    monkeypatch.setattr(checking, "cores", lambda: 1)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checking, "check_header", slow(looked))
+    with pytest.raises(KeyboardInterrupt):
+        check_images(tree, tell=interrupt)
+    assert len(looked) < 10
+
+
+def slow(looked: list[str]) -> Any:
+    def check(file: str) -> None:
+        looked.append(file)
+        time.sleep(0.02)
+
+    return check
+
+
+@pytest.fixture
+def packed(tree: Path, tmp_path: Path) -> Path:
+    prepare(tree, tmp_path / "packed", size=32, packed=True)
+    return tmp_path / "packed"
+
+
+def test_of_a_packed_tree_the_index_is_checked(packed: Path) -> None:
+    found = check_images(packed)
+    assert (
+        str(found)
+        == "85 images, whose headers were not read: they are packed, and packing read them; the index is whole"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("val_offset", lambda values: values + 2**20, "val: images beyond the end of their tar file"),
+        ("val_length", lambda values: values * 0, "val: images without bytes"),
+        ("train_shard", lambda values: values + 1, "train: images in tar files that it doesn't name"),
+        ("train_labels", lambda values: values + 1, r"train: classes 1\.\.2 of 2"),
+        ("train_labels", lambda values: values[1:], "train: its arrays differ in length"),
+        ("train_ends", lambda values: values[::-1], "train: paths that don't fit"),
+    ],
+)
+def test_an_index_that_can_not_be_right_is_refused(packed: Path, name: str, change: Any, problem: str) -> None:
+    with np.load(packed / INDEX) as file:
+        arrays = dict(file)
+    arrays[name] = change(arrays[name])
+    np.savez(packed / INDEX, **arrays)
+    for read in (check_images, find_trees):
+        with pytest.raises(ValueError, match=rf"packed.npz is damaged \({problem}\); prepare the tree again"):
+            read(packed)
