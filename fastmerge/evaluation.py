@@ -49,9 +49,13 @@ class Setting:
 
     def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
         """Runs network and criterion; returns (output, loss)."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.precision():
             output = network(*inputs)
             return output, self.criterion(output, target)
+
+    def precision(self) -> torch.autocast:
+        """A context with the precision that networks and the criterion run in."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _input(self, value: Tensor) -> Tensor:
         if self.channels_last and value.dim() == 4:

@@ -125,8 +125,8 @@ class GatedNetwork(nn.Module):
         self._population = Population.of(self.groups, self.num_teachers, self.gates)
         everyone = self.num_teachers * sum(group.size for group in self.groups)
         self._is_compacted = bool(self._population.total < everyone)  # here, for a compiler not to follow it
-        self._programs = Programs(analysis, self.network, self._population)
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
+        self._programs = Programs(analysis, self.network, self._population, self.linked)
 
     def _draw_gates(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         """All groups' gates side by side and, where some channel has none, a column of ones: (N or 1, columns)."""

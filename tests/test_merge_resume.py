@@ -58,7 +58,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(tmp_path):
     for calls, where in [
         (8, ("merge", 0, 2)),
         (12, ("merge", 2, 1)),
-        (16, ("finetune", 0, 2)),
+        (15, ("finetune", 0, 2)),
         (5, ("finetune", 0, 4)),
     ]:
         assert_killed(run_until, tmp_path, calls)

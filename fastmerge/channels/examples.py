@@ -62,7 +62,7 @@ def _failure(traced: TracedNetwork, inputs: tuple[Any, ...], keeps_batch: bool =
     with undisturbed(inputs):
         for mode in ("eval", "train"):
             try:
-                out = fx.Interpreter(traced.graph_module(mode)).run(*inputs)
+                out = fx.Interpreter(**traced.in_mode(mode)).run(*inputs)
             except Exception as error:  # whatever the user's forward raises on a wrong shape
                 return error
             sizes = [y.shape[0] for y in tree_leaves(out) if isinstance(y, Tensor) and y.dim()]

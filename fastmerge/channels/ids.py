@@ -23,6 +23,7 @@ from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_name
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule
 from fastmerge.channels.samples import find_sample_dims
+from fastmerge.channels.shapes import find_shapes
 from fastmerge.channels.tracing import TracedNetwork, module_path, tensor_at, undisturbed
 
 
@@ -61,7 +62,7 @@ class _IdInterpreter(fx.Interpreter):
 
     def __init__(self, traced: TracedNetwork, mode: str, ids: IdRun, names: dict[int, str]) -> None:
         self.graph_mode = mode
-        super().__init__(traced.graph_module(mode), garbage_collect_values=True)
+        super().__init__(**traced.in_mode(mode), garbage_collect_values=True)
         self.root = traced.root
         self.ids = ids
         self.names = names
@@ -165,7 +166,8 @@ def run_on_ids(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> IdReco
                 if isinstance(y, Tensor) and y in run.ids
             ]
     record.tensors = _used(traced, parameters)
-    record.sample_dims = find_sample_dims(traced, example_inputs)
+    record.shapes = find_shapes(traced, example_inputs)
+    record.sample_dims = find_sample_dims(traced, example_inputs, record.shapes)
     return record
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.layer_calls import LayerCall
+from fastmerge.channels.shapes import Shapes
 from fastmerge.channels.tracing import module_path
 
 NO_ID = -1
@@ -75,6 +76,7 @@ class IdRecord:
         outputs: ids in the network's outputs.
         nonlinear_nodes: (mode, node name) of operations that do not commute with a mean.
         reads: by (mode, node name) of a layer call, the ids of the channels it reads.
+        shapes: of every value in the graphs.
         sample_dims: by (mode, node name) of a layer call, the dimension of what it reads along which the samples lie.
         count: ids issued so far.
     """
@@ -91,6 +93,7 @@ class IdRecord:
     outputs: list[np.ndarray] = field(default_factory=list)
     nonlinear_nodes: set[tuple[str, str]] = field(default_factory=set)
     reads: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=dict)
     sample_dims: dict[tuple[str, str], int] = field(default_factory=dict)
     count: int = 0
 

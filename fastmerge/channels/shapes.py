@@ -14,8 +14,8 @@ Shapes = dict[tuple[str, str], tuple[int, ...]]
 class _ShapeInterpreter(fx.Interpreter):
     """Runs a graph and notes its values' shapes."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, traced: TracedNetwork, mode: str) -> None:
+        super().__init__(**traced.in_mode(mode))
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -37,7 +37,7 @@ def find_shapes(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> Shape
     """
     found: Shapes = {}
     for mode in traced.graphs:
-        interpreter = _ShapeInterpreter(traced.graph_module(mode))
+        interpreter = _ShapeInterpreter(traced, mode)
         with undisturbed(example_inputs):
             interpreter.run(*example_inputs)
         found.update({(mode, name): shape for name, shape in interpreter.shapes.items()})

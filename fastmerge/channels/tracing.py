@@ -29,10 +29,9 @@ class TracedNetwork:
     root: nn.Module
     graphs: dict[str, fx.Graph]
 
-    def graph_module(self, mode: str) -> fx.GraphModule:
-        """An executable view of one mode's graph over :attr:`root`, the root switched to that mode."""
-        self.root.train(mode == "train")
-        return fx.GraphModule(self.root, self.graphs[mode])
+    def in_mode(self, mode: str) -> dict[str, Any]:
+        """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`, the root switched to that mode."""
+        return {"module": self.root.train(mode == "train"), "graph": self.graphs[mode]}
 
 
 class _PathTracer(fx.Tracer):

@@ -76,7 +76,7 @@ class _Lowering:
         self.population, self.num_teachers = population, population.num_teachers
         self.streams = analysis.streams(mode, each)
         self.graph = fx.Graph()
-        self.wirings = {weight: wiring for weight, (_, wiring) in analysis.wirings().items()}
+        self.wirings = {weight: wiring for weight, (_, wiring) in analysis.wirings.items()}
         self.gates = self.graph.placeholder("gates")
         self.values = Values(self.graph, self.num_teachers)
         self.gate_calls: dict[fx.Node, fx.Node] = {}

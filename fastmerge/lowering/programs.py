@@ -37,21 +37,22 @@ class Programs:
     """The forwards of a big student, by (mode, each, joined).
 
     The mode is "train" or "eval"; *each* runs every teacher to its own output and takes the mean there, where that is another
-    one than the last layers' mean; *joined* keeps the streams in one tensor.
+    one than the last layers' mean; *joined* keeps the streams in one tensor, as linked networks do.
 
     Args:
         analysis: of the first teacher.
         network: the wide modules; gate modules are attached to it.
         population: the channels that are left.
+        linked: whether the network is, so that it needs none of the forwards of separate streams.
 
     Attributes:
         has_ungated_channels: whether layers read gated channels beside others that have no gate.
     """
 
-    def __init__(self, analysis: Analysis, network: nn.Module, population: Population) -> None:
+    def __init__(self, analysis: Analysis, network: nn.Module, population: Population, linked: bool) -> None:
         self._programs = {
             (mode, each, joined): _compiled(analysis, network, mode, population, each, joined)
-            for mode, each, joined in product(("train", "eval"), {False, analysis.each}, (False, True))
+            for mode, each, joined in product(("train", "eval"), {False, analysis.each}, {linked, True})
         }
         self._may_change_layout = not any(
             changes_reshaped(graph, analysis.traced.root, partial(lambda m, n: n in analysis.calls[m], mode))

@@ -123,14 +123,15 @@ def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: 
     shapes = ", ".join(str(tuple(value.shape)) for value in inputs)
     with torch.no_grad():
         try:
-            with torch.autocast(setting.device.type, setting.autocast, enabled=setting.autocast is not None):
+            with setting.precision():
                 output = probe(*on_device)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"the teachers can't read {name}'s inputs of shape {shapes}: {error}") from error
         if setting.criterion is cross_entropy and has_classes(output, target):
             _check_classes(name, target, output.shape[1])
         try:
-            _, loss = setting.apply(probe, on_device, target)
+            with setting.precision():
+                loss = setting.criterion(output, target)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             came = f"output {_describe(output)}, target {_describe(target)}"
             raise ValueError(f"the criterion failed on {name}'s first batch, {came}: {error}") from error

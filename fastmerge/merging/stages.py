@@ -42,7 +42,9 @@ def train_student(
         trainer.score("compressed", student)
     trainer.processes.check_same("student after compression", fingerprint(student))
     finetune(student, plan, schedule, trainer)
-    trainer.score("student", student)
+    history = trainer.history
+    known = history.stage("finetune")[-1].val if plan.finetune_epochs else history.borders.get("compressed")
+    trainer.score("student", student, known)
     return student.eval()
 
 
@@ -58,7 +60,7 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, train
         with big.open_gates():
             trainer.score("big student, gates open", big)
     learn_importance(big, plan.fitted(big, trainer.steps), trainer)
-    trainer.score("big student", big)
+    trainer.score("big student", big, trainer.history.stage("merge")[-1].val)
     trainer.history.kept = origins(big)
     return big.compress(in_place=True)  # the memory of both is worth more to the fine-tuning
 

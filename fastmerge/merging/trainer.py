@@ -67,10 +67,16 @@ class Trainer:
         self.val_every, self._stage_epochs = val_every, 0
         self._run = Steps(setting, execution, processes, bar)
 
-    def score(self, border: str, network: nn.Module) -> None:
-        """Scores a network at a border between stages, where there is validation data."""
+    def score(self, border: str, network: nn.Module, known: Score | None = None) -> None:
+        """Scores a network at a border between stages, where there is validation data.
+
+        Args:
+            border: Its name in the history.
+            network: The network.
+            known: Its score, where it was scored since it last changed.
+        """
         if self.val_loader is not None:
-            self.history.borders[border] = self._evaluate(network)
+            self.history.borders[border] = self._evaluate(network) if known is None else known
 
     def own_random_numbers(self) -> None:
         """Gives every process but the first a random state of its own, so that each draws other gates."""

@@ -34,6 +34,7 @@ class Analysis:
     each: bool = False
     names: dict[int, str] = field(init=False)
     calls: dict[str, dict[fx.Node, LayerCall]] = field(init=False)
+    _streams: dict[tuple[str, bool], frozenset[fx.Node]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = parameter_names(self.traced.root)
@@ -85,13 +86,18 @@ class Analysis:
             return not names.isdisjoint(self.stateful)
         return False
 
-    def streams(self, mode: str, each: bool = False) -> set[fx.Node]:
+    def streams(self, mode: str, each: bool = False) -> frozenset[fx.Node]:
         """The nodes whose value is T streams rather than one shared tensor.
 
         Args:
             mode: "train" or "eval".
             each: whether output layers give each teacher's own output instead of the mean.
         """
+        if (mode, each) not in self._streams:
+            self._streams[mode, each] = frozenset(self._find_streams(mode, each))
+        return self._streams[mode, each]
+
+    def _find_streams(self, mode: str, each: bool) -> set[fx.Node]:
         found: set[fx.Node] = set()
         for node in self.traced.graphs[mode].nodes:
             call = self.dense_call(mode, node)
@@ -106,8 +112,9 @@ class Analysis:
     @cached_property
     def paths(self) -> dict[str, str]:
         """Per weight name the path of its wide layer: layers that share a weight are one."""
-        return {weight: call.name for weight, (call, _) in self.wirings().items()}
+        return {weight: call.name for weight, (call, _) in self.wirings.items()}
 
+    @cached_property
     def wirings(self) -> dict[str, tuple[LayerCall, Wiring]]:
         """Per dense layer (by weight name) its first call and what it connects."""
         wirings: dict[str, tuple[LayerCall, Wiring]] = {}

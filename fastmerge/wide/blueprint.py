@@ -12,7 +12,7 @@ from fastmerge.channels.examples import infer_example_inputs
 from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import run_on_ids
-from fastmerge.channels.shapes import Shapes, find_shapes
+from fastmerge.channels.shapes import Shapes
 from fastmerge.channels.tracing import trace
 from fastmerge.validation import check_same_code, check_teachers
 from fastmerge.wide.analysis import Analysis
@@ -73,7 +73,7 @@ def build(teachers: Sequence[nn.Module], example_inputs: Any) -> tuple[Blueprint
         raise ValueError(
             f"{type(teachers[0]).__name__} has no hidden channels to choose among: there is nothing to merge"
         )
-    analysis = Analysis(traced, groups, find_shapes(traced, inputs))
+    analysis = Analysis(traced, groups, record.shapes)
     analysis.each = analysis.needs_each(record.nonlinear_nodes)
     network, layout = build_network(analysis, teachers)
     template = StudentTemplate(teachers[0], layout)

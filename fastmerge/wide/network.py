@@ -48,7 +48,7 @@ def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn
     """
     network, layout = nn.Module(), Layout()
     parameters = [dict(t.named_parameters()) for t in teachers]
-    for weight, (call, wiring) in analysis.wirings().items():
+    for weight, (call, wiring) in analysis.wirings.items():
         biases = None if call.bias is None else [p[call.bias].detach() for p in parameters]
         wide = WideLayer(
             call.geometry,

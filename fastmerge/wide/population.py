@@ -25,6 +25,7 @@ class Population:
         every = {group.name: torch.arange(num_teachers * group.size) for group in groups}
         self.candidates: dict[str, Tensor] = {name: left.get(name, all_of).cpu() for name, all_of in every.items()}
         self._rank = torch.cat([_rank(self.candidates[name], len(all_of)) for name, all_of in every.items()])
+        self._sizes = torch.tensor([group.size for group in groups])
         self._first = torch.tensor([0, *(len(all_of) for all_of in every.values())]).cumsum(0)
         self._first_column = torch.tensor([0, *(len(left) for left in self.candidates.values())]).cumsum(0)
 
@@ -49,9 +50,8 @@ class Population:
         -1 where the candidate was dropped, 0 for entries without a group.
         """
         group, place = torch.from_numpy(units.group), torch.from_numpy(units.place)
-        sizes = torch.tensor([group.size for group in self.groups])
         number = group.clamp(min=0)
-        candidate = torch.arange(self.num_teachers)[:, None] * sizes[number] + place
+        candidate = torch.arange(self.num_teachers)[:, None] * self._sizes[number] + place
         return torch.where(group >= 0, self._rank[self._first[number] + candidate], 0)
 
     def is_left(self, units: AxisUnits) -> Tensor:
