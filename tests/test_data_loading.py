@@ -56,6 +56,39 @@ def levels(images: torch.Tensor) -> torch.Tensor:
     return (images.float() * std + mean) * 255
 
 
+@pytest.mark.parametrize(
+    "loader", ["device", "torch", "torch with workers", "torch on arrays", "device on arrays", "dali"]
+)
+def test_other_batches_of_the_same_images(tree, arrays, loader: str) -> None:
+    """As those made anew; the loaders that they come from go on as if nothing had happened."""
+    on_arrays, kind = "arrays" in loader, loader.split()[0]
+    path = arrays if on_arrays else tree
+    options = {"image_size": None if on_arrays else SIZE, "augmentation": Augmentation(shift=1), "workers": 1}
+    options["workers"] *= kind == "dali" or "workers" in loader
+    first, alone = make(path, kind, **options), make(path, kind, **options)
+    before = iter(first.train)
+    batches = [next(before)]
+    for batch_size, seed, shard, shards in ((4, 7, 0, 1), (3, 3, 1, 2), (9, 1, 0, 2)):
+        others = first.again(batch_size, seed, shard, shards)
+        fresh = make(path, kind, batch_size, **options | {"seed": seed}, shard=shard, shards=shards)
+        for _ in range(2):  # epochs
+            for mine, theirs in ((others.train, fresh.train), (others.val, fresh.val)):
+                assert len(mine) == len(theirs)
+                assert mine.samples == theirs.samples
+                for (images, labels), (same, of_it) in zip(mine, theirs, strict=True):
+                    assert torch.equal(images, same)
+                    assert torch.equal(labels, of_it)
+    batches += before
+    for (images, _), (same, _) in zip(batches, alone.train, strict=True):
+        assert torch.equal(images, same)
+    assert (first.train.epoch, others.train.epoch) == (1, 2)
+    if kind == "device":  # once in memory
+        assert others.train.images.data_ptr() == first.train.images.data_ptr()
+        assert others.val.images.data_ptr() == first.val.images.data_ptr()
+    with pytest.raises(ValueError, match="images are too few for 50 shards"):
+        first.again(1, 0, 0, 50)
+
+
 # Two libraries round to 8 bits once each, which makes a level of 255 at most.
 PAIRS = [
     ("imagenet", "dali", 1.01),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from fastmerge import BigStudent
 from fastmerge.cli import main
+from fastmerge.data import folders, loading, making
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.merging import compiling
 from fastmerge.merging.execution import Execution
@@ -179,6 +181,38 @@ def test_the_seed_decides(tree: Path) -> None:
 
 def strip(strategies: dict) -> dict:
     return {name: strategy["values"] for name, strategy in strategies.items()}
+
+
+@pytest.mark.parametrize("loader", ["device", "torch"])
+def test_images_are_listed_and_read_once_in_a_run(tree: Path, monkeypatch: pytest.MonkeyPatch, loader: str) -> None:
+    """Not once for each network; where they stay on the device they are decoded once, too."""
+    counts: Counter[str] = Counter()
+
+    def counted(module, name: str):
+        original = getattr(module, name)
+
+        def count(*arguments):
+            counts[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, count)
+
+    counted(loading, "find_trees")
+    counted(folders, "read_trees")
+    monkeypatch.setattr(making, "read_trees", folders.read_trees)
+    strategies = run_small(tree, loader=loader, workers=0)["strategies"]
+    assert len(strategies) == 3
+    assert counts == {"find_trees": 1} | ({"read_trees": 1} if loader == "device" else {})
+
+
+def test_arrays_are_read_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = {f"{split}_images": np.zeros((12, 24, 24, 3), np.uint8) for split in ("train", "test")}
+    np.savez(tmp_path / "x.npz", **images, train_labels=np.arange(12) % 2, test_labels=np.arange(12) % 2)
+    reads: list[Path] = []
+    load = loading.load_npz
+    monkeypatch.setattr(loading, "load_npz", lambda path: reads.append(path) or load(path))
+    run_small(tmp_path / "x.npz")
+    assert reads == [tmp_path / "x.npz"]
 
 
 def test_the_test_images_are_looked_at_as_often_as_asked_for(tree: Path, tmp_path: Path) -> None:

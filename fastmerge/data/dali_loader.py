@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ class DaliLoader(EpochLoader):
         self.graph = graph
         self.device = torch.device("cpu") if graph.device_id is None else torch.device("cuda", graph.device_id)
         self._repair = Repair(files, graph, bad_images)
+        self._begin()
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.graph = replace(self.graph, batch_size=self.batches.batch_size)
         self._pipeline: Any = None
         self._fresh = True
         self._epoch = 0

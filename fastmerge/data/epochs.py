@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmerge.data.draws import order
+
+AnyLoader = TypeVar("AnyLoader", bound="EpochLoader")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,17 @@ class EpochLoader(ABC):
         if self.epoch == epoch:
             self.epoch += 1
 
+    def in_batches(self: AnyLoader, batches: Batches) -> AnyLoader:
+        """A loader of the same images in other batches, at its first epoch.
+
+        What this one holds of them, in memory or on a device, is not read again and is there once; both can be read at a
+        time.
+        """
+        other = copy.copy(self)
+        other.batches = batches
+        other._begin()
+        return other
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next pass reads."""
         if epoch < 0:
@@ -136,6 +150,10 @@ class EpochLoader(ABC):
                 f"the state is of a loader with seed {state['seed']}; this one has seed {self.batches.seed}"
             )
         self.set_epoch(state["epoch"])
+
+    def _begin(self) -> None:
+        """Makes anew what one loader alone goes on with."""
+        self.epoch = self._passes = 0
 
     @abstractmethod
     def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,20 @@ class ImageLoaders:
     loader: Loader
     why: str
     bad_images: BadImages
+
+    def again(self, batch_size: int, seed: int, shard: int = 0, shards: int = 1) -> ImageLoaders:
+        """Loaders of the same images that begin with the first epoch; arguments are those of :func:`image_loaders`.
+
+        Nothing is read again: images that these loaders hold are shared, so that a second pair takes no memory to speak of.
+
+        Raises:
+            ValueError: There are fewer images than shards, or a number is out of range.
+        """
+        train, val = (
+            loader.in_batches(replace(loader.batches, batch_size=batch_size, seed=seed, shard=shard, shards=shards))
+            for loader in (self.train, self.val)
+        )
+        return replace(self, train=train, val=val)
 
 
 def image_loaders(

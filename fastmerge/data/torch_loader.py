@@ -29,6 +29,10 @@ class TreeBatches(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
     def __init__(self, files: Sequence[str], size: int, augmentation: Augmentation, batches: Batches) -> None:
         self.files, self.size, self.augmentation, self.batches = files, size, augmentation, batches
 
+    def in_batches(self, batches: Batches) -> TreeBatches:
+        """The same files, in other batches."""
+        return TreeBatches(self.files, self.size, self.augmentation, batches)
+
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, dict[str, str]]:
         epoch, samples = key
         images, kept, bad = read_batch(
@@ -48,6 +52,10 @@ class ArrayBatches(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
         self.images = images
+
+    def in_batches(self, batches: Batches) -> ArrayBatches:
+        """Itself: it has no batches of its own."""
+        return self
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, dict[str, str]]:
         _, samples = key
@@ -80,14 +88,20 @@ class TorchLoader(EpochLoader):
         super().__init__(batches)
         self.labels, self.augmentation, self.finish = torch.from_numpy(labels), augmentation, finish
         self.bad_images = bad_images
-        self._keys = _Keys(batches)
+        self._source, self._workers = source, workers
+        self._begin()
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._source = self._source.in_batches(self.batches)
+        self._keys = _Keys(self.batches)
         self._loader: DataLoader[Any] = DataLoader(
-            source,
+            self._source,
             batch_size=None,  # a key is a batch
             sampler=self._keys,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=finish.device.type == "cuda",
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=self.finish.device.type == "cuda",
             collate_fn=_as_it_is,
             worker_init_fn=_leave_inherited_garbage,
         )

@@ -33,6 +33,7 @@ class Place:
         progress: whether to show a bar; None on a terminal.
         execution: how steps are run.
         group: the processes that train, where they are not all.
+        opened: the loaders that were made, by what they read: the images of a run are read once.
     """
 
     data: Path
@@ -48,6 +49,7 @@ class Place:
     progress: bool | None = None
     execution: Execution = field(default_factory=Execution)
     group: Processes | None = None
+    opened: dict[Any, ImageLoaders] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def processes(self) -> Processes:
@@ -55,7 +57,7 @@ class Place:
         return Processes(self.device) if self.group is None else self.group
 
     def loaders(self, recipe: LoaderRecipe, *path: int | str, planned: int | None = None) -> ImageLoaders:
-        """Loaders with an order and changes of their own.
+        """Loaders with an order and changes of their own, of images that are read when they are first asked for.
 
         Args:
             recipe: the experiment.
@@ -67,14 +69,21 @@ class Place:
                 are more classes than the recipe has, or images without three channels.
         """
         rank, size = (self.processes.rank, self.processes.size) if planned is None else (0, planned)
+        batch_size, seed = (
+            share_of(recipe.batch_size, size, self.execution.accumulate),
+            seed_for(self.seed, "images", *path),
+        )
+        key = (self.data, self.device, self.loader, recipe.image_size, recipe.augmentation)
+        if key in self.opened:
+            return self.opened[key].again(batch_size, seed, rank, size)
         made = image_loaders(
             self.data,
-            share_of(recipe.batch_size, size, self.execution.accumulate),
+            batch_size,
             image_size=recipe.image_size,
             augmentation=recipe.augmentation,
             loader=self.loader,
             device=self.device,
-            seed=seed_for(self.seed, "images", *path),
+            seed=seed,
             workers=self.workers,
             on_bad_image=self.on_bad_image,
             shard=rank,
@@ -86,6 +95,7 @@ class Place:
             )
         if made.channels != 3:
             raise ValueError(f"{recipe.name} needs images of 3 channels; those of {self.data} have {made.channels}")
+        self.opened[key] = made
         return made
 
     def checkpoint(self, *path: int | str) -> Path | None:
