@@ -1,10 +1,11 @@
-"""Writes the tables of README.md, docs/benchmarks.md, docs/data.md and docs/ablations.md from committed results: no figure in
-them is typed by hand.
+"""Writes the tables of README.md and of benchmarks.md, data.md, scaling.md and ablations.md in docs/ from committed results: no
+figure in them is typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. In README.md a
 block between ``<!-- results: NAME -->`` and ``<!-- end -->`` becomes the table of docs/results/NAME/results.json, one after
 ``<!-- coverage -->`` a summary of docs/coverage.json, one after ``<!-- benchmarks -->`` the targets with the results in
-benchmarks/results, and in docs/data.md one after ``<!-- loaders -->`` the loaders' figures there.
+benchmarks/results, in docs/data.md one after ``<!-- loaders -->`` the loaders' figures there, and in docs/scaling.md one after
+``<!-- hours -->`` how long ImageNet takes by them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
 
-from benchmarks import ablation_report, loader_tables, report  # noqa: E402
+from benchmarks import ablation_report, hours, loader_tables, report  # noqa: E402
 from fastmerge.reporting.results import read  # noqa: E402
 from fastmerge.reporting.tables import caption, results_table  # noqa: E402
 
@@ -25,7 +26,10 @@ README = DOCS.parent / "README.md"
 BENCHMARKS = DOCS / "benchmarks.md"
 ABLATIONS = DOCS / "ablations.md"
 DATA = DOCS / "data.md"
-_BLOCK = re.compile(r"(<!-- (results: (?P<name>[\w-]+)|coverage|benchmarks|loaders) -->\n).*?(<!-- end -->)", re.DOTALL)
+SCALING = DOCS / "scaling.md"
+_BLOCK = re.compile(
+    r"(<!-- (results: (?P<name>[\w-]+)|coverage|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def rendered(text: str) -> str:
@@ -38,7 +42,8 @@ def _content(kind: str, name: str | None) -> str:
         return _results(DOCS / "results" / name)
     if kind == "coverage":
         return _coverage()
-    return loader_tables.tables(report.load()) if kind == "loaders" else report.readme(report.load())
+    make = {"loaders": loader_tables.tables, "hours": hours.tables, "benchmarks": report.readme}[kind]
+    return make(report.load())
 
 
 def _results(run: Path) -> str:
@@ -68,6 +73,7 @@ def main() -> None:
         README: rendered(README.read_text(encoding="utf-8")),
         BENCHMARKS: report.page(report.load()),
         DATA: rendered(DATA.read_text(encoding="utf-8")),
+        SCALING: rendered(SCALING.read_text(encoding="utf-8")),
         ABLATIONS: ablation_report.page(ablation_report.load()),
     }
     if "--check" in sys.argv[1:]:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +23,21 @@ pytestmark = [
 ]
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fastmerge",
-    ]
+def begin(*words: str) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastmerge"]
     paths = os.pathsep.join([str(Path(__file__).parent.parent), os.getcwd()])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *launcher, *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess:
+    process = begin(*words)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def test_merge_by_two_processes(place):  # noqa: F811
@@ -54,6 +57,40 @@ def test_merge_by_two_processes(place):  # noqa: F811
     alone = json.loads(Path("one/history.json").read_text())
     for border in ("teacher 0", "big student, gates open"):  # uneven shards of 20 images, every image once
         assert history["borders"][border] == pytest.approx(alone["borders"][border], rel=1e-5)
+
+
+def test_the_same_line_goes_on_after_a_sigterm(place):  # noqa: F811
+    """What a cluster does at a time limit, and its requeued job: --resume is there from the beginning."""
+    words = [*arguments(), "--merge-epochs", "1000", "--finetune-epochs", "1", "--resume"]
+    process = begin(*words)
+    wait_for_epochs(process, 3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "go on with: torchrun --nproc-per-node 2 -m fastmerge merge --out out --resume" in err
+    assert len(list(Path("out/checkpoints").glob("*.safetensors"))) == 1
+    before = epochs_in_log()
+    process = begin(*words)
+    try:
+        wait_for_epochs(process, len(before) + 1)
+        assert epochs_in_log()[: len(before) + 1] == [*before, before[-1] + 1]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def wait_for_epochs(process: subprocess.Popen, count: int) -> None:
+    deadline = time.monotonic() + 200
+    while len(epochs_in_log()) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def epochs_in_log() -> list[int]:
+    log = Path("out/log.jsonl")
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line)["epoch"] for line in lines if line.endswith("\n")]
 
 
 def test_bad_input_is_told_once(place):  # noqa: F811

@@ -1,0 +1,182 @@
+"""docs/scaling.md's hours of the ImageNet recipe, from the committed JSON of runs of bench_step.py on a GPU.
+
+A stage takes ``epochs · steps · s`` on one GPU, with the ``s`` of a step of the recipe's batch as it was measured. P GPUs take
+at best a P-th of it, and at worst, as far as messages go, ``epochs · steps · 2 (P - 1) / P · gradients / bandwidth`` longer.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks import names
+from benchmarks.report import machine
+from benchmarks.results import Contenders, cases
+from fastmerge.big_student import BigStudent
+from fastmerge.merging.estimate import Part
+from fastmerge.recipes import OVER_LOADERS
+from fastmerge.reporting.tables import table
+from fastmerge.training.loader_recipe import LoaderRecipe
+from fastmerge.training.loader_results import TEACHERS
+
+RECIPE = "resnet18-imagenet"
+IMAGES, CLASSES = 1_281_167, 1000  # ImageNet-1k's training images
+LATE = 0.25  # of the merge stage before linking, where it is not the recipe's
+GPUS = (1, 8, 64)
+BANDWIDTH = 1e10  # bytes per second that a GPU sends, the default of --bandwidth
+NONE = (
+    "Not measured yet: no GPU has run it. `make gpu OUT=folder` on a machine with one times the steps; with its JSON in "
+    "benchmarks/results, `make docs` puts the hours here."
+)
+_LOADERS = (names.DALI, names.DALI_PACKED, names.DATALOADER, names.DATALOADER_PACKED)
+
+
+def tables(runs: dict[str, dict[str, Any]]) -> str:
+    """A table for every run and precision whose steps are those of the recipe.
+
+    Args:
+        runs: as :func:`benchmarks.report.load` reads them.
+    """
+    recipe = OVER_LOADERS[RECIPE]()
+    pattern = f"step, resnet18 {recipe.image_size}px batch {recipe.batch_size} * cuda"
+    found = []
+    for run in runs.values():
+        every = cases(run)
+        for case in fnmatch.filter(every, pattern):
+            steps = {name: statistics.median(c["samples"]) for name, c in every[case].items() if c.get("samples")}
+            if any(name in steps for name in (names.TEACHERS, names.UNLINKED, names.LINKED)):
+                found.append(_section(recipe, case, every[case], steps, every, run))
+    return "\n\n".join(found) or NONE
+
+
+def _section(
+    recipe: LoaderRecipe,
+    case: str,
+    contenders: Contenders,
+    steps: dict[str, float],
+    every: dict[str, Contenders],
+    run: dict[str, Any],
+) -> str:
+    header = ["part", "epochs", "images/s", "memory", *(f"{_gpus(count)}, hours" for count in GPUS)]
+    measured = _parts(recipe, steps)
+    rows = [_row(recipe, contenders, name, part, who) for name, (part, who) in measured.items()]
+    rows += [[name, *_whole(parts)] for name, parts in _wholes(recipe, measured).items()]
+    text = (
+        f"A step of {recipe.batch_size} images in {case.split()[-2]} as it was measured on one GPU, with its peak of memory, "
+        "times the steps of each part. For several GPUs the first number supposes that a share of the batch takes its share of "
+        "the time, which small shares do not, and that messages are hidden behind the backward pass; the second that none is, "
+        f"at {BANDWIDTH / 1e9:g} GB/s. Validation and starting up are not in it."
+    )
+    return "\n\n".join([text, table(header, rows, markdown=True), *_reading(recipe, every), machine(run)])
+
+
+def _parts(recipe: LoaderRecipe, steps: dict[str, float]) -> dict[str, tuple[Part | None, str]]:
+    """By name, parts and the contenders that were timed for them; a part is None where its step was not measured."""
+    nbytes = _gradients(recipe)
+    one, merge = nbytes[names.TEACHERS], recipe.merge.epochs
+    made = {
+        "teachers": (TEACHERS * recipe.teacher.epochs, names.TEACHERS, one),
+        "merge, linked": (merge, names.LINKED, nbytes[names.LINKED]),
+        "merge, block-diagonal": (merge, names.UNLINKED, nbytes[names.UNLINKED]),
+        "merge, naive dense": (merge, names.NAIVE, nbytes[names.LINKED]),
+        "fine-tune": (recipe.finetune.epochs, names.TEACHERS, one),
+    }
+    count = -(-IMAGES // recipe.batch_size)
+    found: dict[str, tuple[Part | None, str]] = {}
+    for name, (epochs, who, gradients) in made.items():
+        seconds = _seconds(steps, who, TEACHERS if who == names.TEACHERS else 1)
+        found[name] = (None if seconds is None else Part(name, epochs, count, seconds, gradients), who)
+    return found
+
+
+def _wholes(recipe: LoaderRecipe, measured: dict[str, tuple[Part | None, str]]) -> dict[str, list[Part | None]]:
+    """The parts of a student, at the recipe's time of linking and at a later one, and of one network for all epochs."""
+    parts = {name: part for name, (part, _) in measured.items()}
+    before = round(LATE * recipe.merge.epochs)
+    late = [
+        _for_epochs(parts["merge, block-diagonal"], before),
+        _for_epochs(parts["merge, linked"], recipe.merge.epochs - before),
+    ]
+    return {
+        f"student, in all (`--link-at {recipe.link_at:g}`)": [
+            parts["teachers"],
+            parts["merge, linked"],
+            parts["fine-tune"],
+        ],
+        f"student, in all (`--link-at {LATE:g}`)": [parts["teachers"], *late, parts["fine-tune"]],
+        "`one`, for comparison": [_for_epochs(parts["teachers"], recipe.long.epochs)],
+    }
+
+
+def _for_epochs(part: Part | None, epochs: int) -> Part | None:
+    return None if part is None else replace(part, epochs=epochs)
+
+
+def _seconds(steps: dict[str, float], name: str, networks: int = 1) -> float | None:
+    return steps[name] / networks if name in steps else None
+
+
+def _gradients(recipe: LoaderRecipe) -> dict[str, int]:
+    """Bytes of a step's gradients."""
+    teachers = [recipe.make_network(CLASSES, 1) for _ in range(TEACHERS)]
+    big = BigStudent(*teachers, example_inputs=torch.zeros(2, 3, 64, 64))
+    found = {names.TEACHERS: _bytes(teachers[0]), names.UNLINKED: _bytes(big)}
+    big.link()
+    return found | {names.LINKED: _bytes(big)}
+
+
+def _bytes(network: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def _row(recipe: LoaderRecipe, contenders: Contenders, name: str, part: Part | None, who: str) -> list[str]:
+    peak = contenders.get(who, {}).get("peak_bytes")
+    memory = f"{peak / 2**30:.1f} GiB" if peak else "–"
+    rate = "not measured" if part is None else f"{recipe.batch_size / part.seconds:.0f}"
+    epochs = "–" if part is None else str(part.epochs)
+    return [name, epochs, rate, memory, *_hours([part])]
+
+
+def _whole(parts: Sequence[Part | None]) -> list[str]:
+    epochs = "–" if None in parts else str(sum(part.epochs for part in parts if part is not None))
+    return [epochs, "–", "–", *_hours(parts)]
+
+
+def _hours(parts: Sequence[Part | None]) -> list[str]:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return ["–"] * len(GPUS)
+    found = []
+    for count in GPUS:
+        best = sum(part.total or 0 for part in known) / count / 3600
+        worst = best + sum(part.messages(count, BANDWIDTH) for part in known) / 3600
+        found.append(f"{best:.2g}" if count == 1 else f"{best:.2g} to {worst:.2g}")
+    return found
+
+
+def _reading(recipe: LoaderRecipe, every: dict[str, Contenders]) -> list[str]:
+    """What the machine's loaders gave, which no stage can be faster than."""
+    of_loaders = every.get(f"data, prepared to {recipe.image_size}px cuda", {})
+    rates = {
+        name: of_loaders[name]["items"] / statistics.median(of_loaders[name]["samples"])
+        for name in _LOADERS
+        if of_loaders.get(name, {}).get("samples")
+    }
+    if not rates:
+        return []
+    best = max(rates, key=rates.__getitem__)
+    epochs = recipe.epochs
+    return [
+        f"Reading is not in it either: on that machine {best} gave {rates[best]:.0f} prepared images per second to one GPU, so "
+        f"that a part with more images/s is slowed down to it, and {epochs} epochs take no less than "
+        f"{epochs * IMAGES / rates[best] / 3600:.2g} hours there."
+    ]
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count > 1)}"
