@@ -1,4 +1,7 @@
-"""Training steps before and after early compaction: linked and unlinked, with a quarter or half of the candidates closed."""
+"""Training steps before and after early compaction: linked and unlinked, with a quarter or half of the candidates closed.
+
+Before linking all teachers keep as many as the one with the most open, so that less is dropped than is closed.
+"""
 
 from __future__ import annotations
 

@@ -1,145 +1,135 @@
-"""The whole merge stage, at a fixed number of steps: ``fastmerge.merge`` against the same stage of the naive dense network.
+"""The whole merge stage: ``fastmerge.merge`` against the same stage of the naive dense network, and how good the students are.
 
-Both build the wide network and train it and its gates for the same steps on the same batches; fastmerge also compresses it. No
-accuracy is compared here: the batches are random, and so few steps leave the gates where they are. For ``compact_at`` they are
-therefore closed by hand at the end of each epoch, as many as would have closed by then if equally many did in each epoch and
-1/T of them stayed open. ``step_seconds`` of a contender are its seconds per step in each epoch, what happens between epochs
-left out: medians over the rounds.
+Timed is what lies between two trained teachers and the end of the stage; of fastmerge, compression too. Rounds differ in the
+order of the batches and in the gates that are drawn, which a seed fixes for all contenders. What becomes of each student is
+found out between the timed stages, see ``MergeTask``. In the JSON, by contender:
+
+* ``step_seconds``: seconds of a step in each epoch, medians over the rounds;
+* ``fixed_seconds``: of each round, what the stage took outside of its epochs;
+* ``accuracies``: of each round's student, after its fine-tuning;
+* ``dropped``: of each round, the share of channels that early compaction dropped.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor, nn
 
-import fastmerge
 from benchmarks import names
-from benchmarks.baselines.naive_dense import naive_dense
-from benchmarks.bench_compact import close_gates
 from benchmarks.cases import Case, parameters
 from benchmarks.effort import Effort
+from benchmarks.learnable import TimedBatches
+from benchmarks.merge_task import MergeTask
 from benchmarks.race import Contender, race
-from benchmarks.steps import Step
-from fastmerge.merging import stages
 
-# Epochs and batches of each epoch, by case.
-STAGES = {
-    Case("resnet18", 256, 224, "bf16", "cuda"): (4, 25),
-    Case("resnet20", 128, 32, "bf16", "cuda"): (4, 100),
-    Case("resnet20", 32, 32): (4, 2),
-    Case("lenet", 128, 28): (4, 5),
+ROUNDS = 5
+TASKS = {
+    task.case: task
+    for task in (
+        MergeTask(Case("resnet18", 256, 224, "bf16", "cuda"), 4, 15, teacher_epochs=4, finetune_epochs=2),
+        MergeTask(Case("resnet20", 128, 32, "bf16", "cuda"), 6, 25, teacher_epochs=5, finetune_epochs=3),
+        MergeTask(Case("resnet20", 32, 16), 6, 7, teacher_epochs=8, finetune_epochs=5, test=500),
+        MergeTask(Case("lenet", 128, 28), 5, 9, teacher_epochs=15, finetune_epochs=3),
+    )
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "merge, link_at=0.25": {"link_at": 0.25},
-    "merge, link_at=1": {"link_at": 1.0},
-    names.MERGE_COMPACTED: {"compact_at": 0.0},
-    "merge, link_at=0.25, compact_at=0": {"link_at": 0.25, "compact_at": 0.0},
+    names.MERGE_LINKED_LATE: {"link_at": 0.5},
+    names.MERGE_COMPACTED: {"link_at": 0.5, "compact_at": 0.0},
     names.MERGE: {},
 }
 
 
-class TimedBatches:
-    """One batch again and again, as a loader that times the passes over it.
+def options_of(case: Case) -> dict[str, dict[str, Any] | None]:
+    """Of ``fastmerge.merge``, by contender; None is the naive network.
+
+    Stages on a CPU are so short that no gate closes for good: what early compaction is worth there, ``bench_compact`` says.
+    """
+    left_out = () if case.device == "cuda" else (names.MERGE_COMPACTED,)
+    return {names.NAIVE: None, **{name: options for name, options in OPTIONS.items() if name not in left_out}}
+
+
+class Stages:
+    """One contender's stages, each with a seed of its own: their number.
+
+    Args:
+        task: what is trained.
+        options: of ``fastmerge.merge``; None for the naive network.
 
     Attributes:
-        seconds: per step, of each whole pass so far; the device's work included, which is waited for before and after a pass.
+        loaders: of the stages so far, with the seconds of their epochs.
+        accuracies: of the students of all stages but the last, until :meth:`settle`.
+        dropped: the share of channels that left early, by stage.
     """
 
-    def __init__(self, batch: tuple[Tensor, Tensor], count: int) -> None:
-        self.batch, self.count = batch, count
-        self.seconds: list[float] = []
+    def __init__(self, task: MergeTask, options: dict[str, Any] | None) -> None:
+        self.task, self.options = task, options
+        self.loaders: list[TimedBatches] = []
+        self.accuracies: list[float] = []
+        self.dropped: list[float] = []
+        self._result: Any = None
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        start = self._now()
-        for _ in range(self.count):
-            yield self.batch
-        self.seconds.append((self._now() - start) / self.count)
-
-    def _now(self) -> float:
-        if self.batch[0].is_cuda:
+    def run(self) -> None:
+        """The next stage; returns when the device is done."""
+        seed = len(self.loaders)
+        torch.manual_seed(seed)
+        batches = self.task.batches(seed)
+        if self.options is None:
+            self._result, dropped = self.task.naive(batches), 0.0
+        else:
+            self._result, dropped = self.task.merged(batches, **self.options)
+        if self.task.case.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        self.dropped.append(dropped)
+        self.loaders.append(batches)
+
+    def settle(self) -> None:
+        """Finds out how good the last stage's student is, unless it is known."""
+        if self._result is None:
+            return
+        student = self.task.student_of(self._result) if self.options is None else self._result
+        self._result = None
+        self.accuracies.append(self.task.accuracy(student, len(self.accuracies)))
+
+    def facts(self, samples: list[float]) -> dict[str, Any]:
+        """What is known of the stages that the samples are of, the last ones.
+
+        Args:
+            samples: the stages' seconds.
+        """
+        skipped = len(self.loaders) - len(samples)
+        passes = [loader.seconds for loader in self.loaders[skipped:]]
+        return {
+            "step_seconds": [statistics.median(epoch) / self.task.steps for epoch in zip(*passes, strict=True)],
+            "fixed_seconds": [whole - sum(epochs) for whole, epochs in zip(samples, passes, strict=True)],
+            "accuracies": self.accuracies[skipped:],
+            "dropped": self.dropped[skipped:],
+        }
 
 
-class ClosingBigStudent(fastmerge.BigStudent):
-    """Has closed gates whenever it is compacted, more each time.
-
-    Attributes:
-        epochs: of the stage; all but the last end with a compaction.
-    """
-
-    epochs = 1
-    _done = 0
-
-    def compact(self, *arguments: Any, **options: Any) -> Any:
-        self._done += 1
-        close_gates(self, (1 - 1 / self.num_teachers) * self._done / self.epochs)
-        return super().compact(*arguments, **options)
-
-
-def naive_stage(case: Case, epochs: int, loader: TimedBatches) -> None:
-    step = Step(case, [case.place(naive_dense(case.make_teachers())).train()])
-    for _ in range(epochs):
-        for _ in loader:
-            step()
-
-
-def fastmerge_stage(case: Case, epochs: int, loader: TimedBatches, **options: Any) -> None:
-    def closing(*teachers: nn.Module, **arguments: Any) -> ClosingBigStudent:
-        big = ClosingBigStudent(*teachers, **arguments)
-        big.epochs = epochs
-        return big
-
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # so few steps leave the gates where they are
-        patch.setattr(stages, "BigStudent", closing)
-        fastmerge.merge(
-            case.make_teachers(),
-            loader,
-            merge_epochs=epochs,
-            finetune_epochs=0,
-            lr=1e-3,
-            autocast=None if case.precision == "fp32" else case.dtype,
-            channels_last=True,
-            progress=False,
-            **options,
-        )
-
-
-@pytest.mark.parametrize("case", parameters(list(STAGES)))
+@pytest.mark.parametrize("case", parameters(list(TASKS)))
 def bench_merge(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None:
+    task = TASKS[case]
     benchmark.group = benchmark.extra_info["case"] = f"merge, {case.name}"
-    epochs, batches = STAGES[case]
-    facts = {"items": epochs * batches * case.batch, "epochs": epochs, "steps": epochs * batches}
-    loaders = {name: TimedBatches(case.make_batch(), batches) for name in (names.NAIVE, *OPTIONS)}
+    steps = task.epochs * task.steps
+    facts = {"items": steps * case.batch, "epochs": task.epochs, "steps": steps}
+    stages = {name: Stages(task, options) for name, options in options_of(case).items()}
 
-    def maker(stage: Callable[[], None]) -> Callable[[], Contender]:
-        return lambda: Contender(stage, facts)
+    def maker(own: Stages) -> Callable[[], Contender]:
+        def make() -> Contender:
+            assert task.teachers  # trained before anything is timed
+            return Contender(own.run, facts, check=own.settle, before=own.settle)
 
-    makers = {names.NAIVE: maker(lambda: naive_stage(case, epochs, loaders[names.NAIVE]))}
-    for name, options in OPTIONS.items():
-        loader = loaders[name]
-        makers[name] = maker(lambda loader=loader, options=options: fastmerge_stage(case, epochs, loader, **options))
+        return make
+
+    makers = effort.chosen({name: maker(own) for name, own in stages.items()})
     try:
-        race(benchmark, effort.chosen(makers), 5, warmup=1, seconds=effort.seconds)
+        race(benchmark, makers, ROUNDS, warmup=0, seconds=effort.seconds)
     finally:  # an interrupted race keeps its samples
         for name, contender in benchmark.extra_info.get("contenders", {}).items():
             if contender.get("samples"):
-                contender["step_seconds"] = by_epoch(loaders[name].seconds, epochs, len(contender["samples"]))
-
-
-def by_epoch(seconds: list[float], epochs: int, rounds: int) -> list[float]:
-    """The median over the last rounds of each epoch's seconds; a round that was interrupted is none."""
-    timed = seconds[: len(seconds) // epochs * epochs][-epochs * rounds :]
-    return [statistics.median(timed[epoch::epochs]) for epoch in range(epochs)]
+                contender |= stages[name].facts(contender["samples"])

@@ -7,6 +7,7 @@ samples count, and the benchmarks of one group are the contenders of one case.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,24 @@ MEASURES = {TIME: "samples", "activation memory": "activation_bytes", "peak memo
 
 
 @dataclass(frozen=True)
+class Gap:
+    """By how much one contender's networks are better than another's.
+
+    Attributes:
+        mean: of the differences of their accuracies over pairs, which began alike.
+        error: the standard error of that mean.
+    """
+
+    mean: float
+    error: float
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether they are worse beyond chance: by more than two standard errors."""
+        return self.mean < -2 * self.error
+
+
+@dataclass(frozen=True)
 class Ratio:
     """One contender's figure over another's.
 
@@ -27,12 +46,14 @@ class Ratio:
         value: the median over the pairs of samples; of figures without samples, their ratio.
         low, high: the quartiles over the pairs.
         n: pairs.
+        gap: by how much the denominator's networks are better, where their accuracies are known.
     """
 
     value: float
     low: float
     high: float
     n: int
+    gap: Gap | None = None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -72,9 +93,19 @@ def ratio(contenders: Contenders, numerator: str, denominator: str, measure: str
         return None
     if not isinstance(above, list):
         return Ratio(above / below, above / below, above / below, 1)
+    gap = accuracy_gap(contenders, denominator, numerator)
     if len(above) == len(below):
-        return _summary([a / b for a, b in zip(above, below, strict=True)])
-    return _summary([statistics.median(above) / statistics.median(below)])
+        return _summary([a / b for a, b in zip(above, below, strict=True)], gap)
+    return _summary([statistics.median(above) / statistics.median(below)], gap)
+
+
+def accuracy_gap(contenders: Contenders, name: str, reference: str) -> Gap | None:
+    """How a contender's ``accuracies`` differ from a reference's, or None with fewer than two pairs."""
+    own, others = (contenders.get(each, {}).get("accuracies") or [] for each in (name, reference))
+    gaps = [a - b for a, b in zip(own, others, strict=False)]  # of an interrupted race one may be a pair ahead
+    if len(gaps) < 2:
+        return None
+    return Gap(statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps)))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -85,6 +116,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _summary(values: list[float]) -> Ratio:
+def _summary(values: list[float], gap: Gap | None) -> Ratio:
     low, middle, high = quartiles(values)
-    return Ratio(middle, low, high, len(values))
+    return Ratio(middle, low, high, len(values), gap)

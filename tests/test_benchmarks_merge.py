@@ -1,4 +1,4 @@
-"""The benchmark of the merge stage: what it times by epoch, and that early compaction has something to drop."""
+"""The benchmark of the merge stage: equal conditions for all contenders, and what it writes down beside their times."""
 
 from __future__ import annotations
 
@@ -6,84 +6,164 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from benchmarks import bench_merge as merge
-from benchmarks import names
+import fastmerge
+from benchmarks import bench_merge, names
+from benchmarks.baselines.naive_dense import naive_dense
 from benchmarks.cases import Case
 from benchmarks.effort import Effort
-from fastmerge.merging import stages
+from benchmarks.learnable import TimedBatches, images_of
+from benchmarks.merge_task import MergeTask
+from teachers import OPEN, relative_error
 
-CASE = Case("lenet", 8, 28)
-EPOCHS = 4
-
-
-def candidates(big: merge.ClosingBigStudent) -> dict[str, int]:
-    return {name: len(gate.loc) for name, gate in big.gates.items()}
+CASES = [Case("resnet20", 4, 8), Case("lenet", 8, 28)]
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.network)
 
 
-def test_every_stage_times_each_epochs_steps() -> None:
-    for name, options in {names.NAIVE: None, **merge.OPTIONS}.items():
-        loader = merge.TimedBatches(CASE.make_batch(), 2)
-        if options is None:
-            merge.naive_stage(CASE, EPOCHS, loader)
-        else:
-            merge.fastmerge_stage(CASE, EPOCHS, loader, **options)
-        assert len(loader.seconds) == EPOCHS, name
-        assert min(loader.seconds) > 0
+def small(case: Case, epochs: int = 4, **options: int) -> MergeTask:
+    return MergeTask(case, epochs, 2, **{"teacher_epochs": 1, "finetune_epochs": 1, "test": 20} | options)
 
 
-def test_equally_many_gates_close_in_every_epoch() -> None:
-    big = merge.ClosingBigStudent(*CASE.make_teachers(), example_inputs=CASE.make_batch()[0])
-    big.link()
-    big.epochs, whole = EPOCHS, candidates(big)
-    for epoch in range(1, EPOCHS):
-        big.compact(multiple=1)
-        for name, count in candidates(big).items():
-            assert count == whole[name] - int(whole[name] / 2 * epoch / EPOCHS), name
+def flat(network: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def test_compaction_has_something_to_drop_in_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    compact = merge.ClosingBigStudent.compact
-
-    def counting(big: merge.ClosingBigStudent, *arguments: object, **options: object) -> object:
-        done = compact(big, *arguments, **options)
-        made.append(done.total)
-        return done
-
-    monkeypatch.setattr(merge.ClosingBigStudent, "compact", counting)
-    before = stages.BigStudent
-    merge.fastmerge_stage(
-        CASE, EPOCHS, merge.TimedBatches(CASE.make_batch(), 1), **merge.OPTIONS[names.MERGE_COMPACTED]
-    )
-    assert len(made) == EPOCHS - 1
-    assert all(made)
-    assert stages.BigStudent is before
+@by_case
+def test_images_are_the_same_in_every_call_and_all_classes_are_there(case: Case) -> None:
+    (train, test), (again, _) = images_of(case, 200, 100), images_of(case, 200, 100)
+    assert torch.equal(train.pixels, again.pixels)
+    assert (len(train), len(test)) == (200, 100)
+    assert set(train.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
+    x, target = train.batch(torch.arange(4))
+    assert x.shape == (4, 3, case.side, case.side)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(target, train.labels[:4])
+    assert not torch.equal(train.pixels[:100], test.pixels)
 
 
-def test_an_interrupted_race_keeps_the_epochs_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five stages of the naive network, the first to warm up, and the interrupt in the sixth, after one of its epochs."""
-    case, epochs = Case("lenet", 128, 28), 4
+def test_made_images_can_be_learned_but_not_without_mistakes() -> None:
+    """By the distance to each class's mean, which is the best that there is for such noise."""
+    train, test = images_of(Case("resnet20", 4, 8), 4_000, 1_000)
+    centres = torch.stack([train.pixels[train.labels == label].mean(0) for label in range(10)])
+    found = torch.cdist(test.pixels.flatten(1), centres.flatten(1)).argmin(1)
+    assert 0.85 < (found == test.labels).float().mean() < 0.999
+
+
+def test_a_seed_fixes_the_order_which_differs_from_pass_to_pass() -> None:
+    images, _ = images_of(CASES[0], 22, 1)
+    first, second, other = (TimedBatches(images, 4, seed) for seed in (3, 3, 4))
+    next(iter(first))  # what merge() looks at before it begins is no pass
+    passes = [[torch.stack([y for _, y in loader]) for _ in range(2)] for loader in (first, second, other)]
+    assert len(first) == len(passes[0][0]) == 5
+    assert all(torch.equal(a, b) for a, b in zip(passes[0], passes[1], strict=True))
+    assert not torch.equal(passes[0][0], passes[0][1])
+    assert not torch.equal(passes[0][0], passes[2][0])
+    assert len(first.seconds) == 2
+    assert min(first.seconds) > 0
+
+
+@by_case
+def test_the_naive_networks_student_has_its_most_open_channels(case: Case) -> None:
+    task = small(case)
+    naive = case.place(naive_dense(task.teachers)).train()
+    x = task.images[0].batch(torch.arange(6))[0]
+    naive(x)  # statistics move
+    with torch.no_grad():
+        for parameter in naive.weight_parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        for gate in naive.gate_parameters():
+            gate.copy_(torch.where(torch.randperm(len(gate)) < len(gate) // 2, OPEN, -OPEN))
+        expected = naive.eval()(x)
+        student = task.student_of(naive).eval()
+        assert type(student) is type(task.teachers[0])
+        assert relative_error(student(x), expected) < 1e-4
+
+
+def test_all_contenders_see_the_same_batches_and_leave_the_teachers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = small(CASES[1])
+    before = [flat(teacher) for teacher in task.teachers]
+    seen: list[list[int]] = []
+    batch = type(task.images[0]).batch
+
+    def watched(images: Any, index: torch.Tensor) -> Any:
+        seen[-1].append(int(index.sum()))
+        return batch(images, index)
+
+    monkeypatch.setattr(type(task.images[0]), "batch", watched)
+    for options in (None, *bench_merge.OPTIONS.values()):
+        seen.append([])
+        stages = bench_merge.Stages(task, options)
+        stages.run()
+        assert len(stages.loaders[0].seconds) == task.epochs
+    # merge() looks at the first batch once more, before it begins.
+    assert [batches[-8:] for batches in seen] == 4 * [seen[0]]
+    after = [flat(teacher) for teacher in task.teachers]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_what_early_compaction_drops_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few steps close no gate by themselves, so a quarter of each group's is closed here before every compaction."""
+    compact = fastmerge.BigStudent.compact
+
+    @torch.no_grad()
+    def closing(big: fastmerge.BigStudent, *arguments: Any, **options: Any) -> Any:
+        for group in big.groups:
+            gate = big.gates[group.name]
+            gate.loc[: len(gate.loc) - 3 * group.size // 2] = -40.0
+        return compact(big, *arguments, **options)
+
+    monkeypatch.setattr(fastmerge.BigStudent, "compact", closing)
+    stages = bench_merge.Stages(small(CASES[0]), {"compact_at": 0.0})
+    stages.run()
+    assert stages.dropped == [0.25]
+    stages = bench_merge.Stages(small(CASES[0]), {})
+    stages.run()
+    assert stages.dropped == [0.0]
+
+
+def test_facts_are_of_the_last_stages_and_students_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = small(CASES[1], epochs=2)
+    stages = bench_merge.Stages(task, None)
+    scored: list[int] = []
+    monkeypatch.setattr(MergeTask, "accuracy", lambda task, student, seed: scored.append(seed) or float(seed))
+    for _ in range(3):
+        stages.settle()
+        stages.run()
+    stages.settle()
+    stages.settle()
+    assert scored == [0, 1, 2]
+    for loader, seconds in zip(stages.loaders, ([9.0, 9.0], [2.0, 4.0], [4.0, 8.0]), strict=True):
+        loader.seconds = seconds
+    facts = stages.facts([7.0, 15.0])
+    assert facts["step_seconds"] == [1.5, 3.0]  # two steps each
+    assert facts["fixed_seconds"] == [1.0, 3.0]
+    assert facts["accuracies"] == [1.0, 2.0]
+    assert facts["dropped"] == [0.0, 0.0]
+
+
+def test_an_interrupted_race_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three stages of the naive network, the first to warm up; the interrupt comes before the last student is scored."""
     benchmark = SimpleNamespace(extra_info={})
+    case = CASES[1]
 
     def race(benchmark: SimpleNamespace, makers: dict[str, Any], *_: object, **options: object) -> None:
         contender: dict[str, Any] = {"samples": []}
-        results = {names.NAIVE: contender, names.MERGE: {"error": "no"}, names.MERGE_COMPACTED: {"samples": []}}
+        results = {names.NAIVE: contender, names.MERGE: {"error": "no"}, names.MERGE_LINKED_LATE: {"samples": []}}
         benchmark.extra_info["contenders"] = results
-        times = iter([*[9.0] * epochs, *[1.0, 2.0, 3.0, 4.0] * 4, 7.0])
-        monkeypatch.setattr(merge, "naive_stage", lambda case, epochs, loader: loader.seconds.extend(times))
-        makers[names.NAIVE]().step()
-        contender["samples"] += [0.1] * 4
+        made = makers[names.NAIVE]()
+        for _ in range(3):
+            made.before()
+            made.step()
+        contender["samples"] += [0.5, 0.5]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "race", race)
+    monkeypatch.setattr(bench_merge, "race", race)
+    monkeypatch.setitem(bench_merge.TASKS, case, small(case, epochs=1))
     with pytest.raises(KeyboardInterrupt):
-        merge.bench_merge(benchmark, case, Effort(None, 1.0, 1.0, None))
+        bench_merge.bench_merge(benchmark, case, Effort(None, 1.0, 1.0, None))
     contenders = benchmark.extra_info["contenders"]
-    assert contenders[names.NAIVE]["step_seconds"] == [1.0, 2.0, 3.0, 4.0]
-    assert "step_seconds" not in contenders[names.MERGE] | contenders[names.MERGE_COMPACTED]
-
-
-def test_epochs_are_medians_over_the_last_rounds() -> None:
-    warm_up, rounds = [9.0, 9.0], [1.0, 4.0, 2.0, 5.0, 3.0, 9.0]
-    assert merge.by_epoch(warm_up + rounds, 2, 3) == [2.0, 5.0]
+    assert len(contenders[names.NAIVE]["fixed_seconds"]) == 2
+    assert len(contenders[names.NAIVE]["accuracies"]) == 1
+    assert "step_seconds" not in contenders[names.MERGE] | contenders[names.MERGE_LINKED_LATE]

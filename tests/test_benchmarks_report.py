@@ -89,6 +89,40 @@ def test_what_failed_or_did_not_run_is_named() -> None:
     assert "*c* did not run: needs two." in text
 
 
+@pytest.mark.parametrize(
+    ("ratio", "accuracies", "expected"),
+    [
+        (2.5, [0.8, 0.9, 0.85], "met; students no worse: +0.0 ± 0.0 points"),
+        (1.5, [0.9, 0.9, 0.95], "**missed**; students no worse: +6.7 ± 3.3 points"),
+        (2.5, [0.75, 0.8, 0.78], "**missed**; students worse: -7.3 ± 1.5 points"),
+        (2.5, [0.7, 0.95, 0.85], "met; students no worse: -1.7 ± 4.4 points"),
+        (2.5, [0.8], "**missed**; accuracy not measured"),
+        (2.5, None, "**missed**; accuracy not measured"),
+    ],
+)
+def test_a_stage_counts_only_with_students_that_are_no_worse(
+    ratio: float, accuracies: list[float] | None, expected: str
+) -> None:
+    """The least significant difference is two standard errors of the pairs' differences."""
+    target = next(target for target in TARGETS if target.same_accuracy and target.target == 2.0 < target.stretch == 3.0)
+    contenders = {
+        target.numerator: {"samples": [ratio, ratio], "accuracies": [0.8, 0.9, 0.85]},
+        target.denominator: {"samples": [1.0, 1.0]} | ({"accuracies": accuracies} if accuracies else {}),
+    }
+    text = page({"x": report([raced(target.case, contenders)], gpu=True)})
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {target.name} ") and f" {ratio:.2f} " in line]
+    assert row.strip("| ").endswith(expected)
+
+
+def test_students_stand_beside_what_a_stage_costs() -> None:
+    stage = {"samples": [2.0, 2.0], "fixed_seconds": [0.25, 0.25], "dropped": [0.0, 0.0], "accuracies": [0.5, 0.7]}
+    other = stage | {"fixed_seconds": [0.5, 0.5], "dropped": [0.125, 0.375], "accuracies": [0.51, 0.69]}
+    text = page({"x": report([raced("merge, a case", {"a": stage, "b": other, "c": {"error": "no"}})])})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["a", "0.25", "0%", "0.600 ± 0.141", "2", "–"] in rows
+    assert ["b", "0.5", "25%", "0.600 ± 0.127", "2", "students no worse: +0.0 ± 1.0 points"] in rows
+
+
 def test_stages_show_a_steps_time_by_epoch() -> None:
     contenders = {
         "a": {"samples": [1.0], "step_seconds": [0.5, 0.25]},
@@ -102,7 +136,7 @@ def test_stages_show_a_steps_time_by_epoch() -> None:
 
 
 def test_targets_name_cases_and_contenders_that_exist() -> None:
-    known = {f"step, {case.name}" for case in CASES} | {f"merge, {case.name}" for case in merge.STAGES}
+    known = {f"step, {case.name}" for case in CASES} | {f"merge, {case.name}" for case in merge.TASKS}
     known |= {f"compress, {case.network} {case.device}" for case in compress.CASES}
     called = {value for key, value in vars(names).items() if key.isupper()}
     for target in TARGETS:
