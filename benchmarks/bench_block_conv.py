@@ -18,7 +18,8 @@ import pytest
 import torch
 from fastmerge.kernels.block_conv import passes
 from fastmerge.kernels.block_conv.choice import SPLIT, Run, device_milliseconds, run_beside_each_other
-from fastmerge.kernels.block_conv.formulas import Geometry, empty_channels_last, fetches_boxes
+from fastmerge.kernels.block_conv.formulas import Geometry, fetches_boxes
+from fastmerge.kernels.block_conv.layouts import empty_channels_last
 from fastmerge.kernels.block_conv.problem import Problem
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor

@@ -118,7 +118,7 @@ _SECOND = ("compress", "merge", "gate")
 _RISKIEST = ("block_conv", "graphed", "batch_norm", "wide", "compact", "gate")
 # Expressions for pytest's -k that cut a file's tests into parts of about equal length.
 _SLICES = {
-    "kernels_block_conv": ("every_tile and fp16", "every_tile and bf16", "measured"),
+    "kernels_block_conv": ("every_tile and fp16", "every_tile and bf16", "every_tile and fp32", "measured"),
     "kernels_batch_norm": ("odd_shapes", "real_shapes or options"),
 }
 _SECONDS = {"block_conv": 300, "merge": 180}  # those that take longer than most

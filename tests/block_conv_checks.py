@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.formulas import (
     Geometry,
     block_diagonal_reference,
@@ -14,9 +15,11 @@ from fastmerge.kernels.block_conv.formulas import (
 from torch import Tensor
 
 # Relative to the result: half a unit in the last place, or a whole one, since the interpreter truncates to bfloat16.
-ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 # Relative to the sum of the terms' sizes: float32 accumulation in any order.
-ACCUMULATION = 1e-5
+ACCUMULATION = {torch.float32: 2e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+# Likewise: both factors cut to TF32's 10 bits.
+TF32 = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,9 @@ def compare(name: str, got: Sequence[Tensor], given: Operands, slack: float = 1)
     for result, right, size in zip(got, expected, sizes, strict=True):
         assert result.shape == right.shape
         error = (result.double() - right).abs()
-        allowed = slack * (ROUNDING[result.dtype] * right.abs() + ACCUMULATION * size) + torch.finfo(result.dtype).tiny
+        cut = result.is_cuda and arithmetic(result.dtype) == "tf32"
+        per_term = TF32 if cut else ACCUMULATION[result.dtype]
+        allowed = slack * (ROUNDING[result.dtype] * right.abs() + per_term * size) + torch.finfo(result.dtype).tiny
         # Written so that a NaN fails.
         assert (error <= allowed).all(), (
             f"{name} is off by up to {(error / allowed).nan_to_num(1e9).max():.1f} tolerances"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -77,6 +78,26 @@ def test_other_tiles(case: Case, tile: Tile) -> None:
 def test_bfloat16(case: Case) -> None:
     given = operands(case, torch.bfloat16)
     check_every_pass(case, given, given.xs, given.dys)
+
+
+# Multiples of 4 channels are 16 bytes of float32.
+FEW = Case(2, 1, 5, 6, 12, 20, 3, 2)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("case", "tile"), [(ODD[3], TILE), (LAST[2], TRANSPOSED), (MANY[1], TILE), (FEW, TRANSPOSED)], ids=str
+)
+def test_float32(case: Case, tile: Tile) -> None:
+    given = operands(case, torch.float32)
+    check_every_pass(case, given, given.xs, given.dys, tile)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", [slices, joined])
+def test_float32_in_other_layouts(layout: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    given = operands(FEW, torch.float32)
+    check_every_pass(FEW, given, layout(given.xs), layout(given.dys))
 
 
 @interpreted

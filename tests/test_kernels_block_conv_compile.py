@@ -1,4 +1,7 @@
-"""The block convolution's kernels compile for Hopper to TMA and wgmma without spills, and for Ampere at all."""
+"""The block convolution's kernels compile for Hopper to TMA and wgmma without spills, and for Ampere at all.
+
+float32 in TF32 comes to wgmma in every pass. Without TF32 there are no tensor cores for it, and no wgmma, but no spills either.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,27 @@ THREE = {stride: Geometry((3, 3), (stride, stride), (1, 1)) for stride in (1, 2)
 # Channels read and written, of a stream: ResNet-20's, ResNet-18's and ResNet-50's.
 CHANNELS = [(16, 16), (16, 32), (32, 32), (64, 64), (64, 128), (128, 64), (128, 128), (512, 512)]
 
-ALL_TILES = sorted({tile for read, written in CHANNELS for tile in tiles(read, written, 256)}, key=str)
-ALL_WEIGHT_TILES = sorted(
-    {
-        tile
-        for read, written in CHANNELS
-        for tile in weight_tiles(read, written, 3)
-        # How many programs there are is no matter of the code.
-        if tile.programs == weight_tiles(16, 16, 3)[0].programs
-    },
-    key=str,
-)
+
+def all_tiles(arithmetic: str = "bfloat16") -> list[Tile]:
+    return sorted({tile for read, written in CHANNELS for tile in tiles(read, written, 256, None, arithmetic)}, key=str)
+
+
+def all_weight_tiles(arithmetic: str = "bfloat16") -> list[WeightTile]:
+    return sorted(
+        {
+            tile
+            for read, written in CHANNELS
+            for tile in weight_tiles(read, written, 3, None, arithmetic)
+            # How many programs there are is no matter of the code.
+            if tile.programs == weight_tiles(16, 16, 3)[0].programs
+        },
+        key=str,
+    )
+
+
+ALL_TILES, ALL_WEIGHT_TILES = all_tiles(), all_weight_tiles()
+TF32_TILES, TF32_WEIGHT_TILES = all_tiles("tf32"), all_weight_tiles("tf32")
+IEEE_TILES, IEEE_WEIGHT_TILES = all_tiles("float32"), all_weight_tiles("float32")
 # One of each size of accumulator, for every day.
 SOME_TILES = [tile for tile in ALL_TILES if tile.read == 64 and tile.positions == 128 and tile.written >= 64]
 SOME_WEIGHT_TILES = [tile for tile in ALL_WEIGHT_TILES if tile.columns == 64]
@@ -52,6 +65,7 @@ def compile_correlate(
     blocks: tuple[int, int] = (0, 0),
     dtype: str = "bf16",
     capability: int = 90,
+    arithmetic: str = "bfloat16",
 ) -> Compiled:
     from fastmerge.kernels.block_conv import correlate_triton as module
 
@@ -60,7 +74,9 @@ def compile_correlate(
     lattices = geometry.stride[0] ** 2
     read, written = (box_dims(box, tile.samples, channels) for channels in (tile.read, tile.written))
     reads, writes = (1, lattices) if gradient else (lattices, 1)
-    weight = (1, 1, tile.read, tile.written) if gradient else (1, 1, tile.written, tile.read)
+    constants = module.correlate_constants(geometry, tile, box, gradient, bias, blocks, arithmetic)
+    read_in_rows = gradient and not constants["TURNED"]
+    weight = (1, 1, tile.read, tile.written) if read_in_rows else (1, 1, tile.written, tile.read)
     arguments = (
         {f"x{i}": descriptor(dtype, *read) for i in range(reads)}
         | {f"y{i}": descriptor(dtype, *written) for i in range(writes)}
@@ -69,7 +85,6 @@ def compile_correlate(
         | ({"starts_ptr": "*i32", "live_ptr": "*i32"} if blocks[0] else {})
         | dict.fromkeys(module._UNSPECIALIZED, "i32")
     )
-    constants = module.correlate_constants(geometry, tile, box, gradient, bias, blocks)
     return compile_with(module.correlate_kernel, arguments, constants, capability, tile, module._UNSPECIALIZED)
 
 
@@ -81,6 +96,7 @@ def compile_wgrad(
     dtype: str = "bf16",
     sums: str = "*fp32",
     capability: int = 90,
+    arithmetic: str = "bfloat16",
 ) -> Compiled:
     from fastmerge.kernels.block_conv import wgrad_triton as module
 
@@ -91,7 +107,7 @@ def compile_wgrad(
         | ({"rows_ptr": "*i32", "columns_ptr": "*i32"} if block[0] else {})
         | dict.fromkeys(["split_stride", "row_stride", "read_channels", *module._UNSPECIALIZED], "i32")
     )
-    constants = module.wgrad_constants(geometry, tile, box, block)
+    constants = module.wgrad_constants(geometry, tile, box, block, arithmetic)
     return compile_with(module.wgrad_kernel, arguments, constants, capability, tile, module._UNSPECIALIZED)
 
 
@@ -178,6 +194,56 @@ def test_float16() -> None:
     check_hopper(compile_wgrad(THREE[1], tile, dtype="fp16", sums="*fp16"), 2 * (tile.stages - 1))
 
 
+def turned_in_shared_memory(compiled: Compiled) -> bool:
+    """Whether anything but TMA writes operands to shared memory; what comes after the last product is the result."""
+    return "st.shared" in compiled.ptx.rpartition("wgmma.mma_async")[0] or "stmatrix" in compiled.ptx
+
+
+def check_tf32(geometry: Geometry, tile: Tile, gradient: bool) -> None:
+    compiled = compile_correlate(geometry, tile, gradient, bias=not gradient, dtype="fp32", arithmetic="tf32")
+    check_hopper(compiled, 2 * (tile.stages - 1))
+    assert ".f32.tf32.tf32" in compiled.ptx
+    # Both operands as TMA wrote them, the input gradient's too: its weight was turned.
+    assert not turned_in_shared_memory(compiled)
+
+
+def check_weight_tf32(geometry: Geometry, tile: WeightTile, length: int = 32) -> None:
+    compiled = compile_wgrad(geometry, tile, box=(length, 1, 1), dtype="fp32", arithmetic="tf32")
+    check_hopper(compiled, (4 if tile.row_of_taps else 2) * (tile.stages - 1))
+    assert ".f32.tf32.tf32" in compiled.ptx
+    # The positions summed over lie apart in both boxes, where wgmma can't read 32 bits: Triton turns them round, through
+    # registers into shared memory.
+    assert turned_in_shared_memory(compiled)
+
+
+def check_ieee(compiled: Compiled) -> None:
+    assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
+    assert compiled.shared_bytes <= SHARED_BYTES
+    assert "fma.rn.f32" in compiled.ptx
+    assert not re.search("tf32|mma", compiled.ptx)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_tf32(gradient: bool) -> None:
+    check_tf32(THREE[1], tiles(128, 128, 32, None, "tf32")[0], gradient)
+
+
+def test_weight_gradient_in_tf32() -> None:
+    tile = weight_tiles(64, 64, 3, None, "tf32")[0]
+    check_weight_tf32(THREE[1], tile)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_float32_without_tensor_cores(gradient: bool) -> None:
+    tile = tiles(64, 64, 32, None, "float32")[0]
+    check_ieee(compile_correlate(THREE[1], tile, gradient, dtype="fp32", arithmetic="float32"))
+
+
+def test_weight_gradient_without_tensor_cores() -> None:
+    tile = weight_tiles(64, 64, 3, None, "float32")[0]
+    check_ieee(compile_wgrad(THREE[1], tile, box=(16, 1, 1), dtype="fp32", arithmetic="float32"))
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("block", [(0, 0), (64, 64)])
 def test_reduction(capability: int, block: tuple[int, int]) -> None:
@@ -224,3 +290,33 @@ def test_all_weight_tiles(tile: WeightTile, geometry: Geometry) -> None:
     if tile.row_of_taps and geometry.kernel == (1, 1):
         pytest.skip("a kernel of one column has no row of three taps")
     check_hopper(compile_wgrad(geometry, tile), (4 if tile.row_of_taps else 2) * (tile.stages - 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", [THREE[1], THREE[2]], ids=["stride 1", "stride 2"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("tile", TF32_TILES, ids=lambda tile: tile.name)
+def test_all_tiles_in_tf32(tile: Tile, gradient: bool, geometry: Geometry) -> None:
+    check_tf32(geometry, tile, gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", [THREE[1], THREE[2]], ids=["stride 1", "stride 2"])
+@pytest.mark.parametrize("length", [16, 32])
+@pytest.mark.parametrize("tile", TF32_WEIGHT_TILES, ids=lambda tile: tile.name)
+def test_all_weight_tiles_in_tf32(tile: WeightTile, length: int, geometry: Geometry) -> None:
+    check_weight_tf32(geometry, tile, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("tile", IEEE_TILES, ids=lambda tile: tile.name)
+def test_all_tiles_without_tensor_cores(tile: Tile, gradient: bool) -> None:
+    bias = not gradient
+    check_ieee(compile_correlate(THREE[2], tile, gradient, bias=bias, dtype="fp32", arithmetic="float32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", IEEE_WEIGHT_TILES, ids=lambda tile: tile.name)
+def test_all_weight_tiles_without_tensor_cores(tile: WeightTile) -> None:
+    check_ieee(compile_wgrad(THREE[2], tile, box=(16, 1, 1), dtype="fp32", arithmetic="float32"))

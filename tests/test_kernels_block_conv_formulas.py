@@ -140,7 +140,8 @@ X, WEIGHT = channels_last(2, 16, 6, 6), channels_last(32, 16, 3, 3)
         (X, WEIGHT, THREE, {"blocks": (32, 16)}, None),
         (channels_last(2, 64, 6, 6)[:, 8:24], WEIGHT, THREE, {}, None),
         (X.float(), WEIGHT.float(), THREE, {}, None),
-        (X, WEIGHT, THREE, {"dtype": torch.float32}, "float16 or bfloat16; got torch.float32"),
+        (X.float(), WEIGHT.float(), THREE, {"dtype": torch.float32}, None),
+        (X.double(), WEIGHT.double(), THREE, {"dtype": torch.float64}, "float16 or bfloat16; got torch.float64"),
         (X, WEIGHT, Geometry((3, 3), (3, 3)), {}, "stride 1, or stride 2"),
         (X, WEIGHT, Geometry((3, 3), (1, 2)), {}, "stride 1, or stride 2"),
         (X, WEIGHT, Geometry((3, 3), (2, 2), dilation=(2, 2)), {}, "without dilation"),
@@ -150,7 +151,11 @@ X, WEIGHT = channels_last(2, 16, 6, 6), channels_last(32, 16, 3, 3)
         (channels_last(2, 12, 6, 6), channels_last(32, 12, 3, 3), THREE, {}, "multiples of 8 channels.*got 12 and 16"),
         (X, channels_last(24, 16, 3, 3), THREE, {}, "multiples of 8 channels.*got 16 and 12"),
         (X, WEIGHT, THREE, {"blocks": (32, 8)}, "multiples of 16 channels; got 32 × 8"),
-        (X.contiguous(), WEIGHT, THREE, {}, "channels next to each other"),
+        (channels_last(2, 12, 6, 6), channels_last(32, 12, 3, 3), THREE, {"dtype": torch.float32}, None),
+        (channels_last(2, 6, 6, 6), channels_last(32, 6, 3, 3), THREE, {"dtype": torch.float32}, "multiples of 4"),
+        (X.contiguous(), WEIGHT.contiguous(), THREE, {}, None),
+        (channels_last(2, 64, 6, 6).contiguous()[:, 8:24], WEIGHT.contiguous(), THREE, {}, None),
+        (X.contiguous(), WEIGHT, THREE, {}, "channels-last inputs for a channels-last weight"),
         (channels_last(2, 128, 6, 6)[:, ::8], WEIGHT, THREE, {}, "channels next to each other"),
         (channels_last(2, 20, 6, 6)[:, :16], WEIGHT, THREE, {}, "multiples of 16 bytes"),
     ],
@@ -174,6 +179,13 @@ def test_what_the_kernels_refuse(
     else:
         assert told is not None
         assert re.search(reason, told)
+
+
+def test_streams_of_two_layouts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formulas, "fetches_boxes", lambda device: True)
+    told = refusal([X, X.contiguous()], WEIGHT, THREE, torch.float16, 2)
+    assert told is not None
+    assert "one layout" in told
 
 
 @pytest.mark.parametrize(
@@ -205,25 +217,37 @@ def test_sums_take_the_cheapest_line(shape: tuple[int, int, int], box: tuple[int
     assert line_of(*shape) == box
 
 
+def test_float32_sums_over_shorter_lines() -> None:
+    assert line_of(256, 7, 7, "tf32") == (32, 1, 1)
+    assert line_of(256, 7, 7, "float32") == (16, 1, 1)
+
+
 def test_samples_fill_their_tiles() -> None:
     assert all(tile.positions <= 128 for tile in tiles(64, 64, 128) if tile.samples)
     assert any(tile.samples for tile in tiles(64, 64, 128))
     assert not any(tile.samples for tile in tiles(64, 64, 32))
 
 
-@pytest.mark.parametrize("channels", [8, 16, 24, 32, 48, 64, 96, 512])
-def test_there_are_tiles_for_any_channels(channels: int) -> None:
+ARITHMETIC = ["bfloat16", "tf32", "float32"]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("channels", [4, 8, 16, 24, 32, 48, 64, 96, 512])
+def test_there_are_tiles_for_any_channels(channels: int, arithmetic: str) -> None:
     for read, written in ((channels, 16), (16, channels), (channels, channels)):
-        assert tiles(read, written, 1)
-        assert weight_tiles(read, written, 1)
-        assert any(tile.row_of_taps for tile in weight_tiles(read, written, 3))
-        assert not any(tile.row_of_taps for tile in weight_tiles(read, written, 5))
-        for found in (tiles(read, written, 256), weight_tiles(read, written, 3)):
+        assert tiles(read, written, 1, None, arithmetic)
+        assert weight_tiles(read, written, 1, None, arithmetic)
+        rows_of_taps = [tile.row_of_taps for tile in weight_tiles(read, written, 3, None, arithmetic)]
+        assert any(rows_of_taps) == (arithmetic != "float32")
+        assert not any(tile.row_of_taps for tile in weight_tiles(read, written, 5, None, arithmetic))
+        for found in (tiles(read, written, 256, None, arithmetic), weight_tiles(read, written, 3, None, arithmetic)):
             assert len({tile.name for tile in found}) == len(found)
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize("blocks", [(16, 16), (48, 32), (128, 96)])
-def test_tiles_divide_live_blocks(blocks: tuple[int, int]) -> None:
-    assert tiles(512, 512, 32, blocks)
-    assert all(blocks[0] % tile.written == 0 and blocks[1] % tile.read == 0 for tile in tiles(512, 512, 32, blocks))
-    assert weight_tiles(512, 512, 3, blocks)
+def test_tiles_divide_live_blocks(blocks: tuple[int, int], arithmetic: str) -> None:
+    found = tiles(512, 512, 32, blocks, arithmetic)
+    assert found
+    assert all(blocks[0] % tile.written == 0 and blocks[1] % tile.read == 0 for tile in found)
+    assert weight_tiles(512, 512, 3, blocks, arithmetic)

@@ -11,18 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks, ops
-from fastmerge.kernels.block_conv.choice import (
-    choice_table,
-    choices,
-    fixed_choice,
-    run_beside_each_other,
-    set_measuring,
-)
-from fastmerge.kernels.block_conv.formulas import LiveBlocks, fetches_boxes
+from fastmerge.kernels.block_conv.choice import choice_table, choices, fixed_choice, set_measuring
+from fastmerge.kernels.block_conv.formulas import fetches_boxes
 from fastmerge.kernels.block_conv.tiles import tiles, weight_tiles
 from torch import Tensor
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask, slices
+from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401
 
 pytest.importorskip("triton")
@@ -64,8 +59,8 @@ ODD = [
     Case(2, 2, 11, 13, 48, 48, 3, 1, padding=2, dilation=2),
     Case(1, 1, 1, 1, 8, 8, 1, 1),
 ]
-DTYPES = [torch.float16, torch.bfloat16]
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])
 
 
 @pytest.fixture(autouse=True)
@@ -82,49 +77,6 @@ def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 @functools.lru_cache(maxsize=1)
 def given_for(case: Case, dtype: torch.dtype) -> Operands:
     return operands(case, dtype, "cuda")
-
-
-def every_tile(
-    case: Case,
-    given: Operands,
-    xs: list[Tensor],
-    dys: list[Tensor],
-    live: LiveBlocks | None = None,
-    most: int = 100,
-) -> Iterator[tuple[str, str, Callable[[], list[Tensor]]]]:
-    """Pass, tile and function of every candidate, all compiled when the first is handed out."""
-    from fastmerge.kernels.block_conv import launch_triton
-
-    options = (case.streams, case.geometry)
-    block = None if live is None else live.block(given.weight.shape)
-    found: list[tuple[str, str, Callable[[], list[Tensor]]]] = []
-    for tile in tiles(case.c, case.k, case.n, block)[:most]:
-        forward = functools.partial(launch_triton.forward, xs, given.weight, given.bias, *options, tile=tile, live=live)
-        found.append(("y", tile.name, forward))
-    for tile in tiles(case.k, case.c, case.n, None if block is None else (block[1], block[0]))[:most]:
-        size = (case.height, case.width)
-        gradient = functools.partial(
-            launch_triton.input_gradient, dys, given.weight, size, *options, tile=tile, live=live
-        )
-        found.append(("dx", tile.name, gradient))
-    for weight_tile in weight_tiles(case.c, case.k, case.kernel, block)[:most]:
-
-        def weight_gradient(weight_tile: object = weight_tile) -> list[Tensor]:
-            return [launch_triton.weight_gradient(dys, xs, *options, tile=weight_tile, live=live)]
-
-        found.append(("dw", weight_tile.name, weight_gradient))
-    run_beside_each_other([run for _, _, run in found])
-    yield from found
-
-
-def check_tiles(case: Case, given: Operands, xs: list[Tensor], dys: list[Tensor], **options: object) -> None:
-    wrong = []
-    for name, tile, run in every_tile(case, given, xs, dys, **options):
-        try:
-            compare(name, run(), given)
-        except Exception as error:  # all that are wrong are to be named, not the first alone
-            wrong.append(f"{name}, {tile}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    assert not wrong, "\n".join(wrong)
 
 
 @by_dtype
@@ -305,7 +257,7 @@ def test_autocast_and_compile(choice: str) -> None:
 def test_opcheck(choice: str) -> None:
     case = Case(2, 2, 6, 6, 16, 16, 3, 1)
     given = given_for(case, torch.float16)
-    options = (2, [1, 1], [1, 1], [1, 1], [])
+    options = (2, [1, 1], [1, 1], [1, 1], [], True)
     xs = [x.clone().requires_grad_() for x in given.xs]
     with fixed_choice(choice):
         torch.library.opcheck(ops.block_conv, (xs, given.weight.clone().requires_grad_(), given.bias, *options))

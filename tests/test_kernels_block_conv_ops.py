@@ -135,7 +135,7 @@ def test_differentiable_once() -> None:
 @pytest.mark.parametrize("choice", ["triton", "split"])
 def test_opcheck(choice: str) -> None:
     given = operands(Case(2, 1, 4, 4, 16, 16, 1, 1), torch.float16)
-    options = (2, [1, 1], [0, 0], [1, 1], [])
+    options = (2, [1, 1], [0, 0], [1, 1], [], True)
     xs, weight, bias = (
         [x.requires_grad_() for x in given.xs],
         given.weight.requires_grad_(),
@@ -153,7 +153,7 @@ def test_opcheck(choice: str) -> None:
 def test_opcheck_of_live_blocks() -> None:
     given = operands(Case(1, 1, 4, 4, 32, 32, 1, 1), torch.float16)
     weight = given.weight.requires_grad_()
-    options = (1, [1, 1], [0, 0], [1, 1], list(live_blocks(random_mask(2, 2, "empty row"))))
+    options = (1, [1, 1], [0, 0], [1, 1], list(live_blocks(random_mask(2, 2, "empty row"))), True)
     with fixed_choice("triton"):
         torch.library.opcheck(ops.block_conv, (given.xs, weight, None, *options))
 

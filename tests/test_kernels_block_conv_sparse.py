@@ -75,9 +75,10 @@ def test_split_sums(row_of_taps: bool, kind: str) -> None:
 
 
 @interpreted
-def test_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
     tile = WeightTile(rows=32, columns=16, row_of_taps=False, programs=1, warps=4, stages=2)
-    check_every_pass(CASES[0], "random", tile, torch.bfloat16)
+    check_every_pass(CASES[0], "random", tile, dtype)
 
 
 @interpreted

@@ -2,7 +2,8 @@
 
 Start with ``formulas``: what is computed, the reference, and what the kernels refuse. ``conv2d`` holds the functions; what
 autograd and torch.compile see of them is ``ops``. ``passes`` lists the candidates of a ``problem``'s forward pass, input
-gradient and weight gradient, ``choice`` times them, and ``cache`` keeps the winners.
+gradient and weight gradient, ``choice`` times them, and ``cache`` keeps the winners. ``layouts`` says how tensors lie, and
+``arithmetic`` what float32 is multiplied in.
 
 Candidates are cuDNN (``cudnn``) and an implicit GEMM in Triton: ``launch_triton`` launches ``correlate_triton`` (forward pass,
 input gradient) and ``wgrad_triton`` on the boxes of ``boxes_triton``, in the tile shapes of ``tiles``.

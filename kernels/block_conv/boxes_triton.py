@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from fastmerge.kernels.block_conv.arithmetic import IEEE
 from fastmerge.kernels.block_conv.formulas import Geometry
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -59,7 +60,7 @@ def store_box(
         array.store([stream, n, h, w, channel], matrix.reshape(1, NB, HB, WB, CHANNELS))
 
 
-def shared_constants(geometry: Geometry, box: tuple[int, int, int]) -> dict[str, int | bool]:
+def shared_constants(geometry: Geometry, box: tuple[int, int, int], arithmetic: str) -> dict[str, int | bool | str]:
     """The constexpr arguments that the kernels of all passes take."""
     return {
         "NB": box[0],
@@ -72,6 +73,7 @@ def shared_constants(geometry: Geometry, box: tuple[int, int, int]) -> dict[str,
         "PADDING_W": geometry.padding[1],
         "DILATION_H": geometry.dilation[0],
         "DILATION_W": geometry.dilation[1],
+        "PRECISION": "ieee" if arithmetic == IEEE else "tf32",
         "UPCAST": _UPCAST,
     }
 

@@ -1,9 +1,10 @@
 """Convolutions of several networks at once: block-diagonal, grouped, and sparse by blocks of channels.
 
-Formula and reference: ``formulas``. On CUDA devices of compute capability 9.0 and newer, in float16 and bfloat16,
+Formula and reference: ``formulas``. On CUDA devices of compute capability 9.0 and newer, in float32, float16 and bfloat16,
 each pass of each layer runs whatever was measured to be fastest: cuDNN one stream after another, cuDNN's groups, or an
-implicit GEMM in Triton (``correlate_triton``, ``wgrad_triton``). Where nothing was measured, and everywhere
-else, it is plain PyTorch. :func:`fastmerge.kernels.block_conv.choice.set_measuring` says when to measure.
+implicit GEMM in Triton (``correlate_triton``, ``wgrad_triton``), which multiplies float32 in TF32 where cuDNN does
+(``arithmetic``). Where nothing was measured, and everywhere else, it is plain PyTorch.
+:func:`fastmerge.kernels.block_conv.choice.set_measuring` says when to measure.
 
 Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel.
 """
@@ -25,6 +26,7 @@ from fastmerge.kernels.block_conv.formulas import (
     live_blocks,
     refusal,
 )
+from fastmerge.kernels.block_conv.layouts import lies_channels_last
 from fastmerge.kernels.block_conv.passes import worth_an_operation
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
@@ -47,8 +49,9 @@ def block_diagonal_conv2d(
     """Convolves T tensors, each with its own weight: what ``F.conv2d`` gives for each, autocast included.
 
     Args:
-        xs: T tensors (N, C, H, W) of one shape. To be considered for the Triton kernels they must be channels-last, or
-            slices of the channels of channels-last tensors; likewise C and K multiples of 8.
+        xs: T tensors (N, C, H, W) of one shape. For the Triton kernels C and K must be multiples of 16 bytes. They read
+            channels-last tensors and slices of their channels as they lie; of contiguous ones they make copies, and give
+            contiguous results, as ``F.conv2d`` does.
         weight: (T·K, C, R, S), the T weights one under the other.
         bias: (T·K,), or None.
         stride: 1 or 2 for the Triton kernels.
@@ -167,13 +170,15 @@ def _fused(
     blocks = None if live is None else live.block(weight.shape)
     if dtype is None or refusal(xs, weight, geometry, dtype, groups, blocks) is not None:
         return None
+    channels_last = lies_channels_last(xs[0])
     if not compiling:
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        if not worth_an_operation(Problem(groups, geometry, live), xs, weight, dtype, differentiated):
+        problem = Problem(groups, geometry, live, channels_last)
+        if not worth_an_operation(problem, xs, weight, dtype, differentiated):
             return None
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     options = (list(pair) for pair in geometry.options)
-    ys = ops.block_conv([x.to(dtype) for x in xs], weight, bias, groups, *options, list(live or ()))
+    ys = ops.block_conv([x.to(dtype) for x in xs], weight, bias, groups, *options, list(live or ()), channels_last)
     return cast(list[Tensor], ys)
 
 

@@ -12,6 +12,9 @@ Stride 2 stays dense boxes too, for both passes, on *lattices*, the rows and col
 * the input gradient writes each lattice of dx by itself: the taps that reach it are those of one parity, and dy is read at
   stride 1. A program writes one tile of one lattice, so the four share a launch and no position is computed in vain.
 
+wgmma reads float32, as TF32, only where the channels summed over lie next to each other. So they do in the read tensor's boxes
+and in the forward pass's weight; the input gradient is given a copy of the weight with its channels exchanged (``TURNED``).
+
 For GPUs before sm_90, the compiler turns the boxes into masked loads by pointer: the same kernel, without TMA and wgmma.
 
 Dims: T streams, N batch, H W positions, C channels; BN channels written by a tile, BK channels read in a step.
@@ -23,6 +26,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from fastmerge.kernels.block_conv.arithmetic import IEEE, TF32
 from fastmerge.kernels.block_conv.boxes_triton import load_box, shared_constants, store_box
 from fastmerge.kernels.block_conv.formulas import Geometry
 from fastmerge.kernels.block_conv.tiles import Tile
@@ -59,6 +63,8 @@ def _accumulate(
     GRADIENT: tl.constexpr,
     SAMPLES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     # The taps of this lattice are first, first + STRIDE, ...: all of them at stride 1.
@@ -88,10 +94,12 @@ def _accumulate(
         if GRADIENT:
             shift_h = (row_parity + PADDING_H - first_row) // STRIDE - row * DILATION_H
             shift_w = (column_parity + PADDING_W - first_column) // STRIDE - column * DILATION_W
-            w_tile = w.load([stream, weight_tap, read, channel]).reshape(BK, BN).T
         else:
             shift_h = row * DILATION_H - (row_parity + PADDING_H - first_row) // STRIDE
             shift_w = column * DILATION_W - (column_parity + PADDING_W - first_column) // STRIDE
+        if GRADIENT and not TURNED:
+            w_tile = w.load([stream, weight_tap, read, channel]).reshape(BK, BN).T
+        else:
             w_tile = w.load([stream, weight_tap, channel, read]).reshape(BN, BK)
         x_tile = load_box(x, x_stream, n, h + shift_h, w_position + shift_w, read, NB * HB * WB, BK, SAMPLES)
         if UPCAST:
@@ -99,7 +107,10 @@ def _accumulate(
             w_tile = w_tile.to(tl.float32)
         # wgmma takes any box from shared memory as its right operand. As its left one, Triton copies boxes of more than
         # one dimension through registers, so these stand on the right wherever there are channels enough for the left.
-        acc = tl.dot(w_tile, x_tile.T, acc) if TRANSPOSED else tl.dot(x_tile, w_tile.T, acc)
+        if TRANSPOSED:
+            acc = tl.dot(w_tile, x_tile.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
     return acc
 
 
@@ -151,6 +162,8 @@ def correlate_kernel(
     GRADIENT: tl.constexpr,
     SAMPLES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     LATTICES: tl.constexpr = STRIDE * STRIDE
@@ -184,7 +197,7 @@ def correlate_kernel(
             acc, x0, w, live_ptr, blocks, x_stream, stream, n, h, w_position, channel,
             lattice // STRIDE, lattice % STRIDE,
             NB, HB, WB, BN, BK, KERNEL_H, KERNEL_W, STRIDE, PADDING_H, PADDING_W, DILATION_H, DILATION_W,
-            LIVE_BLOCK, GRADIENT, SAMPLES, TRANSPOSED, UPCAST,
+            LIVE_BLOCK, GRADIENT, SAMPLES, TRANSPOSED, TURNED, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         for read_lattice in tl.static_range(LATTICES):
@@ -197,7 +210,7 @@ def correlate_kernel(
                     w, live_ptr, blocks, x_stream, stream, n, h, w_position, channel,
                     read_lattice // STRIDE, read_lattice % STRIDE,
                     NB, HB, WB, BN, BK, KERNEL_H, KERNEL_W, STRIDE, PADDING_H, PADDING_W, DILATION_H, DILATION_W,
-                    LIVE_BLOCK, GRADIENT, SAMPLES, TRANSPOSED, UPCAST,
+                    LIVE_BLOCK, GRADIENT, SAMPLES, TRANSPOSED, TURNED, PRECISION, UPCAST,
                 )  # fmt: skip
 
     if BIAS:
@@ -226,9 +239,10 @@ def correlate_constants(
     gradient: bool,
     bias: bool,
     blocks: tuple[int, int] = (0, 0),
+    arithmetic: str = "bfloat16",
 ) -> dict[str, Any]:
     """The constexpr arguments of ``correlate_kernel``; ``blocks`` are output and input channels of a live block, or 0."""
-    return shared_constants(geometry, box) | {
+    return shared_constants(geometry, box, arithmetic) | {
         "BN": tile.written,
         "BK": tile.read,
         "LIVE_BLOCK": blocks[0 if gradient else 1],
@@ -237,4 +251,5 @@ def correlate_constants(
         "GRADIENT": gradient,
         "SAMPLES": tile.samples,
         "TRANSPOSED": tile.written >= 64 and not tile.samples,
+        "TURNED": gradient and arithmetic in (TF32, IEEE),
     }

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastmerge.kernels.block_conv.formulas import empty_channels_last, masked_weight
+from fastmerge.kernels.block_conv.formulas import masked_weight
+from fastmerge.kernels.block_conv.layouts import empty_laid_out
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 
@@ -28,8 +29,8 @@ def split_forward(problem: Problem, xs: Sequence[Tensor], weight: Tensor, bias: 
 
 def split_input_gradient(problem: Problem, dys: Sequence[Tensor], weight: Tensor, size: Sequence[int]) -> list[Tensor]:
     """The gradients of the inputs, one stream after another: T tensors of this size, or one joined one."""
-    # Of the input it needs no more than the shape.
-    x = empty_channels_last(dys[0], (size[0], weight.shape[1], *size[2:]))
+    # Of the input it needs no more than shape and layout.
+    x = empty_laid_out(dys[0], (size[0], weight.shape[1], *size[2:]), problem.channels_last)
     parts = [
         _backward(problem, dy, x, w, 1, 0)
         for dy, w in zip(_each(dys, problem), _dense(problem, weight).chunk(problem.groups), strict=True)
@@ -41,8 +42,9 @@ def split_weight_gradient(
     problem: Problem, dys: Sequence[Tensor], xs: Sequence[Tensor], weight_size: Sequence[int]
 ) -> Tensor:
     """The gradient of the weight (T·K, C, R, S), one stream after another."""
-    # Of the weight it needs no more than the shape.
-    weight = empty_channels_last(xs[0], (weight_size[0] // problem.groups, *weight_size[1:]))
+    # Of the weight it needs no more than shape and layout.
+    size = weight_size[0] // problem.groups, *weight_size[1:]
+    weight = empty_laid_out(xs[0], size, problem.channels_last)
     parts = [
         _backward(problem, dy, x, weight, 1, 1) for dy, x in zip(_each(dys, problem), _each(xs, problem), strict=True)
     ]
@@ -56,12 +58,14 @@ def grouped_forward(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | 
 
 def grouped_input_gradient(problem: Problem, dy: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
     """The gradient of the joined input, of this size."""
-    return _backward(problem, dy, empty_channels_last(dy, size), weight, problem.groups, 0)
+    x = empty_laid_out(dy, size, problem.channels_last)
+    return _backward(problem, dy, x, weight, problem.groups, 0)
 
 
 def grouped_weight_gradient(problem: Problem, dy: Tensor, x: Tensor, weight_size: Sequence[int]) -> Tensor:
     """The gradient of the weight, of joined tensors."""
-    return _backward(problem, dy, x, empty_channels_last(x, weight_size), problem.groups, 1)
+    weight = empty_laid_out(x, weight_size, problem.channels_last)
+    return _backward(problem, dy, x, weight, problem.groups, 1)
 
 
 def _backward(problem: Problem, dy: Tensor, x: Tensor, weight: Tensor, groups: int, which: int) -> Tensor:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastmerge.kernels.block_conv.layouts import boxes_fit, lies_channels_last
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -157,17 +158,6 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(live[:, :, None, None], weight, weight.new_zeros(()))
 
 
-def empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
-    """Uninitialised memory (N, C, H, W) with the channels next to each other."""
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def dense_weight(weight: Tensor) -> Tensor:
-    """A weight (T·K, C, R, S) in the order (T·K, R, S, C) without gaps, 16 bytes aligned; itself if it is that already."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
-
-
 @torch.compiler.assume_constant_result
 def fetches_boxes(device: torch.device) -> bool:
     """Whether a device runs the Triton kernels: CUDA, compute capability 9.0 or newer, and tensor descriptors in Triton."""
@@ -200,8 +190,8 @@ def refusal(
     x, stride = tensors[0], geometry.stride[0]
     if not fetches_boxes(x.device):
         return "needs a CUDA device of compute capability 9.0 or newer, and Triton's tensor descriptors"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"needs float16 or bfloat16; got {dtype}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"needs float32, float16 or bfloat16; got {dtype}"
     if geometry.stride not in ((1, 1), (2, 2)) or (stride == 2 and geometry.dilation != (1, 1)):
         return f"needs stride 1, or stride 2 without dilation; got {geometry.stride} and {geometry.dilation}"
     if min(geometry.padding) < 0 or x.shape[0] == 0 or min(geometry.output_size(x.shape[2], x.shape[3])) < 1:
@@ -209,23 +199,19 @@ def refusal(
     if stride == 2 and min(x.shape[2:]) < 2:
         return f"needs two rows and two columns for stride 2; got {tuple(x.shape[2:])}"
     outputs, channels = weight.shape[0] // groups, weight.shape[1]
-    if channels % 8 or outputs % 8:
-        return f"needs multiples of 8 channels, 16 bytes; got {channels} and {outputs}"
+    per_16_bytes = 16 // dtype.itemsize
+    if channels % per_16_bytes or outputs % per_16_bytes:
+        return f"needs multiples of {per_16_bytes} channels, 16 bytes; got {channels} and {outputs}"
     if blocks is not None and (blocks[0] % 16 or blocks[1] % 16):
         return f"needs blocks of multiples of 16 channels; got {blocks[0]} × {blocks[1]}"
-    if not all(boxes_fit(t) if t.dtype == dtype else t.stride(1) == 1 for t in tensors):
-        return "needs channels next to each other, and rows and columns multiples of 16 bytes apart"
+    channels_last = [lies_channels_last(t) for t in tensors]
+    if len(set(channels_last)) > 1:
+        return "needs inputs of one layout; got channels-last and others"
+    if not channels_last[0] and lies_channels_last(weight):
+        return "needs channels-last inputs for a channels-last weight"
+    # What is in another order or another dtype is copied.
+    if channels_last[0] and not all(boxes_fit(t) for t in tensors if t.dtype == dtype):
+        return (
+            "needs channels next to each other, and rows and columns multiples of 16 bytes apart, where channels-last"
+        )
     return None
-
-
-def boxes_fit(tensor: Tensor) -> bool:
-    """Whether TMA can fetch boxes of a tensor (N, C, H, W): channels-last, or a slice of the channels of such a tensor.
-
-    It must also lie on a multiple of 16 bytes, which says nothing of a tensor that is only traced.
-    """
-    per_16_bytes = 16 // tensor.element_size()
-    n, c, h, w = tensor.stride()
-    sizes = tensor.shape[0], *tensor.shape[2:]
-    return (tensor.shape[1] == 1 or c == 1) and all(
-        stride > 0 and stride % per_16_bytes == 0 for size, stride in zip(sizes, (n, h, w), strict=True) if size > 1
-    )

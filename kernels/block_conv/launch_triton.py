@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 import triton
+from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.boxes_triton import launches, weight_box
 from fastmerge.kernels.block_conv.correlate_triton import correlate_constants, correlate_kernel
-from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks, dense_weight, empty_channels_last
+from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
+from fastmerge.kernels.block_conv.layouts import dense_weight, empty_channels_last, turned_weight
 from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, box_of, line_of
 from fastmerge.kernels.block_conv.wgrad_triton import REDUCE_BLOCK, reduce_kernel, wgrad_constants, wgrad_kernel
 from torch import Tensor
@@ -77,7 +79,6 @@ def _correlate(
     live: LiveBlocks | None,
     gradient: bool,
 ) -> None:
-    weight = dense_weight(weight)
     outputs, channels = weight.shape[0] // groups, weight.shape[1]
     written, read = (channels, outputs) if gradient else (outputs, channels)
     stride = geometry.stride[0]
@@ -92,10 +93,14 @@ def _correlate(
     if live is not None:
         blocks = live.block(weight.shape)
         lists = (live.column_starts, live.column_rows) if gradient else (live.row_starts, live.columns)
-    constants = correlate_constants(geometry, tile, box, gradient, bias is not None, blocks)
-    weight_channels = (tile.read, tile.written) if gradient else (tile.written, tile.read)
+    kind = arithmetic(weight.dtype)
+    constants = correlate_constants(geometry, tile, box, gradient, bias is not None, blocks, kind)
+    weight = turned_weight(weight, groups) if constants["TURNED"] else dense_weight(weight)
+    weight_rows = weight.shape[0] // groups
+    read_in_rows = gradient and not constants["TURNED"]
+    weight_channels = (tile.read, tile.written) if read_in_rows else (tile.written, tile.read)
     for part, (x, y) in launches(groups, reads, writes):
-        rows = slice(part.start * outputs, part.stop * outputs)
+        rows = slice(part.start * weight_rows, part.stop * weight_rows)
         programs = channel_tiles * counts[0] * counts[1] * counts[2] * x.count * (stride**2 if gradient else 1)
         with torch.cuda.device_of(reads[0]):
             correlate_kernel[(programs,)](
@@ -150,12 +155,13 @@ def weight_gradient(
         # Only live blocks are written.
         dw.zero_()
     n, _, height, width = dys[0].shape
-    box = line_of(n, height, width)
+    kind = arithmetic(dw.dtype)
+    box = line_of(n, height, width, kind)
     counts = [-(-extent // edge) for extent, edge in zip((n, height, width), box, strict=True)]
     boxes = counts[0] * counts[1] * counts[2]
     k_tiles, c_tiles = triton.cdiv(block[0] or outputs, tile.rows), triton.cdiv(block[1] or channels, tile.columns)
     taps = kernel_h * (1 if tile.row_of_taps else kernel_w)
-    constants = wgrad_constants(geometry, tile, box, block)
+    constants = wgrad_constants(geometry, tile, box, block, kind)
     row_stride = kernel_h * kernel_w * channels
     lists = (None, None) if live is None else (live.rows, live.columns)
     for part, (x, dy) in launches(groups, xs, dys):

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from fastmerge.kernels.block_conv import passes
-from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks, empty_channels_last
+from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
+from fastmerge.kernels.block_conv.layouts import empty_laid_out
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 
@@ -25,10 +26,11 @@ def _problem(
     padding: list[int],
     dilation: list[int],
     live: list[Tensor],
+    channels_last: bool,
 ) -> Problem:
     (r, s), (sh, sw), (ph, pw), (dh, dw) = weight_size[2:], stride, padding, dilation
     geometry = Geometry((r, s), (sh, sw), (ph, pw), (dh, dw))
-    return Problem(groups, geometry, LiveBlocks(*live) if live else None)
+    return Problem(groups, geometry, LiveBlocks(*live) if live else None, channels_last)
 
 
 @torch.library.custom_op("fastmerge::block_conv", mutates_args=())
@@ -41,9 +43,13 @@ def block_conv(
     padding: list[int],
     dilation: list[int],
     live: list[Tensor],
+    channels_last: bool,
 ) -> list[Tensor]:
-    """T convolutions: ``xs`` are T tensors or one joined one, ``live`` nothing or the fields of a ``LiveBlocks``."""
-    problem = _problem(weight.shape, groups, stride, padding, dilation, live)
+    """T convolutions: ``xs`` are T tensors or one joined one, ``live`` nothing or the fields of a ``LiveBlocks``.
+
+    ``channels_last`` is the layout of the results and of both gradients, whatever that of the gradients that come in.
+    """
+    problem = _problem(weight.shape, groups, stride, padding, dilation, live, channels_last)
     return passes.forward(problem, xs, weight, bias)
 
 
@@ -57,11 +63,12 @@ def _(
     padding: list[int],
     dilation: list[int],
     live: list[Tensor],
+    channels_last: bool,
 ) -> list[Tensor]:
-    geometry = _problem(weight.shape, groups, stride, padding, dilation, []).geometry
+    geometry = _problem(weight.shape, groups, stride, padding, dilation, [], channels_last).geometry
     n, _, height, width = xs[0].shape
     size = (n, weight.shape[0] // len(xs), *geometry.output_size(height, width))
-    return [empty_channels_last(x, size) for x in xs]
+    return [empty_laid_out(x, size, channels_last) for x in xs]
 
 
 @torch.library.custom_op("fastmerge::block_conv_input_gradient", mutates_args=())
@@ -74,14 +81,17 @@ def block_conv_input_gradient(
     padding: list[int],
     dilation: list[int],
     live: list[Tensor],
+    channels_last: bool,
 ) -> list[Tensor]:
     """Gradients of the inputs, each of ``size``."""
-    return passes.input_gradient(_problem(weight.shape, groups, stride, padding, dilation, live), dys, weight, size)
+    return passes.input_gradient(
+        _problem(weight.shape, groups, stride, padding, dilation, live, channels_last), dys, weight, size
+    )
 
 
 @block_conv_input_gradient.register_fake
-def _(dys: list[Tensor], weight: Tensor, size: list[int], *_: Any) -> list[Tensor]:
-    return [empty_channels_last(dy, size) for dy in dys]
+def _(dys: list[Tensor], weight: Tensor, size: list[int], *options: Any) -> list[Tensor]:
+    return [empty_laid_out(dy, size, channels_last=options[-1]) for dy in dys]
 
 
 @torch.library.custom_op("fastmerge::block_conv_weight_gradient", mutates_args=())
@@ -94,20 +104,21 @@ def block_conv_weight_gradient(
     padding: list[int],
     dilation: list[int],
     live: list[Tensor],
+    channels_last: bool,
 ) -> Tensor:
     """Gradient of the weight, of which the shape alone matters; exact zeros where no block is live."""
     return passes.weight_gradient(
-        _problem(weight.shape, groups, stride, padding, dilation, live), dys, xs, weight.shape
+        _problem(weight.shape, groups, stride, padding, dilation, live, channels_last), dys, xs, weight.shape
     )
 
 
 @block_conv_weight_gradient.register_fake
-def _(dys: list[Tensor], xs: list[Tensor], weight: Tensor, *_: Any) -> Tensor:
-    return empty_channels_last(weight, weight.shape)
+def _(dys: list[Tensor], xs: list[Tensor], weight: Tensor, *options: Any) -> Tensor:
+    return empty_laid_out(weight, weight.shape, channels_last=options[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    xs, weight, bias, ctx.groups, ctx.stride, ctx.padding, ctx.dilation, live = inputs
+    xs, weight, bias, ctx.groups, ctx.stride, ctx.padding, ctx.dilation, live, ctx.channels_last = inputs
     ctx.size, ctx.streams, ctx.has_bias = list(xs[0].shape), len(xs), bias is not None
     # The weight gradient alone needs the inputs.
     inputs_needed = xs if weight.requires_grad else []
@@ -118,7 +129,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, ...]:
     weight, *rest = ctx.saved_tensors
     live, xs = rest[: len(rest) - ctx.inputs_saved], rest[len(rest) - ctx.inputs_saved :]
-    options = (ctx.groups, ctx.stride, ctx.padding, ctx.dilation, live)
+    options = (ctx.groups, ctx.stride, ctx.padding, ctx.dilation, live, ctx.channels_last)
     needs_xs, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     dxs: Sequence[Tensor | None] = [None] * ctx.streams
     dweight = dbias = None
@@ -128,7 +139,7 @@ def _backward(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Any, ...]:
         dweight = block_conv_weight_gradient(dys, xs, weight, *options)
     if ctx.has_bias and needs_bias:
         dbias = torch.cat([dy.sum((0, 2, 3)) for dy in dys])
-    return dxs, dweight, dbias, None, None, None, None, [None] * len(live)
+    return dxs, dweight, dbias, None, None, None, None, [None] * len(live), None
 
 
 block_conv.register_autograd(_backward, setup_context=_setup_context)

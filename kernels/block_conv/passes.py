@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from fastmerge.kernels.block_conv import cudnn
+from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.choice import SPLIT, Run, choices
-from fastmerge.kernels.block_conv.formulas import boxes_fit
+from fastmerge.kernels.block_conv.layouts import empty_laid_out, fitting
 from fastmerge.kernels.block_conv.problem import Problem
 from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, tiles, weight_tiles
 from torch import Tensor
@@ -47,9 +48,10 @@ def forward_candidates(problem: Problem, xs: Sequence[Tensor], weight: Tensor, b
     found: dict[str, Run] = {SPLIT: lambda: cudnn.split_forward(problem, xs, weight, bias)}
     if len(xs) < problem.groups:
         found[GROUPS] = lambda: [cudnn.grouped_forward(problem, xs[0], weight, bias)]
-    for tile in tiles(weight.shape[1], weight.shape[0] // problem.groups, xs[0].shape[0], problem.block(weight.shape)):
+    block, kind = problem.block(weight.shape), arithmetic(weight.dtype)
+    for tile in tiles(weight.shape[1], weight.shape[0] // problem.groups, xs[0].shape[0], block, kind):
         found[tile.name] = functools.partial(_triton_forward, problem, xs, weight, bias, tile)
-    return found
+    return _all_laid_out(problem, found)
 
 
 def input_gradient_candidates(
@@ -61,9 +63,9 @@ def input_gradient_candidates(
         found[GROUPS] = lambda: [cudnn.grouped_input_gradient(problem, dys[0], weight, size)]
     block = problem.block(weight.shape)
     swapped = None if block is None else (block[1], block[0])
-    for tile in tiles(weight.shape[0] // problem.groups, weight.shape[1], size[0], swapped):
+    for tile in tiles(weight.shape[0] // problem.groups, weight.shape[1], size[0], swapped, arithmetic(weight.dtype)):
         found[tile.name] = functools.partial(_triton_input_gradient, problem, dys, weight, size, tile)
-    return found
+    return _all_laid_out(problem, found)
 
 
 def weight_gradient_candidates(
@@ -74,9 +76,10 @@ def weight_gradient_candidates(
     if len(dys) < problem.groups:
         found[GROUPS] = lambda: [cudnn.grouped_weight_gradient(problem, dys[0], xs[0], weight_size)]
     outputs, channels, _, kernel_w = weight_size
-    for tile in weight_tiles(channels, outputs // problem.groups, kernel_w, problem.block(weight_size)):
+    block, kind = problem.block(weight_size), arithmetic(xs[0].dtype)
+    for tile in weight_tiles(channels, outputs // problem.groups, kernel_w, block, kind):
         found[tile.name] = functools.partial(_triton_weight_gradient, problem, dys, xs, tile)
-    return found
+    return _all_laid_out(problem, found)
 
 
 def worth_an_operation(
@@ -105,27 +108,41 @@ def _run(
     candidates: Callable[..., Mapping[str, Run]],
     *operands: Sequence[Tensor] | Tensor | None,
 ) -> list[Tensor]:
-    """Picks a candidate and runs it on tensors of which TMA can fetch boxes, laid out as the fake results say."""
+    """Picks a candidate and runs it."""
 
     def trial() -> Mapping[str, Run]:
         # Not the tensors at hand: zeros, as gradients often are at first, would hide a wrong kernel and run faster.
         generators: dict[torch.device, torch.Generator] = {}
-        return candidates(*(_random_like(operand, generators) for operand in operands))
+        return candidates(*(_random_like(operand, generators, problem.channels_last) for operand in operands))
 
     found = candidates(*operands)
     default = GROUPS if GROUPS in found and problem.groups > _FEW_GROUPS else SPLIT
-    results = found[choices.pick(key, found, trial, default)]()
-    return [result.contiguous(memory_format=torch.channels_last) for result in results]
+    return found[choices.pick(key, found, trial, default)]()
 
 
-def _random_like(operand: Sequence[Tensor] | Tensor | None, generators: dict[torch.device, torch.Generator]) -> Any:
+def _all_laid_out(problem: Problem, candidates: Mapping[str, Run]) -> dict[str, Run]:
+    """The candidates with results in the problem's layout: bringing them there is part of what they are timed for."""
+
+    def laid_out(run: Run) -> list[Tensor]:
+        return [result.contiguous(memory_format=problem.memory_format) for result in run()]
+
+    return {name: functools.partial(laid_out, run) for name, run in candidates.items()}
+
+
+def _random_like(
+    operand: Sequence[Tensor] | Tensor | None, generators: dict[torch.device, torch.Generator], channels_last: bool
+) -> Any:
     if operand is None:
         return None
     if isinstance(operand, Tensor):
         generator = generators.setdefault(operand.device, torch.Generator(operand.device).manual_seed(0))
-        copy = torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device=operand.device)
+        if 0 in operand.stride() and operand.dim() == 4:
+            # What sum() hands back, one number seen everywhere, is not the gradient that the other steps bring.
+            copy = empty_laid_out(operand, operand.shape, channels_last)
+        else:
+            copy = torch.empty_strided(operand.shape, operand.stride(), dtype=operand.dtype, device=operand.device)
         return copy.normal_(generator=generator)
-    return [_random_like(tensor, generators) for tensor in operand]
+    return [_random_like(tensor, generators, channels_last) for tensor in operand]
 
 
 def _triton_forward(
@@ -134,7 +151,7 @@ def _triton_forward(
     # Imported here, as below: a machine without CUDA never imports Triton.
     from fastmerge.kernels.block_conv import launch_triton
 
-    return launch_triton.forward(_fitting(xs), weight, bias, problem.groups, problem.geometry, tile, problem.live)
+    return launch_triton.forward(fitting(xs), weight, bias, problem.groups, problem.geometry, tile, problem.live)
 
 
 def _triton_input_gradient(
@@ -144,7 +161,7 @@ def _triton_input_gradient(
 
     height, width = size[2:]
     return launch_triton.input_gradient(
-        _fitting(dys), weight, (height, width), problem.groups, problem.geometry, tile, problem.live
+        fitting(dys), weight, (height, width), problem.groups, problem.geometry, tile, problem.live
     )
 
 
@@ -154,15 +171,5 @@ def _triton_weight_gradient(
     from fastmerge.kernels.block_conv import launch_triton
 
     return [
-        launch_triton.weight_gradient(_fitting(dys), _fitting(xs), problem.groups, problem.geometry, tile, problem.live)
-    ]
-
-
-def _fitting(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, copied where TMA can't fetch boxes of them: a gradient in another order, a tensor not 16 bytes aligned."""
-    return [
-        t
-        if boxes_fit(t) and t.data_ptr() % 16 == 0
-        else torch.empty_like(t, memory_format=torch.channels_last).copy_(t)
-        for t in tensors
+        launch_triton.weight_gradient(fitting(dys), fitting(xs), problem.groups, problem.geometry, tile, problem.live)
     ]

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
+from fastmerge.kernels.block_conv.layouts import memory_format
 from torch import Tensor
 
 
@@ -22,11 +24,18 @@ class Problem:
         groups: T.
         geometry: of the convolution.
         live: the live blocks of a block-sparse weight, T being 1; None for a block diagonal.
+        channels_last: the layout of the result and of both gradients, as of the input; contiguous otherwise.
     """
 
     groups: int
     geometry: Geometry
     live: LiveBlocks | None = None
+    channels_last: bool = True
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of the results."""
+        return memory_format(self.channels_last)
 
     def block(self, weight_size: Sequence[int]) -> tuple[int, int] | None:
         """Output and input channels of a block of a block-sparse weight."""
@@ -35,7 +44,7 @@ class Problem:
     def key(
         self, step: str, given: Sequence[Tensor], size: Sequence[int], weight_size: Sequence[int], dtype: torch.dtype
     ) -> str:
-        """Card, pass and shapes, as text: what a measured choice holds for.
+        """Card, pass, arithmetic, shapes and layout, as text: what a measured choice holds for.
 
         Args:
             step: name of the pass.
@@ -47,11 +56,12 @@ class Problem:
         n, _, height, width = size
         outputs, channels, *kernel = weight_size
         (stride, _), padding, dilation = self.geometry.options
-        live = "" if self.live is None else f", {len(self.live.rows)} of {self.live.mask.numel()} blocks"
-        layout = "joined" if len(given) < self.groups else "streams"
+        live = "" if self.live is None else f", {len(self.live.rows)} of {_pair(self.live.mask.shape)} blocks"
+        streams = "joined" if len(given) < self.groups else "streams"
+        layout = "channels-last" if self.channels_last else "contiguous"
         return (
-            f"{_card(given[0].device)} | {step} {str(dtype).removeprefix('torch.')} | {self.groups} {layout}{live} | "
-            f"{n}x{channels}x{height}x{width} to {outputs // self.groups}, kernel {_pair(kernel)}, stride {stride}, "
+            f"{_card(given[0].device)} | {step} {arithmetic(dtype)} | {self.groups} {streams}{live} | "
+            f"{n}x{channels}x{height}x{width} {layout} to {outputs // self.groups}, kernel {_pair(kernel)}, stride {stride}, "
             f"padding {_pair(padding)}, dilation {_pair(dilation)}"
         )
 

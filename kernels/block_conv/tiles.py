@@ -1,12 +1,15 @@
 """Tile shapes of the block convolution's kernels: which ones are worth timing for a layer.
 
-Every tile here compiles for sm_90 to wgmma without spills, within the 227 KB of shared memory; the tests hold it to that.
+Every tile here compiles for sm_90 without spills, within the 227 KB of shared memory, and to wgmma except for float32 without
+TF32, which tensor cores don't multiply; the tests hold it to that. Names of arithmetic are those of ``arithmetic``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from fastmerge.kernels.block_conv.arithmetic import IEEE, TF32
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,20 @@ _WEIGHT_TILES = (
     (64, 16, False, 4, 4),
 )
 _PROGRAMS = (264, 1056)
+# The same without tensor cores: operands and sums share the registers.
+_IEEE_TILES = ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 4, 3), (64, 32, 4, 3), (128, 16, 4, 3), (64, 16, 4, 3))
+_IEEE_WEIGHT_TILES = ((64, 64, False, 8, 3), (64, 32, False, 4, 3), (64, 16, False, 4, 3))
+# Channels read in a step, positions summed over in one: elements of 128 bytes for tensor cores, and what registers hold.
+_MOST_READ = {TF32: 32, IEEE: 16}
+_LONGEST_LINE = {TF32: 32, IEEE: 16}
 
 
 def tiles(
-    read_channels: int, written_channels: int, batch: int, blocks: tuple[int, int] | None = None
+    read_channels: int,
+    written_channels: int,
+    batch: int,
+    blocks: tuple[int, int] | None = None,
+    arithmetic: str = "bfloat16",
 ) -> tuple[Tile, ...]:
     """The tiles to time for a forward pass or an input gradient.
 
@@ -104,12 +117,17 @@ def tiles(
         written_channels: channels of the written tensor, in one stream.
         batch: N.
         blocks: written and read channels of a block, of a block-sparse weight: tiles must divide them.
+        arithmetic: what it multiplies in.
     """
-    read = min(64, _power_above(read_channels) if blocks is None else _power_within(blocks[1]))
-    widest = min(256, _power_above(written_channels) if blocks is None else _power_within(blocks[0]))
+    read = min(
+        _MOST_READ.get(arithmetic, 64), _power_above(read_channels) if blocks is None else _power_within(blocks[1])
+    )
+    choice = _IEEE_TILES if arithmetic == IEEE else _TILES
+    most = max(written for _, written, _, _ in choice)
+    widest = min(most, _power_above(written_channels) if blocks is None else _power_within(blocks[0]))
     return tuple(
         Tile(positions, written, read, warps, stages, samples)
-        for positions, written, warps, stages in _TILES
+        for positions, written, warps, stages in choice
         for samples in (True, False)
         if widest // 2 <= written <= widest
         # Samples must fill a tile. Where they do, boxes of neighbours are left out if too few channels are written for
@@ -119,17 +137,23 @@ def tiles(
 
 
 def weight_tiles(
-    read_channels: int, written_channels: int, kernel_columns: int, blocks: tuple[int, int] | None = None
+    read_channels: int,
+    written_channels: int,
+    kernel_columns: int,
+    blocks: tuple[int, int] | None = None,
+    arithmetic: str = "bfloat16",
 ) -> tuple[WeightTile, ...]:
     """The tiles to time for a weight gradient; arguments as for :func:`tiles`, with the forward pass's sides."""
     columns_most = _power_above(read_channels) if blocks is None else _power_within(blocks[1])
+    choice = _IEEE_WEIGHT_TILES if arithmetic == IEEE else _WEIGHT_TILES
+    most = min(128, max(columns for _, columns, _, _, _ in choice))
     rows_most = max(64, _power_above(written_channels) if blocks is None else blocks[0])
     return tuple(
         WeightTile(rows, columns, row_of_taps, programs, warps, stages)
-        for rows, columns, row_of_taps, warps, stages in _WEIGHT_TILES
+        for rows, columns, row_of_taps, warps, stages in choice
         for programs in _PROGRAMS
         if rows <= rows_most
-        and min(columns_most, 128) // 2 <= columns <= columns_most
+        and min(columns_most, most) // 2 <= columns <= columns_most
         and (kernel_columns == 3 or not row_of_taps)
     )
 
@@ -147,12 +171,15 @@ def box_of(positions: int, batch: int, height: int, width: int) -> tuple[int, in
     return min(_boxes(positions), key=cost)
 
 
-def line_of(batch: int, height: int, width: int) -> tuple[int, int, int]:
+def line_of(batch: int, height: int, width: int, arithmetic: str = "bfloat16") -> tuple[int, int, int]:
     """The box of N × H × W positions for a sum over all of them: 16 to 64 samples at one position, or positions of a row.
+
+    Of float32 32 at the most, and 16 without TF32.
 
     The one that takes the least time, if a box costs as much as its positions and 16 more.
     """
-    lines = [line for length in (64, 32, 16) for line in ((length, 1, 1), (1, 1, length))]
+    lengths = [length for length in (64, 32, 16) if length <= _LONGEST_LINE.get(arithmetic, 64)]
+    lines = [line for length in lengths for line in ((length, 1, 1), (1, 1, length))]
 
     def cost(box: tuple[int, int, int]) -> int:
         n, _, w = box

@@ -2,7 +2,8 @@
 
 For each tap a GEMM over all positions, ``dw[k, tap, c] = Σ dy[position, k] x[position moved by the tap, c]``: boxes of
 positions of dy and, moved by the tap, of x. A box holds one position of many samples, or many of one row, which wgmma takes
-from shared memory as they are. A program takes one tap, or one row of three taps, which then share
+from shared memory as they are, but for float32: of that the positions summed over would have to lie next to each other, so
+the compiler turns both boxes round in shared memory. A program takes one tap, or one row of three taps, which then share
 each box of dy. At stride 2 a tap reads one lattice of x (``correlate_triton``).
 
 The positions are dealt out to ``splits`` programs (split-K). Each writes its sum to a workspace of its own, and a second
@@ -25,11 +26,11 @@ REDUCE_BLOCK = 1024  # elements of a program that adds up
 
 
 @triton.jit
-def _dot(dy_tile, x_tile, acc, UPCAST: tl.constexpr):
+def _dot(dy_tile, x_tile, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         dy_tile = dy_tile.to(tl.float32)
         x_tile = x_tile.to(tl.float32)
-    return tl.dot(dy_tile.T, x_tile, acc)
+    return tl.dot(dy_tile.T, x_tile, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -84,6 +85,7 @@ def wgrad_kernel(
     ROW_OF_TAPS: tl.constexpr,
     WRITE_BLOCK: tl.constexpr,
     READ_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     PIXELS: tl.constexpr = NB * HB * WB
@@ -142,11 +144,11 @@ def wgrad_kernel(
                     w1 = w + (1 * DILATION_W - PADDING_W - parity1) // STRIDE
                     w2 = w + (2 * DILATION_W - PADDING_W - parity0) // STRIDE
                     x_tile = load_box(odd if parity0 else even, x_stream, n, x_h, w0, c, PIXELS, BN, SAMPLES)
-                    acc0 = _dot(dy_tile, x_tile, acc0, UPCAST)
+                    acc0 = _dot(dy_tile, x_tile, acc0, PRECISION, UPCAST)
                     x_tile = load_box(odd if parity1 else even, x_stream, n, x_h, w1, c, PIXELS, BN, SAMPLES)
-                    acc1 = _dot(dy_tile, x_tile, acc1, UPCAST)
+                    acc1 = _dot(dy_tile, x_tile, acc1, PRECISION, UPCAST)
                     x_tile = load_box(odd if parity0 else even, x_stream, n, x_h, w2, c, PIXELS, BN, SAMPLES)
-                    acc2 = _dot(dy_tile, x_tile, acc2, UPCAST)
+                    acc2 = _dot(dy_tile, x_tile, acc2, PRECISION, UPCAST)
     else:
         column_parity = (tap_column + PADDING_W) % STRIDE
         shift_w = (tap_column * DILATION_W - PADDING_W - column_parity) // STRIDE
@@ -159,7 +161,7 @@ def wgrad_kernel(
                     dy_tile = load_box(dy, dy_stream, n, h, w, k, PIXELS, BM, SAMPLES)
                     x = x0 if lattice == 0 else x1 if lattice == 1 else x2 if lattice == 2 else x3
                     x_tile = load_box(x, x_stream, n, h + shift_h, w + shift_w, c, PIXELS, BN, SAMPLES)
-                    acc0 = _dot(dy_tile, x_tile, acc0, UPCAST)
+                    acc0 = _dot(dy_tile, x_tile, acc0, PRECISION, UPCAST)
 
     taps = tap_row * KERNEL_W + tap_column
     k_offsets = k + tl.arange(0, BM)[:, None]
@@ -207,10 +209,14 @@ def reduce_kernel(
 
 
 def wgrad_constants(
-    geometry: Geometry, tile: WeightTile, box: tuple[int, int, int], block: tuple[int, int] = (0, 0)
+    geometry: Geometry,
+    tile: WeightTile,
+    box: tuple[int, int, int],
+    block: tuple[int, int] = (0, 0),
+    arithmetic: str = "bfloat16",
 ) -> dict[str, Any]:
     """The constexpr arguments of ``wgrad_kernel``; ``block`` is output and input channels of a live block, or 0."""
-    return shared_constants(geometry, box) | {
+    return shared_constants(geometry, box, arithmetic) | {
         "BM": tile.rows,
         "BN": tile.columns,
         "SAMPLES": box[0] > 1,
