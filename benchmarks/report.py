@@ -37,8 +37,8 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         "`make gpu OUT=folder` all of it on a machine with a GPU.",
         "Contenders of a case take turns in one process, one training step each, or one whole merge stage: forward, loss with "
         "gate loss, backward, SGD with momentum on weights and gates, the device waited for. A ratio is the median over these "
-        "pairs, its quartiles beside it. *naive dense* is the network as the paper's authors write it: doubled convolutions and "
-        "BatchNorms and an elementwise gate per channel group, channels-last, autocast, gates in the activations' dtype. "
+        "pairs, its quartiles beside it. *naive dense* is the network as the paper's authors write it: doubled convolutions "
+        "and BatchNorms and an elementwise gate per channel group, channels-last, autocast, gates in the activations' dtype. "
         "*teachers* trains the two teachers one after the other, without gates, so that one network's activations are kept "
         "at a time; *groups=T* is naive dense with grouped convolutions. *GFLOP/s* and *GB/s* are what the step has to "
         "compute and at least to move, over its time.",
