@@ -1,18 +1,25 @@
-"""Which implementation of a block convolution is fastest, by shape and pass: as raced, and as whole steps chose it."""
+"""Which implementation of a convolution in blocks is fastest, by shape and pass: as raced, and as whole steps chose it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.results import Contenders, ratio
 from fastmerge.reporting.tables import table
 
 SPLIT, GROUPS, TRITON = IMPLEMENTATIONS = ("split", "groups", "triton")
+MASKED, DENSE = "masked", "dense"
 _EXPLAINED = (
     "Two networks' convolutions, by pass and layer: *split* is cuDNN one network after another, *groups* cuDNN with two "
     "groups, *Triton* the fastest tile of our kernels. Milliseconds on the device, each time with a cold L2 cache; the "
     "least is the winner. *Triton / split* is the ratio of whole calls, taken in turn and waited for."
+)
+_SPARSE = (
+    "Two networks' convolutions as one, twice as wide, with a half or a quarter of the weight's blocks live, or those of a "
+    "block diagonal: *masked* is cuDNN with zeros in the others, *dense* cuDNN with all of them, which is more than asked for, "
+    "*Triton* the fastest tile of our kernels. Milliseconds on the device, each time with a cold L2 cache; the least is the "
+    "winner. Ratios are those of whole calls, taken in turn and waited for."
 )
 _CHOSEN = (
     "What the big students of these benchmarks ran, layer by layer: each shape and pass was timed at its first use, and the "
@@ -27,17 +34,32 @@ def fastest(contenders: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def raced_cases(run: Mapping[str, Any]) -> set[str]:
-    """The cases of a run that its table of convolutions holds."""
-    return {benchmark["extra_info"]["case"] for benchmark in _raced(run)}
+    """The cases of a run that its tables of convolutions hold."""
+    return {benchmark["extra_info"]["case"] for what in ("convolution", "sparse") for benchmark in _raced(run, what)}
 
 
 def convolutions(run: Mapping[str, Any]) -> list[str]:
-    """Markdown: both tables of a run, without those that it has no figures for."""
+    """Markdown: the tables of a run, without those that it has no figures for."""
     parts = []
-    rows = [_raced_row(benchmark["extra_info"]) for benchmark in _raced(run)]
+    rows = [_raced_row(benchmark["extra_info"]) for benchmark in _raced(run, "convolution")]
     if rows:
         header = ["pass", "layer of each network", "split", "groups", "Triton", "winner", "tile", "Triton / split"]
-        parts += ["### Block convolutions", _EXPLAINED, table(header, rows, markdown=True), *_problems(run)]
+        parts += [
+            "### Block convolutions",
+            _EXPLAINED,
+            table(header, rows, markdown=True),
+            *_problems(run, "convolution"),
+        ]
+    rows = [_sparse_row(benchmark["extra_info"]) for benchmark in _raced(run, "sparse")]
+    if rows:
+        header = ["pass", "layer of each network", "live", "masked", "dense", "Triton", "winner", "tile"]
+        header += ["Triton / masked", "Triton / dense"]
+        parts += [
+            "### Block-sparse convolutions",
+            _SPARSE,
+            table(header, rows, markdown=True),
+            *_problems(run, "sparse"),
+        ]
     chosen = run["machine_info"].get("convolution_choices") or []
     if chosen:
         header = ["pass", "layer of each network", "split", "groups", "Triton", "winner"]
@@ -46,33 +68,57 @@ def convolutions(run: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _raced(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    return (benchmark for benchmark in run["benchmarks"] if "convolution" in benchmark["extra_info"])
+def _raced(run: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
+    return (benchmark for benchmark in run["benchmarks"] if what in benchmark["extra_info"])
 
 
 def _raced_row(info: Mapping[str, Any]) -> list[str]:
     what, contenders = info["convolution"], info["contenders"]
-    calls = ratio(contenders, TRITON, SPLIT)
     return [
         what["pass"],
         f"{what['layer']} {what['dtype']}",
-        *(_milliseconds(contenders.get(name, {}).get("device_ms")) for name in IMPLEMENTATIONS),
-        what["winner"] or "–",
-        contenders.get(TRITON, {}).get("tile", "–").removeprefix("triton "),
-        "–" if calls is None else f"{calls.value:.2f}",
+        *_compared(what, contenders, IMPLEMENTATIONS),
+        _calls(contenders, SPLIT),
     ]
 
 
-def _problems(run: Mapping[str, Any]) -> list[str]:
+def _sparse_row(info: Mapping[str, Any]) -> list[str]:
+    what, contenders = info["sparse"], info["contenders"]
+    return [
+        what["pass"],
+        f"{what['layer']} {what['dtype']}",
+        what["live"],
+        *_compared(what, contenders, (MASKED, DENSE, TRITON)),
+        _calls(contenders, MASKED),
+        _calls(contenders, DENSE),
+    ]
+
+
+def _compared(what: Mapping[str, Any], contenders: Contenders, names: Sequence[str]) -> list[str]:
+    """Each one's time, who won, and Triton's tile."""
+    return [
+        *(_milliseconds(contenders.get(name, {}).get("device_ms")) for name in names),
+        what["winner"] or "–",
+        contenders.get(TRITON, {}).get("tile", "–").removeprefix("triton "),
+    ]
+
+
+def _calls(contenders: Contenders, other: str) -> str:
+    """Triton's whole calls over another's."""
+    found = ratio(contenders, TRITON, other)
+    return "–" if found is None else f"{found.value:.2f}"
+
+
+def _problems(run: Mapping[str, Any], what: str) -> list[str]:
     """What of the raced convolutions failed or did not run, each reason once."""
     reasons: dict[str, list[str]] = {}
-    for benchmark in _raced(run):
+    for benchmark in _raced(run, what):
         info: Contenders = benchmark["extra_info"]["contenders"]
         for name, contender in info.items():
             for key, verb in (("error", "failed"), ("unavailable", "did not run")):
                 if key in contender:
                     where = reasons.setdefault(f"*{name}* {verb}: {contender[key]}", [])
-                    where.append(benchmark["extra_info"]["case"].removeprefix("block convolution, "))
+                    where.append(benchmark["extra_info"]["case"].partition(", ")[2])
     return [f"{reason}, in {'; '.join(cases)}." for reason, cases in reasons.items()]
 
 

@@ -114,14 +114,14 @@ def find_sanitizer() -> str:
 
 # Targets stand in the order of whole steps, single kernels, small networks, memory, the whole stage.
 _FIRST = ("batch_norm", "block_conv")
-_SECOND = ("compress", "merge", "gate")
+_SECOND = ("compress", "merge", "gate", "block_sparse")
 _RISKIEST = ("block_conv", "graphed", "batch_norm", "wide", "compact", "gate")
 # Expressions for pytest's -k that cut a file's tests into parts of about equal length.
 _SLICES = {
     "kernels_block_conv": ("every_tile and fp16", "every_tile and bf16", "every_tile and fp32", "measured"),
     "kernels_batch_norm": ("odd_shapes", "real_shapes or options"),
 }
-_SECONDS = {"block_conv": 300, "merge": 180}  # those that take longer than most
+_SECONDS = {"block_conv": 300, "block_sparse": 240, "merge": 180}  # those that take longer than most
 # Another machine's versions may deprecate what they like.
 _PYTEST = (
     *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors", "-q"),
