@@ -94,6 +94,14 @@ def test_many_tiles_and_programs(shape: tuple[int, ...], samples: int | None, la
 
 
 @interpreted
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_tiles_and_programs_in_half_precision(dtype: torch.dtype, layout: str) -> None:
+    with small_cuts(), fused():
+        check_against_float64(laid_out(make((5, 9, 7, 4), dtype, samples=5), layout), TRAINING, dy_layout=layout)
+
+
+@interpreted
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16])
 def test_gates_and_weights_of_other_dtypes(x_dtype: torch.dtype) -> None:
     case = make(SHAPE, x_dtype, samples=3)
