@@ -24,7 +24,16 @@ CHANNELS = [(16, 16), (16, 32), (32, 32), (64, 64), (64, 128), (128, 64), (128, 
 
 
 def all_tiles(arithmetic: str = "bfloat16") -> list[Tile]:
-    return sorted({tile for read, written in CHANNELS for tile in tiles(read, written, 256, None, arithmetic)}, key=str)
+    """Those for many samples, and the others that few have: boxes of neighbours that write few channels."""
+    return sorted(
+        {
+            tile
+            for read, written in CHANNELS
+            for batch in (1, 256)
+            for tile in tiles(read, written, batch, None, arithmetic)
+        },
+        key=str,
+    )
 
 
 def all_weight_tiles(arithmetic: str = "bfloat16") -> list[WeightTile]:
@@ -199,16 +208,18 @@ def turned_in_shared_memory(compiled: Compiled) -> bool:
     return "st.shared" in compiled.ptx.rpartition("wgmma.mma_async")[0] or "stmatrix" in compiled.ptx
 
 
-def check_tf32(geometry: Geometry, tile: Tile, gradient: bool) -> None:
-    compiled = compile_correlate(geometry, tile, gradient, bias=not gradient, dtype="fp32", arithmetic="tf32")
-    check_hopper(compiled, 2 * (tile.stages - 1))
+def check_tf32(geometry: Geometry, tile: Tile, gradient: bool, blocks: tuple[int, int] = (0, 0)) -> None:
+    compiled = compile_correlate(geometry, tile, gradient, not gradient, blocks, dtype="fp32", arithmetic="tf32")
+    check_hopper(compiled, 2 * (tile.stages - 1), tile.samples or tile.written >= 64)
     assert ".f32.tf32.tf32" in compiled.ptx
     # Both operands as TMA wrote them, the input gradient's too: its weight was turned.
     assert not turned_in_shared_memory(compiled)
 
 
-def check_weight_tf32(geometry: Geometry, tile: WeightTile, length: int = 32) -> None:
-    compiled = compile_wgrad(geometry, tile, box=(length, 1, 1), dtype="fp32", arithmetic="tf32")
+def check_weight_tf32(
+    geometry: Geometry, tile: WeightTile, box: tuple[int, int, int] = (32, 1, 1), block: tuple[int, int] = (0, 0)
+) -> None:
+    compiled = compile_wgrad(geometry, tile, block, box, dtype="fp32", arithmetic="tf32")
     check_hopper(compiled, (4 if tile.row_of_taps else 2) * (tile.stages - 1))
     assert ".f32.tf32.tf32" in compiled.ptx
     # The positions summed over lie apart in both boxes, where wgmma can't read 32 bits: Triton turns them round, through
@@ -302,10 +313,24 @@ def test_all_tiles_in_tf32(tile: Tile, gradient: bool, geometry: Geometry) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("geometry", [THREE[1], THREE[2]], ids=["stride 1", "stride 2"])
-@pytest.mark.parametrize("length", [16, 32])
+@pytest.mark.parametrize("box", [(16, 1, 1), (32, 1, 1), (1, 1, 32)], ids=str)
 @pytest.mark.parametrize("tile", TF32_WEIGHT_TILES, ids=lambda tile: tile.name)
-def test_all_weight_tiles_in_tf32(tile: WeightTile, length: int, geometry: Geometry) -> None:
-    check_weight_tf32(geometry, tile, length)
+def test_all_weight_tiles_in_tf32(tile: WeightTile, box: tuple[int, int, int], geometry: Geometry) -> None:
+    check_weight_tf32(geometry, tile, box)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("geometry", [POINTWISE[1], THREE[2]], ids=["1x1", "3x3 stride 2"])
+def test_live_blocks_of_float32(geometry: Geometry) -> None:
+    blocks = (128, 128)
+    for gradient in (False, True):
+        check_tf32(geometry, tiles(128, 128, 256, blocks, "tf32")[2], gradient, blocks)
+        tile = tiles(128, 128, 256, blocks, "float32")[0]
+        check_ieee(compile_correlate(geometry, tile, gradient, blocks=blocks, dtype="fp32", arithmetic="float32"))
+    columns = geometry.kernel[1]
+    check_weight_tf32(geometry, weight_tiles(128, 128, columns, blocks, "tf32")[0], block=blocks)
+    weight_tile = weight_tiles(128, 128, columns, blocks, "float32")[0]
+    check_ieee(compile_wgrad(geometry, weight_tile, blocks, (16, 1, 1), dtype="fp32", arithmetic="float32"))
 
 
 @pytest.mark.slow
@@ -313,7 +338,8 @@ def test_all_weight_tiles_in_tf32(tile: WeightTile, length: int, geometry: Geome
 @pytest.mark.parametrize("tile", IEEE_TILES, ids=lambda tile: tile.name)
 def test_all_tiles_without_tensor_cores(tile: Tile, gradient: bool) -> None:
     bias = not gradient
-    check_ieee(compile_correlate(THREE[2], tile, gradient, bias=bias, dtype="fp32", arithmetic="float32"))
+    for geometry in (THREE[1], THREE[2]):
+        check_ieee(compile_correlate(geometry, tile, gradient, bias=bias, dtype="fp32", arithmetic="float32"))
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ _WEIGHT_TILES = (
 )
 _PROGRAMS = (264, 1056)
 # The same without tensor cores: operands and sums share the registers.
-_IEEE_TILES = ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 4, 3), (64, 32, 4, 3), (128, 16, 4, 3), (64, 16, 4, 3))
+_IEEE_TILES = ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3), (128, 16, 4, 3), (64, 16, 4, 3))
 _IEEE_WEIGHT_TILES = ((64, 64, False, 8, 3), (64, 32, False, 4, 3), (64, 16, False, 4, 3))
 # Channels read in a step, positions summed over in one: elements of 128 bytes for tensor cores, and what registers hold.
 _MOST_READ = {TF32: 32, IEEE: 16}
