@@ -138,18 +138,26 @@ def test_every_part_names_files_that_exist() -> None:
         assert all((ROOT / file).exists() for file in files), part
 
 
-def test_slices_of_a_file_are_all_of_it_and_none_is_empty() -> None:
-    def collected(options: list[str]) -> set[str]:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu"]
-        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, check=False)
-        return {line for line in done.stdout.splitlines() if "::" in line}
+# Collects with each of several options in one process, so that what tests import is imported once.
+_COLLECTING = """
+import json, sys, pytest
+for options in json.loads(sys.argv[1]):
+    print("next")
+    pytest.main(["-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu", *options])
+"""
 
+
+def test_slices_of_a_file_are_all_of_it_and_none_is_empty() -> None:
     sliced = [part for part in parts() if part.kind == "tests" and part.command[-1].endswith("block_conv_gpu.py")]
     assert len(sliced) > 1
-    found = [collected([*part.command[part.command.index("-k") :][:2], part.command[-1]]) for part in sliced]
+    options = [[*part.command[part.command.index("-k") :][:2], part.command[-1]] for part in sliced]
+    command = [sys.executable, "-c", _COLLECTING, json.dumps([*options, [sliced[0].command[-1]]])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    *found, whole = ({line for line in run.splitlines() if "::" in line} for run in done.stdout.split("next\n")[1:])
+    assert len(found) == len(sliced)
     assert all(found)
-    assert set().union(*found) == collected([sliced[0].command[-1]])
-    assert sum(map(len, found)) == len(set().union(*found))
+    assert set().union(*found) == whole
+    assert sum(map(len, found)) == len(whole)
 
 
 def test_without_a_gpu_it_says_so(
