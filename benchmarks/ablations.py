@@ -79,7 +79,7 @@ def over_loaders(options: argparse.Namespace, folder: Path) -> Setup:
     recipe = experiment.sized(OVER_LOADERS[options.recipe]()).scaled(budget)
     folder.mkdir(parents=True, exist_ok=True)
     images = folder / "images.npz"
-    save_subset(check_data(recipe, options.data), images, experiment.per_class)
+    save_subset(check_data(recipe, options.data), images, experiment)
     place = Place(
         data=images,
         device=torch.device(options.device),

@@ -29,6 +29,7 @@ from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.loader_strategies import run
 
 STRATEGIES = ("student", "bo3", "one")
+PLANS = ("teacher", "merge", "finetune", "long", "third")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Experiment:
         replicates: of each strategy.
         test_every: epochs between two looks at the test images.
         autocast: dtype of mixed precision.
+        classes: how many, the first ones; None is all. The test images are those of these classes.
         batch_size: images per step; None is the recipe's. With few images the recipe's leaves few steps.
+        lr: learning rate of all weights, before it is divided; None is the recipe's.
     """
 
     budget: float
@@ -49,16 +52,24 @@ class Experiment:
     replicates: int
     test_every: int
     autocast: torch.dtype
+    classes: int | None = None
     batch_size: int | None = None
+    lr: float | None = None
 
     def sized(self, recipe: LoaderRecipe) -> LoaderRecipe:
-        """The recipe with this batch size, and as few looks at the test images."""
+        """The recipe with this batch size and learning rate, and as few looks at the test images."""
         # The recipe's own number shrinks with the epochs, and a look costs as much as half an epoch of so few images.
         recipe = replace(recipe, test_every=round(self.test_every / self.budget))
+        if self.lr is not None:
+            plans = {name: replace(getattr(recipe, name), lr=self.lr) for name in PLANS}
+            recipe = replace(recipe, **plans)
         return recipe if self.batch_size is None else replace(recipe, batch_size=self.batch_size)
 
 
-EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 15, 25, 3, 10, torch.bfloat16, batch_size=32)}
+# What decides is whether the teachers have converged: the long run must gain as little by its length as the paper's.
+EXPERIMENTS = {
+    "resnet20-cifar100": Experiment(1 / 2, 50, 3, 10, torch.bfloat16, classes=10, batch_size=16, lr=0.05)
+}
 
 
 def main() -> None:
@@ -73,7 +84,7 @@ def main() -> None:
         run_strategy(options.name, options.data, options.out, options.strategy)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    save_subset(options.data, options.out / "images.npz", EXPERIMENTS[options.name].per_class)
+    save_subset(options.data, options.out / "images.npz", EXPERIMENTS[options.name])
     command = [sys.executable, "-m", "benchmarks.experiments", options.name, "--data", str(options.out / "images.npz")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -101,17 +112,18 @@ def run_strategy(name: str, data: Path, out: Path, strategy: str) -> None:
     )
 
 
-def save_subset(source: Path, target: Path, per_class: int) -> None:
-    """Writes the first images of each class, and all test images, as an .npz."""
+def save_subset(source: Path, target: Path, experiment: Experiment) -> None:
+    """Writes an experiment's share of the training images, and all test images of its classes, as an .npz."""
     arrays: ImageArrays = load_cifar(source) if find_cifar(source) else load_npz(source)
-    labels = arrays.train_labels
-    chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(arrays.classes)]))
+    labels, classes = arrays.train_labels, experiment.classes or arrays.classes
+    chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[: experiment.per_class] for c in range(classes)]))
+    tested = arrays.test_labels < classes
     np.savez(
         target,
         train_images=arrays.train_images[chosen],
         train_labels=labels[chosen],
-        test_images=arrays.test_images,
-        test_labels=arrays.test_labels,
+        test_images=arrays.test_images[tested],
+        test_labels=arrays.test_labels[tested],
     )
 
 

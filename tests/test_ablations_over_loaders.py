@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_teachers_of_an_experiment_are_taken(run: Any, images: Path, tmp_path: Path, capsys: Any) -> None:
     own = run("--replicates", "1", "--variants", BASE)
-    experiments.save_subset(images, tmp_path / "share.npz", 8)
+    experiments.save_subset(images, tmp_path / "share.npz", experiments.EXPERIMENTS[NAME])
     experiments.run_strategy(NAME, tmp_path / "share.npz", tmp_path / "student", "student")
     checkpoints = tmp_path / "student" / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*.safetensors")}

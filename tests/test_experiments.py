@@ -27,12 +27,15 @@ def test_each_is_a_recipe_over_loaders_at_equal_epochs(name: str) -> None:
         assert sorted({0, plan.epochs, *plan.milestones}) == [0, *plan.milestones, plan.epochs]
 
 
-def test_the_batch_size_is_the_experiments_or_the_recipes() -> None:
+def test_batch_size_and_learning_rate_are_the_experiments_or_the_recipes() -> None:
     recipe = RECIPES["resnet20-cifar100"]()
     assert isinstance(recipe, LoaderRecipe)
     experiment = experiments.EXPERIMENTS["resnet20-cifar100"]
-    assert replace(experiment, batch_size=5).sized(recipe).batch_size == 5
-    assert replace(experiment, batch_size=None).sized(recipe).batch_size == recipe.batch_size
+    changed = replace(experiment, batch_size=5, lr=0.7).sized(recipe)
+    assert changed.batch_size == 5
+    assert {getattr(changed, name).lr for name in experiments.PLANS} == {0.7}
+    same = replace(experiment, batch_size=None, lr=None).sized(recipe)
+    assert replace(same, test_every=recipe.test_every) == recipe
     assert experiment.sized(recipe).scaled(experiment.budget).test_every == experiment.test_every
 
 
@@ -42,11 +45,16 @@ def test_a_share_has_the_first_images_of_each_class(tmp_path: Path) -> None:
     np.savez(
         tmp_path / "all.npz", train_images=images, train_labels=labels, test_images=images[:5], test_labels=labels[:5]
     )
-    experiments.save_subset(tmp_path / "all.npz", tmp_path / "share.npz", 2)
+    experiment = replace(experiments.EXPERIMENTS["resnet20-cifar100"], per_class=2, classes=None)
+    experiments.save_subset(tmp_path / "all.npz", tmp_path / "share.npz", experiment)
     share = load_npz(tmp_path / "share.npz")
     assert share.train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6]
     assert share.train_labels.tolist() == [2, 0, 1, 0, 2, 1]
     assert np.array_equal(share.test_images, images[:5])
+    experiments.save_subset(tmp_path / "all.npz", tmp_path / "share.npz", replace(experiment, classes=2))
+    share = load_npz(tmp_path / "share.npz")
+    assert share.train_labels.tolist() == [0, 1, 0, 1]
+    assert np.array_equal(share.test_images, images[[1, 2, 3]])
 
 
 def test_strategies_are_put_together(tmp_path: Path) -> None:
