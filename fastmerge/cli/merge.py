@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--momentum", type=float, default=0.9, metavar="X", help="default 0.9")
     add("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
-    add("--gate-lr", type=float, default=0.2, metavar="X", help="learning rate of the gates; default 0.2")
+    add("--gate-lr", type=float, metavar="X", help="learning rate of the gates; default 0.2, more in a short stage")
     add("--lam-start", type=float, default=0.01, metavar="X", help="weight of the gate loss at first; default 0.01")
     add("--lam-step", type=float, metavar="X", help="its growth per epoch; default fits the length of the stage")
     add(

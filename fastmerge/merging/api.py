@@ -45,7 +45,7 @@ def merge(
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    gate_lr: float = 0.2,
+    gate_lr: float | None = None,
     lam_start: float = 0.01,
     lam_step: float | None = None,
     gate_schedule: GateSchedule = "quadratic",
@@ -96,7 +96,8 @@ def merge(
             off-diagonal weights are trained after it. It becomes dense at the first epoch that starts at or after this
             fraction; 0 is the paper, 1 is never.
         lr, momentum, weight_decay: Of the weights' SGD, in both stages. Gates get no weight decay.
-        gate_lr: Of the gates' own SGD, whose momentum is 0.9.
+        gate_lr: Of the gates' own SGD, whose momentum is 0.9. None is the paper's 0.2, or more in a stage of few steps, so
+            that its gates open or close for good; see :func:`~fastmerge.schedules.fitting_gate_lr`.
         lam_start: λ in the first epoch.
         lam_step: λ grows by ``lam_step · √λ`` per epoch; the paper's is 0.05. None fits it to this stage's length, so
             that a short stage too brings the gates to 1/T; see :func:`~fastmerge.schedules.fitting_lam_step`.

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from fastmerge.big_student import BigStudent
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.checks import check_compact_at, check_epochs, check_numbers
-from fastmerge.schedules import QuadraticLambda, fitting_lam_step
+from fastmerge.schedules import QuadraticLambda, fitting_gate_lr, fitting_lam_step
 
 GateSchedule = Literal["quadratic", "budget"]
 CompactAt = float | Literal["settled"] | None
@@ -29,7 +29,7 @@ class MergePlan:
     lr: float
     momentum: float
     weight_decay: float
-    gate_lr: float
+    gate_lr: float | None
     lam_start: float
     lam_step: float | None
     finetune_lr: float | None
@@ -43,7 +43,8 @@ class MergePlan:
         if self.gate_schedule not in (names := get_args(GateSchedule)):
             raise ValueError(f"merge needs a gate_schedule of {' or '.join(names)}; got {self.gate_schedule!r}")
         check_compact_at(self.compact_at)
-        positive = {"lr": self.lr, "gate_lr": self.gate_lr, "finetune_lr": self.first_finetune_lr}
+        positive = {"lr": self.lr, "finetune_lr": self.first_finetune_lr}
+        positive |= {} if self.gate_lr is None else {"gate_lr": self.gate_lr}
         names = ("momentum", "weight_decay", "lam_start", "lam_step")
         check_numbers(positive, {name: getattr(self, name) or 0 for name in names}, self.link_at)
 
@@ -76,17 +77,19 @@ class MergePlan:
         return values | {name: None if values[name] is None else list(values[name]) for name in lists}
 
     def fitted(self, big: BigStudent, steps: int | None) -> MergePlan:
-        """The same plan with a ``lam_step``: the one chosen, or the one that fits this network and stage.
+        """The same plan with a ``gate_lr`` and a ``lam_step``: those chosen, or those that fit this network and stage.
 
         Args:
             big: The network.
             steps: Of an epoch, or None where that is not known.
         """
-        if self.lam_step is not None or self.gate_schedule == "budget":
-            return self
         in_all = None if steps is None else self.merge_epochs * steps
-        widest = big.num_teachers * max(group.size for group in big.groups)
-        return replace(self, lam_step=fitting_lam_step(self.merge_epochs, in_all, widest, self.lam_start, self.gate_lr))
+        gate_lr = fitting_gate_lr(in_all) if self.gate_lr is None else self.gate_lr
+        lam_step = self.lam_step
+        if lam_step is None and self.gate_schedule == "quadratic":
+            widest = big.num_teachers * max(group.size for group in big.groups)
+            lam_step = fitting_lam_step(self.merge_epochs, in_all, widest, self.lam_start, gate_lr)
+        return replace(self, gate_lr=gate_lr, lam_step=lam_step)
 
 
 def gate_schedule(plan: MergePlan, steps: int | None) -> QuadraticLambda | GateBudget:
@@ -102,6 +105,7 @@ def gate_schedule(plan: MergePlan, steps: int | None) -> QuadraticLambda | GateB
         raise ValueError(
             "gate_schedule='budget' needs a train_loader with a length, to arrive in time; this one has none"
         )
+    assert plan.gate_lr is not None
     return GateBudget(plan.merge_epochs * steps, gate_lr=plan.gate_lr)
 
 

@@ -68,6 +68,7 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, train
 def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None:
     """The merge stage: trains weights and gates with the loss ``criterion + λ · gate_loss``, or as the budget says."""
     optimizer = SGD(big.weight_parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
+    assert plan.gate_lr is not None
     gate_optimizer = SGD(big.gate_parameters(), plan.gate_lr, GATE_MOMENTUM)
     lam = gate_schedule(plan, trainer.steps)
     before = open_probabilities(big)

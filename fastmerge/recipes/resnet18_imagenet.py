@@ -30,7 +30,7 @@ def resnet18_imagenet() -> LoaderRecipe:
         third=Plan(epochs=50, lr=0.1, milestones=(17, 34)),
         momentum=0.9,
         weight_decay=1e-4,
-        gate_lr=0.2,
+        gate_lr=None,
         lam_start=0.3,
         lam_step=0.2,
         link_at=0.0,

@@ -23,7 +23,7 @@ def resnet18_imagewoof() -> LoaderRecipe:
         third=Plan(epochs=200, lr=0.01, milestones=(100, 150)),
         momentum=0.9,
         weight_decay=0.0,
-        gate_lr=0.2,
+        gate_lr=None,
         lam_start=0.01,
         lam_step=0.05,
         link_at=0.0,

@@ -30,7 +30,7 @@ def resnet20_cifar100() -> LoaderRecipe:
         third=third,
         momentum=0.9,
         weight_decay=1e-4,
-        gate_lr=0.2,
+        gate_lr=None,
         lam_start=0.05,
         lam_step=0.05,
         link_at=0.0,

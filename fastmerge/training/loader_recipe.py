@@ -67,7 +67,8 @@ class LoaderRecipe:
         long: one network for all epochs.
         third: each of the three of which the best counts.
         momentum, weight_decay: of SGD; gates have a momentum of 0.9 and no weight decay.
-        gate_lr: learning rate of the gates.
+        gate_lr: learning rate of the gates; None fits it to the steps of the merge stage, see
+            :func:`~fastmerge.schedules.fitting_gate_lr`, which with the paper's steps is the paper's.
         lam_start, lam_step: λ grows as :class:`~fastmerge.QuadraticLambda`.
         gate_schedule: "quadratic" for λ, "budget" for a :class:`~fastmerge.GateBudget`, which needs no λ.
         link_at: fraction of the merge stage before the big student becomes dense.
@@ -89,7 +90,7 @@ class LoaderRecipe:
     third: Plan
     momentum: float
     weight_decay: float
-    gate_lr: float
+    gate_lr: float | None
     lam_start: float
     lam_step: float
     link_at: float

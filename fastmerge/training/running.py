@@ -11,6 +11,7 @@ import torch
 from fastmerge.merging.checks import check_compact_at
 from fastmerge.merging.execution import Execution
 from fastmerge.merging.plan import CompactAt
+from fastmerge.schedules import PAPERS_GATE_LR
 from fastmerge.training import loader_strategies, strategies
 from fastmerge.training.loader_recipe import LoaderRecipe
 from fastmerge.training.recipe import Recipe
@@ -31,7 +32,8 @@ def varied(
 
     Args:
         recipe: the experiment.
-        paper: takes the paper's: linked from the start, quadratic λ, no channels dropped before compression.
+        paper: takes the paper's: linked from the start, quadratic λ, gates that learn as slowly in a short stage as in a
+            long one, no channels dropped before compression.
         link_at, gate_schedule, compact_at: as :func:`fastmerge.merge`; None is the recipe's own. A recipe in memory drops
             channels once, at that fraction.
         batch_size: images per step, of each network; of all processes together where they share a network. Learning rates
@@ -55,6 +57,8 @@ def varied(
         raise ValueError(f"a recipe needs a batch_size of at least 1; got {batch_size}")
     if paper:
         changes = {"link_at": 0.0, "gate_schedule": "quadratic", "compact_at": None}
+        if isinstance(recipe, LoaderRecipe):
+            changes["gate_lr"] = PAPERS_GATE_LR
     if batch_size is not None:
         changes["batch_size"] = batch_size
     return replace(recipe, **changes)
