@@ -100,12 +100,15 @@ def recalibrate_norms(student: nn.Module, big: BigStudent, batches: Iterable[Any
     recalibrate(student, batches)
 
 
-def variants(network: nn.Module, link_at: tuple[float, ...], *, every_epoch: bool = False) -> list[Variant]:
+def variants(
+    network: nn.Module, link_at: tuple[float, ...], gate_lr: float | None = None, *, every_epoch: bool = False
+) -> list[Variant]:
     """The base and every choice beside it that says something for a recipe's network.
 
     Args:
         network: a teacher's, fresh.
         link_at: fractions of the merge stage.
+        gate_lr: another learning rate of the gates, if any.
         every_epoch: whether channels are dropped after every epoch from the first of ``compact_at`` on, as
             :func:`fastmerge.merge` does.
     """
@@ -121,6 +124,10 @@ def variants(network: nn.Module, link_at: tuple[float, ...], *, every_epoch: boo
         for at in link_at
         if at
     ]
+    if gate_lr is not None:
+        found.append(
+            Variant(f"gate_lr {gate_lr:.2g}", "gates learn faster, as fits so few steps", {"gate_lr": gate_lr})
+        )
     found += [
         Variant(
             "compacted",

@@ -67,9 +67,7 @@ class Experiment:
 
 
 # What decides is whether the teachers have converged: the long run must gain as little by its length as the paper's.
-EXPERIMENTS = {
-    "resnet20-cifar100": Experiment(1 / 2, 50, 3, 10, torch.bfloat16, classes=10, batch_size=16, lr=0.05)
-}
+EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 2, 50, 3, 10, torch.bfloat16, classes=10, batch_size=16, lr=0.05)}
 
 
 def main() -> None:
@@ -133,7 +131,8 @@ def join(out: Path) -> None:
     history: dict[str, Any] = {}
     for strategy in STRATEGIES:
         part, its_history = results_files.read(out / strategy)
-        results = {**part, "strategies": results.get("strategies", {}) | part["strategies"]}
+        # All else is the same in each of them.
+        results = {**part, **results, "strategies": results.get("strategies", {}) | part["strategies"]}
         for key, value in (its_history or {}).items():
             history[key] = history.get(key, {}) | value
     results_files.write(out, results, history)

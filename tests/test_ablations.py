@@ -101,6 +101,8 @@ def test_all_variants_of_all_replicates_and_going_on(run, tmp_path, monkeypatch)
     names = [variant.name for variant in variants(tiny(1), ablations.LINK_AT)]
     assert {"link_at 0.1", "link_at 1", "compacted", "head × T", "gates folded", "paper (4)"} <= set(names)
     assert "recalibrated" not in names
+    assert not any(name.startswith("gate_lr") for name in names)
+    assert variants(tiny(1), (), 0.8333)[4].changes == {"gate_lr": 0.8333}
     assert "recalibrated" in [variant.name for variant in variants(ResNetCifar(1), (0.0,))]
     for variant in everything["variants"].values():
         assert list(variant["replicates"]) == ["0", "1"]

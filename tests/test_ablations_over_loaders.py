@@ -110,6 +110,7 @@ def test_all_variants_at_the_size_of_the_experiment(run: Any, monkeypatch: pytes
         BASE,
         f"{BASE} (4)",
         "link_at 0.1",
+        "gate_lr 1",
         "link_at 1",
         "compacted",
         "draw per batch",

@@ -1,6 +1,7 @@
 """merge(): the whole journey on a small task, its history and its options."""
 
 import json
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -13,10 +14,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 import fastmerge.merging.stages as module
+from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging import merge
-from fastmerge.merging.gate_report import gate_warnings, origins
-from fastmerge.schedules import QuadraticLambda, fitting_lam_step
+from fastmerge.merging.gate_report import gate_warnings, origins, undecided_warnings
+from fastmerge.schedules import QuadraticLambda, fitting_gate_lr, fitting_lam_step
 from small_task import SHORT, TRAIN, VAL, SmallNet, copies, train_loader, train_teachers
 
 # Stages this short leave the gates where they are, which only some tests are about.
@@ -284,6 +286,45 @@ def test_the_fitting_lam_step_is_the_smallest_that_pulls_enough(epochs, steps, c
     step = fitting_lam_step(epochs, steps, channels, 0.01, gate_lr=0.2)
     assert enough(step)
     assert not enough(step * 0.99)
+
+
+def test_gates_learn_faster_the_fewer_steps_there_are():
+    assert fitting_gate_lr(None) == fitting_gate_lr(150 * 390) == fitting_gate_lr(10**4) == 0.2
+    assert fitting_gate_lr(4000) == pytest.approx(0.5)
+    assert fitting_gate_lr(2000) == fitting_gate_lr(8) == 1.0
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [({}, 1.0), ({"gate_lr": 0.3}, 0.3)])
+def test_the_learning_rate_of_the_gates_is_the_fitting_one_or_the_chosen(teachers, chosen, expected, monkeypatch):
+    seen = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, *arguments):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(module, "SGD", Spy)
+    options = {name: value for name, value in SHORT.items() if name != "gate_lr"} | {"lr": 0.02, "finetune_epochs": 0}
+    merge(teachers, train_loader(), **options | chosen)
+    assert set(seen) == {0.02, expected}
+
+
+def test_undecided_gates_are_told_from_decided_ones(teachers):
+    big = BigStudent(*teachers, example_inputs=VAL[0][0][:2])
+    names = [group.name for group in big.groups]
+    with torch.no_grad():
+        for name in names:
+            loc = big.gates[name].loc
+            half = loc.new_tensor(big.gates[name].beta * math.log(-big.gates[name].gamma / big.gates[name].zeta))
+            loc.copy_(half.expand_as(loc))  # P = 1/2
+    (warning,) = undecided_warnings(big)
+    assert warning.startswith(f"P[g>0] is neither 0 nor 1, with a mean 4 P (1 - P) above 0.8, in {len(names)} of")
+    assert f"{names[0]} (1.00)" in warning
+    with torch.no_grad():
+        for name in names:
+            big.gates[name].loc[::2] += 9
+            big.gates[name].loc[1::2] -= 9
+    assert undecided_warnings(big) == []
 
 
 def test_a_stage_too_short_for_the_gates_leaves_the_criterion_a_say():

@@ -21,7 +21,7 @@ from fastmerge.merging import compiling
 from fastmerge.merging.execution import Execution
 from fastmerge.recipes import OVER_LOADERS, RECIPES
 from fastmerge.reporting.paper import paper_mean
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.schedules import QuadraticLambda, fitting_gate_lr
 from fastmerge.training import loader_networks
 from fastmerge.training.loader_recipe import LoaderRecipe, Plan
 from fastmerge.training.running import run_recipe, varied
@@ -59,7 +59,8 @@ def test_imagewoof_is_the_papers() -> None:
 def test_cifar100_is_the_papers() -> None:
     recipe = OVER_LOADERS["resnet20-cifar100"]()
     assert epochs_of(recipe) == (300, 150, 150, 900, 300)
-    assert (recipe.lam_start, recipe.lam_step, recipe.gate_lr, recipe.link_at) == (0.05, 0.05, 0.2, 0.0)
+    assert (recipe.lam_start, recipe.lam_step, recipe.gate_lr, recipe.link_at) == (0.05, 0.05, None, 0.0)
+    assert fitting_gate_lr(150 * 390) == varied(recipe, paper=True).gate_lr == 0.2
     assert (recipe.batch_size, recipe.momentum, recipe.weight_decay) == (128, 0.9, 1e-4)
     plans = (recipe.teacher, recipe.third, recipe.merge, recipe.finetune, recipe.long)
     assert [plan.milestones for plan in plans] == [(150, 225), (150, 225), (75, 105), (75, 113), (450, 675)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastmerge.big_student import BigStudent
 
 _NEAR = 0.1
 _MOVED = 0.01
+_UNDECIDED = 0.8
 _LISTED = 4
 
 
@@ -43,6 +46,26 @@ def gate_warnings(
     lowered = "" if lam_step is None else f"lower lam_step (now {lam_step:g}) or "
     remedies = [f"raise {raised}"] * (bool(still) + bool(above)) + [f"{lowered}raise merge_epochs"] * bool(below)
     return [f"{problem}: {remedy}" for problem, remedy in zip(found, remedies, strict=True)]
+
+
+@torch.no_grad()
+def undecided_warnings(big: BigStudent) -> list[str]:
+    """Says which channel groups consist of gates that are open every other time, where each should be open or closed.
+
+    P of such a group may have a mean of 1/T all the same; 4 P (1 - P), 0 for a gate that is always or never open and 1 for one
+    that is open every other time, has not a small one.
+    """
+    gates: Any = big.gates
+    each = {group.name: gates[group.name].open_probability() for group in big.groups}
+    sizes = {group.name: big.num_teachers * group.size for group in big.groups}  # what was dropped is decided
+    means = {name: (4 * p * (1 - p)).sum().item() / sizes[name] for name, p in each.items()}
+    found = [name for name, mean in means.items() if mean > _UNDECIDED]
+    if not found:
+        return []
+    return [
+        f"P[g>0] is neither 0 nor 1, with a mean 4 P (1 - P) above {_UNDECIDED:g}, in {_listed(found, means)}; compression "
+        "chooses between channels that hardly differ: raise gate_lr or merge_epochs"
+    ]
 
 
 def origins(big: BigStudent) -> dict[str, list[int]]:

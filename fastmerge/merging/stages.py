@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from fastmerge.big_student import BigStudent
-from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins
+from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins, undecided_warnings
 from fastmerge.merging.plan import MergePlan, gate_schedule
 from fastmerge.merging.trainer import Trainer
 from fastmerge.resuming.fingerprint import fingerprint
@@ -86,6 +86,7 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
             done = big.compact(optimizer, gate_optimizer, settled=plan.compact_at == "settled")
             trainer.history.compactions.append({"epoch": epoch + 1, **asdict(done)})
     trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, lam_step)
+    trainer.history.warnings += undecided_warnings(big)
     for warning in trainer.history.warnings if trainer.processes.is_first else ():
         warnings.warn(warning, stacklevel=5)
 

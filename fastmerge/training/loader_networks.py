@@ -185,7 +185,7 @@ def _numbers(recipe: LoaderRecipe, plan: Plan) -> MergePlan:
         lr=plan.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
-        gate_lr=recipe.gate_lr,
+        gate_lr=None,
         lam_start=0.0,
         lam_step=0.0,
         finetune_lr=plan.lr,
