@@ -22,9 +22,9 @@ import fastmerge
 from benchmarks.baselines.naive_dense import NaiveDense, naive_dense
 from benchmarks.cases import Case
 from benchmarks.learnable import Images, TimedBatches, images_of
-from fastmerge.schedules import GATE_MOMENTUM, fitting_lam_step
+from fastmerge.schedules import GATE_MOMENTUM, fitting_gate_lr, fitting_lam_step
 
-LR, FINETUNE_LR, MOMENTUM, GATE_LR, LAM_START = 0.03, 0.01, 0.9, 0.2, 0.01
+LR, FINETUNE_LR, MOMENTUM, LAM_START = 0.03, 0.01, 0.9, 0.01
 _TEACHERS_SEED, _STUDENTS_SEED = 500, 900
 _TESTED = 256  # images of a batch
 
@@ -68,13 +68,12 @@ class MergeTask:
     def naive(self, batches: TimedBatches) -> NaiveDense:
         """The merge stage of the naive network."""
         network = self.case.place(naive_dense(self.teachers)).train()
-        widest = max(len(parameter) for parameter in network.gate_parameters())
-        lam = fastmerge.QuadraticLambda(
-            LAM_START, fitting_lam_step(self.epochs, self.epochs * self.steps, widest, LAM_START, GATE_LR)
-        )
+        widest, steps = max(len(parameter) for parameter in network.gate_parameters()), self.epochs * self.steps
+        gate_lr = fitting_gate_lr(steps)
+        lam = fastmerge.QuadraticLambda(LAM_START, fitting_lam_step(self.epochs, steps, widest, LAM_START, gate_lr))
         optimizers = [
             SGD(network.weight_parameters(), LR, MOMENTUM),
-            SGD(network.gate_parameters(), GATE_LR, GATE_MOMENTUM),
+            SGD(network.gate_parameters(), gate_lr, GATE_MOMENTUM),
         ]
         for _ in range(self.epochs):
             self._epoch(network, optimizers, batches, lambda: lam * network.gate_loss())
@@ -103,7 +102,6 @@ class MergeTask:
                 finetune_epochs=0,
                 lr=LR,
                 momentum=MOMENTUM,
-                gate_lr=GATE_LR,
                 lam_start=LAM_START,
                 autocast=None if self.case.precision == "fp32" else self.case.dtype,
                 channels_last=True,
