@@ -102,10 +102,11 @@ def test_other_layouts_against_float64(case: Case, layout: Callable[[list[Tensor
 
 @pytest.mark.parametrize("kind", ["random", "full", "none", "empty row", "empty column"])
 @pytest.mark.parametrize(("block", "kernel", "stride"), [(128, 3, 1), (64, 3, 2), (32, 1, 1), (16, 1, 2)])
-def test_live_blocks_against_float64(block: int, kernel: int, stride: int, kind: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_live_blocks_against_float64(dtype: torch.dtype, block: int, kernel: int, stride: int, kind: str) -> None:
     mask = random_mask(3, 4, kind).cuda()
     case = Case(1, 4, 10, 9, 4 * block, 3 * block, kernel, stride)
-    given = operands(case, torch.float16, "cuda", mask)
+    given = operands(case, dtype, "cuda", mask)
     check_tiles(case, given, given.xs, given.dys, live=live_blocks(mask), most=2)
 
 

@@ -72,18 +72,17 @@ def test_every_gradient_of_each_candidate(choice: str) -> None:
         differentiate(grouped, given, joined(given.xs), joined(given.dys))
 
 
+def live(mask: Tensor) -> Any:
+    return lambda xs, weight, bias: [block_sparse_conv2d(xs[0], weight, mask, bias, stride=2, padding=1)]
+
+
 @interpreted
 @pytest.mark.parametrize("choice", ["triton", "split"])
 def test_every_gradient_of_live_blocks(choice: str) -> None:
     mask = random_mask(2, 2, "empty row")
     given = operands(BLOCKS, DTYPES[choice], mask=mask)
     with fixed_choice(choice), mock.patch.object(conv2d, "worth_an_operation", return_value=True):
-        differentiate(
-            lambda xs, weight, bias: [block_sparse_conv2d(xs[0], weight, mask, bias, stride=2, padding=1)],
-            given,
-            given.xs,
-            given.dys,
-        )
+        differentiate(live(mask), given, given.xs, given.dys)
 
 
 @interpreted
@@ -165,9 +164,10 @@ def test_nothing_measured_is_plain_pytorch() -> None:
     assert torch.equal(ys[1], F.conv2d(given.xs[1], given.weight[32:], given.bias[32:], padding=1))
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["diagonal", "sparse"])
 @pytest.mark.parametrize("winner", ["forward", "input gradient", "weight gradient"])
-def test_each_pass_runs_its_own_winner(winner: str) -> None:
-    """cuDNN stands in for the kernels, and the timer prefers those of one pass."""
+def test_each_pass_runs_its_own_winner(winner: str, sparse: bool) -> None:
+    """cuDNN stands in for the kernels, and the timer prefers those of one pass; of live blocks cuDNN's is the masked weight."""
     ran: list[str] = []
 
     def stand_in(name: str, twin: Any) -> Any:
@@ -182,7 +182,9 @@ def test_each_pass_runs_its_own_winner(winner: str) -> None:
         run()
         return 1.0 if ran[before:] == [winner] else 2.0
 
-    given = operands(CASE, torch.bfloat16)
+    mask = random_mask(2, 2, "diagonal")
+    given = operands(BLOCKS, torch.bfloat16, mask=mask) if sparse else operands(CASE, torch.bfloat16)
+    function = live(mask) if sparse else diagonal
     stand_ins = {
         "_triton_forward": stand_in("forward", lambda *args: cudnn.split_forward(*args[:-1])),
         "_triton_input_gradient": stand_in("input gradient", lambda *args: cudnn.split_input_gradient(*args[:-1])),
@@ -194,10 +196,10 @@ def test_each_pass_runs_its_own_winner(winner: str) -> None:
         mock.patch.multiple(passes, **stand_ins),
         mock.patch.multiple(choices, _timer=timer, _prepare=len, _stored=False, _measuring=True),
     ):
-        differentiate(diagonal, given, given.xs, given.dys)
+        differentiate(function, given, given.xs, given.dys)
         choices.set_measuring(False)
         ran.clear()
-        differentiate(diagonal, given, given.xs, given.dys)
+        differentiate(function, given, given.xs, given.dys)
     assert ran == [winner]
     winners = {row["key"].split(" | ")[1].rpartition(" ")[0]: row["winner"] for row in choices.table()}
     assert len(winners) == 3
