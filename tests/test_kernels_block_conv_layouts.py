@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from fastmerge.kernels.block_conv import (
     block_diagonal_conv2d,
     block_sparse_conv2d,
@@ -22,9 +23,10 @@ from fastmerge.kernels.block_conv import (
     passes,
 )
 from fastmerge.kernels.block_conv.choice import choices, fixed_choice
-from fastmerge.kernels.block_conv.layouts import lies_channels_last, turned_weight
+from fastmerge.kernels.block_conv.layouts import empty_laid_out, laid_out, lies_channels_last, turned_weight
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from block_conv_checks import Case, Operands, compare, operands, random_mask
 from interpreter import interpreted
@@ -47,7 +49,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def views(sizes: tuple[int, ...]) -> Iterator[Tensor]:
-    """A tensor of these sizes in every order of dimensions, whole and cut out of a larger one, and one number repeated."""
+    """Tensors of these sizes in every order of dimensions, whole and cut out of larger ones, by channels or all round."""
     for order in itertools.permutations(range(4)):
         back = [order.index(dim) for dim in range(4)]
         yield torch.zeros([sizes[dim] for dim in order]).permute(back)
@@ -63,6 +65,16 @@ def test_what_pytorch_takes_for_channels_last(sizes: tuple[int, ...]) -> None:
         # Operations on one tensor keep its layout, as suggest_memory_format sees it.
         expected = torch._prims_common.suggest_memory_format(tensor) == torch.channels_last
         assert lies_channels_last(tensor) == expected, tensor.stride()
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (2, 3, 1, 1), (1, 3, 4, 5), (2, 1, 4, 5), (1, 1, 1, 1)])
+def test_strides_are_those_of_the_layout(sizes: tuple[int, ...]) -> None:
+    for tensor in views(sizes):
+        tensor = tensor.clone(memory_format=torch.preserve_format).normal_()
+        for channels_last in (True, False):
+            found = laid_out(tensor, channels_last)
+            assert torch.equal(found, tensor)
+            assert found.stride() == empty_laid_out(tensor, tensor.shape, channels_last).stride()
 
 
 def test_turned_weights() -> None:
@@ -166,10 +178,38 @@ def test_half_precision_of_contiguous_tensors() -> None:
     assert strides[0] == given.dys[0].contiguous().stride()
 
 
+def promised(operation: Any, *arguments: Any) -> list[tuple[int, ...]]:
+    """The strides of an operation's results as torch.compile is told them."""
+    with FakeTensorMode() as mode:
+        results = operation(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+        return [result.stride() for result in pytree.tree_leaves(results)]
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("layout", [contiguous, slices, joined, list], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("choice", ["triton", "split"])
+def test_strides_are_those_promised(choice: str, layout: Callable[..., list[Tensor]], channels_last: bool) -> None:
+    """Whatever comes in; opcheck doesn't look at the strides of custom operators."""
+    # A kernel of one row and column, where contiguous() changes nothing.
+    given = operands(Case(2, 2, 3, 4, 8, 16, 1, 1), torch.float32)
+    xs, dys, weight = layout(given.xs), layout(given.dys), given.weight
+    options = (2, [1, 1], [0, 0], [1, 1], [], channels_last)
+    with fixed_choice(choice):
+        for operation, *arguments in (
+            (ops.block_conv, xs, weight, None),
+            (ops.block_conv_input_gradient, dys, weight, list(xs[0].shape)),
+            (ops.block_conv_weight_gradient, dys, xs, weight),
+        ):
+            results = pytree.tree_leaves(operation(*arguments, *options))
+            strides = [result.stride() for result in results]
+            assert strides == promised(operation, *arguments, *options)
+            assert all(lies_channels_last(result) == channels_last for result in results)
+
+
 @interpreted
 @pytest.mark.parametrize("choice", ["triton", "split"])
 def test_opcheck(choice: str) -> None:
-    """Among others that the strides promised to torch.compile are the real ones."""
     given = operands(Case(2, 2, 3, 4, 16, 16, 1, 1), torch.float32)
     options = (2, [1, 1], [0, 0], [1, 1], [], False)
     xs, dys, weight = contiguous(given.xs), contiguous(given.dys), given.weight
@@ -228,7 +268,7 @@ def test_changing_the_layout_is_part_of_what_is_timed(channels_last: bool) -> No
         found = passes.forward_candidates(problem, xs, given.weight, given.bias)
         assert len(found) > 1
         for run in found.values():
-            assert all(y.is_contiguous(memory_format=problem.memory_format) for y in run())
+            assert all(lies_channels_last(y) == channels_last for y in run())
 
 
 def test_a_gradient_seen_everywhere_is_measured_as_a_whole_one() -> None:

@@ -38,6 +38,17 @@ def empty_laid_out(like: Tensor, size: Sequence[int], channels_last: bool) -> Te
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(channels_last))
 
 
+def laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
+    """A tensor (N, C, H, W) without gaps in one of the two layouts, copied only if it isn't.
+
+    Its strides are those of the layout where there is one row, column or channel too, of which ``contiguous`` takes any.
+    """
+    tensor = tensor.contiguous(memory_format=memory_format(channels_last))
+    _, c, h, w = tensor.shape
+    strides = (c * h * w, 1, c * w, c) if channels_last else (c * h * w, h * w, w, 1)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
 def empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
     """Uninitialised memory (N, C, H, W) with the channels next to each other."""
     return empty_laid_out(like, size, channels_last=True)

@@ -13,7 +13,7 @@ import torch
 from fastmerge.kernels.block_conv import cudnn
 from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.choice import SPLIT, Run, choices
-from fastmerge.kernels.block_conv.layouts import empty_laid_out, fitting
+from fastmerge.kernels.block_conv.layouts import empty_laid_out, fitting, laid_out
 from fastmerge.kernels.block_conv.problem import Problem
 from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, tiles, weight_tiles
 from torch import Tensor
@@ -123,10 +123,10 @@ def _run(
 def _all_laid_out(problem: Problem, candidates: Mapping[str, Run]) -> dict[str, Run]:
     """The candidates with results in the problem's layout: bringing them there is part of what they are timed for."""
 
-    def laid_out(run: Run) -> list[Tensor]:
-        return [result.contiguous(memory_format=problem.memory_format) for result in run()]
+    def finished(run: Run) -> list[Tensor]:
+        return [laid_out(result, problem.channels_last) for result in run()]
 
-    return {name: functools.partial(laid_out, run) for name, run in candidates.items()}
+    return {name: functools.partial(finished, run) for name, run in candidates.items()}
 
 
 def _random_like(

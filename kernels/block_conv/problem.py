@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
-from fastmerge.kernels.block_conv.layouts import memory_format
 from torch import Tensor
 
 
@@ -31,11 +30,6 @@ class Problem:
     geometry: Geometry
     live: LiveBlocks | None = None
     channels_last: bool = True
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """The layout of the results."""
-        return memory_format(self.channels_last)
 
     def block(self, weight_size: Sequence[int]) -> tuple[int, int] | None:
         """Output and input channels of a block of a block-sparse weight."""
