@@ -102,11 +102,18 @@ def test_other_layouts_against_float64(case: Case, layout: Callable[[list[Tensor
 
 @pytest.mark.parametrize("kind", ["random", "full", "none", "empty row", "empty column"])
 @pytest.mark.parametrize(("block", "kernel", "stride"), [(128, 3, 1), (64, 3, 2), (32, 1, 1), (16, 1, 2)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
-def test_live_blocks_against_float64(dtype: torch.dtype, block: int, kernel: int, stride: int, kind: str) -> None:
+def test_live_blocks_against_float64(block: int, kernel: int, stride: int, kind: str) -> None:
     mask = random_mask(3, 4, kind).cuda()
     case = Case(1, 4, 10, 9, 4 * block, 3 * block, kernel, stride)
-    given = operands(case, dtype, "cuda", mask)
+    given = operands(case, torch.float16, "cuda", mask)
+    check_tiles(case, given, given.xs, given.dys, live=live_blocks(mask), most=2)
+
+
+@pytest.mark.parametrize(("block", "kernel", "stride"), [(64, 3, 2), (16, 1, 1)])
+def test_live_blocks_of_float32(block: int, kernel: int, stride: int) -> None:
+    mask = random_mask(3, 4, "random").cuda()
+    case = Case(1, 4, 10, 9, 4 * block, 3 * block, kernel, stride)
+    given = operands(case, torch.float32, "cuda", mask)
     check_tiles(case, given, given.xs, given.dys, live=live_blocks(mask), most=2)
 
 
