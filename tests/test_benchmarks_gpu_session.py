@@ -51,7 +51,7 @@ def test_a_failing_or_endless_part_does_not_cost_the_others(tmp_path: Path, monk
 
 def test_tests_run_beside_each_other_and_benchmarks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    code = "import sys, time; t = time.time(); time.sleep(0.5); open(sys.argv[1], 'w').write(f'[{t}, {time.time()}]')"
+    code = "import sys, time; t = time.time(); time.sleep(1.5); open(sys.argv[1], 'w').write(f'[{t}, {time.time()}]')"
     kinds = {"a": "tests", "b": "tests", "c": "sanitizer", "d": "tests", "e": "bench", "f": "bench"}
     todo = [Part(name, 30, ("-c", code, str(tmp_path / name)), kind) for name, kind in kinds.items()]
     assert all(outcome.good for outcome in session(todo, tmp_path / "out", 600))

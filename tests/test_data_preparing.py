@@ -95,7 +95,7 @@ def test_what_is_done_and_whole_is_skipped(tree, tmp_path):
 def test_a_kill_leaves_no_half_file_and_the_next_run_goes_on(tmp_path):
     folder = tmp_path / "from" / "train" / "a"
     folder.mkdir(parents=True)
-    for number in range(40):
+    for number in range(200):
         Image.fromarray(pixels(number, (300, 400))).save(folder / f"{number:03}.jpg", quality=95)
     target = tmp_path / "to" / "train" / "a"
     command = [sys.executable, "-m", "fastmerge", "data", "prepare", str(tmp_path / "from"), str(tmp_path / "to")]
@@ -108,15 +108,15 @@ def test_a_kill_leaves_no_half_file_and_the_next_run_goes_on(tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     done = sorted(target.glob("*.jpg"))
-    assert 3 <= len(done) < 40
+    assert 3 <= len(done) < 200
     for path in done:
         with Image.open(path) as image:
             image.load()
-    (target / ".039.jpg.partial").write_bytes(b"half")
+    (target / ".199.jpg.partial").write_bytes(b"half")
     before = {path: path.stat().st_mtime_ns for path in done}
     summary = prepare(tmp_path / "from", tmp_path / "to", size=200)
-    assert (summary.there, summary.resized) == (len(done), 40 - len(done))
-    assert len(files(target)) == 40  # nothing half is left
+    assert (summary.there, summary.resized) == (len(done), 200 - len(done))
+    assert len(files(target)) == 200  # nothing half is left
     assert {path: path.stat().st_mtime_ns for path in done} == before
 
 
