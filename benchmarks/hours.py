@@ -2,6 +2,7 @@
 
 A stage takes ``epochs · steps · s`` on one GPU, with the ``s`` of a step of the recipe's batch as it was measured. P GPUs take
 at best a P-th of it, and at worst, as far as messages go, ``epochs · steps · 2 (P - 1) / P · gradients / bandwidth`` longer.
+Until a GPU has run it, ``s`` is the least that the operations and bytes of a step take by a GPU's data sheet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks import names
+from benchmarks.cases import Case
+from benchmarks.counting import Ceilings, step_work
 from benchmarks.report import machine
 from benchmarks.results import Contenders, cases
 from fastmerge.big_student import BigStudent
@@ -29,10 +32,14 @@ IMAGES, CLASSES = 1_281_167, 1000  # ImageNet-1k's training images
 LATE = 0.25  # of the merge stage before linking, where it is not the recipe's
 GPUS = (1, 8, 64)
 BANDWIDTH = 1e10  # bytes per second that a GPU sends, the default of --bandwidth
-NONE = (
+BOUNDS = (
     "Not measured yet: no GPU has run it. `make gpu OUT=folder` on a machine with one times the steps; with its JSON in "
-    "benchmarks/results, `make docs` puts the hours here."
+    "benchmarks/results, `make docs` puts the hours here. Until then, what no run can be faster than: the least time that the "
+    "operations and bytes of each step take (`benchmarks/counting.py`) by the data sheet of an {card}, {tera:.0f} TFLOP/s and "
+    "{bandwidth:g} TB/s. The second number for several GPUs adds messages that nothing hides, at {sent:g} GB/s."
 )
+# NVIDIA's data sheet of the H200 SXM: dense bfloat16 on tensor cores, memory, last cache.
+CARD, SHEET = "H200", Ceilings(flops=989e12, bandwidth=4.8e12, cache=50 * 2**20)
 _LOADERS = (names.DALI, names.DALI_PACKED, names.DATALOADER, names.DATALOADER_PACKED)
 
 
@@ -51,7 +58,16 @@ def tables(runs: dict[str, dict[str, Any]]) -> str:
             steps = {name: statistics.median(c["samples"]) for name, c in every[case].items() if c.get("samples")}
             if any(name in steps for name in (names.TEACHERS, names.UNLINKED, names.LINKED)):
                 found.append(_section(recipe, case, every[case], steps, every, run))
-    return "\n\n".join(found) or NONE
+    return "\n\n".join(found) or _bounds(recipe)
+
+
+def _bounds(recipe: LoaderRecipe) -> str:
+    """What no run can be faster than, of a card that was not measured."""
+    case = Case("resnet18", recipe.batch_size, recipe.image_size, "bf16", "cuda")
+    block_diagonal, dense = (SHEET.seconds(step_work(case, dense)) for dense in (False, True))
+    steps = {names.TEACHERS: block_diagonal, names.UNLINKED: block_diagonal, names.LINKED: dense}
+    text = BOUNDS.format(card=CARD, tera=SHEET.flops / 1e12, bandwidth=SHEET.bandwidth / 1e12, sent=BANDWIDTH / 1e9)
+    return "\n\n".join([text, _table(recipe, steps, {})])
 
 
 def _section(
@@ -62,17 +78,21 @@ def _section(
     every: dict[str, Contenders],
     run: dict[str, Any],
 ) -> str:
-    header = ["part", "epochs", "images/s", "memory", *(f"{_gpus(count)}, hours" for count in GPUS)]
-    measured = _parts(recipe, steps)
-    rows = [_row(recipe, contenders, name, part, who) for name, (part, who) in measured.items()]
-    rows += [[name, *_whole(parts)] for name, parts in _wholes(recipe, measured).items()]
     text = (
         f"A step of {recipe.batch_size} images in {case.split()[-2]} as it was measured on one GPU, with its peak of memory, "
         "times the steps of each part. For several GPUs the first number supposes that a share of the batch takes its share of "
         "the time, which small shares do not, and that messages are hidden behind the backward pass; the second that none is, "
         f"at {BANDWIDTH / 1e9:g} GB/s. Validation and starting up are not in it."
     )
-    return "\n\n".join([text, table(header, rows, markdown=True), *_reading(recipe, every), machine(run)])
+    return "\n\n".join([text, _table(recipe, steps, contenders), *_reading(recipe, every), machine(run)])
+
+
+def _table(recipe: LoaderRecipe, steps: dict[str, float], contenders: Contenders) -> str:
+    header = ["part", "epochs", "images/s", "memory", *(f"{_gpus(count)}, hours" for count in GPUS)]
+    measured = _parts(recipe, steps)
+    rows = [_row(recipe, contenders, name, part, who) for name, (part, who) in measured.items()]
+    rows += [[name, *_whole(parts)] for name, parts in _wholes(recipe, measured).items()]
+    return table(header, rows, markdown=True)
 
 
 def _parts(recipe: LoaderRecipe, steps: dict[str, float]) -> dict[str, tuple[Part | None, str]]:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmark_reports import raced, report
 from benchmarks import names
-from benchmarks.hours import IMAGES, NONE, tables
+from benchmarks.hours import IMAGES, tables
 from fastmerge.recipes import OVER_LOADERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,16 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
 
 @pytest.mark.parametrize("case", ["step, resnet18 64px batch 16 fp32 cpu", "step, resnet50 224px batch 256 bf16 cuda"])
 def test_other_steps_are_no_figures_of_it(case: str) -> None:
-    assert tables({}) == tables({"x": report([raced(case, STEP)])}) == NONE
+    text = tables({})
+    assert text == tables({"x": report([raced(case, STEP)])})
+    assert text.startswith("Not measured yet: no GPU has run it. `make gpu OUT=folder`")
+    found = rows(text)
+    rates = [float(found[name][1]) for name in ("teachers", "merge, block-diagonal", "merge, linked")]
+    assert rates[0] == pytest.approx(2 * rates[1], abs=1)
+    assert 1 < rates[1] / rates[2] < 4  # of the products there are at most four times as many
+    # A ResNet-18 of 224 pixels takes 3 x 3.6 GFLOP and more to train on an image, which no card of 989 TFLOP/s does faster.
+    assert rates[0] < 989e12 / 10.8e9
+    assert float(found["fine-tune"][3]) == pytest.approx(90 * STEPS * 256 / rates[0] / 3600, rel=0.02)
     assert "gpu:" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
