@@ -114,7 +114,7 @@ def test_compacted_replicates_go_on(tmp_path):
     options = {"recipe": recipe(lam_start=30.0, **changes), "strategies": ("student",)}
     train(tmp_path / "whole", **options)
     history = json.loads((tmp_path / "whole" / "history.json").read_text())
-    assert history["compactions"] == [{"epoch": 1, "left": [{"conv": 16}] * 2}]
+    assert history["compactions"] == [{"epoch": 1, "left": [{"conv": 12}] * 2}]
     for epochs, where in ((7, ("merge 0", 1)), (1, ("merge 1", 1)), (1, ("merge 2", 1)), (2, ("fine-tune 0", 2))):
         with pytest.raises(Interrupted):
             train(tmp_path / "other", epochs, lambda: os.kill(os.getpid(), signal.SIGINT), **options)
