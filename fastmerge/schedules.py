@@ -100,12 +100,10 @@ def fitting_gate_lr(steps: int | None) -> float:
     """A learning rate with which the gates of a stage decide, each for itself, and don't just reach 1/T on the average.
 
     λ moves all gates of a group alike; what tells them apart is the criterion's gradient, and that takes a product of
-    learning rate and steps of about 2,000. The paper's stages have 11,700 (CIFAR-100) with its 0.2, which is the least. Two
-    ResNet-20 merged in 1,575 steps, on 1,000 images of 10 classes of CIFAR-100: with 0.2 all groups arrived at 0.50, but by
-    gates that were open every other time (the mean of 4 P (1 - P) was 0.8 in the blocks), and the big student had an
-    accuracy of 0.52, below its teachers' 0.60, its student 0.20 after compression and 0.65 after fine-tuning; with 1.0 it
-    was 0.61, 0.56 and 0.68, with 3.0 groups in sums of many layers stayed above 0.7. 1.0 is the most: with 2.0 small
-    networks that were merged in 96 steps lost accuracy.
+    learning rate and steps of about 2,000. The paper's stages have more with its 0.2, which is the least. With less, groups
+    arrive at 1/T by gates that are open every other time: the big student falls below its teachers, and compression chooses
+    by chance. Beyond 1.0, which is the most, groups that many layers add to settle before λ has brought them to 1/T.
+    docs/ablations.md compares both.
 
     Args:
         steps: Batches in the stage, or None where that is not known.
