@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from benchmarks.ablation_stages import RECALIBRATION_SAMPLES, TEACHERS, Ablation
 from benchmarks.ablation_variants import Variant
 from fastmerge.data.loading import ImageLoaders
-from fastmerge.evaluation import Setting, evaluate
+from fastmerge.evaluation import evaluate
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging.plan import MergePlan
 from fastmerge.merging.stages import finetune, learn_importance
@@ -44,7 +43,7 @@ class LoaderAblation(Ablation):
         super().__init__([replicate], place.seed, epoch)
         self.recipe, self.place, self.replicate = recipe, place, replicate
         self.loaders = self._loaders("test")
-        self.setting = Setting(place.device, cross_entropy, place.autocast, channels_last=True)
+        self.setting = place.setting
         self._cuda = [place.device] if place.device.type == "cuda" else []
 
     @property

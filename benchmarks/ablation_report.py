@@ -69,7 +69,9 @@ def section(results: dict[str, Any]) -> str:
         f"{teachers:.4f}. *seconds* are those of merge stage and fine-tuning per replicate, on one core of a machine that "
         f"others used too. {made['cpu']['name']}, PyTorch {made['torch']}."
     )
-    return "\n\n".join([f"## {config['name']}, {config['epochs']:,} epochs", ran, table(header, rows, markdown=True), meanings])
+    return "\n\n".join(
+        [f"## {config['name']}, {config['epochs']:,} epochs", ran, table(header, rows, markdown=True), meanings]
+    )
 
 
 def base_of(found: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -131,5 +130,5 @@ class StackedAblation(Ablation):
 def _weight_of_gates(recipe: Recipe, data: Dataset) -> QuadraticLambda | GateBudget:
     if recipe.gate_schedule == "quadratic":
         return QuadraticLambda(recipe.lam_start, recipe.lam_step)
-    steps = recipe.unit * math.ceil(len(data.train_inputs) / recipe.batch_size)
+    steps = recipe.merge_steps(len(data.train_inputs))
     return GateBudget(steps, gate_lr=recipe.gate_lr, momentum=recipe.momentum)

@@ -17,7 +17,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from fastmerge.checkpoints import load_weights, save_weights
 from fastmerge.recipes import IN_MEMORY, OVER_LOADERS
 from fastmerge.schedules import PAPERS_GATE_LR, fitting_gate_lr
 from fastmerge.training.loader_place import Place, check_data
+from fastmerge.training.running import varied
 from fastmerge.training.seeds import seed_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,10 +66,10 @@ def in_memory(options: argparse.Namespace) -> Setup:
     budget = 1.0 if options.budget is None else options.budget
     recipe = IN_MEMORY[options.recipe]().scaled(budget)
     data = recipe.load_data(options.data, seed_for(options.seed, "data")).to(options.device)
-    steps = recipe.unit * -(-len(data.train_inputs) // recipe.batch_size)
+    steps = recipe.merge_steps(len(data.train_inputs))
     return Setup(
         config=recipe.config() | {"budget": budget, "train_samples": len(data.train_inputs)},
-        variants=variants(recipe.make_network(1), LINK_AT, _faster(steps, recipe.gate_lr)),
+        variants=variants(recipe.make_network(1), LINK_AT, _faster(steps)),
         chunks=_chunks(10 if options.replicates is None else options.replicates, recipe.stack),
         ablation=lambda chunk, epoch: StackedAblation(recipe, data, chunk, options.seed, epoch),
     )
@@ -78,8 +79,7 @@ def over_loaders(options: argparse.Namespace, folder: Path) -> Setup:
     """Of an experiment over loaders; its images and the teachers' checkpoints go to the folder."""
     experiment = EXPERIMENTS[options.recipe]
     budget = experiment.budget if options.budget is None else options.budget
-    recipe = experiment.sized(OVER_LOADERS[options.recipe]()).scaled(budget)
-    recipe = replace(recipe, gate_lr=PAPERS_GATE_LR)
+    recipe = varied(experiment.sized(OVER_LOADERS[options.recipe]()), paper=True).scaled(budget)
     folder.mkdir(parents=True, exist_ok=True)
     images = folder / "images.npz"
     save_subset(check_data(recipe, options.data), images, experiment)
@@ -97,18 +97,16 @@ def over_loaders(options: argparse.Namespace, folder: Path) -> Setup:
     dtype = str(experiment.autocast).removeprefix("torch.")
     return Setup(
         config=recipe.config() | {"budget": budget, "train_samples": loaders.train.samples, "autocast": dtype},
-        variants=variants(
-            recipe.make_network(loaders.classes, 1), LINK_AT, _faster(steps, PAPERS_GATE_LR), every_epoch=True
-        ),
+        variants=variants(recipe.make_network(loaders.classes, 1), LINK_AT, _faster(steps), every_epoch=True),
         chunks=_chunks(experiment.replicates if options.replicates is None else options.replicates, 1),
         ablation=lambda chunk, epoch: LoaderAblation(recipe, place, chunk[0], epoch),
     )
 
 
-def _faster(steps: int, gate_lr: float) -> float | None:
+def _faster(steps: int) -> float | None:
     """The learning rate that fits gates to so many steps, where it is another than the paper's."""
     fitting = fitting_gate_lr(steps)
-    return fitting if fitting > gate_lr else None
+    return fitting if fitting > PAPERS_GATE_LR else None
 
 
 def _chunks(replicates: int, size: int) -> list[Sequence[int]]:

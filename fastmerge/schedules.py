@@ -103,7 +103,7 @@ def fitting_gate_lr(steps: int | None) -> float:
     learning rate and steps of about 2,000. The paper's stages have more with its 0.2, which is the least. With less, groups
     arrive at 1/T by gates that are open every other time: the big student falls below its teachers, and compression chooses
     by chance. Beyond 1.0, which is the most, groups that many layers add to settle before λ has brought them to 1/T.
-    docs/ablations.md compares both.
+    docs/ablations.md compares it with the paper's.
 
     Args:
         steps: Batches in the stage, or None where that is not known.

@@ -123,6 +123,21 @@ def slices(tensors: Sequence[Tensor]) -> list[Tensor]:
     return views
 
 
+def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values in contiguous tensors."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def contiguous_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same values as slices of the channels of wider contiguous tensors, with NaN in the channels around them."""
+    found = []
+    for tensor in tensors:
+        wide = torch.full_like(torch.cat([tensor, tensor], 1), float("nan"), memory_format=torch.contiguous_format)
+        wide[:, 3 : 3 + tensor.shape[1]] = tensor
+        found.append(wide[:, 3 : 3 + tensor.shape[1]])
+    return found
+
+
 def compare(name: str, got: Sequence[Tensor], given: Operands, slack: float = 1) -> None:
     """Compares each result with float64; a joined one is taken apart.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from benchmark_reports import raced, report
 from benchmarks import names
 from benchmarks.hours import IMAGES, tables
+from docs_renderer import docs_renderer
 from fastmerge.recipes import OVER_LOADERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,11 +99,7 @@ def test_each_precision_has_a_table() -> None:
 
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
+    render = docs_renderer()
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert "<!-- hours -->" in text
     assert render.rendered(text) == text

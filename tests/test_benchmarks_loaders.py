@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from benchmark_reports import raced, report
 from benchmarks import names
 from benchmarks.loader_tables import NONE, tables
+from docs_renderer import docs_renderer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,11 +37,7 @@ def test_without_figures_it_says_how_to_get_them() -> None:
 
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
+    render = docs_renderer()
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert "<!-- loaders -->" in text
     assert render.rendered(text) == text

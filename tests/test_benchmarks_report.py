@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from benchmarks import names
 from benchmarks.cases import CASES
 from benchmarks.report import load, page, readme, verdict
 from benchmarks.targets import TARGETS, Target
+from docs_renderer import docs_renderer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_CASE = next(target.case for target in TARGETS if target.case.startswith("step, ") and target.device == "cpu")
@@ -147,11 +147,7 @@ def test_targets_name_cases_and_contenders_that_exist() -> None:
 
 
 def test_the_readme_has_a_place_for_them() -> None:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    render = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(render)
+    render = docs_renderer()
     text = render.rendered("before\n<!-- benchmarks -->\nold\n<!-- end -->\nafter")
     assert text == f"before\n<!-- benchmarks -->\n{readme(load())}\n<!-- end -->\nafter"
 

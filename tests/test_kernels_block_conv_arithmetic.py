@@ -14,6 +14,7 @@ from fastmerge.kernels.block_conv.formulas import live_blocks
 from fastmerge.kernels.block_conv.problem import Problem
 
 from block_conv_checks import Case, operands
+from block_conv_choices import no_choices  # noqa: F401
 
 CASE = Case(2, 1, 5, 6, 16, 32, 3, 1)
 
@@ -65,9 +66,8 @@ def set_tf32(allowed: bool) -> mock._patch[bool]:
 
 
 @pytest.mark.parametrize(("measured", "now"), [(True, False), (False, True)])
-def test_a_winner_in_tf32_is_none_in_float32(measured: bool, now: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "_known", {})
-    monkeypatch.setattr(choices, "_read", True)
+@pytest.mark.usefixtures("no_choices")
+def test_a_winner_in_tf32_is_none_in_float32(measured: bool, now: bool) -> None:
     given = operands(CASE, torch.float32)
     problem = Problem(2, CASE.geometry)
     timing = {"_timer": lambda run: 1.0, "_prepare": len, "_stored": False, "_measuring": True}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from fastmerge.kernels.block_conv.tiles import tiles, weight_tiles
 from torch import Tensor
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask, slices
+from block_conv_choices import no_choices, own_choices  # noqa: F401
 from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401
 
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(
         not (torch.cuda.is_available() and fetches_boxes(torch.device("cuda"))), reason="needs compute capability 9.0"
     ),
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("poisoned_memory", "own_choices"),
 ]
 
 # Two ResNet-18s at 224 pixels, batch 32: every convolution but the stem; and ResNet-20's, batch 64.
@@ -61,17 +61,6 @@ ODD = [
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])
-
-
-@pytest.fixture(autouse=True)
-def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty memory of choices and a cache of the test's own; nothing is measured unless asked for."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(choices, "_known", {})
-    monkeypatch.setattr(choices, "_read", True)
-    set_measuring(False)
-    yield
-    set_measuring(None)
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,7 +16,6 @@ from fastmerge.kernels.block_conv import (
     block_sparse_conv2d,
     conv2d,
     cudnn,
-    formulas,
     grouped_conv2d,
     live_blocks,
     ops,
@@ -28,24 +27,20 @@ from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from block_conv_checks import Case, Operands, compare, operands, random_mask
+from block_conv_checks import Case, Operands, compare, contiguous, contiguous_slices, operands, random_mask
+from block_conv_choices import as_on_a_gpu, no_choices  # noqa: F401
 from interpreter import interpreted
 
 pytest.importorskip("triton")
-# The interpreter's own: a loop whose bounds are not constant.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+pytestmark = [
+    # The interpreter's own: a loop whose bounds are not constant.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+    pytest.mark.usefixtures("as_on_a_gpu"),
+]
 
 CASE = Case(2, 2, 4, 5, 8, 16, 3, 1)
 STRIDED = Case(2, 1, 5, 4, 8, 8, 3, 2)
 BLOCKS = Case(1, 1, 4, 4, 32, 32, 3, 2)
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets tensors of this machine through to the operations, with an empty memory of choices."""
-    monkeypatch.setattr(formulas, "fetches_boxes", lambda device: True)
-    monkeypatch.setattr(choices, "_known", {})
-    monkeypatch.setattr(choices, "_read", True)
 
 
 def views(sizes: tuple[int, ...]) -> Iterator[Tensor]:
@@ -83,20 +78,6 @@ def test_turned_weights() -> None:
     assert turned.is_contiguous(memory_format=torch.channels_last)
     expected = torch.cat([part.transpose(0, 1) for part in weight.chunk(2)])
     assert torch.equal(turned, expected)
-
-
-def contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
-
-
-def slices(tensors: list[Tensor]) -> list[Tensor]:
-    """The same values as slices of the channels of wider contiguous tensors, with NaN in the channels around them."""
-    found = []
-    for tensor in tensors:
-        wide = torch.full_like(torch.cat([tensor, tensor], 1), float("nan"), memory_format=torch.contiguous_format)
-        wide[:, 3 : 3 + tensor.shape[1]] = tensor
-        found.append(wide[:, 3 : 3 + tensor.shape[1]])
-    return found
 
 
 def joined(tensors: list[Tensor]) -> list[Tensor]:
@@ -147,7 +128,7 @@ def check(function: Function, given: Operands, xs: list[Tensor], dys: list[Tenso
 
 
 @interpreted
-@pytest.mark.parametrize("layout", [contiguous, slices], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("layout", [contiguous, contiguous_slices], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize(
     ("case", "choice"), [(CASE, "triton"), (CASE, "split"), (CASE, "groups"), (STRIDED, "triton")], ids=str
 )
@@ -165,7 +146,7 @@ def test_every_gradient_of_live_blocks(choice: str) -> None:
     mask = random_mask(2, 2, "empty row")
     given = operands(BLOCKS, torch.float32, mask=mask)
     check(sparse(BLOCKS, mask), given, contiguous(given.xs), contiguous(given.dys), choice)
-    check(sparse(BLOCKS, mask), given, slices(given.xs), contiguous(given.dys), choice)
+    check(sparse(BLOCKS, mask), given, contiguous_slices(given.xs), contiguous(given.dys), choice)
 
 
 @interpreted
@@ -187,7 +168,7 @@ def promised(operation: Any, *arguments: Any) -> list[tuple[int, ...]]:
 
 @interpreted
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("layout", [contiguous, slices, joined, list], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("layout", [contiguous, contiguous_slices, joined, list], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("choice", ["triton", "split"])
 def test_strides_are_those_promised(choice: str, layout: Callable[..., list[Tensor]], channels_last: bool) -> None:
     """Whatever comes in; opcheck doesn't look at the strides of custom operators."""
@@ -216,7 +197,7 @@ def test_opcheck(choice: str) -> None:
     learning = [x.clone().requires_grad_() for x in xs]
     with fixed_choice(choice):
         torch.library.opcheck(ops.block_conv, (learning, weight.clone().requires_grad_(), given.bias, *options))
-        torch.library.opcheck(ops.block_conv, (slices(xs), weight, None, *options))
+        torch.library.opcheck(ops.block_conv, (contiguous_slices(xs), weight, None, *options))
         torch.library.opcheck(ops.block_conv, (joined(xs), weight, None, *options))
         torch.library.opcheck(ops.block_conv_input_gradient, (dys, weight, [2, 16, 3, 4], *options))
         torch.library.opcheck(ops.block_conv_weight_gradient, (dys, xs, weight, *options))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, conv2d, grouped_conv2d, ops
-from fastmerge.kernels.block_conv.choice import choices, fixed_choice, set_measuring
+from fastmerge.kernels.block_conv.choice import fixed_choice
 from fastmerge.kernels.block_conv.formulas import fetches_boxes
 from torch import Tensor
 
-from block_conv_checks import Case, Operands, compare, joined, operands
+from block_conv_checks import Case, Operands, compare, contiguous, contiguous_slices, joined, operands
+from block_conv_choices import no_choices, own_choices  # noqa: F401
 from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401
 
@@ -24,22 +24,11 @@ pytestmark = [
     pytest.mark.skipif(
         not (torch.cuda.is_available() and fetches_boxes(torch.device("cuda"))), reason="needs compute capability 9.0"
     ),
-    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.usefixtures("poisoned_memory", "own_choices"),
 ]
 
 CASES = [Case(2, 4, 14, 14, 64, 128, 3, 2), Case(3, 5, 7, 9, 24, 40, 3, 1), Case(2, 3, 9, 7, 12, 20, 1, 1)]
 SLACK = 50  # cuDNN may transform small kernels (Winograd), or sum in parts that it rounds
-
-
-@pytest.fixture(autouse=True)
-def own_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty memory of choices and a cache of the test's own; nothing is measured."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(choices, "_known", {})
-    monkeypatch.setattr(choices, "_read", True)
-    set_measuring(False)
-    yield
-    set_measuring(None)
 
 
 @pytest.fixture
@@ -56,20 +45,6 @@ def test_every_tile_of_float32_without_tf32(case: Case) -> None:
     check_tiles(case, given, given.xs, given.dys)
 
 
-def contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
-
-
-def cut(tensors: list[Tensor]) -> list[Tensor]:
-    """Slices of the channels of wider contiguous tensors, with NaN around them."""
-    found = []
-    for tensor in tensors:
-        wide = torch.full_like(torch.cat([tensor, tensor], 1), float("nan"), memory_format=torch.contiguous_format)
-        wide[:, 3 : 3 + tensor.shape[1]] = tensor
-        found.append(wide[:, 3 : 3 + tensor.shape[1]])
-    return found
-
-
 def differentiate(
     function: Callable[..., object], given: Operands, xs: list[Tensor], dys: list[Tensor], slack: float
 ) -> list[tuple[int, ...]]:
@@ -81,7 +56,7 @@ def differentiate(
     return [t.stride() for t in (*ys, *dxs, dw)]
 
 
-@pytest.mark.parametrize("layout", [contiguous, cut])
+@pytest.mark.parametrize("layout", [contiguous, contiguous_slices])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("choice", ["triton", "split", "groups"])
 def test_contiguous_tensors_through_autograd(

@@ -14,7 +14,6 @@ from fastmerge.kernels.block_conv import (
     block_sparse_conv2d,
     conv2d,
     cudnn,
-    formulas,
     grouped_conv2d,
     live_blocks,
     ops,
@@ -24,25 +23,21 @@ from fastmerge.kernels.block_conv.choice import Measurement, choices, fixed_choi
 from torch import Tensor
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask
+from block_conv_choices import as_on_a_gpu, no_choices  # noqa: F401
 from interpreter import INTERPRETING, interpreted
 
 pytest.importorskip("triton")
-# The interpreter's own: a loop whose bounds are not constant.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+pytestmark = [
+    # The interpreter's own: a loop whose bounds are not constant.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+    pytest.mark.usefixtures("as_on_a_gpu"),
+]
 
 CASE = Case(2, 2, 5, 6, 16, 32, 3, 1)
 BLOCKS = Case(1, 1, 5, 6, 32, 32, 3, 2)
 STEPS = ("forward", "input_gradient", "weight_gradient")
 # On a CPU, PyTorch sums convolutions of float16 in float16.
 DTYPES = {"triton": torch.float16, "split": torch.bfloat16, "groups": torch.bfloat16}
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets tensors of this machine through to the operations, with an empty memory of choices."""
-    monkeypatch.setattr(formulas, "fetches_boxes", lambda device: True)
-    monkeypatch.setattr(choices, "_known", {})
-    monkeypatch.setattr(choices, "_read", True)
 
 
 def differentiate(function: Any, given: Operands, xs: list[Tensor], dys: list[Tensor]) -> None:

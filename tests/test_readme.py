@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from docs_renderer import docs_renderer
+
 README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-def render() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render", README.parent / "docs" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_examples_run_as_they_stand() -> None:
@@ -49,7 +40,7 @@ def test_examples_run_as_they_stand() -> None:
 
 def test_tables_are_those_of_the_results() -> None:
     text = README.read_text(encoding="utf-8")
-    assert render().rendered(text) == text
+    assert docs_renderer().rendered(text) == text
 
 
 def test_a_changed_figure_is_noticed() -> None:
@@ -57,7 +48,7 @@ def test_a_changed_figure_is_noticed() -> None:
     figure = re.search(r"\*\*\d\.\d{4}\*\*", text)
     assert figure is not None
     changed = text.replace(figure[0], "**9.9999**", 1)
-    assert render().rendered(changed) == text
+    assert docs_renderer().rendered(changed) == text
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http|#)([^)]+)\)", README.read_text(encoding="utf-8")))

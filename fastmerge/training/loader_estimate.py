@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from fastmerge.data.loading import ImageLoaders
 from fastmerge.evaluation import Setting
@@ -58,7 +57,7 @@ def estimate_run(
     check_strategies(strategies, replicates, place.seed)
     recipe = recipe.scaled(budget)
     loaders = place.loaders(recipe, "check", planned=processes)
-    setting = Setting(place.device, cross_entropy, place.autocast, channels_last=True)
+    setting = place.setting
     found = Estimate()
     devices = [place.device] if place.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

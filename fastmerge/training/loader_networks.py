@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from fastmerge.data.loading import ImageLoaders
-from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging import merge
 from fastmerge.merging.checks import check_checkpoints
@@ -53,7 +51,6 @@ def train_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(place.seed, "weights", *path))
         network = recipe.make_network(loaders.classes, width)
-    setting = Setting(place.device, cross_entropy, place.autocast, channels_last=True)
     numbers = _numbers(recipe, plan)
     snapshots, directory = None, place.checkpoint(*path)
     if directory is not None:
@@ -61,7 +58,7 @@ def train_network(
         others |= {"sync_batch_norm": True} if place.execution.sync_batch_norm else {}
         snapshots = Snapshots(directory, numbers.options() | others | fingerprints([network]))
         check_checkpoints(snapshots, place.resume)
-    setting.place(network)
+    place.setting.place(network)
     history = History(1)
     with trainer_of(
         recipe,
@@ -101,7 +98,6 @@ def trainer_of(
         validate: whether the networks are scored now and then.
     """
     processes = place.processes
-    setting = Setting(place.device, cross_entropy, place.autocast, channels_last=True)
     state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history, processes)
     shown = place.progress if Processes(place.device).is_first else False
     with StopRequests(enabled=snapshots is not None) as stop, _Titled(title, shown) as bar:
@@ -110,7 +106,7 @@ def trainer_of(
         yield Trainer(
             loaders.train,
             loaders.val if validate else None,
-            setting,
+            place.setting,
             history,
             state,
             stop,

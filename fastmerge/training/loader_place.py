@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from fastmerge.data.loading import ImageLoaders, image_loaders
+from fastmerge.evaluation import Setting
 from fastmerge.merging.execution import Execution
 from fastmerge.processes import Processes, share_of
 from fastmerge.training.loader_recipe import LoaderRecipe
@@ -55,6 +57,11 @@ class Place:
     def processes(self) -> Processes:
         """Those that train a network together."""
         return Processes(self.device) if self.group is None else self.group
+
+    @property
+    def setting(self) -> Setting:
+        """How networks and the criterion are run."""
+        return Setting(self.device, cross_entropy, self.autocast, channels_last=True)
 
     def loaders(self, recipe: LoaderRecipe, *path: int | str, planned: int | None = None) -> ImageLoaders:
         """Loaders with an order and changes of their own, of images that are read when they are first asked for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -82,6 +83,10 @@ class Recipe:
     def unit(self) -> int:
         """A sixth of the epochs: the merge stage, fine-tuning, half a teacher."""
         return self.epochs // 6
+
+    def merge_steps(self, samples: int) -> int:
+        """Steps of the merge stage, with so many training samples."""
+        return self.unit * math.ceil(samples / self.batch_size)
 
     def scaled(self, budget: float) -> Recipe:
         """The same experiment with a fraction of the epochs.

@@ -163,8 +163,8 @@ class _StudentRun:
     def _weight_of_gates(self) -> QuadraticLambda | GateBudget:
         if self.recipe.gate_schedule == "quadratic":
             return QuadraticLambda(self.recipe.lam_start, self.recipe.lam_step)
-        batches = math.ceil(len(self.data.train_inputs) / self.recipe.batch_size)
-        return GateBudget(self.recipe.unit * batches, gate_lr=self.recipe.gate_lr, momentum=self.recipe.momentum)
+        steps = self.recipe.merge_steps(len(self.data.train_inputs))
+        return GateBudget(steps, gate_lr=self.recipe.gate_lr, momentum=self.recipe.momentum)
 
     def _finetune(self, stack: Stack) -> Stack:
         stage = self.recipe.finetune_stage()
