@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.ablation_stages import TEACHERS
 from benchmarks.ablation_variants import BASE, Variant
 from fastmerge.big_student import BigStudent
 from fastmerge.environment import environment
+from fastmerge.merging import gate_report
 from fastmerge.reporting.results import write_json
 
 Scores = dict[str, list[float]]
@@ -87,5 +86,4 @@ class Record:
 
 def open_probabilities(big: BigStudent) -> dict[str, float]:
     """Mean P[g > 0] of each channel group."""
-    with torch.no_grad():
-        return {name: round(mean.item(), 4) for name, mean in big.open_probabilities().items()}
+    return {name: round(mean, 4) for name, mean in gate_report.open_probabilities(big).items()}

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.experiments resnet20-cifar100 --data cifar-100-python --out runs/resnet20-cifar100``
 
-The recipe is the paper's, with a fraction of its epochs and of its images. Strategies train beside each other, one core
-each; a run that was stopped goes on with the same command.
+The recipe is the paper's, with a fraction of its epochs and of its images, and the batch size and learning rate that so few
+images need. Strategies train beside each other, one core each; a run that was stopped goes on with the same command.
 """
 
 from __future__ import annotations
