@@ -8,21 +8,23 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from benchmarks.ablation_variants import BASE
 from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "ablations"
-_CLEAR = 2.5  # standard errors
+_CHANCE = 0.02  # at most so often differences of zero are in bold
 
 _INTRODUCTION = f"""\
 What each choice of the merge is worth, everything else as in the paper's setting (`{BASE}`). Every replicate has two
 teachers of its own, which all variants share, with the same gates at first. `{BASE}` may be run several times with other
 random draws (batches, gates), because chance alone moves a student by more than most choices do. *difference* is the mean
-over replicates of the student's score less the replicate's mean over those runs, with its standard error, in bold from
-{_CLEAR:g} standard errors on; the rows of `{BASE}` have it too, and show what chance looks like. What only changes the
-compressed student, or drops channels late, has the first run's draws until then, and is compared with that run.
-*compressed* is the same before fine-tuning. *P[g > 0]* is the range over channel groups and replicates at the end of the
-merge stage, which is to be 1/2.
+over replicates of the student's score less the replicate's mean over those runs, with its standard error, in bold where
+Student's t-test finds fewer than {_CHANCE:.0%} of such differences by chance; the rows of `{BASE}` have it too, and show what
+chance looks like. What only changes the compressed student, or drops channels late, has the first run's draws until then,
+and is compared with that run. *compressed* is the same before fine-tuning. *P[g > 0]* is the range over channel groups and
+replicates at the end of the merge stage, which is to be 1/2.
 
 Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills."""
 
@@ -89,8 +91,11 @@ def base_of(found: dict[str, Any]) -> dict[str, dict[str, float]]:
 def _difference(found: dict[str, Any], base: dict[str, Any], score: str) -> str:
     """Mean and standard error of the paired differences to the base."""
     mean, error = paired(found, base, score)
-    text = f"{mean:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
-    return f"**{text}**" if abs(mean) >= _CLEAR * error > 0 else text
+    if math.isnan(error):
+        return f"{mean:+.4f}"
+    text = f"{mean:+.4f} ± {error:.4f}"
+    clear = student_t.isf(_CHANCE / 2, sum(key in base for key in found) - 1)  # standard errors
+    return f"**{text}**" if abs(mean) >= clear * error > 0 else text
 
 
 def paired(found: dict[str, Any], base: dict[str, Any], score: str) -> tuple[float, float]:

@@ -2,15 +2,17 @@
 
 A stage takes ``epochs · steps · s`` on one GPU, with the ``s`` of a step of the recipe's batch as it was measured. P GPUs take
 at best a P-th of it, and at worst, as far as messages go, ``epochs · steps · 2 (P - 1) / P · gradients / bandwidth`` longer.
-Until a GPU has run it, ``s`` is the least that the operations and bytes of a step take by a GPU's data sheet.
+Until a GPU has run it, ``s`` is what it is to be expected from others' measurements of plain networks, and the least that
+the operations and bytes of a step take by a GPU's data sheet.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from benchmarks import names
 from benchmarks.cases import Case
 from benchmarks.counting import Ceilings, step_work
+from benchmarks.published import MEASUREMENTS, Measurement
 from benchmarks.report import machine
 from benchmarks.results import Contenders, cases
 from fastmerge.big_student import BigStudent
@@ -33,10 +36,24 @@ LATE = 0.25  # of the merge stage before linking, where it is not the recipe's
 GPUS = (1, 8, 64)
 BANDWIDTH = 1e10  # bytes per second that a GPU sends, the default of --bandwidth
 BOUNDS = (
+    "What no run can be faster than: the least time that the operations and bytes of each step take by the data sheet of an "
+    "{card}, {tera:.0f} TFLOP/s and {bandwidth:g} TB/s."
+)
+UNMEASURED = (
     "Not measured yet: no GPU has run it. `make gpu OUT=folder` on a machine with one times the steps; with its JSON in "
-    "benchmarks/results, `make docs` puts the hours here. Until then, what no run can be faster than: the least time that the "
-    "operations and bytes of each step take (`benchmarks/counting.py`) by the data sheet of an {card}, {tera:.0f} TFLOP/s and "
-    "{bandwidth:g} TB/s. The second number for several GPUs adds messages that nothing hides, at {sent:g} GB/s."
+    "benchmarks/results, `make docs` puts the hours here. Until then, what is to be expected by how fast others have measured "
+    "plain networks to train, supposing that the merge stage uses a card as well as they do, that is, takes as much longer "
+    "than a plain network's step as its operations and bytes do (`benchmarks/counting.py`). For several GPUs the first number "
+    "supposes that a share of the batch takes its share of the time, which small shares do not; the second adds messages that "
+    "nothing hides, at {sent:g} GB/s. Validation and starting up are not in it."
+)
+PUBLISHED = (
+    "**{card}**: a {network} trains on {rate:,.0f} images/s there, in mixed precision and batches of {batch} "
+    "([source]({source})), {efficiency:.2f} of what the card's data sheet allows."
+)
+SCALED = (
+    " {gpus} of them train it {gain:.2f} times as fast as one, with {batch} images for each; of a step of {total} images each "
+    "has {share}, and the gain is to be expected smaller."
 )
 # NVIDIA's data sheet of the H200 SXM: dense bfloat16 on tensor cores, memory, last cache.
 CARD, SHEET = "H200", Ceilings(flops=989e12, bandwidth=4.8e12, cache=50 * 2**20)
@@ -58,16 +75,39 @@ def tables(runs: dict[str, dict[str, Any]]) -> str:
             steps = {name: statistics.median(c["samples"]) for name, c in every[case].items() if c.get("samples")}
             if any(name in steps for name in (names.TEACHERS, names.UNLINKED, names.LINKED)):
                 found.append(_section(recipe, case, every[case], steps, every, run))
-    return "\n\n".join(found) or _bounds(recipe)
+    return "\n\n".join(found) or _unmeasured(recipe)
 
 
-def _bounds(recipe: LoaderRecipe) -> str:
-    """What no run can be faster than, of a card that was not measured."""
+def _unmeasured(recipe: LoaderRecipe) -> str:
+    """What is to be expected of cards that others have measured, and what no run can be faster than."""
     case = Case("resnet18", recipe.batch_size, recipe.image_size, "bf16", "cuda")
-    block_diagonal, dense = (SHEET.seconds(step_work(case, dense)) for dense in (False, True))
-    steps = {names.TEACHERS: block_diagonal, names.UNLINKED: block_diagonal, names.LINKED: dense}
-    text = BOUNDS.format(card=CARD, tera=SHEET.flops / 1e12, bandwidth=SHEET.bandwidth / 1e12, sent=BANDWIDTH / 1e9)
-    return "\n\n".join([text, _table(recipe, steps, {})])
+    parts = [UNMEASURED.format(sent=BANDWIDTH / 1e9)]
+    for published in MEASUREMENTS:
+        parts += [_said(published, recipe), _table(recipe, _steps(partial(published.seconds, case)), {})]
+    bounds = BOUNDS.format(card=CARD, tera=SHEET.flops / 1e12, bandwidth=SHEET.bandwidth / 1e12)
+    least = _steps(lambda dense: SHEET.seconds(step_work(case, dense)))
+    return "\n\n".join([*parts, bounds, _table(recipe, least, {})])
+
+
+def _steps(seconds: Callable[[bool], float]) -> dict[str, float]:
+    """By contender, seconds of a step, from those of two networks side by side that are or are not linked densely."""
+    return {names.TEACHERS: seconds(False), names.UNLINKED: seconds(False), names.LINKED: seconds(True)}
+
+
+def _said(published: Measurement, recipe: LoaderRecipe) -> str:
+    batch = published.case.batch
+    text = PUBLISHED.format(
+        card=published.card,
+        network=published.case.network.replace("resnet", "ResNet-"),
+        rate=published.rate,
+        batch=batch,
+        source=published.source,
+        efficiency=published.efficiency,
+    )
+    if not published.gpus:
+        return text
+    share, gain = recipe.batch_size // published.gpus, published.gpus_rate / published.rate
+    return text + SCALED.format(gpus=published.gpus, gain=gain, batch=batch, total=recipe.batch_size, share=share)
 
 
 def _section(
@@ -103,7 +143,7 @@ def _parts(recipe: LoaderRecipe, steps: dict[str, float]) -> dict[str, tuple[Par
         "teachers": (TEACHERS * recipe.teacher.epochs, names.TEACHERS, one),
         "merge, linked": (merge, names.LINKED, nbytes[names.LINKED]),
         "merge, block-diagonal": (merge, names.UNLINKED, nbytes[names.UNLINKED]),
-        "merge, naive dense": (merge, names.NAIVE, nbytes[names.LINKED]),
+        **({"merge, naive dense": (merge, names.NAIVE, nbytes[names.LINKED])} if names.NAIVE in steps else {}),
         "fine-tune": (recipe.finetune.epochs, names.TEACHERS, one),
     }
     count = -(-IMAGES // recipe.batch_size)
@@ -141,6 +181,7 @@ def _seconds(steps: dict[str, float], name: str, networks: int = 1) -> float | N
     return steps[name] / networks if name in steps else None
 
 
+@cache
 def _gradients(recipe: LoaderRecipe) -> dict[str, int]:
     """Bytes of a step's gradients."""
     teachers = [recipe.make_network(CLASSES, 1) for _ in range(TEACHERS)]

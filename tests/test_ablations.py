@@ -186,14 +186,16 @@ def test_clear_differences_are_bold() -> None:
         },
         "environment": {"cpu": {"name": "C"}, "torch": "2"},
         "teachers": {"0": [0.4, 0.6]},
-        "variants": {BASE: variant(0.5, 0.6), "worse": variant(0.4, 0.51), "same": variant(0.4, 0.7)},
+        "variants": {BASE: variant(*[0.5, 0.6] * 2), "worse": variant(*[0.4, 0.51] * 2), "same": variant(0.4, 0.7)},
     }
-    results["variants"][f"{BASE} (2)"] = variant(0.5, 0.6)
-    results["variants"]["edited"] = variant(0.6, 0.75) | {"compared_with": "worse"}
+    results["variants"][f"{BASE} (2)"] = variant(*[0.5, 0.6] * 2)
+    results["variants"]["few"] = variant(0.4, 0.51)
+    results["variants"]["edited"] = variant(*[0.6, 0.75] * 2) | {"compared_with": "worse"}
     text = section(results)
-    assert "**-0.0950 ± 0.0050**" in text
+    assert "**-0.0950 ± 0.0029**" in text
+    assert " -0.0950 ± 0.0050 |" in text  # as far from zero, but two replicates say little
     assert " +0.0000 ± 0.1000 |" in text
-    assert "**+0.2200 ± 0.0200**" in text  # to the run whose big students it shares
+    assert "**+0.2200 ± 0.0115**" in text  # to the run whose big students it shares
     assert "0.40–0.50" in text
     assert "9 training samples in batches of 4; the teachers" in text
     results["config"]["autocast"] = "bfloat16"
