@@ -76,6 +76,14 @@ def has_classes(output: Any, target: Any) -> bool:
     return integer and output.dim() >= 2 and target.shape == output.shape[:1] + output.shape[2:]
 
 
+class NotFiniteError(FloatingPointError):
+    """A loss became NaN or Inf; args are the batch, counted from 1, the loss's name, and its value."""
+
+    def __str__(self) -> str:
+        batch, name, value = self.args
+        return f"the {name} became {value} in batch {batch}"
+
+
 class Tally:
     """Sums loss and accuracy over batches without waiting for the device, except now and then.
 
@@ -94,7 +102,7 @@ class Tally:
         """Adds a batch. True when the sums were just read from the device, every ``every`` batches.
 
         Raises:
-            FloatingPointError: A loss of one of the last batches is NaN or Inf; args are (step, its name, its value).
+            NotFiniteError: A loss of one of the last batches is NaN or Inf.
         """
         values = {name: loss.detach().float() for name, loss in losses.items()}
         if has_classes(output, target):
@@ -114,7 +122,7 @@ class Tally:
             self.samples += samples
             for name, value in zip(names, row, strict=True):
                 if value - value != 0:  # NaN and Inf
-                    raise FloatingPointError(self.steps, name, value)
+                    raise NotFiniteError(self.steps, name, value)
                 self._sums[name] = self._sums.get(name, 0.0) + samples * value
         self._pending.clear()
         return True
@@ -177,13 +185,13 @@ def evaluate(
         processes: That share the data; however unevenly, every sample counts once.
 
     Raises:
-        FloatingPointError: As ``Tally.add``, in all processes.
+        NotFiniteError: As ``Tally.add``, in all processes.
     """
     mode = network.training
     network.eval()
     try:
         tally = Tally()
-        whole = contextlib.nullcontext() if processes is None else processes.together(FloatingPointError)
+        whole = contextlib.nullcontext() if processes is None else processes.together(NotFiniteError)
         with whole:
             for inputs, target in setting.batches(loader):
                 output, loss = setting.apply(network, inputs, target)

@@ -58,6 +58,28 @@ def test_a_diverging_loss_stops_with_step_stage_and_cause(teachers, monkeypatch)
         merge(teachers, train_loader(), **SHORT)
 
 
+def test_nan_in_the_validation_says_whose_score_and_which_batch(teachers, monkeypatch):
+    good, bad = (X[:8], Y[:8]), (X[:8] * torch.nan, Y[:8])
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the validation loss of teacher 0 became nan in batch 2; look for NaN or Inf in the validation data$",
+    ):
+        merge(teachers, train_loader(), val_loader=[good, bad], **SHORT)
+
+    class NaNWhenItIsReadForTheSixthTime(list):
+        passes = 0  # the check, two teachers, the mean of them, and the first epoch
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([good, bad] if self.passes == 6 else [good, good])
+
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the validation loss after epoch 2 of the merge stage became nan in batch 2; .*learning rate 0.0\d+ may be",
+    ):
+        merge(teachers, train_loader(), val_loader=NaNWhenItIsReadForTheSixthTime(), **SHORT | {"merge_epochs": 2})
+
+
 @pytest.mark.parametrize(
     ("bad", "where"),
     [(3 + 8 + 1, r"step 4 of epoch 2 of the merge"), (16 + 1 + 1, "step 2 of epoch 1 of the finetune")],

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
 from fastmerge.big_student import BigStudent
-from fastmerge.evaluation import Setting, Tally, evaluate
+from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.execution import Execution
 from fastmerge.merging.gate_report import open_probabilities
@@ -74,9 +74,12 @@ class Trainer:
             border: Its name in the history.
             network: The network.
             known: Its score, where it was scored since it last changed.
+
+        Raises:
+            FloatingPointError: The loss became NaN or Inf.
         """
         if self.val_loader is not None:
-            self.history.borders[border] = self._evaluate(network) if known is None else known
+            self.history.borders[border] = self._evaluate(network, f"of {border}") if known is None else known
 
     def own_random_numbers(self) -> None:
         """Gives every process but the first a random state of its own, so that each draws other gates."""
@@ -118,15 +121,17 @@ class Trainer:
         random = None
         try:
             with self._whereabouts(), self.processes.watched():
-                self._train(network, optimizers, lam, tally)
+                try:
+                    self._train(network, optimizers, lam, tally)
+                except NotFiniteError as error:
+                    blame = self._blame(stage, epoch, lr, *error.args)
+                    raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
                 random = random_states(self.setting.device)
                 score = tally.score(self.processes)
                 scored = epoch % self.val_every == 0 or epoch == self._stage_epochs
-                val = self._evaluate(network) if scored and self.val_loader is not None else None
+                ended = f"after epoch {epoch} of the {stage} stage"
+                val = self._evaluate(network, ended, lr) if scored and self.val_loader is not None else None
                 rate = self.processes.sum([tally.rate()])[0]
-        except FloatingPointError as error:
-            blame = self._blame(stage, epoch, lr, *error.args)
-            raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
         except Interrupted:
             tally.read()
             self.state.save(random or random_states(self.setting.device), tally)
@@ -177,7 +182,7 @@ class Trainer:
         Processes do so together; to ask each other takes time, so that several do it only now and then.
         """
         if self.processes.size > 1:
-            with self.processes.together(FloatingPointError):
+            with self.processes.together(NotFiniteError):
                 tally.read()
         number, due = self.processes.most(self.stop.number or 0, self.state.is_due())
         if number:
@@ -199,12 +204,25 @@ class Trainer:
                 raise
             yield batch
 
-    def _evaluate(self, network: nn.Module) -> Score:
+    def _evaluate(self, network: nn.Module, whose: str, lr: float | None = None) -> Score:
+        """Scores a network; ``whose`` score it is, and the learning rate if it was trained before, are for the error."""
         assert self.val_loader is not None
         alone = self.processes.size == 1  # several processes stop together, between steps
         after_step = self.stop.raise_if_any if alone else None
         loader, setting, processes = self.val_loader, self.setting, self.processes
-        return self._run.compiler.run(lambda: evaluate(network, loader, setting, after_step, processes))
+        try:
+            return self._run.compiler.run(lambda: evaluate(network, loader, setting, after_step, processes))
+        except NotFiniteError as error:
+            batch, _, value = error.args
+            causes = ["look for NaN or Inf in the validation data"]
+            if setting.autocast is torch.float16:
+                causes.append("float16 may have overflowed: try autocast=torch.bfloat16")
+            if lr is not None:
+                causes.append(f"the learning rate {lr:g} may be too high")
+            raise FloatingPointError(
+                f"the validation loss {whose} became {value} in batch {batch}; {', or '.join(causes)}"
+                f"{self.state.whereabouts()}"
+            ) from None
 
     @contextmanager
     def _whereabouts(self) -> Iterator[None]:
