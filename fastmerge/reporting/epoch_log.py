@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ class EpochLog:
         self._board = None if tensorboard is None else _summary_writer(tensorboard)
 
     def write(self, values: dict[str, Any], step: int, tag: str = "") -> None:
-        """Tells of an epoch, unless it was told of before.
+        """Tells of an epoch, unless it was told of before. Where the disk is full or fails, it warns instead.
 
         Args:
             values: JSON values.
@@ -43,10 +46,12 @@ class EpochLog:
         key = self._key(values)
         if key in self._told:
             return
-        self._told.add(key)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        if self._board is not None:
+        with _warning_of_disks(self.path):
+            _append(self.path, f"{json.dumps(values)}\n".encode())
+            self._told.add(key)
+        if self._board is None:
+            return
+        with _warning_of_disks(self._board.log_dir):
             for name, value in _scalars({k: v for k, v in values.items() if k not in self.key}, tag):
                 self._board.add_scalar(name, value, step)
             self._board.flush()
@@ -54,10 +59,32 @@ class EpochLog:
     def close(self) -> None:
         """Closes the event files."""
         if self._board is not None:
-            self._board.close()
+            with _warning_of_disks(self._board.log_dir):
+                self._board.close()
 
     def _key(self, values: dict[str, Any]) -> str:
         return json.dumps([values.get(name) for name in self.key])
+
+
+@contextlib.contextmanager
+def _warning_of_disks(path: Path | str) -> Iterator[None]:
+    """What the log can't tell costs no run."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"could not write to {path} ({error}); the run goes on, and its log has a gap", stacklevel=4)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Appends a line, or nothing where it fails in the middle."""
+    with path.open("ab", buffering=0) as file:
+        before, written = file.seek(0, os.SEEK_END), 0
+        try:
+            while written < len(line):
+                written += file.write(line[written:])
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _whole_lines(path: Path) -> list[str]:
