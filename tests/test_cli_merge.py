@@ -12,6 +12,7 @@ from torch import nn
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.cli import main
+from fastmerge.data.draws import order
 
 # Stages this short leave the gates where they are.
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -234,6 +235,15 @@ def test_classes_the_teachers_do_not_have_are_bad_input(place, capsys):
     np.savez("data.npz", **arrays)
     assert main(arguments()) == 2
     assert "the teachers have 3 classes, 0..2" in capsys.readouterr().err
+
+
+def test_one_image_of_a_class_that_the_teachers_do_not_have(place, capsys):
+    arrays = dict(np.load("data.npz"))
+    late = order(0, 0, 49)[-1]  # which the first batch has not
+    arrays["train_labels"][late] = 3
+    np.savez("data.npz", **arrays)
+    assert main(arguments(**{"model-args": ["classes=3"]})) == 2
+    assert "train_loader has targets 0..3; the teachers have 3 classes, 0..2" in capsys.readouterr().err
 
 
 def test_a_divergence_is_a_failure_and_no_bad_input(place, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 import ddp_merge
 from fastmerge.checkpoints import save_weights
 from gloo import command, counted, together
-from image_files import write_tree
+from image_files import spoil, write_tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0.:UserWarning")
 
@@ -57,6 +58,23 @@ def test_every_validation_image_counts_once(tree: Path, tmp_path: Path, loader: 
     assert two["config"]["processes"] == 2
     for border in ("teacher 0", "teacher 1", "big student, gates open"):
         assert two["borders"][border] == pytest.approx(one["borders"][border], rel=1e-5), border
+
+
+def test_a_bad_image_is_named_by_the_process_that_reads_it(tree: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "tree"
+    shutil.copytree(tree, broken)
+    spoil(broken / "val" / "ant" / "001.jpg", "text")  # the second image, which is the second process's
+    done = together(2, command, words(broken, tmp_path / "out", "torch"))
+    assert done[1][0] == 2
+    assert "val/ant/001.jpg can't be read as an image" in done[1][2]
+    assert done[0][0] == 1
+    assert "process 0 of 2 lost another one" in done[0][2]
+
+
+def test_other_bad_input_is_told_by_one_process(tree: Path, tmp_path: Path) -> None:
+    done = together(2, command, [*words(tree, tmp_path / "out", "torch"), "--batch-size", "3"])
+    assert [status for status, _, _ in done.values()] == [2, 2]
+    assert [("can't be shared out" in done[rank][2]) for rank in (0, 1)] == [True, False]
 
 
 def test_stacks_are_shared_out_with_the_same_results(tmp_path: Path) -> None:

@@ -15,11 +15,14 @@ from contextlib import contextmanager
 import torch
 
 from fastmerge.cli import continuing, data, info, merge, report, run
+from fastmerge.data.decoding import BadImageError
+from fastmerge.data.epochs import EmptyBatchError
 from fastmerge.processes import ProcessLostError
 from fastmerge.resuming.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 _FAILED = (FloatingPointError, torch.OutOfMemoryError, ProcessLostError)
+_OF_ONE_PROCESS = (*_FAILED, BadImageError, EmptyBatchError)  # each reads images of its own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    # of the processes that torchrun starts, and of those on this machine, whose files may be others
+    is_first, is_first_here = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
     try:
         with _plain_messages():
             options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
@@ -46,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _BAD_INPUT + _FAILED as error:
         if getattr(options, "debug", False):
             traceback.print_exc()
-        elif is_first or isinstance(error, _FAILED):  # what is wrong with the input is wrong in all processes
+        elif is_first_here or isinstance(
+            error, _OF_ONE_PROCESS
+        ):  # other bad input is bad in all processes of a machine
             print(f"fastmerge: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED) else 2
     return 0

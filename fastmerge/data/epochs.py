@@ -17,6 +17,10 @@ from fastmerge.data.draws import order
 AnyLoader = TypeVar("AnyLoader", bound="EpochLoader")
 
 
+class EmptyBatchError(ValueError):
+    """A step of one of several processes has no image that can be read."""
+
+
 @dataclass(frozen=True)
 class Batches:
     """Which samples make which batch.
@@ -76,10 +80,12 @@ class Batches:
         """Called where every image of a batch was unreadable, so that the batch is left out.
 
         Raises:
-            ValueError: Other processes would wait for this one's step.
+            EmptyBatchError: Other processes would wait for this one's step.
         """
         if self.training and self.shards > 1:
-            raise ValueError("no image of a batch can be read; with several shards, each step needs one in each shard")
+            raise EmptyBatchError(
+                "no image of a batch can be read; with several shards, each step needs one in each shard"
+            )
 
 
 class EpochLoader(ABC):
@@ -91,7 +97,10 @@ class EpochLoader(ABC):
 
     Attributes:
         epoch: The epoch that the next pass reads.
+        labels: int64, the class of every image of the data set.
     """
+
+    labels: Tensor
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches

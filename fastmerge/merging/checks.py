@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, has_classes
 from fastmerge.processes import Processes
 from fastmerge.resuming.fingerprint import fingerprints
@@ -128,7 +129,8 @@ def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: 
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"the teachers can't read {name}'s inputs of shape {shapes}: {error}") from error
         if setting.criterion is cross_entropy and has_classes(output, target):
-            _check_classes(name, target, output.shape[1])
+            # a batch may show some of the classes alone; our own loaders know all
+            _check_classes(name, loader.labels if isinstance(loader, EpochLoader) else target, output.shape[1])
         try:
             with setting.precision():
                 loss = setting.criterion(output, target)
