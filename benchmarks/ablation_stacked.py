@@ -131,4 +131,4 @@ def _weight_of_gates(recipe: Recipe, data: Dataset) -> QuadraticLambda | GateBud
     if recipe.gate_schedule == "quadratic":
         return QuadraticLambda(recipe.lam_start, recipe.lam_step)
     steps = recipe.merge_steps(len(data.train_inputs))
-    return GateBudget(steps, gate_lr=recipe.gate_lr, momentum=recipe.momentum)
+    return GateBudget(steps, gate_lr=recipe.merge_stage().gate_lr, momentum=recipe.momentum)

@@ -64,7 +64,7 @@ class Setup:
 def in_memory(options: argparse.Namespace) -> Setup:
     """Of a recipe whose data is in memory."""
     budget = 1.0 if options.budget is None else options.budget
-    recipe = IN_MEMORY[options.recipe]().scaled(budget)
+    recipe = varied(IN_MEMORY[options.recipe](), paper=True).scaled(budget)
     data = recipe.load_data(options.data, seed_for(options.seed, "data")).to(options.device)
     steps = recipe.merge_steps(len(data.train_inputs))
     return Setup(

@@ -132,7 +132,7 @@ def test_variants_differ_only_by_their_choice(monkeypatch):
         raise InterruptedError
 
     data = tiny_images(None, 0)
-    ablation = StackedAblation(tiny_recipe(), data, [0, 1], 0, lambda networks: None)
+    ablation = StackedAblation(tiny_recipe().fitted(1), data, [0, 1], 0, lambda networks: None)
     teachers = [tiny(1) for _ in range(4)]
     monkeypatch.setattr(ablation_stacked, "train", stop)
     for variant in variants(tiny(1), ()):

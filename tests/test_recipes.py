@@ -12,7 +12,8 @@ from fastmerge.recipes import IN_MEMORY, RECIPES
 from fastmerge.recipes.lenet_imagewoof import lenet_imagewoof
 from fastmerge.recipes.sine import curve, sine
 from fastmerge.reporting.paper import paper_mean
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.schedules import PAPERS_GATE_LR, QuadraticLambda, fitting_gate_lr
+from fastmerge.training.running import varied
 from fastmerge.training.strategies import run
 
 SHAPES = {"sine": (1,), "digits": (1, 8, 8), "lenet-imagewoof": (3, 28, 28)}
@@ -32,7 +33,7 @@ def test_names_agree(recipe):
 
 @pytest.mark.parametrize("budget", [1.0, 0.5, 0.031, 1e-6])
 def test_strategies_are_equal_at_every_budget(recipe, budget):
-    scaled = recipe.scaled(budget)
+    scaled = recipe.scaled(budget).fitted(1000)
     merge = sum(part.epochs for _, part in scaled.merge_parts())
     student = 2 * scaled.teacher_stage().epochs + merge + scaled.finetune_stage().epochs
     assert student == 3 * scaled.teacher_stage().epochs == scaled.long_stage().epochs == scaled.epochs
@@ -147,7 +148,7 @@ def test_imagewoof_runs_augmented(tmp_path):
 
 
 def test_milestones_of_the_merge_stage_hold_across_linking():
-    recipe = replace(lenet_imagewoof(), epochs=900, lr=0.1, merge_milestones=(75, 105), link_at=0.6)
+    recipe = replace(lenet_imagewoof(), epochs=900, lr=0.1, merge_milestones=(75, 105), link_at=0.6).fitted(9025)
     (first, before), (second, after) = recipe.merge_parts()
     assert (first, before.epochs, second, after.epochs) == (0, 90, 90, 60)
     assert [before.lr_at(74), before.lr_at(75)] == pytest.approx([0.1, 0.01])
@@ -163,6 +164,27 @@ def test_every_group_of_digits_ends_near_its_share_with_a_budget():
     assert results["config"]["gate_schedule"] == "budget"
 
 
+def test_gates_learn_faster_in_a_short_merge_stage():
+    recipe = lenet_imagewoof()
+    assert recipe.fitted(9025).gate_lr == PAPERS_GATE_LR  # the paper's steps
+    short = recipe.scaled(0.01).fitted(9025)
+    assert short.gate_lr == fitting_gate_lr(10 * 283)
+    assert short.gate_lr > PAPERS_GATE_LR
+    assert [part.gate_lr for _, part in short.merge_parts()] == [short.gate_lr]
+    assert replace(recipe, gate_lr=0.3).scaled(0.01).fitted(9025).gate_lr == 0.3
+    assert varied(recipe, paper=True).scaled(0.01).fitted(9025).gate_lr == PAPERS_GATE_LR
+    assert varied(sine(), paper=True).gate_lr == sine().gate_lr
+    with pytest.raises(ValueError, match="gate_lr, which fitted"):
+        recipe.merge_stage()
+
+
+def test_a_run_says_what_its_gates_learned_with(tmp_path):
+    recipe = replace(lenet_imagewoof(), epochs=6)
+    with pytest.warns(UserWarning, match=r"P\[g>0\]"):
+        results = run(recipe, ["student"], replicates=1, workers=1, progress=False, data_path=imagewoof(tmp_path))
+    assert results["config"]["gate_lr"] == fitting_gate_lr(1)
+
+
 @pytest.mark.parametrize("epochs", [0, 5, 100])
 def test_epochs_must_add_up(epochs):
     with pytest.raises(ValueError, match="divide by 6"):
@@ -170,7 +192,7 @@ def test_epochs_must_add_up(epochs):
 
 
 def test_the_merge_stage_is_cut_where_the_network_changes_shape():
-    recipe = replace(lenet_imagewoof(), epochs=900, link_at=0.5, compact_at=(0.75, 0.5, 0.999))
+    recipe = replace(lenet_imagewoof(), epochs=900, link_at=0.5, compact_at=(0.75, 0.5, 0.999)).fitted(9025)
     assert [(first, part.epochs) for first, part in recipe.merge_parts()] == [(0, 75), (75, 37), (112, 38)]
     assert recipe.compact_from == [75, 112]  # nothing is left to drop for at the end of the stage
     assert [(first, part.epochs) for first, part in recipe.scaled(1e-6).merge_parts()] == [(0, 1)]

@@ -34,7 +34,7 @@ def lenet_imagewoof() -> Recipe:
         finetune_milestones=(500, 750),
         momentum=0.9,
         weight_decay=0.0,
-        gate_lr=0.2,
+        gate_lr=None,
         lam_start=0.01,
         lam_step=0.05,
         link_at=0.0,

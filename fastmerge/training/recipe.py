@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.schedules import scaled_lam_step
+from fastmerge.schedules import fitting_gate_lr, scaled_lam_step
 from fastmerge.training.order import Augment
 from fastmerge.training.stage import Criterion, Stage
 
@@ -33,7 +33,7 @@ class Recipe:
         teacher_milestones, long_milestones, merge_milestones, finetune_milestones: epochs of a teacher, of ``one``, of the
             merge stage and of fine-tuning after which the learning rate is divided by ten.
         momentum, weight_decay: of SGD; gates have the same momentum and no weight decay.
-        gate_lr: learning rate of the gates.
+        gate_lr: learning rate of the gates; None fits it to the steps of the merge stage, see :meth:`fitted`.
         lam_start, lam_step: λ grows as :class:`~fastmerge.QuadraticLambda`.
         gate_schedule: "quadratic" for λ, "budget" for a :class:`~fastmerge.GateBudget`, which needs no λ.
         link_at: fraction of the merge stage before the big student becomes dense.
@@ -60,7 +60,7 @@ class Recipe:
     finetune_milestones: tuple[int, ...]
     momentum: float
     weight_decay: float
-    gate_lr: float
+    gate_lr: float | None
     lam_start: float
     lam_step: float
     link_at: float
@@ -87,6 +87,13 @@ class Recipe:
     def merge_steps(self, samples: int) -> int:
         """Steps of the merge stage, with so many training samples."""
         return self.unit * math.ceil(samples / self.batch_size)
+
+    def fitted(self, samples: int) -> Recipe:
+        """The same with a ``gate_lr``: its own, or the one that fits the steps with so many training samples.
+
+        With the paper's steps that is the paper's, see :func:`~fastmerge.schedules.fitting_gate_lr`.
+        """
+        return self if self.gate_lr is not None else replace(self, gate_lr=fitting_gate_lr(self.merge_steps(samples)))
 
     def scaled(self, budget: float) -> Recipe:
         """The same experiment with a fraction of the epochs.
@@ -137,14 +144,14 @@ class Recipe:
 
     def merge_stage(self) -> Stage:
         """The merge stage as a whole."""
-        return self._stage("merge", self.unit, self.merge_milestones)
+        return self._merge_stage(self.unit, self.merge_milestones)
 
     def merge_parts(self) -> list[tuple[int, Stage]]:
         """The merge stage where nothing changes the network's shape: where each part begins, and the part."""
         borders = sorted({0, self.link_from, *self.compact_from, self.unit})
         return [
             # milestones at 0 or less are past
-            (first, self._stage("merge", end - first, tuple(mark - first for mark in self.merge_milestones)))
+            (first, self._merge_stage(end - first, tuple(mark - first for mark in self.merge_milestones)))
             for first, end in pairwise(borders)
         ]
 
@@ -167,9 +174,13 @@ class Recipe:
             milestones=milestones,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            gate_lr=self.gate_lr,
             augment=self.augment,
         )
+
+    def _merge_stage(self, epochs: int, milestones: tuple[int, ...]) -> Stage:
+        if self.gate_lr is None:
+            raise ValueError(f"{self.name}: the merge stage needs a gate_lr, which fitted() finds")
+        return replace(self._stage("merge", epochs, milestones), gate_lr=self.gate_lr)
 
 
 def _name(function: Any) -> str:

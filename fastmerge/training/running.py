@@ -57,7 +57,7 @@ def varied(
         raise ValueError(f"a recipe needs a batch_size of at least 1; got {batch_size}")
     if paper:
         changes = {"link_at": 0.0, "gate_schedule": "quadratic", "compact_at": None}
-        if isinstance(recipe, LoaderRecipe):
+        if recipe.gate_lr is None:
             changes["gate_lr"] = PAPERS_GATE_LR
     if batch_size is not None:
         changes["batch_size"] = batch_size

@@ -89,8 +89,8 @@ def run(
     """
     check_strategies(strategies, replicates, seed)
     place = check_device(device)
-    scaled = recipe.scaled(budget)
     data = recipe.load_data(data_path, seed_for(seed, "data"))
+    scaled = recipe.scaled(budget).fitted(len(data.train_inputs))
     checkpoints = None if checkpoint_dir is None else Path(checkpoint_dir)
     jobs = [
         Job(strategy, chunk, scaled, seed, place, checkpoints, checkpoint_seconds, resume)

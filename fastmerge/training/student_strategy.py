@@ -164,7 +164,7 @@ class _StudentRun:
         if self.recipe.gate_schedule == "quadratic":
             return QuadraticLambda(self.recipe.lam_start, self.recipe.lam_step)
         steps = self.recipe.merge_steps(len(self.data.train_inputs))
-        return GateBudget(steps, gate_lr=self.recipe.gate_lr, momentum=self.recipe.momentum)
+        return GateBudget(steps, gate_lr=self.recipe.merge_stage().gate_lr, momentum=self.recipe.momentum)
 
     def _finetune(self, stack: Stack) -> Stack:
         stage = self.recipe.finetune_stage()
