@@ -179,6 +179,33 @@ def test_a_bad_checkpoint_is_passed_over_with_a_warning_and_refused_where_there_
         snapshots.load()
 
 
+def test_bad_checkpoints_take_no_place_of_good_ones_and_half_written_ones_go(interrupted, tmp_path):
+    shutil.copytree(interrupted[0], tmp_path / "copy")
+    options = read_snapshot(Snapshots(interrupted[0], {}).files()[-1])[0]["options"]
+    snapshots = Snapshots(tmp_path / "copy", options)
+    before, newest = snapshots.files()
+    age(newest)
+    half_written, others = (snapshots.directory / name for name in (".000007-x1_y.safetensors", ".mine-7.safetensors"))
+    half_written.write_bytes(b"x")
+    others.write_bytes(b"x")
+    with pytest.warns(UserWarning, match="going back to"):
+        state = snapshots.load()
+    snapshots.save(state)
+    *_, last = after = snapshots.files()
+    assert after == [before, newest, last]  # two good ones
+    truncate(last)
+    with pytest.warns(UserWarning, match=rf"going back to .*{before.name}"):
+        assert Snapshots(snapshots.directory, options).load()["step"] == state["step"]
+    assert not half_written.exists()
+    assert others.exists()
+
+
+def test_a_safetensors_file_that_only_claims_the_format_is_refused(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "000001.safetensors", metadata={"format": "fastmerge checkpoint"})
+    with pytest.raises(ValueError, match=r"000001.safetensors is no checkpoint of a fastmerge run"):
+        Snapshots(tmp_path, {}).load()
+
+
 def test_other_data_is_found_out_within_an_epoch(interrupted, tmp_path, monkeypatch):
     shutil.copytree(interrupted[0], tmp_path / "copy")
     monkeypatch.setattr(killed_merge.Noisy, "__len__", lambda data: 20)

@@ -38,13 +38,14 @@ class Snapshots:
     def __init__(self, directory: str | Path, options: dict[str, Any]) -> None:
         self.directory = Path(directory)
         self.options: dict[str, Any] = json.loads(json.dumps(options))
+        self._passed_over: set[Path] = set()
 
     def files(self) -> list[Path]:
         """Those there are, the newest last."""
         return sorted(path for path in self.directory.glob("*.safetensors") if path.stem.isdecimal())
 
     def save(self, state: dict[str, Any]) -> None:
-        """Writes a checkpoint and removes the last but two.
+        """Writes a checkpoint and removes the last good one but two; those that :meth:`load` passed over stay.
 
         Where the disk is full or fails, it warns, and the checkpoints before stay.
 
@@ -57,16 +58,18 @@ class Snapshots:
         structure, tensors = pack(state)
         text = json.dumps({"torch": torch.__version__, "options": self.options, "state": structure})
         before = self.files()
+        good = [file for file in before if file not in self._passed_over]
+        self._remove_partial()
         path = self.directory / f"{int(before[-1].stem) + 1 if before else 1:06d}.safetensors"
         metadata = {"format": FORMAT, "version": str(VERSION), _HEADER: text, "checksum": _checksum(text, tensors)}
         try:
             with atomic(path) as temporary:
                 save_file(tensors, temporary, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            kept = f"the last one, {before[-1]}, stays" if before else "there is none yet"
+            kept = f"the last one, {good[-1]}, stays" if good else "there is none yet"
             warnings.warn(f"could not write the checkpoint {path} ({error}); {kept}", stacklevel=2)
             return
-        for old in before[: 1 - _KEPT]:
+        for old in good[: 1 - _KEPT]:
             with contextlib.suppress(OSError):
                 old.unlink()
 
@@ -83,6 +86,7 @@ class Snapshots:
                 header, state = read_snapshot(path)
             except ValueError as error:
                 problems.append(str(error))
+                self._passed_over.add(path)
                 continue
             for problem in problems:
                 warnings.warn(f"{problem}; going back to {path}", stacklevel=3)
@@ -96,6 +100,13 @@ class Snapshots:
         """Removes them all."""
         for path in self.files():
             path.unlink()
+
+    def _remove_partial(self) -> None:
+        """Removes what a process that was killed in writing left half written."""
+        for path in self.directory.glob(".*-*.safetensors"):
+            if path.name[1:].partition("-")[0].isdecimal():
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _check_options(self, path: Path, found: dict[str, Any]) -> None:
         for name in [*self.options, *found]:
@@ -121,12 +132,11 @@ def read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
-    if metadata.get("format") != FORMAT:
+    version = metadata.get("version", "")
+    if metadata.get("format") != FORMAT or not version.isdecimal():
         raise ValueError(f"{path} is no checkpoint of a fastmerge run")
-    if int(metadata["version"]) > VERSION:  # before the checksum, which later versions may make otherwise
-        raise ValueError(
-            f"{path} is of version {metadata['version']} of the format, and this fastmerge reads up to {VERSION}"
-        )
+    if int(version) > VERSION:  # before the checksum, which later versions may make otherwise
+        raise ValueError(f"{path} is of version {version} of the format, and this fastmerge reads up to {VERSION}")
     if metadata.get("checksum") != _checksum(metadata.get(_HEADER, ""), tensors):
         raise ValueError(f"{path} is damaged (its checksum does not fit its content)")
     header = json.loads(metadata[_HEADER])
