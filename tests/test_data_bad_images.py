@@ -40,7 +40,7 @@ def loader(request) -> str:
 
 
 def make(tree: Path, loader: str, on_bad_image: str = "skip", batch_size: int = 4, **options):
-    workers = {"dali": 1, "torch": 0, "torch with workers": 2}[loader]
+    workers = {"dali": 1, "device": 0, "torch": 0, "torch with workers": 2}[loader]
     options = {"image_size": 16, "augmentation": "imagenet", "workers": workers} | options
     return image_loaders(tree, batch_size, loader=loader.split()[0], on_bad_image=on_bad_image, **options)
 
@@ -211,6 +211,33 @@ def test_trees_decoded_at_once(tree, kind):
     with pytest.warns(BadImageWarning):
         device = image_loaders(tree, 4, image_size=8, augmentation="small", loader="device", on_bad_image="skip")
     assert labels(device.val) == [0] * 9 + [1] * 9
+
+
+def test_loaders_leave_the_same_images_out_of_the_same_batches(tree):
+    bad = [spoil(tree / "train" / "cat" / f"{number:03}.jpg", "text") for number in (2, 3, 7)]
+    found = {}
+    for loader in ("device", "torch"):
+        with pytest.warns(BadImageWarning) as caught:
+            train = make(tree, loader, augmentation="small", image_size=8).train
+            found[loader] = [batch for _ in range(2) for batch in train]
+        assert len(caught) == len(bad)
+    assert [len(targets) for _, targets in found["torch"]] != [4] * 10
+    for (images, targets), (theirs, same) in zip(found["device"], found["torch"], strict=True):
+        assert torch.equal(images, theirs)
+        assert torch.equal(targets, same)
+
+
+def test_batches_of_bad_images_alone_on_the_device(tree):
+    for number in range(4, 8):
+        spoil(tree / "val" / "ant" / f"{number:03}.jpg", "text")
+    for file in (tree / "train").rglob("*.jpg"):
+        spoil(file, "text")
+    with pytest.warns(BadImageWarning):
+        loaders = make(tree, "device", augmentation="small", image_size=8)
+    assert [len(targets) for _, targets in loaders.val] == [4, 4, 4, 3]
+    assert list(loaders.train) == []
+    with pytest.raises(ValueError, match="with several shards, each step needs one"):
+        list(loaders.again(4, 0, 0, 2).train)
 
 
 @pytest.mark.parametrize(

@@ -199,11 +199,11 @@ def test_images_are_listed_and_read_once_in_a_run(tree: Path, monkeypatch: pytes
         monkeypatch.setattr(module, name, count)
 
     counted(loading, "find_trees")
-    counted(folders, "read_trees")
-    monkeypatch.setattr(making, "read_trees", folders.read_trees)
+    counted(folders, "read_tree")
+    monkeypatch.setattr(making, "read_tree", folders.read_tree)
     strategies = run_small(tree, loader=loader, workers=0)["strategies"]
     assert len(strategies) == 3
-    assert counts == {"find_trees": 1} | ({"read_trees": 1} if loader == "device" else {})
+    assert counts == {"find_trees": 1} | ({"read_tree": 2} if loader == "device" else {})
 
 
 def test_arrays_are_read_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,19 +55,28 @@ class DeviceLoader(EpochLoader):
         batches: Which samples make which batch.
         augmentation: Random changes, or None. It may not need larger images than these.
         finish: Normalisation.
+        good: bool (N,), which images could be read; the others are left out of their batches. None is all.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, batches: Batches, augmentation: Augmentation | None, finish: Finish
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batches: Batches,
+        augmentation: Augmentation | None,
+        finish: Finish,
+        good: NDArray[np.bool_] | None = None,
     ) -> None:
         super().__init__(batches)
         self.height, self.width = images.shape[1:3]
         shift = 0 if augmentation is None else augmentation.shift
         self.images = F.pad(images, (0, 0, shift, shift, shift, shift)) if shift else images
-        self.labels, self.augmentation, self.finish = labels, augmentation, finish
+        self.labels, self.augmentation, self.finish, self.good = labels, augmentation, finish, good
 
     def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = self.batches.of(epoch)
+        parts = self._parts(epoch)
+        if not parts:
+            return
         order = np.concatenate(parts)
         if self.augmentation is None:
             changes, windows = None, torch.from_numpy(order)[None].to(self.images.device)
@@ -86,3 +95,13 @@ class DeviceLoader(EpochLoader):
                 images = cut_windows(self.images, windows[:, piece], self.height, self.width)
                 images = jitter_colours(images, self.augmentation, changes.of(piece))
             yield self.finish(images), self.labels[samples]
+
+    def _parts(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The samples of each batch, without those that could not be read."""
+        parts = self.batches.of(epoch)
+        if self.good is None:
+            return parts
+        left = [part[self.good[part]] for part in parts]
+        if not all(map(len, left)):
+            self.batches.check_left_out()
+        return [part for part in left if len(part)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastmerge.data.arrays import ImageArrays, check_arrays
 from fastmerge.data.augmentation import Augmentation
+from fastmerge.data.choosing import cores
 from fastmerge.data.cutting import read_batch
 from fastmerge.data.decoding import BadImages, OnBadImage
 from fastmerge.data.trees import ImageTree, find_trees
@@ -34,19 +34,21 @@ def load_folder(path: str | Path, image_size: int, on_bad_image: OnBadImage = "r
         FileNotFoundError: a folder is missing.
         ValueError: there are no classes or images, the two folders' classes differ, or a file can't be read as an image.
     """
-    return read_trees(find_trees(path), image_size, BadImages(on_bad_image))
-
-
-def read_trees(trees: tuple[ImageTree, ImageTree], image_size: int, bad_images: BadImages) -> ImageArrays:
-    """Decodes images to train on and images to test on, once and for all."""
+    trees, bad_images = find_trees(path), BadImages(on_bad_image)
     arrays: dict[str, NDArray[np.generic]] = {}
     for split, tree in zip(("train", "test"), trees, strict=True):
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = _read_all(tree, image_size, bad_images)
+        images, good = read_tree(tree, image_size, bad_images)
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[good], tree.labels[good]
     return check_arrays(str(trees[0].folder.parent), arrays)
 
 
-def _read_all(tree: ImageTree, size: int, bad_images: BadImages) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    images = np.empty((len(tree.files), size, size, 3), np.uint8)
+def read_tree(tree: ImageTree, size: int, bad_images: BadImages) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Decodes all images, once and for all.
+
+    Returns:
+        Images (N, size, size, 3), and which of them could be read, (N,).
+    """
+    images = np.zeros((len(tree.files), size, size, 3), np.uint8)
     good = np.zeros(len(tree.files), bool)
 
     def read(start: int) -> dict[str, str]:
@@ -55,8 +57,8 @@ def _read_all(tree: ImageTree, size: int, bad_images: BadImages) -> tuple[NDArra
         images[kept], good[kept] = found, True
         return bad
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes and resizes without the interpreter's lock
         for bad in pool.map(read, range(0, len(tree.files), _CHUNK)):
             for file, reason in bad.items():
                 bad_images.report(file, reason)
-    return (images, tree.labels) if good.all() else (images[good], tree.labels[good])
+    return images, good

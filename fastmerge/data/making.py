@@ -12,7 +12,7 @@ from fastmerge.data.dali_graph import Graph
 from fastmerge.data.dali_loader import DaliLoader
 from fastmerge.data.device_loader import DeviceLoader, Finish
 from fastmerge.data.epochs import EpochLoader
-from fastmerge.data.folders import read_trees
+from fastmerge.data.folders import read_tree
 from fastmerge.data.packed import PackedFiles
 from fastmerge.data.torch_loader import ArrayBatches, TorchLoader, TreeBatches
 from fastmerge.data.trees import ImageTree
@@ -24,20 +24,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def make_loaders(data: Data, name: Loader, choice: Choice) -> tuple[EpochLoader, EpochLoader]:
     """The loaders of training and validation; trees are normalised as ImageNet, arrays by their training images."""
-    mean, std = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
     if isinstance(data, ImageArrays):
-        mean, std = channel_statistics(data.train_images)
-    elif name == "device":
-        data = read_trees(data, choice.size, choice.bad_images)
-    if not isinstance(data, ImageArrays):
-        make = _dali_loader if name == "dali" else _tree_loader
-        return make(data[0], True, mean, std, choice), make(data[1], False, mean, std, choice)
-    finish = _finish(mean, std, choice)
-    make_array = _device_loader if name == "device" else _array_loader
-    return (
-        make_array(data.train_images, data.train_labels, True, finish, choice),
-        make_array(data.test_images, data.test_labels, False, finish, choice),
-    )
+        finish = _finish(*channel_statistics(data.train_images), choice)
+        make_array = _device_loader if name == "device" else _array_loader
+        return (
+            make_array(data.train_images, data.train_labels, True, finish, choice),
+            make_array(data.test_images, data.test_labels, False, finish, choice),
+        )
+    mean, std = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
+    make = {"dali": _dali_loader, "device": _decoded_loader, "torch": _tree_loader}[name]
+    return make(data[0], True, mean, std, choice), make(data[1], False, mean, std, choice)
 
 
 def _finish(mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice) -> Finish:
@@ -80,9 +76,22 @@ def _array_loader(
     return TorchLoader(ArrayBatches(images), labels, batches, choice.changes(training), finish, choice.bad_images, 0)
 
 
+def _decoded_loader(
+    tree: ImageTree, training: bool, mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice
+) -> EpochLoader:
+    images, good = read_tree(tree, choice.size, choice.bad_images)
+    finish = _finish(mean, std, choice)
+    return _device_loader(images, tree.labels, training, finish, choice, None if good.all() else good)
+
+
 def _device_loader(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], training: bool, finish: Finish, choice: Choice
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    training: bool,
+    finish: Finish,
+    choice: Choice,
+    good: NDArray[np.bool_] | None = None,
 ) -> EpochLoader:
     placed = torch.from_numpy(np.ascontiguousarray(images)).to(choice.device)
     targets = torch.from_numpy(labels).to(choice.device)
-    return DeviceLoader(placed, targets, choice.batches(len(images), training), choice.changes(training), finish)
+    return DeviceLoader(placed, targets, choice.batches(len(images), training), choice.changes(training), finish, good)
