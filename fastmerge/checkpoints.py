@@ -145,7 +145,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict; save the weights with torch.save(network.state_dict(), path)")
     weights = dict(content)
-    for prefix in _PREFIXES:
+    for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights

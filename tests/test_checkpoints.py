@@ -40,7 +40,7 @@ def test_weights_survive_a_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
     original, copy = network(), network()
     state = {prefix + name: value for name, value in original.state_dict().items()}

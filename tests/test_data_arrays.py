@@ -76,6 +76,12 @@ def test_files_that_are_no_npz(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(whole[:700] + b"\xff" * 40 + whole[740:])
     with pytest.raises(ValueError, match=r"damaged.npz can't be read"):
         load_npz(tmp_path / "damaged.npz")
+    compressible = {name: values % 3 for name, values in arrays().items()}
+    np.savez_compressed(tmp_path / "packed.npz", **compressible)
+    whole = (tmp_path / "packed.npz").read_bytes()
+    (tmp_path / "packed.npz").write_bytes(whole[:60] + b"\xff" * 20 + whole[80:])
+    with pytest.raises(ValueError, match=r"packed.npz can't be read: Error -3 "):  # zlib has errors of its own
+        load_npz(tmp_path / "packed.npz")
 
 
 def test_data_sets_are_normalised_by_the_training_images(tmp_path):

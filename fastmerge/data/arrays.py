@@ -66,13 +66,16 @@ def load_npz(path: str | Path) -> ImageArrays:
         raise FileNotFoundError(f"there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no .npz file")
-    with np.load(path, allow_pickle=False) as file:
-        if missing := [key for key in KEYS if key not in file.files]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(KEYS)}")
-        try:
-            arrays = {key: file[key] for key in KEYS}
-        except (ValueError, zipfile.BadZipFile) as error:  # pickled objects, a truncated or damaged file
-            raise ValueError(f"{path} can't be read: {error}") from error
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in KEYS if key not in file.files]
+            arrays = {} if missing else {key: file[key] for key in KEYS}
+    except MemoryError:
+        raise
+    except Exception as error:  # pickled objects; a truncated or damaged file may raise anything, zlib.error too
+        raise ValueError(f"{path} can't be read: {error or type(error).__name__}") from error
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(KEYS)}")
     return check_arrays(str(path), arrays)
 
 

@@ -115,12 +115,12 @@ def dali_is_there() -> bool:
 
 
 def _room(device: torch.device) -> int:
-    """Half of the bytes that are free on a device, or in memory for other than CUDA devices."""
+    """Half of the bytes that are free on a device, or this process's part of half the memory for other than CUDA devices."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 // 2
+        return int(lines["MemAvailable"].split()[0]) * 1024 // 2 // _sharing()
     except (OSError, KeyError, ValueError):
         return _MOST_DECODED
 
@@ -133,4 +133,9 @@ def _count(number: int, noun: str) -> str:
 def cores() -> int:
     """How many cores this process may use; of those that torchrun's processes on one machine share, its part."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable // _sharing())
+
+
+def _sharing() -> int:
+    """How many of torchrun's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

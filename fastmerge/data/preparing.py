@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastmerge.data.choosing import cores
 from fastmerge.data.decoding import BadImageError, BadImages, OnBadImage
 from fastmerge.data.packed import is_packed
 from fastmerge.data.packing import Done, pack
@@ -97,7 +98,7 @@ def prepare(
         )
     _check_apart(source, target)
     bad_images, summary = BadImages(on_bad_image), Summary()
-    count = workers or os.cpu_count() or 1
+    count = workers or cores()
     settings = {"size": size, "quality": quality}
     if packed:
         trees = find_trees(source)
