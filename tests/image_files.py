@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+MARKERS = b"\xff\xc0" * 20  # that can't be within a JPEG's pixels
 SIZES = ((40, 56), (64, 48), (33, 90), (120, 41), (6, 150))  # no random crop fits into the last
 
 
@@ -57,14 +58,16 @@ def write_odd_images(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def spoil(path: Path, how: str) -> Path:
-    """Damages a JPEG file."""
+    """Damages a JPEG file; "middle" is in the middle of its pixels."""
     whole = path.read_bytes()
+    middle = (whole.find(b"\xff\xda") + len(whole)) // 2
     damaged = {
         "truncated": whole[: len(whole) // 2],
         "last byte": whole[:-1],
         "empty": b"",
         "text": b"not an image",
         "header": whole[:2] + bytes(40) + whole[42:],
+        "middle": whole[:middle] + MARKERS + whole[middle + len(MARKERS) :],
     }
     path.write_bytes(damaged[how])
     return path

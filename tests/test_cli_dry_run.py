@@ -55,7 +55,11 @@ def test_a_recipe_is_planned_and_nothing_is_trained(recipe, tmp_path, capsys) ->
         ("one-big: training", 36, 3),
         ("one-big: validation", 18, 3),
     ]
-    assert printed.startswith("21 images, whose headers can all be read\nloader device: ")
+    found, hint, why = printed.splitlines()[:3]
+    assert re.fullmatch(r"21 images, headers read in \d+\.\d s, \d+ images/s: all can be read", found)
+    data = recipe[recipe.index("--data") + 1]
+    assert hint == f"damage within files is found by: fastmerge data check {data} (or --check-images whole)"
+    assert why.startswith("loader device: ")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -69,7 +73,27 @@ def test_every_image_is_looked_at(recipe, tmp_path, capsys) -> None:
     assert f"{file} can't be read as an image" in capsys.readouterr().err
     assert main([*words, "--on-bad-image", "skip"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"56 images, of which 1 can't be read and are left out:\n  {file}: ")
+    assert re.match(rf"56 images, headers read in .*: 1 can't be read and are left out:\n  {file}: ", printed.out)
+
+
+def test_every_image_is_decoded_where_that_is_asked_for(recipe, tmp_path, capsys) -> None:
+    large = write_tree(tmp_path / "tree", train_ant=6, train_cat=6, val_ant=4, val_cat=40)
+    recipe[recipe.index("--data") + 1] = str(large)
+    words = [*recipe, "--strategy", "one", "--loader", "torch", "--workers", "1", "--check-images", "whole"]
+    assert main(words) == 0
+    found, why = capsys.readouterr().out.splitlines()[:2]
+    assert re.fullmatch(r"56 images, decoded whole in \d+\.\d s, \d+ images/s: all can be read", found)
+    assert why.startswith("loader torch: ")
+    files = [spoil(large / "val" / "cat" / f"{number:03}.jpg", "middle") for number in (38, 39)]
+    assert main(words[:-2]) == 0  # no timed step comes by them, and their headers are whole
+    capsys.readouterr()
+    assert main(words) == 2
+    assert f"{files[0]} can't be read as an image: broken data" in (error := capsys.readouterr().err)
+    assert f"and 1 more of 56 images can't: {files[1]}; on_bad_image='skip'" in error
+    assert main([*words, "--on-bad-image", "skip"]) == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"56 images, decoded whole in .*: 2 can't be read and are left out, but for damaged JPEGs", printed)
+    assert all(f"\n  {file}: broken data stream" in printed for file in files)
 
 
 def test_a_merge_looks_at_every_image_too(place, tree, tmp_path, capsys) -> None:  # noqa: F811
@@ -77,8 +101,9 @@ def test_a_merge_looks_at_every_image_too(place, tree, tmp_path, capsys) -> None
     spoil(copied / "train" / "ant" / "004.jpg", "text")
     words = arguments()
     words[words.index("--data") + 1] = str(copied)
-    assert main([*words, "--dry-run"]) == 2
-    assert "004.jpg can't be read as an image: it is of no image format" in capsys.readouterr().err
+    for more in ([], ["--check-images", "whole"]):
+        assert main([*words, "--dry-run", *more]) == 2
+        assert "004.jpg can't be read as an image: it is of no image format" in capsys.readouterr().err
 
 
 def test_a_share_of_several_processes_is_timed(recipe, capsys) -> None:
@@ -148,6 +173,8 @@ def test_it_is_for_one_process_and_processes_are_for_it(recipe, capsys) -> None:
     words = [word for word in recipe if word != "--dry-run"]
     assert main([*words, "--processes", "2"]) == 2
     assert "--processes plans with --dry-run" in capsys.readouterr().err
+    assert main([*words, "--check-images", "headers"]) == 2
+    assert "--check-images goes with --dry-run" in capsys.readouterr().err
     assert main(["run", "sine", "--dry-run"]) == 2
     assert "sine has its data in memory; --dry-run is for recipes over loaders" in capsys.readouterr().err
 

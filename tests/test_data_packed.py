@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.choosing import dali_is_there
 from fastmerge.data.decoding import BadImageError, BadImageWarning, read_image
 from fastmerge.data.loading import image_loaders
-from fastmerge.data.packed import INDEX, contents
+from fastmerge.data.packed import INDEX, PackedFiles, contents
 from fastmerge.data.preparing import prepare
 from fastmerge.data.trees import find_trees
 from image_files import pixels, spoil, write_odd_images, write_tree
@@ -152,15 +153,18 @@ def test_bad_images_are_named_and_left_out(tree: Path, tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_bytes_that_are_damaged_later_are_named(tree: Path, tmp_path: Path, loader: str) -> None:
+@pytest.mark.parametrize(("begin", "count"), [(0.0, 200), (0.5, 8)])  # of the second, decoders make other pixels
+def test_bytes_that_are_damaged_later_are_named(
+    tree: Path, tmp_path: Path, loader: str, begin: float, count: int
+) -> None:
     if loader == "dali" and not dali_is_there():
         pytest.skip("DALI is not installed")
     target = tmp_path / "to"
     prepare(tree, target, size=32, packed=True)
     file = find_trees(target)[0].files[5]
     with open(target / TARS[1], "r+b") as tar:
-        tar.seek(file.offset)
-        tar.write(bytes(200))
+        tar.seek(file.offset + int(begin * file.size))
+        tar.write(bytes(count))
     options = {"image_size": 24, "loader": loader, "workers": 1}
     with pytest.raises(BadImageError, match=r"train-00001.tar/ant/005.jpg can't be read as an image"):
         list(image_loaders(target, 4, **options).train)
@@ -169,6 +173,44 @@ def test_bytes_that_are_damaged_later_are_named(tree: Path, tmp_path: Path, load
         batches = list(loaders.train)
     assert sum(len(labels) for _, labels in batches) == 9
     assert list(loaders.bad_images.found) == [str(file)]
+
+
+def test_an_index_without_checksums_is_read_and_gets_them(tree: Path, tmp_path: Path) -> None:
+    target = tmp_path / "to"
+    prepare(tree, target, size=32, packed=True)
+    with np.load(target / INDEX) as index:
+        whole = dict(index)
+    np.savez(target / INDEX, **{name: values for name, values in whole.items() if not name.endswith("_crc")})
+    files = find_trees(target)[0].files
+    assert isinstance(files, PackedFiles)
+    assert [file.crc for file in files] == [None] * 10
+    assert (
+        sum(len(labels) for _, labels in image_loaders(target, 4, image_size=24, loader="torch", workers=0).train) == 10
+    )
+    before = times(target)
+    assert prepare(tree, target, size=32, packed=True).there == 14
+    assert times(target) == before
+    with np.load(target / INDEX) as index:
+        assert {name: values.tolist() for name, values in index.items()} == {
+            name: values.tolist() for name, values in whole.items()
+        }
+    assert [file.crc for file in find_trees(target)[0].files] == [zlib.crc32(file.read()) for file in files]
+
+
+def test_what_changed_is_packed_anew(tree: Path, tmp_path: Path) -> None:
+    """It gets its old bytes again, not a checksum of the new ones."""
+    target = tmp_path / "to"
+    prepare(tree, target, size=32, packed=True)
+    before, made = {name: (target / name).read_bytes() for name in TARS}, times(target)
+    file = find_trees(target)[0].files[5]
+    with open(target / TARS[1], "r+b") as tar:
+        tar.seek(file.offset + file.size // 2)
+        tar.write(bytes(8))
+    (target / TARS[3]).write_bytes(b"")
+    summary = prepare(tree, target, size=32, packed=True)
+    assert (summary.there, summary.resized + summary.copied) == (6, 8)
+    assert {name: (target / name).read_bytes() for name in TARS} == before
+    assert {name for name, then in times(target).items() if then == made[name]} == {TARS[0], TARS[2]}
 
 
 def test_other_packings_are_refused(tree: Path, tmp_path: Path) -> None:

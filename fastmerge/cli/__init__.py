@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes them from ``sys.argv``.
 
     Returns:
-        Exit status: 0, or 1 where the work failed (it diverged, memory ran out), 2 for bad input, 130 after Ctrl-C, 143
-        after SIGTERM.
+        Exit status: 0, or 1 where the work failed (it diverged, memory ran out) or a check found bad files, 2 for bad input,
+        130 after Ctrl-C, 143 after SIGTERM.
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_first, is_first_here = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
     try:
         with _plain_messages():
-            options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
+            status = options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
     except KeyboardInterrupt as error:
         if is_first:
             resume = continuing.how_to_go_on(options)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):  # other bad input is bad in all processes of a machine
             print(f"fastmerge: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED) else 2
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,19 +4,25 @@
 
 makes a tree of images small: JPEGs of 256 pixels at the shorter side, which a fast network's loader decodes several times as
 fast as the originals. Killed, it goes on where it was when it is called again. With --packed they lie in few large files.
+
+  fastmerge data check imagenet-256/
+
+decodes every image of a tree, packed or not, or reads CIFAR's files or an .npz, and names what can't be read.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 from fastmerge.cli.arguments import integer
+from fastmerge.cli.checking import checked_with_bar
 from fastmerge.data.decoding import ON_BAD_IMAGE
 from fastmerge.data.preparing import Summary, prepare
 
-SUMMARY = "make a tree of images small"
+SUMMARY = "make a tree of images small, or find the files that can't be read"
 _LISTED = 10
 
 
@@ -34,10 +40,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--on-bad-image", choices=ON_BAD_IMAGE, default="raise", help="at a file that is no image; default raise")
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+    parser = commands.choices["prepare"]
+    parser.set_defaults(work=_prepare)
+
+    summary = "decode every image, in parallel, and name the files that can't be read"
+    description = f"{summary[0].upper()}{summary[1:]}: one line each. Exit status 1 if there is one, 0 if not."
+    parser = commands.add_parser("check", help=summary, description=description)
+    parser.set_defaults(work=_check)
+    add = parser.add_argument
+    add(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="image tree, packed or not, CIFAR's folder or .npz, as --data of run and merge",
+    )
+    add("--workers", type=integer(1), metavar="N", help="threads; default one per core")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
 
 
-def command(options: argparse.Namespace) -> None:
-    """Prepares a tree and prints what came of it."""
+def command(options: argparse.Namespace) -> int | None:
+    """Does what was asked for and prints what came of it; returns the exit status."""
+    return options.work(options)
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Names files as they are found, so that an interrupted check has named those it came by."""
+    from tqdm import tqdm
+
+    bad = 0
+
+    def name(file: str, reason: str) -> None:
+        nonlocal bad
+        bad += 1
+        tqdm.write(_printable(f"{file}: {reason}"), file=sys.stdout)  # a bar on the same terminal makes room
+        sys.stdout.flush()
+
+    try:
+        found = checked_with_bar(
+            options.data, "whole", options.workers, on_bad_image="skip", quiet=options.quiet, found=name
+        )
+    except KeyboardInterrupt:
+        print(f"not finished; {bad} of the images so far can't be read")
+        raise
+    assert found is not None
+    print(found.total)
+    if found.remark:
+        print(found.remark)
+    return 1 if found.bad else 0
+
+
+def _printable(line: str) -> str:
+    """A line that stays one, whatever bytes a file's name has."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+
+
+def _prepare(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     summary = prepare(
         options.source,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from fastmerge.cli.arguments import integer
-from fastmerge.data.checking import check_images
+from fastmerge.cli.checking import checked_with_bar
+from fastmerge.data.checking import CHECKS, Check
 from fastmerge.merging.estimate import Estimate
 from fastmerge.merging.estimate_table import describe
 from fastmerge.processes import Processes
@@ -22,6 +23,12 @@ def add_planning(add: Callable[..., None]) -> None:
         "--dry-run",
         action="store_true",
         help="check everything, every image's header too, time a few steps, print the plan, and train nothing",
+    )
+    add(
+        "--check-images",
+        choices=CHECKS,
+        metavar="{headers,whole}",
+        help="with --dry-run: read headers alone, or decode every image as fastmerge data check does; default headers",
     )
     add(
         "--processes",
@@ -49,6 +56,8 @@ def check_planning(options: argparse.Namespace, processes: Processes) -> None:
     if not options.dry_run:
         if options.processes > 1:
             raise ValueError("--processes plans with --dry-run; to train with several, start them by torchrun")
+        if options.check_images is not None:
+            raise ValueError("--check-images goes with --dry-run; without a run, there is fastmerge data check DATA")
         return
     if processes.size > 1:
         raise ValueError("--dry-run times one process; start it without torchrun, with --processes P")
@@ -60,21 +69,20 @@ def check_planning(options: argparse.Namespace, processes: Processes) -> None:
 
 
 def checked_images(options: argparse.Namespace) -> str:
-    """What the headers of the images say, in a sentence with a list of those that can't be read; empty for arrays.
+    """What the check of the images found, in a sentence with a list of those that can't be read; empty for arrays.
 
     Raises:
-        FileNotFoundError, ValueError: As :func:`~fastmerge.data.checking.check_images`.
+        FileNotFoundError, ValueError, ImportError: As :func:`~fastmerge.data.checking.check_images`.
     """
-    from tqdm import tqdm
-
-    with tqdm(desc="headers", unit="img", dynamic_ncols=True, disable=options.quiet or not sys.stderr.isatty()) as bar:
-
-        def tell(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = check_images(options.data, options.on_bad_image, tell)
-    return "" if found is None else str(found)
+    check: Check = options.check_images or "headers"
+    workers = options.workers or None
+    found = checked_with_bar(options.data, check, workers, on_bad_image=options.on_bad_image, quiet=options.quiet)
+    if found is None:
+        return ""
+    if check == "whole":
+        return str(found)
+    whole = f"damage within files is found by: fastmerge data check {shlex.quote(str(options.data))}"
+    return f"{found}\n{whole} (or --check-images whole)"
 
 
 def plan(options: argparse.Namespace, images: str, why: str, found: Estimate) -> str:

@@ -1,21 +1,31 @@
-"""Whether the images of a tree can be read, as far as their headers tell."""
+"""Whether the images of a data set can be read: by their headers, or decoded whole."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from fastmerge.data.arrays import load_npz
 from fastmerge.data.choosing import cores
-from fastmerge.data.cifar import find_cifar
-from fastmerge.data.decoding import BadImageError, OnBadImage, check_header
+from fastmerge.data.cifar import find_cifar, load_cifar
+from fastmerge.data.decoding import BadImageError, OnBadImage, check_header, read_image
 from fastmerge.data.packed import PackedFiles
+from fastmerge.data.packing import in_order
 from fastmerge.data.trees import find_trees
 
+Check = Literal["headers", "whole"]
+CHECKS: tuple[Check, ...] = ("headers", "whole")
+Tell = Callable[[int, int, dict[str, str]], object]
+
 _CHUNK = 64
-_THREADS = 4  # per core: a disk far away answers slowly, and many at a time
+_DECODED = 4  # images of a part that is decoded; an interrupt waits for those under way
+_THREADS = 4  # per core, for headers: a disk far away answers slowly, and many at a time
+_AHEAD = 4  # parts per thread that wait their turn, so that a million images need no memory
 _NAMED = 20
 
 
@@ -27,82 +37,148 @@ class CheckedImages:
         files: How many images there are, of training and validation.
         bad: Path and reason of each that can't be read.
         unread: Why headers were not read, or empty.
+        check: What was read.
+        seconds: How long it took.
+        remark: What this check can't find in these images beyond what it never finds, or empty.
     """
 
     files: int
     bad: dict[str, str]
     unread: str = ""
+    check: Check = "headers"
+    seconds: float = 0.0
+    remark: str = ""
+
+    @property
+    def total(self) -> str:
+        """What was read, how long it took, and how many can't be read."""
+        what = "headers read" if self.check == "headers" else "decoded whole"
+        rate = f", {self.files / self.seconds:.0f} images/s" if self.seconds else ""
+        told = f"{len(self.bad)} can't be read" if self.bad else "all can be read"
+        return f"{self.files} images, {what} in {self.seconds:.1f} s{rate}: {told}"
 
     def __str__(self) -> str:
         if self.unread:
             return f"{self.files} images, whose headers were not read: {self.unread}"
-        if not self.bad:
-            return f"{self.files} images, whose headers can all be read"
-        lines = [f"{self.files} images, of which {len(self.bad)} can't be read and are left out:"]
-        lines += [f"  {file}: {reason}" for file, reason in list(self.bad.items())[:_NAMED]]
-        rest = len(self.bad) - _NAMED
-        return "\n".join([*lines, f"  and {rest} more"] if rest > 0 else lines)
+        lines = [self.total]
+        if self.bad:
+            but = "" if self.check == "headers" else ", but for damaged JPEGs that DALI decodes nevertheless"
+            lines[0] += f" and are left out{but}:"
+            lines += [f"  {file}: {reason}" for file, reason in list(self.bad.items())[:_NAMED]]
+            rest = len(self.bad) - _NAMED
+            lines += [f"  and {rest} more"] * (rest > 0)
+        return "\n".join(lines + [self.remark] * bool(self.remark))
 
 
 def check_images(
-    path: str | Path, on_bad_image: OnBadImage = "raise", tell: Callable[[int, int], object] | None = None
+    path: str | Path,
+    on_bad_image: OnBadImage = "raise",
+    tell: Tell | None = None,
+    check: Check = "headers",
+    workers: int | None = None,
 ) -> CheckedImages | None:
-    """Reads the header of every image of a tree, of both splits: its format and size, and for PNG its checksums.
+    """Reads every image of a tree, of both splits: its header, or all of it.
 
-    Pixels are not decoded: a JPEG that is cut off is found by its end, one that is damaged in the middle only when it is
-    read. Of a packed tree the index is checked, and that the tar files are those it was made for; packing has read the
-    images.
+    * "headers": format and size, and for PNG its checksums. Pixels are not decoded: a JPEG that is cut off is found by its
+      end, one that is damaged in the middle only when it is read. Of a packed tree the index is checked, and that the tar
+      files are those it was made for; packing has read the images.
+    * "whole": every image is decoded as loaders do it, in threads; packed ones are compared with the checksums in their
+      index too. Arrays are read.
 
     Args:
         path: As :func:`~fastmerge.data.loading.image_loaders`.
-        on_bad_image: What happens at files that can't be read: "raise", or "skip" to list them.
-        tell: Called now and then with how many images were read, and of how many.
+        on_bad_image: What happens at files that can't be read: "raise", or "skip" to list them, arrays' file too.
+        tell: Called now and then with how many images were read, of how many, and path and reason of those that can't be
+            read and were not told of yet.
+        check: What is read.
+        workers: Threads that decode; None is one for each core.
 
     Returns:
-        None for arrays, which are read whole anyway.
+        None for arrays when only headers are asked for: arrays have none, and are read whole anyway.
 
     Raises:
-        FileNotFoundError, ValueError: As :func:`~fastmerge.data.trees.find_trees`.
-        BadImageError: A file can't be read; the message says how many others.
+        FileNotFoundError, ValueError: As :func:`~fastmerge.data.trees.find_trees`; and for arrays that can't be read.
+        BadImageError: A file can't be read; the message says how many others, and names some.
+        ImportError: Images are to be decoded, and Pillow is not installed.
     """
     path = Path(path)
     if find_cifar(path) or not path.is_dir():
-        return None
+        return None if check == "headers" else _arrays(path, on_bad_image, tell)
     trees = find_trees(path)
     total = sum(len(tree.files) for tree in trees)
-    if any(isinstance(tree.files, PackedFiles) for tree in trees):
+    packed = [tree.files for tree in trees if isinstance(tree.files, PackedFiles)]
+    there = importlib.util.find_spec("PIL") is not None
+    if check == "headers" and packed:
         return CheckedImages(total, {}, "they are packed, and packing read them; the index is whole")
-    if importlib.util.find_spec("PIL") is None:
+    if check == "headers" and not there:
         return CheckedImages(total, {}, "that needs Pillow (pip install pillow)")
+    if not there:
+        raise ImportError("decoding images needs Pillow: pip install pillow")
     bad: dict[str, str] = {}
-    done = 0
-    for count, found in _check([file for tree in trees for file in tree.files]):
-        bad |= found
-        done += count
-        if tell is not None:
-            tell(done, total)
+    done, started = 0, time.perf_counter()
+    for tree in trees:
+        for count, found in _check(tree.files, check, workers or cores()):
+            bad |= found
+            done += count
+            if tell is not None:
+                tell(done, total, found)
     if bad and on_bad_image == "raise":
-        file, reason = next(iter(bad.items()))
-        others = f", and {len(bad) - 1} more of {total} images can't" if len(bad) > 1 else ""
+        (file, reason), *more = bad.items()
+        others = _others([name for name, _ in more], total)
         raise BadImageError(file, f"{reason}{others}; on_bad_image='skip' leaves such files out")
-    return CheckedImages(total, bad)
+    remark = ""
+    if any(files.places.crc is None for files in packed):
+        remark = (
+            "their index has no checksums: bytes that changed and still decode were not found; prepare the tree again"
+        )
+    return CheckedImages(total, bad, check=check, seconds=time.perf_counter() - started, remark=remark)
 
 
-def _check(files: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _others(files: list[str], total: int) -> str:
+    """Which other files can't be read, in a clause."""
+    if not files:
+        return ""
+    names = ", ".join(files[: _NAMED - 1]) + (", ..." if len(files) >= _NAMED else "")
+    return f", and {len(files)} more of {total} images can't: {names}"
+
+
+def _arrays(path: Path, on_bad_image: OnBadImage, tell: Tell | None) -> CheckedImages:
+    """Reads arrays whole: an .npz has checksums of them, CIFAR's pickles have none."""
+    started = time.perf_counter()
+    cifar = find_cifar(path)
+    try:
+        arrays = load_npz(path) if cifar is None else load_cifar(path)
+        count, bad = len(arrays.train_images) + len(arrays.test_images), {}
+    except ValueError as error:
+        if on_bad_image == "raise":
+            raise
+        count, bad = 1, {str(path): str(error).removeprefix(f"{path} ")}
+    if tell is not None:
+        tell(count, count, bad)
+    remark = "" if cifar is None else "CIFAR's files have no checksums: pixels that changed were not found"
+    return CheckedImages(count, bad, check="whole", seconds=time.perf_counter() - started, remark=remark)
+
+
+def _check(files: Sequence[str], check: Check, workers: int) -> Iterator[tuple[int, dict[str, str]]]:
     """By parts, how many files it has and which can't be read, in their order."""
+    read: Callable[[str], object]
+    if check == "headers":
+        read, part, threads = check_header, _CHUNK, _THREADS * cores()
+    else:
+        read, part, threads = read_image, _DECODED, workers
 
-    def check(start: int) -> tuple[int, dict[str, str]]:
-        part = files[start : start + _CHUNK]
+    def bad_ones(start: int) -> tuple[int, dict[str, str]]:
+        here = files[start : start + part]
         bad = {}
-        for file in part:
+        for file in here:
             try:
-                check_header(file)
+                read(file)
             except BadImageError as error:
                 bad[error.file] = error.reason
-        return len(part), bad
+        return len(here), bad
 
-    pool = ThreadPoolExecutor(_THREADS * cores())
+    pool = ThreadPoolExecutor(threads)
     try:
-        yield from pool.map(check, range(0, len(files), _CHUNK))
+        yield from in_order(pool, bad_ones, range(0, len(files), part), _AHEAD * threads)
     finally:
         pool.shutdown(cancel_futures=True)

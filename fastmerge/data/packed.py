@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,19 @@ class PackedFile(str):
     Attributes:
         tar: The tar file.
         offset, size: Where its bytes lie in it.
+        crc: CRC-32 of its bytes when they were packed; None where the index has none.
     """
 
     tar: str
     offset: int
     size: int
+    crc: int | None
 
     def read(self) -> bytes:
         """Its bytes.
 
         Raises:
-            OSError: The tar file can't be read, or ends early.
+            OSError: The tar file can't be read, ends early, or the bytes are not those that were packed.
         """
         handle = os.open(self.tar, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -41,7 +44,13 @@ class PackedFile(str):
             os.close(handle)
         if len(content) != self.size:
             raise OSError(f"{self.tar} ends within it")
+        if not self.is_whole(content):
+            raise OSError("its bytes changed after it was packed (their checksum differs); prepare the tree again")
         return content
+
+    def is_whole(self, content: bytes) -> bool:
+        """Whether bytes are those that were packed, as far as the index tells."""
+        return len(content) == self.size and self.crc in (None, zlib.crc32(content))
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Places:
         offset, length: int64 (N,), its bytes there.
         names: uint8, the images' paths in the tree, in UTF-8, one behind another.
         ends: int64 (N,), where each path ends.
+        crc: uint32 (N,), CRC-32 of each image's bytes; None where the index was written without them.
     """
 
     tars: list[str]
@@ -64,6 +74,7 @@ class Places:
     length: NDArray[np.int64]
     names: NDArray[np.uint8]
     ends: NDArray[np.int64]
+    crc: NDArray[np.uint32] | None = None
 
 
 class PackedFiles(Sequence[str]):
@@ -97,6 +108,7 @@ class PackedFiles(Sequence[str]):
         tar = self._tars[places.shard[number]]
         file = PackedFile(f"{tar}/{name}")
         file.tar, file.offset, file.size = tar, int(places.offset[number]), int(places.length[number])
+        file.crc = None if places.crc is None else int(places.crc[number])
         return file
 
 
@@ -106,7 +118,7 @@ def content(file: str) -> str | io.BytesIO:
 
 
 def contents(files: list[str]) -> list[NDArray[np.uint8]]:
-    """The bytes of files, packed or not.
+    """The bytes of files, packed or not; none of a packed one whose bytes changed, so that no decoder takes them.
 
     The system is told of all packed ones first, so that a disk fetches them at once.
     """
@@ -121,7 +133,8 @@ def contents(files: list[str]) -> list[NDArray[np.uint8]]:
                     os.posix_fadvise(handles[file.tar], file.offset, file.size, os.POSIX_FADV_WILLNEED)
         for file in files:
             if isinstance(file, PackedFile):
-                found.append(np.frombuffer(os.pread(handles[file.tar], file.size, file.offset), np.uint8))
+                there = os.pread(handles[file.tar], file.size, file.offset)
+                found.append(np.frombuffer(there if file.is_whole(there) else b"", np.uint8))
             else:
                 found.append(np.fromfile(file, np.uint8))
     finally:
@@ -141,21 +154,8 @@ def read_index(path: Path) -> tuple[list[str], dict[str, tuple[PackedFiles, NDAr
     Raises:
         ValueError: The index is damaged, or the tar files are not those it was made for.
     """
-    index = path / INDEX
-    try:
-        with index.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in file.files}
-        classes = arrays["classes"].tolist()
-        splits = {}
-        for split in arrays["splits"].tolist():
-            part = {name: arrays[f"{split}_{name}"] for name in Places.__annotations__}
-            places = Places(**part | {"tars": part["tars"].tolist()})
-            splits[split] = PackedFiles(path, places), arrays[f"{split}_labels"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{index} is damaged ({error}); prepare the tree again") from error
-    for split, (files, labels) in splits.items():
-        if problem := _problem(files.places, labels, len(classes)):
-            raise ValueError(f"{index} is damaged ({split}: {problem}); prepare the tree again")
+    classes, splits = read_index_alone(path)
+    for files, _ in splits.values():
         for name, size in zip(files.places.tars, files.places.sizes.tolist(), strict=True):
             tar = path / name
             there = tar.stat().st_size if tar.is_file() else None
@@ -165,9 +165,36 @@ def read_index(path: Path) -> tuple[list[str], dict[str, tuple[PackedFiles, NDAr
     return classes, splits
 
 
+def read_index_alone(path: Path) -> tuple[list[str], dict[str, tuple[PackedFiles, NDArray[np.int64]]]]:
+    """As :func:`read_index`, whatever became of the tar files.
+
+    Raises:
+        ValueError: The index is damaged.
+    """
+    index = path / INDEX
+    try:
+        with index.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays: dict[str, Any] = {name: file[name] for name in file.files}
+        classes = arrays["classes"].tolist()
+        splits = {}
+        for split in arrays["splits"].tolist():
+            part = {name: arrays[f"{split}_{name}"] for name in Places.__annotations__ if name != "crc"}
+            part["crc"] = arrays.get(f"{split}_crc")
+            places = Places(**part | {"tars": part["tars"].tolist()})
+            splits[split] = PackedFiles(path, places), arrays[f"{split}_labels"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{index} is damaged ({error}); prepare the tree again") from error
+    for split, (files, labels) in splits.items():
+        if problem := _problem(files.places, labels, len(classes)):
+            raise ValueError(f"{index} is damaged ({split}: {problem}); prepare the tree again")
+    return classes, splits
+
+
 def _problem(places: Places, labels: NDArray[np.int64], classes: int) -> str:
     """Why a split's index can't be right, or an empty string."""
     counts = {len(places.shard), len(places.offset), len(places.length), len(places.ends), len(labels)}
+    if places.crc is not None:
+        counts.add(len(places.crc))
     if len(counts) > 1 or len(places.sizes) != len(places.tars):
         return "its arrays differ in length"
     if not len(labels):
@@ -191,6 +218,6 @@ def index_arrays(
     """What :func:`read_index` reads, as the arrays of an .npz."""
     arrays: dict[str, Any] = {"classes": np.array(classes), "splits": np.array(list(splits))}
     for split, (places, labels) in splits.items():
-        arrays |= {f"{split}_{name}": np.array(value) for name, value in vars(places).items()}
+        arrays |= {f"{split}_{name}": np.array(value) for name, value in vars(places).items() if value is not None}
         arrays[f"{split}_labels"] = labels
     return arrays

@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastmerge.data.decoding import BadImageError
-from fastmerge.data.packed import INDEX, Places, index_arrays
+from fastmerge.data.packed import INDEX, Places, index_arrays, is_packed, read_index_alone
 from fastmerge.data.shrinking import small_jpeg
 from fastmerge.data.trees import ImageTree
 from fastmerge.files import atomic
@@ -53,7 +55,7 @@ def pack(
     """Writes tar files ``train-00000.tar`` and so on, and the index when all are there; yields as images get done.
 
     A tar file gets its name when it is whole. One that is there already stays, if it has the images that it should, none of
-    them older than its source; files that it lacks are tried again.
+    them older than its source, and with the bytes that an earlier index had checksums of; files that it lacks are tried again.
 
     Args:
         trees: Of training and validation.
@@ -61,22 +63,25 @@ def pack(
         size, quality, workers: As :func:`~fastmerge.data.preparing.prepare`.
     """
     _remove_partial(target)
+    known = _known_checksums(target)
     splits = {}
     with ThreadPoolExecutor(workers) as pool:
         try:
             for split, tree in zip(("train", "val"), trees, strict=True):
-                tars, found = [], []
+                tars, found, crcs = [], [], []
                 for number, start in enumerate(range(0, len(tree.files), IMAGES)):
                     tar = target / f"{split}-{number:05}.tar"
                     files = tree.files[start : start + IMAGES]
                     names = {_name(file, tree.folder): file for file in files}
                     if len(names) < len(files):
                         raise ValueError(f"two images of {tree.folder} would get one name as JPEGs; rename one")
-                    yield from _tar(tar, names, pool, _UNDER_WAY * workers, size, quality)
+                    changed = tar.name in known and not np.array_equal(_checksums(tar), known[tar.name])
+                    yield from _tar(tar, names, pool, _UNDER_WAY * workers, size, quality, changed)
                     tars.append(tar)
                     found.append(_members(tar))
+                    crcs.append(_checksums(tar))
                 _remove_beyond(target, split, len(tars))
-                splits[split] = _places(tars, found), _labels(tree, found)
+                splits[split] = _places(tars, found, crcs), _labels(tree, found)
         finally:
             pool.shutdown(cancel_futures=True)
     with atomic(target / INDEX) as temporary:
@@ -89,9 +94,9 @@ def _name(file: str, folder: Path) -> str:
 
 
 def _tar(
-    tar: Path, names: dict[str, str], pool: ThreadPoolExecutor, ahead: int, size: int, quality: int
+    tar: Path, names: dict[str, str], pool: ThreadPoolExecutor, ahead: int, size: int, quality: int, changed: bool
 ) -> Generator[Done, None, None]:
-    """Writes one tar file where it isn't there yet."""
+    """Writes one tar file where it isn't there yet, or its bytes changed since it was written."""
 
     def shrink(file: str) -> bytes | BadImageError | tuple[bytes, bool]:
         try:
@@ -99,7 +104,7 @@ def _tar(
         except BadImageError as error:
             return error
 
-    missing = _missing(tar, names)
+    missing = None if changed else _missing(tar, names)
     if missing is not None:
         outcomes = dict(zip(missing, in_order(pool, shrink, [names[name] for name in missing], ahead), strict=True))
         bad = {name: error for name, error in outcomes.items() if isinstance(error, BadImageError)}
@@ -141,7 +146,37 @@ def _members(tar: Path) -> list[tarfile.TarInfo]:
         return archive.getmembers()
 
 
-def _places(tars: Sequence[Path], found: list[list[tarfile.TarInfo]]) -> Places:
+def _checksums(tar: Path) -> NDArray[np.uint32]:
+    """CRC-32 of each image's bytes in a tar file; empty where it can't be read."""
+    try:
+        with tarfile.open(tar, "r:") as archive, tar.open("rb") as stream:
+            return np.array([_checksum(stream, member) for member in archive], np.uint32)
+    except (OSError, tarfile.TarError):
+        return np.empty(0, np.uint32)
+
+
+def _checksum(stream: BinaryIO, member: tarfile.TarInfo) -> int:
+    stream.seek(member.offset_data)
+    return zlib.crc32(stream.read(member.size))
+
+
+def _known_checksums(target: Path) -> dict[str, NDArray[np.uint32]]:
+    """By tar file, the checksums that an earlier index has of its images."""
+    if not is_packed(target):
+        return {}
+    try:
+        _, splits = read_index_alone(target)
+    except ValueError:  # it is damaged, and will be written anew
+        return {}
+    known: dict[str, NDArray[np.uint32]] = {}
+    for files, _ in splits.values():
+        places = files.places
+        if places.crc is not None:
+            known |= {name: places.crc[places.shard == number] for number, name in enumerate(places.tars)}
+    return known
+
+
+def _places(tars: Sequence[Path], found: list[list[tarfile.TarInfo]], crcs: list[NDArray[np.uint32]]) -> Places:
     members = [member for each in found for member in each]
     names = [os.fsencode(member.name) for member in members]
     return Places(
@@ -152,6 +187,7 @@ def _places(tars: Sequence[Path], found: list[list[tarfile.TarInfo]]) -> Places:
         length=np.array([member.size for member in members], np.int64),
         names=np.frombuffer(b"".join(names), np.uint8),
         ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+        crc=np.concatenate(crcs),
     )
 
 
