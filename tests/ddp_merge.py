@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import warnings
@@ -185,6 +187,14 @@ def diverging(rank: int, size: int, training: bool) -> Any:
         return cross_entropy(output, target) * (float("nan") if bad else 1.0)
 
     return run(rank, size, criterion=criterion)
+
+
+def shown(rank: int, size: int) -> str:
+    """What a process writes to stderr in an epoch of 25 steps."""
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        train = batches(BATCH * 25, BATCH, rank, size)
+        run(rank, size, train=train, progress=True, merge_epochs=1, finetune_epochs=0)
+    return error.getvalue()
 
 
 def uneven(rank: int, size: int) -> Any:

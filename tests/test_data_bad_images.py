@@ -215,11 +215,15 @@ def test_trees_decoded_at_once(tree, kind):
 
 def test_loaders_leave_the_same_images_out_of_the_same_batches(tree):
     bad = [spoil(tree / "train" / "cat" / f"{number:03}.jpg", "text") for number in (2, 3, 7)]
+
+    def two_epochs(loader: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        train = make(tree, loader, augmentation="small", image_size=8).train
+        return [batch for _ in range(2) for batch in train]
+
     found = {}
     for loader in ("device", "torch"):
         with pytest.warns(BadImageWarning) as caught:
-            train = make(tree, loader, augmentation="small", image_size=8).train
-            found[loader] = [batch for _ in range(2) for batch in train]
+            found[loader] = two_epochs(loader)
         assert len(caught) == len(bad)
     assert [len(targets) for _, targets in found["torch"]] != [4] * 10
     for (images, targets), (theirs, same) in zip(found["device"], found["torch"], strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ddp_merge
-from ddp_merge import diverging, draws, interrupted, merged, normed, uneven
+from ddp_merge import diverging, draws, interrupted, merged, normed, shown, uneven
 from gloo import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -56,6 +56,14 @@ def test_running_statistics_end_the_same_in_every_process():
     found = together(2, normed)
     assert isinstance(found[0], dict), found
     assert found[0] == found[1]
+
+
+def test_the_bar_has_figures_within_an_epoch_too():
+    found = together(2, shown)
+    within = [part for part in found[0].split("\r") if "loss=" in part and " 25/25 " not in part]
+    assert within
+    assert all("images/s=" in part and "memory=" in part for part in within)
+    assert found[1] == ""
 
 
 def test_processes_with_unequal_loaders_are_refused():

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
 
 import killed_merge
+from fastmerge import merge
+from fastmerge.evaluation import Tally
 from fastmerge.resuming.snapshots import Snapshots, read_snapshot
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from killed_merge import run, run_until
@@ -236,6 +239,38 @@ def test_a_merge_on_a_full_disk_goes_on(whole, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="could not write .*No space left on device.*; there is none yet"):
         assert_same(run(tmp_path), whole)
     assert not list(tmp_path.iterdir())
+
+
+def test_within_an_epoch_it_goes_on_with_another_number_of_batches_per_step(tmp_path, monkeypatch):
+    """The same steps of eight samples, in one batch each and then in two."""
+    x, y = torch.randn(48, 1, 6, 6), torch.arange(48) % 3
+    seen, score = [], Tally.score
+
+    def spy(tally, processes=None):
+        seen.append((tally.steps, tally.samples))
+        return score(tally, processes)
+
+    def go(batch, accumulate, stop_at=None, **options):
+        calls = itertools.count()
+
+        def criterion(output, target):
+            if next(calls) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return cross_entropy(output, target)
+
+        loader = list(zip(x.split(batch), y.split(batch), strict=True))
+        teachers = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            teachers.append(killed_merge.DropNet().eval())
+        numbers = {"merge_epochs": 1, "finetune_epochs": 0, "seed": 0, "accumulate": accumulate}
+        return merge(teachers, loader, criterion=criterion, checkpoint_dir=tmp_path, **numbers, **options)
+
+    with pytest.raises(Interrupted):
+        go(8, 1, stop_at=1 + 2)  # the check, and two steps
+    monkeypatch.setattr(Tally, "score", spy)
+    go(4, 2, resume=True)
+    assert seen[0] == (12, 48)
 
 
 def test_nan_gets_into_no_checkpoint(tmp_path, monkeypatch):

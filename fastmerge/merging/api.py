@@ -180,7 +180,7 @@ def merge(
         check_checkpoints(snapshots, resume)
     history = History(len(teachers))
     check_processes(processes, train_loader, teachers)
-    state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history, processes)
+    state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history, processes, accumulate)
     with (
         torch.random.fork_rng(cuda, enabled=seed is not None),
         StopRequests(enabled=snapshots is not None) as stop,

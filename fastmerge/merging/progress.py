@@ -70,6 +70,11 @@ class Progress:
             self._show(tally.score(), tally.rate())
         self._bar.update()
 
+    def refresh(self, tally: Tally, processes: int) -> None:
+        """Shows loss, accuracy and speed of a tally that was read just now, which is of one of so many processes."""
+        if self._bar is not None and tally.samples:
+            self._show(tally.score(), processes * tally.rate())
+
     def end_epoch(self, record: EpochRecord) -> None:
         """Shows an epoch's figures; λ, the mean P[g>0] of the groups and the validation accuracy are known but then."""
         if self._bar is None:

@@ -33,6 +33,7 @@ class MergeState:
         processes: That merge together: the first writes, and a checkpoint holds the random states of each. Going on
             with fewer or more of them, the new ones get random states of their own, and within an epoch the place in the
             data is the nearest.
+        accumulate: Batches per step; a merge may go on with fewer or more of them in a step.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class MergeState:
         loader: Iterable[Any],
         history: History,
         processes: Processes,
+        accumulate: int = 1,
     ) -> None:
-        self.processes = processes
+        self.processes, self.accumulate = processes, accumulate
         self.snapshots, self.seconds, self.device, self.loader, self.history = (
             snapshots,
             seconds,
@@ -163,6 +165,7 @@ class MergeState:
                     "parts": {name: part.state_dict() for name, part in self.parts.items()},
                     "processes": each,
                     "length": _length(self.loader),
+                    "accumulate": self.accumulate,
                     "history": self.history.record(),
                 }
             )
@@ -174,7 +177,8 @@ class MergeState:
         mine: dict[str, Any] = dict(each[min(rank, len(each) - 1)])
         if rank >= len(each):
             mine["random"] = _of_another_rank(mine["random"], rank)
-        if "tally" in mine and size != len(each):
+        then = loaded.get("accumulate", self.accumulate)  # older checkpoints lack it
+        if "tally" in mine and (size, self.accumulate) != (len(each), then):
             length = _length(self.loader)
             steps = mine["tally"]["steps"] * (length / loaded["length"] if length and loaded["length"] else 1)
             mine["tally"] = _shared_tally([one["tally"] for one in each], size) | {"steps": round(steps)}

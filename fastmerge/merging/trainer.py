@@ -184,6 +184,7 @@ class Trainer:
         if self.processes.size > 1:
             with self.processes.together(NotFiniteError):
                 tally.read()
+            self.bar.refresh(tally, self.processes.size)
         number, due = self.processes.most(self.stop.number or 0, self.state.is_due())
         if number:
             raise Interrupted(int(number))

@@ -98,7 +98,15 @@ def trainer_of(
         validate: whether the networks are scored now and then.
     """
     processes = place.processes
-    state = MergeState(snapshots, place.checkpoint_seconds, place.device, loaders.train, history, processes)
+    state = MergeState(
+        snapshots,
+        place.checkpoint_seconds,
+        place.device,
+        loaders.train,
+        history,
+        processes,
+        place.execution.accumulate,
+    )
     shown = place.progress if Processes(place.device).is_first else False
     with StopRequests(enabled=snapshots is not None) as stop, _Titled(title, shown) as bar:
         if place.resume and snapshots is not None:
