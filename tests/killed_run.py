@@ -37,7 +37,7 @@ def wide_net(width: int) -> Net:
     return Net(4 * width)
 
 
-def images(path: Path | None, seed: int) -> Dataset:
+def images(path: Path | None, seed: int, on_bad_image: str = "raise") -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     x, y = BRIGHTNESS + torch.randn(36, 1, 4, 4, generator=generator), torch.arange(36) % 3
     return Dataset(x[:24], y[:24], x[24:], y[24:])

@@ -70,7 +70,7 @@ def tiny(width: int) -> nn.Module:
     return small_lenet(4, width)
 
 
-def tiny_images(path: Path | None, seed: int) -> Dataset:
+def tiny_images(path: Path | None, seed: int, on_bad_image: str = "raise") -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(48, 1, 8, 8, generator=generator), torch.arange(48) % 4
     return Dataset(x[:32], y[:32], x[32:], y[32:])

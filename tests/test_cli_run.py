@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from fastmerge.cli import main
 from fastmerge.networks.lenet import small_lenet
+from image_files import spoil, write_tree
 
 # One epoch of merging leaves the gates where they are.
 pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0. did not move:UserWarning")
@@ -94,6 +95,19 @@ def test_imagewoof_reads_an_npz(tmp_path):
     assert "This run had 0.0001 of the paper's epochs." in (out / "report.md").read_text()
 
 
+@pytest.mark.filterwarnings("always::fastmerge.data.decoding.BadImageWarning")  # the command prints them
+def test_imagewoof_leaves_files_out_that_can_not_be_read(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    tree, out = write_tree(tmp_path / "tree", train_a=4, train_b=4, val_a=2, val_b=2), tmp_path / "out"
+    spoil(tree / "train" / "b" / "002.jpg", "truncated")
+    words = ["lenet-imagewoof", "--replicates", "1", "--data", str(tree), "--out", str(out)]
+    assert run(*words) == 2
+    assert "train/b/002.jpg can't be read as an image" in capsys.readouterr().err
+    assert run(*words, "--on-bad-image", "skip") == 0
+    assert "train/b/002.jpg can't be read as an image and is left out" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text())["config"]["train_samples"] == 7
+
+
 def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     seen = {}
 
@@ -104,6 +118,7 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("fastmerge.cli.run.strategies.run", record)
     words = ["--strategy", "one,student", "--replicates", "7", "--budget", "0.5", "--data", "x.npz", "--seed", "3"]
     words += ["--device", "cuda:1", "--out", str(tmp_path), "--workers", "2", "--checkpoint-seconds", "9", "--resume"]
+    words += ["--on-bad-image", "skip"]
     assert main(["run", "sine", *words]) == 130
     assert callable(seen.pop("note"))
     assert seen == {
@@ -119,7 +134,8 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
         "device": "cuda:1",
         "out": tmp_path,
         "workers": 2,
-        "progress": True,
+        "progress": None,
+        "on_bad_image": "skip",
     }
 
 

@@ -111,9 +111,10 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
     out: Path = options.out
     check_planning(options, processes)
     if options.dry_run:
+        continuing.check(options)
         print(_plan(options, recipe, device))
         return
-    if continuing.begin(options, processes.is_first):
+    if continuing.begin(options, processes):
         if processes.is_first:
             print(f"the run in {out} is finished\n\n{write_report(out)}")
         return
@@ -137,7 +138,7 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
             device=device,
             out=out if processes.is_first else None,
             data_path=options.data,
-            progress=not options.quiet,
+            progress=False if options.quiet else None,
             workers=options.workers,
             checkpoint_dir=out / continuing.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastmerge.data.dataset import Dataset, image_dataset
+from fastmerge.data.decoding import OnBadImage
 from fastmerge.data.digits import load_digits
 from fastmerge.networks.lenet import small_lenet
 from fastmerge.training.recipe import Recipe
@@ -49,7 +50,7 @@ def _network(width: int) -> nn.Module:
     return small_lenet(width=width)
 
 
-def _load(path: Path | None, seed: int) -> Dataset:
+def _load(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
     if path is not None:
         raise ValueError(f"digits come with scikit-learn; the recipe takes no path, such as {path}")
     return image_dataset(load_digits())

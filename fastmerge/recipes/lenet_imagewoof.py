@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastmerge.data.arrays import load_npz
 from fastmerge.data.augmentation import flip_and_shift
 from fastmerge.data.dataset import Dataset, image_dataset
+from fastmerge.data.decoding import OnBadImage
 from fastmerge.data.folders import load_folder
 from fastmerge.networks.lenet import LeNet
 from fastmerge.training.recipe import Recipe
@@ -49,12 +50,12 @@ def _network(width: int) -> nn.Module:
     return LeNet(3, IMAGE_SIZE, CLASSES, width)
 
 
-def _load(path: Path | None, seed: int) -> Dataset:
+def _load(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
     if path is None:
         raise ValueError(
             "lenet-imagewoof needs data: an .npz of uint8 arrays, or a tree train/<class>/<image>, val/<class>/<image>"
         )
-    arrays = load_folder(path, IMAGE_SIZE) if path.is_dir() else load_npz(path)
+    arrays = load_folder(path, IMAGE_SIZE, on_bad_image) if path.is_dir() else load_npz(path)
     shape = arrays.train_images.shape[1:]
     if shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or arrays.classes > CLASSES:
         raise ValueError(

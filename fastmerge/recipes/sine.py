@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.data.decoding import OnBadImage
 from fastmerge.data.sine import sine_curve, sine_dataset
 from fastmerge.networks.sine_mlp import SineMLP
 from fastmerge.training.recipe import Recipe
@@ -52,7 +53,7 @@ def curve() -> tuple[Tensor, Tensor]:
     return x, sine_curve(x)
 
 
-def _load(path: Path | None, seed: int) -> Dataset:
+def _load(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
     if path is not None:
         raise ValueError(f"sine makes its own data; it takes no path, such as {path}")
     return sine_dataset(seed)

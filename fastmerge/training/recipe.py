@@ -7,14 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.data.decoding import OnBadImage
 from fastmerge.schedules import fitting_gate_lr, scaled_lam_step
 from fastmerge.training.order import Augment
 from fastmerge.training.stage import Criterion, Stage
+
+
+class LoadData(Protocol):
+    """Gives a data set.
+
+    Args:
+        path: where it is; None where it comes from nowhere.
+        seed: of what is drawn.
+        on_bad_image: what a file that can't be read does, where there are files.
+    """
+
+    def __call__(self, path: Path | None, seed: int, on_bad_image: OnBadImage = "raise", /) -> Dataset: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +38,7 @@ class Recipe:
         name: as on the command line.
         metric: what strategies are compared by, and what best-of-three chooses by, on the test data.
         make_network: ``make_network(width)``, a network with fresh weights.
-        load_data: ``load_data(path, seed)``, the data set.
+        load_data: ``load_data(path, seed, on_bad_image)``, the data set.
         criterion: of one network and batch, a mean over the batch.
         epochs: in all, of each strategy: teachers take 1/3 each, merge stage and fine-tuning 1/6 each.
         batch_size: samples per step.
@@ -50,7 +63,7 @@ class Recipe:
     name: str
     metric: Literal["test_loss", "test_accuracy"]
     make_network: Callable[[int], nn.Module]
-    load_data: Callable[[Path | None, int], Dataset]
+    load_data: LoadData
     criterion: Criterion
     epochs: int
     batch_size: int

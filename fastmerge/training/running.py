@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastmerge.data.decoding import OnBadImage
 from fastmerge.merging.checks import check_compact_at
 from fastmerge.merging.execution import Execution
 from fastmerge.merging.plan import CompactAt
@@ -70,7 +71,7 @@ def run_recipe(
     *,
     loader: str = "auto",
     autocast: torch.dtype | None = None,
-    on_bad_image: str = "raise",
+    on_bad_image: OnBadImage = "raise",
     execution: Execution | None = None,
     teachers_in_parallel: bool = False,
     **options: Any,
@@ -81,8 +82,8 @@ def run_recipe(
     Args:
         recipe: the experiment.
         chosen: strategies.
-        loader, autocast, on_bad_image, execution, teachers_in_parallel: for recipes over loaders alone.
-        options: of either.
+        loader, autocast, execution, teachers_in_parallel: for recipes over loaders alone.
+        on_bad_image, options: of either.
 
     Raises:
         ValueError: as they do, and where an option is for the other kind of recipe.
@@ -91,15 +92,14 @@ def run_recipe(
     given: dict[str, Any] = {
         "loader": loader,
         "autocast": autocast,
-        "on_bad_image": on_bad_image,
         "execution": execution,
         "teachers_in_parallel": teachers_in_parallel,
     }
     if isinstance(recipe, LoaderRecipe):
-        return loader_strategies.run(recipe, chosen, **given, **options)
-    if tuple(given.values()) != ("auto", None, "raise", Execution(), False):
+        return loader_strategies.run(recipe, chosen, on_bad_image=on_bad_image, **given, **options)
+    if tuple(given.values()) != ("auto", None, Execution(), False):
         raise ValueError(
-            f"{recipe.name} has its data in memory and trains in float32; a loader, autocast, on_bad_image and how steps run "
-            "on several devices are for recipes over images that don't fit"
+            f"{recipe.name} has its data in memory and trains in float32; a loader, autocast and how steps run on several "
+            "devices are for recipes over images that don't fit"
         )
-    return strategies.run(recipe, chosen, **options)
+    return strategies.run(recipe, chosen, on_bad_image=on_bad_image, **options)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.data.decoding import OnBadImage
 from fastmerge.environment import environment
 from fastmerge.processes import Processes
 from fastmerge.resuming.stop_requests import StopRequests
@@ -44,12 +45,13 @@ def run(
     device: torch.device | str = "cpu",
     out: Path | str | None = None,
     data_path: Path | None = None,
-    progress: bool = True,
+    progress: bool | None = True,
     workers: int | None = None,
     checkpoint_dir: Path | str | None = None,
     checkpoint_seconds: float = 300.0,
     resume: bool = False,
     note: Callable[[dict[str, Any]], None] | None = None,
+    on_bad_image: OnBadImage = "raise",
 ) -> dict[str, Any]:
     """Trains strategies at equal epochs and writes what came of them.
 
@@ -68,7 +70,7 @@ def run(
         out: directory for ``results.json``, ``history.json``, ``student-0.safetensors`` and so on, and ``curves.npz``
             for a regression of one variable; nothing is written before all is trained. None for no files.
         data_path: the data set, for recipes that need one.
-        progress: whether to show a bar.
+        progress: whether to show a bar; None on a terminal.
         workers: processes on the CPU; None for one per core. Of processes that torchrun started, each does its part of the
             jobs, by itself unless it is given workers too; of the other processes' jobs ``note`` is told at the end.
         checkpoint_dir: for the run's checkpoints. Each job writes them between epochs and at the end of a stage, keeps
@@ -77,6 +79,7 @@ def run(
         resume: whether to go on from them, on the CPU bit for bit as if the run had not been interrupted; what has none
             yet, begins.
         note: told of every epoch of every job; after a crash some come again.
+        on_bad_image: "raise", or "skip" to leave out files that can't be read, with a warning.
 
     Returns:
         What ``results.json`` holds.
@@ -89,7 +92,7 @@ def run(
     """
     check_strategies(strategies, replicates, seed)
     place = check_device(device)
-    data = recipe.load_data(data_path, seed_for(seed, "data"))
+    data = recipe.load_data(data_path, seed_for(seed, "data"), on_bad_image)
     scaled = recipe.scaled(budget).fitted(len(data.train_inputs))
     checkpoints = None if checkpoint_dir is None else Path(checkpoint_dir)
     jobs = [
@@ -124,7 +127,7 @@ def run(
 
 
 def _shared_out(
-    jobs: list[Job], data: Dataset, workers: int | None, progress: bool, note: Note | None
+    jobs: list[Job], data: Dataset, workers: int | None, progress: bool | None, note: Note | None
 ) -> list[Outcome]:
     """Does the jobs, each in one of the processes of torch.distributed, if there are several; all get all outcomes."""
     processes = Processes(torch.device("cpu"))
@@ -134,7 +137,7 @@ def _shared_out(
     told: list[dict[str, Any]] = []
     mine = jobs[processes.rank :: processes.size]
     note = note if processes.is_first else told.append
-    own = run_jobs(_run_job, mine, data, workers or 1, progress and processes.is_first, note)
+    own = run_jobs(_run_job, mine, data, workers or 1, progress if processes.is_first else False, note)
     each = waiting.gather((own, told))
     if processes.is_first and note is not None:
         for _, values in each:

@@ -40,7 +40,7 @@ _GRACE_TO_SAVE = 60  # and after an interrupt, which they meet between epochs
 
 
 def run_jobs(
-    run: Run, jobs: Sequence[Job], data: Dataset, workers: int | None, progress: bool, note: Note | None = None
+    run: Run, jobs: Sequence[Job], data: Dataset, workers: int | None, progress: bool | None, note: Note | None = None
 ) -> list[Outcome]:
     """Does all jobs and returns their outcomes, in the order of the jobs.
 
@@ -50,7 +50,7 @@ def run_jobs(
         data: on the CPU.
         workers: processes; None for one per core where jobs run on the CPU. With one, or one job, or on a GPU, jobs run
             one after another in this process.
-        progress: whether to show a bar of epochs, summed over networks.
+        progress: whether to show a bar of epochs, summed over networks; None on a terminal.
         note: told of every epoch, in this process.
 
     Raises:
@@ -60,7 +60,8 @@ def run_jobs(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     total = sum(job.recipe.epochs * len(job.replicates) for job in jobs)
-    with tqdm(total=total, disable=not progress, unit="epoch", smoothing=0.05, dynamic_ncols=True) as bar:
+    hidden = None if progress is None else not progress
+    with tqdm(total=total, disable=hidden, unit="epoch", smoothing=0.05, dynamic_ncols=True) as bar:
         if min(workers, len(jobs)) > 1 and all(job.device.type == "cpu" for job in jobs):
             return _in_processes(run, jobs, data, min(workers, len(jobs)), bar, note)
         return [_in_this_process(run, job, data, _Bar(job, bar, note)) for job in jobs]
