@@ -154,6 +154,15 @@ def test_from_the_command_line_to_the_files(recipe, tree, tmp_path, monkeypatch,
     assert history["curves"]["student"]["epochs"] == [2, 3, 4]
     assert history["curves"]["one"]["epochs"] == [1, 2, 3, 4]
     assert history["curves"]["bo3"]["epochs"] == [3, 6]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    figures = {"strategy", "replicates", "stage", "network", "epoch", "lr", "train_loss", "images_per_second"}
+    assert all(figures <= each.keys() for each in log)
+    merged = [each for each in log if each["stage"] == "merge"]
+    gates = {"lam", "gate_loss", "open_probability", "linked"}
+    assert (
+        merged == [each for each in log if gates & each.keys()] == [each for each in log if gates <= each.keys()] != []
+    )
+    assert all({"test_loss", "test_accuracy"} <= each.keys() for each in merged)
     student = recipe.make_network(2, 1)
     load = pytest.importorskip("safetensors.torch").load_file
     student.load_state_dict(load(tmp_path / "student-0.safetensors"))

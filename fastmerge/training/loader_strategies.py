@@ -194,5 +194,12 @@ class _Replicate:
             values: dict[str, Any] = {"strategy": self.strategy, "replicates": [self.number], "stage": stage}
             values |= {"network": index, "epoch": record.epoch, "lr": record.lr, "train_loss": [record.train.loss]}
             if record.val is not None:
-                values["test_accuracy"] = [accuracy_of(record)]
-            self.note(values)
+                values |= {"test_loss": [record.val.loss], "test_accuracy": [accuracy_of(record)]}
+            of_the_merge = {
+                "lam": record.lam,
+                "gate_loss": None if record.gate_loss is None else [record.gate_loss],
+                "open_probability": record.open_probability,
+                "linked": record.linked,
+            }
+            values |= {name: value for name, value in of_the_merge.items() if value is not None}
+            self.note(values | {"images_per_second": record.images_per_second})
