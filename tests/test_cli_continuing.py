@@ -87,6 +87,7 @@ def test_what_does_not_fit_an_unfinished_run_is_refused(place, monkeypatch, caps
     capsys.readouterr()
     for words, message in [
         (arguments(), "out holds a run that is not finished; add --resume to go on with it, remove out/checkpoints"),
+        ([*arguments(), "--dry-run"], "out holds a run that is not finished; add --resume to go on with it"),
         ([*arguments(), "--resume", "--lr", "0.5"], "out is of a run with --lr 0.01, not 0.5; go on without --lr"),
     ]:
         assert main(words) == 2
@@ -109,7 +110,9 @@ def test_tensorboard_is_missed_before_the_run(place, monkeypatch, capsys):  # no
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main([*arguments(), "--tensorboard"]) == 2
     assert "needs the package tensorboard" in capsys.readouterr().err
-    assert not log_of("out")
+    assert not Path("out/command.json").exists()
+    assert main([*arguments(), "--tensorboard", "--dry-run"]) == 2
+    assert "needs the package tensorboard" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

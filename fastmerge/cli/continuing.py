@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.files import atomic
+from fastmerge.processes import Processes
+from fastmerge.reporting.epoch_log import check_tensorboard
 
 CHECKPOINTS = "checkpoints"
 _COMMAND = "command.json"
@@ -99,30 +101,55 @@ def complete(
     return options
 
 
-def begin(options: argparse.Namespace, is_first: bool = True) -> bool:
+def begin(options: argparse.Namespace, processes: Processes) -> bool:
     """Makes DIR and notes the command there; what can't be written to is better known before the training.
 
     Args:
         options: Completed.
-        is_first: Whether this is the process that writes.
+        processes: Of which the first looks and writes, before another may have made checkpoints.
 
     Returns:
         Whether the run in it had come to its end.
 
     Raises:
-        ValueError: There is an unfinished run in DIR, and it is not to go on.
+        ValueError, OSError: As :func:`check`, and DIR can't be written to.
     """
-    options.out.mkdir(parents=True, exist_ok=True)
-    record = options.out / _COMMAND
-    if options.resume and record.is_file():
-        return bool(json.loads(record.read_text(encoding="utf-8"))["finished"])
+    finished, problem = False, None
+    if processes.is_first:
+        try:
+            finished = _begin(options)
+        except (ValueError, OSError) as error:
+            problem = error
+    finished, problem = processes.from_first((finished, problem))
+    if problem is not None:
+        raise problem
+    return finished
+
+
+def check(options: argparse.Namespace) -> None:
+    """Looks whether a run may begin in DIR, or go on there.
+
+    Raises:
+        ValueError: There is an unfinished run in DIR, and it is not to go on; or TensorBoard is asked for and not installed.
+    """
+    if options.tensorboard:
+        check_tensorboard()
+    if options.resume and (options.out / _COMMAND).is_file():
+        return
     if any((options.out / CHECKPOINTS).rglob("*.safetensors")):
         raise ValueError(
             f"{options.out} holds a run that is not finished; add --resume to go on with it, remove "
             f"{options.out / CHECKPOINTS}, or choose another --out"
         )
-    if is_first:
-        _note(options, finished=False)
+
+
+def _begin(options: argparse.Namespace) -> bool:
+    options.out.mkdir(parents=True, exist_ok=True)
+    check(options)
+    record = options.out / _COMMAND
+    if options.resume and record.is_file():
+        return bool(json.loads(record.read_text(encoding="utf-8"))["finished"])
+    _note(options, finished=False)
     return False
 
 

@@ -133,7 +133,9 @@ def command(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:
     check_planning(options, processes)
-    if not options.dry_run and continuing.begin(options, processes.is_first):
+    if options.dry_run:
+        continuing.check(options)
+    elif continuing.begin(options, processes):
         if processes.is_first:
             print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
         return

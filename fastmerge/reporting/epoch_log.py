@@ -98,14 +98,27 @@ def _whole_lines(path: Path) -> list[str]:
     return found
 
 
+def check_tensorboard() -> None:
+    """Raises where event files can't be written.
+
+    Raises:
+        ValueError: The package ``tensorboard`` is not installed.
+    """
+    _writer_class()
+
+
 def _summary_writer(directory: Path) -> Any:
+    return _writer_class()(str(directory))
+
+
+def _writer_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             f"--tensorboard needs the package tensorboard (pip install 'fastmerge[tensorboard]'): {error}"
         ) from error
-    return SummaryWriter(str(directory))
+    return SummaryWriter
 
 
 def _scalars(values: Any, name: str) -> list[tuple[str, float]]:
