@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.ablation_stages import RECALIBRATION_SAMPLES, TEACHERS, Ablation
+from benchmarks.ablation_stages import TEACHERS, Ablation
 from benchmarks.ablation_variants import Variant
 from fastmerge.data.loading import ImageLoaders
 from fastmerge.evaluation import evaluate
@@ -20,6 +20,7 @@ from fastmerge.history import EpochRecord, History
 from fastmerge.merging.plan import MergePlan
 from fastmerge.merging.stages import finetune, learn_importance
 from fastmerge.merging.trainer import Trainer
+from fastmerge.recalibration import ENOUGH_SAMPLES
 from fastmerge.training.loader_networks import merge_numbers, trainer_of
 from fastmerge.training.loader_place import Place
 from fastmerge.training.loader_recipe import LoaderRecipe
@@ -86,7 +87,7 @@ class LoaderAblation(Ablation):
         return accuracy
 
     def calibration(self, replicate: int) -> Iterable[Any]:
-        return islice(self._loaders("recalibrate").train, -(-RECALIBRATION_SAMPLES // self.recipe.batch_size))
+        return islice(self._loaders("recalibrate").train, -(-ENOUGH_SAMPLES // self.recipe.batch_size))
 
     def _loaders(self, stage: str, draws: int = 0) -> ImageLoaders:
         return self.place.loaders(self.recipe, "ablations", stage, self.replicate, draws)

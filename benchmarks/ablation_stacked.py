@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.ablation_stages import RECALIBRATION_SAMPLES, TEACHERS, Ablation
+from benchmarks.ablation_stages import TEACHERS, Ablation
 from benchmarks.ablation_variants import Variant
 from fastmerge.data.dataset import Dataset
 from fastmerge.gate_budget import GateBudget
+from fastmerge.recalibration import ENOUGH_SAMPLES
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.recipe import Recipe
 from fastmerge.training.scores import score
@@ -102,7 +103,7 @@ class StackedAblation(Ablation):
         return float(score(Stack([network]), self.data, self.recipe.criterion)[self.recipe.metric])
 
     def calibration(self, replicate: int) -> Iterable[Any]:
-        inputs = self.data.train_inputs[:RECALIBRATION_SAMPLES].split(self.recipe.batch_size)
+        inputs = self.data.train_inputs[:ENOUGH_SAMPLES].split(self.recipe.batch_size)
         return map(self.data.normalise, inputs)
 
     def _train(

@@ -12,7 +12,6 @@ from benchmarks.ablation_variants import Variant
 from fastmerge.training.seeds import seed_for
 
 TEACHERS = 2
-RECALIBRATION_SAMPLES = 4096
 
 
 class Ablation(ABC):
@@ -54,7 +53,7 @@ class Ablation(ABC):
 
     @abstractmethod
     def calibration(self, replicate: int) -> Iterable[Any]:
-        """Batches of at least RECALIBRATION_SAMPLES training samples, or of all there are."""
+        """Batches of at least ENOUGH_SAMPLES training samples, or of all there are."""
 
     def compressed(self, bigs: Sequence[Any], variant: Variant) -> list[nn.Module]:
         """The students before fine-tuning."""

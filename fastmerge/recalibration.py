@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+ENOUGH_SAMPLES = 4096
+
 
 def has_statistics(network: nn.Module) -> bool:
     """Whether a network has a BatchNorm with running statistics."""

@@ -127,7 +127,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--milestones", "1", "3", "--autocast", "bfloat16", "--channels-last", "--batch-size", "5"]
     words += ["--checkpoint-seconds", "7", "--resume", "--accumulate", "5"]
-    words += ["--compile", "--sync-batch-norm"]
+    words += ["--compile", "--sync-batch-norm", "--no-recalibrate"]
     seen = {}
 
     def record(teachers, loader, *, val_loader, **options):
@@ -138,7 +138,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
     assert main([*arguments(), *words]) == 130
     rest = {"milestones": [1, 3], "autocast": torch.bfloat16, "channels_last": True, "progress": False, "sizes": [1, 1]}
     rest |= {"checkpoint_seconds": 7, "checkpoint_dir": Path("out/checkpoints"), "resume": True, "accumulate": 5}
-    rest |= {"compile": True, "sync_batch_norm": True, "cuda_graph": None}
+    rest |= {"compile": True, "sync_batch_norm": True, "cuda_graph": None, "recalibrate": False}
     assert callable(seen.pop("callback"))
     assert seen == given | rest
 

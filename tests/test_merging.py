@@ -115,7 +115,7 @@ def test_the_first_epochs_figures_are_those_of_the_plain_loop(teachers):
 
 
 def test_both_stages_train_in_training_mode_whatever_mode_the_teachers_are_in(teachers):
-    student, _ = merge(teachers, train_loader(), **SHORT)
+    student, _ = merge(teachers, train_loader(), recalibrate=False, **SHORT)
     assert student.norm.num_batches_tracked == teachers[0].norm.num_batches_tracked + 3 * 8
 
 
@@ -369,7 +369,7 @@ def test_a_distributed_sampler_shuffles_anew_each_epoch(teachers):
             return iter(orders[-1])
 
     loader = DataLoader(TRAIN, 64, sampler=Noting(TRAIN, num_replicas=1, rank=0))
-    merge(teachers, loader, **SHORT)
+    merge(teachers, loader, recalibrate=False, **SHORT)
     first, *epochs = orders[1:]  # the first batch is looked at before the merge
     assert len(epochs) == 3
     assert epochs[0] == first

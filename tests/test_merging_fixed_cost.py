@@ -80,7 +80,7 @@ def test_each_network_is_scored_once(finetune_epochs: int, passes: int) -> None:
 
 def test_a_teacher_runs_once_on_the_first_batch() -> None:
     CountedNet.forwards.clear()
-    merge([CountedNet().eval() for _ in range(2)], train_loader(), **SHORT | {"finetune_epochs": 0})
+    merge([CountedNet().eval() for _ in range(2)], train_loader(), recalibrate=False, **SHORT | {"finetune_epochs": 0})
     # Each teacher is traced in both modes; what runs in training and compression are programs made from that.
     assert CountedNet.forwards == {"traced": 4, "run": 1}
 

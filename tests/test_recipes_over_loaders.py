@@ -390,7 +390,8 @@ def test_bad_input(tree: Path, tmp_path: Path) -> None:
 def test_variations() -> None:
     recipe = replace(RECIPES["digits"](), link_at=0.25, gate_schedule="budget")
     assert varied(recipe) == recipe
-    assert varied(recipe, paper=True) == RECIPES["digits"]()
+    papers = replace(RECIPES["digits"](), gate_lr=0.2)
+    assert varied(recipe, paper=True) == papers
     assert varied(recipe, compact_at=0.5).compact_at == (0.5,)
     loaders = OVER_LOADERS["resnet18-imagewoof"]()
     assert varied(loaders, compact_at="settled") == replace(loaders, compact_at="settled")
@@ -401,7 +402,7 @@ def test_variations() -> None:
     assert varied(recipe, link_at=0.5).link_at == 0.5
     assert varied(recipe, batch_size=7) == replace(recipe, batch_size=7)
     assert varied(loaders, batch_size=7) == replace(loaders, batch_size=7)
-    assert varied(recipe, paper=True, batch_size=7) == replace(RECIPES["digits"](), batch_size=7)
+    assert varied(recipe, paper=True, batch_size=7) == replace(papers, batch_size=7)
     with pytest.raises(ValueError, match="batch_size of at least 1; got 0"):
         varied(loaders, batch_size=0)
     assert varied(RECIPES["sine"](), gate_schedule="budget").gate_schedule == "budget"

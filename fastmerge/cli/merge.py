@@ -59,6 +59,7 @@ _MERGE_OPTIONS = (
     "gate_schedule",
     "finetune_lr",
     "milestones",
+    "recalibrate",
     "channels_last",
     "seed",
 )
@@ -108,6 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=compact_at,
         metavar="F",
         help="fraction of the merge after which closed channels are dropped, or 'settled'; default never",
+    )
+    add(
+        "--recalibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether BatchNorm's statistics are estimated anew after compression; default yes",
     )
     add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
     add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")

@@ -37,6 +37,7 @@ class MergePlan:
     gate_schedule: GateSchedule = "quadratic"
     compact_at: CompactAt = None
     merge_milestones: Sequence[int] | None = None
+    recalibrate: bool = True
 
     def __post_init__(self) -> None:
         check_epochs(self.merge_epochs, self.finetune_epochs)
@@ -74,6 +75,8 @@ class MergePlan:
         """All of it as JSON values."""
         values = asdict(self)
         lists = ("milestones", "merge_milestones")
+        if self.recalibrate:
+            del values["recalibrate"]  # not in checkpoints of before it was a choice
         return values | {name: None if values[name] is None else list(values[name]) for name in lists}
 
     def fitted(self, big: BigStudent, steps: int | None) -> MergePlan:

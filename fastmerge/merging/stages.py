@@ -39,6 +39,8 @@ def train_student(
         student = place(copy.deepcopy(teachers[0])).requires_grad_(True)
     else:
         student = place(_merged(teachers, examples, plan, trainer))
+        if plan.recalibrate:
+            trainer.recalibrate(student)
         trainer.score("compressed", student)
     trainer.processes.check_same("student after compression", fingerprint(student))
     finetune(student, plan, schedule, trainer)

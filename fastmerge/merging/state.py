@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -130,6 +131,13 @@ class MergeState:
             )
         restore_random_states(mine["random"], self.device)
         yield from batches
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is read of the training data within it changes nothing in the epochs after it."""
+        random, loader = random_states(self.device), _loader_state(self.loader)
+        yield
+        self._resume_loader(random, loader)
 
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint."""

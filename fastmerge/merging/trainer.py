@@ -23,6 +23,7 @@ from fastmerge.merging.state import MergeState
 from fastmerge.merging.step import Weight
 from fastmerge.merging.steps import Steps
 from fastmerge.processes import Processes, ProcessLostError, seed_of_rank
+from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.resuming.random_states import random_states
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.schedules import QuadraticLambda
@@ -80,6 +81,14 @@ class Trainer:
         """
         if self.val_loader is not None:
             self.history.borders[border] = self._evaluate(network, f"of {border}") if known is None else known
+
+    def recalibrate(self, network: nn.Module) -> None:
+        """Estimates BatchNorm's statistics anew on some training samples; several processes take the first one's."""
+        if not has_statistics(network):
+            return
+        with self.state.aside(), self.setting.precision():
+            recalibrate(network, self._samples(ENOUGH_SAMPLES))
+        self.processes.share_buffers(network)
 
     def own_random_numbers(self) -> None:
         """Gives every process but the first a random state of its own, so that each draws other gates."""
@@ -175,6 +184,14 @@ class Trainer:
         batches = self.setting.batches(self._left(tally))
         while step := list(islice(batches, self.accumulate)):
             yield step
+
+    def _samples(self, count: int) -> Iterator[Any]:
+        """Batches of so many training samples, or of all there are."""
+        for inputs, target in self.setting.batches(self.train_loader):
+            yield inputs, target
+            count -= len(inputs[0])
+            if count <= 0:
+                return
 
     def _pause(self, tally: Tally) -> None:
         """Between two steps: writes a checkpoint where it is time, and stops where a signal came.

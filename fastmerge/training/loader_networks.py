@@ -165,6 +165,7 @@ def merge_numbers(recipe: LoaderRecipe) -> dict[str, Any]:
         "lam_step": recipe.lam_step,
         "gate_schedule": recipe.gate_schedule,
         "compact_at": recipe.compact_at,
+        "recalibrate": recipe.recalibrate,
         "finetune_lr": recipe.finetune.lr,
     }
 

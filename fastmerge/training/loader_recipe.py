@@ -73,6 +73,7 @@ class LoaderRecipe:
         gate_schedule: "quadratic" for λ, "budget" for a :class:`~fastmerge.GateBudget`, which needs no λ.
         link_at: fraction of the merge stage before the big student becomes dense.
         compact_at: fraction of the merge stage after which closed channels are dropped, or "settled"; None never.
+        recalibrate: whether BatchNorm's statistics are estimated anew after compression.
         test_every: epochs between two looks at the test data; the end of a stage always has one.
         source: where the choices come from.
     """
@@ -99,6 +100,7 @@ class LoaderRecipe:
     metric: Literal["test_accuracy"] = "test_accuracy"
     test_every: int = 1
     compact_at: float | Literal["settled"] | None = None
+    recalibrate: bool = True
 
     def __post_init__(self) -> None:
         student = 2 * self.teacher.epochs + self.merge.epochs + self.finetune.epochs

@@ -34,7 +34,7 @@ def varied(
     Args:
         recipe: the experiment.
         paper: takes the paper's: linked from the start, quadratic λ, gates that learn as slowly in a short stage as in a
-            long one, no channels dropped before compression.
+            long one, no channels dropped before compression, BatchNorm's statistics as compression gives them.
         link_at, gate_schedule, compact_at: as :func:`fastmerge.merge`; None is the recipe's own. A recipe in memory drops
             channels once, at that fraction.
         batch_size: images per step, of each network; of all processes together where they share a network. Learning rates
@@ -60,6 +60,8 @@ def varied(
         changes = {"link_at": 0.0, "gate_schedule": "quadratic", "compact_at": None}
         if recipe.gate_lr is None:
             changes["gate_lr"] = PAPERS_GATE_LR
+        if isinstance(recipe, LoaderRecipe):
+            changes["recalibrate"] = False
     if batch_size is not None:
         changes["batch_size"] = batch_size
     return replace(recipe, **changes)
