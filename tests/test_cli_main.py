@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -139,15 +140,18 @@ def test_ctrl_c_ends_a_run_with_130(tmp_path):
         start_new_session=True,
     )
     try:
-        first = process.stderr.read(1)  # the progress bar begins: it is training
+        log = tmp_path / "run" / "log.jsonl"
+        while not (log.is_file() and log.stat().st_size):  # it is not training yet
+            assert process.poll() is None
+            time.sleep(0.05)
         os.kill(process.pid, signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert (first + rest).endswith(f"interrupted; go on with: fastmerge run --out {tmp_path / 'run'} --resume\n")
-    assert "Traceback" not in rest
+    assert told.endswith(f"interrupted; go on with: fastmerge run --out {tmp_path / 'run'} --resume\n")
+    assert "Traceback" not in told
     assert not (tmp_path / "run" / "results.json").exists()
 
 
