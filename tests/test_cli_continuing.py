@@ -94,6 +94,24 @@ def test_what_does_not_fit_an_unfinished_run_is_refused(place, monkeypatch, caps
         assert message in capsys.readouterr().err
 
 
+def test_a_damaged_command_is_named_and_does_without(place, monkeypatch, capsys):  # noqa: F811
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert main(arguments(out=["my out"])) == 130
+    assert capsys.readouterr().err.endswith("go on with: fastmerge merge --out 'my out' --resume\n")
+    record = Path("my out/command.json")
+    record.write_text(record.read_text()[:20])
+    assert main(["merge", "--out", "my out", "--resume"]) == 2
+    assert "my out/command.json is damaged" in capsys.readouterr().err
+    record.unlink()
+    assert main([*arguments(out=["my out"]), "--resume"]) == 0
+    assert [(each["stage"], each["epoch"]) for each in log_of("my out")] == [
+        ("merge", 1),
+        ("merge", 2),
+        ("finetune", 1),
+    ]
+
+
 def test_resume_needs_options_where_there_is_no_run(capsys, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         main(["merge", "--out", str(tmp_path), "--resume"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def complete(
     directory = _directory(given)
     words = [word for word in words if word != "--resume"]
     if given.get("resume") and directory is not None and (directory / _COMMAND).is_file():
-        words = json.loads((directory / _COMMAND).read_text(encoding="utf-8"))["words"]
+        words = _noted(directory)["words"]
         then = parse(words)
         if then.command is not options.command:
             raise ValueError(f"{directory} is not of this command: it was made by fastmerge {words[0]}")
@@ -134,9 +135,7 @@ def check(options: argparse.Namespace) -> None:
     """
     if options.tensorboard:
         check_tensorboard()
-    if options.resume and (options.out / _COMMAND).is_file():
-        return
-    if any((options.out / CHECKPOINTS).rglob("*.safetensors")):
+    if not options.resume and any((options.out / CHECKPOINTS).rglob("*.safetensors")):
         raise ValueError(
             f"{options.out} holds a run that is not finished; add --resume to go on with it, remove "
             f"{options.out / CHECKPOINTS}, or choose another --out"
@@ -148,7 +147,7 @@ def _begin(options: argparse.Namespace) -> bool:
     check(options)
     record = options.out / _COMMAND
     if options.resume and record.is_file():
-        return bool(json.loads(record.read_text(encoding="utf-8"))["finished"])
+        return bool(_noted(options.out)["finished"])
     _note(options, finished=False)
     return False
 
@@ -170,12 +169,28 @@ def how_to_go_on(options: argparse.Namespace) -> str | None:
         return None
     several = os.environ.get("LOCAL_WORLD_SIZE", "1")
     program = "fastmerge" if several == "1" else f"torchrun --nproc-per-node {several} -m fastmerge"
-    return f"{program} {options.words[0]} --out {options.out} --resume"
+    return f"{program} {options.words[0]} --out {shlex.quote(str(options.out))} --resume"
 
 
 def _note(options: argparse.Namespace, finished: bool) -> None:
     with atomic(options.out / _COMMAND) as temporary:
         temporary.write_text(json.dumps({"words": options.words, "finished": finished}) + "\n", encoding="utf-8")
+
+
+def _noted(directory: Path) -> dict[str, Any]:
+    """What :func:`_note` wrote.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    record = directory / _COMMAND
+    try:
+        noted: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return {name: noted[name] for name in ("words", "finished")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} is damaged ({error}); remove it and give all options again, with --resume"
+        ) from error
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
