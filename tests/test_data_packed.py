@@ -90,8 +90,9 @@ def test_a_kill_leaves_whole_files_and_the_next_run_goes_on(tmp_path: Path) -> N
         for number in range(count):
             Image.fromarray(pixels(number, (300, 400))).save(folder / f"{number:03}.jpg", quality=95)
     source, target = tmp_path / "from", tmp_path / "to"
-    code = "import sys; from fastmerge.data import packing; from fastmerge.cli import main; packing.IMAGES = 4; "
-    code += "main(sys.argv[1:])"
+    code = "import sys, time; from fastmerge.data import packing; from fastmerge.cli import main; packing.IMAGES = 4; "
+    code += "small = packing.small_jpeg; packing.small_jpeg = lambda *image: (time.sleep(0.1), small(*image))[1]; "
+    code += "main(sys.argv[1:])"  # so slow that this process, on a busy machine, comes in time
     words = ["data", "prepare", str(source), str(target), "--size", "200", "--workers", "2", "--quiet", "--packed"]
     with subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 60

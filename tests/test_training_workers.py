@@ -36,7 +36,7 @@ def work(job, data, reporter):
 def fail(job, data, reporter):
     if job.replicates == (0,):
         raise FloatingPointError("this is the end")
-    time.sleep(60)
+    time.sleep(600)
 
 
 def die(job, data, reporter):
@@ -64,7 +64,7 @@ def test_an_error_arrives_and_the_other_process_ends():
     start = time.monotonic()
     with pytest.raises(FloatingPointError, match="this is the end"):
         run_jobs(fail, jobs(2), DATA, 2, progress=False)
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 300
     assert not multiprocessing.active_children()
 
 
