@@ -192,8 +192,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(place, capsys):
         ("validation of the student", "1", "2"),
     ]
     assert all(float(row[3]) > 0 for row in table)
-    assert printed[-1].startswith("about ")
-    assert printed[-1].endswith(" GiB")
+    assert re.fullmatch(r"about .*; peak memory \d+\.\d\d GiB", printed[-1])
     assert not list(Path("out").iterdir())
     assert main([*arguments(**{"model-args": ["classes=7"]}), "--dry-run"]) == 2
     assert "build the network for 3" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def describe(found: Estimate, processes: int = 1, bandwidth: float = 1e10, accum
             f" with {processes} processes, and up to {_duration(messages)} more where gradients (up to "
             f"{largest / 2**20:.0f} MiB a step, at {bandwidth / 1e9:g} GB/s) are not sent during the backward pass"
         )
-    return "\n".join([*lines, f"about {whole}; memory so far {peak_memory() / 2**30:.2f} GiB"])
+    return "\n".join([*lines, f"about {whole}; peak memory {peak_memory() / 2**30:.2f} GiB"])
 
 
 def _or_unknown(value: int | None) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Tally
 from fastmerge.history import History, Stage
+from fastmerge.merging.loader_state import loader_state, restore_loader_state
 from fastmerge.processes import Processes, seed_of_rank
 from fastmerge.resuming.random_states import random_states, restore_random_states
 from fastmerge.resuming.snapshots import Snapshots
@@ -115,7 +116,7 @@ class MergeState:
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             if self.snapshots is not None:
-                self._at_start = {"random": random_states(self.device), "loader": _loader_state(self.loader)}
+                self._at_start = {"random": random_states(self.device), "loader": loader_state(self.loader)}
             yield from self.loader
             return
         mine = self._mine(loaded)
@@ -135,7 +136,7 @@ class MergeState:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is read of the training data within it changes nothing in the epochs after it."""
-        random, loader = random_states(self.device), _loader_state(self.loader)
+        random, loader = random_states(self.device), loader_state(self.loader)
         yield
         self._resume_loader(random, loader)
 
@@ -159,7 +160,7 @@ class MergeState:
         """
         if self.snapshots is None:
             return
-        own: dict[str, Any] = {"random": random, "loader": _loader_state(self.loader)}
+        own: dict[str, Any] = {"random": random, "loader": loader_state(self.loader)}
         if tally is not None:
             own |= {"tally": tally.state_dict(), "at_start": self._at_start}
         each = self.processes.gather(own)
@@ -189,7 +190,8 @@ class MergeState:
         if "tally" in mine and (size, self.accumulate) != (len(each), then):
             length = _length(self.loader)
             steps = mine["tally"]["steps"] * (length / loaded["length"] if length and loaded["length"] else 1)
-            mine["tally"] = _shared_tally([one["tally"] for one in each], size) | {"steps": round(steps)}
+            mine["tally"] = _shared_tally([one["tally"] for one in each], size)
+            mine["tally"]["steps"] = self.accumulate * round(steps / self.accumulate)
         return mine
 
     def whereabouts(self) -> str:
@@ -199,10 +201,7 @@ class MergeState:
 
     def _resume_loader(self, random: dict[str, Any], loader: dict[str, Any]) -> None:
         restore_random_states(random, self.device)
-        for generator, state in zip(_generators(self.loader), loader["generators"], strict=False):
-            generator.set_state(state)
-        if "state" in loader:
-            self.loader.load_state_dict(loader["state"])  # type: ignore[attr-defined]
+        restore_loader_state(self.loader, loader)
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -239,19 +238,3 @@ def _shared_tally(each: list[dict[str, Any]], size: int) -> dict[str, Any]:
 
 def _length(loader: Any) -> int | None:
     return len(loader) if isinstance(loader, Sized) else None
-
-
-def _loader_state(loader: Any) -> dict[str, Any]:
-    """The states of a loader's own generators, and what its ``state_dict`` gives, if it has one."""
-    state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)]}
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
-        state["state"] = loader.state_dict()
-    return state
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    owners.append(getattr(owners[-1], "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
-    unique = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
-    return list(unique.values())
