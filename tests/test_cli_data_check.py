@@ -61,6 +61,37 @@ def test_each_bad_file_has_a_line_with_the_reason(tree: Path, capsys: pytest.Cap
     assert re.fullmatch(r"40 images, decoded whole in .*: 4 can't be read", total)
 
 
+def test_strictly_jpegs_that_decode_with_a_warning_are_named_too(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """None of the good ones; what is written to stderr goes there again afterwards."""
+    pytest.importorskip("torchvision")
+    words = ["data", "check", str(tree), "--workers", "2"]
+    assert main([*words, "--strict"]) == 0
+    assert re.fullmatch(GOOD.format(39), capfd.readouterr().out)
+    file = tree / "train" / "ant" / "003.jpg"
+    Image.fromarray(pixels(3, (256, 300))).save(file, quality=90)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] + whole[len(whole) // 2 + 64 :])  # the last pixels have no bytes left
+    other = spoil(tree / "val" / "ant" / "001.jpg", "middle")
+    assert main(words) == 1  # Pillow fills up the one and says nothing
+    assert [line.partition(": ")[0] for line in capfd.readouterr().out.splitlines()[:-1]] == [str(other)]
+    assert main([*words, "--strict"]) == 1
+    os.write(2, b"of C code\n")
+    print("of Python", file=sys.stderr)
+    printed = capfd.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0].startswith(f"{other}: broken data stream")
+    assert lines[1] == f"{file}: it decodes, and libjpeg warns: Corrupt JPEG data: premature end of data segment"
+    assert lines[2].endswith(": 2 can't be read, or decode with a warning")
+    assert printed.err == "of C code\nof Python\n"
+
+
+def test_strictly_packed_images_are_read(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    prepare(tree, tree.parent / "packed", size=32, packed=True)
+    assert main(["data", "check", str(tree.parent / "packed"), "--strict"]) == 0
+    assert re.fullmatch(GOOD.format(39), capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("suffix", "damage", "status"),
     [

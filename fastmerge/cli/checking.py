@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +34,16 @@ def checked_with_bar(
     from tqdm import tqdm
 
     name = "headers" if check == "headers" else "decode"
-    with tqdm(desc=name, unit="img", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty()) as bar:
+    shown = sys.stderr.isatty() and not quiet
+    with contextlib.ExitStack() as stack:
+        screen = sys.stderr
+        if shown and check == "strict":  # which keeps what is written to stderr from the terminal
+            screen = stack.enter_context(os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding))
+        bar = stack.enter_context(tqdm(desc=name, unit="img", dynamic_ncols=True, disable=not shown, file=screen))
 
         def tell(done: int, total: int, bad: dict[str, str]) -> None:
-            if found is not None:
+            if found is not None and bad:
+                bar.clear()  # makes room on the same terminal
                 for file, reason in bad.items():
                     found(file, reason)
             bar.total = total

@@ -7,13 +7,13 @@ fast as the originals. Killed, it goes on where it was when it is called again. 
 
   fastmerge data check imagenet-256/
 
-decodes every image of a tree, packed or not, or reads CIFAR's files or an .npz, and names what can't be read.
+decodes every image of a tree, packed or not, or reads CIFAR's files or an .npz, and names what can't be read. docs/data.md
+says what damage is found in which format.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="image tree, packed or not, CIFAR's folder or .npz, as --data of run and merge",
     )
+    add("--strict", action="store_true", help="name JPEGs too that decode with a warning; decodes them twice")
     add("--workers", type=integer(1), metavar="N", help="threads; default one per core")
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
@@ -66,19 +67,21 @@ def command(options: argparse.Namespace) -> int | None:
 
 def _check(options: argparse.Namespace) -> int:
     """Names files as they are found, so that an interrupted check has named those it came by."""
-    from tqdm import tqdm
-
     bad = 0
 
     def name(file: str, reason: str) -> None:
         nonlocal bad
         bad += 1
-        tqdm.write(_printable(f"{file}: {reason}"), file=sys.stdout)  # a bar on the same terminal makes room
-        sys.stdout.flush()
+        print(_printable(f"{file}: {reason}"), flush=True)
 
     try:
         found = checked_with_bar(
-            options.data, "whole", options.workers, on_bad_image="skip", quiet=options.quiet, found=name
+            options.data,
+            "strict" if options.strict else "whole",
+            options.workers,
+            on_bad_image="skip",
+            quiet=options.quiet,
+            found=name,
         )
     except KeyboardInterrupt:
         print(f"not finished; {bad} of the images so far can't be read")

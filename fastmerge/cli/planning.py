@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastmerge.cli.arguments import integer
 from fastmerge.cli.checking import checked_with_bar
-from fastmerge.data.checking import CHECKS, Check
+from fastmerge.data.checking import Check
 from fastmerge.merging.estimate import Estimate
 from fastmerge.merging.estimate_table import describe
 from fastmerge.processes import Processes
@@ -26,8 +26,7 @@ def add_planning(add: Callable[..., None]) -> None:
     )
     add(
         "--check-images",
-        choices=CHECKS,
-        metavar="{headers,whole}",
+        choices=("headers", "whole"),
         help="with --dry-run: read headers alone, or decode every image as fastmerge data check does; default headers",
     )
     add(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from fastmerge.data.arrays import load_npz
 from fastmerge.data.choosing import cores
 from fastmerge.data.cifar import find_cifar, load_cifar
 from fastmerge.data.decoding import BadImageError, OnBadImage, check_header, read_image
+from fastmerge.data.jpeg_warnings import jpeg_warnings
 from fastmerge.data.packed import PackedFiles
 from fastmerge.data.packing import in_order
 from fastmerge.data.trees import find_trees
 
-Check = Literal["headers", "whole"]
-CHECKS: tuple[Check, ...] = ("headers", "whole")
+Check = Literal["headers", "whole", "strict"]
 Tell = Callable[[int, int, dict[str, str]], object]
 
 _CHUNK = 64
@@ -54,7 +55,8 @@ class CheckedImages:
         """What was read, how long it took, and how many can't be read."""
         what = "headers read" if self.check == "headers" else "decoded whole"
         rate = f", {self.files / self.seconds:.0f} images/s" if self.seconds else ""
-        told = f"{len(self.bad)} can't be read" if self.bad else "all can be read"
+        or_warned = ", or decode with a warning" if self.check == "strict" else ""
+        told = f"{len(self.bad)} can't be read{or_warned}" if self.bad else "all can be read"
         return f"{self.files} images, {what} in {self.seconds:.1f} s{rate}: {told}"
 
     def __str__(self) -> str:
@@ -84,6 +86,8 @@ def check_images(
       files are those it was made for; packing has read the images.
     * "whole": every image is decoded as loaders do it, in threads; packed ones are compared with the checksums in their
       index too. Arrays are read.
+    * "strict": as "whole", and JPEGs that decode with a warning of libjpeg's count as bad, though loaders take them. They are
+      decoded twice. What C code writes to stderr meanwhile is lost.
 
     Args:
         path: As :func:`~fastmerge.data.loading.image_loaders`.
@@ -99,7 +103,7 @@ def check_images(
     Raises:
         FileNotFoundError, ValueError: As :func:`~fastmerge.data.trees.find_trees`; and for arrays that can't be read.
         BadImageError: A file can't be read; the message says how many others, and names some.
-        ImportError: Images are to be decoded, and Pillow is not installed.
+        ImportError: Images are to be decoded, and Pillow is not installed; or for "strict", torchvision isn't.
     """
     path = Path(path)
     if find_cifar(path) or not path.is_dir():
@@ -116,8 +120,8 @@ def check_images(
         raise ImportError("decoding images needs Pillow: pip install pillow")
     bad: dict[str, str] = {}
     done, started = 0, time.perf_counter()
-    for tree in trees:
-        for count, found in _check(tree.files, check, workers or cores()):
+    with contextlib.closing(_check_all([tree.files for tree in trees], check, workers or cores())) as parts:
+        for count, found in parts:
             bad |= found
             done += count
             if tell is not None:
@@ -159,13 +163,36 @@ def _arrays(path: Path, on_bad_image: OnBadImage, tell: Tell | None) -> CheckedI
     return CheckedImages(count, bad, check="whole", seconds=time.perf_counter() - started, remark=remark)
 
 
-def _check(files: Sequence[str], check: Check, workers: int) -> Iterator[tuple[int, dict[str, str]]]:
-    """By parts, how many files it has and which can't be read, in their order."""
-    read: Callable[[str], object]
+def _check_all(
+    splits: list[Sequence[str]], check: Check, workers: int
+) -> Generator[tuple[int, dict[str, str]], None, None]:
+    """By parts, how many files were read and which can't be read."""
     if check == "headers":
-        read, part, threads = check_header, _CHUNK, _THREADS * cores()
-    else:
-        read, part, threads = read_image, _DECODED, workers
+        for files in splits:
+            yield from _check(files, check_header, _CHUNK, _THREADS * cores())
+        return
+    if check == "whole":
+        for files in splits:
+            yield from _check(files, read_image, _DECODED, workers)
+        return
+    with jpeg_warnings() as warnings:
+        suspects: list[str] = []
+
+        def read(file: str) -> None:
+            read_image(file)
+            if warnings.may_be_of(file):
+                suspects.append(file)
+
+        for files in splits:
+            yield from _check(files, read, _DECODED, workers)
+        said = {file: warnings.of(file) for file in sorted(suspects)}
+        yield 0, {file: f"it decodes, and libjpeg warns: {text}" for file, text in said.items() if text}
+
+
+def _check(
+    files: Sequence[str], read: Callable[[str], object], part: int, threads: int
+) -> Generator[tuple[int, dict[str, str]], None, None]:
+    """As :func:`_check_all`, of one split, in the order of the files."""
 
     def bad_ones(start: int) -> tuple[int, dict[str, str]]:
         here = files[start : start + part]
