@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,28 +24,29 @@ PRELOADED = ["gloo", "ddp_merge", "ddp_recipe", "synced_shares"]
 
 def together(size: int, work: Callable[..., Any], *arguments: Any, missing: int = 0) -> dict[int, Any]:
     """What processes bring back, by rank: ``work(rank, size, *arguments)``; so many of them may bring nothing."""
-    with forkserver(PRELOADED) as context:
-        results, port = context.Queue(), _free_port()
+    with forkserver(PRELOADED) as context, tempfile.TemporaryDirectory() as folder:
+        results, meeting = context.Queue(), f"file://{folder}/meeting"  # a port that is free now may not be so later
         processes = [
-            context.Process(target=_process, args=(rank, size, port, results, work, arguments)) for rank in range(size)
+            context.Process(target=_process, args=(rank, size, meeting, results, work, arguments))
+            for rank in range(size)
         ]
         for each in processes:
             each.start()
-    try:
-        return dict(results.get(timeout=240) for _ in range(size - missing))
-    finally:
-        for each in processes:
-            each.join(20)
-            each.kill()
+        try:
+            return dict(results.get(timeout=240) for _ in range(size - missing))
+        finally:
+            for each in processes:
+                each.join(20)
+                each.kill()
 
 
 def _process(
-    rank: int, size: int, port: int, results: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int, size: int, meeting: str, results: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in places.items()})
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     try:
         results.put((rank, work(rank, size, *arguments)))
     except BaseException as error:
@@ -77,9 +78,3 @@ def counted(rank: int, size: int, words: Sequence[str]) -> tuple[int, str, str, 
         return (*command(rank, size, words), samples)
     finally:
         Tally.score = score  # type: ignore[method-assign]
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -51,10 +49,9 @@ def train(model: torch.nn.Module, big: fastmerge.BigStudent, x: Tensor, y: Tenso
     return [*(p.grad for p in big.parameters()), *(p.detach() for p in big.parameters())]
 
 
-def worker(rank: int, port: int, linked: bool, path: str) -> None:
+def worker(rank: int, linked: bool, path: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
     try:
         big = merge(linked)
         x, y = (part.chunk(2)[rank] for part in batch())
@@ -70,17 +67,11 @@ def worker(rank: int, port: int, linked: bool, path: str) -> None:
         dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.mark.parametrize("linked", [False, True], ids=["unlinked", "linked"])
 def test_two_processes_are_one(linked: bool, tmp_path: Path) -> None:
     big = merge(linked)
     expected = train(big, big, *batch())
-    mp.spawn(worker, args=(free_port(), linked, str(tmp_path)), nprocs=2)
+    mp.spawn(worker, args=(linked, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for a, b, e in zip(first["result"], second["result"], expected, strict=True):
         assert torch.equal(a, b)
