@@ -29,14 +29,15 @@ class SyncedBatchNorm(TorchFunctionMode):
 
     Args:
         group: of processes; None is all.
+        without_gradients: Whether it meets calls without gradients, too. In scoring, processes may have unequally many.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, without_gradients: bool = False) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.without_gradients = group, without_gradients
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is F.batch_norm:
+        if func is F.batch_norm and (self.without_gradients or torch.is_grad_enabled()):
             return _batch_norm(self.group, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -53,7 +54,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As :func:`torch.nn.functional.batch_norm`, in its names, but for the statistics of a training batch."""
-    if not (training and torch.is_grad_enabled()):  # scoring: processes may have unequally many batches
+    if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, mean, var, count = _Synced.apply(input, weight, bias, eps, group)
     if running_mean is not None and running_var is not None:

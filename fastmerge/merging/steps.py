@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -60,11 +60,22 @@ class Steps:
             return
         model = self.processes.wrap(network)
         step = partial(self._eager, network, model, optimizers, lam)
-        if self.processes.size == 1 or not self.execution.sync_batch_norm:
+        if not self.syncs:
             yield step
             return
         with SyncedBatchNorm(self.processes.group), _plain_norms(network):
             yield step
+
+    def recalibration(self) -> AbstractContextManager[Any]:
+        """Within this context BatchNorms that are estimated anew take their statistics as in training."""
+        if not self.syncs:
+            return nullcontext()
+        return SyncedBatchNorm(self.processes.group, without_gradients=True)
+
+    @property
+    def syncs(self) -> bool:
+        """Whether BatchNorm takes its statistics over the batches of several processes."""
+        return self.processes.size > 1 and self.execution.sync_batch_norm
 
     def end_stage(self) -> None:
         """Lets go of what was made for a stage's network."""

@@ -16,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate
 from fastmerge.history import EpochRecord, History, Score, Stage
+from fastmerge.merging.divergence import blame_scoring, blame_training
 from fastmerge.merging.execution import Execution
 from fastmerge.merging.gate_report import open_probabilities
 from fastmerge.merging.progress import Progress
@@ -83,10 +84,10 @@ class Trainer:
             self.history.borders[border] = self._evaluate(network, f"of {border}") if known is None else known
 
     def recalibrate(self, network: nn.Module) -> None:
-        """Estimates BatchNorm's statistics anew on some training samples; several processes take the first one's."""
+        """Estimates BatchNorm's statistics anew on some training samples; of several processes that don't sync, the first's."""
         if not has_statistics(network):
             return
-        with self.state.aside(), self.setting.precision():
+        with self.state.aside(), self.setting.precision(), self._run.recalibration(), self.processes.watched():
             recalibrate(network, self._samples(ENOUGH_SAMPLES))
         self.processes.share_buffers(network)
 
@@ -133,7 +134,7 @@ class Trainer:
                 try:
                     self._train(network, optimizers, lam, tally)
                 except NotFiniteError as error:
-                    blame = self._blame(stage, epoch, lr, *error.args)
+                    blame = blame_training(error, stage, epoch, lr, self.setting.autocast)
                     raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
                 random = random_states(self.setting.device)
                 score = tally.score(self.processes)
@@ -186,11 +187,13 @@ class Trainer:
             yield step
 
     def _samples(self, count: int) -> Iterator[Any]:
-        """Batches of so many training samples, or of all there are."""
+        """Batches of so many training samples, or of all there are; processes that sync read so many together."""
+        sharing = self.processes.size if self._run.syncs else 1
         for inputs, target in self.setting.batches(self.train_loader):
             yield inputs, target
-            count -= len(inputs[0])
-            if count <= 0:
+            count -= sharing * len(inputs[0])
+            (left,) = self.processes.most(count) if self._run.syncs else (count,)
+            if left <= 0:
                 return
 
     def _pause(self, tally: Tally) -> None:
@@ -231,16 +234,8 @@ class Trainer:
         try:
             return self._run.compiler.run(lambda: evaluate(network, loader, setting, after_step, processes))
         except NotFiniteError as error:
-            batch, _, value = error.args
-            causes = ["look for NaN or Inf in the validation data"]
-            if setting.autocast is torch.float16:
-                causes.append("float16 may have overflowed: try autocast=torch.bfloat16")
-            if lr is not None:
-                causes.append(f"the learning rate {lr:g} may be too high")
-            raise FloatingPointError(
-                f"the validation loss {whose} became {value} in batch {batch}; {', or '.join(causes)}"
-                f"{self.state.whereabouts()}"
-            ) from None
+            blame = blame_scoring(error, whose, lr, setting.autocast)
+            raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
 
     @contextmanager
     def _whereabouts(self) -> Iterator[None]:
@@ -249,13 +244,3 @@ class Trainer:
             yield
         except ProcessLostError as error:
             raise ProcessLostError(f"{error}{self.state.whereabouts()}") from error
-
-    def _blame(self, stage: Stage, epoch: int, lr: float, step: int, loss: str, value: float) -> str:
-        where = f"the {loss.replace('_', ' ')} became {value} in step {step} of epoch {epoch} of the {stage} stage"
-        if loss == "gate_loss":
-            return f"{where}; the gates were thrown too far: try a lower gate_lr or lam_step"
-        if self.setting.autocast is torch.float16:
-            return f"{where}; float16 may have overflowed: try autocast=torch.bfloat16, or a learning rate below {lr:g}"
-        if step == epoch == 1:
-            return f"{where}, its first; look for NaN or Inf in the data, or for training-mode layers that give them"
-        return f"{where}; the learning rate {lr:g} is likely too high, or a batch holds NaN or Inf"
