@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -198,9 +199,15 @@ def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | Path) ->
     Args:
         weights: The network, or its state dict.
         path: The file; its directory is made if missing.
+
+    Raises:
+        OSError: It can't be written; a file that was there before stays.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     # clone() keeps a channels-last layout, which safetensors refuses.
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error

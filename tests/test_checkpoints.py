@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastmerge.checkpoints import build_network, load_weights, read_weights, save_weights
+from full_disk import files_of_at_most
 
 
 def network(classes: int = 3, width: int = 4) -> nn.Sequential:
@@ -62,6 +63,14 @@ def test_saving_writes_shared_and_channels_last_tensors_in_full(tmp_path):
     strided = network().to(memory_format=torch.channels_last)
     save_weights(strided.state_dict(), tmp_path / "strided.safetensors")
     assert torch.equal(load_file(tmp_path / "strided.safetensors")["0.weight"], strided[0].weight)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    save_weights({"a": torch.ones(3)}, tmp_path / "w.safetensors")
+    with files_of_at_most(200), pytest.raises(OSError, match=r"could not write .*w.safetensors: .*File too large"):
+        save_weights({"a": torch.zeros(1000)}, tmp_path / "w.safetensors")
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["a"], torch.ones(3))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from fastmerge import merge
 from fastmerge.evaluation import Tally
 from fastmerge.resuming.snapshots import Snapshots, read_snapshot
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
+from full_disk import files_of_at_most
 from killed_merge import run, run_until
 from killing import assert_killed
 
@@ -228,6 +229,18 @@ def test_a_full_disk_costs_no_checkpoint(interrupted, tmp_path, monkeypatch, cal
     monkeypatch.setattr(call, full)
     with pytest.warns(UserWarning, match=rf"could not write .*No space left on device.*{max(before)}, stays"):
         snapshots.save({"weight": torch.zeros(3)})
+    assert {path.name: path.read_bytes() for path in snapshots.directory.iterdir()} == before
+
+
+def test_a_checkpoint_that_fits_in_part_leaves_nothing(interrupted, tmp_path):
+    shutil.copytree(interrupted[0], tmp_path / "copy")
+    snapshots = Snapshots(tmp_path / "copy", {})
+    before = {path.name: path.read_bytes() for path in snapshots.directory.iterdir()}
+    with (
+        files_of_at_most(50_000),
+        pytest.warns(UserWarning, match=rf"could not write .*File too large.*{max(before)}, stays"),
+    ):
+        snapshots.save({"weight": torch.zeros(100_000)})
     assert {path.name: path.read_bytes() for path in snapshots.directory.iterdir()} == before
 
 

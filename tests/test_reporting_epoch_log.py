@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,18 +10,8 @@ import pytest
 import fastmerge.reporting.epoch_log as module
 from fastmerge.cli import main
 from fastmerge.reporting.epoch_log import EpochLog
+from full_disk import files_of_at_most
 from test_cli_merge import arguments, place  # noqa: F401 (a fixture)
-
-
-@contextmanager
-def files_of_at_most(nbytes: int) -> Iterator[None]:
-    """Within this context a file can't grow beyond a size: what fits is written, then an OSError comes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def epochs_in(path: Path) -> list[int]:
