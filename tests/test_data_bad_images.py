@@ -89,7 +89,7 @@ def _until_bad(loader):
 
 def test_training_goes_on_around_bad_images(tree, loader):
     bad = [spoil(tree / "train" / "cat" / f"{number:03}.jpg", kind) for number, kind in enumerate(KINDS)]
-    train = make(tree, loader).train
+    train = make(tree, loader, batch_size=11).train  # of which more than one is left each time
     with pytest.warns(BadImageWarning) as caught:
         seen = [labels(train) for _ in range(3)]
     assert len(caught) == len(bad)
@@ -116,6 +116,29 @@ def test_a_batch_of_bad_images_alone_is_left_out(tree, loader):
     loaders = make(tree, loader)
     with pytest.warns(BadImageWarning):
         assert [len(targets) for _, targets in loaders.val] == [4, 4, 4, 3]
+
+
+@pytest.mark.parametrize("name", ["dali", "torch", "device"])
+def test_a_single_image_that_is_left_of_a_batch_is_not_trained_on(tree, name):
+    """BatchNorm could not; to score it is another matter."""
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    for split, number in (("train", 0), ("val", 0)):
+        spoil(tree / split / "ant" / f"{number:03}.jpg", "text")
+
+    def sizes() -> list[list[int]]:
+        loaders = make(tree, name, augmentation="small", image_size=8, batch_size=2)
+        of_two = loaders.again(2, 0, 0, 2)  # processes, which meet in every step
+        return [
+            [len(targets) for _, targets in each] for each in (loaders.train, loaders.val, of_two.train, of_two.train)
+        ]
+
+    with pytest.warns(BadImageWarning):
+        train, val, *of_two = sizes()
+    assert train == [2] * 10
+    assert val == [1, *[2] * 8, 1]
+    assert [len(each) for each in of_two] == [5, 5]
+    assert any(1 in each for each in of_two)
 
 
 def test_a_step_that_other_ranks_wait_for_is_not_left_out(tree, loader):

@@ -115,10 +115,9 @@ class DaliLoader(EpochLoader):
         """What DALI calls when it has room for another batch."""
         while self._waiting:
             samples = self._repair.left(self._waiting.pop())
-            if len(samples):
+            if not self.batches.leaves_out(len(samples)):
                 self._under_way.append(samples)
                 return self.graph.feed(self._repair.sources(samples), self.batches.seed, self._epoch, samples)
-            self.batches.check_left_out()
         raise StopIteration
 
     def _images(self, output: Any) -> Tensor:

@@ -102,6 +102,4 @@ class DeviceLoader(EpochLoader):
         if self.good is None:
             return parts
         left = [part[self.good[part]] for part in parts]
-        if not all(map(len, left)):
-            self.batches.check_left_out()
-        return [part for part in left if len(part)]
+        return [part for part in left if not self.batches.leaves_out(len(part))]

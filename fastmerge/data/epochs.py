@@ -76,16 +76,23 @@ class Batches:
         mine = whole[self.shard :: self.shards][: self.shard_samples]
         return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
 
-    def check_left_out(self) -> None:
-        """Called where every image of a batch was unreadable, so that the batch is left out.
+    def leaves_out(self, left: int) -> bool:
+        """Whether a batch is left out, of which so many images can be read: none, or a single one in training.
+
+        Of several shards, each has to give an image for each step.
 
         Raises:
-            EmptyBatchError: Other processes would wait for this one's step.
+            EmptyBatchError: It has none, and other processes would wait for this one's step.
         """
-        if self.training and self.shards > 1:
+        if left > 1 or not self.training:
+            return left == 0
+        if self.shards == 1:
+            return left == 0 or (self.batch_size > 1 and self.shard_samples > 1)
+        if left == 0:
             raise EmptyBatchError(
                 "no image of a batch can be read; with several shards, each step needs one in each shard"
             )
+        return False
 
 
 class EpochLoader(ABC):

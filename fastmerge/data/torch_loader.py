@@ -112,8 +112,7 @@ class TorchLoader(EpochLoader):
         for images, samples, bad in self._loader:
             for file, reason in bad.items():
                 self.bad_images.report(file, reason)
-            if not len(samples):
-                self.batches.check_left_out()
+            if self.batches.leaves_out(len(samples)):
                 continue
             labels = self.labels[samples].to(device, non_blocking=True)
             yield self.finish(self._change(images.to(device, non_blocking=True), samples.numpy(), epoch)), labels
