@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import ablation_stacked, ablations
-from benchmarks.ablation_report import base_of, load, page, paired, section
+from benchmarks.ablation_report import base_of, load, overview, page, paired, section
 from benchmarks.ablation_stacked import StackedAblation
 from benchmarks.ablation_variants import BASE, OneDrawPerBatch, fold_gates, foldable_groups, rescale_head, variants
 from fastmerge import BigStudent
@@ -198,6 +198,12 @@ def test_clear_differences_are_bold() -> None:
     assert "**+0.2200 ± 0.0115**" in text  # to the run whose big students it shares
     assert "0.40–0.50" in text
     assert "9 training samples in batches of 4; the teachers" in text
+    short = overview([results, {**results, "config": results["config"] | {"epochs": 1200}}])
+    (worse,) = (line for line in short.splitlines() if line.startswith("| worse"))
+    assert worse.count("**-0.0950 ± 0.0029**") == 2  # as in the sections
+    assert "tiny, 6 epochs" in short
+    assert "tiny, 1,200 epochs" in short
+    assert f"| {BASE}" not in short
     results["config"]["autocast"] = "bfloat16"
     assert "in batches of 4, bfloat16; the teachers" in section(results)
 
