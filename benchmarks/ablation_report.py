@@ -33,10 +33,10 @@ _SHORT = "What each choice changes of the student after fine-tuning."
 _DEFAULTS = """\
 **Defaults.** Where no choice is clearly better than the paper's in more than one recipe, the paper's stays: linked from the
 start, λ, a draw for every sample, the head and the weights as compression gives them, no early compaction (which is there to
-save time). Two defaults are others. Gates learn faster in a short stage (`gate_lr` is fitted to its steps), which is not
-worse anywhere and lets gates open or close for good. BatchNorm's statistics are estimated anew at compression: fine-tuning
-does that anyway, so that it changes nothing after it, but straight after compression it makes up for most of what
-compression costs (*compressed* below). `--paper` takes neither."""
+save time). Two defaults are others. Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open
+or close for good: clearly better on digits, elsewhere as good as chance can tell. BatchNorm's statistics are estimated anew
+at compression: fine-tuning does that anyway, so that it changes nothing after it, but straight after compression it makes up
+for what compression costs (*compressed* below). `--paper` takes neither."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
