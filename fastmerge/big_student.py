@@ -148,7 +148,9 @@ class BigStudent(GatedNetwork):
     def compress(self, optimizer: Optimizer | None = None, *, in_place: bool = False) -> Any:
         """Keeps the n most open candidates of every group and drops the gates.
 
-        The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0.
+        The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0. Its BatchNorms
+        have this network's statistics, of inputs that all gates let through: before fine-tuning, and where there is none,
+        :func:`fastmerge.recalibrate` estimates them anew.
 
         Args:
             optimizer: an optimizer of this network's parameters; it is pointed at the student's parameters, with its state
