@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.recipes import RECIPES
+from fastmerge.training.job_bar import Shown
 from fastmerge.training.jobs import Job, Outcome
 from fastmerge.training.scores import Curves
 from fastmerge.training.workers import run_jobs
@@ -56,8 +59,17 @@ def test_outcomes_come_in_the_order_of_the_jobs(workers, capfd):
     assert torch.get_num_threads() == threads
     printed = capfd.readouterr().err
     assert "27/27" in printed.replace("162/162", "27/27") or "100%" in printed
-    assert "long run" in printed
+    assert re.search(r"one: long run 12/12, (\d+ samples/s, )?[\d.]+ GiB", printed)
     assert not multiprocessing.active_children()
+
+
+def test_the_bar_counts_the_samples_of_all_networks_and_the_memory_of_all_processes():
+    bar = SimpleNamespace(format_dict={"rate": None})
+    shown = Shown(bar, 1000)
+    shown.memory = {1: 2**30, 2: 2**29}
+    assert shown.figures() == ", 1.50 GiB"
+    bar.format_dict["rate"] = 2.5  # epochs of single networks a second
+    assert shown.figures() == ", 2500 samples/s, 1.50 GiB"
 
 
 def test_an_error_arrives_and_the_other_process_ends():

@@ -16,6 +16,7 @@ from fastmerge.data.decoding import OnBadImage
 from fastmerge.environment import environment
 from fastmerge.processes import Processes
 from fastmerge.resuming.stop_requests import StopRequests
+from fastmerge.training.job_bar import Note
 from fastmerge.training.job_state import JobState
 from fastmerge.training.jobs import Job, Outcome, Reporter
 from fastmerge.training.plain_strategies import best_of_three, one
@@ -23,7 +24,7 @@ from fastmerge.training.recipe import Recipe
 from fastmerge.training.run_files import write_run
 from fastmerge.training.seeds import seed_for
 from fastmerge.training.student_strategy import student
-from fastmerge.training.workers import Note, run_jobs
+from fastmerge.training.workers import run_jobs
 
 # In the order of their cost, so that processes that share the jobs end together.
 _RUN: dict[str, Callable[[Job, Dataset, Reporter, JobState], Outcome]] = {

@@ -13,8 +13,7 @@ import pickle
 import signal
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -23,7 +22,9 @@ import torch
 from tqdm import tqdm
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.merging.progress import peak_memory
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
+from fastmerge.training.job_bar import JobBar, Note, Shown
 from fastmerge.training.jobs import Job, Outcome, Reporter
 
 
@@ -32,8 +33,6 @@ class Run(Protocol):
 
     def __call__(self, job: Job, data: Dataset, reporter: Reporter) -> Outcome: ...
 
-
-Note = Callable[[dict[str, Any]], None]
 
 _GRACE = 5  # seconds for processes to end by themselves after an error
 _GRACE_TO_SAVE = 60  # and after an interrupt, which they meet between epochs
@@ -62,34 +61,13 @@ def run_jobs(
     total = sum(job.recipe.epochs * len(job.replicates) for job in jobs)
     hidden = None if progress is None else not progress
     with tqdm(total=total, disable=hidden, unit="epoch", smoothing=0.05, dynamic_ncols=True) as bar:
+        shown = Shown(bar, len(data.train_inputs))
         if min(workers, len(jobs)) > 1 and all(job.device.type == "cpu" for job in jobs):
-            return _in_processes(run, jobs, data, min(workers, len(jobs)), bar, note)
-        return [_in_this_process(run, job, data, _Bar(job, bar, note)) for job in jobs]
+            return _in_processes(run, jobs, data, min(workers, len(jobs)), shown, note)
+        return [_in_this_process(run, job, data, JobBar(job, shown, note)) for job in jobs]
 
 
-class _Bar:
-    """Shows a job's epochs on a bar."""
-
-    def __init__(self, job: Job, bar: Any, note: Note | None = None) -> None:
-        self.job, self.bar, self.note = job, bar, note
-
-    def epoch(self, stage: str, done: int, total: int, weight: int, values: dict[str, Any] | None = None) -> None:
-        self.bar.set_postfix_str(f"{self.job.strategy}: {stage} {done}/{total}", refresh=False)
-        self.bar.update(weight)
-        if values is not None and self.note is not None:
-            self.note(values)
-
-    def skip(self, stage: str, weight: int) -> None:
-        if not self.bar.disable:
-            self.bar.initial += weight  # the time left follows from what is done now
-        self.bar.update(weight)
-
-    def warn(self, message: str) -> None:
-        with self.bar.external_write_mode():
-            warnings.warn(f"{self.job.recipe.name}, {message}", stacklevel=2)
-
-
-def _in_this_process(run: Run, job: Job, data: Dataset, bar: _Bar) -> Outcome:
+def _in_this_process(run: Run, job: Job, data: Dataset, bar: JobBar) -> Outcome:
     devices = [job.device] if job.device.type == "cuda" else []
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=devices):
@@ -101,7 +79,7 @@ def _in_this_process(run: Run, job: Job, data: Dataset, bar: _Bar) -> Outcome:
 
 
 def _in_processes(
-    run: Run, jobs: Sequence[Job], data: Dataset, workers: int, bar: Any, note: Note | None
+    run: Run, jobs: Sequence[Job], data: Dataset, workers: int, shown: Shown, note: Note | None
 ) -> list[Outcome]:
     context = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
     waiting = list(enumerate(jobs))
@@ -128,11 +106,12 @@ def _in_processes(
                     if message[0] == "outcome":
                         outcomes[index] = pickle.loads(message[1])
                         process.join()
+                        shown.memory.pop(process.pid or 0, None)
                         del running[connection]
                     elif message[0] == "error":
                         raise message[1]
                     else:
-                        getattr(_Bar(jobs[index], bar, note), message[0])(*message[1:])
+                        getattr(JobBar(jobs[index], shown, note), message[0])(*message[1:])
                 stop.raise_if_any()
         except Interrupted:
             grace = _GRACE_TO_SAVE
@@ -201,7 +180,7 @@ class _Messages:
         self.connection = connection
 
     def epoch(self, *values: Any) -> None:
-        self.connection.send(("epoch", *values))
+        self.connection.send(("tell", os.getpid(), peak_memory(), *values))
 
     def skip(self, *values: Any) -> None:
         self.connection.send(("skip", *values))
