@@ -69,6 +69,8 @@ def test_a_bad_image_is_named_by_the_process_that_reads_it(tree: Path, tmp_path:
     assert "val/ant/001.jpg can't be read as an image" in done[1][2]
     assert done[0][0] == 1
     assert "process 0 of 2 lost another one" in done[0][2]
+    assert done[0][2].endswith(f"; go on with: fastmerge merge --out {tmp_path / 'out'} --resume\n")
+    assert "go on with" not in done[1][2]
 
 
 def test_other_bad_input_is_told_by_one_process(tree: Path, tmp_path: Path) -> None:

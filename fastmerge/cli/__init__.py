@@ -44,16 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
     except KeyboardInterrupt as error:
         if is_first:
-            resume = continuing.how_to_go_on(options)
-            print(f"fastmerge: interrupted{f'; go on with: {resume}' if resume else ''}", file=sys.stderr)
+            print(f"fastmerge: interrupted{continuing.how_to_go_on(options)}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except _BAD_INPUT + _FAILED as error:
         if getattr(options, "debug", False):
             traceback.print_exc()
-        elif is_first_here or isinstance(
-            error, _OF_ONE_PROCESS
-        ):  # other bad input is bad in all processes of a machine
-            print(f"fastmerge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        elif is_first_here or isinstance(error, _OF_ONE_PROCESS):  # other input is bad in all processes of a machine
+            lost = is_first and isinstance(error, ProcessLostError)
+            then = continuing.how_to_go_on(options) if lost else ""
+            print(f"fastmerge: error: {' '.join(str(error).split())}{then}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED) else 2
     return status or 0
 

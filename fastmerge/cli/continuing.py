@@ -163,13 +163,13 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in options.table if name == "device" or name not in _FREE}
 
 
-def how_to_go_on(options: argparse.Namespace) -> str | None:
-    """The command that goes on with an interrupted run, or None where there is nothing to go on with."""
+def how_to_go_on(options: argparse.Namespace) -> str:
+    """The command that goes on with an interrupted run, as the end of a sentence; empty where there is none."""
     if not hasattr(options, "words") or not (options.out / _COMMAND).is_file():
-        return None
+        return ""
     several = os.environ.get("LOCAL_WORLD_SIZE", "1")
     program = "fastmerge" if several == "1" else f"torchrun --nproc-per-node {several} -m fastmerge"
-    return f"{program} {options.words[0]} --out {shlex.quote(str(options.out))} --resume"
+    return f"; go on with: {program} {options.words[0]} --out {shlex.quote(str(options.out))} --resume"
 
 
 def _note(options: argparse.Namespace, finished: bool) -> None:
