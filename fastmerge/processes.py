@@ -69,6 +69,10 @@ class Processes:
             dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def joined(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The entries of all processes' dictionaries in one, sorted."""
+        return dict(sorted(entry for each in self.gather(values) for entry in each.items()))
+
     def from_first(self, value: Any) -> Any:
         """What the first process has."""
         if self.size == 1:

@@ -73,6 +73,19 @@ def test_a_bad_image_is_named_by_the_process_that_reads_it(tree: Path, tmp_path:
     assert "go on with" not in done[1][2]
 
 
+@pytest.mark.filterwarnings("always::fastmerge.data.decoding.BadImageWarning")
+def test_bad_images_of_all_processes_stand_in_the_history(tree: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "tree"
+    shutil.copytree(tree, broken)
+    files = [str(spoil(broken / "val" / "ant" / f"00{number}.jpg", "text")) for number in (0, 1)]  # one of each process
+    done = together(2, command, [*words(broken, tmp_path / "out", "torch"), "--on-bad-image", "skip"])
+    assert [done[rank][0] for rank in (0, 1)] == [0, 0], done
+    assert [f"{file} can't be read" in done[rank][2] for rank, file in enumerate(files)] == [True, True]
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert list(history["left_out"]) == files
+    assert history["config"]["images_left_out"] == 2
+
+
 def test_other_bad_input_is_told_by_one_process(tree: Path, tmp_path: Path) -> None:
     done = together(2, command, [*words(tree, tmp_path / "out", "torch"), "--batch-size", "3"])
     assert [status for status, _, _ in done.values()] == [2, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -221,6 +222,9 @@ def test_a_run_says_which_file_and_stops_or_goes_on(thousand, loader, tmp_path, 
     error = capsys.readouterr().err
     assert f"loader {loader.split()[0]}: 1004 image files are decoded" in error
     assert all(f"{thousand / name} can't be read as an image and is left out: " in error for name in BAD)
+    results = json.loads((tmp_path / "goes on" / "results.json").read_text())
+    assert list(results["left_out"]) == [str(thousand / name) for name in BAD]
+    assert "- images_left_out: 2" in (tmp_path / "goes on" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -192,11 +192,14 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
             **dataclasses.asdict(execution(options)),
             **chosen,
         )
+    left_out = processes.joined(loaders.bad_images.found)
     if not processes.is_first:
         return
     save_weights(student, options.out / "student.safetensors")
     config = continuing.config(options) | {"device": device, "processes": processes.size}
-    write_json(options.out / "history.json", history.to_dict() | {"config": config, "environment": environment()})
+    config |= {"images_left_out": len(left_out)} if left_out else {}
+    more = {"left_out": left_out, "config": config, "environment": environment()}
+    write_json(options.out / "history.json", history.to_dict() | more)
     print(write_report(options.out))
     print(f"\nstudent.safetensors, history.json, log.jsonl, report.md and plots in {options.out}")
     continuing.finish(options)

@@ -103,6 +103,7 @@ def run(
         ]
         if not any(math.isfinite(trained.value) for trained in found[strategy]):
             raise FloatingPointError(f"{recipe.name}: every replicate of {strategy} diverged")
+    left_out = place.processes.joined(sizes.bad_images.found)
     results = {
         "recipe": recipe.name,
         "metric": recipe.metric,
@@ -114,6 +115,7 @@ def run(
             }
             for name, parts in found.items()
         },
+        "left_out": left_out,
         "environment": environment(),
         "config": {
             **scaled.config(),
@@ -125,6 +127,7 @@ def run(
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
             "train_samples": samples[0],
             "test_samples": samples[1],
+            **({"images_left_out": len(left_out)} if left_out else {}),
         },
     }
     if out is not None:
