@@ -20,13 +20,13 @@ from fastmerge.training.recipe import Recipe
 from fastmerge.training.strategies import STRATEGIES, run
 
 
-def tiny_points(path, seed, on_bad_image):
+def tiny_points(path, seed, on_bad_image="raise"):
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(60, 1, generator=generator)
     return Dataset(x[:40], torch.sin(6 * x[:40]), x[40:], torch.sin(6 * x[40:]))
 
 
-def tiny_images(path, seed, on_bad_image):
+def tiny_images(path, seed, on_bad_image="raise"):
     """Images of one bright column each, which is the class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(60) % 4
