@@ -118,6 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
     add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
+    usual = "of pixels in 0..1, as the teachers were trained; default ImageNet's for a tree, else the data's"
+    add("--mean", nargs="+", type=float, metavar="X", help=f"what is subtracted from each channel {usual}")
+    add("--std", nargs="+", type=float, metavar="X", help="what each channel is divided by then")
     add("--loader", choices=("auto", *LOADERS), default="auto", help="what reads images; default fits data and machine")
     add("--workers", type=integer(0), metavar="N", help="threads or processes that decode; default one per core")
     add("--on-bad-image", choices=ON_BAD_IMAGE, default="raise", help="at a file that is no image; default raise")
@@ -160,6 +163,8 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         seed=options.seed or 0,
         workers=options.workers,
         on_bad_image=options.on_bad_image,
+        mean=options.mean,
+        std=options.std,
         shard=processes.rank,
         shards=size,
     )

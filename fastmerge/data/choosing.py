@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ class Choice:
     Attributes:
         batch_size: Of validation and of training.
         shard: Which part, and of how many.
+        normalisation: Mean and standard deviation of each channel, of pixels in 0..1; None is the usual of the data.
     """
 
     batch_size: tuple[int, int]
@@ -43,6 +45,7 @@ class Choice:
     shard: tuple[int, int]
     drop_last: bool
     bad_images: BadImages
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
 
     def batches(self, samples: int, training: bool) -> Batches:
         """Which samples make which batch."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,6 +76,8 @@ def image_loaders(
     drop_last: bool = False,
     val_batch_size: int | None = None,
     on_bad_image: OnBadImage = "raise",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> ImageLoaders:
     """Makes loaders for a data set.
 
@@ -103,6 +107,9 @@ def image_loaders(
         val_batch_size: Images per batch of validation; None is ``batch_size``.
         on_bad_image: What happens at a file that can't be read: "raise", or "skip" to leave it out with a warning. Either
             names it.
+        mean, std: What is subtracted from each channel of pixels in 0..1, and then divided by: those that trained networks
+            were given, as ``torchvision.transforms.Normalize`` takes them. None is ImageNet's for trees, and that of the
+            training images for arrays.
 
     Raises:
         FileNotFoundError: There is nothing at path, or a folder is missing.
@@ -114,7 +121,13 @@ def image_loaders(
     if loader not in ("auto", *LOADERS):
         raise ValueError(f"loader must be 'auto', {', '.join(map(repr, LOADERS))}; got {loader!r}")
     device = _device(device)
+    normalisation = _check_normalisation(mean, std)
     data, usual = _find(Path(path))
+    channels = data.train_images.shape[3] if isinstance(data, ImageArrays) else 3
+    if normalisation is not None and len(normalisation[0]) != channels:
+        raise ValueError(
+            f"the images of {path} have {channels} channels; mean and std have {len(normalisation[0])} numbers"
+        )
     choice = Choice(
         batch_size=(batch_size if val_batch_size is None else val_batch_size, batch_size),
         size=224 if image_size is None else image_size,
@@ -127,6 +140,7 @@ def image_loaders(
         shard=(shard, shards),
         drop_last=drop_last,
         bad_images=BadImages(on_bad_image),
+        normalisation=normalisation,
     )
     if isinstance(data, ImageArrays):
         _check_arrays(path, data, image_size, choice.augmentation)
@@ -134,10 +148,7 @@ def image_loaders(
     else:
         name, why = choose_for_trees(data, loader, choice)
     train, val = make_loaders(data, name, choice)
-    if isinstance(data, ImageArrays):
-        classes, channels = data.classes, data.train_images.shape[3]
-    else:
-        classes, channels = len(data[0].classes), 3
+    classes = data.classes if isinstance(data, ImageArrays) else len(data[0].classes)
     return ImageLoaders(train, val, classes, channels, name, f"loader {name}: {why}", choice.bad_images)
 
 
@@ -147,6 +158,18 @@ def _device(given: torch.device | str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"loaders can't use device {given}: {str(error).splitlines()[0]}") from error
+
+
+def _check_normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float], Sequence[float]] | None:
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None or len(mean) != len(std):
+        raise ValueError(f"mean and std go together, a number for each channel; got mean={mean}, std={std}")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"mean and std must be finite, and std above 0; got mean={mean}, std={std}")
+    return mean, std
 
 
 def _find(path: Path) -> tuple[Data, str]:

@@ -23,17 +23,25 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def make_loaders(data: Data, name: Loader, choice: Choice) -> tuple[EpochLoader, EpochLoader]:
-    """The loaders of training and validation; trees are normalised as ImageNet, arrays by their training images."""
+    """The loaders of training and validation; trees are usually normalised as ImageNet, arrays by their training images."""
+    mean, std = _normalisation(data, choice)
     if isinstance(data, ImageArrays):
-        finish = _finish(*channel_statistics(data.train_images), choice)
+        finish = _finish(mean, std, choice)
         make_array = _device_loader if name == "device" else _array_loader
         return (
             make_array(data.train_images, data.train_labels, True, finish, choice),
             make_array(data.test_images, data.test_labels, False, finish, choice),
         )
-    mean, std = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
     make = {"dali": _dali_loader, "device": _decoded_loader, "torch": _tree_loader}[name]
     return make(data[0], True, mean, std, choice), make(data[1], False, mean, std, choice)
+
+
+def _normalisation(data: Data, choice: Choice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each channel, of pixels in 0..255."""
+    if choice.normalisation is None and isinstance(data, ImageArrays):
+        return channel_statistics(data.train_images)
+    mean, std = choice.normalisation or (IMAGENET_MEAN, IMAGENET_STD)
+    return 255 * np.array(mean, np.float64), 255 * np.array(std, np.float64)
 
 
 def _finish(mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice) -> Finish:

@@ -11,8 +11,9 @@ def resnet18_imagenet() -> LoaderRecipe:
     """The paper's last experiment: teachers of 20 epochs each, 20 of merging, 90 of fine-tuning.
 
     ``one`` trains for the same 150 epochs, ``bo3`` for 50 each; the paper's figure beside ``bo3`` is that of a network
-    trained for 90. The authors trained with timm, whose SGD has Nesterov's momentum, and with their gates in the weights'
-    optimizer; here gates have an optimizer of their own, without decay, as everywhere.
+    trained for 90. The authors trained with timm: random crops, mirroring and a colour jitter of 0.4, as here. Its SGD has
+    Nesterov's momentum, and their gates were in the weights' optimizer; here gates have an optimizer of their own, without
+    decay, as everywhere.
     """
     return LoaderRecipe(
         name="resnet18-imagenet",
