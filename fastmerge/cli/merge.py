@@ -28,6 +28,7 @@ from fastmerge.checkpoints import TIMM, build_network, load_weights, save_weight
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import add_execution, compact_at, execution, integer, key_value
 from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
+from fastmerge.cli.torchrun import join_processes, leave_processes
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
@@ -39,7 +40,7 @@ from fastmerge.merging import merge
 from fastmerge.merging.checks import check_device
 from fastmerge.merging.estimate import estimate
 from fastmerge.merging.plan import MergePlan
-from fastmerge.processes import Processes, join_processes, leave_processes, share_of
+from fastmerge.processes import Processes, share_of
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write_json

@@ -20,8 +20,9 @@ import torch
 from fastmerge.cli import continuing
 from fastmerge.cli.arguments import add_execution, compact_at, execution, fraction, integer, names
 from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
+from fastmerge.cli.torchrun import join_processes, leave_processes
 from fastmerge.data.loading import LOADERS
-from fastmerge.processes import Processes, join_processes, leave_processes
+from fastmerge.processes import Processes
 from fastmerge.recipes import RECIPES
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
