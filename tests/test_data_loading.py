@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from fastmerge.data import choosing
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, Changes, draw_changes
 from fastmerge.data.colours import colour_maps
+from fastmerge.data.epochs import ReaderLostError
 from fastmerge.data.loading import image_loaders
 from fastmerge.data.making import IMAGENET_MEAN, IMAGENET_STD
 from fastmerge.data.torch_loader import TreeBatches
@@ -289,6 +291,18 @@ def test_workers_give_what_one_process_gives(tree):
         (images, labels), (expected, targets) = whole(together.train), whole(alone.train)
         assert labels.tolist() == targets.tolist()
         assert torch.equal(images, expected)
+
+
+def test_a_worker_that_is_killed_is_said_to_be(tree, monkeypatch):
+    alone = os.getpid()
+
+    def read(self, key):
+        assert os.getpid() != alone
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(TreeBatches, "__getitem__", read)
+    with pytest.raises(ReaderLostError, match=r"images ended: .*; where memory is short, take fewer"):
+        whole(make(tree, "torch", workers=1).train)
 
 
 class Ending:

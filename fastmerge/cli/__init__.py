@@ -16,12 +16,12 @@ import torch
 
 from fastmerge.cli import continuing, data, info, merge, report, run
 from fastmerge.data.decoding import BadImageError
-from fastmerge.data.epochs import EmptyBatchError
+from fastmerge.data.epochs import EmptyBatchError, ReaderLostError
 from fastmerge.processes import ProcessLostError
 from fastmerge.resuming.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
-_FAILED = (FloatingPointError, torch.OutOfMemoryError, ProcessLostError)
+_FAILED = (FloatingPointError, torch.OutOfMemoryError, ProcessLostError, ReaderLostError)
 _OF_ONE_PROCESS = (*_FAILED, BadImageError, EmptyBatchError)  # each reads images of its own
 
 

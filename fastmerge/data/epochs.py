@@ -17,6 +17,10 @@ from fastmerge.data.draws import order
 AnyLoader = TypeVar("AnyLoader", bound="EpochLoader")
 
 
+class ReaderLostError(RuntimeError):
+    """A process that reads images ended."""
+
+
 class EmptyBatchError(ValueError):
     """A step of one of several processes has no image that can be read."""
 

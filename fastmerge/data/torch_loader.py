@@ -18,7 +18,7 @@ from fastmerge.data.colours import jitter_colours
 from fastmerge.data.cutting import read_batch
 from fastmerge.data.decoding import BadImages
 from fastmerge.data.device_loader import Finish
-from fastmerge.data.epochs import Batches, EpochLoader
+from fastmerge.data.epochs import Batches, EpochLoader, ReaderLostError
 
 Key = tuple[int, NDArray[np.int64]]  # an epoch and the samples of a batch
 
@@ -109,13 +109,24 @@ class TorchLoader(EpochLoader):
     def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._keys.epoch = epoch
         device = self.finish.device
-        for images, samples, bad in self._loader:
+        for images, samples, bad in self._batches_of_files():
             for file, reason in bad.items():
                 self.bad_images.report(file, reason)
             if self.batches.leaves_out(len(samples)):
                 continue
             labels = self.labels[samples].to(device, non_blocking=True)
             yield self.finish(self._change(images.to(device, non_blocking=True), samples.numpy(), epoch)), labels
+
+    def _batches_of_files(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ReaderLostError(
+                f"a process that reads images ended: {str(error).splitlines()[0]}; where memory is short, take fewer workers "
+                "or fewer images per batch"
+            ) from error
 
     def _change(self, images: Tensor, samples: NDArray[np.int64], epoch: int) -> Tensor:
         if self.augmentation is None:

@@ -182,14 +182,14 @@ class Trainer:
 
     def _steps(self, tally: Tally) -> Iterator[list[Any]]:
         """The epoch's batches that are left, as many at a time as make a step."""
-        batches = self.setting.batches(self._left(tally))
+        batches = self.setting.batches(self._stoppable(self.state.batches(tally)))
         while step := list(islice(batches, self.accumulate)):
             yield step
 
     def _samples(self, count: int) -> Iterator[Any]:
         """Batches of so many training samples, or of all there are; processes that sync read so many together."""
         sharing = self.processes.size if self._run.syncs else 1
-        for inputs, target in self.setting.batches(self.train_loader):
+        for inputs, target in self.setting.batches(self._stoppable(iter(self.train_loader))):
             yield inputs, target
             count -= sharing * len(inputs[0])
             (left,) = self.processes.most(count) if self._run.syncs else (count,)
@@ -212,9 +212,8 @@ class Trainer:
             tally.read()  # NaN must not get into a checkpoint
             self.state.save(random_states(self.setting.device), tally)
 
-    def _left(self, tally: Tally) -> Iterator[Any]:
-        """The epoch's batches that are left. A loader whose processes died of the same signal counts as interrupted."""
-        batches = self.state.batches(tally)
+    def _stoppable(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches. A loader whose processes died of the same signal counts as interrupted."""
         while True:
             try:
                 batch = next(batches)
