@@ -168,8 +168,8 @@ def test_bytes_that_are_damaged_later_are_named(
         tar.write(bytes(count))
     options = {"image_size": 24, "loader": loader, "workers": 1}
     with pytest.raises(BadImageError, match=r"train-00001.tar/ant/005.jpg can't be read as an image"):
-        list(image_loaders(target, 4, **options).train)
-    loaders = image_loaders(target, 4, on_bad_image="skip", **options)
+        list(image_loaders(target, 5, **options).train)
+    loaders = image_loaders(target, 5, on_bad_image="skip", **options)
     with pytest.warns(BadImageWarning, match=r"train-00001.tar/ant/005.jpg"):
         batches = list(loaders.train)
     assert sum(len(labels) for _, labels in batches) == 9
