@@ -75,11 +75,12 @@ def pack(
                     names = {_name(file, tree.folder): file for file in files}
                     if len(names) < len(files):
                         raise ValueError(f"two images of {tree.folder} would get one name as JPEGs; rename one")
-                    changed = tar.name in known and not np.array_equal(_checksums(tar), known[tar.name])
-                    yield from _tar(tar, names, pool, _UNDER_WAY * workers, size, quality, changed)
+                    before = _checksums(tar) if tar.name in known else None
+                    changed = before is not None and not np.array_equal(before, known[tar.name])
+                    written = yield from _tar(tar, names, pool, _UNDER_WAY * workers, size, quality, changed)
                     tars.append(tar)
                     found.append(_members(tar))
-                    crcs.append(_checksums(tar))
+                    crcs.append(_checksums(tar) if written or before is None else before)
                 _remove_beyond(target, split, len(tars))
                 splits[split] = _places(tars, found, crcs), _labels(tree, found)
         finally:
@@ -95,8 +96,8 @@ def _name(file: str, folder: Path) -> str:
 
 def _tar(
     tar: Path, names: dict[str, str], pool: ThreadPoolExecutor, ahead: int, size: int, quality: int, changed: bool
-) -> Generator[Done, None, None]:
-    """Writes one tar file where it isn't there yet, or its bytes changed since it was written."""
+) -> Generator[Done, None, bool]:
+    """Writes one tar file where it isn't there yet, or its bytes changed since it was written; returns whether it did."""
 
     def shrink(file: str) -> bytes | BadImageError | tuple[bytes, bool]:
         try:
@@ -111,7 +112,7 @@ def _tar(
         if len(bad) == len(missing):
             for name, file in names.items():
                 yield Done(file, "bad", reason=bad[name].reason) if name in bad else Done(file, "there")
-            return
+            return False
     with atomic(tar) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as archive:
         for (name, file), made in zip(names.items(), in_order(pool, shrink, names.values(), ahead), strict=True):
             if isinstance(made, BadImageError):
@@ -124,6 +125,7 @@ def _tar(
             member.size, member.mtime = len(encoded), int(before.st_mtime)
             archive.addfile(member, io.BytesIO(encoded))
             yield Done(file, "copied" if copied else "resized", before.st_size, len(encoded))
+    return True
 
 
 def _missing(tar: Path, names: dict[str, str]) -> list[str] | None:
