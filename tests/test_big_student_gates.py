@@ -87,8 +87,17 @@ class FramesProbe(ConvolutionProbe):
         return first, again
 
 
+class OneBatchSizeProbe(LinearProbe):
+    """Takes batches of one size only."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.relu(self.write(x)).view(N, C)
+        return self.read(hidden), self.read_again(hidden)
+
+
 PROBES = [
     (LinearProbe, (N, 2)),
+    (OneBatchSizeProbe, (N, 2)),
     (LinearProbe, (N, 3, 2)),
     (ConvolutionProbe, (N, 2, 4, 4)),
     (ResidualProbe, (N, 2)),

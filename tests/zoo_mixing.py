@@ -8,17 +8,19 @@ from torch import Tensor, nn
 
 
 class Recurrent(nn.Module):
-    """An LSTM between linear layers: fastmerge knows no rule for it, so it is kept from one teacher as a whole."""
+    """Recurrent layers between linear ones: fastmerge knows no rule for them, so they are kept from one teacher as a whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, *kinds: type[nn.RNNBase]) -> None:
         super().__init__()
         self.embed = nn.Linear(5, 6)
-        self.lstm = nn.LSTM(6, 5, batch_first=True)
-        self.hidden = nn.Linear(5, 6)
+        self.recurrent = nn.ModuleList(kind(6 - k, 5 - k, batch_first=True) for k, kind in enumerate(kinds))
+        self.hidden = nn.Linear(6 - len(kinds), 6)
         self.head = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, _ = self.lstm(torch.tanh(self.embed(x)))
+        x = torch.tanh(self.embed(x))
+        for recurrent in self.recurrent:
+            x, _ = recurrent(x)
         return self.head(F.relu(self.hidden(x[:, -1])))
 
 

@@ -182,3 +182,28 @@ class Denoiser(nn.Module):
         noise = F.relu(self.conv1(x))
         noise = F.relu(self.bn2(self.conv2(noise)))
         return x - self.conv3(noise)
+
+
+class MixedNorms(nn.Module):
+    """BatchNorms of torch.nn added to what other normalisations give: GroupNorm, and a BatchNorm with a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.norm, self.grouped = nn.BatchNorm2d(6), nn.GroupNorm(2, 6)
+        self.own, self.projected = _OwnBatchNorm(6), nn.BatchNorm2d(6)
+        self.projection, self.fc = nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.norm(x) + self.grouped(x))
+        x = F.relu(self.own(self.conv(x)) + self.projected(self.projection(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class _OwnBatchNorm(nn.BatchNorm2d):
+    """With a forward of its own, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, eps=self.eps)

@@ -148,6 +148,21 @@ class PermutedChannels(nn.Module):
         return self.fc(x.flip(1).mean((2, 3)))
 
 
+class MovedInPlace(nn.Module):
+    """Dimensions are moved by operations in place, which have other names for their overloads than those out of place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 5, 3, padding=1)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x).transpose_(2, 3))
+        x = F.relu(self.conv2(x).swapaxes_(2, 3)).mean((2, 3))
+        return self.fc(x.unsqueeze_(1).squeeze_(1))
+
+
 class TiedWeights(nn.Module):
     """Two layers with one weight matrix."""
 

@@ -138,10 +138,17 @@ def _move(run: IdRun, func: Any, args: Any, kwargs: Any) -> Any:
             return run.ids[t]
         return torch.full(t.shape, NO_ID) if t.is_floating_point() else t.cpu()
 
-    overload = func
-    if func.overloadpacket.__name__.endswith("_"):
-        overload = getattr(getattr(torch.ops.aten, func.overloadpacket.__name__[:-1]), func._overloadname)
-    return overload(*tree_map(swap, args), **tree_map(swap, kwargs))
+    return _out_of_place(func)(*tree_map(swap, args), **tree_map(swap, kwargs))
+
+
+def _out_of_place(func: Any) -> Any:
+    """The overload that takes the same arguments and makes a new tensor; ``transpose_.default`` is ``transpose.int``."""
+    name = func.overloadpacket.__name__
+    if not name.endswith("_"):
+        return func
+    packet, types = getattr(torch.ops.aten, name[:-1]), [str(a.type) for a in func._schema.arguments]
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return next(o for o in overloads if [str(a.type) for a in o._schema.arguments] == types)
 
 
 def _unknown(run: IdRun, name: str, known: list[Tensor], out: Any) -> list[Tensor]:

@@ -17,6 +17,9 @@ def find_sample_dims(
 ) -> dict[tuple[str, str], int]:
     """The dimension along which the samples lie, by comparing shapes of two batches of different size.
 
+    Where a network takes no other batch size, such as one that holds the graph that it works on, it is the one dimension,
+    besides the channels', of the batch's size.
+
     Args:
         traced: the network; its buffers change, as it runs in training mode too.
         example_inputs: a batch; all tensors in it have the samples in dimension 0.
@@ -27,14 +30,22 @@ def find_sample_dims(
         holds samples and something else counts, the samples being the slower index.
     """
     larger = tuple(torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in example_inputs)
-    others = find_shapes(traced, larger)
+    others: Shapes | None
+    try:
+        others = find_shapes(traced, larger)
+    except Exception:  # whatever the user's forward raises on a batch of another size
+        others = None
     names, found = parameter_names(traced.root), {}
+    samples = next(x.shape[0] for x in example_inputs if isinstance(x, Tensor))
     for mode, graph in traced.graphs.items():
         for node in graph.nodes:
             call = layer_call(node, traced.root, names)
             if call is not None:
-                read, other = shapes[mode, call.input.name], others[mode, call.input.name]
-                grown = [d for d, size in enumerate(read) if other[d] != size]
-                if len(grown) == 1:
-                    found[mode, node.name] = grown[0]
+                read, channels = shapes[mode, call.input.name], call.geometry.channel_dim
+                if others is None:
+                    dims = [d for d, size in enumerate(read) if size == samples and d != channels % len(read)]
+                else:
+                    dims = [d for d, size in enumerate(read) if others[mode, call.input.name][d] != size]
+                if len(dims) == 1:
+                    found[mode, node.name] = dims[0]
     return found

@@ -36,13 +36,14 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
         lowered: the graph.
         nodes: of the teacher's graph that are normalisations.
     """
-    uses, added = {}, set()
+    uses, wide, added = {}, set(), set()
     for node in nodes:
         name = str(node.target) if node.op == "call_module" else node.name
         module = lowered.network.get_submodule(name) if node.op == "call_module" else None
         if not isinstance(module, WideBatchNorm):
             uses[node] = NormUse(name, reason=_no_kernel(node, module))
             continue
+        wide.add(node)
         pattern = match(lowered, node)
         if pattern.parts:
             added.update(pattern.residual or [])
@@ -51,7 +52,7 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
         else:
             uses[node] = NormUse(name, reason=why_alone(lowered, node))
     for node, use in uses.items():
-        if not use.fused and added.issuperset(lowered.values.get(node, [node])):
+        if node in wide and not use.fused and added.issuperset(lowered.values[node]):
             (call,) = {part.args[0] for part in lowered.values[node]}
             assert isinstance(call, fx.Node)
             call.kwargs = {"activation": "identity"}
