@@ -24,7 +24,7 @@ from fastmerge.kernels.compact import SCRATCH_BYTES, compact, memory_order
 _compaction: Any = None
 _why_missing = ""
 try:
-    from fastmerge import _compaction
+    import fastmerge._compaction as _compaction  # from fastmerge import ... would blame a circular import
 except ImportError as error:
     _why_missing = str(error)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import threading
 import time
 import warnings
 from functools import partial
+from importlib.machinery import PathFinder
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+import fastmerge
 from compaction_paths import check, needs_extension, select
 from extension_stub import check_stub
 from fastmerge import compaction
@@ -40,6 +43,21 @@ def test_without_the_extension_it_says_so_once(monkeypatch: pytest.MonkeyPatch) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compact_(torch.randn(4), torch.tensor([0, 2]))
+
+
+def test_an_extension_that_was_not_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the package is imported for the first time and there is no such file."""
+    monkeypatch.setattr(fastmerge, "__path__", [])
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])  # no editable install's finder
+    monkeypatch.delattr(fastmerge, "_compaction", raising=False)
+    monkeypatch.delitem(sys.modules, "fastmerge._compaction", raising=False)
+    monkeypatch.setattr(fastmerge.__spec__, "_initializing", True, raising=False)
+    spec = importlib.util.spec_from_file_location("compaction_again", compaction.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again._why_missing == "No module named 'fastmerge._compaction'"
 
 
 @needs_extension
