@@ -3,7 +3,7 @@
 A step reads every training image once, resized to 224 pixels: for DALI and DataLoader with torchvision's recipe for ImageNet,
 from files; for the device loader with the shifts of small images, from what it decoded before the clock started. The files
 are made here: noise with as much detail at each scale as photographs have, as JPEGs of 500 x 375, and what ``fastmerge data
-prepare`` makes of them, as a tree and packed. ``FASTMERGE_BENCH_DATA=FOLDER`` takes a tree train/<class>/<image>,
+prepare`` makes of them. ``FASTMERGE_BENCH_DATA=FOLDER`` takes a tree train/<class>/<image>,
 val/<class>/<image> in their place.
 """
 
@@ -132,12 +132,6 @@ def bench_data(
         names.DALI: lambda: reading(tree, "dali", device, cores()),
         names.DEVICE: lambda: reading(tree, "device", device, 0),
     }
-    if files == "prepared":
-        prepare(tree, packed := tmp_path / "packed", on_bad_image="skip", progress=False, packed=True)
-        makers |= {
-            names.DATALOADER_PACKED: lambda: reading(packed, "torch", device, cores()),
-            names.DALI_PACKED: lambda: reading(packed, "dali", device, cores()),
-        }
     if device == "cuda":
         del makers[names.DATALOADER_ALONE], makers[names.DALI_ALONE]
         makers |= {

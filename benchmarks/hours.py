@@ -57,7 +57,7 @@ SCALED = (
 )
 # NVIDIA's data sheet of the H200 SXM: dense bfloat16 on tensor cores, memory, last cache.
 CARD, SHEET = "H200", Ceilings(flops=989e12, bandwidth=4.8e12, cache=50 * 2**20)
-_LOADERS = (names.DALI, names.DALI_PACKED, names.DATALOADER, names.DATALOADER_PACKED)
+_LOADERS = (names.DALI, names.DATALOADER)
 
 
 def tables(runs: dict[str, dict[str, Any]]) -> str:

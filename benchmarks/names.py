@@ -22,6 +22,4 @@ DATALOADER_ALONE = "DataLoader, one process"
 DALI = "DALI"
 DALI_ALONE = "DALI, one thread"
 DEVICE = "on the device"
-DATALOADER_PACKED = "DataLoader, packed"
-DALI_PACKED = "DALI, packed"
 CUDA_ONLY = (GRAPHED, LINKED_GRAPHED)

@@ -15,9 +15,6 @@ import numpy as np
 import pytest
 
 from fastmerge.cli import main
-from fastmerge.data.packed import INDEX
-from fastmerge.data.preparing import prepare
-from fastmerge.data.trees import find_trees
 from image_files import pixels, spoil, write_odd_images, write_tree
 
 Image = pytest.importorskip("PIL.Image")
@@ -61,37 +58,6 @@ def test_each_bad_file_has_a_line_with_the_reason(tree: Path, capsys: pytest.Cap
     assert re.fullmatch(r"40 images, decoded whole in .*: 4 can't be read", total)
 
 
-def test_strictly_jpegs_that_decode_with_a_warning_are_named_too(tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """None of the good ones; what is written to stderr goes there again afterwards."""
-    pytest.importorskip("torchvision")
-    words = ["data", "check", str(tree), "--workers", "2"]
-    assert main([*words, "--strict"]) == 0
-    assert re.fullmatch(GOOD.format(39), capfd.readouterr().out)
-    file = tree / "train" / "ant" / "003.jpg"
-    Image.fromarray(pixels(3, (256, 300))).save(file, quality=90)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2] + whole[len(whole) // 2 + 64 :])  # the last pixels have no bytes left
-    other = spoil(tree / "val" / "ant" / "001.jpg", "middle")
-    assert main(words) == 1  # Pillow fills up the one and says nothing
-    assert [line.partition(": ")[0] for line in capfd.readouterr().out.splitlines()[:-1]] == [str(other)]
-    assert main([*words, "--strict"]) == 1
-    os.write(2, b"of C code\n")
-    print("of Python", file=sys.stderr)
-    printed = capfd.readouterr()
-    lines = printed.out.splitlines()
-    assert lines[0].startswith(f"{other}: broken data stream")
-    assert lines[1] == f"{file}: it decodes, and libjpeg warns: Corrupt JPEG data: premature end of data segment"
-    assert lines[2].endswith(": 2 can't be read, or decode with a warning")
-    assert printed.err == "of C code\nof Python\n"
-
-
-def test_strictly_packed_images_are_read(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchvision")
-    prepare(tree, tree.parent / "packed", size=32, packed=True)
-    assert main(["data", "check", str(tree.parent / "packed"), "--strict"]) == 0
-    assert re.fullmatch(GOOD.format(39), capsys.readouterr().out)
-
-
 @pytest.mark.parametrize(
     ("suffix", "damage", "status"),
     [
@@ -114,29 +80,6 @@ def test_damage_by_format(suffix: str, damage: str, status: int, tmp_path: Path,
     assert main(["data", "check", str(tree), "--workers", "1"]) == status
     printed = capsys.readouterr().out
     assert printed.startswith(f"{file}: ") if status else re.fullmatch(GOOD.format(3), printed)
-
-
-def test_a_byte_that_changed_in_a_packed_set_is_found(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tree.parent / "packed"
-    prepare(tree, target, size=32, packed=True)
-    assert main(["data", "check", str(target)]) == 0
-    assert re.fullmatch(GOOD.format(39), capsys.readouterr().out)
-    file = find_trees(target)[0].files[3]
-    with open(file.tar, "r+b") as tar:
-        tar.seek(file.offset + file.size // 2)
-        (byte,) = tar.read(1)
-        tar.seek(-1, os.SEEK_CUR)
-        tar.write(bytes([byte ^ 1]))
-    assert main(["data", "check", str(target)]) == 1
-    line, total = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{target}/train-00000.tar/ant/003.jpg: its bytes changed after it was packed")
-    assert total.endswith(": 1 can't be read")
-    with np.load(target / INDEX) as index:
-        arrays = {name: value for name, value in index.items() if not name.endswith("_crc")}
-    np.savez(target / INDEX, **arrays)  # as packed before there were checksums
-    assert main(["data", "check", str(target)]) == 0
-    assert "its index has no checksums" not in (text := capsys.readouterr().out)
-    assert "their index has no checksums: bytes that changed and still decode were not found" in text
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -103,7 +103,7 @@ def test_a_merge_looks_at_every_image_too(place, tree, tmp_path, capsys) -> None
     words[words.index("--data") + 1] = str(copied)
     for more in ([], ["--check-images", "whole"]):
         assert main([*words, "--dry-run", *more]) == 2
-        assert "004.jpg can't be read as an image: it is of no image format" in capsys.readouterr().err
+        assert "004.jpg can't be read as an image: its content is none of" in capsys.readouterr().err
 
 
 def test_a_share_of_several_processes_is_timed(recipe, capsys) -> None:

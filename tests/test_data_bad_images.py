@@ -274,7 +274,7 @@ def test_batches_of_bad_images_alone_on_the_device(tree):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("text", "it is of no image format that Pillow knows"),
+        ("text", "its content is none of JPEG, PNG, "),
         ("truncated", "truncated"),
         ("empty", "it is empty"),
     ],
@@ -283,6 +283,45 @@ def test_reasons_say_what_is_wrong(tree, kind, reason):
     with pytest.raises(BadImageError, match=f"001.jpg can't be read as an image: .*{reason}") as error:
         read_image(str(spoil(tree / "val" / "ant" / "001.jpg", kind)))
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # it may come from another process
+
+
+EPS = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("reader", ["check", "prepare", "dali", "device", "torch", "torch with workers"])
+def test_no_image_starts_another_program(tree, tmp_path_factory, monkeypatch, capsys, reader):
+    """Pillow reads EPS by starting Ghostscript, whatever a file's name says."""
+    programs = tmp_path_factory.mktemp("bin")
+    started = programs / "started"
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    (tree / "val" / "ant" / "000.jpg").write_text(EPS)
+    if reader == "check":
+        assert main(["data", "check", str(tree)]) == 1
+        assert "ant/000.jpg: its content is none of JPEG, " in capsys.readouterr().out
+    elif reader == "prepare":
+        assert main(["data", "prepare", str(tree), str(programs / "to")]) == 2
+        assert "ant/000.jpg can't be read as an image: its content is none of " in capsys.readouterr().err
+    else:
+        if reader == "dali":
+            pytest.importorskip("nvidia.dali")
+        with pytest.raises(BadImageError, match=r"ant/000.jpg can't be read as an image: its content is none of"):
+            list(make(tree, reader, "raise", augmentation="none").val)
+    assert not started.exists()
+
+
+def test_a_pipe_is_waited_for_by_nobody(tree, tmp_path_factory, capsys):
+    pipe = tree / "val" / "ant" / "pipe.jpg"
+    os.mkfifo(pipe)
+    with pytest.raises(BadImageError, match=r"pipe.jpg can't be read as an image: it is no regular file"):
+        read_image(str(pipe))
+    for words in (["check", str(tree)], ["prepare", str(tree), str(tmp_path_factory.mktemp("to"))]):
+        assert main(["data", *words]) == 2
+        assert f"{pipe} is no regular file" in capsys.readouterr().err
+    for loader in ("dali", "torch", "device"):
+        with pytest.raises(ValueError, match=r"pipe.jpg is no regular file; a tree holds image files: remove it"):
+            make(tree, loader, augmentation="none")
 
 
 def test_what_dali_alone_can_not_read_is_converted_and_cleaned_up(tmp_path, monkeypatch):

@@ -13,9 +13,6 @@ import pytest
 from fastmerge.data import checking, decoding
 from fastmerge.data.checking import check_images
 from fastmerge.data.decoding import BadImageError, bad_files
-from fastmerge.data.packed import INDEX
-from fastmerge.data.preparing import prepare
-from fastmerge.data.trees import find_trees
 from image_files import spoil, write_odd_images, write_tree
 
 Image = pytest.importorskip("PIL.Image")
@@ -152,38 +149,3 @@ def slow(looked: list[str]) -> Any:
         time.sleep(0.02)
 
     return check
-
-
-@pytest.fixture
-def packed(tree: Path, tmp_path: Path) -> Path:
-    prepare(tree, tmp_path / "packed", size=32, packed=True)
-    return tmp_path / "packed"
-
-
-def test_of_a_packed_tree_the_index_is_checked(packed: Path) -> None:
-    found = check_images(packed)
-    assert (
-        str(found)
-        == "85 images, whose headers were not read: they are packed, and packing read them; the index is whole"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "problem"),
-    [
-        ("val_offset", lambda values: values + 2**20, "val: images beyond the end of their tar file"),
-        ("val_length", lambda values: values * 0, "val: images without bytes"),
-        ("train_shard", lambda values: values + 1, "train: images in tar files that it doesn't name"),
-        ("train_labels", lambda values: values + 1, r"train: classes 1\.\.2 of 2"),
-        ("train_labels", lambda values: values[1:], "train: its arrays differ in length"),
-        ("train_ends", lambda values: values[::-1], "train: paths that don't fit"),
-    ],
-)
-def test_an_index_that_can_not_be_right_is_refused(packed: Path, name: str, change: Any, problem: str) -> None:
-    with np.load(packed / INDEX) as file:
-        arrays = dict(file)
-    arrays[name] = change(arrays[name])
-    np.savez(packed / INDEX, **arrays)
-    for read in (check_images, find_trees):
-        with pytest.raises(ValueError, match=rf"packed.npz is damaged \({problem}\); prepare the tree again"):
-            read(packed)

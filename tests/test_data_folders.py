@@ -67,6 +67,7 @@ def test_what_is_missing_is_named(tmp_path, tree):
 
 def test_links_are_followed_and_lead_round_no_circle(tree):
     (tree / "train" / "cat" / "back").symlink_to(tree / "train" / "cat")
+    (tree / "train" / "cat" / "up").symlink_to(tree / "train")  # whose images are of other classes, too
     (tree / "train" / "ant" / "elsewhere").symlink_to(tree / "val" / "ant")
     (tree / "train" / "cat" / "folder.png").mkdir()  # named as what it is not
     (tree / "train" / "cat" / "._1.png").write_bytes(b"what another system leaves beside a file")

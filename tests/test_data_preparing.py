@@ -180,6 +180,75 @@ def test_a_target_belongs_to_one_process_and_one_size(tree, tmp_path):
     assert json.loads((target / preparing.RECORD).read_text()) == {"size": 32, "quality": 90}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def test_source_and_target_exchanged_are_refused(tree, tmp_path, capsys):
+    """What stands in the second place may be somebody's originals."""
+    small = tmp_path / "to"
+    prepare(tree, small, size=32)
+    before = contents(tree)
+    assert main(["data", "prepare", str(small), str(tree), "--size", "24"]) == 2
+    assert f"{tree} holds files that were not prepared (train, val)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"to is prepared already, with .*; are source and target the wrong way round"):
+        prepare(small, tmp_path / "elsewhere", size=32)
+    assert contents(tree) == before
+
+
+@pytest.mark.parametrize("record", [None, ""])
+def test_nothing_is_touched_in_a_folder_of_others(tree, tmp_path, record):
+    target = tmp_path / "to"
+    (target / "train" / "ant").mkdir(parents=True)
+    for name in ("train-00001.tar", "train/ant/000.jpg", "train/ant/.000.jpg.partial", ".val-x.tar"):
+        (target / name).write_bytes(b"mine")
+    if record is not None:
+        (target / preparing.RECORD).write_text(record)
+    before = contents(target)
+    with pytest.raises(
+        ValueError, match=r"to holds files that were not prepared \(\.val-x\.tar, train, train-00001.tar"
+    ):
+        prepare(tree, target, size=32)
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize("target", ["to", "."])
+def test_only_own_partial_files_are_removed(tree, tmp_path, monkeypatch, target):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prepare(tree, target, size=32)
+    own, others = (Path(target, "train", "ant", name) for name in (".000.jpg.partial", ".mine.jpg.partial"))
+    own.write_bytes(b"half")
+    others.write_bytes(b"mine")
+    assert prepare(tree, target, size=32).there == 13
+    assert not own.exists()
+    assert others.read_bytes() == b"mine"
+
+
+def test_what_changed_in_the_source_is_done_again(tree, tmp_path):
+    """Also where the new image is dated before the old one, as restored files and those of archives are."""
+    target, name = tmp_path / "to", "train/ant/000.jpg"
+    prepare(tree, target, size=32)
+    before = (target / name).read_bytes()
+    (tree / name).write_bytes((tree / "train/ant/001.jpg").read_bytes())
+    os.utime(tree / name, (10**9, 10**9))
+    (tree / "val/ant/001.jpg").unlink()
+    with pytest.warns(
+        UserWarning, match=r"to holds 1 images that .*from does not have, and they stay: .*val/ant/001.jpg"
+    ):
+        summary = prepare(tree, target, size=32)
+    assert (summary.there, summary.resized + summary.copied) == (11, 1)
+    assert summary.stale == [str(target / "val/ant/001.jpg")]
+    assert (target / name).read_bytes() == (target / "train/ant/001.jpg").read_bytes() != before
+
+
+def test_a_damaged_record_is_named(tree, tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / preparing.RECORD).write_text('{"size": 3')
+    with pytest.raises(ValueError, match=r"to/prepared.json is damaged \(Expecting .*; prepare into an empty folder"):
+        prepare(tree, tmp_path / "to", size=32)
+
+
 @pytest.mark.filterwarnings("always::fastmerge.data.decoding.BadImageWarning")  # the command prints them
 def test_the_command_tells_what_came_of_it(tree, tmp_path, capsys):
     spoil(tree / "val" / "ant" / "001.jpg", "truncated")

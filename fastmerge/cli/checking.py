@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +33,7 @@ def checked_with_bar(
 
     name = "headers" if check == "headers" else "decode"
     shown = sys.stderr.isatty() and not quiet
-    with contextlib.ExitStack() as stack:
-        screen = sys.stderr
-        if shown and check == "strict":  # which keeps what is written to stderr from the terminal
-            screen = stack.enter_context(os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding))
-        bar = stack.enter_context(tqdm(desc=name, unit="img", dynamic_ncols=True, disable=not shown, file=screen))
+    with tqdm(desc=name, unit="img", dynamic_ncols=True, disable=not shown) as bar:
 
         def tell(done: int, total: int, bad: dict[str, str]) -> None:
             if found is not None and bad:

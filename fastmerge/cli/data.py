@@ -3,11 +3,11 @@
   fastmerge data prepare imagenet/ imagenet-256/
 
 makes a tree of images small: JPEGs of 256 pixels at the shorter side, which a fast network's loader decodes several times as
-fast as the originals. Killed, it goes on where it was when it is called again. With --packed they lie in few large files.
+fast as the originals. Killed, it goes on where it was when it is called again.
 
   fastmerge data check imagenet-256/
 
-decodes every image of a tree, packed or not, or reads CIFAR's files or an .npz, and names what can't be read. docs/data.md
+decodes every image of a tree, or reads CIFAR's files or an .npz, and names what can't be read. docs/data.md
 says what damage is found in which format.
 """
 
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=integer(1), default=256, metavar="N", help="pixels of the shorter side; default 256")
     add("--quality", type=integer(1), default=90, metavar="Q", help="of the JPEGs, up to 100; default 90")
     add("--workers", type=integer(1), metavar="N", help="threads; default one per core")
-    add("--packed", action="store_true", help="tar files of some thousand images and an index, in place of a tree")
     add("--on-bad-image", choices=ON_BAD_IMAGE, default="raise", help="at a file that is no image; default raise")
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
@@ -52,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data",
         type=Path,
         metavar="DATA",
-        help="image tree, packed or not, CIFAR's folder or .npz, as --data of run and merge",
+        help="image tree, CIFAR's folder or .npz, as --data of run and merge",
     )
-    add("--strict", action="store_true", help="name JPEGs too that decode with a warning; decodes them twice")
     add("--workers", type=integer(1), metavar="N", help="threads; default one per core")
     add("--quiet", action="store_true", help="no progress bar")
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
@@ -77,7 +75,7 @@ def _check(options: argparse.Namespace) -> int:
     try:
         found = checked_with_bar(
             options.data,
-            "strict" if options.strict else "whole",
+            "whole",
             options.workers,
             on_bad_image="skip",
             quiet=options.quiet,
@@ -108,7 +106,6 @@ def _prepare(options: argparse.Namespace) -> None:
         workers=options.workers,
         on_bad_image=options.on_bad_image,
         progress=False if options.quiet else None,
-        packed=options.packed,
     )
     print(_told(summary, options.target, time.perf_counter() - started))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,12 +16,9 @@ from fastmerge.data.arrays import load_npz
 from fastmerge.data.choosing import cores
 from fastmerge.data.cifar import find_cifar, load_cifar
 from fastmerge.data.decoding import BadImageError, OnBadImage, check_header, read_image
-from fastmerge.data.jpeg_warnings import jpeg_warnings
-from fastmerge.data.packed import PackedFiles
-from fastmerge.data.packing import in_order
 from fastmerge.data.trees import find_trees
 
-Check = Literal["headers", "whole", "strict"]
+Check = Literal["headers", "whole"]
 Tell = Callable[[int, int, dict[str, str]], object]
 
 _CHUNK = 64
@@ -55,8 +53,7 @@ class CheckedImages:
         """What was read, how long it took, and how many can't be read."""
         what = "headers read" if self.check == "headers" else "decoded whole"
         rate = f", {self.files / self.seconds:.0f} images/s" if self.seconds else ""
-        or_warned = ", or decode with a warning" if self.check == "strict" else ""
-        told = f"{len(self.bad)} can't be read{or_warned}" if self.bad else "all can be read"
+        told = f"{len(self.bad)} can't be read" if self.bad else "all can be read"
         return f"{self.files} images, {what} in {self.seconds:.1f} s{rate}: {told}"
 
     def __str__(self) -> str:
@@ -82,12 +79,8 @@ def check_images(
     """Reads every image of a tree, of both splits: its header, or all of it.
 
     * "headers": format and size, and for PNG its checksums. Pixels are not decoded: a JPEG that is cut off is found by its
-      end, one that is damaged in the middle only when it is read. Of a packed tree the index is checked, and that the tar
-      files are those it was made for; packing has read the images.
-    * "whole": every image is decoded as loaders do it, in threads; packed ones are compared with the checksums in their
-      index too. Arrays are read.
-    * "strict": as "whole", and JPEGs that decode with a warning of libjpeg's count as bad, though loaders take them. They are
-      decoded twice. What C code writes to stderr meanwhile is lost.
+      end, one that is damaged in the middle only when it is read.
+    * "whole": every image is decoded as loaders do it, in threads. Arrays are read.
 
     Args:
         path: As :func:`~fastmerge.data.loading.image_loaders`.
@@ -103,17 +96,14 @@ def check_images(
     Raises:
         FileNotFoundError, ValueError: As :func:`~fastmerge.data.trees.find_trees`; and for arrays that can't be read.
         BadImageError: A file can't be read; the message says how many others, and names some.
-        ImportError: Images are to be decoded, and Pillow is not installed; or for "strict", torchvision isn't.
+        ImportError: Images are to be decoded, and Pillow is not installed.
     """
     path = Path(path)
     if find_cifar(path) or not path.is_dir():
         return None if check == "headers" else _arrays(path, on_bad_image, tell)
     trees = find_trees(path)
     total = sum(len(tree.files) for tree in trees)
-    packed = [tree.files for tree in trees if isinstance(tree.files, PackedFiles)]
     there = importlib.util.find_spec("PIL") is not None
-    if check == "headers" and packed:
-        return CheckedImages(total, {}, "they are packed, and packing read them; the index is whole")
     if check == "headers" and not there:
         return CheckedImages(total, {}, "that needs Pillow (pip install pillow)")
     if not there:
@@ -130,12 +120,7 @@ def check_images(
         (file, reason), *more = bad.items()
         others = _others([name for name, _ in more], total)
         raise BadImageError(file, f"{reason}{others}; on_bad_image='skip' leaves such files out")
-    remark = ""
-    if any(files.places.crc is None for files in packed):
-        remark = (
-            "their index has no checksums: bytes that changed and still decode were not found; prepare the tree again"
-        )
-    return CheckedImages(total, bad, check=check, seconds=time.perf_counter() - started, remark=remark)
+    return CheckedImages(total, bad, check=check, seconds=time.perf_counter() - started)
 
 
 def _others(files: list[str], total: int) -> str:
@@ -167,26 +152,11 @@ def _check_all(
     splits: list[Sequence[str]], check: Check, workers: int
 ) -> Generator[tuple[int, dict[str, str]], None, None]:
     """By parts, how many files were read and which can't be read."""
-    if check == "headers":
-        for files in splits:
-            yield from _check(files, check_header, _CHUNK, _THREADS * cores())
-        return
-    if check == "whole":
-        for files in splits:
-            yield from _check(files, read_image, _DECODED, workers)
-        return
-    with jpeg_warnings() as warnings:
-        suspects: list[str] = []
-
-        def read(file: str) -> None:
-            read_image(file)
-            if warnings.may_be_of(file):
-                suspects.append(file)
-
-        for files in splits:
-            yield from _check(files, read, _DECODED, workers)
-        said = {file: warnings.of(file) for file in sorted(suspects)}
-        yield 0, {file: f"it decodes, and libjpeg warns: {text}" for file, text in said.items() if text}
+    read, part, threads = (
+        (check_header, _CHUNK, _THREADS * cores()) if check == "headers" else (read_image, _DECODED, workers)
+    )
+    for files in splits:
+        yield from _check(files, read, part, threads)
 
 
 def _check(
@@ -205,7 +175,13 @@ def _check(
         return len(here), bad
 
     pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[tuple[int, dict[str, str]]]] = deque()
     try:
-        yield from in_order(pool, bad_ones, range(0, len(files), part), _AHEAD * threads)
+        for start in range(0, len(files), part):
+            waiting.append(pool.submit(bad_ones, start))
+            if len(waiting) >= _AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -33,7 +33,6 @@ class Graph:
         channels_last: The memory layout.
         device_id: The GPU, or None for the CPU.
         threads: That decode on the CPU.
-        packed: Whether it is fed with the content of files in place of their names.
     """
 
     batch_size: int
@@ -46,7 +45,6 @@ class Graph:
     channels_last: bool
     device_id: int | None
     threads: int
-    packed: bool = False
 
     def inputs(self) -> list[str]:
         """The names of what the pipeline is fed with: DALI warns of inputs that it has no use for."""
@@ -60,7 +58,7 @@ class Graph:
     def feed(
         self, files: list[NDArray[np.uint8]], seed: int, epoch: int, samples: NDArray[np.int64]
     ) -> tuple[Any, ...]:
-        """One batch for the pipeline: files' names or content, and what was drawn for them."""
+        """One batch for the pipeline: files' names, and what was drawn for them."""
         changes = draw_changes(self.augmentation, seed, epoch, samples)
         shift = self.augmentation.shift
         values: dict[str, Any] = {
@@ -106,15 +104,9 @@ class Graph:
                 ndim=[kinds[name][1] for name in names],
             )
             fed = dict(zip(names, nodes, strict=True))
-            encoded = self.encoded(fed.pop("file"))
+            encoded = fn.io.file.read(fed.pop("file"))
             pipeline.set_outputs(self._images(encoded, fed), encoded[:2], encoded[-2:])
         return pipeline
-
-    def encoded(self, file: Any) -> Any:
-        """The content of the files that the pipeline is fed with, on the graph."""
-        from nvidia.dali import fn
-
-        return file if self.packed else fn.io.file.read(file)
 
     def _images(self, encoded: Any, fed: dict[str, Any]) -> Any:
         from nvidia.dali import fn, types

@@ -26,7 +26,7 @@ class DaliLoader(EpochLoader):
     way, reports it, and goes on from there with a new pipeline, so that clean data costs nothing.
 
     Args:
-        files: Paths, or packed files.
+        files: Paths.
         labels: int64, of each file.
         batches: Which samples make which batch.
         graph: What is done with them.

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from fastmerge.data.dali_graph import Graph
 from fastmerge.data.decoding import BadImages, bad_files, read_image
-from fastmerge.data.packed import contents
 
 _JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
 
@@ -26,7 +25,7 @@ class Repair:
     written to a temporary folder as PNG, so that every loader has the same images.
 
     Args:
-        files: Paths, or packed files.
+        files: Paths.
         graph: The pipeline in which they are read.
         bad_images: What happens to files that can't be read.
     """
@@ -39,10 +38,8 @@ class Repair:
         self._folder: str | None = None
 
     def sources(self, samples: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Where to read samples, as DALI takes file names; of packed files, their content."""
+        """The names of samples' files, as DALI takes them."""
         files = [self._converted.get(sample, self.files[sample]) for sample in samples.tolist()]
-        if self.graph.packed:
-            return contents(files)
         return [np.frombuffer(os.fsencode(file), np.uint8) for file in files]
 
     def left(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -119,7 +116,7 @@ class Repair:
         sources = self.sources(np.array(samples))
         pipeline = Pipeline(len(samples), self.graph.threads, self.graph.device_id, prefetch_queue_depth=1)
         with pipeline:
-            encoded = self.graph.encoded(fn.external_source(source=lambda: sources, batch=True))
+            encoded = fn.io.file.read(fn.external_source(source=lambda: sources, batch=True))
             device = "cpu" if self.graph.device_id is None else "mixed"
             pipeline.set_outputs(fn.decoders.image(encoded, device=device, output_type=types.RGB))
         try:

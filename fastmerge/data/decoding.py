@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +12,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fastmerge.data.packed import PackedFile, content
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 OnBadImage = Literal["raise", "skip"]
 JPEG_END = b"\xff\xd9"
 ON_BAD_IMAGE: tuple[OnBadImage, ...] = ("raise", "skip")
+# Pillow goes by a file's content, not by its name, and has readers that start other programs (EPS) or are little tested.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 
 
 class BadImageError(ValueError):
@@ -70,6 +71,20 @@ class BadImages:
             warnings.warn(f"{file} can't be read as an image and is left out: {reason}", BadImageWarning, stacklevel=2)
 
 
+def open_image(file: str) -> Image:
+    """Opens an image file by its header: the one place where Pillow is given a file.
+
+    Raises:
+        OSError: It can't be opened, is no regular file, or of none of :data:`FORMATS`.
+        ImportError: Pillow is not installed.
+    """
+    from PIL import Image
+
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError("it is no regular file")
+    return Image.open(file, formats=FORMATS)
+
+
 def read_image(file: str, draft: tuple[int, int] | None = None) -> Image:
     """Reads an image file whole, as RGB and the right way up.
 
@@ -80,12 +95,12 @@ def read_image(file: str, draft: tuple[int, int] | None = None) -> Image:
         draft: A width and height above which a JPEG may be decoded at a half, a quarter or an eighth, which is faster.
 
     Raises:
-        BadImageError: It can't be opened, is none of the formats that Pillow reads, is damaged or ends early.
+        BadImageError: It can't be opened, is of none of :data:`FORMATS`, is damaged or ends early.
         ImportError: Pillow is not installed.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with _named(file), Image.open(content(file)) as image:
+    with _named(file), open_image(file) as image:
         if draft is not None:
             image.draft("RGB", draft)
         upright = ImageOps.exif_transpose(image)
@@ -101,14 +116,12 @@ def check_header(file: str) -> None:
         file: Its path.
 
     Raises:
-        BadImageError: It can't be opened, is none of the formats that Pillow reads, is cut off, or its header or a checksum
+        BadImageError: It can't be opened, is of none of :data:`FORMATS`, is cut off, or its header or a checksum
             is damaged.
         ImportError: Pillow is not installed.
     """
-    from PIL import Image
-
     with _named(file):
-        with Image.open(content(file)) as image:
+        with open_image(file) as image:
             is_jpeg = image.format == "JPEG"
             image.verify()
         if not is_jpeg or _tail(file) == JPEG_END:
@@ -117,8 +130,6 @@ def check_header(file: str) -> None:
 
 
 def _tail(file: str) -> bytes:
-    if isinstance(file, PackedFile):
-        return file.read()[-len(JPEG_END) :]
     with open(file, "rb") as stream:
         stream.seek(-len(JPEG_END), os.SEEK_END)
         return stream.read()
@@ -167,6 +178,5 @@ def _reason(file: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
-        nbytes = file.size if isinstance(file, PackedFile) else os.path.getsize(file)
-        return "it is of no image format that Pillow knows" if nbytes else "it is empty"
+        return f"its content is none of {', '.join(FORMATS)}" if os.path.getsize(file) else "it is empty"
     return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,6 @@ from fastmerge.data.dali_loader import DaliLoader
 from fastmerge.data.device_loader import DeviceLoader, Finish
 from fastmerge.data.epochs import EpochLoader
 from fastmerge.data.folders import read_tree
-from fastmerge.data.packed import PackedFiles
 from fastmerge.data.torch_loader import ArrayBatches, TorchLoader, TreeBatches
 from fastmerge.data.trees import ImageTree
 
@@ -62,7 +61,6 @@ def _dali_loader(
         channels_last=choice.channels_last,
         device_id=choice.device.index if choice.device.type == "cuda" else None,
         threads=max(1, choice.workers),
-        packed=isinstance(tree.files, PackedFiles),
     )
     return DaliLoader(tree.files, tree.labels, choice.batches(len(tree.files), training), graph, choice.bad_images)
 

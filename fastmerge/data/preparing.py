@@ -1,28 +1,47 @@
-"""A tree of images made small, as a tree or packed: what a fast network waits for is the decoding of large JPEGs."""
+"""A tree of images made small: what a fast network waits for is the decoding of large JPEGs."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from fastmerge.data.choosing import cores
-from fastmerge.data.decoding import BadImageError, BadImages, OnBadImage
-from fastmerge.data.packed import is_packed
-from fastmerge.data.packing import Done, pack
-from fastmerge.data.shrinking import begins_and_ends, small_jpeg
-from fastmerge.data.trees import find_trees, image_files
+from fastmerge.data.decoding import JPEG_END, BadImageError, BadImages, OnBadImage, open_image, read_image
+from fastmerge.data.trees import image_files
 
 RECORD = "prepared.json"
 _PARTIAL = ".partial"
 _JPEG = (".jpg", ".jpeg")
 _UNDER_WAY = 4  # files per worker that wait their turn, so that a million of them need no memory
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of one image.
+
+    Attributes:
+        file: Its path.
+        outcome: Made smaller or encoded anew, copied byte by byte, there from an earlier run, or unreadable.
+        before, after: Bytes, of those that were written.
+        reason: Why it can't be read.
+    """
+
+    file: str
+    outcome: Literal["resized", "copied", "there", "bad"]
+    before: int = 0
+    after: int = 0
+    reason: str = ""
 
 
 @dataclass
@@ -35,6 +54,7 @@ class Summary:
         there: Images that an earlier run had done.
         bytes_before, bytes_after: Of those resized or copied in this run.
         bad: Path and reason of each file that can't be read.
+        stale: Images in the target that the source has no longer, or never had. They stay, with a warning.
     """
 
     resized: int = 0
@@ -43,6 +63,7 @@ class Summary:
     bytes_before: int = 0
     bytes_after: int = 0
     bad: dict[str, str] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> int:
@@ -59,34 +80,29 @@ def prepare(
     workers: int | None = None,
     on_bad_image: OnBadImage = "raise",
     progress: bool | None = None,
-    packed: bool = False,
 ) -> Summary:
     """Copies a tree of images as JPEGs whose shorter side is at most ``size``.
 
     Folders and names stay; what was no JPEG gets ``.jpg`` behind its name. Images are resized with a Lanczos filter, the
     right way up, as RGB; a JPEG that is RGB, upright and small enough is copied as it is. Each file appears under its name
-    only when it is whole, so a run that was killed goes on where it was. ``prepared.json`` in the target holds size and
-    quality.
-
-    Packed, the images go into tar files of some thousand each, ``train-00000.tar`` and so on, beside an index. What reads
-    trees reads such a folder as the tree that it was made of. A tar file appears when it is whole, and a run that was killed
-    goes on with the first that is missing.
+    only when it is whole, so a run that was killed goes on where it was. A run later does what changed in the source since: a
+    copy has its image's time of change. ``prepared.json`` in the target holds size and quality, and shows that what is
+    there was made by this function: nothing is written to other folders with files in them.
 
     Args:
-        source: The tree, of any depth; to be packed, ``train/<class>/<image>`` and ``val/<class>/<image>`` (or ``test``).
+        source: The tree, of any depth.
         target: Where it goes; made if missing.
         size: Pixels of the shorter side; 256 for crops of 224.
         quality: Of the JPEGs, 1 to 100.
         workers: Threads; None is one for each core. Pillow works outside the interpreter's lock.
         on_bad_image: "raise" stops at the first file that can't be read, "skip" goes on; either names it.
         progress: Whether to show a progress bar on stderr; None shows it on a terminal.
-        packed: Whether to write few large files in place of the tree.
 
     Raises:
-        FileNotFoundError: There is no source, or a tree to be packed lacks a folder.
-        ValueError: The source is packed; source and target are one in the other, hold no images, or two images would get one
-            name; the target was prepared with another size or quality, or packed and not, or is being prepared now; a number
-            is out of range.
+        FileNotFoundError: There is no source.
+        ValueError: Source and target are one in the other; the source holds no images, is itself prepared with this size and
+            quality, or two of its images would get one name; the target holds files that were not prepared, was prepared with
+            another size or quality, or is being prepared now; a number is out of range.
         BadImageError: A file can't be read, and bad images are to stop the run.
         ImportError: Pillow is not installed.
     """
@@ -96,21 +112,22 @@ def prepare(
             f"prepare needs a size and workers of at least 1 and a quality of 1..100; got size={size}, "
             f"quality={quality}, workers={workers}"
         )
-    _check_apart(source, target)
-    bad_images, summary = BadImages(on_bad_image), Summary()
-    count = workers or cores()
     settings = {"size": size, "quality": quality}
-    if packed:
-        trees = find_trees(source)
-        total, results = sum(len(tree.files) for tree in trees), pack(trees, target, size, quality, count)
-        settings["packed"] = True
-    else:
-        pairs = _pairs(source, target)
-        total, results = len(pairs), _side_by_side(pairs, target, size, quality, count)
+    _check_apart(source, target, settings)
+    bad_images, summary = BadImages(on_bad_image), Summary()
+    pairs = _pairs(source, target)
     with _held(target, settings):
+        summary.stale = _clean(target, {name for _, name in pairs})
+        if summary.stale:
+            named = ", ".join(summary.stale[:_NAMED]) + (", ..." if len(summary.stale) > _NAMED else "")
+            warnings.warn(
+                f"{target} holds {len(summary.stale)} images that {source} does not have, and they stay: {named}; remove "
+                "them, or prepare into an empty folder",
+                stacklevel=2,
+            )
         shown = sys.stderr.isatty() if progress is None else progress
-        with contextlib.closing(results):
-            for result in _with_bar(results, total) if shown else results:
+        with contextlib.closing(_side_by_side(pairs, size, quality, workers or cores())) as results:
+            for result in _with_bar(results, len(pairs)) if shown else results:
                 if result.outcome == "bad":
                     bad_images.report(result.file, result.reason)
                 else:
@@ -127,11 +144,13 @@ def _with_bar(results: Iterator[Done], total: int) -> Iterator[Done]:
     return iter(tqdm(results, "prepare", total, unit="img", dynamic_ncols=True))
 
 
-def _check_apart(source: Path, target: Path) -> None:
+def _check_apart(source: Path, target: Path, settings: dict[str, int]) -> None:
     if not source.is_dir():
         raise FileNotFoundError(f"there is no directory {source}")
-    if is_packed(source):
-        raise ValueError(f"{source} is packed already; prepare the tree that it was made of")
+    if _noted(source) == settings:
+        raise ValueError(
+            f"{source} is prepared already, with {json.dumps(settings)}; are source and target the wrong way round?"
+        )
     whole, there = source.resolve(), target.resolve()
     if whole == there or whole in there.parents or there in whole.parents:
         raise ValueError(f"prepare needs a target outside the source; got {source} and {target}")
@@ -156,37 +175,56 @@ def _pairs(source: Path, target: Path) -> list[tuple[str, str]]:
 def _held(target: Path, settings: dict[str, int]) -> Iterator[None]:
     """Keeps other processes out of the target, and other settings."""
     target.mkdir(parents=True, exist_ok=True)
+    if _noted(target) is None and (others := sorted(name for name in os.listdir(target) if name != RECORD)):
+        named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
+        raise ValueError(
+            f"{target} holds files that were not prepared ({named}), and nothing is written beside them; name a new or "
+            "empty folder. The first argument is the source, the second the target"
+        )
     with (target / RECORD).open("a+", encoding="utf-8") as record:
         try:
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{target} is being prepared by another process") from None
-        record.seek(0)
-        text = record.read()
-        if not text:
-            json.dump(settings, record)
-            record.write("\n")
+        there = _noted(target)
+        if there is None:
+            record.write(json.dumps(settings) + "\n")
             record.flush()
-        elif json.loads(text) != settings:
+        elif there != settings:
             raise ValueError(
-                f"{target} was prepared with {text.strip()}, not {json.dumps(settings)}; choose another target"
+                f"{target} was prepared with {json.dumps(there)}, not {json.dumps(settings)}; choose another target"
             )
         yield
 
 
-def _remove_partial(target: Path) -> None:
-    """Removes what a killed run left half written."""
+def _noted(folder: Path) -> object:
+    """What the record of a prepared folder holds; None where there is none yet.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    record = folder / RECORD
+    try:
+        text = record.read_text(encoding="utf-8")
+        return json.loads(text) if text else None
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error}); prepare into an empty folder") from error
+
+
+def _clean(target: Path, wanted: set[str]) -> list[str]:
+    """Removes what a killed run left half written of the wanted files; returns images that are not wanted."""
     for folder, _, names in os.walk(target):
         for name in names:
-            if name.startswith(".") and name.endswith(_PARTIAL):
+            partial = name.startswith(".") and name.endswith(_PARTIAL)
+            if partial and str(Path(folder, name[1:].removesuffix(_PARTIAL))) in wanted:
                 os.unlink(os.path.join(folder, name))
+    return [file for file in image_files(str(target)) if str(Path(file)) not in wanted]
 
 
-def _side_by_side(
-    pairs: list[tuple[str, str]], target: Path, size: int, quality: int, workers: int
-) -> Generator[Done, None, None]:
+def _side_by_side(pairs: list[tuple[str, str]], size: int, quality: int, workers: int) -> Generator[Done, None, None]:
     """Results as they come; when the caller stops, what is under way comes to its end and nothing new begins."""
-    _remove_partial(target)
     waiting = iter(pairs)
     under_way: set[Future[Done]] = set()
     with ThreadPoolExecutor(workers) as pool:
@@ -212,20 +250,21 @@ def _prepare(file: str, target: str, size: int, quality: int) -> Done:
     partial = os.path.join(folder, f".{name}{_PARTIAL}")
     try:
         copied = _write(file, partial, size, quality)
-        before, after = os.path.getsize(file), os.path.getsize(partial)
+        status, after = os.stat(file), os.path.getsize(partial)
+        os.utime(partial, ns=(status.st_atime_ns, status.st_mtime_ns))
         os.replace(partial, target)
     except BadImageError as error:
         return Done(file, "bad", reason=error.reason)
     finally:
         with contextlib.suppress(FileNotFoundError):  # it is gone where all went well
             os.unlink(partial)
-    return Done(file, "copied" if copied else "resized", before, after)
+    return Done(file, "copied" if copied else "resized", status.st_size, after)
 
 
 def _is_done(file: str, target: str) -> bool:
-    """Whether the target is there, whole, and not older than its source."""
+    """Whether the target is there, whole, and of the source as it is now, which has its time of change."""
     try:
-        return os.stat(target).st_mtime_ns >= os.stat(file).st_mtime_ns and begins_and_ends(target)
+        return os.stat(target).st_mtime_ns == os.stat(file).st_mtime_ns and _begins_and_ends(target)
     except OSError:  # it is missing, or too short to be anything
         return False
 
@@ -235,3 +274,51 @@ def _write(file: str, partial: str, size: int, quality: int) -> bool:
     encoded, copied = small_jpeg(file, size, quality)
     Path(partial).write_bytes(encoded)
     return copied
+
+
+def small_jpeg(file: str, size: int, quality: int) -> tuple[bytes, bool]:
+    """An image as a JPEG whose shorter side is at most ``size``, RGB and the right way up.
+
+    Args:
+        file: Its path.
+        size: Pixels of the shorter side.
+        quality: Of the JPEG, 1 to 100.
+
+    Returns:
+        The bytes, and whether they are the file's own: those of a JPEG that is RGB, upright and small enough stay.
+
+    Raises:
+        BadImageError: It can't be read.
+    """
+    from PIL.Image import Resampling
+
+    if _is_small_jpeg(file, size):
+        read_image(file)  # it has to be whole
+        with open(file, "rb") as stream:
+            return stream.read(), True
+    image = read_image(file, draft=(2 * size, 2 * size))
+    least = min(image.size)
+    if least > size:
+        width, height = (round(side * size / least) for side in image.size)
+        image = image.resize((width, height), Resampling.LANCZOS)
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=quality)
+    return written.getvalue(), False
+
+
+def _begins_and_ends(file: str) -> bool:
+    """Whether a file has the markers between which a JPEG lies."""
+    with open(file, "rb") as stream:
+        begins = stream.read(2)
+        stream.seek(-2, 2)
+        return begins == b"\xff\xd8" and stream.read(2) == JPEG_END
+
+
+def _is_small_jpeg(file: str, size: int) -> bool:
+    try:
+        with open_image(file) as image:
+            upright = image.getexif().get(0x112, 1) == 1
+            small = image.format == "JPEG" and image.mode == "RGB" and upright and min(image.size) <= size
+        return small and _begins_and_ends(file)
+    except (OSError, SyntaxError, ValueError):
+        return False  # reading it whole will say what is wrong

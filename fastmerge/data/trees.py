@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.data.packed import is_packed, read_index
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 TEST_FOLDERS = ("val", "test")
 
@@ -22,8 +20,7 @@ class ImageTree:
 
     Attributes:
         folder: Where they are, ``train`` or ``val``.
-        files: Their paths, class by class and in alphabetical order within a class; packed ones are each a
-            :class:`~fastmerge.data.packed.PackedFile`.
+        files: Their paths, class by class and in alphabetical order within a class.
         labels: int64 (N,), the class of each.
         classes: The names of the classes.
     """
@@ -38,24 +35,19 @@ def find_trees(path: str | Path) -> tuple[ImageTree, ImageTree]:
     """Lists the images of a tree ``train/<class>/<image>`` and ``val/<class>/<image>`` (or ``test``).
 
     Classes are the subdirectories of ``train``, in alphabetical order, as torchvision's ImageFolder has them; images may
-    lie deeper. Names that begin with a dot are left out: they are nobody's images. A tree that was packed by
-    :func:`~fastmerge.data.preparing.prepare` is listed as it was.
+    lie deeper. Names that begin with a dot are left out: they are nobody's images.
 
     Returns:
         Images to train on and images to validate on, both with the training folder's classes.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: There are no classes, the two folders' classes differ, a class has no images, or a packed tree is not
-            finished or damaged.
+        ValueError: There are no classes, the two folders' classes differ, a class has no images, or a file with an image's
+            name is no regular file.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}")
-    if is_packed(path):
-        return _packed_trees(path)
-    if any(path.glob("train-*.tar")):
-        raise ValueError(f"{path} is being packed, or was not finished: it has no index yet; prepare it again")
     train, val = path / "train", next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), path / "val")
     for folder in (train, val):
         if not folder.is_dir():
@@ -68,8 +60,15 @@ def find_trees(path: str | Path) -> tuple[ImageTree, ImageTree]:
 
 
 def image_files(folder: str) -> list[str]:
-    """The image files below a folder, in alphabetical order of their paths; links are followed, each folder read once."""
-    found, waiting, seen = [], [folder], set()
+    """The image files below a folder, in alphabetical order of their paths; links are followed, each folder read once,
+    and none that the folder lies in.
+
+    Raises:
+        ValueError: A file with an image's name is a pipe, a socket or a device, which could be waited for without end.
+    """
+    found, waiting = [], [folder]
+    above = [os.stat(path) for path in Path(folder).absolute().parents]
+    seen = {(status.st_dev, status.st_ino) for status in above}  # whose images are other classes'
     while waiting:
         here = waiting.pop()
         status = os.stat(here)
@@ -83,14 +82,10 @@ def image_files(folder: str) -> list[str]:
                 if entry.is_dir():
                     waiting.append(entry.path)
                 elif entry.name.lower().endswith(SUFFIXES):
+                    if not entry.is_file() and os.path.exists(entry.path):  # a link to nothing is named when it is read
+                        raise ValueError(f"{entry.path} is no regular file; a tree holds image files: remove it")
                     found.append(entry.path)
     return sorted(found)
-
-
-def _packed_trees(path: Path) -> tuple[ImageTree, ImageTree]:
-    classes, splits = read_index(path)
-    train, val = (ImageTree(path / split, files, labels, classes) for split, (files, labels) in splits.items())
-    return train, val
 
 
 def _classes(folder: Path) -> list[str]:
