@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fastmerge.kernels import cuda_graph
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -18,7 +21,7 @@ import fastmerge
 from architectures import BY_NAME
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
-from fastmerge.merging.graphed_step import MEASURED, WARM_UP, GraphedStep, why_not_captured
+from fastmerge.merging.graphed_step import MEASURED, WARM_UP, CudaGraphs, GraphedStep, why_not_captured
 from fastmerge.merging.step import MergeStep, Weight
 from fastmerge.merging.steps import Steps
 from fastmerge.schedules import QuadraticLambda
@@ -33,9 +36,11 @@ class Graphs:
 
     Args:
         eager: seconds that an eager step seems to take; a replay takes one.
+        waits: lines that seem to wait for the device.
     """
 
-    def __init__(self, eager: float = 2.0) -> None:
+    def __init__(self, eager: float = 2.0, waits: Sequence[str] = ()) -> None:
+        self.waits = list(waits)
         self.eager, self.captures, self.replays, self.asides = eager, 0, 0, 0
 
     def aside(self, run: Callable[[], Any]) -> Any:
@@ -57,6 +62,9 @@ class Graphs:
 
         return replay, held
 
+    def watched(self, run: Callable[[], Any]) -> tuple[Any, list[str]]:
+        return run(), self.waits
+
     def seconds(self, run: Callable[[], Any]) -> tuple[float, Any]:
         before = self.replays
         result = run()
@@ -74,7 +82,7 @@ def make_step(lam: Weight | None, seed: int = 0) -> MergeStep:
     return MergeStep(big, optimizers, setting, torch.amp.GradScaler("cpu", enabled=False), lam)
 
 
-def graphed(step: MergeStep, wanted: bool | None = True, **options: float) -> tuple[GraphedStep, Graphs]:
+def graphed(step: MergeStep, wanted: bool | None = True, **options: Any) -> tuple[GraphedStep, Graphs]:
     graphs = Graphs(**options)
     graphs.step = step  # type: ignore[attr-defined]
     return GraphedStep(step, wanted, graphs), graphs
@@ -166,25 +174,121 @@ def test_losses_of_a_step_stay_when_the_next_is_taken() -> None:
 
 
 class CannotBeCaptured(Graphs):
+    """Gets as far as the scaler's update; what goes wrong there, ending the capture hides."""
+
     def capture(self, run: Callable[[], Any]) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        message = "operation not permitted when stream is capturing\nmore"
+        try:
+            with mock.patch.object(torch.amp.GradScaler, "update", side_effect=RuntimeError(message)):
+                run()
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 @pytest.mark.parametrize("wanted", [True, None])
 def test_a_step_that_can_not_be_captured(wanted: bool | None) -> None:
     step = make_step(None)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     graph = GraphedStep(step, wanted, CannotBeCaptured())
     for number in range(WARM_UP + (0 if wanted else MEASURED)):
         graph(*batch(number))
     if wanted:
-        with pytest.raises(RuntimeError, match="not permitted"):
+        with pytest.raises(ValueError, match="needs a step that can be captured; operation not permitted"):
             graph(*batch(50))
-        return
-    with pytest.warns(UserWarning, match="runs without: operation not permitted when stream is capturing$"):
-        graph(*batch(50))
-    _, losses = graph(*batch(51))
+    else:
+        with pytest.warns(UserWarning, match="runs without: operation not permitted when stream is capturing$"):
+            graph(*batch(50))
+        graph(*batch(51))
+        assert not graph.replays
+    _, losses = step(*batch(52))
     assert math.isfinite(losses["loss"].item())
-    assert not graph.replays
+
+
+@pytest.mark.parametrize("wanted", [True, None])
+def test_a_step_that_waits_is_not_captured(wanted: bool | None) -> None:
+    """The step that found it out is a whole one."""
+    plain, step = make_step(GateBudget(20, gate_lr=0.1)), make_step(GateBudget(20, gate_lr=0.1))
+    graph, graphs = graphed(step, wanted, waits=["criterion.py:12"])
+    steps = WARM_UP + (0 if wanted else MEASURED)
+    with (
+        pytest.raises(ValueError, match="waits for the device")
+        if wanted
+        else pytest.warns(UserWarning, match="runs without: it waits for the device, at criterion.py:12")
+    ):
+        for number in range(steps):
+            torch.manual_seed(number)
+            graph(*batch(number))
+    for number in range(steps):
+        torch.manual_seed(number)
+        plain(*batch(number))
+    for name, value in plain.network.state_dict().items():
+        torch.testing.assert_close(step.network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    if not wanted:
+        graph(*batch(50))
+    assert graphs.captures == 0
+
+
+def test_what_waits_is_named_by_its_line() -> None:
+    def run() -> int:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+        return 3
+
+    modes: list[Any] = []
+    with (
+        mock.patch.multiple(
+            torch.cuda, Stream=mock.Mock(), get_sync_debug_mode=lambda: 0, set_sync_debug_mode=modes.append
+        ),
+        pytest.warns(UserWarning, match="another") as caught,
+    ):
+        result, waits = CudaGraphs(torch.device("cuda")).watched(run)
+    assert result == 3
+    assert [place.rpartition(":")[0] for place in waits] == [__file__]
+    assert modes == ["warn", 0]
+    assert len(caught) == 1
+
+
+def test_a_failed_capture_leaves_stream_and_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.cuda.graph leaves them where ending a capture raises: nothing is undone."""
+    state = {"stream": "current", "random numbers": "state", "allocating": False}
+
+    class Generator:
+        def clone_state(self) -> Any:
+            return state["random numbers"]
+
+        def graphsafe_set_state(self, value: Any) -> None:
+            state["random numbers"] = value
+
+    @contextlib.contextmanager
+    def capturing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        state.update({"stream": "capture's", "random numbers": "capture's", "allocating": True})
+        yield
+        raise RuntimeError("operation failed")
+
+    monkeypatch.setattr(cuda_graph, "_failed", kept := [])
+    with (
+        mock.patch.multiple(
+            torch.cuda,
+            device=lambda device: contextlib.nullcontext(),
+            graph=capturing,
+            CUDAGraph=mock.Mock,
+            graph_pool_handle=lambda: (0, 1),
+            current_stream=lambda: state["stream"],
+            current_device=lambda: 0,
+            set_stream=lambda stream: state.update({"stream": stream}),
+            default_generators=[Generator()],
+        ),
+        mock.patch.multiple(
+            torch._C,
+            create=True,
+            _cuda_endAllocateToPool=lambda device, pool: state.update({"allocating": False}),
+            _cuda_releasePool=mock.Mock(),
+        ),
+        pytest.raises(RuntimeError, match="operation failed"),
+    ):
+        cuda_graph.capture(lambda: None, torch.device("cuda"))
+    assert state == {"stream": "current", "random numbers": "state", "allocating": False}
+    assert len(kept) == 1
 
 
 def test_targets_that_are_no_tensors_run_eagerly() -> None:
@@ -207,6 +311,9 @@ def test_reasons_against_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     step.optimizers.append(torch.optim.AdamW(step.network.parameters()))
     assert "AdamW needs capturable" in str(why_not_captured(step))
     step.optimizers.pop()
+    step.optimizers[0].param_groups[0]["dampening"] = 0.1
+    assert "SGD with dampening" in str(why_not_captured(step))
+    step.optimizers[0].param_groups[0]["dampening"] = 0.0
     monkeypatch.setattr(step, "network", nn.Sequential(nn.BatchNorm2d(3, momentum=None)))
     assert "'0' averages" in str(why_not_captured(step))
 

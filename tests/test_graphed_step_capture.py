@@ -18,6 +18,7 @@ from fastmerge.merging.graphed_step import _capturable
 from fastmerge.merging.step import MergeStep
 from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
+from gate_checks import poisoned_memory  # noqa: F401
 
 # .item() and what asks for it; shapes that depend on values; tensors made of Python numbers, which lie on the host.
 FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal.default", "lift_fresh")
@@ -65,6 +66,23 @@ def test_a_step_with_a_scaler_never_leaves_the_device(linked: bool, budget: bool
         with Watching() as watching:
             step.run((x,), y, terms)
     assert not watching.found
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_momentum_starts_from_zero_where_the_first_step_overflows() -> None:
+    weights = []
+    for first_steps_overflow in (True, False):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = SGD([weight], 0.1, 0.9, nesterov=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for factor in [float("inf"), float("inf")] * first_steps_overflow + [1.0, 2.0, 3.0]:
+            with _capturable([optimizer]):
+                optimizer.zero_grad()
+                scaler.scale(factor * weight.square().sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        weights.append(weight)
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(

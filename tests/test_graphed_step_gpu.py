@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastmerge.kernels.cuda_graph import capture
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -150,3 +151,32 @@ def test_a_whole_merge(autocast: torch.dtype | None, cuda_graph: bool | None) ->
     assert all(math.isfinite(record.train.loss) for record in history.epochs)
     assert not student.training
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16], ids=str)
+def test_a_criterion_that_waits_runs_eagerly(autocast: torch.dtype | None) -> None:
+    step = make_step(autocast, QuadraticLambda(0.1))
+    step.setting = Setting(DEVICE, lambda output, target: F.cross_entropy(output, target) * (1 + target.sum().item()))
+    graph = GraphedStep(step)
+    for number in range(MEASURED + WARM_UP - 1):
+        graph(*batch(number))
+    with pytest.warns(UserWarning, match=r"it waits for the device, at .*test_graphed_step_gpu.py:\d+"):
+        graph(*batch(49))
+    assert math.isfinite(graph(*batch(50))[1]["loss"].item())
+
+
+def test_work_goes_on_after_a_failed_capture() -> None:
+    stream, before = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(RuntimeError):
+        capture(lambda: torch.rand(3, device=DEVICE) * x.sum().item(), DEVICE)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    first = torch.rand(3, device=DEVICE)
+    torch.cuda.set_rng_state(before)
+    assert torch.equal(torch.rand(3, device=DEVICE), first)
+    replay, drawn = capture(lambda: torch.rand(3, device=DEVICE) * x, DEVICE)
+    replay()
+    values = drawn.tolist()
+    replay()
+    assert drawn.tolist() != values

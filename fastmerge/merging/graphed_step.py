@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmerge.big_student import BigStudent
+from fastmerge.kernels.cuda_graph import capture
 from fastmerge.merging.step import MergeStep, Result
 from fastmerge.wide.norms import WideBatchNorm
 
@@ -46,11 +48,25 @@ class CudaGraphs:
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Captures something; returns what replays it, and its result, which every replay writes anew."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: a loader's thread that pins memory meanwhile does no harm
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = run()
-        return graph.replay, result
+        return capture(run, self.device)
+
+    def watched(self, run: Callable[[], Any]) -> tuple[Any, list[str]]:
+        """Runs something; returns its result, and the lines that waited for the device, which a graph can't hold."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                result = run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        waits = []
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                waits.append(f"{warning.filename}:{warning.lineno}")
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return result, waits
 
     def seconds(self, run: Callable[[], Any]) -> tuple[float, Any]:
         """How long something takes, the device's work included."""
@@ -64,8 +80,9 @@ class CudaGraphs:
 class GraphedStep:
     """A training step that becomes a CUDA graph where that is faster.
 
-    The first steps are eager: five measured, three more in preparation of the capture. Then the step is captured, five
-    replays are measured, and what has the lower median stays.
+    The first steps are eager: five measured, three more in preparation of the capture. The last of these is watched: a step
+    that waits for the device is not captured. Then the step is captured, five replays are measured, and what has the lower
+    median stays.
 
     Args:
         step: the eager step.
@@ -73,7 +90,7 @@ class GraphedStep:
         graphs: how to capture; tests give their own.
 
     Raises:
-        ValueError: if a graph is wanted and the step can't be captured, with the reason.
+        ValueError: if a graph is wanted and the step can't be captured, with the reason; here, or in the step that is watched.
     """
 
     def __init__(self, step: MergeStep, wanted: bool | None = None, graphs: Any = None) -> None:
@@ -109,9 +126,7 @@ class GraphedStep:
         if self.wanted is None and len(self._eager_times) < MEASURED:
             return self._measured(self._eager_times, lambda: self.step(inputs, target))
         if self._prepared < WARM_UP:
-            self._prepared += 1
-            with _capturable(self.step.optimizers):
-                return self._graphs.aside(lambda: self.step(inputs, target))
+            return self._prepare(inputs, target)
         if self._replay is None and not self._capture(leaves, spec):
             return self.step(inputs, target)
         if self.wanted is None and len(self._graph_times) < MEASURED:
@@ -140,6 +155,30 @@ class GraphedStep:
             self._forget()
             self._possible = False
 
+    def _prepare(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, dict[str, Tensor]]:
+        """A step as it will be captured; the last of them finds out whether it can be."""
+        self._prepared += 1
+        with _capturable(self.step.optimizers):
+            if self._prepared < WARM_UP:
+                return self._graphs.aside(lambda: self.step(inputs, target))
+            for optimizer in self.step.optimizers:
+                optimizer.zero_grad()
+            terms = self.step.terms()
+            run = partial(self._graphs.aside, lambda: self.step.run(inputs, target, terms))
+            (output, losses, open_now), waits = self._graphs.watched(run)
+        self.step.finish(open_now)
+        if waits:
+            self._give_up(ValueError(f"it waits for the device, at {waits[0]}"))
+        return output, losses
+
+    def _give_up(self, error: Exception) -> None:
+        """Goes on without a graph, which a warning says, or raises where one is wanted."""
+        reason = str(error).splitlines()[0]
+        if self.wanted:
+            raise ValueError(f"cuda_graph=True needs a step that can be captured; {reason}") from error
+        self._possible = False
+        warnings.warn(f"the training step can't be captured as a CUDA graph and runs without: {reason}", stacklevel=4)
+
     def _capture(self, leaves: list[Tensor], spec: Any) -> bool:
         """Captures the step; False if it can't be after all, which a warning says."""
         self._inputs = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
@@ -151,13 +190,11 @@ class GraphedStep:
             with _capturable(self.step.optimizers) as self._rates:
                 self._replay, self._result = self._graphs.capture(lambda: self.step.run(inputs, target, self._terms))
         except RuntimeError as error:
-            if self.wanted:
-                raise
-            self._possible = False
-            warnings.warn(
-                f"the training step could not be captured as a CUDA graph and runs without: {str(error).splitlines()[0]}",
-                stacklevel=2,
-            )
+            self._forget()
+            _start_anew(self.step)
+            # What went wrong within the step says more than that the capture could not be ended.
+            cause = error.__context__
+            self._give_up(cause if isinstance(cause, Exception) else error)
             return False
         self._captured = self._fingerprint()
         return True
@@ -198,11 +235,34 @@ def why_not_captured(step: MergeStep) -> str | None:
     for optimizer in step.optimizers:
         if type(optimizer) is not SGD and not all(group.get("capturable") for group in optimizer.param_groups):
             return f"{type(optimizer).__name__} needs capturable=True"
+        if type(optimizer) is SGD and any(group["momentum"] and group["dampening"] for group in optimizer.param_groups):
+            return "SGD with dampening treats its first step apart from the others"
     for name, module in step.network.named_modules():
         waits = isinstance(module, (WideBatchNorm, nn.modules.batchnorm._BatchNorm)) and module.momentum is None
         if waits:
             return f"'{name}' averages over all batches (momentum=None), for which it reads a counter on the host"
     return None
+
+
+def _start_anew(step: MergeStep) -> None:
+    """Forgets how far the optimizers came in a capture that failed, of which nothing has happened on the device."""
+    step.scaler._per_optimizer_states.clear()
+    for optimizer in step.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        for name in ("grad_scale", "found_inf"):
+            optimizer.__dict__.pop(name, None)
+
+
+def _zero_momentum(optimizer: SGD) -> None:
+    """Gives every parameter the momentum that it starts from.
+
+    Fused SGD makes uninitialised buffers in its first step and counts on this step to write them; a step that the scaler
+    skips does not.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.requires_grad and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @contextmanager
@@ -219,6 +279,8 @@ def _capturable(optimizers: list[Optimizer]) -> Iterator[list[Tensor]]:
             if type(optimizer) is SGD:
                 group["fused"], group["foreach"] = True, False
                 optimizer._step_supports_amp_scaling = True
+        if type(optimizer) is SGD:
+            _zero_momentum(optimizer)
     try:
         yield rates
     finally:
