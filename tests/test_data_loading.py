@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -266,6 +267,16 @@ def test_what_reads_is_chosen_and_said(tree, arrays, monkeypatch):
     monkeypatch.setattr(choosing, "dali_is_there", lambda: True)
     assert make(tree, "auto").why == "loader dali: 22 image files are decoded on the CPU, in 1 thread"
     assert make(tree, "auto", dtype=torch.bfloat16).why.endswith("DALI gives no bfloat16")
+    on_gpu = mock.Mock(
+        device=torch.device("cuda"), dtype=torch.float32, size=8, workers=2, augmentation=mock.Mock(crops=True)
+    )
+    trees = (mock.Mock(files=["a"]), mock.Mock(files=["b"]))
+    loader, why = choosing.choose_for_trees(trees, "auto", on_gpu)
+    assert (loader, why.partition("; ")[2]) == (
+        "torch",
+        "DALI has not been tried on a GPU yet (loader='dali' takes it)",
+    )
+    assert choosing.choose_for_trees(trees, "dali", on_gpu)[0] == "dali"
     monkeypatch.setattr(choosing, "dali_is_there", lambda: False)
     chosen = make(tree, "auto", workers=0)
     assert chosen.why.startswith(
@@ -275,6 +286,17 @@ def test_what_reads_is_chosen_and_said(tree, arrays, monkeypatch):
     monkeypatch.setattr(choosing, "_room", lambda device: 100)
     assert make(arrays, "auto", image_size=None).loader == "torch"
     assert make(tree, "auto", augmentation="small").loader == "torch"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_dalis_outputs_are_bound_to_torchs_stream(tree, device, monkeypatch):
+    """On a GPU DALI may take their memory back only after the work that torch has queued."""
+    pytest.importorskip("nvidia.dali")
+    loader = make(tree, "dali").val
+    loader.device, loader._pipeline, stream = torch.device(device), mock.Mock(), object()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    loader._run()
+    loader._pipeline.run.assert_called_once_with(stream if device == "cuda" else None)
 
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch):

@@ -96,12 +96,16 @@ class DaliLoader(EpochLoader):
     def _run(self) -> Any:
         """What the pipeline gives, or None after the last batch.
 
+        On a GPU it is bound to torch's stream. Otherwise DALI would take the memory back as soon as torch has queued the work
+        that reads it.
+
         Raises:
             RuntimeError: It can't decode a file; the pipeline is gone.
         """
         try:
             self._fresh = False
-            return self._pipeline.run()
+            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+            return self._pipeline.run(stream)
         except StopIteration:
             self._pipeline.reset()
             self._fresh = True
