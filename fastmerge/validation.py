@@ -8,9 +8,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from fastmerge.channels.tracing import TracedNetwork
+
+_HOOK_REMEDIES = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
+    "BasePruningMethod": "torch.nn.utils.prune.remove",
+}
 
 
 def check_teachers(teachers: Sequence[nn.Module]) -> None:
@@ -19,8 +26,9 @@ def check_teachers(teachers: Sequence[nn.Module]) -> None:
     Raises:
         TypeError: if a teacher is no network, or they are of different classes.
         ValueError: if they differ in structure, shapes, dtype or device, share weights, or have weights that are not finite;
-            the message names the layer.
+            the message names the layer. Likewise if hooks or replaced forwards change what a network computes.
     """
+    _check_no_global_hooks()
     for number, teacher in enumerate(teachers):
         _check_module(number, teacher)
     if len(teachers) < 2:
@@ -95,14 +103,40 @@ def _check_module(number: int, teacher: nn.Module) -> None:
                 f"layer '{name}' of teacher {number} is parametrized; "
                 "call torch.nn.utils.parametrize.remove_parametrizations on it first"
             )
-        if module is not teacher and (module._forward_pre_hooks or module._forward_hooks) and _is_leaf(module):
-            raise ValueError(
-                f"layer '{name}' of teacher {number} has forward hooks, which a merge would lose; remove them"
-            )
+        where = f"layer '{name}' of teacher {number}" if name else f"teacher {number}"
+        _check_hooks(module, where, is_network=module is teacher)
+        _check_forward(module, where, is_network=module is teacher)
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
+def _check_hooks(module: nn.Module, where: str, is_network: bool) -> None:
+    """Hooks of containers are part of what is traced; those of the network and of its layers are not."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    has_tensors = any(True for _ in module.parameters(recurse=False))
+    if not hooks or not (is_network or has_tensors):
+        return
+    kinds = {kind.__name__ for hook in hooks for kind in type(hook).__mro__}
+    remedies = [f"call {call} on it" for kind, call in _HOOK_REMEDIES.items() if kind in kinds]
+    remedy = " and ".join(remedies) or "remove them (handle.remove()) and write what they do into a forward"
+    raise ValueError(f"{where} has forward hooks, which a merge would lose; {remedy}")
+
+
+def _check_forward(module: nn.Module, where: str, is_network: bool) -> None:
+    """A forward set on an instance is what runs, but tracing takes the class's; a container's own method is followed."""
+    forward = vars(module).get("forward")
+    is_followed = getattr(forward, "__self__", None) is module and not type(module).__module__.startswith("torch.nn")
+    if forward is not None and (is_network or not is_followed):
+        raise ValueError(
+            f"{where} has a forward that was replaced on the instance, which a merge would lose; undo that "
+            "(del module.forward) or write it into a class's forward"
+        )
+
+
+def _check_no_global_hooks() -> None:
+    if torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks:
+        raise ValueError(
+            "there are forward hooks for all modules (torch.nn.modules.module.register_module_forward_hook or "
+            "_pre_hook), which a merge would lose; remove them (handle.remove()) until the student is made"
+        )
 
 
 def _check_same_structure(first: nn.Module, other: nn.Module, number: int) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import types
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import parametrizations, prune
+from torch.utils.hooks import RemovableHandle
 
 import fastmerge
 from architectures import BY_NAME
@@ -173,6 +178,123 @@ def test_parametrized_wrapped_and_compiled_teachers() -> None:
     assert "teacher.module" in refusal(*wrapped)
     compiled = [torch.compile(conv_network(), backend="eager") for _ in range(2)]
     assert "compile" in refusal(*compiled)
+
+
+def scaled(*_: object) -> Tensor:
+    return torch.ones(2, 4)
+
+
+@pytest.mark.parametrize(
+    "register", [nn.Module.register_forward_hook, nn.Module.register_forward_pre_hook], ids=["hook", "pre-hook"]
+)
+@pytest.mark.parametrize("path", ["", "0"], ids=["network", "layer"])
+def test_hooks(path: str, register: Callable[..., object]) -> None:
+    teachers = [conv_network(), conv_network()]
+    register(teachers[1].get_submodule(path), scaled)
+    message = refusal(*teachers)
+    assert "teacher 1" in message
+    assert "layer '0'" in message or not path
+    assert "handle.remove()" in message
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hooks_of_all_modules(register: Callable[..., RemovableHandle]) -> None:
+    handle = register(scaled)
+    try:
+        assert "for all modules" in refusal(conv_network(), conv_network())
+    finally:
+        handle.remove()
+
+
+def old_weight_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (old_weight_norm, "torch.nn.utils.remove_weight_norm"),
+        (nn.utils.spectral_norm, "torch.nn.utils.remove_spectral_norm"),
+        (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "torch.nn.utils.prune.remove"),
+    ],
+)
+def test_hooks_of_torch_say_what_removes_them(change: Callable[[nn.Module], object], remedy: str) -> None:
+    teachers = [conv_network(), conv_network()]
+    for teacher in teachers:
+        change(teacher[0])
+    assert remedy in refusal(*teachers)
+
+
+@pytest.mark.parametrize("path", ["", "0"], ids=["network", "layer"])
+def test_a_forward_replaced_on_the_instance(path: str) -> None:
+    teachers = [conv_network(), conv_network()]
+    module = teachers[1].get_submodule(path)
+    module.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 3, module)  # type: ignore[method-assign]
+    message = refusal(*teachers)
+    assert "teacher 1" in message
+    assert "layer '0'" in message or not path
+    assert "replaced on the instance" in message
+    del module.forward
+    fastmerge.BigStudent(*teachers, example_inputs=IMAGES)
+
+
+class TwoForwards(nn.Module):
+    """Chooses one of its own methods when it is made, as some libraries' blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 1)
+        self.forward = self.forward_twice  # type: ignore[method-assign]
+
+    def forward_twice(self, x: Tensor) -> Tensor:
+        return 2 * F.relu(self.conv(x))
+
+
+def test_a_block_that_chooses_its_own_method_is_merged() -> None:
+    teachers = [conv_network(TwoForwards()), conv_network(TwoForwards())]
+    with torch.no_grad(), fastmerge.BigStudent(*teachers, example_inputs=IMAGES).open_gates() as big:
+        torch.testing.assert_close(big(IMAGES), (teachers[0](IMAGES) + teachers[1](IMAGES)) / 2)
+
+
+class TiedEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.hidden(self.embed(x).mean(1))))
+
+
+class TiedFunctionally(TiedEmbedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.hidden(self.embed(x).mean(1))), self.embed.weight)
+
+
+class TiedSlope(nn.Module):
+    """A PReLU whose slopes are a layer's bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.PReLU(6), nn.Linear(4, 6), nn.Linear(6, 9)
+        self.embed.weight = self.hidden.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(self.hidden(x.float())))
+
+
+@pytest.mark.parametrize("network", [TiedEmbedding, TiedFunctionally, TiedSlope])
+def test_a_layers_weight_that_another_module_uses(network: type[nn.Module]) -> None:
+    teachers, x = [network(), network()], torch.randint(9, (5, 4))
+    message = refusal(*teachers, example_inputs=x)
+    assert "'embed'" in message
+    assert "use one parameter (" in message
+    for teacher in teachers:  # as the message says
+        teacher.embed.weight = nn.Parameter(teacher.embed.weight.detach().clone())
+    if network is not TiedFunctionally:
+        fastmerge.BigStudent(*teachers, example_inputs=x)
 
 
 def test_uninitialised_parameters_are_named() -> None:

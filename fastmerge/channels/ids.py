@@ -192,7 +192,22 @@ def _called_weights(traced: TracedNetwork, names: dict[int, str]) -> set[str]:
                     f"parameter '{name}' is the weight or bias of a layer and also used outside it (in '{module_path(node)}'); "
                     "use a parameter of its own there"
                 )
+            if node.op == "call_module" and layer_call(node, traced.root, names) is None:
+                _refuse_tied(traced.root, str(node.target), called, names)
     return called
+
+
+def _refuse_tied(root: nn.Module, path: str, called: set[str], names: dict[int, str]) -> None:
+    """A layer's weight is cut as the layer is, the last one's divided by T too: it can't serve another module as it is."""
+    module = root.get_submodule(path)
+    for own, parameter in module.named_parameters():
+        if names[id(parameter)] in called:
+            tied = [name for name, other in root.named_parameters(remove_duplicate=False) if other is parameter]
+            raise ValueError(
+                f"'{path}' ({type(module).__name__}) and a layer use one parameter ({', '.join(tied)}), of which a merge would "
+                "need two values. Give each its own in every teacher, for example by "
+                f"teacher.{path}.{own} = torch.nn.Parameter(teacher.{path}.{own}.detach().clone())"
+            )
 
 
 def _element_ids(record: IdRecord, root: nn.Module, called: set[str]) -> dict[str, Tensor]:
