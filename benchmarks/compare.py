@@ -1,7 +1,8 @@
 """Whether fastmerge became slower: two runs' ratios to the same baselines, so that different machines compare.
 
 ``python -m benchmarks.compare BASE.json NEW.json`` prints a table and ends with 1 where a ratio grew beyond the tolerance,
-where a contender that ran in BASE raised in NEW or is gone, or where the two have nothing in common.
+where a step launches more than it did, where a contender that ran in BASE raised in NEW or is gone, or where the two have
+nothing in common.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.results import MEASURES, Contenders, Ratio, cases, ratio, read
+from benchmarks.results import EXACT, MEASURES, Contenders, Ratio, cases, ratio, read
 from fastmerge.reporting.tables import table
 
 TOLERANCE = 0.1
@@ -42,6 +43,7 @@ class Change:
             return "failed"
         if self.new is None:
             return "missing"
+        tolerance = 0 if self.measure in EXACT else tolerance
         if self.new.value > self.base.value * (1 + tolerance):
             return "worse"
         return "better" if self.new.value * (1 + tolerance) < self.base.value else "same"
@@ -54,7 +56,7 @@ def compare(base: dict[str, Contenders], new: dict[str, Contenders]) -> Iterator
     """
     for case, before in base.items():
         after = new.get(case, {})
-        if not any("samples" in contender or "error" in contender for contender in after.values()):
+        if not any(key in contender for contender in after.values() for key in (*MEASURES.values(), "error")):
             continue  # another machine: it has no such device
         for measure, key in MEASURES.items():
             reference = next((n for n, c in before.items() if c.get(key) and after.get(n, {}).get(key)), None)

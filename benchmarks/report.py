@@ -6,23 +6,33 @@ process.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import names
 from benchmarks.convolution_tables import convolutions, raced_cases
-from benchmarks.results import Contenders, Gap, Ratio, cases, quartiles, ratio, read
+from benchmarks.results import CPU_TIME, Contenders, Gap, Ratio, cases, quartiles, ratio, read
 from benchmarks.stage_tables import judged, stage_tables
 from benchmarks.targets import TARGETS, Target
 from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NO_GPU = "There are no figures of a GPU yet: none was at hand. `make gpu OUT=folder` on a machine with one writes them."
+_COUNTED = (
+    "One training step, counted on a machine without a GPU: kernels that PyTorch and Triton would launch, and the bytes that "
+    "they read and write, at full size; *CPU* is the process time that a step takes where nothing is launched and tensors "
+    "are tiny, in turn with the teachers'. *Before* is the same at an earlier commit."
+)
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The committed runs, by file name, each with what NAME.txt beside NAME.json says of it, if anything, as its ``note``."""
+    """The committed runs, by file name, each with what NAME.txt beside NAME.json says of it, if anything, as its ``note``,
+    and the run of an earlier commit in before/NAME.json as its ``before``."""
     runs = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    for path in folder.glob("before/*.json"):
+        runs[path.stem]["before"] = read(path)
     for name, run in runs.items():
         note = folder / f"{name}.txt"
         run["note"] = note.read_text(encoding="utf-8").strip() if note.exists() else ""
@@ -52,7 +62,7 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         together = raced_cases(run)
         for case, contenders in cases(run).items():
             if case not in together:
-                parts += [f"### {case}", _case_table(contenders), *stage_tables(contenders), *_problems(contenders)]
+                parts += [f"### {case}", *_tables(case, contenders, run.get("before")), *_problems(contenders)]
         parts += convolutions(run)
     return "\n\n".join(parts) + "\n"
 
@@ -162,6 +172,12 @@ def _target_row(target: Target, found: list[Ratio] | None) -> list[str]:
     ]
 
 
+def _tables(case: str, contenders: Contenders, before: dict[str, Any] | None) -> list[str]:
+    if any("launches" in contender for contender in contenders.values()):
+        return _launch_table(contenders, cases(before).get(case, {}) if before else {})
+    return [_case_table(contenders), *stage_tables(contenders)]
+
+
 def _case_table(contenders: Contenders) -> str:
     header = ["contender", "ms", "quartiles", "n", "items/s", "GFLOP/s", "GB/s", "activations", "peak", "of the first"]
     reference = next((name for name, contender in contenders.items() if contender.get("samples")), None)
@@ -186,6 +202,37 @@ def _case_table(contenders: Contenders) -> str:
             ]
         )
     return table(header, rows, markdown=True)
+
+
+def _launch_table(contenders: Contenders, before: Contenders) -> list[str]:
+    """Markdown.
+
+    Args:
+        contenders: with ``launches``, ``moved_bytes`` and ``cpu_samples``.
+        before: likewise, of an earlier commit; may be empty.
+    """
+    header = ["contender", "launches", "before", "GB", "before", "CPU, ms", "of the teachers'", "before"]
+    rows = []
+    for name, contender in contenders.items():
+        old = before.get(name, {})
+        rows.append(
+            [
+                name,
+                str(contender["launches"]),
+                str(old.get("launches", "–")),
+                f"{contender['moved_bytes'] / 1e9:.3g}",
+                f"{old['moved_bytes'] / 1e9:.3g}" if old else "–",
+                f"{1e3 * statistics.median(contender['cpu_samples']):.3g}",
+                _beside_teachers(contenders, name),
+                _beside_teachers(before, name),
+            ]
+        )
+    return [_COUNTED, table(header, rows, markdown=True)]
+
+
+def _beside_teachers(contenders: Contenders, name: str) -> str:
+    found = ratio(contenders, name, names.TEACHERS, CPU_TIME)
+    return "–" if found is None else f"{found.value:.2f}"
 
 
 def _problems(contenders: Contenders) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks import names as who
-from benchmarks.results import TIME
+from benchmarks.results import CPU_TIME, LAUNCHES, TIME
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,15 @@ def _cpu(case: str) -> Target:
     return Target(name, f"step, {case} cpu", who.NAIVE, who.UNLINKED, 1.5, at_least=True)
 
 
+def _launches(case: str, name: str, contender: str, most: int, teachers: int, cpu: float) -> list[Target]:
+    """At most so many launches beside those of two teachers, and at most so much of their CPU time to prepare them."""
+    name, case = f"{name} / two teachers, {case.split()[0]}", f"launches, {case} cpu"
+    return [
+        Target(f"launches, {name}", case, contender, who.TEACHERS, most / teachers, measure=LAUNCHES),
+        Target(f"CPU time of launching, {name}", case, contender, who.TEACHERS, cpu, measure=CPU_TIME),
+    ]
+
+
 TARGETS = [
     *_steps("resnet18 224px batch 256 bf16 cuda"),
     *_steps("resnet18 224px batch 256 fp16 cuda", ", fp16"),
@@ -138,4 +147,7 @@ TARGETS = [
     _compress("compress, resnet18 cpu"),
     _cpu("resnet20 32px batch 128 fp32"),
     _cpu("resnet18 64px batch 16 fp32"),
+    *_launches("resnet18 224px batch 256 bf16", "block-diagonal", who.UNLINKED, 480, 592, 1.15),
+    *_launches("resnet18 224px batch 256 bf16", "dense (linked)", who.LINKED, 280, 592, 1.0),
+    *_launches("resnet20 32px batch 128 bf16", "block-diagonal", who.UNLINKED, 420, 624, 1.15),
 ]

@@ -9,6 +9,7 @@ import pytest
 
 from benchmark_reports import raced, report
 from benchmarks import bench_compress as compress
+from benchmarks import bench_launches as launches
 from benchmarks import bench_merge as merge
 from benchmarks import names
 from benchmarks.cases import CASES
@@ -137,10 +138,11 @@ def test_stages_show_a_steps_time_by_epoch() -> None:
 
 def test_targets_name_cases_and_contenders_that_exist() -> None:
     known = {f"step, {case.name}" for case in CASES} | {f"merge, {case.name}" for case in merge.TASKS}
+    known |= {f"launches, {param.values[0].name}" for param in launches.CASES}
     known |= {f"compress, {case.network} {case.device}" for case in compress.CASES}
     called = {value for key, value in vars(names).items() if key.isupper()}
     for target in TARGETS:
-        if target.case.startswith(("step, ", "merge, ", "compress, ")):
+        if target.case.startswith(("step, ", "merge, ", "compress, ", "launches, ")):
             assert target.case in known
             assert {target.numerator, target.denominator} <= called
     assert len({(target.name, target.case) for target in TARGETS}) == len(TARGETS)
