@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import functools
 import importlib
+import json
+import logging
 import os
+import pathlib
 import pickle
+import re
 import sys
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +27,28 @@ from torch import Tensor, nn
 
 from fastmerge.files import atomic
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+LOG = logging.getLogger("fastmerge")
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
+_EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these before every name
+_AVERAGED = "n_averaged"  # beside the weights of torch.optim.swa_utils.AveragedModel
+_LIGHTNING = "pytorch-lightning_version"
+_INDEX = ".index.json"
+# What training programs keep beside the weights. None of it runs anything; Lightning's dictionaries become plain ones.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),
+    *(
+        (dict, f"{package}.AttributeDict")
+        for package in (
+            "lightning_fabric.utilities.data",
+            "lightning.fabric.utilities.data",
+            "pytorch_lightning.utilities.parsing",
+        )
+    ),
+]
 _LISTED = 4
 TIMM = "timm:"
 
@@ -114,65 +141,217 @@ def _current_directory_on_path() -> Iterator[None]:
             sys.path.remove(here)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Reads the weights of a checkpoint, to the CPU.
+def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
+    """Reads the weights of a checkpoint, to the CPU, as training programs write them.
 
-    A ``.safetensors`` file is read as such; anything else by ``torch.load(weights_only=True)``, which runs no code. A
-    state dict inside ``{"state_dict": ...}`` (or ``model_state_dict``, ``model``) is taken out, and the prefix that
-    DistributedDataParallel or torch.compile put before every name is dropped.
+    * ``.safetensors`` and ``.pt`` files, the latter by ``torch.load(weights_only=True)``, which runs no code, and compared
+      with the checksums that their zip holds; or the index of sharded weights, ``model.safetensors.index.json``.
+    * The state dict itself, or inside ``{"state_dict": ...}``, ``model_state_dict``, ``model``, ``net`` or ``network``.
+    * Names as DistributedDataParallel, torch.compile and AveragedModel write them: their prefix is dropped.
+
+    Args:
+        path: The file.
+        ema: Takes the exponential moving average of the weights, where one lies beside them (``state_dict_ema``,
+            ``model_ema``, ``ema`` and so on). Without it the log says that there is one.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds more than weights, or holds none.
+        ValueError: The file is damaged, holds more than weights, or none; a tensor is quantised, sparse or without values; or
+            there is no moving average.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds Python objects, which are not loaded because they could run code; "
-            "save the weights alone: torch.save(network.state_dict(), path)"
-        ) from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict; save the weights with torch.save(network.state_dict(), path)")
-    weights = dict(content)
-    for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    weights, _, averaged = _read(Path(path), ema)
+    if ema and not averaged:
+        raise ValueError(f"{path} holds no moving average of weights under {', '.join(_EMA)}")
     return weights
 
 
-def load_weights(network: nn.Module, path: str | Path) -> None:
+def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> None:
     """Loads the weights of a checkpoint into a network, strictly.
+
+    Names that all begin with one more prefix, such as the ``model.`` of a LightningModule, fit without it. What a Lightning
+    checkpoint holds besides the network is left out.
+
+    Args:
+        network: Of the checkpoint's architecture.
+        path, ema: As :func:`read_weights`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The checkpoint is of another network; the message says what is missing, unexpected or misshapen.
+        ValueError: As :func:`read_weights`; or the checkpoint is of another network: the message says what is missing,
+            unexpected, misshapen, or of another kind of number; or a parameter is not finite.
     """
-    weights, own = read_weights(path), network.state_dict()
+    path = Path(path)
+    weights, lightning, averaged = _read(path, ema)
+    own = network.state_dict()
+    weights, prefix = _without_prefix(path, weights, own, lightning, ema and not averaged)
+    if ema and not averaged and not _of_average(prefix):
+        raise ValueError(f"{path} holds no moving average of weights under {', '.join(_EMA)}")
+    fits = f"{path} does not fit {type(network).__name__}"
+    if strange := [name for name in own if name in weights and not isinstance(weights[name], Tensor)]:
+        raise ValueError(f"{fits}: {_listed(strange)} are no tensors in it")
+    both = {
+        name: (weights[name], value) for name, value in own.items() if name in weights and isinstance(value, Tensor)
+    }
     shapes = [
-        (name, tuple(weights[name].shape), tuple(value.shape))
-        for name, value in own.items()
-        if isinstance(weights.get(name), Tensor) and weights[name].shape != value.shape
+        (name, tuple(came.shape), tuple(needed.shape))
+        for name, (came, needed) in both.items()
+        if came.shape != needed.shape
     ]
     if shapes:
-        raise ValueError(f"{path} does not fit {type(network).__name__}: {_misfit(shapes)}")
+        raise ValueError(f"{fits}: {_misfit(shapes)}")
+    if kinds := [
+        f"{name} is {_dtype(came)} in it and {_dtype(needed)} in the network"
+        for name, (came, needed) in both.items()
+        if not _is_of_kind(came, needed)
+    ]:
+        raise ValueError(f"{fits}: {_listed(kinds)}; weights are not converted from one kind of number to another")
     missing, unexpected = network.load_state_dict(weights, strict=False)
     if missing or unexpected:
         lists = [
             f"{what} {_listed(names)}" for what, names in (("lacks", missing), ("has besides", unexpected)) if names
         ]
-        raise ValueError(f"{path} does not fit {type(network).__name__}: it {' and '.join(lists)}")
+        raise ValueError(f"{fits}: it {' and '.join(lists)}")
+    if broken := [name for name, value in network.named_parameters() if not torch.isfinite(value).all()]:
+        raise ValueError(
+            f"{path} has weights that are NaN or infinite: {_listed(broken)}; this network can't be merged"
+        )
+
+
+def _read(path: Path, ema: bool) -> tuple[dict[str, Tensor], bool, bool]:
+    """Weights, whether Lightning wrote them, and whether they are a moving average."""
+    content: Any = _sharded(path) if path.name.endswith(_INDEX) else _content(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no state dict; save the weights with torch.save(network.state_dict(), path)")
+    lightning = _LIGHTNING in content
+    averages = [key for key in _EMA if isinstance(content.get(key), Mapping)]
+    beside = [key for key in content if key not in averages]
+    if averages and not ema:
+        LOG.info("%s holds a moving average of weights (%s), which is not taken without --ema", path, averages[0])
+    outer = content
+    if ema and averages:
+        content = content[averages[0]]
+    while wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None):
+        content = content[wrapper]
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        only = f" but for a moving average ({averages[0]}), which --ema takes" if averages and not ema else ""
+        keys = f"; its keys are {_listed(map(repr, outer))}" if beside and not only else ""
+        raise ValueError(
+            f"{path} holds no state dict{only}{keys}; save the weights with torch.save(network.state_dict(), path)"
+        )
+    if strange := [name for name in content if not isinstance(name, str)]:
+        raise ValueError(
+            f"{path} holds no state dict: names of weights are strings; it has {_listed(map(repr, strange))}"
+        )
+    weights = dict(content)
+    for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
+        if all(name.startswith(prefix) or name == _AVERAGED for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name != _AVERAGED}
+    if unusual := [f"{name} is {kind}" for name, value in weights.items() if (kind := _unusual(value))]:
+        raise ValueError(
+            f"{path} holds no plain tensors: {_listed(unusual)}; save the weights as floating-point numbers"
+        )
+    return weights, lightning, bool(ema and averages)
+
+
+def _content(path: Path) -> Any:
+    """What a file holds, with nothing of it run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        _check_zip(path)
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of its own ways to make quantised and sparse tensors
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} holds Python objects{f' ({named[1]})' if named else ''}, which are not loaded because they could run "
+            "code; save the weights alone: torch.save(network.state_dict(), path)"
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
+
+
+def _check_zip(path: Path) -> None:
+    """Compares a zip's content with its checksums, which torch.load does not; torch may have been told to write none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.CRC for part in archive.infolist()) and (part := archive.testzip()):
+                raise ValueError(f"the checksum of {part} in it differs")
+
+
+def _sharded(path: Path) -> dict[str, Tensor]:
+    """The weights of all files that an index names; they lie beside it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        files: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        if any(Path(file).name != file for file in files.values()):
+            raise ValueError("it names files in other folders")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no index of sharded weights ({type(error).__name__}: {error})") from error
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        weights |= _content(path.parent / file)
+    if lacking := files.keys() - weights.keys():
+        raise ValueError(f"{path} names weights that its files do not hold: {_listed(sorted(lacking))}")
+    return weights
+
+
+def _without_prefix(
+    path: Path, weights: dict[str, Tensor], own: Mapping[str, Any], lightning: bool, average: bool
+) -> tuple[dict[str, Tensor], str]:
+    """The weights by the network's own names, where all of these stand behind one prefix; and the prefix."""
+    first = next(iter(own), "")
+    if not own or own.keys() <= weights.keys():
+        return weights, ""
+    prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
+    fitting = [
+        prefix
+        for prefix in prefixes
+        if all(prefix + name in weights for name in own)
+        and (lightning or all(name.startswith(prefix) for name in weights))
+    ]
+    if len(fitting) > 1:  # Lightning callbacks hold averages beside the network
+        fitting = [prefix for prefix in fitting if _of_average(prefix) == average]
+    if len(fitting) > 1:
+        raise ValueError(f"{path} holds this network more than once, under {_listed(fitting)}; save one of them alone")
+    if not fitting:
+        return weights, ""
+    (prefix,) = fitting
+    if beside := [name for name in weights if not name.startswith(prefix)]:
+        LOG.info("%s: the weights under %s are taken; left out are %s", path, prefix, _listed(beside))
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, prefix
+
+
+def _of_average(prefix: str) -> bool:
+    return "ema" in re.split(r"[._]", prefix)
+
+
+def _unusual(value: Any) -> str:
+    """What keeps a tensor's values from being read, or an empty string."""
+    if not isinstance(value, Tensor):
+        return ""
+    if value.is_quantized:
+        return f"quantised ({_dtype(value)})"
+    if value.is_meta:
+        return "on the meta device, without values"
+    return "" if value.layout is torch.strided else f"sparse ({str(value.layout).removeprefix('torch.')})"
+
+
+def _is_of_kind(came: Tensor, needed: Tensor) -> bool:
+    """Whether both are floating-point, complex, or neither; counts that were averaged may be whole floating-point numbers."""
+    if came.is_complex() or needed.is_complex():
+        return came.is_complex() and needed.is_complex()
+    if came.is_floating_point() and not needed.is_floating_point():
+        return bool((came.double() == came.double().round()).all())
+    return came.is_floating_point() == needed.is_floating_point()
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _misfit(shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:

@@ -1,12 +1,18 @@
 """Networks by name, and their weights in files."""
 
+import argparse
+import json
+import logging
 import sys
-from types import SimpleNamespace
+import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastmerge.checkpoints import build_network, load_weights, read_weights, save_weights
 from full_disk import files_of_at_most
@@ -40,7 +46,7 @@ def test_weights_survive_a_file(tmp_path, suffix):
     assert equal(original, copy)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "net"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
     original, copy = network(), network()
@@ -48,6 +54,162 @@ def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
     torch.save({wrapper: state, "epoch": 3}, tmp_path / "last.pt")
     load_weights(copy, tmp_path / "last.pt")
     assert equal(original, copy)
+
+
+def test_what_training_programs_keep_beside_the_weights_is_no_obstacle(tmp_path, monkeypatch):
+    """The arguments of the command, and Lightning's, which need not be installed to read them."""
+    original, copy = network(), network()
+    module = ModuleType("lightning_fabric.utilities.data")
+    module.AttributeDict = type("AttributeDict", (dict,), {"__module__": module.__name__})
+    names = ["lightning_fabric", "lightning_fabric.utilities", module.__name__]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, module)
+    hyper_parameters = module.AttributeDict(lr=0.1)
+    content = {"state_dict": {f"model.{name}": value for name, value in original.state_dict().items()}}
+    content |= {"pytorch-lightning_version": "2.5", "hyper_parameters": hyper_parameters}
+    content["args"] = argparse.Namespace(lr=0.1, out=Path("runs"))
+    content["state_dict"]["loss.weight"] = torch.ones(3)
+    torch.save(content, tmp_path / "last.ckpt")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    load_weights(copy, tmp_path / "last.ckpt")
+    assert equal(original, copy)
+    del content["pytorch-lightning_version"], content["hyper_parameters"]
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"it lacks 0.weight, .* and has besides model.0.weight, .*"):
+        load_weights(copy, tmp_path / "other.ckpt")  # of another program, one weight too many is another network
+
+
+def test_averaged_models_are_read(tmp_path):
+    averaged, copy = AveragedModel(nn.DataParallel(network())), network()
+    averaged.n_averaged += 3
+    torch.save({"model": averaged.state_dict()}, tmp_path / "swa.pt")
+    load_weights(copy, tmp_path / "swa.pt")
+    assert equal(averaged.module.module, copy)
+
+
+def test_moving_averages_are_taken_when_asked_for(tmp_path, caplog):
+    last, average, copy, path = network(), network(), network(), tmp_path / "last.pt"
+    for key, prefix in (("state_dict_ema", ""), ("model_ema", "module."), ("ema", "")):
+        state = {prefix + name: value for name, value in average.state_dict().items()}
+        torch.save({"model": last.state_dict(), key: {"model": state} if key == "ema" else state}, path)
+        with caplog.at_level(logging.INFO, "fastmerge"):
+            load_weights(copy, path)
+        assert equal(copy, last)
+        assert caplog.messages == [
+            f"{path} holds a moving average of weights ({key}), which is not taken without --ema"
+        ]
+        caplog.clear()
+        load_weights(copy, path, ema=True)
+        assert equal(copy, average)
+        torch.save({key: average.state_dict(), "epoch": 3}, path)
+        with pytest.raises(ValueError, match=rf"no state dict but for a moving average \({key}\), which --ema takes"):
+            read_weights(path)
+    torch.save(last.state_dict(), path)
+    for read in (read_weights, lambda *words: load_weights(copy, *words)):
+        with pytest.raises(ValueError, match=r"last.pt holds no moving average of weights under state_dict_ema, "):
+            read(path, True)
+
+
+def test_lightning_callbacks_average_is_told_from_the_network(tmp_path):
+    last, average, copy, path = network(), network(), network(), tmp_path / "last.ckpt"
+    state = {f"model.{name}": value for name, value in last.state_dict().items()}
+    state |= {f"ema.module.{name}": value for name, value in average.state_dict().items()}
+    for more in ({}, {f"teacher.{name}": value for name, value in last.state_dict().items()}):
+        torch.save({"state_dict": state | more, "pytorch-lightning_version": "2.5"}, path)
+        load_weights(copy, path, ema=True)
+        assert equal(copy, average)
+        if not more:
+            load_weights(copy, path)
+            assert equal(copy, last)
+    with pytest.raises(ValueError, match=r"holds this network more than once, under model\., teacher\."):
+        load_weights(copy, path)
+
+
+def test_sharded_weights_are_read_by_their_index(tmp_path):
+    original, copy, index = network(), network(), tmp_path / "model.safetensors.index.json"
+    state, files = original.state_dict(), {}
+    for number, names in enumerate((list(state)[:3], list(state)[3:])):
+        save_file({name: state[name] for name in names}, tmp_path / f"model-{number}.safetensors")
+        files |= dict.fromkeys(names, f"model-{number}.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    load_weights(copy, index)
+    assert equal(original, copy)
+    for damaged, message in (
+        ({"weight_map": files | {"0.weight": "../x.safetensors"}}, "it names files in other folders"),
+        ({"weights": files}, r"is no index of sharded weights \(KeyError: 'weight_map'\)"),
+        ({"weight_map": files | {"4.weight": "model-0.safetensors"}}, "weights that its files do not hold: 4.weight"),
+        ({"weight_map": files | {"4.weight": "model-2.safetensors"}}, "there is no checkpoint .*model-2.safetensors"),
+    ):
+        index.write_text(json.dumps(damaged))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_weights(copy, index)
+
+
+def test_changed_bits_of_a_zip_are_found(tmp_path):
+    path, weights = tmp_path / "w.pt", network().state_dict()
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        name = next(part.filename for part in archive.infolist() if part.filename.endswith("/data/0"))
+    content[content.index(weights["0.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"w.pt is damaged or no checkpoint .*the checksum of {name} in it differs"):
+        read_weights(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_weights(path).keys() == weights.keys()
+
+
+SPARSE = "ignore:Sparse invariant checks"
+
+
+@pytest.mark.filterwarnings(SPARSE)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: (weight * 100).to(torch.int8), "0.weight is int8 in it and float32 in the network"),
+        (lambda weight: weight > 0, "0.weight is bool in it and float32 in the network"),
+        (lambda weight: weight.to(torch.complex64), "0.weight is complex64 in it and float32 in the network"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), r"0.weight is quantised \(qint8\)"),
+        (lambda weight: weight.to_sparse(), r"0.weight is sparse \(sparse_coo\)"),
+        (lambda weight: weight.to("meta"), "0.weight is on the meta device, without values"),
+        (lambda weight: weight.where(weight != weight.max(), torch.nan), "are NaN or infinite: 0.weight"),
+        (lambda weight: [1.0, 2.0], "0.weight are no tensors in it"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(tmp_path, change, message):
+    state = network().state_dict()
+    torch.save(state | {"0.weight": change(state["0.weight"])}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"w.pt .*{message}"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_other_precisions_are_read(tmp_path, dtype):
+    """Also where everything was converted, the count of batches too."""
+    original, copy = network(), network()
+    original[1].num_batches_tracked += 8
+    torch.save({name: value.to(dtype) for name, value in original.state_dict().items()}, tmp_path / "w.pt")
+    load_weights(copy, tmp_path / "w.pt")
+    assert copy[1].num_batches_tracked == 8
+    assert copy[0].weight.dtype == torch.float32
+    assert torch.equal(copy[0].weight, original[0].weight.to(dtype).float())
+
+
+def test_names_that_are_no_strings_are_refused(tmp_path):
+    torch.save({0: torch.ones(2), ("a", 1): torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"names of weights are strings; it has 0, \('a', 1\)"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_what_a_file_holds_instead_of_weights_is_named(tmp_path):
+    torch.save({"generator": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt holds no state dict; its keys are 'generator', 'epoch'; save"):
+        read_weights(tmp_path / "w.pt")
 
 
 def test_a_name_that_only_some_weights_share_is_no_prefix(tmp_path):
@@ -106,7 +268,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, needed, message):
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     torch.save(network(), tmp_path / "object.pt")
-    with pytest.raises(ValueError, match="Python objects, which are not loaded because they could run code"):
+    with pytest.raises(ValueError, match=r"Python objects \(torch.nn.*Sequential\), which are not loaded because they"):
         read_weights(tmp_path / "object.pt")
     for name in ("damaged.pt", "damaged.safetensors"):
         (tmp_path / name).write_bytes(b"hello")

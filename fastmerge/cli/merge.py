@@ -3,7 +3,8 @@
   fastmerge merge --model resnet18 --teachers a.safetensors b.pt --data imagewoof/ --out merged/
   fastmerge merge --model mynets:SmallNet --model-args width=32 --teachers a.pt b.pt c.pt --data x.npz --out merged/
 
-Checkpoints hold weights only (safetensors, or .pt loaded with weights_only=True). Data is a directory with
+Checkpoints are .safetensors, an index of sharded ones, or .pt and .ckpt files loaded with weights_only=True, as training
+programs (DistributedDataParallel, torch.compile, Lightning, timm) write them. Data is a directory with
 train/<class>/<image> and val/<class>/<image>, one with CIFAR's pickles, or an .npz of uint8 arrays train_images,
 train_labels, test_images and test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots.
 
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:factory of your own")
     add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
     add("--teachers", nargs="+", type=Path, required=True, metavar="FILE", help="two or more checkpoints")
+    add("--ema", action="store_true", help="take the moving averages of the teachers' weights from their checkpoints")
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
     add("--merge-epochs", type=integer(1), default=30, metavar="N", help="epochs of the big student; default 30")
@@ -227,5 +229,5 @@ def _teacher(options: argparse.Namespace, loaders: ImageLoaders, path: Path) -> 
     if ":" not in options.model or options.model.startswith(TIMM):
         arguments = {"num_classes": loaders.classes} | arguments
     network = build_network(options.model, **arguments)
-    load_weights(network, path)
+    load_weights(network, path, options.ema)
     return network
