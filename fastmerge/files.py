@@ -1,12 +1,16 @@
-"""Files that appear under their name whole or not at all."""
+"""Files that appear under their name whole or not at all, and files that one process holds at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+_HELD: set[TextIO] = set()
 
 
 @contextlib.contextmanager
@@ -30,6 +34,33 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+@contextlib.contextmanager
+def held(path: str | Path) -> Iterator[TextIO]:
+    """Opens a file to append to, made if missing, and locks it until the block or this process ends, however it ends.
+
+    Raises:
+        BlockingIOError: It is held already, by this process or another one.
+        OSError: It can't be opened, or its file system knows no locks.
+    """
+    with Path(path).open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _HELD.add(file)
+        try:
+            yield file
+        finally:
+            _HELD.discard(file)
+            fcntl.flock(file, fcntl.LOCK_UN)  # also of a process that was forked a moment ago
+
+
+def _let_go() -> None:
+    """Closes what a forked process inherited, which would hold the lock after its parent's death."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _flush(path: str | Path) -> None:

@@ -1,11 +1,16 @@
 """``fastmerge merge`` that is killed and goes on, and what DIR says to a command that does not fit it."""
 
+import contextlib
+import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastmerge.cli import main
+from fastmerge.files import held
+from fastmerge.reporting.epoch_log import EpochLog
+from killing import die
 from test_cli_merge import arguments, place  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -24,9 +32,6 @@ def log_of(out: str) -> list[dict]:
 
 def interrupt_after(monkeypatch, epochs: int, number: int = signal.SIGINT) -> None:
     """Sends this process a signal when so many epochs are told of."""
-    write = "fastmerge.cli.merge.EpochLog.write"
-    from fastmerge.reporting.epoch_log import EpochLog
-
     original, told = EpochLog.write, []
 
     def writing(log, values, step, tag=""):
@@ -35,7 +40,7 @@ def interrupt_after(monkeypatch, epochs: int, number: int = signal.SIGINT) -> No
         if len(told) == epochs:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(write, writing)
+    monkeypatch.setattr(EpochLog, "write", writing)
 
 
 def test_sigterm_exits_with_143_and_the_line_it_prints_goes_on(place, tmp_path):  # noqa: F811
@@ -51,6 +56,92 @@ def test_sigterm_exits_with_143_and_the_line_it_prints_goes_on(place, tmp_path):
         process.kill()
     assert (tmp_path / "err.txt").read_text().endswith("interrupted; go on with: fastmerge merge --out out --resume\n")
     assert list(Path("out/checkpoints").glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def running(*words: str) -> Iterator[subprocess.Popen]:
+    """A run of 400 epochs in out/, in a process of its own that has trained one, killed at the end."""
+    command = [sys.executable, "-m", "fastmerge", *arguments(), "--merge-epochs", "400", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()) as process:
+        try:
+            while not (Path("out/log.jsonl").is_file() and Path("out/log.jsonl").stat().st_size):
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_run_is_kept_out_until_the_first_is_dead(place, capsys):  # noqa: F811
+    """Both would write one log and one set of checkpoints, and the first to end would remove the other's."""
+    with running("--loader", "torch", "--checkpoint-seconds", "0") as first:
+        before = Path("out/command.json").read_bytes()
+        others = [
+            [*arguments(), "--seed", "2"],
+            ["merge", "--out", "out", "--resume"],
+            ["run", "digits", "--out", "out"],
+        ]
+        for words in others:
+            assert main(words) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"fastmerge: error: out is in use by another run, process {first.pid} on ")
+            assert error.endswith("; wait for its end, or choose another --out\n")
+            assert error.count("\n") == 1
+        assert Path("out/command.json").read_bytes() == before
+        first.kill()
+        first.wait()
+        assert main(["merge", "--out", "out", "--resume", "--merge-epochs", "3"]) == 2
+        assert "out is of a run with --merge-epochs 400, not 3" in capsys.readouterr().err
+        log, epochs = len(log_of("out")), []
+        write = EpochLog.write
+
+    def interrupt(log, values, step, tag=""):
+        epochs.append(step)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EpochLog, "write", interrupt)
+        assert main(["merge", "--out", "out", "--resume"]) == 130
+    assert EpochLog.write is write
+    assert 1 < epochs[0] <= log + 1
+
+
+def hold_fork_and_die(path: Path, end: Connection) -> None:
+    with held(path):
+        if os.fork() == 0:
+            end.send(os.getpid())
+            time.sleep(60)
+            os._exit(0)
+        end.poll(60)  # the child runs
+        die()
+
+
+def test_a_reader_does_not_hold_what_its_dead_parent_held(tmp_path):
+    """DataLoader's workers are forked, and outlive a parent that is killed by some seconds."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=hold_fork_and_die, args=(tmp_path / "lock", there))
+    process.start()
+    child = here.recv()
+    with pytest.raises(BlockingIOError), held(tmp_path / "lock"):
+        pass
+    here.send("go on")
+    process.join()
+    try:
+        with held(tmp_path / "lock"):
+            os.kill(child, 0)  # it is there
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("always:out is on a file system:UserWarning")  # the command prints it
+def test_a_file_system_without_locks_is_warned_of(place, monkeypatch, capsys):  # noqa: F811
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fastmerge.files.fcntl.flock", flock)
+    assert main(arguments()) == 0
+    assert "out is on a file system without locks: see that no other run writes there" in capsys.readouterr().err
 
 
 def _environment() -> dict[str, str]:

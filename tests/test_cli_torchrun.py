@@ -59,11 +59,15 @@ def test_merge_by_two_processes(place):  # noqa: F811
         assert history["borders"][border] == pytest.approx(alone["borders"][border], rel=1e-5)
 
 
-def test_the_same_line_goes_on_after_a_sigterm(place):  # noqa: F811
-    """What a cluster does at a time limit, and its requeued job: --resume is there from the beginning."""
+def test_the_same_line_goes_on_after_a_sigterm(place, capsys):  # noqa: F811
+    """What a cluster does at a time limit, and its requeued job: --resume is there from the beginning; two processes are one
+    run, and another one has no place beside them.
+    """
     words = [*arguments(), "--merge-epochs", "1000", "--finetune-epochs", "1", "--resume"]
     process = begin(*words)
     wait_for_epochs(process, 3)
+    assert main(words) == 2
+    assert "out is in use by another run, process " in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0

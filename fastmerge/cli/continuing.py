@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmerge.files import atomic
+from fastmerge.files import atomic, held
 from fastmerge.processes import Processes
 from fastmerge.reporting.epoch_log import check_tensorboard
 
 CHECKPOINTS = "checkpoints"
 _COMMAND = "command.json"
+_LOCK = ".lock"
 # What may differ when a run goes on, since it does not change what comes out of it.
 _FREE = {
     "accumulate",
@@ -102,8 +108,51 @@ def complete(
     return options
 
 
+@contextlib.contextmanager
+def alone(options: argparse.Namespace, processes: Processes) -> Iterator[None]:
+    """Makes DIR and keeps other runs out of it, until the block or the first of these processes ends; not for a dry run.
+
+    Raises:
+        ValueError: Another run is in DIR; the message says which process it is.
+        OSError: DIR can't be written to.
+    """
+    with contextlib.ExitStack() as closing:
+        problem = None
+        if processes.is_first and not options.dry_run:
+            try:
+                closing.enter_context(_hold(options.out))
+            except (ValueError, OSError) as error:
+                problem = error
+        problem = processes.from_first(problem)
+        if problem is not None:
+            raise problem
+        yield
+
+
+@contextlib.contextmanager
+def _hold(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as closing:
+        try:
+            file = closing.enter_context(held(out / _LOCK))
+        except BlockingIOError:
+            holder = (out / _LOCK).read_text(encoding="utf-8").strip() or "one that has just begun"
+            raise ValueError(
+                f"{out} is in use by another run, {holder}; wait for its end, or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            warnings.warn(f"{out} is on a file system without locks: see that no other run writes there", stacklevel=2)
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
+        yield
+
+
 def begin(options: argparse.Namespace, processes: Processes) -> bool:
-    """Makes DIR and notes the command there; what can't be written to is better known before the training.
+    """Notes the command in DIR; what can't be written to is better known before the training.
 
     Args:
         options: Completed.
@@ -143,7 +192,6 @@ def check(options: argparse.Namespace) -> None:
 
 
 def _begin(options: argparse.Namespace) -> bool:
-    options.out.mkdir(parents=True, exist_ok=True)
     check(options)
     record = options.out / _COMMAND
     if options.resume and record.is_file():

@@ -139,13 +139,14 @@ def command(options: argparse.Namespace) -> None:
     """Merges, writes the student and its history, and prints the scores."""
     device, processes = join_processes(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        _merge(options, device, processes)
+        check_planning(options, processes)
+        with continuing.alone(options, processes):
+            _merge(options, device, processes)
     finally:
         leave_processes()
 
 
 def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:
-    check_planning(options, processes)
     if options.dry_run:
         continuing.check(options)
     elif continuing.begin(options, processes):

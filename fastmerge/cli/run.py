@@ -103,14 +103,15 @@ def command(options: argparse.Namespace) -> None:
     by_itself = "cuda" if isinstance(recipe, LoaderRecipe) and torch.cuda.is_available() else "cpu"
     device, processes = join_processes(options.device or by_itself)
     try:
-        _run(options, recipe, device, processes)
+        check_planning(options, processes)
+        with continuing.alone(options, processes):
+            _run(options, recipe, device, processes)
     finally:
         leave_processes()
 
 
 def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes: Processes) -> None:
     out: Path = options.out
-    check_planning(options, processes)
     if options.dry_run:
         continuing.check(options)
         print(_plan(options, recipe, device))

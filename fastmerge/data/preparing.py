@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Literal
 from fastmerge.data.choosing import cores
 from fastmerge.data.decoding import JPEG_END, BadImageError, BadImages, OnBadImage, open_image, read_image
 from fastmerge.data.trees import image_files
+from fastmerge.files import held
 
 RECORD = "prepared.json"
 _PARTIAL = ".partial"
@@ -181,9 +181,9 @@ def _held(target: Path, settings: dict[str, int]) -> Iterator[None]:
             f"{target} holds files that were not prepared ({named}), and nothing is written beside them; name a new or "
             "empty folder. The first argument is the source, the second the target"
         )
-    with (target / RECORD).open("a+", encoding="utf-8") as record:
+    with contextlib.ExitStack() as closing:
         try:
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            record = closing.enter_context(held(target / RECORD))
         except BlockingIOError:
             raise ValueError(f"{target} is being prepared by another process") from None
         there = _noted(target)
