@@ -86,11 +86,7 @@ def contender(run: str, layer: str, kind: str, dtype: torch.dtype) -> Contender:
         source = torch.randn(facts["bytes"] // 8, device="cuda")
         target = torch.empty_like(source)
 
-        def copy() -> None:
-            target.copy_(source)
-            torch.cuda.synchronize()
-
-        return Contender(copy, facts)
+        return Contender(lambda: target.copy_(source), facts)
 
     pooled = layer == "stem"
     reference, fused = (
@@ -109,11 +105,7 @@ def contender(run: str, layer: str, kind: str, dtype: torch.dtype) -> Contender:
 
     dy = torch.randn_like(forward())
 
-    def step() -> None:
-        torch.autograd.grad(forward(), tensors, dy)
-        torch.cuda.synchronize()
-
-    return Contender(step, facts)
+    return Contender(lambda: torch.autograd.grad(forward(), tensors, dy), facts)
 
 
 @pytest.mark.parametrize(("layer", "kind", "precision"), CASES, ids=[" ".join(c).replace(" ", "-") for c in CASES])
@@ -121,4 +113,4 @@ def bench_batch_norm(benchmark: BenchmarkFixture, layer: str, kind: str, precisi
     benchmark.group = benchmark.extra_info["case"] = f"BatchNorm, {layer} {kind} {precision} cuda"
     dtype = DTYPES[precision]
     makers = {run: (lambda run=run: contender(run, layer, kind, dtype)) for run in (*RUNS, "copy")}
-    race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)
+    race(benchmark, makers, effort, "cuda")

@@ -73,6 +73,6 @@ def bench_block_conv(
         name: (lambda name=name: contender(name)) for name in (SPLIT, "groups", "triton")
     }
     try:
-        race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)
+        race(benchmark, makers, effort, "cuda")
     finally:
         benchmark.extra_info["convolution"]["winner"] = fastest(benchmark.extra_info["contenders"])

@@ -91,6 +91,6 @@ def bench_block_sparse(
         name: (lambda name=name: contender(name)) for name in (MASKED, DENSE, TRITON)
     }
     try:
-        race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)
+        race(benchmark, makers, effort, "cuda")
     finally:
         benchmark.extra_info["sparse"]["winner"] = fastest(benchmark.extra_info["contenders"])

@@ -55,4 +55,4 @@ def bench_compact(benchmark: BenchmarkFixture, case: Case, share: float, linked:
         return lambda: Contender(Step(case, [network]), {"items": case.batch})
 
     makers = {"whole": maker(whole), "compacted": maker(compacted)}
-    race(benchmark, makers, effort.rounds(case.device), effort.warmup(case.device), effort.seconds)
+    race(benchmark, makers, effort, case.device)

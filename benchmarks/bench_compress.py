@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,9 +61,11 @@ class Compression:
     def __call__(self) -> None:
         assert self.network is not None
         self.network.compress(self.optimizer, in_place=self.in_place)
-        if self.case.device == "cuda":
-            torch.cuda.synchronize()
         self.peaks.append(self.size + read_peak(self.case.device) - self.start)
+
+    def facts(self, samples: list[float]) -> dict[str, int]:
+        """The median height of memory of the last calls."""
+        return {"peak_bytes": statistics.median_low(self.peaks[-len(samples) :])}
 
 
 def start_peak(device: str) -> int:
@@ -95,10 +98,8 @@ def bench_compress(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> N
     compressions = {"copy": Compression(case, False), names.IN_PLACE: Compression(case, True)}
 
     def maker(compression: Compression) -> Callable[[], Contender]:
-        return lambda: Contender(compression, before=compression.prepare)
+        return lambda: Contender(compression, before=compression.prepare, more=compression.facts)
 
-    race(benchmark, {name: maker(c) for name, c in compressions.items()}, 10, warmup=1, seconds=effort.seconds)
-    contenders = benchmark.extra_info["contenders"]
-    for name, compression in compressions.items():
-        contenders[name]["peak_bytes"] = sorted(compression.peaks)[len(compression.peaks) // 2]
-    contenders[names.BIG] = {"peak_bytes": compressions[names.IN_PLACE].size}
+    makers = {name: maker(c) for name, c in compressions.items()}
+    race(benchmark, makers, effort, case.device, rounds=10, warmup=1, alone=1, profile=False)
+    benchmark.extra_info["contenders"][names.BIG] = {"peak_bytes": compressions[names.IN_PLACE].size}

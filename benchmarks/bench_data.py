@@ -9,6 +9,7 @@ val/<class>/<image> in their place.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import names
@@ -87,8 +87,6 @@ def reading(tree: Path, loader: str, device: str, workers: int) -> Contender:
     def step() -> None:
         for images, _ in train:
             assert images.device.type == device
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     return Contender(step, {"items": train.samples, "workers": workers})
 
@@ -143,4 +141,5 @@ def bench_data(
     benchmark.extra_info["case"] = case
     sizes = [path.stat().st_size for path in (tree / "train").rglob("*") if path.is_file()]
     benchmark.extra_info["bytes per file"] = sum(sizes) / len(sizes)
-    race(benchmark, effort.chosen(makers), effort.asked or ROUNDS, warmup=1, seconds=min(SECONDS, effort.seconds))
+    effort = dataclasses.replace(effort, seconds=min(SECONDS, effort.seconds))
+    race(benchmark, makers, effort, device, rounds=effort.asked or ROUNDS, warmup=1, alone=1, profile=False)

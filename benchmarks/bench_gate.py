@@ -59,12 +59,9 @@ def contender(sampler: str, case: Case, sizes: list[int]) -> Contender:
     loc = torch.randn(sum(sizes), device="cuda", requires_grad=True)
     dz = torch.randn(n, sum(sizes), device="cuda")
 
-    def step() -> None:
-        torch.autograd.grad(sample(loc, n, sizes), loc, dz)
-        torch.cuda.synchronize()
-
     # Forward writes the gates, backward reads them and their gradient.
-    return Contender(step, {"items": n, "bytes": 3 * dz.nbytes})
+    facts = {"items": n, "bytes": 3 * dz.nbytes}
+    return Contender(lambda: torch.autograd.grad(sample(loc, n, sizes), loc, dz), facts)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
@@ -72,4 +69,4 @@ def bench_gate(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None:
     benchmark.group = benchmark.extra_info["case"] = f"gates, {case.network} batch {case.batch} cuda"
     sizes = group_sizes(case.network)
     makers = {name: (lambda name=name: contender(name, case, sizes)) for name in SAMPLERS}
-    race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)
+    race(benchmark, makers, effort, "cuda")

@@ -82,8 +82,6 @@ class Stages:
             self._result, dropped = self.task.naive(batches), 0.0
         else:
             self._result, dropped = self.task.merged(batches, **self.options)
-        if self.task.case.device == "cuda":
-            torch.cuda.synchronize()
         self.dropped.append(dropped)
         self.loaders.append(batches)
 
@@ -122,14 +120,9 @@ def bench_merge(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None
     def maker(own: Stages) -> Callable[[], Contender]:
         def make() -> Contender:
             assert task.teachers  # trained before anything is timed
-            return Contender(own.run, facts, check=own.settle, before=own.settle)
+            return Contender(own.run, facts, check=own.settle, before=own.settle, more=own.facts)
 
         return make
 
-    makers = effort.chosen({name: maker(own) for name, own in stages.items()})
-    try:
-        race(benchmark, makers, ROUNDS, warmup=0, seconds=effort.seconds)
-    finally:  # an interrupted race keeps its samples
-        for name, contender in benchmark.extra_info.get("contenders", {}).items():
-            if contender.get("samples"):
-                contender |= stages[name].facts(contender["samples"])
+    makers = {name: maker(own) for name, own in stages.items()}
+    race(benchmark, makers, effort, case.device, rounds=effort.asked or ROUNDS, warmup=0, alone=1, profile=False)

@@ -21,14 +21,6 @@ from benchmarks.roofline import measure_ceilings
 def bench_step(benchmark: BenchmarkFixture, case: Case, effort: Effort) -> None:
     benchmark.group = f"step, {case.name}"
     benchmark.extra_info["case"] = f"step, {case.name}"
-    measure_ceilings(case)  # before, and again after: the best counts
-    everybody = makers(case)
-    chosen = effort.chosen(everybody)
-    rounds, warmup = effort.rounds(case.device), effort.warmup(case.device)
-    try:
-        race(benchmark, chosen, rounds, warmup, effort.seconds, effort.patience, names.UNLINKED)
-    finally:
-        contenders = benchmark.extra_info.setdefault("contenders", {})
-        contenders |= {name: {"unavailable": "not asked for"} for name in everybody if name not in chosen}
-        ceilings = measure_ceilings(case)
-        benchmark.extra_info["ceilings"] = {"flops": ceilings.flops, "bandwidth": ceilings.bandwidth}
+    ceilings = measure_ceilings(case)  # and again beside every floor: the best counts
+    benchmark.extra_info["ceilings"] = {"flops": ceilings.flops, "bandwidth": ceilings.bandwidth}
+    race(benchmark, makers(case), effort, case.device, principal=names.UNLINKED)

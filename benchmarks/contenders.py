@@ -23,7 +23,7 @@ _CAPTURED = 5  # the call of a graphed step by which it is
 
 
 def makers(case: Case) -> dict[str, Callable[[], Contender]]:
-    """Everybody who takes part in a case, the most important first: what takes long to compile comes last.
+    """Everybody who takes part in a case: those that need nothing but cuDNN first, what takes long to compile last.
 
     On the CPU nothing is captured.
     """
@@ -32,12 +32,13 @@ def makers(case: Case) -> dict[str, Callable[[], Contender]]:
         names.TEACHERS: lambda: contender(case, case.make_teachers(), dense=False),
         names.UNLINKED: lambda: contender(case, [big(case)], dense=False),
         names.LINKED: lambda: contender(case, [big(case, linked=True)], dense=True),
-        names.GRAPHED: lambda: graphed(case, big(case), dense=False),
-        names.LINKED_GRAPHED: lambda: graphed(case, big(case, linked=True), dense=True),
         names.UNLINKED_UNGATED: lambda: contender(case, [Ungated(big(case))], dense=False),
-        names.GROUPED: lambda: contender(case, [naive(case, grouped=True)], dense=False),
         names.UNLINKED_PLAIN: lambda: contender(case, [big(case, fused=False)], dense=False),
         names.LINKED_PLAIN: lambda: contender(case, [big(case, linked=True, fused=False)], dense=True),
+        names.TEACHERS_GRAPHED: lambda: graphed(case, case.make_teachers(), dense=False),
+        names.GRAPHED: lambda: graphed(case, [big(case)], dense=False),
+        names.LINKED_GRAPHED: lambda: graphed(case, [big(case, linked=True)], dense=True),
+        names.GROUPED: lambda: contender(case, [naive(case, grouped=True)], dense=False),
         names.TEACHERS_COMPILED: lambda: contender(case, case.make_teachers(), dense=False, compiled=True),
         names.NAIVE_COMPILED: lambda: contender(case, [naive(case)], dense=True, compiled=True),
     }
@@ -51,12 +52,12 @@ def contender(case: Case, networks: Sequence[nn.Module], dense: bool, compiled: 
     return _contender(case, step, dense, describe(step))
 
 
-def graphed(case: Case, network: fastmerge.BigStudent, dense: bool) -> Contender:
-    """The training step of a big student as ``merge`` captures it in a CUDA graph."""
-    step = GraphedTraining(case, network)
+def graphed(case: Case, networks: Sequence[nn.Module], dense: bool) -> Contender:
+    """The training step of some networks as ``merge`` captures it in a CUDA graph."""
+    step = GraphedTraining(case, networks)
     for _ in range(_CAPTURED):
         step()
-    if not step.graph.replays:
+    if not all(graph.replays for graph in step.graphs):
         raise RuntimeError(f"the step was not captured by its {_CAPTURED}th call")
     return _contender(case, step, dense, {})
 

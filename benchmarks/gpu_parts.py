@@ -1,107 +1,256 @@
-"""What there is to do on a machine with a GPU, the most important first, and how long each of it may take."""
+"""What there is to do on a machine with a GPU, in which order, and how long each of it may take: a plan is a list of stages.
+
+``first`` is for a card that nobody has run on: does anything crash, are the numbers right, how fast is a step and why. It takes
+less than nine minutes. ``second`` is for the four minutes after it: what failed, under the sanitizer too, float16, and a real
+run. ``full`` is everything.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("build", "compile", "tests", "sanitizer", "bench")
+_GATES, _NORMS, _COMPACTION = (f"tests/test_kernels_{name}_gpu.py" for name in ("gate", "batch_norm", "compact"))
+_CONVOLUTIONS, _LAYOUTS = (f"tests/test_kernels_block_conv{name}_gpu.py" for name in ("", "_layouts"))
+_WIDE, _GRAPHED, _DATA = (f"tests/test_{name}_gpu.py" for name in ("wide", "graphed_step", "data"))
+_EARLY = "tests/test_compact_early.py"
+# The smallest tests of each family of kernels, and of CUDA graphs.
+FAMILIES = {
+    "gates": (_GATES, "against_float64"),
+    "batch-norm": (_NORMS, "odd_shapes or options"),
+    "pooling": (_NORMS, "stem and not 112"),
+    "convolution-bf16": (_CONVOLUTIONS, "one_tile and bf16"),
+    "convolution-fp16": (_CONVOLUTIONS, "one_tile and fp16"),
+    "convolution-fp32": (_CONVOLUTIONS, "one_tile and fp32"),
+    "compaction": (_COMPACTION, "every_layout"),
+    "big-student": (_WIDE, "resnet20 and fused"),
+    "graph": (_GRAPHED, "replays_are_eager and not budget"),
+    "after-capture": (_GRAPHED, "capture or overflow or syncs"),
+}
+RESNET18, RESNET20 = "resnet18-224px-batch-256-bf16-cuda", "resnet20-32px-batch-128-bf16-cuda"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command.
+    """One command, in a process of its own.
 
     Attributes:
-        name: of its files in OUT.
+        name: of its log.
+        command: for this Python, unless the first word is a program's path. "{journal}" becomes a file of its own, "{folder}" a
+            folder, "{until}" the time on the monotonic clock when it must have ended.
         seconds: how long it may take.
-        command: "{json}" and "{xml}" become paths in OUT; "{samples}" and "{patience}" a quarter and a half of the seconds
-            that it is given.
-        kind: of ``KINDS``. Compiling, tests, and tests under the sanitizer go on beside each other; what is timed runs alone.
-        interpreter: whether the command is what comes after this Python.
-        optional: whether it is no failure if the command's program is not there.
         environment: variables set for it.
+        careful: whether, if one of its contenders ends the process, that one has another try with cuDNN's convolutions alone.
+        rehearsal: the command where there is no card.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float = 600.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    careful: bool = False
+    rehearsal: tuple[str, ...] = ()
+
+    @property
+    def is_tests(self) -> bool:
+        """Whether it runs tests, which can be left out one by one."""
+        return "--benchmark-disable" in self.command
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it can go on after what ended it: tests, and benchmarks with a journal."""
+        return self.is_tests or "--journal={journal}" in self.command
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Parts for which there is a time together.
+
+    Attributes:
+        name: for ``--only``.
+        seconds: of the plan's; what it leaves goes to the next stage.
+        parts: in order of importance.
+        at_once: how many of them run beside each other. What is timed runs alone.
     """
 
     name: str
     seconds: float
-    command: tuple[str, ...]
-    kind: str = "bench"
-    interpreter: bool = True
-    optional: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def alone(self) -> bool:
-        """Whether nothing may run beside it."""
-        return self.kind in ("build", "bench")
+    parts: tuple[Part, ...]
+    at_once: int = 1
 
 
-def parts() -> list[Part]:
-    """Everything."""
-    others = other_benchmarks()
-    return [
-        Part("build", 120, ("setup.py", "build_ext", "--inplace"), "build"),
-        Part("compile", 240, ("-m", "benchmarks.compile_kernels"), "compile"),
-        *[part for file in gpu_tests() for part in _tests(file)],
-        *[_sanitizer(file) for file in gpu_tests() if "kernels" in file],
-        _steps("step-resnet18-bf16", 240, "resnet18-224px-batch-256-bf16-cuda"),
-        *[_other(name) for name in _FIRST if name in others],
-        _steps("step-resnet20-128", 120, "resnet20-32px-batch-128-bf16-cuda"),
-        *[_other(name) for name in _SECOND if name in others],
-        _steps("step-resnet18-fp16", 240, "resnet18-224px-batch-256-fp16-cuda"),
-        *[_other(name) for name in others if name not in (*_FIRST, *_SECOND)],
-        _steps("step-small", 180, "(resnet20-32px-batch-512 or lenet or sine) and cuda"),
-        _steps("step-resnet50-bf16", 240, "resnet50-224px-batch-256-bf16-cuda"),
-        _steps("step-resnet50-fp16", 240, "resnet50-224px-batch-256-fp16-cuda"),
-    ]
-
-
-def selected(todo: Sequence[Part], only: Sequence[str]) -> list[Part]:
-    """The parts named, by their own names or by their kinds; all of them if none is named. Benchmarks bring compiling along.
+def plan(name: str, reds: Sequence[str] = (), data: str | None = None) -> list[Stage]:
+    """The stages of a plan.
 
     Args:
-        todo: the parts.
-        only: names, several in one separated by commas.
-
-    Raises:
-        ValueError: for a name that is neither.
+        name: "first", "second" or "full".
+        reds: tests that failed in an earlier call, for the second.
+        data: an .npz of 28-pixel images for the second's training run; None leaves it out.
     """
-    wanted = {name for names in only for name in names.split(",") if name}
-    unknown = wanted - {part.name for part in todo} - set(KINDS)
-    if unknown:
-        known = ", ".join([*KINDS, *(part.name for part in todo)])
-        raise ValueError(f"--only takes {known}; got {', '.join(sorted(unknown))}")
-    found = [part for part in todo if not wanted or wanted & {part.name, part.kind}]
-    if any(part.kind == "bench" for part in found):
-        found = [part for part in todo if part in found or part.kind == "compile"]
-    return found
+    return {"first": _first, "second": lambda: _second(reds, data), "full": _full}[name]()
 
 
-def gpu_tests() -> list[str]:
-    """The files that have GPU tests, the riskiest first: the others may need packages that a GPU machine lacks."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    found = [str(p.relative_to(ROOT)) for p in files if "mark.gpu" in p.read_text(encoding="utf-8")]
-
-    def risk(file: str) -> int:
-        return next((place for place, word in enumerate(_RISKIEST) if word in file), len(_RISKIEST))
-
-    return sorted(found, key=risk)
-
-
-def other_benchmarks() -> list[str]:
-    """Names of the benchmarks of single operations and of the whole stage that have cases for a GPU."""
-    files = [file for file in sorted((ROOT / "benchmarks").glob("bench_*.py")) if file.name != "bench_step.py"]
-    with_gpu = [
-        file for file in files if re.search(r"mark\.gpu|needs_gpu|parameters\(", file.read_text(encoding="utf-8"))
+def _first() -> list[Stage]:
+    compiling = Part("compile", ("-m", "benchmarks.compile_kernels"), 85)
+    stage = _bench("merge-resnet20", "merge", "resnet20-32px-batch-128", "--rounds=2")
+    return [
+        _device(),
+        _smoke(40),
+        Stage("tests", 90, (compiling, *_most_tests()), 6),
+        _alone(12),
+        *_steps(),
+        Stage("merge", 50, (stage,)),
     ]
-    return [file.stem.removeprefix("bench_") for file in with_gpu]
+
+
+def _second(reds: Sequence[str], data: str | None) -> list[Stage]:
+    blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
+    again = [_tests(f"red-{number}", "", test) for number, test in enumerate(reds[:12])]
+    kernel = next((test for test in reds if "kernels" in test), None)
+    checked = _sanitizer("sanitizer", "one_tile and bf16" if kernel is None else "", kernel or _CONVOLUTIONS)
+    few = "naive dense|teachers|unlinked|linked"
+    stages = [
+        Stage("reds", 55, tuple(replace(part, environment=blocking) for part in again) or tuple(_other_tests()), 6),
+        Stage("sanitizer", 45, (checked,)),
+        Stage("fp16", 75, (_step("step-resnet18-fp16", RESNET18.replace("bf16", "fp16"), few),)),
+    ]
+    if data is not None and not reds:
+        recipe = f"-m fastmerge run lenet-imagewoof --device cuda --autocast bfloat16 --data {data}"
+        options = "--replicates 3 --budget 0.01 --quiet --out {folder}"
+        stages.append(Stage("imagewoof", 45, (Part("imagewoof", (*recipe.split(), *options.split())),)))
+    return stages
+
+
+def _full() -> list[Stage]:
+    build = Part("build", ("setup.py", "build_ext", "--inplace"), 120)
+    smoke = _smoke(60)
+    sanitized = tuple(_sanitizer(f"sanitizer-{Path(file).stem[13:-4]}", _EDGES, file) for file in _KERNELS)
+    others = ("compress", "gate", "compaction", "compact", "block_conv", "block_sparse", "data")
+    small = "(resnet20-32px-batch-512 or lenet or sine) and cuda"
+    return [
+        _device(),
+        replace(smoke, parts=(*smoke.parts, build)),
+        Stage("tests", 240, (*_most_tests(), *_other_tests(), *_tile_tests()), 8),
+        _alone(20),
+        Stage("sanitizer", 90, sanitized, 5),
+        *_steps(),
+        Stage("merge", 180, (_bench("merge", "merge", ""),)),
+        Stage("fp16", 90, (_step("step-resnet18-fp16", RESNET18.replace("bf16", "fp16"), ""),)),
+        *[Stage(name, 60, (_bench(name.replace("_", "-"), name, ""),)) for name in others],
+        Stage("small", 60, (_step("step-small", small, ""),)),
+        Stage("resnet50", 180, (_step("step-resnet50", RESNET18.replace("18", "50"), ""),)),
+    ]
+
+
+def _device() -> Stage:
+    return Stage("device", 15, (Part("device", ("-m", "benchmarks.roofline"), 60),))
+
+
+def _smoke(seconds: float) -> Stage:
+    """Each family of kernels in a process of its own, so that one that hangs or crashes costs no other."""
+    found = [_tests(f"smoke-{family}", chosen, file, limit=30) for family, (file, chosen) in FAMILIES.items()]
+    return Stage("smoke", seconds, tuple(replace(part, seconds=60) for part in found), 8)
+
+
+def _alone(seconds: float) -> Stage:
+    """What takes so much memory that nothing may run beside it."""
+    return Stage("big tensors", seconds, (_tests("tests-big-tensors", _BIG, _NORMS),))
+
+
+def _steps() -> list[Stage]:
+    """Whole training steps, and the kernels in them; what Inductor compiles last."""
+    plain = "naive dense|teachers|unlinked|linked|unlinked, ungated|unlinked, not fused|unlinked, CUDA graph"
+    small = "naive dense|teachers|unlinked|teachers, CUDA graph|unlinked, CUDA graph|linked, CUDA graph"
+    compiled = "teachers|unlinked|linked|teachers, compiled|naive dense, compiled"
+    layers = "(stem-gate or layer1-gate or layer2-gate or layer1-residual-gate) and bf16 and not resnet"
+    norms = _bench("batch-norm", "batch_norm", layers, "--contenders=^(eager|fused|copy)", "--rounds=30")
+    return [
+        Stage("step18", 140, (_step("step-resnet18", RESNET18, plain, "--rounds=30"),)),
+        Stage("step20", 60, (_step("step-resnet20", RESNET20, small, "--rounds=60"),)),
+        Stage("bandwidth", 45, (norms,)),
+        Stage("compiled", 70, (_step("step-compiled", RESNET18, compiled, "--rounds=20"),)),
+    ]
+
+
+def _most_tests() -> list[Part]:
+    """The tests that say most in the least time, without those of the smoke stage."""
+    return [
+        _tests("tests-graphed", _others(_GRAPHED), _GRAPHED),
+        _tests("tests-wide", f"(resnet18 or resnet20 or saves or automatic) and {_others(_WIDE)}", _WIDE),
+        _tests("tests-batch-norm", f"not ({_BIG} or compile) and {_others(_NORMS)}", _NORMS),
+        _tests("tests-convolutions", f"not ({_SLOW}) and {_others(_CONVOLUTIONS)}", _CONVOLUTIONS),
+        _tests("tests-gates", f"not compile and {_others(_GATES)}", _GATES),
+        _tests("tests-compaction", _others(_COMPACTION), _COMPACTION),
+        _tests("tests-layouts", "not opcheck", _LAYOUTS),
+        _tests("tests-data", "not dali", _DATA),
+    ]
+
+
+def _others(file: str) -> str:
+    """What leaves out of a file the tests of the smoke stage."""
+    return f"not ({' or '.join(f'({chosen})' for of, chosen in FAMILIES.values() if of == file)})"
+
+
+def _other_tests() -> list[Part]:
+    """All others, but for every tile."""
+    return [
+        _tests("tests-wide-others", "densenet or mobilenet", _WIDE),
+        _tests("tests-compiled", "compile or opcheck", *_KERNELS),
+        _tests("tests-measured", "measured", _CONVOLUTIONS),
+        _tests("tests-dali", "dali", _DATA),
+        _tests("tests-early", "", _EARLY),
+    ]
+
+
+def _tile_tests() -> list[Part]:
+    return [
+        _tests(f"tests-tiles-{dtype}", f"every_tile and {dtype}", _CONVOLUTIONS) for dtype in ("bf16", "fp16", "fp32")
+    ]
+
+
+_KERNELS = (_GATES, _NORMS, _CONVOLUTIONS, _LAYOUTS, _COMPACTION)
+_BIG = "2_to_the_31"
+_SLOW = "every_tile or measured or compile or opcheck"
+# Of the tests of kernels the quick ones that look for what lies at the edges.
+_EDGES = "(odd or layout or live_blocks or slices or stem or against_float64) and not every_tile"
+# Another machine's versions may warn of what they like.
+PYTEST = (
+    *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.events", "-W", "default"),
+    *("--continue-on-collection-errors", "-q", "-s", "--tb=no"),
+)
+
+
+def _tests(name: str, chosen: str, *files: str, limit: float = 60) -> Part:
+    """GPU tests; one that takes longer than the limit ends the process."""
+    selected = ("-k", chosen) if chosen else ()
+    return Part(name, (*PYTEST, f"--limit={limit:g}", "--benchmark-disable", "-m", "gpu", *selected, *files))
+
+
+def _sanitizer(name: str, chosen: str, *files: str) -> Part:
+    """Tests under compute-sanitizer."""
+    tool = (find_sanitizer(), "--error-exitcode", "9", "--target-processes", "all", sys.executable)
+    # The allocator's own pool would hide what reaches beyond one tensor into the next.
+    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(name, (*tool, *_tests(name, chosen, *files, limit=120).command), environment=memory)
+
+
+def _bench(name: str, file: str, cases: str, *options: str) -> Part:
+    kept = ("--benchmark-enable", "--journal={journal}", "--until={until}", "--limit=75")
+    common = (*PYTEST, *kept, f"benchmarks/bench_{file}.py")
+    selected = ("-k", cases) if cases else ()
+    rehearsed = (*common, "-k", "lenet-28px-batch-128-fp32-cpu", "--rounds=3")
+    return Part(name, (*common, "-m", "gpu and not slow", *selected, *options), rehearsal=rehearsed)
+
+
+def _step(name: str, cases: str, contenders: str, *options: str) -> Part:
+    chosen = (f"--contenders=^({contenders})$",) if contenders else ()
+    part = _bench(name, "step", cases, "--seconds=60", *chosen, *options)
+    return replace(part, careful=True, rehearsal=(*part.rehearsal, *chosen))
 
 
 def find_sanitizer() -> str:
@@ -110,60 +259,3 @@ def find_sanitizer() -> str:
     homes = [os.environ.get("CUDA_HOME", ""), *sorted(map(str, Path("/usr/local").glob("cuda*")), reverse=True)]
     there = [shutil.which(name), *(shutil.which(name, path=f"{home}/bin") for home in homes if home)]
     return next(filter(None, there), name)
-
-
-# Targets stand in the order of whole steps, single kernels, small networks, memory, the whole stage.
-_FIRST = ("batch_norm", "block_conv")
-_SECOND = ("compress", "merge", "gate", "block_sparse")
-_RISKIEST = ("block_conv", "graphed", "batch_norm", "wide", "compact", "gate")
-# Expressions for pytest's -k that cut a file's tests into parts of about equal length.
-_SLICES = {
-    "kernels_block_conv": ("every_tile and fp16", "every_tile and bf16", "every_tile and fp32", "measured"),
-    "kernels_batch_norm": ("odd_shapes", "real_shapes or options"),
-}
-_SECONDS = {"block_conv": 300, "block_sparse": 240, "merge": 180}  # those that take longer than most
-# Another machine's versions may deprecate what they like.
-_PYTEST = (
-    *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors", "-q"),
-    *("-W", "default::DeprecationWarning", "-W", "default::FutureWarning"),
-)
-# Of the tests of kernels the quick ones that look for what lies at the edges.
-_EDGES = "(odd or layout or live_blocks or slices or stem or against_float64) and not every_tile"
-
-
-def _tests(file: str) -> list[Part]:
-    """A file's tests; of one with many kernels to compile, what is in no slice first, then the slices."""
-    name = Path(file).stem.removeprefix("test_").removesuffix("_gpu")
-    slices = _SLICES.get(name, ())
-    rest = f"not ({' or '.join(f'({part})' for part in slices)})" if slices else ""
-    return [
-        Part(
-            f"tests-{name}{f'-{number}' if number else ''}".replace("_", "-"),
-            420,
-            (*_PYTEST, "-m", "gpu", *(["-k", chosen] if chosen else []), "--junitxml={xml}", file),
-            "tests",
-        )
-        for number, chosen in enumerate((rest, *slices))
-    ]
-
-
-def _sanitizer(file: str) -> Part:
-    name = Path(file).stem.removeprefix("test_kernels_").removesuffix("_gpu").replace("_", "-")
-    tool = (find_sanitizer(), "--error-exitcode", "9", "--target-processes", "all", sys.executable)
-    command = (*tool, *_PYTEST, "-m", "gpu", "-k", _EDGES, "-x", "--junitxml={xml}", file)
-    # The allocator's own pool would hide what reaches beyond one tensor into the next.
-    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(f"sanitizer-{name}", 420, command, "sanitizer", interpreter=False, optional=True, environment=memory)
-
-
-def _benchmark(name: str, seconds: float, file: str, *options: str) -> Part:
-    enabled = ("--benchmark-enable", "--benchmark-json={json}", "-m", "gpu and not slow")
-    return Part(name, seconds, (*_PYTEST, *enabled, *options, f"benchmarks/{file}"))
-
-
-def _other(name: str) -> Part:
-    return _benchmark(name.replace("_", "-"), _SECONDS.get(name, 120), f"bench_{name}.py")
-
-
-def _steps(name: str, seconds: float, cases: str) -> Part:
-    return _benchmark(name, seconds, "bench_step.py", "--seconds={samples}", "--patience={patience}", "-k", cases)

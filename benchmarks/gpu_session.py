@@ -1,187 +1,341 @@
-"""Everything that needs a GPU, in one command: the extension, the GPU tests, then the benchmarks in order of importance.
+"""Everything that needs a GPU, in one command: what may crash first, then whether it is right, how fast it is, and why.
 
-``python3 -m benchmarks.gpu_session OUT`` runs with any Python that has torch, Triton, torchvision, pybind11, pytest and
-pytest-benchmark, from a checkout; nothing is installed and no network needed. Every part has a time limit. One that fails or
-runs over costs no other part's results: what it has measured is kept. OUT receives a log and a JSON per part,
-``benchmarks.json`` with all of them, rewritten after each part, and ``summary.json``.
+``python3 -m benchmarks.gpu_session OUT`` runs with any Python that has torch, Triton, torchvision, pytest and pytest-benchmark,
+from a checkout; nothing is installed and no network needed. ``--plan first`` is for nine minutes on a card that nobody has run
+on, ``--plan second`` for four minutes on the same machine, ``--plan full`` (the default) for everything.
 
-``--minutes 9.5`` ends it, results written, within that time: tests get half of it at the most, and what comes late is not
-begun. ``--only`` picks parts by kind (build, tests, sanitizer, bench) or by name, for a machine that is lent for a few minutes
-at a time.
+Every part is a process of its own with a time limit. One that crashes, hangs or runs over costs no other's results, nor its own
+of before: what it has measured is in its journal. A part that died goes on after what it died of, while there is time. No part
+outlives this process. OUT receives four files, rewritten after each part: ``session.tar.gz`` with logs and journals,
+``benchmarks.json``, ``summary.json`` and ``summary.txt``, which is also what is printed last.
+
+``--rehearse`` goes through the plan on a machine without a card: tests skip, steps are timed on the CPU, and stand-ins that
+fail, hang, die, flood and leave processes behind show that the others are spared.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from benchmarks.gpu_parts import KINDS, ROOT, Part, parts, selected
+from benchmarks import events
+from benchmarks.gpu_parts import ROOT, Part, Stage, plan
+from benchmarks.gpu_summary import summary
+from benchmarks.journal import joined, write_whole
+from benchmarks.rehearsal import stand_ins
 
-GRACE = 20.0  # seconds for pytest to write down what it has, after an interrupt
-LEAST = 30.0  # with less left, no part is begun
-TESTS = 0.5  # of the session's time, if benchmarks follow
+LEAST = 5.0  # with less left, no part is begun
+GRACE = 6.0  # kept at the end, for the last files
+TRIES = 4  # of a part that dies each time of something else
+ARCHIVE = 14 * 2**20  # bytes of the archive at most
+_LOG = 2**18  # bytes of a log's beginning, and of its end, that are kept
+SECONDS = {"first": 530.0, "second": 230.0, "full": 1500.0}
+# Makes the kernel end a child together with its parent, then becomes the child: ctypes' call is lost by no exec.
+_TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
-@dataclass(frozen=True)
+class OverError(BaseException):
+    """The session has to end now."""
+
+
+@dataclass
 class Outcome:
-    """How a part ended: its exit code, or None where it ran over its time or was not begun; and a line that says more."""
+    """How a part ended, and what it wrote on the way.
+
+    Attributes:
+        name: of the part.
+        state: "ok", "failed", "over time", "no time left", a signal's name, or an exit code.
+        seconds: that it took.
+        says: what it had begun and not ended, or its last line.
+        events: what it wrote, in order.
+    """
 
     name: str
-    code: int | None
-    seconds: float
-    says: str
-    good: bool
+    state: str = "no time left"
+    seconds: float = 0.0
+    says: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def state(self) -> str:
-        """A word or two."""
-        if self.good:
-            return "ok" if self.code == 0 else "skipped"
-        return "over time" if self.code is None else f"exit {self.code}"
+    def good(self) -> bool:
+        return self.state == "ok"
 
 
-def run(part: Part, out: Path, seconds: float) -> Outcome:
-    """Runs one part; when its time is over it is interrupted, and killed if that does not end it."""
-    files = {"json": out / f"{part.name}.json", "xml": out / f"{part.name}.xml"}
-    filled = {**files, "samples": f"{seconds / 4:.0f}", "patience": f"{seconds / 2:.0f}"}
-    command = list(part.command)
-    for key, value in filled.items():
-        command = [argument.replace(f"{{{key}}}", str(value)) for argument in command]
-    if part.interpreter:
-        command.insert(0, sys.executable)
-    elif shutil.which(command[0]) is None:
-        return Outcome(part.name, 127, 0.0, f"{command[0]} is not there", good=part.optional)
-    start = time.monotonic()
-    with (out / f"{part.name}.log").open("w", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **part.environment},
-        )
-        code = _wait(child, seconds)
-        if code is None:
-            os.killpg(child.pid, signal.SIGINT)
-            if _wait(child, GRACE) is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-    took = time.monotonic() - start
-    says = _says(files["xml"], out / f"{part.name}.log")
-    if code is None:
-        says = f"ran over its {seconds:.0f} s; {says}"
-    return Outcome(part.name, code, took, says, good=code == 0)
-
-
-def _wait(child: subprocess.Popen[bytes], seconds: float) -> int | None:
-    try:
-        return child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _says(xml: Path, log: Path) -> str:
-    """The last line of a log, or the counts of a test run."""
-    try:
-        suites = list(ElementTree.parse(xml).iter("testsuite"))
-        counts = {key: sum(int(s.attrib[key]) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
-        return ", ".join(f"{count} {key}" for key, count in counts.items())
-    except (OSError, ElementTree.ParseError):  # no tests, or none that came to an end
-        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return next((line[:100] for line in reversed(lines) if line), "")
-
-
-def joined(files: Sequence[Path]) -> dict[str, Any] | None:
-    """The benchmarks of several runs on one machine as one report, or None where there are none."""
-    report: dict[str, Any] | None = None
-    for file in files:
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue  # the part did not get so far
-        if report is None:
-            report = found
-        else:
-            report["benchmarks"] += found["benchmarks"]
-            # Each run has those of the runs before it, if the cache file could be written.
-            both = [run["machine_info"].get("convolution_choices", []) for run in (report, found)]
-            choices = {choice["key"]: choice for choices in both for choice in choices}
-            if choices:
-                report["machine_info"]["convolution_choices"] = [choices[key] for key in sorted(choices)]
-    return report
-
-
-def session(todo: Sequence[Part], out: Path, seconds: float) -> Iterator[Outcome]:
-    """Runs the parts in turn, tests beside each other, and writes what there is after each part.
+class Job:
+    """A part while it runs.
 
     Args:
-        todo: the parts.
-        out: folder for the results.
-        seconds: for all parts together; those for which no time is left are not begun.
+        part: what to run.
+        command: filled in.
+        environment: of the process.
+        until: when it must have ended, on the monotonic clock.
+        earlier: what processes wrote that began the part and died.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds - GRACE
-    for_tests = (TESTS if any(part.kind == "bench" for part in todo) else 1.0) * seconds
-    at_once = max(1, (os.cpu_count() or 1) // 2)
-    outcomes: list[Outcome] = []
-    for turn in _turns(todo):
-        start = time.monotonic()
-        until = end if turn[0].alone else min(end, start + for_tests)
-        with ThreadPoolExecutor(at_once) as pool:
-            for future in as_completed([pool.submit(_begin, part, out, until) for part in turn]):
-                outcomes.append(future.result())
-                _write(out, todo, outcomes)
-                yield outcomes[-1]
-        if not turn[0].alone:
-            for_tests -= time.monotonic() - start
+
+    def __init__(
+        self,
+        part: Part,
+        command: Sequence[str],
+        environment: dict[str, str],
+        until: float,
+        earlier: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.part, self.until, self.start = part, until, time.monotonic()
+        self.events: list[dict[str, Any]] = list(earlier)
+        self._told = len(earlier)
+        self.head, self.tail = bytearray(), collections.deque[bytes]()
+        self._tail_size = 0
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", _TIED, *command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.child.stdout is not None
+        while line := self.child.stdout.readline(2**14):
+            event = events.read(line.decode(errors="replace"))
+            if event is not None:
+                self.events.append(event | {"at": round(time.monotonic() - self.start, 2)})
+            if len(self.head) < _LOG:
+                self.head += line
+                continue
+            self.tail.append(line)
+            self._tail_size += len(line)
+            while self._tail_size > _LOG:
+                self._tail_size -= len(self.tail.popleft())
+
+    @property
+    def log(self) -> bytes:
+        return bytes(self.head) + b"".join(self.tail)
+
+    @property
+    def open(self) -> list[str]:
+        """What it has begun and not ended."""
+        count: collections.Counter[str] = collections.Counter()
+        for event in self.events:
+            count[event["name"]] += {"begin": 1, "end": -1}.get(event["kind"], 0)
+        return [name for name, times in count.items() if times > 0]
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What has failed since this was asked last."""
+        new, self._told = self.events[self._told :], len(self.events)
+        return [event for event in new if event.get("outcome") == "failed"]
+
+    def end(self) -> int | None:
+        """Ends the process and its children; the exit code, or None where it had not ended by itself."""
+        code = self.child.poll()
+        if code is None:
+            self._signal(signal.SIGABRT)  # upon which Python says where it is
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(1)
+        self._signal(signal.SIGKILL)
+        self.child.wait()
+        self._reader.join(2)  # longer only if a process that left the group holds the pipe
+        return code
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, number)
 
 
-def _begin(part: Part, out: Path, until: float) -> Outcome:
-    left = until - time.monotonic()
-    if left < min(part.seconds, LEAST):
-        return Outcome(part.name, None, 0.0, "no time left", good=False)
-    return run(part, out, min(part.seconds, left))
+class Session:
+    """Runs stages and writes down what has come out, again after each part.
+
+    Args:
+        out: folder for the results.
+        seconds: for all of it.
+        environment: variables set for all parts.
+        rehearsed: whether there is no card.
+    """
+
+    def __init__(self, out: Path, seconds: float, environment: dict[str, str], rehearsed: bool = False) -> None:
+        self.out, self.rehearsed = out, rehearsed
+        self.start = time.monotonic()
+        self.end = self.start + seconds - min(GRACE, seconds / 10)
+        # Kept between two calls on one machine: compiled kernels, measured convolutions, and which tests failed.
+        self.scratch = Path(tempfile.gettempdir()) / f"fastmerge-gpu-{os.getuid()}{'-rehearsed' * rehearsed}"
+        self.folder = Path(tempfile.mkdtemp(prefix="fastmerge-session-"))
+        self.environment = os.environ | _environment(self.scratch) | environment
+        self.outcomes: list[Outcome] = []
+        self.running: list[Job] = []
+        self.logs: dict[str, bytes] = {}
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Runs the stages in turn; what one leaves of its time goes to the next."""
+        scale = (self.end - self.start) / sum(stage.seconds for stage in stages)
+        until = self.start
+        for stage in stages:
+            until += scale * stage.seconds
+            self._run(stage, until)
+
+    def _run(self, stage: Stage, until: float) -> None:
+        waiting = list(stage.parts)
+        while waiting or self.running:
+            late = until - time.monotonic() < LEAST
+            while waiting and (late or len(self.running) < stage.at_once):
+                part = waiting.pop(0)
+                if late:
+                    self._record(Outcome(part.name))
+                else:
+                    self._begin(part, until)
+            for job in list(self.running):
+                for event in job.failures():
+                    self._say(f"FAIL {event['name']}: {event['says']}")
+                if job.child.poll() is not None or time.monotonic() > job.until:
+                    self._close(job, until)
+            time.sleep(0.05)
+
+    def _begin(self, part: Part, until: float, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        until = min(until, time.monotonic() + part.seconds)
+        command = list((part.rehearsal or part.command) if self.rehearsed else part.command)
+        if earlier and part.is_tests:
+            begun = dict.fromkeys(event["name"] for event in earlier if event["kind"] == "begin")
+            command += [f"--deselect={name}" for name in begun]
+        if earlier and part.careful:
+            command.append("--careful")
+        folder = self.folder / part.name
+        filled = {"journal": folder.with_suffix(".json"), "folder": folder, "until": until}
+        for key, value in filled.items():
+            command = [word.replace(f"{{{key}}}", str(value)) for word in command]
+        if not command[0].startswith("/"):
+            command.insert(0, sys.executable)
+        environment = self.environment | dict(part.environment)
+        self.running.append(Job(part, command, environment, until, earlier))
+
+    def _close(self, job: Job, until: float) -> None:
+        code = job.end()
+        self.running.remove(job)
+        self.logs[job.part.name] = self.logs.get(job.part.name, b"") + job.log
+        died = list(job.open)
+        tries = 1 + sum(event["kind"] == "died" for event in job.events)
+        state = "hung" if code == 1 and b"\nTimeout (" in job.log else _state(code)
+        if died or code == events.DEAD:
+            lost = [event["name"] for event in job.events if event["kind"] == "lost"]
+            culprit = lost[-1] if code == events.DEAD and lost else died[-1]
+            ends = {name: "died" if name == culprit else "cut off" for name in died}
+            job.events += [{"kind": "end", "name": name, "outcome": end, "says": state} for name, end in ends.items()]
+            job.events.append({"kind": "died", "name": culprit, "says": state})
+            if job.part.resumes and code is not None and tries < TRIES and until - time.monotonic() > 2 * LEAST:
+                self._say(f"{job.part.name}: {state} at {culprit}; it goes on without")
+                self._begin(job.part, until, job.events)
+                return
+        self._record(Outcome(job.part.name, state, time.monotonic() - job.start, _last_word(job, died), job.events))
+
+    def _record(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self._say(f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} s{': ' * bool(outcome.says)}{outcome.says}")
+        self.write()
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:4.0f} s] {text[:200]}", flush=True)
+
+    def stop(self) -> None:
+        """Ends what still runs."""
+        for job in list(self.running):
+            self._close(job, 0.0)
+
+    def write(self) -> str:
+        """Writes all files anew; returns the summary."""
+        report = joined(sorted(self.folder.glob("*.json")))
+        if report is not None:
+            write_whole(self.out / "benchmarks.json", json.dumps(report, indent=1).encode() + b"\n")
+        seconds = time.monotonic() - self.start
+        data = {"seconds": round(seconds, 1), "parts": [asdict(outcome) for outcome in self.outcomes]}
+        write_whole(self.out / "summary.json", json.dumps(data, indent=1).encode() + b"\n")
+        write_whole(self.scratch / "summary.json", json.dumps(data).encode())
+        try:
+            text = summary(data, report)
+        except Exception as error:  # whatever is wrong with it must not cost the results
+            text = f"the summary could not be written: {type(error).__name__}: {error}"
+        write_whole(self.out / "summary.txt", text.encode() + b"\n")
+        logs = self.logs | {job.part.name: self.logs.get(job.part.name, b"") + job.log for job in self.running}
+        files = {f"{name}.log": content for name, content in logs.items()}
+        files |= {path.name: path.read_bytes() for path in self.folder.glob("*.json")}
+        write_whole(self.out / "session.tar.gz", packed(files))
+        return text
 
 
-def _write(out: Path, todo: Sequence[Part], outcomes: Sequence[Outcome]) -> None:
-    report = joined([out / f"{part.name}.json" for part in todo])
-    if report is not None:
-        (out / "benchmarks.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
+def packed(files: dict[str, bytes], most: int = ARCHIVE) -> bytes:
+    """An archive of some files; where it would be larger than ``most`` bytes, of ever less from the middle of each."""
+    kept = max(map(len, files.values()), default=0)
+    while True:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as archive:
+            for name, content in sorted(files.items()):
+                short = content if len(content) <= kept else content[: kept // 2] + content[-(kept // 2) :]
+                information = tarfile.TarInfo(name)
+                information.size, information.mtime = len(short), int(time.time())
+                archive.addfile(information, io.BytesIO(short))
+        if buffer.tell() <= most:
+            return buffer.getvalue()
+        kept //= 2
 
 
-def _turns(todo: Sequence[Part]) -> Iterator[list[Part]]:
-    """The parts in order: each that must be alone by itself, the others with those that follow them."""
-    turn: list[Part] = []
-    for part in todo:
-        if turn and (part.alone or turn[0].alone):
-            yield turn
-            turn = []
-        turn.append(part)
-    if turn:
-        yield turn
+def _environment(scratch: Path) -> dict[str, str]:
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": str(ROOT),
+        # Without it, cuBLAS refuses what tests of deterministic results compare with.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "XDG_CACHE_HOME": str(scratch),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+    }
 
 
-def targets(out: Path) -> str:
-    """The targets that were measured, as a table; empty where there are none."""
-    # Imported here: whatever is wrong with it must not cost the results.
-    from benchmarks.report import measured_targets
+def _state(code: int | None) -> str:
+    if code is None:
+        return "over time"
+    if code < 0:
+        return signal.Signals(-code).name
+    if code == events.DEAD:
+        return "lost CUDA"
+    # pytest has 1 for failures and 5 where no test was selected.
+    return {0: "ok", 1: "failed", 5: "ok"}.get(code, f"exit {code}")
 
-    report = joined([out / "benchmarks.json"])
-    return "" if report is None else measured_targets(report)
+
+def _last_word(job: Job, died: Sequence[str]) -> str:
+    """What it was at, how many checks failed, or its last line."""
+    if died:
+        return f"at {died[-1]}"
+    ended = collections.Counter(event["outcome"] for event in job.events if event["kind"] == "end")
+    if ended:
+        return ", ".join(f"{count} {outcome}" for outcome, count in ended.items())
+    lines = job.log.decode(errors="replace").split("\n")
+    return next((line.strip()[:150] for line in reversed(lines) if line.strip()), "")
+
+
+def reds(scratch: Path) -> list[str]:
+    """The tests that failed in an earlier call on this machine."""
+    try:
+        parts = json.loads((scratch / "summary.json").read_text(encoding="utf-8"))["parts"]
+    except (OSError, ValueError, KeyError):
+        return []
+    ended = [event for part in parts for event in part["events"] if event["kind"] == "end"]
+    return [event["name"] for event in ended if event["outcome"] in ("failed", "died") and "::" in event["name"]]
 
 
 def has_gpu() -> bool:
@@ -190,38 +344,55 @@ def has_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
 
 
+def _over(number: int, frame: object) -> None:
+    raise OverError(signal.Signals(number).name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs everything; the exit code is 1 where a part failed, 2 without a GPU."""
+    """Runs everything; the exit code is 1 where a part failed, 2 without a GPU, 3 where it had to end early."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for logs and results")
-    parser.add_argument("--minutes", type=float, default=25.0, help="for all of it (default %(default)g)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
+    parser.add_argument("--plan", choices=SECONDS, default="full", help="what to do (default %(default)s)")
+    parser.add_argument("--minutes", type=float, help="for all of it, in place of the plan's time")
+    parser.add_argument("--only", default="", metavar="STAGE,..", help="only these of the plan's stages")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="PART", help=f"only these: {', '.join(KINDS)}, or names"
+        "--data", metavar="NPZ", help="images of Imagewoof at 28 pixels, for the second plan's training run"
     )
+    parser.add_argument("--commit", default="", help="what the checkout is of, where its history is not there")
+    parser.add_argument("--rehearse", action="store_true", help="without a card")
     options = parser.parse_args(arguments)
-    try:
-        todo = selected(parts(), options.only)
-    except ValueError as error:
-        parser.error(str(error))
-    if not has_gpu():
+    seconds = SECONDS[options.plan] if options.minutes is None else 60 * options.minutes
+    session = Session(options.out, seconds, {"FASTMERGE_COMMIT": options.commit}, options.rehearse)
+    stages = plan(options.plan, reds(session.scratch), options.data)
+    if options.rehearse:
+        stages.insert(0, stand_ins())
+    wanted = set(filter(None, options.only.split(",")))
+    if unknown := wanted - {stage.name for stage in stages}:
+        known = ", ".join(stage.name for stage in stages)
+        parser.error(f"--only takes stages of the plan: {known}; got {', '.join(sorted(unknown))}")
+    stages = [stage for stage in stages if not wanted or stage.name in wanted]
+    if not options.rehearse and not has_gpu():
         print(
-            "gpu_session needs a CUDA GPU and a torch that can use it; torch.cuda.is_available() is False",
+            "gpu_session needs a CUDA GPU and a torch that can use it; torch.cuda.is_available() is False "
+            "(--rehearse needs none)",
             file=sys.stderr,
         )
         return 2
-    outcomes = []
-    for outcome in session(todo, options.out, 60 * options.minutes):
-        outcomes.append(outcome)
-        print(f"{outcome.name}: {outcome.says} ({outcome.seconds:.0f} s)", flush=True)
-    print()
+    before = {number: signal.signal(number, _over) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_REAL, session.end - time.monotonic() + GRACE / 3)
+    early = False
     try:
-        print(targets(options.out))
-    except Exception as error:
-        print(f"the targets could not be read: {type(error).__name__}: {error}")
-    for outcome in outcomes:
-        print(f"{outcome.name:<26}{outcome.state:<10}{outcome.seconds:>6.0f} s  {outcome.says}")
-    print(f"Results in {options.out}; benchmarks.json has all figures.")
-    return 0 if all(outcome.good for outcome in outcomes) else 1
+        session.run(stages)
+    except OverError as error:
+        early = True
+        print(f"ended early: {error}", flush=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        session.stop()
+    print("\n" + session.write(), flush=True)
+    return 3 if early else 0 if all(outcome.good for outcome in session.outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Reading the JSON of a run: its cases, their contenders, and ratios within the run.
 
 A benchmark that raced contenders holds their samples in ``extra_info["contenders"]``. Of any other, pytest-benchmark's own
-samples count, and the benchmarks of one group are the contenders of one case.
+samples count, and the benchmarks of one group are the contenders of one case. A contender that several processes timed has the
+further ones under ``others``: two contenders are compared within a process where there is one that timed both.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def cases(report: Mapping[str, Any]) -> dict[str, Contenders]:
         extra = benchmark["extra_info"]
         case = found.setdefault(extra.get("case") or benchmark["group"] or benchmark["name"], {})
         if "contenders" in extra:
-            case.update(extra["contenders"])
+            for name, contender in extra["contenders"].items():
+                case[name] = _together(case.get(name), contender)
         else:
             name = extra.get("contender") or benchmark["param"] or benchmark["name"]
             case[name] = {**extra, "samples": benchmark["stats"]["data"]}
@@ -98,15 +100,30 @@ def cases(report: Mapping[str, Any]) -> dict[str, Contenders]:
 def ratio(contenders: Contenders, numerator: str, denominator: str, measure: str = TIME) -> Ratio | None:
     """``numerator / denominator`` by one of ``MEASURES``, or None where either has no figure."""
     key = MEASURES[measure]
-    above, below = (contenders.get(name, {}).get(key) for name in (numerator, denominator))
+    above, below = (_runs(contenders.get(name, {}), key) for name in (numerator, denominator))
     if not above or not below:
         return None
-    if not isinstance(above, list):
-        return Ratio(above / below, above / below, above / below, 1)
+    same = [(a, b) for a in above for b in below if a.get("process") == b.get("process")]
+    first, second = same[0] if same else (above[0], below[0])
+    if not isinstance(first[key], list):
+        return _summary([first[key] / second[key]], None)
     gap = accuracy_gap(contenders, denominator, numerator)
-    if len(above) == len(below):
-        return _summary([a / b for a, b in zip(above, below, strict=True)], gap)
-    return _summary([statistics.median(above) / statistics.median(below)], gap)
+    if same and first.get("paired", True) and second.get("paired", True) and len(first[key]) == len(second[key]):
+        return _summary([a / b for a, b in zip(first[key], second[key], strict=True)], gap)
+    return _summary([statistics.median(first[key]) / statistics.median(second[key])], gap)
+
+
+def _together(earlier: dict[str, Any] | None, contender: dict[str, Any]) -> dict[str, Any]:
+    """What two processes know of a contender: the earlier one's figures, unless it has none, and the other's beside them."""
+    if earlier is None or not earlier.get("samples"):
+        return contender
+    if not contender.get("samples"):
+        return earlier
+    return earlier | {"others": [*earlier.get("others", []), contender]}
+
+
+def _runs(contender: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [run for run in (contender, *contender.get("others", [])) if run.get(key)]
 
 
 def accuracy_gap(contenders: Contenders, name: str, reference: str) -> Gap | None:

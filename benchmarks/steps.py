@@ -19,7 +19,7 @@ LAM = 0.05
 class Step:
     """Trains one or several networks on the same batch, one after another, by one step at each call.
 
-    The call returns when the device is done.
+    The call returns when all is queued; :meth:`synchronise` waits for the device.
 
     Args:
         case: the task.
@@ -43,7 +43,6 @@ class Step:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
-        self.synchronise()
 
     def forward(self, number: int = 0) -> Tensor:
         """The loss of one of the networks."""
@@ -73,29 +72,32 @@ class Step:
 
 
 class GraphedTraining:
-    """The same step of a big student, captured by ``fastmerge.merge``'s own means.
+    """The same step, captured by ``fastmerge.merge``'s own means, a graph for each network.
 
     Args:
         case: the task, on a CUDA device.
-        network: what is trained.
+        networks: what is trained.
     """
 
-    def __init__(self, case: Case, network: BigStudent) -> None:
+    def __init__(self, case: Case, networks: Sequence[nn.Module]) -> None:
         from fastmerge.merging.graphed_step import GraphedStep
         from fastmerge.merging.step import MergeStep
 
         self.x, self.target = case.make_batch()
-        scaler = torch.amp.GradScaler(case.device, enabled=case.precision == "fp16")
         autocast = None if case.precision == "fp32" else case.dtype
         setting = Setting(torch.device(case.device), case.criterion, autocast, channels_last=True)
-        step = MergeStep(network, make_optimizers(network), setting, scaler, QuadraticLambda(LAM))
-        self.graph = GraphedStep(step, wanted=True)
+        self.graphs = []
+        for network in networks:
+            scaler = torch.amp.GradScaler(case.device, enabled=case.precision == "fp16")
+            lam = QuadraticLambda(LAM) if isinstance(network, BigStudent) else None
+            step = MergeStep(network, make_optimizers(network), setting, scaler, lam)
+            self.graphs.append(GraphedStep(step, wanted=True))
         self.loss = torch.tensor(float("nan"))
 
     def __call__(self) -> None:
-        _, losses = self.graph((self.x,), self.target)
+        for graph in self.graphs:
+            _, losses = graph((self.x,), self.target)
         self.loss = losses["loss"].detach()
-        torch.cuda.synchronize()
 
 
 def make_optimizers(network: nn.Module) -> list[Optimizer]:

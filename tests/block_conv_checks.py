@@ -93,11 +93,15 @@ def _float64(
     values = [t.detach().double() if signs else t.detach().double().abs() for t in given]
     count = len(xs)
     leaves = [value.requires_grad_() for value in values[: count + 2]]
+    # cuDNN may have no deterministic algorithm for float64.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
     if mask is None:
         ys = block_diagonal_reference(leaves[:count], leaves[-2], leaves[-1], geometry)
     else:
         ys = (block_sparse_reference(leaves[0], leaves[-2], mask, leaves[-1], geometry),)
     gradients = torch.autograd.grad(ys, leaves, values[count + 2 :])
+    torch.use_deterministic_algorithms(deterministic)
     return {
         "y": [y.detach() for y in ys],
         "dx": list(gradients[:count]),

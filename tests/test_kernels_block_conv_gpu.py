@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks, ops
+from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.choice import choice_table, choices, fixed_choice, set_measuring
 from fastmerge.kernels.block_conv.formulas import fetches_boxes
 from fastmerge.kernels.block_conv.tiles import tiles, weight_tiles
@@ -66,6 +68,45 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"]
 @functools.lru_cache(maxsize=1)
 def given_for(case: Case, dtype: torch.dtype) -> Operands:
     return operands(case, dtype, "cuda")
+
+
+def tiles_by_pass(case: Case, dtype: torch.dtype) -> dict[str, list[Any]]:
+    """Of each pass the first tile of boxes and of samples, of one tap and of three."""
+    kind = arithmetic(dtype)
+    found = {
+        "y": tiles(case.c, case.k, case.n, None, kind),
+        "dx": tiles(case.k, case.c, case.n, None, kind),
+        "dw": weight_tiles(case.c, case.k, case.kernel, None, kind),
+    }
+    return {
+        step: [*{getattr(t, "samples", None) or getattr(t, "row_of_taps", None): t for t in reversed(all_of)}.values()]
+        for step, all_of in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "case", "step", "tile"),
+    [
+        pytest.param(dtype, case, step, tile, id=f"{name}-{step}-{tile.name}-k{case.kernel}s{case.stride}")
+        for name, dtype in zip(("bf16", "fp16", "fp32"), (DTYPES[1], DTYPES[0], DTYPES[2]), strict=True)
+        for case in (LAYERS[-2], Case(2, 32, 14, 14, 64, 128, 3, 2), Case(2, 32, 14, 14, 64, 128, 1, 2))
+        for step, found in tiles_by_pass(case, dtype).items()
+        for tile in found
+    ],
+)
+def test_one_tile_by_itself(dtype: torch.dtype, case: Case, step: str, tile: Any) -> None:
+    """Nothing else is compiled or launched beside it: a card that none of it has run on begins with these."""
+    from fastmerge.kernels.block_conv import launch_triton
+
+    given = given_for(case, dtype)
+    size = (case.height, case.width)
+    if step == "y":
+        result = launch_triton.forward(given.xs, given.weight, given.bias, 2, case.geometry, tile)
+    elif step == "dx":
+        result = launch_triton.input_gradient(given.dys, given.weight, size, 2, case.geometry, tile)
+    else:
+        result = [launch_triton.weight_gradient(given.dys, given.xs, 2, case.geometry, tile)]
+    compare(step, result, given)
 
 
 @by_dtype

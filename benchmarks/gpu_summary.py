@@ -1,0 +1,141 @@
+"""What a session on a GPU came to, in fewer characters than a terminal's last pages: what is most wanted stands last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import names
+from benchmarks.gpu_parts import RESNET20
+from benchmarks.results import Contenders, Ratio, cases, quartiles, ratio
+from benchmarks.targets import TARGETS, Target
+
+MOST = 11_000  # characters
+_LINE = 170  # of a failure
+_KERNELS = 8  # of a profile
+_SMALL = f"step, {RESNET20.replace('-', ' ')}"
+# Ratios without a target that say what those with one are worth.
+_QUOTED = (
+    ("graph / two teachers", _SMALL, names.GRAPHED, names.TEACHERS),
+    ("graph / two teachers as graphs", _SMALL, names.GRAPHED, names.TEACHERS_GRAPHED),
+    ("linked graph / two teachers as graphs", _SMALL, names.LINKED_GRAPHED, names.TEACHERS_GRAPHED),
+)
+
+
+def summary(data: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+    """The text.
+
+    Args:
+        data: what summary.json holds.
+        report: what benchmarks.json holds, if anything was measured.
+    """
+    measured = {} if report is None else cases(report)
+    parts = data["parts"]
+    rest = [*_parts(parts), *_profiles(measured), *_contenders(measured), *_stages(measured)]
+    rest += [*_device(parts), *_ratios(measured)]
+    failed = list(dict.fromkeys(_failures(parts)))
+    room = MOST - sum(len(line) + 1 for line in rest) - 100
+    shown: list[str] = []
+    while len(shown) < len(failed) and room > len(failed[len(shown)]):
+        shown.append(failed[len(shown)])
+        room -= len(shown[-1]) + 1
+    if len(shown) < len(failed):
+        shown.append(f"... and {len(failed) - len(shown)} more in summary.json")
+    return "\n".join([*shown, *rest])[-MOST:]
+
+
+def _failures(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What died, then what failed, each once."""
+    for wanted in ("died", "failed"):
+        for part in parts:
+            for event in part["events"]:
+                if event["kind"] == "end" and event["outcome"] == wanted:
+                    where = event["name"].removeprefix("tests/")
+                    yield f"{wanted.upper()} {where}: {event['says']}"[:_LINE]
+
+
+def _parts(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    ended = [event["outcome"] for part in parts for event in part["events"] if event["kind"] == "end"]
+    counts = ", ".join(f"{ended.count(outcome)} {outcome}" for outcome in sorted(set(ended)))
+    yield f"-- {len(parts)} parts; checks: {counts or 'none'}"
+    for part in parts:
+        yield f"{part['name']:<26}{part['state']:<13}{part['seconds']:6.0f} s  {part['says'][:80]}"
+
+
+def _profiles(measured: Mapping[str, Contenders]) -> Iterator[str]:
+    for case, contenders in measured.items():
+        for name in (names.TEACHERS, names.UNLINKED):
+            contender = contenders.get(name, {})
+            if contender.get("top") and "resnet18" in case and "bf16" in case:
+                yield f"-- longest kernels of {name}, {case}"
+                yield from (
+                    f"{ms:9.3f} ms {count:5d} x {kernel[:70]}" for kernel, ms, count in contender["top"][:_KERNELS]
+                )
+
+
+def _contenders(measured: Mapping[str, Contenders]) -> Iterator[str]:
+    """Whole steps: the device's time beside the CPU's."""
+    for case, contenders in measured.items():
+        if not case.startswith(("step, ", "rehearsal")):
+            continue
+        yield f"-- {case}: ms a step, until queued, of the CPU, the device is busy; kernels, launches; peak MiB"
+        for name, contender in contenders.items():
+            if contender.get("samples"):
+                _, median, _ = quartiles(contender["samples"])
+                times = (
+                    median,
+                    contender.get("queue_seconds"),
+                    contender.get("cpu_seconds"),
+                    contender.get("busy_seconds"),
+                )
+                counts = (contender.get("kernels"), contender.get("launches"), _mebibytes(contender.get("peak_bytes")))
+                row = "".join(f"{'-' if t is None else f'{1e3 * t:.2f}':>9}" for t in times)
+                note = f"  ({contender['convolutions']})" if "convolutions" in contender else ""
+                yield f"{name:<24}{row}{''.join(f'{_or_dash(count):>8}' for count in counts)}{note}"
+            else:
+                yield f"{name:<24}{contender.get('error') or contender.get('unavailable') or 'it ended the process'}"[
+                    :120
+                ]
+
+
+def _stages(measured: Mapping[str, Contenders]) -> Iterator[str]:
+    for case, contenders in measured.items():
+        for name, contender in contenders.items():
+            if contender.get("step_seconds"):
+                steps = " ".join(f"{1e3 * seconds:.2f}" for seconds in contender["step_seconds"])
+                fixed = quartiles(contender["fixed_seconds"])[1]
+                yield f"{case}, {name}: ms a step by epoch {steps}; {fixed:.1f} s outside"
+
+
+def _device(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for event in (event for part in parts for event in part["events"] if event["kind"] == "device"):
+        rates = f"{event['flops'] / 1e12:.3g} TFLOP/s, {event['bandwidth'] / 1e12:.3g} TB/s copied"
+        yield f"-- {rates}, {event['launch_us']:.1f} us a launch; {event['card'] or 'no card'}"
+        yield f"   torch {event['torch']}, cuDNN {event['cudnn']}, Python {event['python']}, {event['cpu']}"
+
+
+def _ratios(measured: Mapping[str, Contenders]) -> Iterator[str]:
+    found = [(target, case) for target in TARGETS for case in target.matching(measured)]
+    lines = [_ratio(t.name, measured[case], t.numerator, t.denominator, t) for t, case in found]
+    lines += [_ratio(name, measured.get(case, {}), above, below) for name, case, above, below in _QUOTED]
+    yield from [line for line in lines if line][:40]
+
+
+def _ratio(name: str, contenders: Contenders, above: str, below: str, target: Target | None = None) -> str:
+    found: Ratio | None = ratio(contenders, above, below, *([] if target is None else [target.measure]))
+    if found is None:
+        return ""
+    spread = f"{found.low:.2f} to {found.high:.2f}, n {found.n}" if found.n > 1 else "of medians"
+    text = f"{name:<58}{found.value:7.3f} ({spread})"
+    if target is None:
+        return text
+    met = "met" if target.is_met(found.value) else "MISSED"
+    return f"{text} {'>=' if target.at_least else '<='} {target.target:.2f} {met}"
+
+
+def _mebibytes(count: float | None) -> int | None:
+    return None if not count else round(count / 2**20)
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
