@@ -4,8 +4,9 @@ Timed is what lies between two trained teachers and the end of the stage; of fas
 order of the batches and in the gates that are drawn, which a seed fixes for all contenders. What becomes of each student is
 found out between the timed stages, see ``MergeTask``. In the JSON, by contender:
 
-* ``step_seconds``: seconds of a step in each epoch, medians over the rounds;
-* ``fixed_seconds``: of each round, what the stage took outside of its epochs;
+* ``step_seconds``: seconds of a step in each epoch, medians over its steps and then over the rounds;
+* ``fixed_seconds``: of each round, what the stage took beside such steps: checks, analysis, building, capturing, compression;
+* ``stage_seconds``: of each round, what a stage of the paper's length would take with such steps, the same parts of it linked;
 * ``accuracies``: of each round's student, after its fine-tuning;
 * ``dropped``: of each round, the share of channels that early compaction dropped.
 """
@@ -28,6 +29,8 @@ from benchmarks.merge_task import MergeTask
 from benchmarks.race import Contender, race
 
 ROUNDS = 5
+# Steps of the paper's merge stages: 20 epochs of ImageNet, 150 of CIFAR, 100 of Imagewoof with LeNet.
+PAPER = {"resnet18": 20 * 5004, "resnet20": 150 * 390, "lenet": 1000 * 70}
 TASKS = {
     task.case: task
     for task in (
@@ -101,9 +104,12 @@ class Stages:
         """
         skipped = len(self.loaders) - len(samples)
         passes = [loader.seconds for loader in self.loaders[skipped:]]
+        fixed = [whole - self.task.steps * sum(steps) for whole, steps in zip(samples, passes, strict=True)]
+        length = PAPER[self.task.case.network]
         return {
-            "step_seconds": [statistics.median(epoch) / self.task.steps for epoch in zip(*passes, strict=True)],
-            "fixed_seconds": [whole - sum(epochs) for whole, epochs in zip(samples, passes, strict=True)],
+            "step_seconds": [statistics.median(steps) for steps in zip(*passes, strict=True)],
+            "fixed_seconds": fixed,
+            "stage_seconds": [f + length * statistics.mean(steps) for f, steps in zip(fixed, passes, strict=True)],
             "accuracies": self.accuracies[skipped:],
             "dropped": self.dropped[skipped:],
         }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import names
-from benchmarks.gpu_parts import RESNET20
+from benchmarks.gpu_parts import RESNET18, RESNET20
 from benchmarks.results import Contenders, Ratio, cases, quartiles, ratio
 from benchmarks.targets import TARGETS, Target
 
@@ -63,14 +63,10 @@ def _parts(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _profiles(measured: Mapping[str, Contenders]) -> Iterator[str]:
-    for case, contenders in measured.items():
-        for name in (names.TEACHERS, names.UNLINKED):
-            contender = contenders.get(name, {})
-            if contender.get("top") and "resnet18" in case and "bf16" in case:
-                yield f"-- longest kernels of {name}, {case}"
-                yield from (
-                    f"{ms:9.3f} ms {count:5d} x {kernel[:70]}" for kernel, ms, count in contender["top"][:_KERNELS]
-                )
+    case = f"step, {RESNET18.replace('-', ' ')}"
+    for name in (names.TEACHERS, names.UNLINKED):
+        for kernel, ms, count in measured.get(case, {}).get(name, {}).get("profile", {}).get("top", [])[:_KERNELS]:
+            yield f"{name:<10}{ms:9.3f} ms {count:5d} x {kernel[:75]}"
 
 
 def _contenders(measured: Mapping[str, Contenders]) -> Iterator[str]:
@@ -80,22 +76,16 @@ def _contenders(measured: Mapping[str, Contenders]) -> Iterator[str]:
             continue
         yield f"-- {case}: ms a step, until queued, of the CPU, the device is busy; kernels, launches; peak MiB"
         for name, contender in contenders.items():
-            if contender.get("samples"):
-                _, median, _ = quartiles(contender["samples"])
-                times = (
-                    median,
-                    contender.get("queue_seconds"),
-                    contender.get("cpu_seconds"),
-                    contender.get("busy_seconds"),
-                )
-                counts = (contender.get("kernels"), contender.get("launches"), _mebibytes(contender.get("peak_bytes")))
-                row = "".join(f"{'-' if t is None else f'{1e3 * t:.2f}':>9}" for t in times)
-                note = f"  ({contender['convolutions']})" if "convolutions" in contender else ""
-                yield f"{name:<24}{row}{''.join(f'{_or_dash(count):>8}' for count in counts)}{note}"
-            else:
-                yield f"{name:<24}{contender.get('error') or contender.get('unavailable') or 'it ended the process'}"[
-                    :120
-                ]
+            if not contender.get("samples"):
+                why = contender.get("error") or contender.get("unavailable") or "it ended the process"
+                yield f"{name:<24}{why}"[:120]
+                continue
+            profile, peak = contender.get("profile", {}), contender.get("peak_bytes")
+            seconds = [quartiles(contender["samples"])[1], contender.get("queue_seconds"), contender.get("cpu_seconds")]
+            times = "".join("        -" if s is None else f"{1e3 * s:9.2f}" for s in [*seconds, profile.get("busy_seconds")])
+            counts = [profile.get("kernels"), profile.get("launches"), None if peak is None else peak >> 20]
+            note = f"  ({contender['convolutions']})" if "convolutions" in contender else ""
+            yield f"{name:<24}{times}{''.join('       -' if c is None else f'{c:8d}' for c in counts)}{note}"
 
 
 def _stages(measured: Mapping[str, Contenders]) -> Iterator[str]:
@@ -131,11 +121,3 @@ def _ratio(name: str, contenders: Contenders, above: str, below: str, target: Ta
         return text
     met = "met" if target.is_met(found.value) else "MISSED"
     return f"{text} {'>=' if target.at_least else '<='} {target.target:.2f} {met}"
-
-
-def _mebibytes(count: float | None) -> int | None:
-    return None if not count else round(count / 2**20)
-
-
-def _or_dash(value: int | None) -> str:
-    return "-" if value is None else str(value)

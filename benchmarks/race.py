@@ -178,7 +178,7 @@ class Race:
             if self.profile:
                 self.keep()
                 contender.before()
-                result |= profiled(contender.step)
+                result["profile"] = profiled(contender.step)
         except Exception as error:
             del self.runners[name]
             return "failed", self._failed(name, error)
@@ -290,6 +290,6 @@ def _queue(result: Mapping[str, Any]) -> str:
     if "queue_seconds" not in result:
         return ""
     text = f", queued in {1e3 * result['queue_seconds']:.3f} ms"
-    if "kernels" in result:
-        text += f", {result['kernels']} kernels in {1e3 * result['busy_seconds']:.3f} ms"
+    if "profile" in result:
+        text += f", {result['profile']['kernels']} kernels in {1e3 * result['profile']['busy_seconds']:.3f} ms"
     return text

@@ -18,10 +18,12 @@ from typing import Any
 Contenders = dict[str, dict[str, Any]]
 
 TIME = "time"
+STAGE = "stage of the paper's length"
 LAUNCHES = "launches"
 CPU_TIME = "CPU time"
 MEASURES = {
     TIME: "samples",
+    STAGE: "stage_seconds",
     "activation memory": "activation_bytes",
     "peak memory": "peak_bytes",
     LAUNCHES: "launches",
