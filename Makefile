@@ -81,9 +81,9 @@ NAME ?= loaders-cpu
 bench-data: $(READY) ## the loaders on the same files, as benchmarks/results/NAME.json; make docs puts them into docs/data.md
 	$(BIN)/python -m pytest benchmarks/bench_data.py --benchmark-enable --benchmark-json benchmarks/results/$(NAME).json
 
-# Needs no set-up: the machine's own Python, with torch, torchvision, pybind11, pytest and pytest-benchmark.
+# Needs no set-up: the machine's own Python, with torch, Triton, torchvision, pytest and pytest-benchmark.
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(or $(PYTHON),python3))
-gpu: ## on a GPU machine, all that needs one, results in OUT=folder: extension, GPU tests, benchmarks, within 25 minutes
+gpu: ## on a GPU machine, what needs one, into OUT=folder; GPU_OPTIONS="--plan first" is the most important, in nine minutes
 	@test -n "$(OUT)" || { echo "gpu needs OUT=folder for the results" >&2; exit 2; }
 	$(GPU_PYTHON) -m benchmarks.gpu_session $(OUT) $(GPU_OPTIONS)
 

@@ -135,15 +135,15 @@ def _full() -> list[Stage]:
     return [
         _device(),
         replace(smoke, parts=(*smoke.parts, build)),
-        Stage("tests", 240, (*_most_tests(), *_other_tests(), *_tile_tests()), 8),
+        Stage("tests", 220, (*_most_tests(), *_other_tests(), *_tile_tests()), 8),
         _alone(20),
         Stage("sanitizer", 90, sanitized, 5),
         *_steps(),
-        Stage("merge", 180, (_bench("merge", "merge", ""),)),
+        Stage("merge", 150, (_bench("merge", "merge", ""),)),
         Stage("fp16", 90, (_step("step-resnet18-fp16", RESNET18.replace("bf16", "fp16"), ""),)),
-        *[Stage(name, 60, (_bench(name.replace("_", "-"), name, ""),)) for name in others],
-        Stage("small", 60, (_step("step-small", small, ""),)),
-        Stage("resnet50", 180, (_step("step-resnet50", RESNET18.replace("18", "50"), ""),)),
+        *[Stage(name, 45, (_bench(name.replace("_", "-"), name, ""),)) for name in others],
+        Stage("small", 45, (_step("step-small", small, ""),)),
+        Stage("resnet50", 150, (_step("step-resnet50", RESNET18.replace("18", "50"), ""),)),
     ]
 
 

@@ -114,17 +114,18 @@ class Job:
 
     def _read(self) -> None:
         assert self.child.stdout is not None
-        while line := self.child.stdout.readline(2**14):
-            event = events.read(line.decode(errors="replace"))
-            if event is not None:
-                self.events.append(event | {"at": round(time.monotonic() - self.start, 2)})
-            if len(self.head) < _LOG:
-                self.head += line
-                continue
-            self.tail.append(line)
-            self._tail_size += len(line)
-            while self._tail_size > _LOG:
-                self._tail_size -= len(self.tail.popleft())
+        with self.child.stdout as output:
+            while line := output.readline(2**14):
+                event = events.read(line.decode(errors="replace"))
+                if event is not None:
+                    self.events.append(event | {"at": round(time.monotonic() - self.start, 2)})
+                if len(self.head) < _LOG:
+                    self.head += line
+                    continue
+                self.tail.append(line)
+                self._tail_size += len(line)
+                while self._tail_size > _LOG:
+                    self._tail_size -= len(self.tail.popleft())
 
     @property
     def log(self) -> bytes:

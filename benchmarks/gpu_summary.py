@@ -82,7 +82,9 @@ def _contenders(measured: Mapping[str, Contenders]) -> Iterator[str]:
                 continue
             profile, peak = contender.get("profile", {}), contender.get("peak_bytes")
             seconds = [quartiles(contender["samples"])[1], contender.get("queue_seconds"), contender.get("cpu_seconds")]
-            times = "".join("        -" if s is None else f"{1e3 * s:9.2f}" for s in [*seconds, profile.get("busy_seconds")])
+            times = "".join(
+                "        -" if s is None else f"{1e3 * s:9.2f}" for s in [*seconds, profile.get("busy_seconds")]
+            )
             counts = [profile.get("kernels"), profile.get("launches"), None if peak is None else peak >> 20]
             note = f"  ({contender['convolutions']})" if "convolutions" in contender else ""
             yield f"{name:<24}{times}{''.join('       -' if c is None else f'{c:8d}' for c in counts)}{note}"

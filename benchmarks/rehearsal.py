@@ -23,8 +23,8 @@ LEFT_BEHIND = "import time; time.sleep(3600)"
 def stand_ins() -> Stage:
     """One part for each way."""
     file = str(Path(__file__).relative_to(Path.cwd())) if Path(__file__).is_relative_to(Path.cwd()) else __file__
-    race = ("--benchmark-enable", "--rounds=3", "--journal={journal}", "--until={until}", "--limit=3", file)
-    parts = [Part(way, ("-m", "benchmarks.rehearsal", way), 8) for way in WAYS]
+    race = ("--benchmark-enable", "--rounds=3", "--journal={journal}", "--until={until}", "--limit=5", file)
+    parts = [Part(way, ("-m", "benchmarks.rehearsal", way), 8 if way == "hangs" else 60) for way in WAYS]
     return Stage("stand-ins", 60, (*parts, Part("race", (*PYTEST, *race))), 8)
 
 

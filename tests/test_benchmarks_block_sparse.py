@@ -13,7 +13,6 @@ from benchmarks.bench_block_conv import functions as block_functions
 from benchmarks.bench_block_sparse import CASES, PATTERNS, flops, functions, pattern
 from benchmarks.convolution_layers import LAYERS, PASSES, Layer
 from benchmarks.convolution_tables import convolutions, fastest
-from benchmarks.gpu_parts import other_benchmarks, parts
 from benchmarks.report import page
 
 SMALL = Layer("small", 2, 32, 64, 3, 2, 5)
@@ -101,10 +100,3 @@ def test_what_failed_is_named() -> None:
     failing = CONTENDERS | {"triton": {"error": "RuntimeError: no"}}
     found = convolutions(report([sparse(failing)], gpu=True))
     assert "*triton* failed: RuntimeError: no, in forward, a layer half bf16 cuda." in found
-
-
-def test_the_gpu_run_knows_it() -> None:
-    assert "block_sparse" in other_benchmarks()
-    (part,) = [part for part in parts() if part.name == "block-sparse"]
-    assert part.kind == "bench"
-    assert part.command[-1] == "benchmarks/bench_block_sparse.py"

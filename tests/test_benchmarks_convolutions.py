@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmark_reports import raced, report
 from benchmarks.convolution_tables import convolutions, fastest
-from benchmarks.gpu_session import joined
+from benchmarks.journal import joined
 from benchmarks.report import page
 
 CONTENDERS: dict[str, dict[str, Any]] = {

@@ -2,162 +2,283 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from _pytest.mark.expression import Expression
 
 from benchmark_reports import raced, report
-from benchmarks import gpu_session
-from benchmarks.gpu_parts import KINDS, Part, gpu_tests, parts, selected
-from benchmarks.gpu_session import joined, main, session
-from benchmarks.targets import TARGETS
+from benchmarks import gpu_session, names
+from benchmarks.gpu_parts import RESNET18, Part, Stage, plan
+from benchmarks.gpu_session import SECONDS, Session, main, packed, reds
+from benchmarks.gpu_summary import MOST, summary
+from benchmarks.rehearsal import WAYS
 
 ROOT = Path(__file__).resolve().parent.parent
+PLANS = {name: plan(name, data="images.npz") for name in SECONDS}
 # What a GPU machine with torch and pytest may lack.
 LACKING = ("hypothesis", "matplotlib", "nvidia.dali", "safetensors", "sklearn", "tqdm", "xdist")
 
 
-def writing(case: str) -> str:
-    """Code of a part that writes a report of one case."""
-    text = json.dumps(report([raced(case, {"a": [1.0]})]))
-    return f"import sys; open(sys.argv[1], 'w').write({text!r})"
+def python(name: str, code: str, seconds: float = 30.0) -> Part:
+    return Part(name, ("-c", code), seconds)
 
 
-def test_a_failing_or_endless_part_does_not_cost_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_session, "GRACE", 5.0)
-    endless = f"import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    {writing('interrupted')}"
-    todo = [
-        Part("first", 30, ("-c", writing("one"), "{json}")),
-        Part("failing", 30, ("-c", "import sys; print('a reason'); sys.exit(3)")),
-        Part("endless", 2, ("-c", "import signal; signal.signal(2, signal.default_int_handler)\n" + endless, "{json}")),
-        Part("absent", 30, ("no-such-tool",), interpreter=False),
-        Part("last", 30, ("-c", writing("two"), "{json}")),
-    ]
-    outcomes = {outcome.name: outcome for outcome in session(todo, tmp_path / "out", 600)}
-    assert [outcome.code for outcome in outcomes.values()] == [0, 3, None, 127, 0]
-    assert outcomes["failing"].says == "a reason"
-    assert outcomes["endless"].says.startswith("ran over its 2 s")
-    assert [outcome.state for outcome in outcomes.values()] == ["ok", "exit 3", "over time", "exit 127", "ok"]
-    assert outcomes["absent"].says == "no-such-tool is not there"
-    found = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
-    assert [b["group"] for b in found["benchmarks"]] == ["one", "interrupted", "two"]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [outcome["name"] for outcome in summary] == [part.name for part in todo]
+def logs_of(out: Path) -> dict[str, str]:
+    with tarfile.open(out / "session.tar.gz") as archive:
+        members = {member.name: archive.extractfile(member) for member in archive.getmembers()}
+        return {name: file.read().decode() for name, file in members.items() if file is not None}
 
 
-def test_tests_run_beside_each_other_and_benchmarks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    code = "import sys, time; t = time.time(); time.sleep(1.5); open(sys.argv[1], 'w').write(f'[{t}, {time.time()}]')"
-    kinds = {"a": "tests", "b": "tests", "c": "sanitizer", "d": "tests", "e": "bench", "f": "bench"}
-    todo = [Part(name, 30, ("-c", code, str(tmp_path / name)), kind) for name, kind in kinds.items()]
-    assert all(outcome.good for outcome in session(todo, tmp_path / "out", 600))
-    ran = {name: json.loads((tmp_path / name).read_text()) for name in kinds}
-    for name, (start, _) in ran.items():
-        others = {other for other, (begun, ended) in ran.items() if other != name and begun < start < ended}
-        assert len(others) < 3  # three at once on six cores
-        assert not others or {name, *others} <= set("abcd")
-    assert len({name for name in "abc" if ran[name][0] < min(ran[other][1] for other in "abc")}) == 3
+def is_running(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
 
 
-def test_tests_leave_half_of_the_time_to_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_session, "GRACE", 1.0)
-    monkeypatch.setattr(gpu_session, "LEAST", 1.0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    slow = [Part(name, 420, ("-c", "import time; time.sleep(60)"), "tests") for name in ("slow", "too late")]
-    quick = Part("quick", 240, ("-c", writing("case"), "{json}"))
-    outcomes = {outcome.name: outcome for outcome in session([*slow, quick], tmp_path, 12)}
-    assert outcomes["slow"].state == "over time"
-    assert 5 < outcomes["slow"].seconds < 9
-    assert outcomes["too late"].says == "no time left"
-    assert outcomes["quick"].good
+def test_a_rehearsal_spares_what_others_have_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside parts that fail, hang, die, flood and leave processes behind, and a race whose contenders do."""
+    out = tmp_path / "out"
+    assert main([str(out), "--rehearse", "--only", "stand-ins"]) == 1
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"benchmarks.json", "session.tar.gz", "summary.json", "summary.txt"}
+    assert len(files) <= 8
+    assert all(path.stat().st_size <= 16 * 2**20 and path.parent == out for path in files)
+    outcomes = {part["name"]: part for part in json.loads((out / "summary.json").read_text())["parts"]}
+    states = {name: outcomes[name]["state"] for name in WAYS}
+    assert states == {"fails": "failed", "hangs": "over time", "dies": "SIGSEGV", "floods": "ok", "leaves": "ok"}
+    logs = logs_of(out)
+    assert "RuntimeError: a reason" in logs["fails.log"]
+    assert "Segmentation fault" in logs["dies.log"]
+    assert len(logs["floods.log"]) < 2**20
+    (left,) = [int(line) for line in logs["leaves.log"].splitlines() if line.isdigit()]
+    assert not is_running(left)
+    assert "Timeout (" in logs["race.log"]
+    assert "bench_rehearsal" in logs["race.log"].partition("Timeout (")[2]  # where it hung
+    (benchmark,) = json.loads((out / "benchmarks.json").read_text())["benchmarks"]
+    contenders = benchmark["extra_info"]["contenders"]
+    assert len(contenders["first"]["samples"]) == len(contenders["last"]["samples"]) == 3
+    assert contenders["fails"]["error"] == "RuntimeError: a reason"
+    assert "out of memory" in contenders["out of memory"]["error"]
+    assert contenders["dies"] == contenders["hangs"] == {"error": "it ended the process"}
+    printed = capsys.readouterr().out
+    text = (out / "summary.txt").read_text()
+    assert printed.endswith(text)
+    for line in (
+        "DIED rehearsal | dies: SIGSEGV",
+        "DIED rehearsal | hangs: hung",
+        "FAILED rehearsal | fails: RuntimeError",
+    ):
+        assert line in text
 
 
-def test_a_benchmark_plans_with_the_time_that_it_is_given(tmp_path: Path) -> None:
-    code = "import sys; open('{json}', 'w').write(repr(sys.argv[1:]))"
-    part = Part("a", 240, ("-c", code, "--seconds={samples}", "--patience={patience}"))
-    assert gpu_session.run(part, tmp_path, 80.0).good
-    assert (tmp_path / "a.json").read_text() == "['--seconds=20', '--patience=40']"
+def test_parts_run_beside_each_other_only_where_they_may(tmp_path: Path) -> None:
+    code = "import time; t = time.time(); time.sleep(0.7); open({!r}, 'w').write(f'[{{t}}, {{time.time()}}]')"
+    parts = {name: python(name, code.format(str(tmp_path / name))) for name in "abcde"}
+    stages = [Stage("tests", 30, tuple(parts[name] for name in "abc"), 2), Stage("timed", 30, (parts["d"], parts["e"]))]
+    session = Session(tmp_path / "out", 60, {})
+    session.run(stages)
+    assert all(outcome.good for outcome in session.outcomes)
+    ran = {name: json.loads((tmp_path / name).read_text()) for name in "abcde"}
+    beside = {
+        name: "".join(other for other, (begun, ended) in ran.items() if other != name and begun < start < ended)
+        for name, (start, _) in ran.items()
+    }
+    assert max(map(len, beside.values())) == 1
+    assert beside["d"] == beside["e"] == ""
 
 
-def test_an_optional_program_may_be_absent(tmp_path: Path) -> None:
-    absent = Part("sanitizer", 30, ("no-such-tool",), "sanitizer", interpreter=False, optional=True)
-    (outcome,) = session([absent], tmp_path, 600)
-    assert (outcome.good, outcome.state) == (True, "skipped")
-
-
-def test_parts_are_selected_by_kind_or_name() -> None:
-    todo = parts()
-    assert {part.kind for part in todo} == set(KINDS)
-    assert [part.name for part in selected(todo, [])] == [part.name for part in todo]
-    assert {part.kind for part in selected(todo, ["tests,sanitizer"])} == {"tests", "sanitizer"}
-    assert [part.name for part in selected(todo, ["build", "batch-norm,step-resnet18-bf16"])] == [
-        "build",
-        "compile",
-        "step-resnet18-bf16",
-        "batch-norm",
-    ]
-    with pytest.raises(ValueError, match=r"got nothing-such$"):
-        selected(todo, ["tests", "nothing-such"])
-
-
-def test_the_last_word_is_a_short_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_what_a_stage_leaves_of_its_time_goes_to_the_next_and_what_is_late_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = next(target for target in TARGETS if target.at_least)
-    text = json.dumps(report([raced(target.case, {target.numerator: [3.0], target.denominator: [1.0]})], gpu=True))
-    made = Part("made", 30, ("-c", f"import sys; open(sys.argv[1], 'w').write({text!r})", "{json}"))
-    monkeypatch.setattr(gpu_session, "has_gpu", lambda: True)
-    monkeypatch.setattr(gpu_session, "parts", lambda: [made, Part("failing", 30, ("-c", "raise SystemExit('why')"))])
-    assert main([str(tmp_path / "out"), "--minutes", "5", "--only", "bench"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    (row,) = [line for line in lines if target.name in line]
-    assert "3.00" in row
-    assert row.rstrip().endswith("met, stretch too")
-    assert lines[-2].split() == ["failing", "exit", "1", "0", "s", "why"]
+    monkeypatch.setattr(gpu_session, "GRACE", 0.0)
+    monkeypatch.setattr(gpu_session, "LEAST", 0.5)
+    until = "import sys; print(sys.argv[1])"
+    given = Part("given", ("-c", until, "{until}"))
+    slow = python("slow", "import time; time.sleep(60)")
+    stages = [Stage("quick", 3, (given,)), Stage("slow", 1, (slow, replace(given, name="late")))]
+    session = Session(tmp_path, 4, {})
+    session.run(stages)
+    found = {outcome.name: outcome for outcome in session.outcomes}
+    states = {name: outcome.state for name, outcome in found.items()}
+    assert states == {"given": "ok", "slow": "over time", "late": "no time left"}
+    assert float(session.logs["given"]) == pytest.approx(session.start + 3, abs=0.1)
+    assert found["slow"].seconds > 2  # of the first stage's time too
 
 
-def test_parts_without_time_are_not_begun(tmp_path: Path) -> None:
-    (outcome,) = session([Part("late", 30, ("-c", "open('ran', 'w')"))], tmp_path, 5)
-    assert (outcome.code, outcome.says) == (None, "no time left")
+def test_tests_go_on_after_one_that_ended_the_process(tmp_path: Path) -> None:
+    file = tmp_path / "test_four.py"
+    body = "import os, pytest, time\n"
+    for name, code in {"a": "assert 0, 'why'", "b": "os._exit(9)", "c": "time.sleep(60)", "d": "pass"}.items():
+        body += f"def test_{name}():\n    {code}\n"
+    file.write_text(body)
+    options = ("-p", "no:cacheprovider", "-p", "benchmarks.events", "-c", "/dev/null", f"--rootdir={tmp_path}")
+    part = Part("four", ("-m", "pytest", *options, "--limit=1", "--benchmark-disable", "-s", str(file)))
+    session = Session(tmp_path / "out", 60, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "", "PYTEST_ADDOPTS": ""})
+    session.run([Stage("tests", 60, (part,))])
+    (outcome,) = session.outcomes
+    ended = {event["name"][-6:]: event["outcome"] for event in outcome.events if event["kind"] == "end"}
+    assert ended == {"test_a": "failed", "test_b": "died", "test_c": "died", "test_d": "passed"}
+    assert reds(session.scratch)[-3:] == [f"test_four.py::test_{name}" for name in "abc"]
+    assert b"Timeout (" in session.logs["four"]
 
 
-def test_half_a_file_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{")
-    assert joined([tmp_path / "a.json", tmp_path / "b.json"]) is None
-
-
-def test_every_part_names_files_that_exist() -> None:
-    for part in parts():
-        modules = [f"{name.replace('.', '/')}.py" for name in part.command if name.startswith("benchmarks.")]
-        files = [argument for argument in part.command if argument.endswith(".py")] + modules
-        assert files, part
-        assert all((ROOT / file).exists() for file in files), part
-
-
-# Collects with each of several options in one process, so that what tests import is imported once.
-_COLLECTING = """
-import json, sys, pytest
-for options in json.loads(sys.argv[1]):
-    print("next")
-    pytest.main(["-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu", *options])
+def test_no_part_outlives_the_session(tmp_path: Path) -> None:
+    """Though it is killed, and can end nothing any more."""
+    code = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)".format(str(tmp_path / "child"))
+    parent = f"""
+from benchmarks.gpu_parts import Part, Stage
+from benchmarks.gpu_session import Session
+Session({str(tmp_path)!r} and __import__("pathlib").Path({str(tmp_path / "out")!r}), 60, {{}}).run(
+    [Stage("one", 60, (Part("one", ("-c", {code!r})),))]
+)
 """
+    session = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
+    end = time.monotonic() + 30
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    child = int((tmp_path / "child").read_text())
+    assert is_running(child)
+    session.kill()
+    session.wait()
+    while is_running(child):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
-def test_slices_of_a_file_are_all_of_it_and_none_is_empty() -> None:
-    sliced = [part for part in parts() if part.kind == "tests" and part.command[-1].endswith("block_conv_gpu.py")]
-    assert len(sliced) > 1
-    options = [[*part.command[part.command.index("-k") :][:2], part.command[-1]] for part in sliced]
-    command = [sys.executable, "-c", _COLLECTING, json.dumps([*options, [sliced[0].command[-1]]])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    *found, whole = ({line for line in run.splitlines() if "::" in line} for run in done.stdout.split("next\n")[1:])
-    assert len(found) == len(sliced)
-    assert all(found)
-    assert set().union(*found) == whole
-    assert sum(map(len, found)) == len(whole)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM])
+def test_a_session_that_must_end_writes_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    code = f"import os, signal; print('so far', flush=True); os.kill(os.getppid(), {int(number)}); signal.pause()"
+    monkeypatch.setattr(gpu_session, "plan", lambda *arguments: [Stage("one", 60, (python("one", code),))])
+    monkeypatch.setattr(gpu_session, "has_gpu", lambda: True)
+    assert main([str(tmp_path / "out")]) == 3
+    assert "ended early" in capsys.readouterr().out
+    assert "so far" in logs_of(tmp_path / "out")["one.log"]
+
+
+def test_an_archive_keeps_to_its_size_and_each_log_its_ends() -> None:
+    noise = random.Random(0).randbytes(2**19)
+    whole = packed({"a.log": noise, "b.log": b"short"}, 2**18)
+    assert len(whole) <= 2**18
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        a, b = (archive.extractfile(name).read() for name in ("a.log", "b.log"))  # type: ignore[union-attr]
+    assert b == b"short"
+    assert noise.startswith(a[: len(a) // 2])
+    assert noise.endswith(a[len(a) // 2 :])
+
+
+def ended(name: str, outcome: str, says: str) -> dict[str, Any]:
+    return {"kind": "end", "name": name, "outcome": outcome, "says": says, "at": 1.0}
+
+
+def test_a_summary_is_short_names_failures_and_has_the_ratios_last() -> None:
+    case = f"step, {RESNET18.replace('-', ' ')}"
+    profile = {"busy_seconds": 0.5, "kernels": 764, "launches": 765, "top": [["a_kernel", 12.5, 3]]}
+    naive = {"samples": [2.0] * 5, "process": 1, "queue_seconds": 0.25, "cpu_seconds": 0.125, "profile": profile}
+    contenders = {names.NAIVE: naive, names.TEACHERS: naive, names.UNLINKED: naive | {"samples": [1.0] * 5}}
+    made = report([raced(case, contenders | {names.LINKED: {"error": "RuntimeError: illegal address"}})], gpu=True)
+    events = [ended(f"tests/test_a.py::test_{n}", "failed", "AssertionError: why " + "x" * 300) for n in range(500)]
+    parts = [
+        {
+            "name": "tests",
+            "state": "failed",
+            "seconds": 9.0,
+            "says": "",
+            "events": [*events, ended("t", "died", "SIGSEGV")],
+        }
+    ]
+    text = summary({"seconds": 10.0, "parts": parts}, made)
+    assert len(text) <= MOST
+    lines = text.splitlines()
+    assert lines[0] == "DIED t: SIGSEGV"
+    assert lines[1].startswith("FAILED test_a.py::test_0: AssertionError: why")
+    assert any("more in summary.json" in line for line in lines)
+    (row,) = [line for line in lines if line.startswith(f"{names.UNLINKED:<24}")]
+    assert row.split()[1:] == ["1000.00", "250.00", "125.00", "500.00", "764", "765", "-"]
+    assert any("a_kernel" in line for line in lines)
+    (linked,) = [line for line in lines if line.startswith(f"{names.LINKED:<24}")]
+    assert linked.endswith("RuntimeError: illegal address")
+    assert any(line.startswith("naive dense / block-diagonal") and line.endswith(">= 1.80 met") for line in lines[-4:])
+    assert any(line.endswith("<= 0.85 met") for line in lines[-4:])
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_a_plan_fits_its_time_and_names_what_exists(name: str) -> None:
+    stages = PLANS[name]
+    assert SECONDS[name] - 40 <= sum(stage.seconds for stage in stages) <= SECONDS[name]
+    parts = [part for stage in stages for part in stage.parts]
+    assert len({part.name for part in parts}) == len(parts)
+    for part in parts:
+        files = [word.partition("::")[0] for word in part.command if ".py" in word]
+        files += [f"{word.replace('.', '/')}.py" for word in part.command if word.startswith("benchmarks.")]
+        assert all((ROOT / file).exists() for file in files), part
+        assert files or part.name == "imagewoof"
+    assert [stage.name for stage in stages].index("reds" if name == "second" else "device") == 0
+    if name != "second":
+        assert [stage.name for stage in stages[1:3]] == ["smoke", "tests"]
+
+
+def test_the_second_plan_runs_again_what_was_red() -> None:
+    red = "tests/test_kernels_gate_gpu.py::test_against_float64[a b]"
+    stages = {stage.name: stage for stage in plan("second", [red], "images.npz")}
+    assert [part.command[-1] for part in (*stages["reds"].parts, *stages["sanitizer"].parts)] == [red, red]
+    assert "imagewoof" not in stages
+
+
+def test_gpu_tests_and_benchmarks_collect_where_little_is_installed_and_the_full_plan_runs_every_test(
+    tmp_path: Path,
+) -> None:
+    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in LACKING)
+    (tmp_path / "bare_machine.py").write_text(f"import sys\n{blocked}")
+    plugins = ["-p", "bare_machine", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
+    files = sorted(
+        {word for stage in PLANS["full"] for part in stage.parts for word in part.command if word[:6] == "tests/"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *plugins, "--collect-only", "-q", "-m", "gpu", *files, "benchmarks"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert {file.partition("::")[0] for file in found if file.startswith("tests/")} == set(files)
+    assert set(files) == {
+        f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()
+    } - {"tests/test_benchmarks_gpu_session.py"}
+    parts = [
+        part for stage in PLANS["full"] for part in stage.parts if part.name.startswith(("smoke", "tests", "step"))
+    ]
+    selected = [select(part, found) for part in parts]
+    assert all(selected), [part.name for part, tests in zip(parts, selected, strict=True) if not tests]
+    assert {test for test in found if test.startswith("tests/")} <= set().union(*selected)
+    assert f"benchmarks/bench_step.py::bench_step[{RESNET18}]" in set().union(*selected)
+
+
+def select(part: Part, found: list[str]) -> set[str]:
+    """What a part's ``-k`` takes of its files' tests."""
+    command = list(part.command)
+    chosen = Expression.compile(command[command.index("-k") + 1] if "-k" in command else "not nothing")
+    return {
+        test
+        for test in found
+        if test.partition("::")[0] in command and chosen.evaluate(lambda name, test=test: name.lower() in test.lower())
+    }
 
 
 def test_without_a_gpu_it_says_so(
@@ -169,18 +290,7 @@ def test_without_a_gpu_it_says_so(
     assert not (tmp_path / "out").exists()
 
 
-def test_gpu_tests_and_benchmarks_collect_where_little_is_installed(tmp_path: Path) -> None:
-    blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in LACKING)
-    (tmp_path / "bare_machine.py").write_text(f"import sys\n{blocked}")
-    plugins = ["-p", "bare_machine", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugins, "--collect-only", "-q", "-m", "gpu", *gpu_tests(), "benchmarks"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(tmp_path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bench_step.py::bench_step[resnet18-224px-batch-256-bf16-cuda]" in done.stdout
-    assert "test_kernels_gate_gpu.py" in done.stdout
+def test_a_stage_that_is_in_no_plan_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--only", "smoke,nothing-such"])
+    assert capsys.readouterr().err.rstrip().endswith("got nothing-such")

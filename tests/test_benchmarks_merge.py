@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 from torch import nn
 
 import fastmerge
-from benchmarks import bench_merge, names
+from benchmarks import bench_merge
 from benchmarks.baselines.naive_dense import naive_dense
 from benchmarks.cases import Case
-from benchmarks.effort import Effort
 from benchmarks.learnable import TimedBatches, images_of
 from benchmarks.merge_task import MergeTask
 from teachers import OPEN, relative_error
@@ -134,36 +132,20 @@ def test_facts_are_of_the_last_stages_and_students_are_scored_once(monkeypatch: 
     stages.settle()
     stages.settle()
     assert scored == [0, 1, 2]
-    for loader, seconds in zip(stages.loaders, ([9.0, 9.0], [2.0, 4.0], [4.0, 8.0]), strict=True):
+    for loader, seconds in zip(stages.loaders, ([9.0, 9.0], [1.0, 2.0], [2.0, 4.0]), strict=True):
         loader.seconds = seconds
-    facts = stages.facts([7.0, 15.0])
-    assert facts["step_seconds"] == [1.5, 3.0]  # two steps each
+    facts = stages.facts([7.0, 15.0])  # of two epochs of two steps
+    assert facts["step_seconds"] == [1.5, 3.0]
     assert facts["fixed_seconds"] == [1.0, 3.0]
+    assert facts["stage_seconds"] == [1.0 + 1.5 * bench_merge.PAPER["lenet"], 3.0 + 3.0 * bench_merge.PAPER["lenet"]]
     assert facts["accuracies"] == [1.0, 2.0]
     assert facts["dropped"] == [0.0, 0.0]
 
 
-def test_an_interrupted_race_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three stages of the naive network, the first to warm up; the interrupt comes before the last student is scored."""
-    benchmark = SimpleNamespace(extra_info={})
-    case = CASES[1]
-
-    def race(benchmark: SimpleNamespace, makers: dict[str, Any], *_: object, **options: object) -> None:
-        contender: dict[str, Any] = {"samples": []}
-        results = {names.NAIVE: contender, names.MERGE: {"error": "no"}, names.MERGE_LINKED_LATE: {"samples": []}}
-        benchmark.extra_info["contenders"] = results
-        made = makers[names.NAIVE]()
-        for _ in range(3):
-            made.before()
-            made.step()
-        contender["samples"] += [0.5, 0.5]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench_merge, "race", race)
-    monkeypatch.setitem(bench_merge.TASKS, case, small(case, epochs=1))
-    with pytest.raises(KeyboardInterrupt):
-        bench_merge.bench_merge(benchmark, case, Effort(None, 1.0, 1.0, None))
-    contenders = benchmark.extra_info["contenders"]
-    assert len(contenders[names.NAIVE]["fixed_seconds"]) == 2
-    assert len(contenders[names.NAIVE]["accuracies"]) == 1
-    assert "step_seconds" not in contenders[names.MERGE] | contenders[names.MERGE_LINKED_LATE]
+def test_what_happens_once_in_an_epoch_is_not_in_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as capturing a graph: it would count a thousand times in a stage of the paper's length."""
+    clock = iter([0.0, 30.0, 31.0, 33.0, 34.0, 35.0])
+    loader = TimedBatches(images_of(CASES[0], 22, 1)[0], 4, 0)
+    monkeypatch.setattr(loader, "_now", lambda: next(clock))
+    assert len(list(loader)) == 5
+    assert loader.seconds == [1.0]

@@ -1,22 +1,45 @@
-"""Contenders take turns, each with all its samples, and whoever fails or cheats is found out."""
+"""Contenders take turns, each with all its samples, whoever fails or cheats is found out, and who dies costs no other's."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
+
+from benchmarks.effort import Effort
+from benchmarks.journal import Journal
+from benchmarks.profiling import summary
+from benchmarks.race import Contender, race
+from benchmarks.results import ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = """
+import dataclasses
+import os
+import signal
 import time
-from benchmarks.race import Contender, UnavailableError, race
+from benchmarks import race as racing
+from benchmarks.effort import Effort
+from benchmarks.race import Contender, UnavailableError
 
 order = []
+
+def race(benchmark, makers, effort, **options):
+    benchmark.extra_info["case"] = "a case"
+    order.clear()
+    try:
+        racing.race(benchmark, makers, effort, "cpu", **{"warmup": 1} | options)
+    finally:
+        benchmark.extra_info["order"] = order[:]
 
 def contender(name, seconds=0.0, **options):
     def step():
@@ -33,34 +56,31 @@ def failing():
 def wrong():
     raise FloatingPointError("the loss became nan")
 """
+RACES = {
+    "order": "{'a': contender('a', 0.002), 'b': contender('b'), 'c': contender('c')}, Effort(4), warmup=2, alone=3",
+    "failing": "{'a': failing, 'b': contender('b'), 'c': unavailable}, Effort(3)",
+    "fast": "{'a': contender('a'), 'b': contender('b', floor=lambda: 5.0)}, Effort(3)",
+    "wrong": "{'a': contender('a'), 'b': contender('b', check=wrong)}, Effort(3)",
+    "long": "{'a': contender('a', 0.02), 'b': contender('b', 0.02)}, Effort(1000, seconds=0.3)",
+    "late": "{'a': contender('a'), 'b': contender('b', 0.1), 'c': contender('c')}, "
+    "Effort(2, until=time.monotonic() + 5.4), principal='a'",
+    "before": "{'a': contender('a', before=lambda: order.append('+')), 'b': contender('b')}, Effort(2), alone=2",
+    "more": "{'a': contender('a', more=lambda samples: {'n': len(samples)}), 'b': contender('b')}, Effort(7)",
+    "none": "{'a': unavailable}, Effort(3)",
+}
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A real run of pytest-benchmark over some races: its JSON, and what pytest printed."""
-    folder = tmp_path_factory.mktemp("races")
-    tests = {
-        "order": "{'a': contender('a', 0.002), 'b': contender('b'), 'c': contender('c')}, 4, 2",
-        "failing": "{'a': failing, 'b': contender('b'), 'c': unavailable}, 3, 1",
-        "fast": "{'a': contender('a'), 'b': contender('b', floor=lambda: 5.0)}, 3, 1",
-        "wrong": "{'a': contender('a'), 'b': contender('b', check=wrong)}, 3, 1",
-        "long": "{'a': contender('a', 0.02), 'b': contender('b', 0.02)}, 1000, 1, 0.3",
-        "patience": "{'a': contender('a'), 'b': contender('b', 0.1), 'c': contender('c')}, 2, 1, 9.0, 0.05, 'a'",
-        "before": "{'a': contender('a', before=lambda: order.append('+')), 'b': contender('b')}, 2, 1",
-        "none": "{'a': unavailable}, 3, 1",
-    }
-    code = BENCHMARK
-    for name, arguments in tests.items():
-        code += f"\ndef bench_{name}(benchmark):\n    order.clear()\n    try:\n        race(benchmark, {arguments})\n"
-        code += "    finally:\n        benchmark.extra_info['order'] = order[:]\n"
-    return outcome_of(folder, code)
+    races = [f"\ndef bench_{name}(benchmark):\n    race(benchmark, {arguments})\n" for name, arguments in RACES.items()]
+    return outcome_of(tmp_path_factory.mktemp("races"), BENCHMARK + "".join(races))
 
 
-def outcome_of(folder: Path, code: str) -> dict[str, Any]:
+def bench(folder: Path, code: str, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "bench_races.py").write_text(code)
-    options = ["--benchmark-enable", f"--benchmark-json={folder / 'out.json'}", "-c", str(ROOT / "pyproject.toml")]
-    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.conftest"]
-    done = subprocess.run(
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.conftest", "-c", str(ROOT / "pyproject.toml")]
+    return subprocess.run(
         [sys.executable, "-m", "pytest", *plugins, "-rA", *options, str(folder / "bench_races.py")],
         capture_output=True,
         text=True,
@@ -69,22 +89,32 @@ def outcome_of(folder: Path, code: str) -> dict[str, Any]:
         # One of xdist's workers writes no results, and takes itself for one by its environment.
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
     )
+
+
+def outcome_of(folder: Path, code: str) -> dict[str, Any]:
+    done = bench(folder, code, "--benchmark-enable", f"--benchmark-json={folder / 'out.json'}")
     assert (folder / "out.json").exists(), done.stdout + done.stderr
     benchmarks = json.loads((folder / "out.json").read_text())["benchmarks"]
     return {"printed": done.stdout, **{b["name"].removeprefix("bench_"): b for b in benchmarks}}
 
 
-def test_they_take_turns_after_their_warm_up(outcome: dict[str, Any]) -> None:
+def test_they_take_turns_after_their_warm_up_and_samples_alone(outcome: dict[str, Any]) -> None:
     extra = outcome["order"]["extra_info"]
-    assert extra["order"] == [*"aabbcc", *"abc", *"abc" * 4]
+    assert extra["order"] == [*"aaaaabbbbbccccc", *"abc" * 4]
     assert [len(contender["samples"]) for contender in extra["contenders"].values()] == [4, 4, 4]
+    assert all(contender["paired"] for contender in extra["contenders"].values())
     assert min(extra["contenders"]["a"]["samples"]) >= 0.002
     assert min(extra["contenders"]["c"]["samples"]) < 0.002
+    assert extra["contenders"]["a"]["cpu_seconds"] < 0.002  # it sleeps
     assert outcome["order"]["stats"]["rounds"] == 4
 
 
 def test_what_a_step_uses_up_is_made_before_each(outcome: dict[str, Any]) -> None:
-    assert outcome["before"]["extra_info"]["order"] == [*"+ab", *"+ab" * 3]
+    assert outcome["before"]["extra_info"]["order"] == [*"+a+a+abbb", *"+ab" * 2]
+
+
+def test_facts_of_the_samples_are_of_all_of_them(outcome: dict[str, Any]) -> None:
+    assert outcome["more"]["extra_info"]["contenders"]["a"]["n"] == 7
 
 
 def test_one_that_raises_does_not_cost_the_others_and_fails_the_benchmark(outcome: dict[str, Any]) -> None:
@@ -110,42 +140,115 @@ def test_rounds_keep_to_the_time_but_for_the_least(outcome: dict[str, Any]) -> N
 
 
 def test_what_is_made_too_late_is_left_out_and_the_principal_runs_last(outcome: dict[str, Any]) -> None:
-    extra = outcome["patience"]["extra_info"]
-    assert extra["contenders"]["c"] == {"unavailable": "the 0 s for making contenders were over"}
+    extra = outcome["late"]["extra_info"]
+    assert extra["contenders"]["c"] == {"unavailable": "no time was left to make it"}
     assert extra["order"][-4:] == [*"baba"]
-    assert outcome["patience"]["stats"]["max"] < 0.1
+    assert outcome["late"]["stats"]["max"] < 0.1
 
 
-@pytest.mark.parametrize("call", [1, 7], ids=["while warming up", "in the fifth round"])
-def test_an_interrupt_costs_no_sample_that_was_taken(tmp_path: Path, call: int) -> None:
+def test_an_interrupt_costs_no_sample_that_was_taken(tmp_path: Path) -> None:
     code = f"""{BENCHMARK}
-import os
-import signal
-
 def bench_whole(benchmark):
-    race(benchmark, {{'a': contender('a')}}, 3, 1)
+    race(benchmark, {{'a': contender('a')}}, Effort(3))
 
 def bench_cut(benchmark):
     calls = []
     def step():
         calls.append(0)
-        if len(calls) == {call}:
+        if len(calls) == 13:  # after a warm-up and five alone, in the seventh round
             os.kill(os.getpid(), signal.SIGINT)
-    race(benchmark, {{'a': contender('a'), 'b': lambda: Contender(step)}}, 9, 1)
+    race(benchmark, {{'a': contender('a'), 'b': lambda: Contender(step)}}, Effort(9))
 
 def bench_late(benchmark):
-    race(benchmark, {{'a': contender('a')}}, 3, 1)
+    race(benchmark, {{'a': contender('a')}}, Effort(3))
 """
     found = outcome_of(tmp_path, code)
     assert len(found["whole"]["extra_info"]["contenders"]["a"]["samples"]) == 3
     assert "late" not in found
-    if call == 1:
-        assert "cut" not in found
-    else:
-        samples = {name: c["samples"] for name, c in found["cut"]["extra_info"]["contenders"].items()}
-        assert {name: len(values) for name, values in samples.items()} == {"a": 5, "b": 4}
+    samples = {name: c["samples"] for name, c in found["cut"]["extra_info"]["contenders"].items()}
+    assert {name: len(values) for name, values in samples.items()} == {"a": 7, "b": 6}
+
+
+class Death(BaseException):
+    """In place of a signal that ends the process: nothing catches it."""
+
+
+class Benchmark(SimpleNamespace):
+    """What a race needs of pytest-benchmark's fixture."""
+
+    def pedantic(self, function: Callable[..., None], args: Any, setup: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            function(*args)
+
+
+def test_a_process_goes_on_after_what_ended_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice a contender ends its process; with cuDNN's convolutions alone it has another try."""
+
+    def dies() -> Contender:
+        raise Death
+
+    def one() -> Contender:
+        return Contender(lambda: None)
+
+    seen: list[dict[str, Any]] = []
+    for process, careful in enumerate((False, True, True, True)):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        names = {"group": None, "name": "a", "fullname": "a.py::a", "param": None}
+        benchmark = Benchmark(extra_info={"case": "a case"}, enabled=True, **names)
+        effort = Effort(6, careful=careful, journal=Journal(tmp_path / "journal.json", lambda: {"machine": "this"}))
+        with contextlib.suppress(Death, pytest.fail.Exception, pytest.skip.Exception):
+            race(benchmark, {"a": one, "b": one, "dies": dies, "c": one}, effort, "cpu")
+        report = json.loads((tmp_path / "journal.json").read_text())
+        assert report["machine_info"] == {"machine": "this"}
+        seen.append(report["benchmarks"][0]["extra_info"]["contenders"])
+    first, second, third, fourth = seen
+    assert len(first["b"]["samples"]) == 5
+    assert not first["b"]["paired"]
+    assert (first["dies"], second["dies"]) == ({"begun": 1}, {"begun": 2})
+    assert "c" not in second
+    assert third["dies"] == {"error": "it ended the process"}
+    assert third["b"] == first["b"]  # taken over
+    assert len(third["c"]["samples"]) == len(third["a"]["samples"]) == 6
+    assert third["a"]["process"] == third["c"]["process"] == 2
+    assert fourth == third  # there was nothing left to do
+
+
+def test_contenders_are_compared_within_a_process_where_there_is_one() -> None:
+    def sampled(seconds: list[float], process: int, paired: bool = True) -> dict[str, Any]:
+        return {"samples": seconds, "process": process, "paired": paired}
+
+    naive = sampled([4.0, 8.0], 1) | {"others": [sampled([9.0, 9.0], 2)]}
+    found = ratio({"naive": naive, "compiled": sampled([3.0, 3.0], 2)}, "naive", "compiled")
+    assert found is not None
+    assert (found.value, found.n) == (3.0, 2)
+    apart = ratio({"naive": sampled([4.0, 8.0], 1), "big": sampled([2.0, 2.0], 3)}, "naive", "big")
+    assert apart is not None
+    assert (apart.value, apart.n) == (3.0, 1)  # of medians
+    alone = ratio({"naive": sampled([4.0, 8.0], 1), "big": sampled([1.0, 2.0], 1, paired=False)}, "naive", "big")
+    assert alone is not None
+    assert alone.n == 1
+
+
+def test_a_profile_counts_what_ran_on_the_device() -> None:
+    def event(name: str, device: DeviceType, seconds: float = 0.0, annotation: bool = False) -> SimpleNamespace:
+        time = SimpleNamespace(elapsed_us=lambda: 1e6 * seconds)
+        return SimpleNamespace(name=name, device_type=device, time_range=time, is_user_annotation=annotation)
+
+    found = summary(
+        [
+            event("aten::add", DeviceType.CPU, 9.0),
+            event("cudaLaunchKernel", DeviceType.CPU, 9.0),
+            event("cuLaunchKernelEx", DeviceType.CPU, 9.0),
+            event("a", DeviceType.CUDA, 0.5),
+            event("b", DeviceType.CUDA, 0.25),
+            event("b", DeviceType.CUDA, 0.5),
+            event("Optimizer.step", DeviceType.CUDA, 9.0, annotation=True),
+        ]
+    )
+    assert found == {"busy_seconds": 1.25, "kernels": 3, "launches": 2, "top": [["b", 750.0, 2], ["a", 500.0, 1]]}
 
 
 def test_nobody_there_is_a_skip(outcome: dict[str, Any]) -> None:
     assert "no contender can run here" in outcome["printed"]
-    assert "3 failed, 4 passed, 1 skipped" in outcome["printed"]
+    assert "3 failed, 5 passed, 1 skipped" in outcome["printed"]

@@ -104,11 +104,12 @@ def test_what_failed_or_did_not_run_is_named() -> None:
 def test_a_stage_counts_only_with_students_that_are_no_worse(
     ratio: float, accuracies: list[float] | None, expected: str
 ) -> None:
-    """The least significant difference is two standard errors of the pairs' differences."""
+    """The least significant difference is two standard errors of the pairs' differences. Not how long a short stage takes."""
     target = next(target for target in TARGETS if target.same_accuracy and target.target == 2.0 < target.stretch == 3.0)
     contenders = {
-        target.numerator: {"samples": [ratio, ratio], "accuracies": [0.8, 0.9, 0.85]},
-        target.denominator: {"samples": [1.0, 1.0]} | ({"accuracies": accuracies} if accuracies else {}),
+        target.numerator: {"samples": [1.0, 1.0], "stage_seconds": [ratio, ratio], "accuracies": [0.8, 0.9, 0.85]},
+        target.denominator: {"samples": [2.0, 2.0], "stage_seconds": [1.0, 1.0]}
+        | ({"accuracies": accuracies} if accuracies else {}),
     }
     text = page({"x": report([raced(target.case, contenders)], gpu=True)})
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {target.name} ") and f" {ratio:.2f} " in line]
@@ -117,11 +118,12 @@ def test_a_stage_counts_only_with_students_that_are_no_worse(
 
 def test_students_stand_beside_what_a_stage_costs() -> None:
     stage = {"samples": [2.0, 2.0], "fixed_seconds": [0.25, 0.25], "dropped": [0.0, 0.0], "accuracies": [0.5, 0.7]}
+    stage["stage_seconds"] = [1234.0, 1236.0]
     other = stage | {"fixed_seconds": [0.5, 0.5], "dropped": [0.125, 0.375], "accuracies": [0.51, 0.69]}
     text = page({"x": report([raced("merge, a case", {"a": stage, "b": other, "c": {"error": "no"}})])})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert ["a", "0.25", "0%", "0.600 ± 0.141", "2", "–"] in rows
-    assert ["b", "0.5", "25%", "0.600 ± 0.127", "2", "students no worse: +0.0 ± 1.0 points"] in rows
+    assert ["a", "0.25", "1235", "0%", "0.600 ± 0.141", "2", "–"] in rows
+    assert ["b", "0.5", "1235", "25%", "0.600 ± 0.127", "2", "students no worse: +0.0 ± 1.0 points"] in rows
 
 
 def test_stages_show_a_steps_time_by_epoch() -> None:

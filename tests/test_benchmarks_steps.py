@@ -72,7 +72,7 @@ def test_compiled_contenders_have_their_code_before_the_first_sample(monkeypatch
     case = Case("sine", 8, 0)
     for name in (names.NAIVE_COMPILED, names.TEACHERS_COMPILED):
         contender = contenders.makers(case)[name]()
-        for _ in range(Effort(None, 1.0, 1.0, None).warmup("cpu")):
+        for _ in range(Effort().warmup("cpu")):
             contender.step()
         graphs = dynamo.counters["stats"]["unique_graphs"]
         assert graphs >= 1  # teachers of one class share theirs
@@ -111,11 +111,13 @@ def test_the_graphed_step_is_the_training_step(monkeypatch: pytest.MonkeyPatch) 
         def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             return (lambda: None), run()
 
+        def watched(self, run: Callable[[], Any]) -> tuple[Any, list[str]]:
+            return run(), []
+
     whole = graphed_step.GraphedStep.__init__
     monkeypatch.setattr(graphed_step.GraphedStep, "__init__", lambda self, s, wanted: whole(self, s, wanted, Eager()))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     network = contenders.big(CASE)
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
-    contender: Contender = contenders.graphed(CASE, network, dense=False)
+    contender: Contender = contenders.graphed(CASE, [network], dense=False)
     contender.check()
     assert not any(torch.equal(value, before[name]) for name, value in network.named_parameters())
