@@ -182,6 +182,8 @@ class Session:
         self.outcomes: list[Outcome] = []
         self.running: list[Job] = []
         self.logs: dict[str, bytes] = {}
+        self.died: set[str] = set()  # names of parts that something ended
+        self.journals: list[Path] = []  # in the order of their parts
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Runs the stages in turn; what one leaves of its time goes to the next."""
@@ -214,10 +216,12 @@ class Session:
         if earlier and part.is_tests:
             begun = dict.fromkeys(event["name"] for event in earlier if event["kind"] == "begin")
             command += [f"--deselect={name}" for name in begun]
-        if earlier and part.careful:
+        if part.careful and (earlier or self.died & {name for name in self.logs if "convolution" in name}):
             command.append("--careful")
-        folder = self.folder / part.name
-        filled = {"journal": folder.with_suffix(".json"), "folder": folder, "until": until}
+        folder, journal = self.folder / part.name, self.folder / f"{part.name}.json"
+        if journal not in self.journals:
+            self.journals.append(journal)
+        filled = {"journal": journal, "folder": folder, "until": until}
         for key, value in filled.items():
             command = [word.replace(f"{{{key}}}", str(value)) for word in command]
         if not command[0].startswith("/"):
@@ -238,6 +242,7 @@ class Session:
             ends = {name: "died" if name == culprit else "cut off" for name in died}
             job.events += [{"kind": "end", "name": name, "outcome": end, "says": state} for name, end in ends.items()]
             job.events.append({"kind": "died", "name": culprit, "says": state})
+            self.died.add(job.part.name)
             if job.part.resumes and code is not None and tries < TRIES and until - time.monotonic() > 2 * LEAST:
                 self._say(f"{job.part.name}: {state} at {culprit}; it goes on without")
                 self._begin(job.part, until, job.events)
@@ -259,7 +264,7 @@ class Session:
 
     def write(self) -> str:
         """Writes all files anew; returns the summary."""
-        report = joined(sorted(self.folder.glob("*.json")))
+        report = joined(self.journals)
         if report is not None:
             write_whole(self.out / "benchmarks.json", json.dumps(report, indent=1).encode() + b"\n")
         seconds = time.monotonic() - self.start
@@ -273,7 +278,7 @@ class Session:
         write_whole(self.out / "summary.txt", text.encode() + b"\n")
         logs = self.logs | {job.part.name: self.logs.get(job.part.name, b"") + job.log for job in self.running}
         files = {f"{name}.log": content for name, content in logs.items()}
-        files |= {path.name: path.read_bytes() for path in self.folder.glob("*.json")}
+        files |= {path.name: path.read_bytes() for path in self.journals if path.exists()}
         write_whole(self.out / "session.tar.gz", packed(files))
         return text
 
@@ -325,8 +330,8 @@ def _last_word(job: Job, died: Sequence[str]) -> str:
     ended = collections.Counter(event["outcome"] for event in job.events if event["kind"] == "end")
     if ended:
         return ", ".join(f"{count} {outcome}" for outcome, count in ended.items())
-    lines = job.log.decode(errors="replace").split("\n")
-    return next((line.strip()[:150] for line in reversed(lines) if line.strip()), "")
+    lines = [line.strip() for line in job.log.decode(errors="replace").split("\n")]
+    return next((line[:150] for line in reversed(lines) if line and not line.startswith(events.MARK)), "")
 
 
 def reds(scratch: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def summary(data: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
     measured = {} if report is None else cases(report)
     parts = data["parts"]
     rest = [*_parts(parts), *_profiles(measured), *_contenders(measured), *_stages(measured)]
-    rest += [*_device(parts), *_ratios(measured)]
+    rest += [*_convolutions(report or {}), *_device(parts), *_ratios(measured)]
     failed = list(dict.fromkeys(_failures(parts)))
     room = MOST - sum(len(line) + 1 for line in rest) - 100
     shown: list[str] = []
@@ -99,11 +100,20 @@ def _stages(measured: Mapping[str, Contenders]) -> Iterator[str]:
                 yield f"{case}, {name}: ms a step by epoch {steps}; {fixed:.1f} s outside"
 
 
+def _convolutions(report: Mapping[str, Any]) -> Iterator[str]:
+    """How often each implementation was the fastest, by pass and dtype."""
+    counts: dict[str, Counter[str]] = {}
+    for choice in report.get("machine_info", {}).get("convolution_choices") or []:
+        counts.setdefault(choice["key"].split(" | ")[1], Counter())[choice["winner"].split()[0]] += 1
+    for what, winners in counts.items():
+        yield f"convolutions chosen, {what}: " + ", ".join(f"{count} {name}" for name, count in winners.most_common())
+
+
 def _device(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for event in (event for part in parts for event in part["events"] if event["kind"] == "device"):
         rates = f"{event['flops'] / 1e12:.3g} TFLOP/s, {event['bandwidth'] / 1e12:.3g} TB/s copied"
         yield f"-- {rates}, {event['launch_us']:.1f} us a launch; {event['card'] or 'no card'}"
-        yield f"   torch {event['torch']}, cuDNN {event['cudnn']}, Python {event['python']}, {event['cpu']}"
+        yield f"   torch {event['torch']}, cuDNN {event['cudnn']}, Python {event['python']}, {event['cpu']['cores']} cores"
 
 
 def _ratios(measured: Mapping[str, Contenders]) -> Iterator[str]:

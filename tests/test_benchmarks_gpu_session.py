@@ -14,19 +14,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from _pytest.mark.expression import Expression
 
 from benchmark_reports import raced, report
-from benchmarks import gpu_session, names
+from benchmarks import gpu_parts, gpu_session, names
 from benchmarks.gpu_parts import RESNET18, Part, Stage, plan
 from benchmarks.gpu_session import SECONDS, Session, main, packed, reds
 from benchmarks.gpu_summary import MOST, summary
 from benchmarks.rehearsal import WAYS
 
 ROOT = Path(__file__).resolve().parent.parent
-PLANS = {name: plan(name, data="images.npz") for name in SECONDS}
+with mock.patch.object(gpu_parts, "find_sanitizer", return_value="/bin/compute-sanitizer"):
+    PLANS = {name: plan(name, data="images.npz") for name in SECONDS}
 # What a GPU machine with torch and pytest may lack.
 LACKING = ("hypothesis", "matplotlib", "nvidia.dali", "safetensors", "sklearn", "tqdm", "xdist")
 
@@ -116,6 +118,16 @@ def test_what_a_stage_leaves_of_its_time_goes_to_the_next_and_what_is_late_is_no
     assert found["slow"].seconds > 2  # of the first stage's time too
 
 
+def test_where_convolutions_died_steps_run_those_of_cudnn(tmp_path: Path) -> None:
+    step = Part("step", ("-c", "import sys; print(sys.argv[1:])"), careful=True)
+    dies = ("-c", "import os; from benchmarks.events import emit; emit('begin', 'a tile'); os.abort()")
+    for name, options in (("smoke-gates", "[]"), ("smoke-convolution-bf16", "['--careful']")):
+        session = Session(tmp_path / name, 60, {})
+        session.run([Stage("smoke", 30, (Part(name, dies),)), Stage("step", 30, (step,))])
+        assert session.outcomes[0].says == "at a tile"
+        assert session.outcomes[1].says == options
+
+
 def test_tests_go_on_after_one_that_ended_the_process(tmp_path: Path) -> None:
     file = tmp_path / "test_four.py"
     body = "import os, pytest, time\n"
@@ -190,6 +202,10 @@ def test_a_summary_is_short_names_failures_and_has_the_ratios_last() -> None:
     naive = {"samples": [2.0] * 5, "process": 1, "queue_seconds": 0.25, "cpu_seconds": 0.125, "profile": profile}
     contenders = {names.NAIVE: naive, names.TEACHERS: naive, names.UNLINKED: naive | {"samples": [1.0] * 5}}
     made = report([raced(case, contenders | {names.LINKED: {"error": "RuntimeError: illegal address"}})], gpu=True)
+    keys = [f"A Card | forward bfloat16 | 2 streams | {n}" for n in range(3)]
+    winners = ("split", "triton 64x64", "split")
+    choices = [{"key": key, "winner": winner} for key, winner in zip(keys, winners, strict=True)]
+    made["machine_info"]["convolution_choices"] = choices
     events = [ended(f"tests/test_a.py::test_{n}", "failed", "AssertionError: why " + "x" * 300) for n in range(500)]
     parts = [
         {
@@ -211,6 +227,7 @@ def test_a_summary_is_short_names_failures_and_has_the_ratios_last() -> None:
     assert any("a_kernel" in line for line in lines)
     (linked,) = [line for line in lines if line.startswith(f"{names.LINKED:<24}")]
     assert linked.endswith("RuntimeError: illegal address")
+    assert "convolutions chosen, forward bfloat16: 2 split, 1 triton" in lines
     assert any(line.startswith("naive dense / block-diagonal") and line.endswith(">= 1.80 met") for line in lines[-4:])
     assert any(line.endswith("<= 0.85 met") for line in lines[-4:])
 
@@ -231,7 +248,8 @@ def test_a_plan_fits_its_time_and_names_what_exists(name: str) -> None:
         assert [stage.name for stage in stages[1:3]] == ["smoke", "tests"]
 
 
-def test_the_second_plan_runs_again_what_was_red() -> None:
+def test_the_second_plan_runs_again_what_was_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "find_sanitizer", lambda: "/bin/compute-sanitizer")
     red = "tests/test_kernels_gate_gpu.py::test_against_float64[a b]"
     stages = {stage.name: stage for stage in plan("second", [red], "images.npz")}
     assert [part.command[-1] for part in (*stages["reds"].parts, *stages["sanitizer"].parts)] == [red, red]

@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 
+from benchmarks import events
+from benchmarks import race as racing
 from benchmarks.effort import Effort
 from benchmarks.journal import Journal
 from benchmarks.profiling import summary
@@ -27,6 +31,8 @@ import dataclasses
 import os
 import signal
 import time
+from benchmarks import race as racing
+from benchmarks import events
 from benchmarks import race as racing
 from benchmarks.effort import Effort
 from benchmarks.race import Contender, UnavailableError
@@ -182,6 +188,11 @@ class Benchmark(SimpleNamespace):
             function(*args)
 
 
+def new_benchmark() -> Any:
+    names = {"group": None, "name": "a", "fullname": "a.py::a", "param": None}
+    return Benchmark(extra_info={"case": "a case"}, enabled=True, **names)
+
+
 def test_a_process_goes_on_after_what_ended_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice a contender ends its process; with cuDNN's convolutions alone it has another try."""
 
@@ -194,8 +205,7 @@ def test_a_process_goes_on_after_what_ended_another(tmp_path: Path, monkeypatch:
     seen: list[dict[str, Any]] = []
     for process, careful in enumerate((False, True, True, True)):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        names = {"group": None, "name": "a", "fullname": "a.py::a", "param": None}
-        benchmark = Benchmark(extra_info={"case": "a case"}, enabled=True, **names)
+        benchmark = new_benchmark()
         effort = Effort(6, careful=careful, journal=Journal(tmp_path / "journal.json", lambda: {"machine": "this"}))
         with contextlib.suppress(Death, pytest.fail.Exception, pytest.skip.Exception):
             race(benchmark, {"a": one, "b": one, "dies": dies, "c": one}, effort, "cpu")
@@ -212,6 +222,38 @@ def test_a_process_goes_on_after_what_ended_another(tmp_path: Path, monkeypatch:
     assert len(third["c"]["samples"]) == len(third["a"]["samples"]) == 6
     assert third["a"]["process"] == third["c"]["process"] == 2
     assert fourth == third  # there was nothing left to do
+
+
+def test_on_a_gpu_times_are_of_the_device_and_a_lost_context_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def synchronise() -> None:
+        waits.append(time.perf_counter())
+        time.sleep(0.01)
+
+    def illegal() -> Contender:
+        monkeypatch.setattr(events, "has_lost_context", lambda: True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def leave(code: int) -> None:
+        raise Death(code)
+
+    profile = {"busy_seconds": 0.5, "kernels": 7, "launches": 8, "top": []}
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronise)
+    monkeypatch.setattr(racing, "profiled", lambda step: profile)
+    monkeypatch.setattr(os, "_exit", leave)
+    benchmark, journal = new_benchmark(), tmp_path / "journal.json"
+    makers = {"a": lambda: Contender(lambda: time.sleep(0.001)), "b": illegal, "c": lambda: Contender(lambda: None)}
+    with pytest.raises(Death, match=str(events.DEAD)):
+        race(benchmark, makers, Effort(5, journal=Journal(journal)), "cuda")
+    (kept,) = json.loads(journal.read_text())["benchmarks"]
+    a, b = kept["extra_info"]["contenders"].values()
+    assert min(a["samples"]) >= 0.011
+    assert 0.001 <= a["queue_seconds"] < 0.01
+    assert a["profile"] == profile
+    assert b == {"begun": 1, "error": "RuntimeError: CUDA error: an illegal memory access was encountered"}
 
 
 def test_contenders_are_compared_within_a_process_where_there_is_one() -> None:
