@@ -143,11 +143,11 @@ class Processes:
         """Raises where the processes don't have the same.
 
         Raises:
-            RuntimeError: They don't.
+            ValueError: They don't.
         """
         found = self.gather(value)
         if any(other != found[0] for other in found):
-            raise RuntimeError(f"all processes must have the same {what}; they have {', '.join(map(str, found))}")
+            raise ValueError(f"all processes must have the same {what}; they have {', '.join(map(str, found))}")
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

@@ -17,11 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastmerge.checkpoints import build_network, save_weights
 from fastmerge.cli import main
 from fastmerge.files import held
 from fastmerge.reporting.epoch_log import EpochLog
+from image_files import write_tree
 from killing import die
-from test_cli_merge import arguments, place  # noqa: F401 (a fixture)
+from test_cli_merge import SOURCE, arguments, place  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
 
@@ -43,26 +45,12 @@ def interrupt_after(monkeypatch, epochs: int, number: int = signal.SIGINT) -> No
     monkeypatch.setattr(EpochLog, "write", writing)
 
 
-def test_sigterm_exits_with_143_and_the_line_it_prints_goes_on(place, tmp_path):  # noqa: F811
-    words = [*arguments(), "--merge-epochs", "400"]  # far more than it will get to
-    with (tmp_path / "err.txt").open("w") as err:
-        process = subprocess.Popen([sys.executable, "-m", "fastmerge", *words], stderr=err, env=_environment())
-    try:
-        while not (Path("out/log.jsonl").is_file() and Path("out/log.jsonl").stat().st_size) and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
-    finally:
-        process.kill()
-    assert (tmp_path / "err.txt").read_text().endswith("interrupted; go on with: fastmerge merge --out out --resume\n")
-    assert list(Path("out/checkpoints").glob("*.safetensors"))
-
-
 @contextlib.contextmanager
 def running(*words: str) -> Iterator[subprocess.Popen]:
-    """A run of 400 epochs in out/, in a process of its own that has trained one, killed at the end."""
-    command = [sys.executable, "-m", "fastmerge", *arguments(), "--merge-epochs", "400", *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()) as process:
+    """A run of far more epochs than it gets to in out/, the leader of a group of processes, that has trained one."""
+    command = [sys.executable, "-m", "fastmerge", *words, "--merge-epochs", "400"]
+    out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **out, env=_environment(), start_new_session=True) as process:
         try:
             while not (Path("out/log.jsonl").is_file() and Path("out/log.jsonl").stat().st_size):
                 assert process.poll() is None
@@ -72,9 +60,52 @@ def running(*words: str) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
+@pytest.fixture
+def tree(place) -> list[str]:  # noqa: F811
+    """Words that read a tree of images in processes of their own."""
+    write_tree(place / "tree", train_ant=8, train_cat=8, val_ant=4, val_cat=4)
+    model, files = "fastmerge_cli_test_colours", ["1.safetensors", "2.safetensors"]
+    Path(f"{model}.py").write_text(SOURCE.replace("Conv2d(1,", "Conv2d(3,"))
+    for file in files:
+        save_weights(build_network(f"{model}:make", classes=2), file)
+    words = arguments(data=["tree"], model=[f"{model}:make"], teachers=files)
+    more = ["--model-args", "classes=2", "--image-size", "6", "--loader", "torch", "--workers", "2"]
+    return [*words, *more, "--batch-size", "4"]
+
+
+def test_sigterm_exits_with_143_and_the_line_it_prints_goes_on(place):  # noqa: F811
+    with running(*arguments()) as process:
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error.endswith("interrupted; go on with: fastmerge merge --out out --resume\n")
+    assert list(Path("out/checkpoints").glob("*.safetensors"))
+
+
+def test_sigterm_to_all_processes_of_a_run_is_one(tree):
+    """As SLURM, systemd and timeout send it: to the processes that read images, too."""
+    with running(*tree) as process:
+        os.killpg(process.pid, signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error == "fastmerge: interrupted; go on with: fastmerge merge --out out --resume\n"
+    assert list(Path("out/checkpoints").glob("*.safetensors"))
+
+
+def test_a_reader_that_is_killed_while_the_run_computes_is_one_line(tree):
+    with running(*tree) as process:
+        reader = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+        os.kill(int(reader), signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith("fastmerge: error: a process that reads images ended: DataLoader worker (pid")
+    assert f" {reader}) " in error
+    assert error.count("\n") == 1
+
+
 def test_a_second_run_is_kept_out_until_the_first_is_dead(place, capsys):  # noqa: F811
     """Both would write one log and one set of checkpoints, and the first to end would remove the other's."""
-    with running("--loader", "torch", "--checkpoint-seconds", "0") as first:
+    with running(*arguments(), "--checkpoint-seconds", "0") as first:
         before = Path("out/command.json").read_bytes()
         others = [
             [*arguments(), "--seed", "2"],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import os
 import signal
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +22,7 @@ from fastmerge.data.epochs import ReaderLostError
 from fastmerge.data.loading import image_loaders
 from fastmerge.data.making import IMAGENET_MEAN, IMAGENET_STD
 from fastmerge.data.torch_loader import TreeBatches
+from full_disk import files_of_at_most
 from image_files import write_odd_images, write_tree
 
 pytest.importorskip("PIL")
@@ -325,6 +328,38 @@ def test_a_worker_that_is_killed_is_said_to_be(tree, monkeypatch):
     monkeypatch.setattr(TreeBatches, "__getitem__", read)
     with pytest.raises(ReaderLostError, match=r"images ended: .*; where memory is short, take fewer"):
         whole(make(tree, "torch", workers=1).train)
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_a_worker_that_has_no_shared_memory_is_an_error(tree, monkeypatch, queue):
+    """Where the queue's thread fails to hand a batch over, it drops the batch: both processes would wait for ever."""
+    if queue:
+        monkeypatch.setattr("fastmerge.data.torch_loader.get_worker_info", lambda: None)
+    reason = (
+        "ended: DataLoader worker" if queue else r"has no shared memory for the 0.0 MiB of a batch \(.*File too large"
+    )
+    lost = pytest.raises(ReaderLostError, match=f"^a process that reads images {reason}")
+    with files_of_at_most(4096), lost as raised:
+        whole(make(tree, "torch", workers=1).train)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_leaves_the_readers_to_their_parent(tree, number):
+    """Who writes a checkpoint after it needs more batches; at the end they are ended by it."""
+    loader = make(tree, "torch", workers=2).train
+    batches = iter(loader)
+    next(batches)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        subprocess.run(["kill", f"-{int(number)}", str(child.pid)], check=True)
+    assert len(list(batches)) == 2
+    assert all(child.is_alive() for child in children)
+    for child in children:
+        child.terminate()
+        child.join(5)
+        assert not child.is_alive()
 
 
 class Ending:

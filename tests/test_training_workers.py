@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import re
+import signal
+import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.recipes import RECIPES
+from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.training.job_bar import Shown
 from fastmerge.training.jobs import Job, Outcome
 from fastmerge.training.scores import Curves
@@ -46,8 +50,36 @@ def die(job, data, reporter):
     os._exit(3)
 
 
+def save_late(job, data, reporter):
+    with StopRequests() as stop:
+        (job.checkpoints / f"begun {job.replicates[0]}").touch()
+        while stop.number is None:
+            time.sleep(0.01)
+        time.sleep(1.5)  # the parent asks for the end meanwhile
+        (job.checkpoints / f"saved {job.replicates[0]}").touch()
+        stop.raise_if_any()
+
+
 def interrupt(job, data, reporter):
     raise KeyboardInterrupt
+
+
+def test_a_signal_to_all_processes_lets_each_write_a_checkpoint(tmp_path):
+    """As job managers send it: the parent, which had it too, asks for the end of processes that are about to save."""
+
+    def signal_to_all():
+        while len(list(tmp_path.glob("begun *"))) < 2:
+            time.sleep(0.01)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=signal_to_all)
+    thread.start()
+    with pytest.raises(Interrupted):
+        run_jobs(save_late, [replace(job, checkpoints=tmp_path) for job in jobs()], DATA, 2, False)
+    thread.join()
+    assert sorted(path.name for path in tmp_path.glob("saved *")) == ["saved 0", "saved 1"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

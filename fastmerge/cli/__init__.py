@@ -15,13 +15,16 @@ from contextlib import contextmanager
 import torch
 
 from fastmerge.cli import continuing, data, info, merge, report, run
+from fastmerge.cli.torchrun import is_first_to_say
 from fastmerge.data.decoding import BadImageError
-from fastmerge.data.epochs import EmptyBatchError, ReaderLostError
+from fastmerge.data.epochs import EmptyBatchError, ReaderLostError, readers_watched
 from fastmerge.processes import ProcessLostError
 from fastmerge.resuming.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 _FAILED = (FloatingPointError, torch.OutOfMemoryError, ProcessLostError, ReaderLostError)
+
+
 _OF_ONE_PROCESS = (*_FAILED, BadImageError, EmptyBatchError)  # each reads images of its own
 
 
@@ -37,22 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
-    # of the processes that torchrun starts, and of those on this machine, whose files may be others
-    is_first, is_first_here = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
-        with _plain_messages():
+        with _plain_messages(), readers_watched():
             status = options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
     except KeyboardInterrupt as error:
         if is_first:
             print(f"fastmerge: interrupted{continuing.how_to_go_on(options)}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except _BAD_INPUT + _FAILED as error:
+        message = " ".join(str(error).split())
         if getattr(options, "debug", False):
             traceback.print_exc()
-        elif is_first_here or isinstance(error, _OF_ONE_PROCESS):  # other input is bad in all processes of a machine
+        elif is_first_to_say(message, isinstance(error, _OF_ONE_PROCESS)):
             lost = is_first and isinstance(error, ProcessLostError)
             then = continuing.how_to_go_on(options) if lost else ""
-            print(f"fastmerge: error: {' '.join(str(error).split())}{then}", file=sys.stderr)
+            print(f"fastmerge: error: {message}{then}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED) else 2
     return status or 0
 

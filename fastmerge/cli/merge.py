@@ -140,7 +140,7 @@ def command(options: argparse.Namespace) -> None:
     device, processes = join_processes(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         check_planning(options, processes)
-        with continuing.alone(options, processes):
+        with processes.watched(), continuing.alone(options, processes):
             _merge(options, device, processes)
     finally:
         leave_processes()

@@ -104,7 +104,7 @@ def command(options: argparse.Namespace) -> None:
     device, processes = join_processes(options.device or by_itself)
     try:
         check_planning(options, processes)
-        with continuing.alone(options, processes):
+        with processes.watched(), continuing.alone(options, processes):
             _run(options, recipe, device, processes)
     finally:
         leave_processes()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,28 @@ def join_processes(device: str) -> tuple[str, Processes]:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device, Processes(torch.device(device))
+
+
+def is_first_to_say(message: str, own: bool) -> bool:
+    """Whether this process prints an error: what is wrong for all of a run is said once.
+
+    ``torchrun``'s own store counts who came first, since the processes' group may be gone.
+
+    Args:
+        message: The error's.
+        own: Whether it is likely to be of this process alone, for a run without such a store; others are then left to the first
+            process of each machine.
+    """
+    otherwise = own or os.environ.get("LOCAL_RANK", "0") == "0"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return otherwise
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"fastmerge/{attempt}/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return bool(dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)).add(key, 1) == 1)
+    except (KeyError, ValueError, RuntimeError):  # torch's own errors are RuntimeErrors
+        return otherwise
 
 
 def leave_processes() -> None:

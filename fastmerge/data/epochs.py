@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,7 +19,32 @@ AnyLoader = TypeVar("AnyLoader", bound="EpochLoader")
 
 
 class ReaderLostError(RuntimeError):
-    """A process that reads images ended."""
+    """A process that reads images ended, or can't hand them over."""
+
+
+@contextlib.contextmanager
+def readers_watched() -> Iterator[None]:
+    """Turns what a DataLoader says of a worker that ended into an error of one line.
+
+    PyTorch raises it in the main process wherever that is when its child ends, not only where it waits for a batch.
+
+    Raises:
+        ReaderLostError: A worker ended, or can't hand over what it read.
+    """
+    try:
+        yield
+    except ReaderLostError as error:  # from within a worker it comes with a traceback before it
+        raise ReaderLostError(str(error).strip().splitlines()[-1].removeprefix(f"{_RAISED}: ")) from error
+    except RuntimeError as error:
+        first = str(error).strip().partition("\n")[0]
+        if not first.startswith("DataLoader worker"):
+            raise
+        raise ReaderLostError(
+            f"a process that reads images ended: {first}; where memory is short, take fewer workers or fewer images per batch"
+        ) from error
+
+
+_RAISED = f"{ReaderLostError.__module__}.{ReaderLostError.__qualname__}"
 
 
 class EmptyBatchError(ValueError):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.queues import Queue
 from typing import Any
 
 import numpy as np
@@ -11,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastmerge.data.augmentation import Augmentation, cut_windows, draw_changes
 from fastmerge.data.colours import jitter_colours
 from fastmerge.data.cutting import read_batch
 from fastmerge.data.decoding import BadImages
 from fastmerge.data.device_loader import Finish
-from fastmerge.data.epochs import Batches, EpochLoader, ReaderLostError
+from fastmerge.data.epochs import Batches, EpochLoader, ReaderLostError, readers_watched
 
 Key = tuple[int, NDArray[np.int64]]  # an epoch and the samples of a batch
 
@@ -102,8 +106,8 @@ class TorchLoader(EpochLoader):
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self.finish.device.type == "cuda",
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_inherited_garbage,
+            collate_fn=_share,
+            worker_init_fn=_begin_worker,
         )
 
     def _read(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,15 +122,13 @@ class TorchLoader(EpochLoader):
             yield self.finish(self._change(images.to(device, non_blocking=True), samples.numpy(), epoch)), labels
 
     def _batches_of_files(self) -> Iterator[Any]:
-        try:
-            yield from self._loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ReaderLostError(
-                f"a process that reads images ended: {str(error).splitlines()[0]}; where memory is short, take fewer workers "
-                "or fewer images per batch"
-            ) from error
+        batches = iter(self._loader)
+        while True:
+            with readers_watched():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _change(self, images: Tensor, samples: NDArray[np.int64], epoch: int) -> Tensor:
         if self.augmentation is None:
@@ -152,12 +154,46 @@ class _Keys:
         return ((self.epoch, samples) for samples in self.batches.of(self.epoch))
 
 
-def _as_it_is(batch: Any) -> Any:
+def _share(batch: Any) -> Any:
+    """Puts a batch where another process can read it: later, in the queue's thread, a failure would be lost, and waited for."""
+    if get_worker_info() is not None:
+        try:
+            for tensor in batch[:2]:
+                tensor.share_memory_()
+        except RuntimeError as error:
+            needed = sum(tensor.nbytes for tensor in batch[:2]) / 2**20
+            raise ReaderLostError(
+                f"a process that reads images has no shared memory for the {needed:.1f} MiB of a batch "
+                f"({str(error).splitlines()[0]}): make /dev/shm larger (docker run --shm-size 2g), or take fewer "
+                "images per batch or fewer workers, none for example"
+            ) from None
     return batch
 
 
-def _leave_inherited_garbage(worker: int) -> None:
-    """Keeps a forked worker from collecting what its parent had thrown away: a DALI pipeline's end waits for threads that
-    the worker doesn't have, for ever.
-    """
+def _begin_worker(worker: int) -> None:
+    # A forked worker must not collect what its parent had thrown away: a DALI pipeline's end waits for threads that the worker
+    # doesn't have, for ever.
     gc.freeze()
+    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+    _leave_signals_to_parent()
+
+
+def _end(error: Exception, batch: object) -> None:
+    """Ends a worker that can't hand a batch over, which its parent notices; it would wait for the batch."""
+    os._exit(1)
+
+
+def _leave_signals_to_parent() -> None:
+    """Ctrl-C and a cluster's SIGTERM reach all processes of a run; the parent writes a checkpoint, for which it needs this one.
+
+    A SIGTERM that the parent sends ends it all the same.
+    """
+    numbers, parent = {signal.SIGINT, signal.SIGTERM}, os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastmerge.data.epochs import readers_watched
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging.checks import (
@@ -149,6 +150,7 @@ def merge(
             first epoch, checkpoints of another merge included.
         FloatingPointError: A loss became NaN or Inf; checkpoints hold the state before.
         ProcessLostError: A RuntimeError: another process of the group ended.
+        ReaderLostError: A RuntimeError: a worker of a DataLoader ended.
         Interrupted: A KeyboardInterrupt: a signal came, and a checkpoint was written.
 
     Source: M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
@@ -187,6 +189,7 @@ def merge(
     check_processes(processes, train_loader, teachers)
     state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history, processes, accumulate)
     with (
+        readers_watched(),
         torch.random.fork_rng(cuda, enabled=seed is not None),
         StopRequests(enabled=snapshots is not None) as stop,
         Progress(progress if processes.is_first else False) as bar,

@@ -25,6 +25,9 @@ class Interrupted(KeyboardInterrupt):
 class StopRequests:
     """Within this context the first SIGINT or SIGTERM is kept for :meth:`raise_if_any`; a second one acts as ever.
 
+    In a process whose parent sees to its end, where ``ends_by_parent`` is set, a second one does nothing: the first came to
+    all processes of a job, and the second is the parent's, which had it too.
+
     Signals for which the program has a handler of its own are left to it, as are all outside the main thread.
 
     Args:
@@ -33,6 +36,8 @@ class StopRequests:
     Attributes:
         number: The signal that came, or None.
     """
+
+    ends_by_parent = False
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -58,4 +63,5 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self.__exit__()
+        if not StopRequests.ends_by_parent:
+            self.__exit__()

@@ -99,7 +99,9 @@ def _in_processes(
                         process.start()
                     theirs.close()
                     running[ours] = (index, process)
-                for connection in wait(list(running), timeout=0.5):
+                ready = wait(list(running), timeout=0.5)
+                stop.raise_if_any()  # a process may have ended for the signal that came to this one
+                for connection in ready:
                     assert isinstance(connection, Connection)
                     index, process = running[connection]
                     message = _receive(connection, process, jobs[index])
@@ -112,7 +114,7 @@ def _in_processes(
                         raise message[1]
                     else:
                         getattr(JobBar(jobs[index], shown, note), message[0])(*message[1:])
-                stop.raise_if_any()
+            stop.raise_if_any()
         except Interrupted:
             grace = _GRACE_TO_SAVE
             raise
@@ -161,6 +163,7 @@ def _receive(connection: Connection, process: BaseProcess, job: Job) -> tuple[An
 def _work(connection: Connection, payload: bytes) -> None:
     """Runs in the other process."""
     torch.set_num_threads(1)
+    StopRequests.ends_by_parent = True
     try:
         run, job, data = pickle.loads(payload)
         outcome = run(job, data, _Messages(connection))
