@@ -1,20 +1,15 @@
-"""Which implementation of a convolution in blocks is fastest, by shape and pass: as raced, and as whole steps chose it."""
+"""Which implementation of a convolution in blocks is fastest, by shape and pass: as whole steps chose, and if block-sparse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.results import Contenders, ratio
 from fastmerge.reporting.tables import table
 
-SPLIT, GROUPS, TRITON = IMPLEMENTATIONS = ("split", "groups", "triton")
+SPLIT, GROUPS, TRITON = "split", "groups", "triton"
 MASKED, DENSE = "masked", "dense"
-_EXPLAINED = (
-    "Two networks' convolutions, by pass and layer: *split* is cuDNN one network after another, *groups* cuDNN with two "
-    "groups, *Triton* the fastest tile of our kernels. Milliseconds on the device, each time with a cold L2 cache; the "
-    "least is the winner. *Triton / split* is the ratio of whole calls, taken in turn and waited for."
-)
 _SPARSE = (
     "Two networks' convolutions as one, twice as wide, with a half or a quarter of the weight's blocks live, or those of a "
     "block diagonal: *masked* is cuDNN with zeros in the others, *dense* cuDNN with all of them, which is more than asked for, "
@@ -23,7 +18,8 @@ _SPARSE = (
 )
 _CHOSEN = (
     "What the big students of these benchmarks ran, layer by layer: each shape and pass was timed at its first use, and the "
-    "winner used from then on. Milliseconds on the device; of Triton's tiles the fastest whose result agreed with cuDNN's."
+    "winner used from then on. *split* is cuDNN one network after another, *groups* cuDNN with T groups, *Triton* the fastest "
+    "of our kernels' tiles whose result agreed with cuDNN's. Milliseconds on the device."
 )
 
 
@@ -34,32 +30,18 @@ def fastest(contenders: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def raced_cases(run: Mapping[str, Any]) -> set[str]:
-    """The cases of a run that its tables of convolutions hold."""
-    return {benchmark["extra_info"]["case"] for what in ("convolution", "sparse") for benchmark in _raced(run, what)}
+    """The cases of a run that its table of block-sparse convolutions holds."""
+    return {info["case"] for info in _sparse(run)}
 
 
 def convolutions(run: Mapping[str, Any]) -> list[str]:
     """Markdown: the tables of a run, without those that it has no figures for."""
     parts = []
-    rows = [_raced_row(benchmark["extra_info"]) for benchmark in _raced(run, "convolution")]
-    if rows:
-        header = ["pass", "layer of each network", "split", "groups", "Triton", "winner", "tile", "Triton / split"]
-        parts += [
-            "### Block convolutions",
-            _EXPLAINED,
-            table(header, rows, markdown=True),
-            *_problems(run, "convolution"),
-        ]
-    rows = [_sparse_row(benchmark["extra_info"]) for benchmark in _raced(run, "sparse")]
+    rows = [_sparse_row(info) for info in _sparse(run)]
     if rows:
         header = ["pass", "layer of each network", "live", "masked", "dense", "Triton", "winner", "tile"]
         header += ["Triton / masked", "Triton / dense"]
-        parts += [
-            "### Block-sparse convolutions",
-            _SPARSE,
-            table(header, rows, markdown=True),
-            *_problems(run, "sparse"),
-        ]
+        parts += ["### Block-sparse convolutions", _SPARSE, table(header, rows, markdown=True), *_problems(run)]
     chosen = run["machine_info"].get("convolution_choices") or []
     if chosen:
         header = ["pass", "layer of each network", "split", "groups", "Triton", "winner"]
@@ -68,18 +50,8 @@ def convolutions(run: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _raced(run: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
-    return (benchmark for benchmark in run["benchmarks"] if what in benchmark["extra_info"])
-
-
-def _raced_row(info: Mapping[str, Any]) -> list[str]:
-    what, contenders = info["convolution"], info["contenders"]
-    return [
-        what["pass"],
-        f"{what['layer']} {what['dtype']}",
-        *_compared(what, contenders, IMPLEMENTATIONS),
-        _calls(contenders, SPLIT),
-    ]
+def _sparse(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    return (benchmark["extra_info"] for benchmark in run["benchmarks"] if "sparse" in benchmark["extra_info"])
 
 
 def _sparse_row(info: Mapping[str, Any]) -> list[str]:
@@ -88,18 +60,11 @@ def _sparse_row(info: Mapping[str, Any]) -> list[str]:
         what["pass"],
         f"{what['layer']} {what['dtype']}",
         what["live"],
-        *_compared(what, contenders, (MASKED, DENSE, TRITON)),
+        *(_milliseconds(contenders.get(name, {}).get("device_ms")) for name in (MASKED, DENSE, TRITON)),
+        what.get("winner") or "–",
+        contenders.get(TRITON, {}).get("tile", "–").removeprefix("triton "),
         _calls(contenders, MASKED),
         _calls(contenders, DENSE),
-    ]
-
-
-def _compared(what: Mapping[str, Any], contenders: Contenders, names: Sequence[str]) -> list[str]:
-    """Each one's time, who won, and Triton's tile."""
-    return [
-        *(_milliseconds(contenders.get(name, {}).get("device_ms")) for name in names),
-        what["winner"] or "–",
-        contenders.get(TRITON, {}).get("tile", "–").removeprefix("triton "),
     ]
 
 
@@ -109,16 +74,15 @@ def _calls(contenders: Contenders, other: str) -> str:
     return "–" if found is None else f"{found.value:.2f}"
 
 
-def _problems(run: Mapping[str, Any], what: str) -> list[str]:
+def _problems(run: Mapping[str, Any]) -> list[str]:
     """What of the raced convolutions failed or did not run, each reason once."""
     reasons: dict[str, list[str]] = {}
-    for benchmark in _raced(run, what):
-        info: Contenders = benchmark["extra_info"]["contenders"]
-        for name, contender in info.items():
+    for info in _sparse(run):
+        for name, contender in info["contenders"].items():
             for key, verb in (("error", "failed"), ("unavailable", "did not run")):
                 if key in contender:
                     where = reasons.setdefault(f"*{name}* {verb}: {contender[key]}", [])
-                    where.append(benchmark["extra_info"]["case"].partition(", ")[2])
+                    where.append(info["case"].partition(", ")[2])
     return [f"{reason}, in {'; '.join(cases)}." for reason, cases in reasons.items()]
 
 

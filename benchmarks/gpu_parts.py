@@ -131,16 +131,16 @@ def _full() -> list[Stage]:
     build = Part("build", ("setup.py", "build_ext", "--inplace"), 120)
     smoke = _smoke(60)
     sanitized = tuple(_sanitizer(f"sanitizer-{Path(file).stem[13:-4]}", _EDGES, file) for file in _KERNELS)
-    others = ("compress", "gate", "compaction", "compact", "block_conv", "block_sparse", "data")
+    others = ("compress", "gate", "compaction", "compact", "block_sparse", "data")
     small = "(resnet20-32px-batch-512 or lenet or sine) and cuda"
     return [
         _device(),
         replace(smoke, parts=(*smoke.parts, build)),
-        Stage("tests", 220, (*_most_tests(), *_other_tests(), *_tile_tests()), 8),
+        Stage("tests", 240, (*_most_tests(), *_other_tests(), *_tile_tests()), 8),
         _alone(20),
         Stage("sanitizer", 90, sanitized, 5),
         *_steps(),
-        Stage("merge", 150, (_bench("merge", "merge", ""),)),
+        Stage("merge", 180, (_bench("merge", "merge", ""),)),
         Stage("fp16", 90, (_step("step-resnet18-fp16", RESNET18.replace("bf16", "fp16"), ""),)),
         *[Stage(name, 45, (_bench(name.replace("_", "-"), name, ""),)) for name in others],
         Stage("small", 45, (_step("step-small", small, ""),)),

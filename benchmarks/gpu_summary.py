@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import names
 from benchmarks.gpu_parts import RESNET18, RESNET20
-from benchmarks.results import Contenders, Ratio, cases, quartiles, ratio
+from benchmarks.results import Contenders, Ratio, cases, chosen, quartiles, ratio
 from benchmarks.targets import TARGETS, Target
 
 MOST = 11_000  # characters
@@ -31,9 +30,10 @@ def summary(data: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
         report: what benchmarks.json holds, if anything was measured.
     """
     measured = {} if report is None else cases(report)
+    convolutions = {} if report is None else chosen(report)
     parts = data["parts"]
     rest = [*_parts(parts), *_profiles(measured), *_contenders(measured), *_stages(measured)]
-    rest += [*_convolutions(report or {}), *_device(parts), *_ratios(measured)]
+    rest += [*_device(parts), *filter(None, _ratios(measured, convolutions))]
     failed = list(dict.fromkeys(_failures(parts)))
     room = MOST - sum(len(line) + 1 for line in rest) - 100
     shown: list[str] = []
@@ -100,15 +100,6 @@ def _stages(measured: Mapping[str, Contenders]) -> Iterator[str]:
                 yield f"{case}, {name}: ms a step by epoch {steps}; {fixed:.1f} s outside"
 
 
-def _convolutions(report: Mapping[str, Any]) -> Iterator[str]:
-    """How often each implementation was the fastest, by pass and dtype."""
-    counts: dict[str, Counter[str]] = {}
-    for choice in report.get("machine_info", {}).get("convolution_choices") or []:
-        counts.setdefault(choice["key"].split(" | ")[1], Counter())[choice["winner"].split()[0]] += 1
-    for what, winners in counts.items():
-        yield f"convolutions chosen, {what}: " + ", ".join(f"{count} {name}" for name, count in winners.most_common())
-
-
 def _device(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for event in (event for part in parts for event in part["events"] if event["kind"] == "device"):
         rates = f"{event['flops'] / 1e12:.3g} TFLOP/s, {event['bandwidth'] / 1e12:.3g} TB/s copied"
@@ -116,11 +107,17 @@ def _device(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"   torch {event['torch']}, cuDNN {event['cudnn']}, Python {event['python']}, {event['cpu']['cores']} cores"
 
 
-def _ratios(measured: Mapping[str, Contenders]) -> Iterator[str]:
-    found = [(target, case) for target in TARGETS for case in target.matching(measured)]
-    lines = [_ratio(t.name, measured[case], t.numerator, t.denominator, t) for t, case in found]
-    lines += [_ratio(name, measured.get(case, {}), above, below) for name, case, above, below in _QUOTED]
-    yield from [line for line in lines if line][:40]
+def _ratios(measured: Mapping[str, Contenders], convolutions: Mapping[str, Contenders]) -> Iterator[str]:
+    for target in TARGETS:
+        for case in target.matching(measured):
+            yield _ratio(target.name, measured[case], target.numerator, target.denominator, target)
+        found = [ratio(convolutions[c], target.numerator, target.denominator) for c in target.matching(convolutions)]
+        values = [each.value for each in found if each is not None]
+        if values:
+            met = f"met in {sum(map(target.is_met, values))} of {len(values)} layers"
+            yield f"{target.name:<58}{quartiles(values)[1]:7.3f} ({min(values):.2f} to {max(values):.2f}) {met}"
+    for name, case, above, below in _QUOTED:
+        yield _ratio(name, measured.get(case, {}), above, below)
 
 
 def _ratio(name: str, contenders: Contenders, above: str, below: str, target: Target | None = None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import names
 from benchmarks.convolution_tables import convolutions, raced_cases
-from benchmarks.results import CPU_TIME, Contenders, Gap, Ratio, cases, quartiles, ratio, read
+from benchmarks.results import CPU_TIME, Contenders, Gap, Ratio, cases, chosen, quartiles, ratio, read
 from benchmarks.stage_tables import judged, stage_tables
 from benchmarks.targets import TARGETS, Target
 from fastmerge.reporting.tables import table
@@ -51,7 +51,8 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         "and BatchNorms and an elementwise gate per channel group, channels-last, autocast, gates in the activations' dtype. "
         "*teachers* trains the two teachers one after the other, without gates, so that one network's activations are kept "
         "at a time; *groups=T* is naive dense with grouped convolutions. *GFLOP/s* and *GB/s* are what the step has to "
-        "compute and at least to move, over its time.",
+        "compute and at least to move, over its time. On a GPU, *queued* is how long the CPU takes for a step, *busy* how long "
+        "the device, in milliseconds.",
         "## Targets",
         "\n\n".join(_targets(runs)),
     ]
@@ -77,14 +78,6 @@ def readme(runs: dict[str, dict[str, Any]]) -> str:
     if not any(_has_gpu(run) for run in runs.values()):
         blocks.insert(0, NO_GPU)
     return "\n\n".join(blocks)
-
-
-def measured_targets(run: dict[str, Any]) -> str:
-    """The targets that one run has figures for, as a short table in plain text; empty without any."""
-    rows = [(t, found) for t, found in _target_rows(run) if found is not None]
-    cells = [_target_row(target, found) for target, found in rows]
-    short = [[row[0], row[2], row[4], row[6], row[7].replace("**", "")] for row in cells]
-    return table(["ratio", "target", "result", "n", "verdict"], short) if short else ""
 
 
 def machine(run: dict[str, Any]) -> str:
@@ -136,7 +129,7 @@ def _targets(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 def _target_rows(run: dict[str, Any]) -> list[tuple[Target, list[Ratio] | None]]:
     """Every target with its ratios, one for each case that it is read in, or None where there is none."""
-    found = cases(run)
+    found = cases(run) | chosen(run)
     rows: list[tuple[Target, list[Ratio] | None]] = []
     for target in TARGETS:
         ratios = [ratio(found[c], target.numerator, target.denominator, target.measure) for c in target.matching(found)]
@@ -179,7 +172,9 @@ def _tables(case: str, contenders: Contenders, before: dict[str, Any] | None) ->
 
 
 def _case_table(contenders: Contenders) -> str:
+    profiled = any("profile" in contender for contender in contenders.values())
     header = ["contender", "ms", "quartiles", "n", "items/s", "GFLOP/s", "GB/s", "activations", "peak", "of the first"]
+    header += ["queued", "busy", "kernels"] if profiled else []
     reference = next((name for name, contender in contenders.items() if contender.get("samples")), None)
     rows = []
     for name, contender in contenders.items():
@@ -199,9 +194,18 @@ def _case_table(contenders: Contenders) -> str:
                 _size(contender.get("activation_bytes")),
                 _size(contender.get("peak_bytes")),
                 "–" if share is None else f"{share.value:.2f}",
+                *(_device_cells(contender) if profiled else []),
             ]
         )
     return table(header, rows, markdown=True)
+
+
+def _device_cells(contender: dict[str, Any]) -> list[str]:
+    """Milliseconds until a step's last launch, those that the device is busy, and how many kernels run."""
+    profile = contender.get("profile")
+    busy = ["–", "–"] if profile is None else [f"{1e3 * profile['busy_seconds']:.4g}", str(profile["kernels"])]
+    queued = contender.get("queue_seconds")
+    return ["–" if queued is None else f"{1e3 * queued:.4g}", *busy]
 
 
 def _launch_table(contenders: Contenders, before: Contenders) -> list[str]:

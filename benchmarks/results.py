@@ -99,6 +99,21 @@ def cases(report: Mapping[str, Any]) -> dict[str, Contenders]:
     return found
 
 
+def chosen(report: Mapping[str, Any]) -> dict[str, Contenders]:
+    """The convolutions of a run's whole steps as cases, each of the contenders "split" and, with its best tile, "triton"."""
+    found: dict[str, Contenders] = {}
+    for choice in report["machine_info"].get("convolution_choices") or []:
+        _, step, streams, shapes = choice["key"].split(" | ")
+        name, _, dtype = step.rpartition(" ")
+        times = choice["milliseconds"]
+        best = min((time for tile, time in times.items() if tile.startswith("triton")), default=None)
+        contenders = {"split": times.get("split"), "triton": best}
+        found[f"convolution, {name}, {streams} of {shapes} {dtype} cuda"] = {
+            contender: {"samples": [time / 1e3]} for contender, time in contenders.items() if time is not None
+        }
+    return found
+
+
 def ratio(contenders: Contenders, numerator: str, denominator: str, measure: str = TIME) -> Ratio | None:
     """``numerator / denominator`` by one of ``MEASURES``, or None where either has no figure."""
     key = MEASURES[measure]

@@ -85,7 +85,7 @@ def _compress(case: str) -> Target:
 
 def _convolutions(step: str) -> Target:
     """Where a Triton convolution beats T of cuDNN it is the default, and only there."""
-    name, case = f"Triton / T cuDNN convolutions, {step}", f"block convolution, {step}, * bf16 cuda"
+    name, case = f"Triton / T cuDNN convolutions, {step}", f"convolution, {step}, * bfloat16 cuda"
     return Target(name, case, "triton", "split", 1.0, 0.95)
 
 

@@ -9,9 +9,7 @@ import torch
 from fastmerge.kernels.block_conv.choice import SPLIT
 
 from benchmark_reports import raced, report
-from benchmarks.bench_block_conv import functions as block_functions
-from benchmarks.bench_block_sparse import CASES, PATTERNS, flops, functions, pattern
-from benchmarks.convolution_layers import LAYERS, PASSES, Layer
+from benchmarks.bench_block_sparse import CASES, LAYERS, PASSES, PATTERNS, Layer, flops, functions, pattern
 from benchmarks.convolution_tables import convolutions, fastest
 from benchmarks.report import page
 
@@ -55,24 +53,10 @@ def test_candidates_of_each_pass(step: str) -> None:
         assert bool((of_all != 0).all())
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("step", PASSES)
-def test_block_diagonal_candidates_in_both_layouts(step: str, channels_last: bool) -> None:
-    for joined in (False, True):
-        found = block_functions(SMALL, step, torch.float32, joined, channels_last, "cpu")
-        assert ("groups" in found) == joined
-        assert any(name.startswith("triton") for name in found)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        assert all(result.is_contiguous(memory_format=layout) for result in found[SPLIT]())
-
-
 def test_work_is_that_of_live_blocks() -> None:
     mask = pattern("quarter", SMALL)
     assert mask is not None
     assert flops(SMALL, mask) == 2 * 2 * 9 * 64 * 128 * 9 // 4
-    diagonal = pattern("diagonal", SMALL)
-    assert diagonal is not None
-    assert flops(SMALL, diagonal) == SMALL.flops
 
 
 def sparse(contenders: dict[str, dict[str, Any]], step: str = "forward") -> dict[str, Any]:
@@ -93,7 +77,13 @@ def test_a_row_for_each_shape_pass_and_pattern() -> None:
     # One table in place of one for each case, and none of what was not measured.
     assert "### block-sparse convolution, forward" not in text
     assert text.count("### Block-sparse convolutions") == 1
-    assert "### Block convolutions" not in text
+
+
+def test_the_least_time_on_the_device_wins() -> None:
+    assert fastest(CONTENDERS) == "triton"
+    assert fastest(CONTENDERS | {"triton": CONTENDERS["triton"] | {"device_ms": 0.3}}) == "masked"
+    assert fastest(CONTENDERS | {"triton": {"error": "RuntimeError: no"}}) == "masked"
+    assert fastest({"masked": {"error": "RuntimeError: no"}}) is None
 
 
 def test_what_failed_is_named() -> None:

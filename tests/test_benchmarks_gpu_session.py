@@ -203,8 +203,8 @@ def test_a_summary_is_short_names_failures_and_has_the_ratios_last() -> None:
     contenders = {names.NAIVE: naive, names.TEACHERS: naive, names.UNLINKED: naive | {"samples": [1.0] * 5}}
     made = report([raced(case, contenders | {names.LINKED: {"error": "RuntimeError: illegal address"}})], gpu=True)
     keys = [f"A Card | forward bfloat16 | 2 streams | {n}" for n in range(3)]
-    winners = ("split", "triton 64x64", "split")
-    choices = [{"key": key, "winner": winner} for key, winner in zip(keys, winners, strict=True)]
+    times = ({"split": 2.0, "triton 64x64": 1.0 + 2 * n, "triton 128x64": 9.0} for n in range(3))
+    choices = [{"key": key, "winner": "split", "milliseconds": each} for key, each in zip(keys, times, strict=True)]
     made["machine_info"]["convolution_choices"] = choices
     events = [ended(f"tests/test_a.py::test_{n}", "failed", "AssertionError: why " + "x" * 300) for n in range(500)]
     parts = [
@@ -227,7 +227,8 @@ def test_a_summary_is_short_names_failures_and_has_the_ratios_last() -> None:
     assert any("a_kernel" in line for line in lines)
     (linked,) = [line for line in lines if line.startswith(f"{names.LINKED:<24}")]
     assert linked.endswith("RuntimeError: illegal address")
-    assert "convolutions chosen, forward bfloat16: 2 split, 1 triton" in lines
+    (convolutions,) = [line for line in lines if line.startswith("Triton / T cuDNN convolutions, forward")]
+    assert convolutions.endswith("1.500 (0.50 to 2.50) met in 1 of 3 layers")
     assert any(line.startswith("naive dense / block-diagonal") and line.endswith(">= 1.80 met") for line in lines[-4:])
     assert any(line.endswith("<= 0.85 met") for line in lines[-4:])
 
