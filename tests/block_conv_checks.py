@@ -142,7 +142,9 @@ def contiguous_slices(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def compare(name: str, got: Sequence[Tensor], given: Operands, slack: float = 1) -> None:
+def compare(
+    name: str, got: Sequence[Tensor], given: Operands, slack: float = 1, tensor_cores: bool | None = None
+) -> None:
     """Compares each result with float64; a joined one is taken apart.
 
     Args:
@@ -150,6 +152,7 @@ def compare(name: str, got: Sequence[Tensor], given: Operands, slack: float = 1)
         got: the results.
         given: what they were computed from.
         slack: how many times the tolerance is allowed.
+        tensor_cores: whether they may have multiplied float32 in TF32; by default, if the results are a GPU's.
     """
     expected, sizes = given.expected[name], given.sizes[name]
     if len(got) < len(expected):
@@ -158,7 +161,7 @@ def compare(name: str, got: Sequence[Tensor], given: Operands, slack: float = 1)
     for result, right, size in zip(got, expected, sizes, strict=True):
         assert result.shape == right.shape
         error = (result.double() - right).abs()
-        cut = result.is_cuda and arithmetic(result.dtype) == "tf32"
+        cut = (result.is_cuda if tensor_cores is None else tensor_cores) and arithmetic(result.dtype) == "tf32"
         per_term = TF32 if cut else ACCUMULATION[result.dtype]
         allowed = slack * (ROUNDING[result.dtype] * right.abs() + per_term * size) + torch.finfo(result.dtype).tiny
         # Written so that a NaN fails.

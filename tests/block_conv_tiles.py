@@ -1,4 +1,4 @@
-"""Every tile of the block convolution's kernels on a GPU, against float64."""
+"""Every tile of the block convolution's kernels on a GPU or its emulator, against float64."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def every_tile(
 
 
 def check_tiles(case: Case, given: Operands, xs: list[Tensor], dys: list[Tensor], **options: object) -> None:
-    """Compares what every tile computes with float64; see :func:`every_tile`."""
+    """Compares what every tile computes, on a GPU or its emulator, with float64; see :func:`every_tile`."""
     wrong = []
     for name, tile, run in every_tile(case, given, xs, dys, **options):
         try:
-            compare(name, run(), given)
+            compare(name, run(), given, tensor_cores=True)
         except Exception as error:  # all that are wrong are to be named, not the first alone
             wrong.append(f"{name}, {tile}: {type(error).__name__}: {str(error).splitlines()[0]}")
     assert not wrong, "\n".join(wrong)

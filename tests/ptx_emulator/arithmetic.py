@@ -31,7 +31,11 @@ def _is_float(dtype: type) -> bool:
 
 def _flushed(value: np.ndarray) -> np.ndarray:
     """Subnormal float32 as 0, which ``.ftz`` asks for."""
-    return np.where(np.abs(value) < _TINY, np.copysign(np.float32(0), value), value) if value.dtype == np.float32 else value
+    return (
+        np.where(np.abs(value) < _TINY, np.copysign(np.float32(0), value), value)
+        if value.dtype == np.float32
+        else value
+    )
 
 
 def _elementwise(i: Instruction, operands: Operands, dtype: type, function: Callable[..., np.ndarray]) -> Step:
@@ -170,7 +174,8 @@ def _two_halves(i: Instruction, operands: Operands, suffix: str) -> Step:
     def step(m: Machine, mask: np.ndarray | None) -> None:
         values = [np.broadcast_to(source(m), (m.lanes,)) for source in sources]
         low, high = (
-            function(*((v >> np.uint32(by)).astype(np.uint16).view(half) for v in values)).view(np.uint16) for by in (0, 16)
+            function(*((v >> np.uint32(by)).astype(np.uint16).view(half) for v in values)).view(np.uint16)
+            for by in (0, 16)
         )
         target(m, low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16)), mask)
 

@@ -117,7 +117,9 @@ class Hazards:
         """wgmma of the warpgroups that begin at these warps begins to read some units."""
         p, s = (a.ravel() for a in np.broadcast_arrays(programs[:, None], units[None, :]))
         self._check_proxy(p, s, "wgmma reads")
-        self._require(self._written[p, s] <= self._barrier[p], "is read by wgmma without a barrier after it was written")
+        self._require(
+            self._written[p, s] <= self._barrier[p], "is read by wgmma without a barrier after it was written"
+        )
         self._groups["products"].mark(p, s, np.repeat(warps, len(units)))
 
     def commit(self, kind: str, programs: np.ndarray, warps: np.ndarray) -> None:
@@ -175,8 +177,12 @@ class Hazards:
         self._require(~recent, "was written by another warp, and no barrier came after that")
         recent = (self._read[p, s] > self._barrier[p]) & (self._reader[p, s] != w)
         self._require(~recent, "is overwritten without a barrier after another warp's reading")
-        self._require(~self._groups["products"].unsafe(p, s), "is overwritten without wait and barrier after wgmma's reading")
-        self._require(~self._groups["stores"].unsafe(p, s, w), "is overwritten without wait and barrier after a store by TMA")
+        self._require(
+            ~self._groups["products"].unsafe(p, s), "is overwritten without wait and barrier after wgmma's reading"
+        )
+        self._require(
+            ~self._groups["stores"].unsafe(p, s, w), "is overwritten without wait and barrier after a store by TMA"
+        )
 
     def _check_proxy(self, p: np.ndarray, s: np.ndarray, who: str) -> None:
         self._require(self._arriving[p, s] == 0, f"is what {who} before the wait for a box on its way there")
@@ -229,7 +235,5 @@ def _access_bytes(opcode: str) -> int:
 
 
 def _smallest_access(kernel: Kernel) -> int:
-    sizes = [
-        _access_bytes(i.opcode) for i in kernel.instructions if i.opcode.startswith(("ld.shared", "st.shared"))
-    ]
+    sizes = [_access_bytes(i.opcode) for i in kernel.instructions if i.opcode.startswith(("ld.shared", "st.shared"))]
     return min([4, *sizes])

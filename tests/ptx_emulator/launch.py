@@ -33,7 +33,21 @@ from ptx_emulator.parse import Kernel, parse
 
 _FAILED, _INVALID = 719, 1  # CUDA_ERROR_LAUNCH_FAILED, CUDA_ERROR_INVALID_VALUE
 _MOST_SHARED, _MOST_THREADS, _MOST_YZ = 232448, 1024, 65535
-_ELEMENTS = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 2, 10: 4, 11: 4, 12: 4}  # bytes of a CUtensorMapDataType
+_ELEMENTS = {
+    0: 1,
+    1: 2,
+    2: 4,
+    3: 4,
+    4: 8,
+    5: 8,
+    6: 2,
+    7: 4,
+    8: 8,
+    9: 2,
+    10: 4,
+    11: 4,
+    12: 4,
+}  # bytes of a CUtensorMapDataType
 _MAP_BYTES = 128
 
 _words, _longs = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint64)
@@ -65,7 +79,7 @@ def emulated(folder: Path, hazards: bool = True, change: Callable[[str], str] = 
 
     def execute(ptx: bytes, grid: Any, threads: int, shared: int, values: Any) -> int:
         def launch() -> None:
-            kernel, steps = _decoded(change(ptx.decode()))
+            kernel, steps = load(change(ptx.decode()))
             launched.append(kernel.name)
             run(_launch(kernel, tuple(grid[:3]), threads, shared, values, hazards), steps)
 
@@ -77,7 +91,7 @@ def emulated(folder: Path, hazards: bool = True, change: Callable[[str], str] = 
     callbacks = _LAUNCH(execute), _ENCODE(encode)
     before = driver._active
     with (
-        mock.patch.object(nvidia, "library_dirs", lambda: [nvidia.libdevice_dir, str(folder)]),
+        mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir, str(folder)]),
         mock.patch.object(CUDABackend, "make_cubin", _ptx_itself),
         knobs.cache.scope(),
     ):
@@ -127,7 +141,8 @@ def _library(folder: Path) -> ctypes.CDLL:
 
 
 @functools.lru_cache(maxsize=64)
-def _decoded(ptx: str) -> tuple[Kernel, list[Step]]:
+def load(ptx: str) -> tuple[Kernel, list[Step]]:
+    """A kernel, and what its instructions do."""
     kernel = parse(ptx)
     return kernel, decode(kernel)
 

@@ -120,7 +120,9 @@ class Machine:
         self.thread = np.tile(np.arange(self.threads, dtype=np.uint32), self.programs)
         self.place = np.repeat(places, self.threads, 0).T.copy()
         self.shared = SharedMemory(self.programs, launch.shared)
-        self.hazards = Hazards(launch.kernel, self.programs, self.threads, self.shared.stride) if launch.hazards else None
+        self.hazards = (
+            Hazards(launch.kernel, self.programs, self.threads, self.shared.stride) if launch.hazards else None
+        )
         self.barriers: dict[int, Barrier] = {}
         # What nobody has written is NaN, of every width.
         self.banks = {
@@ -212,4 +214,3 @@ class Machine:
         if (some != groups.all(1)).any():
             raise EmulationError(f"only some of {size} threads come to an instruction that takes all of them")
         return some
-

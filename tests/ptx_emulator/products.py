@@ -61,9 +61,7 @@ def _multiply(i: Instruction, operands: Operands) -> Step:
     return step
 
 
-def _operand(
-    m: Machine, descriptor, groups: np.ndarray, rows: int, k: int, kind: str, turned: bool
-) -> np.ndarray:
+def _operand(m: Machine, descriptor, groups: np.ndarray, rows: int, k: int, kind: str, turned: bool) -> np.ndarray:
     """The matrix (rows, K) of each group, float32."""
     described = np.broadcast_to(descriptor(m), (m.lanes,)).reshape(-1, _THREADS)[groups, 0]
     element = _ELEMENT[kind]

@@ -43,7 +43,10 @@ def _vector(i: Instruction) -> tuple[int, type]:
 def _parameter(i: Instruction, operands: Operands) -> Step:
     dtype = TYPES[i.parts[-1]]
     name = i.operands[1].strip("[]")
-    source, target = operands.source(name, UNSIGNED[8 * np.dtype(dtype).itemsize]), operands.target(i.operands[0], dtype)
+    source, target = (
+        operands.source(name, UNSIGNED[8 * np.dtype(dtype).itemsize]),
+        operands.target(i.operands[0], dtype),
+    )
     return lambda m, mask: target(m, source(m).view(dtype), mask)
 
 
