@@ -48,6 +48,18 @@ class Case:
         return Geometry(kernel, (self.stride, self.stride), (rows, columns), (self.dilation, self.dilation))
 
 
+# Odd sizes, three streams, channels that fill no tile.
+ODD = [
+    Case(3, 5, 7, 9, 24, 40, 3, 1),
+    Case(3, 5, 7, 9, 24, 40, 3, 2),
+    Case(2, 1, 2, 2, 8, 8, 3, 2),
+    Case(2, 3, 9, 7, 200, 72, 1, 1),
+    Case(2, 3, 9, 7, 72, 200, 1, 2),
+    Case(2, 2, 11, 13, 48, 48, 3, 1, padding=2, dilation=2),
+    Case(1, 1, 1, 1, 8, 8, 1, 1),
+]
+
+
 @dataclass
 class Operands:
     """Random tensors of a case, T of each in lists, and what float64 makes of them."""

@@ -17,7 +17,7 @@ from fastmerge.kernels.block_conv.formulas import fetches_boxes
 from fastmerge.kernels.block_conv.tiles import tiles, weight_tiles
 from torch import Tensor
 
-from block_conv_checks import Case, Operands, compare, joined, operands, random_mask, slices
+from block_conv_checks import ODD, Case, Operands, compare, joined, operands, random_mask, slices
 from block_conv_choices import no_choices, own_choices  # noqa: F401
 from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401
@@ -50,16 +50,6 @@ LAYERS = [
     # Samples enough to fill the tiles that hold one position of many.
     Case(2, 256, 7, 7, 256, 512, 3, 1),
     Case(2, 256, 9, 10, 64, 128, 3, 2),
-]
-# Odd sizes, three streams, channels that fill no tile.
-ODD = [
-    Case(3, 5, 7, 9, 24, 40, 3, 1),
-    Case(3, 5, 7, 9, 24, 40, 3, 2),
-    Case(2, 1, 2, 2, 8, 8, 3, 2),
-    Case(2, 3, 9, 7, 200, 72, 1, 1),
-    Case(2, 3, 9, 7, 72, 200, 1, 2),
-    Case(2, 2, 11, 13, 48, 48, 3, 1, padding=2, dilation=2),
-    Case(1, 1, 1, 1, 8, 8, 1, 1),
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16", "fp32"])

@@ -12,6 +12,7 @@ import functools
 import gc
 import os
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,13 @@ def emulated(folder: Path, hazards: bool = True, change: Callable[[str], str] = 
         The names of the kernels that were launched, in order.
     """
     launched: list[str] = []
-    library = _library(folder)
+    library, tensors = _library(folder), _Tensors()
 
     def execute(ptx: bytes, grid: Any, threads: int, shared: int, values: Any) -> int:
         def launch() -> None:
             kernel, steps = load(change(ptx.decode()))
             launched.append(kernel.name)
-            run(_launch(kernel, tuple(grid[:3]), threads, shared, values, hazards), steps)
+            run(_launch(kernel, tuple(grid[:3]), threads, shared, values, tensors.places(), hazards), steps)
 
         return _FAILED if _failed(library, launch) else 0
 
@@ -102,6 +103,7 @@ def emulated(folder: Path, hazards: bool = True, change: Callable[[str], str] = 
             yield launched
         finally:
             driver._active = before
+            gc.unfreeze()
             # What was compiled for this device is none of the next one's.
             for function in [found for found in gc.get_objects() if issubclass(type(found), JITFunction)]:
                 function.device_caches.clear()
@@ -157,7 +159,7 @@ def _failed(library: ctypes.CDLL, call: Callable[[], None]) -> bool:
     return False
 
 
-def _launch(kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, values: Any, hazards: bool) -> Launch:
+def _launch(kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, values: Any, tensors: set, hazards: bool) -> Launch:
     if threads > _MOST_THREADS or shared > _MOST_SHARED or 0 in grid or max(grid[1:]) > _MOST_YZ:
         raise ValueError(f"the device has no room for {grid} programs of {threads} threads and {shared} bytes")
     parameters, maps = {}, {}
@@ -166,19 +168,32 @@ def _launch(kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, va
         parameters[name] = values[i] if size == _MAP_BYTES else int.from_bytes(data, "little")
         if size == _MAP_BYTES:
             maps[values[i]] = TensorMap.unpack(data)
-    memory = GlobalMemory(_tensors(), parameters.values())
+    memory = GlobalMemory(tensors, parameters.values())
     return Launch(kernel, grid, threads, shared, parameters, maps, memory, hazards)
 
 
-def _tensors() -> set[tuple[int, int]]:
-    """Address and bytes of what every tensor of this process lies in."""
-    found = set()
-    for tensor in gc.get_objects():
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
-            storage = tensor.untyped_storage()
-            if storage.nbytes():
-                found.add((storage.data_ptr(), storage.nbytes()))
-    return found
+class _Tensors:
+    """All tensors of this process, for one launch after the other: what was seen before is not looked through again."""
+
+    _MANY = 50_000
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref] = {}
+        self.places()
+        gc.freeze()
+
+    def places(self) -> set[tuple[int, int]]:
+        """Address and bytes of what each tensor lies in."""
+        young = gc.get_objects()
+        for found in young:
+            if type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":
+                self._known[id(found)] = weakref.ref(found)
+        if len(young) > self._MANY:
+            gc.freeze()
+        living = {key: tensor for key, known in self._known.items() if (tensor := known()) is not None}
+        self._known = {key: self._known[key] for key in living}
+        storages = [tensor.untyped_storage() for tensor in living.values()]
+        return {(storage.data_ptr(), storage.nbytes()) for storage in storages if storage.nbytes()}
 
 
 def _encode(

@@ -66,18 +66,24 @@ def _operand(m: Machine, descriptor, groups: np.ndarray, rows: int, k: int, kind
     described = np.broadcast_to(descriptor(m), (m.lanes,)).reshape(-1, _THREADS)[groups, 0]
     element = _ELEMENT[kind]
     per_program = m.threads // _THREADS
+    alike = bool((described == described[0]).all())
     matrices = np.empty((len(groups), rows, k), np.float32)
-    for value in np.unique(described):
-        same = np.flatnonzero(described == value)
-        programs, first = np.unique(groups[same] // per_program, return_inverse=True)
+    for value in described[:1] if alike else np.unique(described):
+        same = groups if alike else groups[described == value]
         words = _places(int(value), rows, k, element, turned)
         if (words.max() + 1) * element > m.shared.size:
             raise EmulationError("a wgmma descriptor reaches beyond shared memory")
+        programs = same // per_program
         if m.hazards:
-            units = np.unique(words * element // m.hazards.unit)
-            m.hazards.multiply(groups[same] // per_program, groups[same] % per_program * 4, units)
-        bits = m.shared.rows(element)[programs[:, None], words[None, :]]
-        matrices[same] = _numbers(bits, kind).reshape(-1, rows, k)[first]
+            units = _units(int(value), rows, k, element, turned, m.hazards.unit)
+            m.hazards.multiply(programs, same % per_program * 4, units)
+        # The warpgroups of a program that read the same lie one behind the other.
+        changes = np.diff(programs, prepend=-1) > 0
+        bits = m.shared.rows(element)[programs[changes][:, None], words[None, :]]
+        values = _numbers(bits, kind).reshape(-1, rows, k)[np.cumsum(changes) - 1]
+        if alike:
+            return values
+        matrices[described == value] = values
     return matrices
 
 
@@ -113,6 +119,12 @@ def _places(descriptor: int, rows: int, k: int, element: int, turned: bool) -> n
         per_line = line // element
         places = start + row // per_line * leading + row % per_line * element + at // 8 * stride + at % 8 * line
     return swizzled(places.ravel(), swizzle) // element
+
+
+@functools.lru_cache(maxsize=4096)
+def _units(descriptor: int, rows: int, k: int, element: int, turned: bool, unit: int) -> np.ndarray:
+    """The units of some bytes that hold the operand."""
+    return np.unique(_places(descriptor, rows, k, element, turned) * element // unit)
 
 
 def _fragments(m: Machine, registers: list, lanes: np.ndarray, k: int, kind: str) -> np.ndarray:
