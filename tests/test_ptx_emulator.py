@@ -109,6 +109,7 @@ INTEGERS: dict[str, Callable[[int, int], int]] = {
     "mov.b32 {%rs1, %rs2}, %r3; mov.b32 %r5, {%rs2, %rs1}": lambda a, b: a >> 16 | a << 16,
     "max.s16x2 %r5, %r3, %r4": lambda a, b: max(signed(a, 16), signed(b, 16)) & 0xFFFF
     | (max(signed(a >> 16, 16), signed(b >> 16, 16)) & 0xFFFF) << 16,
+    "mul.bf16x2 %r5, %r3, %r4": lambda a, b: bfloat16_product(a >> 16, b >> 16) << 16 | bfloat16_product(a, b),
     "cvt.rn.f32.s32 %r5, %r3": lambda a, b: of_float(signed(a, 32)),
     "cvt.rn.bf16x2.f32 %r5, %r3, %r4": lambda a, b: bfloat16(a) << 16 | bfloat16(b),
     "mov.b32 %r5, 0f3FC00000": lambda a, b: 0x3FC00000,
@@ -133,6 +134,10 @@ NUMBERS = [0.0, -0.5, 1.0, 1.5, -2.75, 3.0, 10.0, math.nan]
 def bfloat16(bits: int) -> int:
     value = torch.tensor([signed(bits, 32)], dtype=torch.int32).view(torch.float32).bfloat16()
     return 0x7FFF if value.isnan() else int(value.view(torch.int16)) & 0xFFFF
+
+
+def bfloat16_product(a: int, b: int) -> int:
+    return bfloat16(of_float(as_float(a << 16) * as_float(b << 16)))
 
 
 def compute(instruction: str, pairs: list[tuple[int, int]]) -> list[int]:

@@ -122,11 +122,9 @@ _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
 @instruction(*_FUNCTIONS, *_FLOAT_FUNCTIONS, "min", "max")
 def _compute(i: Instruction, operands: Operands) -> Step:
     name, suffix = i.parts[0], i.parts[-1]
-    if suffix.endswith("x2"):
-        return _two_halves(i, operands, suffix)
+    if suffix.endswith("x2") or suffix == "bf16":
+        return _in_halves(i, operands, suffix)
     dtype = TYPES[suffix]
-    if suffix == "bf16":
-        raise UnsupportedError(f"arithmetic of bfloat16: {i}")
     if "wide" in i.parts or "hi" in i.parts:
         return _long_product(i, operands, dtype)
     if name in ("min", "max"):
@@ -161,23 +159,27 @@ def _signed(dtype: type) -> bool:
     return np.issubdtype(dtype, np.signedinteger)
 
 
-def _two_halves(i: Instruction, operands: Operands, suffix: str) -> Step:
-    """Integers of 16 bits, two to a register."""
-    half = TYPES[suffix[:-2]]
-    if half is np.float16 or suffix.startswith("bf"):
-        raise UnsupportedError(f"arithmetic of two halves: {i}")
-    name = i.parts[0]
-    function = _minimum(name == "max", i.parts, half) if name in ("min", "max") else _FUNCTIONS[name]
-    sources = [operands.source(text, np.uint32) for text in i.operands[1:]]
-    target = operands.target(i.operands[0], np.uint32)
+def _in_halves(i: Instruction, operands: Operands, suffix: str) -> Step:
+    """One number of 16 bits, or two to a register. Floats are computed in float64 and rounded at the end."""
+    name, kind = i.parts[0], suffix.removesuffix("x2")
+    word = np.uint32 if suffix.endswith("x2") else np.uint16
+    dtype = TYPES[kind] if kind[0] in "us" else np.float64
+    function = _minimum(name == "max", i.parts, dtype) if name in ("min", "max") else _FUNCTIONS[name]
+    sources = [operands.source(text, word) for text in i.operands[1:]]
+    target = operands.target(i.operands[0], word)
+
+    def compute(values: list[np.ndarray]) -> np.ndarray:
+        if kind == "bf16":
+            return bits_of_bfloat16(function(*(of_bfloat16(v).astype(dtype) for v in values)).astype(np.float32))
+        result = function(*(v.view(TYPES[kind]).astype(dtype) for v in values))
+        return result.astype(TYPES[kind]).view(np.uint16)
 
     def step(m: Machine, mask: np.ndarray | None) -> None:
         values = [np.broadcast_to(source(m), (m.lanes,)) for source in sources]
-        low, high = (
-            function(*((v >> np.uint32(by)).astype(np.uint16).view(half) for v in values)).view(np.uint16)
-            for by in (0, 16)
-        )
-        target(m, low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16)), mask)
+        result = np.zeros(m.lanes, word)
+        for by in range(0, 8 * np.dtype(word).itemsize, 16):
+            result |= compute([(v >> word(by)).astype(np.uint16) for v in values]).astype(word) << word(by)
+        target(m, result, mask)
 
     return step
 

@@ -142,6 +142,18 @@ class Hazards:
             at = at[groups.group[at] <= groups.done[at // self._per_program, groups.owner[at]]]
             self._written[at], groups.group[at] = self._tick(), 0
 
+    def end(self, programs: np.ndarray) -> None:
+        """Programs end, and their shared memory with them."""
+        for kind, going_on in (("stores", "TMA still stores"), ("products", "wgmma still reads")):
+            groups = self._groups[kind]
+            if groups.used:
+                at = (programs[:, None] * self._per_program + np.arange(self._per_program)).ravel()
+                units = _Units(at, np.repeat(programs, self._per_program), at)
+                self._require(~groups.open(units), f"is what {going_on} when its program ends")
+        if self._has_mbarriers:
+            arriving = self._arriving.reshape(-1, self._per_program)[programs]
+            self._require(arriving == 0, "is what a box is on its way to when its program ends")
+
     def mbarrier(self, programs: np.ndarray, address: int, warps: np.ndarray, there: bool) -> None:
         """An mbarrier begins or ceases to be."""
         self._has_mbarriers = True

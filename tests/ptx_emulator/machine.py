@@ -191,6 +191,9 @@ class Machine:
     def end(self, lanes: np.ndarray) -> None:
         """Lets lanes end. Barriers wait for them no more."""
         self.alive &= ~lanes
+        ended = np.flatnonzero(~self.alive.reshape(self.programs, -1).any(1))
+        if self.hazards:
+            self.hazards.end(ended)
         self.release()
         self._part(lanes)
 
