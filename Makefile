@@ -10,7 +10,7 @@ READY := $(VENV)/fastmerge.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format sanitize bench bench-smoke bench-data bench-check gpu coverage docs clean
+.PHONY: help setup demo test test-slow test-ptx test-gpu lint format sanitize bench bench-smoke bench-data bench-check gpu coverage docs clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ test: $(READY) ## the tests that need no GPU and no patience
 
 test-slow: $(READY) ## the tests that take minutes: every torchvision network, isolated installs
 	$(TEST) -n $(JOBS) -m "slow and not gpu"
+
+test-ptx: $(READY) ## the kernels' PTX for Hopper, executed on the CPU, against float64: minutes
+	$(TEST) -n $(JOBS) -m ptx
 
 test-gpu: $(READY) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu

@@ -16,7 +16,16 @@ from torch import Tensor
 
 import compact_checks
 import gate_checks
-from batch_norm_checks import DTYPES, by_dtype_and_layout, check_against_float64, fused, in_layout, laid_out, make, small_cuts
+from batch_norm_checks import (
+    DTYPES,
+    by_dtype_and_layout,
+    check_against_float64,
+    fused,
+    in_layout,
+    laid_out,
+    make,
+    small_cuts,
+)
 from block_conv_checks import ODD, Case, compare, joined, operands, random_mask, slices
 from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401

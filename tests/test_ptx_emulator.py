@@ -1,4 +1,4 @@
-"""The emulator of PTX itself: instructions, threads that part, what it refuses, hazards; and two small kernels through Triton."""
+"""The emulator of PTX: instructions, threads that part, what it refuses, hazards; and two small kernels through Triton."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ FLOATS: dict[str, Callable[[float, float], float]] = {
     "cvt.rn.f16.f32 %rs1, %r3; cvt.f32.f16 %r5, %rs1": lambda a, b: float(torch.tensor(a).half()),
     "mul.ftz.f32 %r5, %r3, 0f00800000": lambda a, b: a * 2.0**-126 if abs(a) >= 1 else a * 0,
 }
-WORDS = [0, 1, 7, 31, 32, 33, 0x7F, 0x80, 0x8000, 0x12345678, 0x7FFFFFFF, 0x80000001, 0xFFFFFFF9, 0xFFFFFFFF, 0x3F808000, 0xBEC18001]
+WORDS = [0, 1, 7, 31, 32, 33, 0x7F, 0x80, 0x8000, 0x12345678, 0x7FFFFFFF, 0x80000001, 0xFFFFFFF9, 0xFFFFFFFF]
+WORDS += [0x3F808000, 0xBEC18001]  # floats that lie in the middle between two of bfloat16, or just beyond
 NUMBERS = [0.0, -0.5, 1.0, 1.5, -2.75, 3.0, 10.0, math.nan]
 
 
@@ -260,7 +261,7 @@ def test_a_wait_that_nothing_ends_hangs() -> None:
     @%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
     bar.sync 0;
     mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0;"""
-    with pytest.raises(EmulationError, match="64 at mbarrier.try_wait"):
+    with pytest.raises(EmulationError, match=r"64 at mbarrier\.try_wait"):
         exchange(body)
     exchange(body.replace("mbarrier.try", "@%p1 mbarrier.arrive.shared.b64 _, [%r2];\n    mbarrier.try"))
 

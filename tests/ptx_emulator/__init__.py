@@ -1,9 +1,9 @@
 """Executes, on a CPU, the PTX that Triton emits for a Hopper GPU, so that kernels are tested as they are compiled.
 
-A test takes the fixture ``emulator`` and launches kernels with tensors of the CPU. What runs is what would run on a GPU: Triton's
-own specialisation, compiler, argument packing and tensor descriptors, then each instruction for sm_90a. Every access of global
-memory is checked for alignment and against the tensors that there are, every tensor map against CUDA's rules, and shared memory
-for hazards: accesses whose order no barrier, wait or fence guarantees. What nobody has written reads as NaN.
+A test takes the fixture ``emulator`` and launches kernels with tensors of the CPU. What runs is what would run on a GPU: Triton's own
+specialisation, compiler, argument packing and tensor descriptors, then each instruction for sm_90a. Every access of global memory is
+checked for alignment and against the tensors that there are, every tensor map against CUDA's rules, and shared memory for hazards:
+accesses whose order no barrier, wait or fence guarantees. What nobody has written reads as NaN.
 
 What it can't see:
 
@@ -14,8 +14,7 @@ What it can't see:
 * how the tensor cores round their sums: here these are float32 sums of exact products;
 * instructions that no kernel of this project uses: they are errors that name themselves.
 
-It holds where it was read right from NVIDIA's "Parallel Thread Execution ISA": a wrong reading shows as wrong numbers, unless the
-compiler's authors share it.
+Source: NVIDIA, "Parallel Thread Execution ISA". A wrong reading of it would show as wrong numbers here.
 """
 
 from __future__ import annotations

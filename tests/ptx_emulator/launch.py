@@ -159,7 +159,15 @@ def _failed(library: ctypes.CDLL, call: Callable[[], None]) -> bool:
     return False
 
 
-def _launch(kernel: Kernel, grid: tuple[int, ...], threads: int, shared: int, values: Any, tensors: set, hazards: bool) -> Launch:
+def _launch(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    threads: int,
+    shared: int,
+    values: Any,
+    tensors: set[tuple[int, int]],
+    hazards: bool,
+) -> Launch:
     if threads > _MOST_THREADS or shared > _MOST_SHARED or 0 in grid or max(grid[1:]) > _MOST_YZ:
         raise ValueError(f"the device has no room for {grid} programs of {threads} threads and {shared} bytes")
     parameters, maps = {}, {}
