@@ -1,9 +1,10 @@
 """Executes, on a CPU, the PTX that Triton emits for a Hopper GPU, so that kernels are tested as they are compiled.
 
-A test takes the fixture ``emulator`` and launches kernels with tensors of the CPU. What runs is what would run on a GPU: Triton's own
-specialisation, compiler, argument packing and tensor descriptors, then each instruction for sm_90a. Every access of global memory is
-checked for alignment and against the tensors that there are, every tensor map against CUDA's rules, and shared memory for hazards:
-accesses whose order no barrier, wait or fence guarantees. What nobody has written reads as NaN.
+A test takes the fixture ``emulator`` and launches kernels with tensors of the CPU. What runs is what would run on a GPU:
+Triton's own specialisation, compiler, argument packing and tensor descriptors, then each instruction for sm_90a.
+Every access of global memory is checked for alignment and against the tensors that there are,
+every tensor map against CUDA's rules, and shared memory for hazards: accesses whose order no barrier, wait or fence guarantees.
+What nobody has written reads as NaN.
 
 What it can't see:
 
