@@ -45,7 +45,8 @@ def weight_gradient() -> None:
 def normalise() -> None:
     with fused():
         check_against_float64(
-            laid_out(make((3, 24, 5, 7), torch.float32, samples=3), "channels-last"), {"training": True, "activation": "relu"}
+            laid_out(make((3, 24, 5, 7), torch.float32, samples=3), "channels-last"),
+            {"training": True, "activation": "relu"},
         )
 
 

@@ -107,8 +107,9 @@ INTEGERS: dict[str, Callable[[int, int], int]] = {
     "cvt.u16.u32 %rs1, %r3; cvt.s16.s8 %rs2, %rs1; cvt.u32.u16 %r5, %rs2": lambda a, b: signed(a, 8) & 0xFFFF,
     "mov.b64 %rd5, {%r4, %r3}": lambda a, b: b | a << 32,
     "mov.b32 {%rs1, %rs2}, %r3; mov.b32 %r5, {%rs2, %rs1}": lambda a, b: a >> 16 | a << 16,
-    "max.s16x2 %r5, %r3, %r4": lambda a, b: max(signed(a, 16), signed(b, 16)) & 0xFFFF
-    | (max(signed(a >> 16, 16), signed(b >> 16, 16)) & 0xFFFF) << 16,
+    "max.s16x2 %r5, %r3, %r4": lambda a, b: (
+        max(signed(a, 16), signed(b, 16)) & 0xFFFF | (max(signed(a >> 16, 16), signed(b >> 16, 16)) & 0xFFFF) << 16
+    ),
     "mul.bf16x2 %r5, %r3, %r4": lambda a, b: bfloat16_product(a >> 16, b >> 16) << 16 | bfloat16_product(a, b),
     "cvt.rn.f32.s32 %r5, %r3": lambda a, b: of_float(signed(a, 32)),
     "cvt.rn.bf16x2.f32 %r5, %r3, %r4": lambda a, b: bfloat16(a) << 16 | bfloat16(b),

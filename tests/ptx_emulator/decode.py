@@ -22,10 +22,19 @@ TYPES = {
     "pred": np.bool_,
     **{f"b{w}": UNSIGNED[w] for w in (8, 16, 32, 64)},
     **{f"u{w}": UNSIGNED[w] for w in (8, 16, 32, 64)},
-    "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
-    "f16": np.float16, "f32": np.float32, "f64": np.float64,
+    "s8": np.int8,
+    "s16": np.int16,
+    "s32": np.int32,
+    "s64": np.int64,
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
     # Two halves, and bits that NumPy has no type for.
-    "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32,
+    "bf16": np.uint16,
+    "bf16x2": np.uint32,
+    "f16x2": np.uint32,
+    "s16x2": np.uint32,
+    "u16x2": np.uint32,
 }
 _PLACE = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\d+)\s*)?\]$")
 

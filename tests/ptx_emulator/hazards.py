@@ -191,7 +191,9 @@ class Hazards:
         """What forbids a thread to touch a unit in any way."""
         self._check_written(units)
         if self._has_mbarriers:
-            self._require(self._arriving[units.at] == 0, "is touched by a thread before the wait for a box on its way there")
+            self._require(
+                self._arriving[units.at] == 0, "is touched by a thread before the wait for a box on its way there"
+            )
             self._require(~self._mbarriers[units.at], "holds an mbarrier, and a thread touches it")
         self._require(~self._groups["copies"].open(units), "is touched before the wait for a copy on its way there")
 
