@@ -120,14 +120,19 @@ class BigStudent(GatedNetwork):
             del self.network.gates_before  # lowering makes them anew, for the channels that are left
             self._lower(analysis)
 
-    def gate_loss(self) -> Tensor:
-        """``sum over groups of (1/T - mean of P[g > 0])²``, a 0-d tensor; zero when each group is on course to keep 1/T."""
-        return (torch.stack(list(self.open_probabilities().values())) - 1 / self.num_teachers).square().sum()
+    def gate_loss(self, open_now: Tensor | None = None) -> Tensor:
+        """``sum over groups of (1/T - mean of P[g > 0])²``, a 0-d tensor; zero when each group is on course to keep 1/T.
+
+        Args:
+            open_now: the means, (..., G), where they are known; see :meth:`open_state`.
+        """
+        open_now = self.group_means(self.open_candidates()) if open_now is None else open_now
+        return (open_now - 1 / self.num_teachers).square().sum(-1)
 
     def open_probabilities(self) -> dict[str, Tensor]:
         """Per group the mean of P[g > 0] over all T·n candidates, those dropped counting as closed: 0-d tensors."""
-        sums = {group.name: self.gates[group.name].open_probability().sum() for group in self.groups}  # type: ignore[operator]
-        return {group.name: sums[group.name] / (self.num_teachers * group.size) for group in self.groups}
+        means = self.group_means(self.open_candidates()).unbind()
+        return {group.name: mean for group, mean in zip(self.groups, means, strict=True)}
 
     def gate_parameters(self) -> Iterator[nn.Parameter]:
         """The gates' ``loc``; to be trained by a group or optimizer of its own, without weight decay."""

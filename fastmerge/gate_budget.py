@@ -66,7 +66,10 @@ class GateBudget:
 
     def loss(self, big: BigStudent) -> Tensor:
         """What to add to the criterion in this step, a 0-d tensor; it remembers P for :meth:`step`."""
-        open_now, slopes = open_state(big)
+        return self.loss_of(big, *big.open_state())
+
+    def loss_of(self, big: BigStudent, open_now: Tensor, slopes: Tensor) -> Tensor:
+        """:meth:`loss`, where :meth:`BigStudent.open_state` is known."""
         self.begin(big, open_now)
         self._now = open_now.detach()
         return penalty(open_now, slopes, *self.terms())
@@ -143,17 +146,3 @@ def penalty(open_now: Tensor, slopes: Tensor, multipliers: Tensor, targets: Tens
     """``Σ (m (P - t) + c/2 (P - t)²) / s`` over the last dimension; s has no gradient and a least value."""
     over = open_now - targets
     return ((multipliers * over + curvature / 2 * over.square()) / slopes.detach().clamp(min=_LEAST_SLOPE)).sum(-1)
-
-
-def gate_loss_of(open_now: Tensor, num_teachers: int) -> Tensor:
-    """``Σ (1/T - P)²`` over the last dimension, which is :meth:`BigStudent.gate_loss`."""
-    return (open_now - 1 / num_teachers).square().sum(-1)
-
-
-def open_state(big: BigStudent) -> tuple[Tensor, Tensor]:
-    """Of every channel group, in the order of ``big.groups``, P and the mean of (dP/dloc)², each (G,), float32."""
-    gates: Any = big.gates
-    each = [gates[group.name].open_probability().float() for group in big.groups]
-    sizes = [big.num_teachers * group.size for group in big.groups]  # candidates that were dropped count as closed
-    means = torch.stack([p.sum() / size for p, size in zip(each, sizes, strict=True)])
-    return means, torch.stack([(p * (1 - p)).square().sum() / size for p, size in zip(each, sizes, strict=True)])

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.gates import HardConcrete
+from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.programs import Programs
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
-from fastmerge.wide.gate_matrix import draw_gates, make_gates
+from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, make_gates
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
@@ -32,6 +34,9 @@ class GatedNetwork(nn.Module):
     Args:
         teachers: two or more networks of one architecture.
         example_inputs: what their forward takes, or None to infer it.
+
+    Attributes:
+        group_means: means of values of all candidates, per channel group.
 
     Raises:
         TypeError, ValueError: see :class:`~fastmerge.BigStudent`.
@@ -121,10 +126,32 @@ class GatedNetwork(nn.Module):
         clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return clone
 
+    def open_state(self) -> tuple[Tensor, Tensor]:
+        """Of every channel group, in the order of ``groups``, P and the mean of (dP/dloc)², each (G,), in float32 or better.
+
+        P is the mean of P[g > 0]. Candidates that were dropped count as closed.
+        """
+        opened = self.open_candidates()
+        with torch.no_grad():
+            slopes = self.group_means((opened * (1 - opened)).square())
+        return self.group_means(opened), slopes
+
+    def open_candidates(self, loc: Tensor | None = None) -> Tensor:
+        """P[g > 0] of all candidates, one group's after another's, in float32 or better.
+
+        Args:
+            loc: (..., candidates), of other big students of these shapes; None: their own.
+        """
+        gates = self._gate_modules()
+        loc = torch.cat([gate.loc for gate in gates]) if loc is None else loc
+        loc = loc.to(torch.promote_types(loc.dtype, torch.float32))
+        return open_probability(loc, beta=gates[0].beta, gamma=gates[0].gamma, zeta=gates[0].zeta)
+
     def _lower(self, analysis: Analysis) -> None:
         self._population = Population.of(self.groups, self.num_teachers, self.gates)
-        everyone = self.num_teachers * sum(group.size for group in self.groups)
-        self._is_compacted = bool(self._population.total < everyone)  # here, for a compiler not to follow it
+        wholes = [self.num_teachers * group.size for group in self.groups]
+        self.group_means = GroupMeans([gate.channels for gate in self._gate_modules()], wholes)
+        self._is_compacted = bool(self._population.total < sum(wholes))  # here, for a compiler not to follow it
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
         self._programs = Programs(analysis, self.network, self._population, self.linked)
 

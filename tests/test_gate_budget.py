@@ -14,19 +14,32 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastmerge
-from fastmerge.gate_budget import GateBudget, open_state
+from fastmerge.gate_budget import GateBudget
+from fastmerge.gated_network import GatedNetwork
 from fastmerge.networks.lenet import small_lenet
+from fastmerge.wide.gate_matrix import GroupMeans
+
+
+class GatesAlone:
+    """What a budget sees of a big student."""
+
+    open_state, open_candidates = GatedNetwork.open_state, GatedNetwork.open_candidates
+    _gate_modules = GatedNetwork._gate_modules
+
+    def __init__(self, sizes: list[int], teachers: int) -> None:
+        self.gates = nn.ModuleDict({f"g{i}": fastmerge.HardConcrete(teachers * size) for i, size in enumerate(sizes)})
+        self.groups = [SimpleNamespace(name=f"g{i}", size=size) for i, size in enumerate(sizes)]
+        self.num_teachers = teachers
+        counts = [teachers * size for size in sizes]
+        self.group_means = GroupMeans(counts, counts)
 
 
 def gates_alone(sizes: list[int], teachers: int = 2) -> Any:
-    """What a budget sees of a big student."""
-    gates = nn.ModuleDict({f"g{i}": fastmerge.HardConcrete(teachers * size) for i, size in enumerate(sizes)})
-    groups = [SimpleNamespace(name=f"g{i}", size=size) for i, size in enumerate(sizes)]
-    return SimpleNamespace(gates=gates, groups=groups, num_teachers=teachers)
+    return GatesAlone(sizes, teachers)
 
 
 def open_means(big: Any) -> Tensor:
-    return open_state(big)[0]
+    return big.open_state()[0]
 
 
 def test_follows_its_rule() -> None:
@@ -137,9 +150,9 @@ def test_dropped_candidates_count_as_closed() -> None:
     with torch.no_grad():
         for gate in big.gates.values():
             gate.loc[: gate.channels // 3].fill_(-30)
-    before = open_state(big)
+    before = big.open_state()
     assert big.compact().dropped
-    for value, expected in zip(open_state(big), before, strict=True):
+    for value, expected in zip(big.open_state(), before, strict=True):
         torch.testing.assert_close(value, expected)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
-from fastmerge.gate_budget import GateBudget, open_state
+from fastmerge.gate_budget import GateBudget
 from fastmerge.networks.lenet import LeNet, small_lenet
 from fastmerge.networks.resnet_cifar import ResNetCifar, resnet20
 from fastmerge.networks.sine_mlp import SineMLP
@@ -175,7 +175,7 @@ def test_replicates_have_budgets_of_their_own():
     stack, budget = Stack(bigs), GateBudget(100)
     gates = {name for name, _ in bigs[0].named_parameters() if name.startswith("gates.")}
     list(train(stack, data, stage, generators(2), torch.Generator(), budget, gates))
-    torch.testing.assert_close(budget.starts[1], open_state(bigs[1])[0].detach())
+    torch.testing.assert_close(budget.starts[1], bigs[1].open_state()[0].detach())
     assert (budget.targets[0] - budget.targets[1]).abs().min() > 0.1
     assert (budget.multipliers[0] != budget.multipliers[1]).all()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
-from fastmerge.gate_budget import GateBudget, open_state
+from fastmerge.gate_budget import GateBudget
 from fastmerge.networks.sine_mlp import SineMLP
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.scores import score
@@ -67,7 +67,7 @@ def test_networks_of_different_sizes_train_and_score_as_alone() -> None:
 
 def test_dropped_channels_count_as_closed() -> None:
     big = compacted(64)
-    assert torch.allclose(open_means(Stack([big]))[0], open_state(big)[0])
+    assert torch.allclose(open_means(Stack([big]))[0], big.open_state()[0])
     assert open_means(Stack([big])).item() == pytest.approx(0.93 * 136 / 200, abs=0.01)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import linecache
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.graph import lower
 from fastmerge.lowering.in_place import changes_reshaped
 from fastmerge.wide.analysis import Analysis
+from fastmerge.wide.gate_matrix import hand_out_gates
 from fastmerge.wide.layout import prefers_channels_last, to_channels_last, to_contiguous
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams
@@ -79,10 +81,30 @@ class Programs:
         return to_contiguous(forward(network, gates, *to_channels_last(inputs), **kwargs))
 
 
+def _hand_out_gates(graph: fx.Graph, network: nn.Module) -> None:
+    """Lets the matrix of gates be cut once, where the forward begins, rather than by each that multiplies by some columns."""
+    (matrix,) = (node for node in graph.nodes if node.op == "placeholder" and node.target == "gates")
+    uses = []
+    for user in matrix.users:
+        gate = user.kwargs["gate"].target if "gate" in user.kwargs else user.target
+        module = network.get_submodule(str(gate))
+        assert isinstance(module, GateStreams)
+        uses.append((user, str(gate), module))
+    uses.sort(key=lambda use: use[2].start is None)
+    runs = tuple((module.start, sum(module.sizes)) for _, _, module in uses if module.start is not None)
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        indices = tuple(graph.get_attr(f"{path}.index") for _, path, module in uses if module.start is None)
+        columns = graph.call_function(hand_out_gates, (matrix, runs, indices))
+        parts = [graph.call_function(operator.getitem, (columns, number)) for number in range(len(uses))]
+    for (user, _, _), part in zip(uses, parts, strict=True):
+        user.replace_input_with(matrix, part)
+
+
 def _compiled(
     analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
 ) -> Program:
     graph, norms = lower(analysis, network, mode, population, each, joined)
+    _hand_out_gates(graph, network)
     code = graph.python_code("self")
     filename = f"<fastmerge {mode} forward of {type(analysis.traced.root).__name__} {id(graph)}>"
     namespace = dict(code.globals)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fastmerge.big_student import BigStudent
@@ -55,10 +53,9 @@ def undecided_warnings(big: BigStudent) -> list[str]:
     P of such a group may have a mean of 1/T all the same; 4 P (1 - P), 0 for a gate that is always or never open and 1 for one
     that is open every other time, has not a small one.
     """
-    gates: Any = big.gates
-    each = {group.name: gates[group.name].open_probability() for group in big.groups}
-    sizes = {group.name: big.num_teachers * group.size for group in big.groups}  # what was dropped is decided
-    means = {name: (4 * p * (1 - p)).sum().item() / sizes[name] for name, p in each.items()}
+    opened = big.open_candidates()
+    mean_of_each = big.group_means(4 * opened * (1 - opened)).tolist()  # what was dropped is decided
+    means = {group.name: mean for group, mean in zip(big.groups, mean_of_each, strict=True)}
     found = [name for name, mean in means.items() if mean > _UNDECIDED]
     if not found:
         return []

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting
-from fastmerge.gate_budget import GateBudget, open_state, penalty
+from fastmerge.gate_budget import GateBudget, penalty
 from fastmerge.schedules import QuadraticLambda
 
 Weight = QuadraticLambda | GateBudget
@@ -57,14 +57,16 @@ def losses(
     output, loss = setting.apply(model, inputs, target)
     each, open_now = {"loss": loss}, None
     if lam is not None and isinstance(network, BigStudent):
-        each["gate_loss"] = gate_loss = network.gate_loss()
         if not isinstance(lam, GateBudget):
+            each["gate_loss"] = gate_loss = network.gate_loss()
             weighted = lam * gate_loss if terms is None else terms[0] * gate_loss
-        elif terms is None:
-            weighted = lam.loss(network)
         else:
-            open_now, slopes = open_state(network)
-            weighted, open_now = penalty(open_now, slopes, *terms), open_now.detach()
+            opened, slopes = network.open_state()
+            each["gate_loss"] = network.gate_loss(opened.detach())
+            if terms is None:
+                weighted = lam.loss_of(network, opened, slopes)
+            else:
+                weighted, open_now = penalty(opened, slopes, *terms), opened.detach()
         loss = loss + weighted
     return Losses(output, each, loss, open_now)
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim.sgd import sgd
 
-from fastmerge.gate_budget import GateBudget, gate_loss_of, open_state, penalty
-from fastmerge.kernels.gate import open_probability
+from fastmerge.gate_budget import GateBudget, penalty
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.replay import replayed
 from fastmerge.training.stack import Stack
@@ -77,7 +76,7 @@ class StackedStep:
             if lam is None:
                 return loss, [loss.detach()]
             open_now, slopes = means
-            gate_loss = gate_loss_of(open_now, skeleton.num_teachers)  # type: ignore[arg-type]
+            gate_loss = skeleton.gate_loss(open_now)  # type: ignore[operator]
             if isinstance(lam, GateBudget):
                 return loss + penalty(open_now, slopes, *weights), [
                     loss.detach(),
@@ -135,15 +134,12 @@ class _WithGates(_WithoutGates):
     """A big student whose forward gives P of its groups as well, so that ``functional_call`` reaches both."""
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
-        return self.network(x), *open_state(self.network)  # type: ignore[arg-type]
+        return self.network(x), *self.network.open_state()  # type: ignore[operator]
 
 
 def open_means(stack: Stack) -> Tensor:
     """P of every group of each big student, (R, G)."""
     big: Any = stack.skeleton
-    means = []
-    for group in big.groups:
-        gate, loc = big.gates[group.name], stack.parameters[f"gates.{group.name}.loc"]
-        opened = open_probability(loc, gate.beta, gate.gamma, gate.zeta).sum(1)
-        means.append(opened / (big.num_teachers * group.size))  # candidates that were dropped count as closed
-    return torch.stack(means, 1)
+    locs = [stack.parameters[f"gates.{group.name}.loc"] for group in big.groups]
+    means: Tensor = big.group_means(big.open_candidates(torch.cat(locs, 1)))
+    return means

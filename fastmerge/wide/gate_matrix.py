@@ -1,8 +1,9 @@
-"""The gates of all channel groups together: made, drawn side by side, and asked which candidates they keep."""
+"""The gates of all channel groups together: made, drawn side by side, handed out, and asked what they keep."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,3 +53,136 @@ def kept_candidates(groups: ChannelGroups, gates: nn.ModuleDict) -> dict[str, Te
         top = order[: group.size].sort().values
         kept[group.name] = top if gate.candidates is None else gate.candidates[top]
     return kept
+
+
+Run = tuple[int, int]  # first column, and how many
+
+
+def hand_out_gates(gates: Tensor | None, runs: Sequence[Run], indices: Sequence[Tensor] = ()) -> tuple[Any, ...]:
+    """The columns that each use of the matrix of gates multiplies by, cut out at once.
+
+    Cut out one by one, each gradient would be added up in a matrix of zeros of its own.
+
+    Args:
+        gates: (N or 1, columns), or None for open gates.
+        runs: the columns of each use that reads neighbours.
+        indices: int64, those of each further use.
+
+    Returns:
+        (N or 1, columns of the use) for each run and then each index; views for runs. None for open gates.
+    """
+    if gates is None:
+        return (None,) * (len(runs) + len(indices))
+    if is_traced() or not gates.requires_grad:
+        return _cut(gates, runs, indices)
+    pieces: tuple[Any, ...] = _HandOut.apply(gates, tuple(runs), *indices)
+    return pieces
+
+
+def is_traced() -> bool:
+    """Whether a compiler or torch.func follows what runs: they see plain operations, which they handle better."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+class _HandOut(torch.autograd.Function):
+    """Columns of the matrix; backward adds the gradients of equal runs, many at once, and concatenates them."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, runs: tuple[Run, ...], *indices: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.columns, ctx.runs, ctx.indices = gates.shape[1], runs, indices
+        return _cut(gates, runs, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_runs = [(run, grad) for run, grad in zip(ctx.runs, gradients, strict=False) if grad is not None]
+        of_indices = [
+            (index, grad)
+            for index, grad in zip(ctx.indices, gradients[len(ctx.runs) :], strict=True)
+            if grad is not None
+        ]
+        nothing = (None,) * (1 + len(ctx.indices))
+        if not of_runs and not of_indices:
+            return None, *nothing
+        by_run: dict[Run, list[Tensor]] = {}
+        overlapping: list[tuple[Run, Tensor]] = []
+        for run, grad in of_runs:
+            if run not in by_run and any(run[0] < sum(other) and other[0] < sum(run) for other in by_run):
+                overlapping.append((run, grad))
+            else:
+                by_run.setdefault(run, []).append(grad)
+        totals = dict(zip(by_run, _sums([*by_run.values()]), strict=True))
+        like = next(grad for grad in gradients if grad is not None)
+        parts, column = [], 0
+        for run in [*sorted(totals), (ctx.columns, 0)]:
+            if run[0] > column:
+                parts.append(like.new_zeros(like.shape[0], run[0] - column))
+            if run in totals:
+                parts.append(totals[run])
+            column = sum(run)
+        total = torch.cat(parts, 1)
+        for (start, count), grad in overlapping:
+            total.narrow(1, start, count).add_(grad)
+        for index, grad in of_indices:
+            total.index_add_(1, index, grad)
+        return total, *nothing
+
+
+def _cut(gates: Tensor, runs: Sequence[Run], indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (*(gates.narrow(1, *run) for run in runs), *(gates.index_select(1, index) for index in indices))
+
+
+def _sums(lists: list[list[Tensor]]) -> list[Tensor]:
+    """The sum of each list of tensors, by one operation for the second tensors of all, one for the third and so on."""
+    totals = [tensors[0] for tensors in lists]
+    for position in range(1, max(map(len, lists), default=0)):
+        long = [number for number, tensors in enumerate(lists) if len(tensors) > position]
+        added = torch._foreach_add([totals[i] for i in long], [lists[i][position] for i in long])
+        for number, total in zip(long, added, strict=True):
+            totals[number] = total
+    return totals
+
+
+class GroupMeans:
+    """Means over the candidates of each channel group, of which those that were dropped count as 0.
+
+    Args:
+        sizes: candidates that are left, by group.
+        wholes: candidates that there were at first.
+    """
+
+    def __init__(self, sizes: Sequence[int], wholes: Sequence[int]) -> None:
+        self.sizes, self.wholes = [*sizes], [*wholes]
+        counts = torch.tensor(self.sizes)
+        numbers = torch.arange(len(self.sizes)).repeat_interleave(counts)
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        self._on = {counts.device: (offsets, numbers, torch.tensor(self.wholes))}
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Means of values (..., candidates of all groups): (..., G)."""
+        if is_traced() or values.dim() > 1:
+            sums = torch.stack([part.sum(-1) for part in values.split(self.sizes, -1)], -1)
+            return sums / sums.new_tensor(self.wholes)
+        found = self._on.get(values.device)
+        if found is None:
+            first, *_ = self._on.values()
+            self._on[values.device] = found = (
+                first[0].to(values.device),
+                first[1].to(values.device),
+                first[2].to(values.device),
+            )
+        offsets, numbers, wholes = found
+        return _SegmentSums.apply(values, offsets, numbers) / wholes  # type: ignore[no-any-return]
+
+
+class _SegmentSums(torch.autograd.Function):
+    """Sums over segments of a vector; backward hands each element its sum's gradient, which PyTorch's own does one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, numbers: Tensor) -> Tensor:
+        ctx.numbers = numbers
+        return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.numbers), None, None

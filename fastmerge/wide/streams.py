@@ -64,14 +64,13 @@ class GateStreams(nn.Module):
         self.register_buffer("index", torch.cat(list(index)), persistent=False)
         self.sizes = [len(row) for row in index]
         self.channel_dim, self.sample_dim = channel_dim, sample_dim
-        self._starts = [_start_of_run(row) for row in index]
-        self._start = _start_of_run(torch.cat(list(index)))
+        self.start = _start_of_run(self.index)
 
     def forward(self, gates: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
         """Gates each value.
 
         Args:
-            gates: (N or 1, all gates and a last column of ones), or None for open gates.
+            gates: (N or 1, channels of all streams), from ``gate_matrix.hand_out_gates``, or None for open gates.
             values: T streams or one joined tensor, with N·k samples; the k parts of one sample, side by side, share its
                 gates.
         """
@@ -88,14 +87,9 @@ class GateStreams(nn.Module):
             gated.append(x * (gate if self.sample_dim < channel_dim else gate.t()).reshape(shape))
         return tuple(gated)
 
-    def columns(self, gates: Tensor, joined: bool) -> list[Tensor]:
-        """The gates of each stream's channels, or of all side by side: (N or 1, channels) each, views where they can be."""
-        starts = [self._start] if joined else self._starts
-        index = [self.index] if joined else self.index.split(self.sizes)
-        return [
-            gates.index_select(1, columns) if start is None else gates.narrow(1, start, len(columns))
-            for start, columns in zip(starts, index, strict=True)
-        ]
+    def columns(self, gates: Tensor, joined: bool) -> Sequence[Tensor]:
+        """The gates of each stream's channels, or of all side by side: (N or 1, channels) each, views."""
+        return [gates] if joined else gates.split(self.sizes, 1)
 
     def extra_repr(self) -> str:
         return f"{' + '.join(map(str, self.sizes))} channels"
