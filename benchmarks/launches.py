@@ -119,6 +119,8 @@ def _kernels(name: str, args: Sequence[Any], reads: Sequence[Tensor]) -> int:
     if name.startswith(("_foreach", "_fused")):
         lists = [values for values in args if isinstance(values, (list, tuple)) and values and values[0] is not None]
         tensors = [values for values in lists if isinstance(values[0], Tensor)]
+        if any(len({t.stride() for t in each}) > 1 for each in zip(*tensors, strict=True)):
+            return len(tensors[0])  # one after another
         return _multi_tensor_launches(tensors[0], len(tensors))
     return _KERNELS.get(name, 1)
 

@@ -95,7 +95,9 @@ def test_a_linked_network_has_dense_layers(calls: list[str], as_on_cuda: None) -
 def test_what_no_kernel_takes_is_pytorchs(geometry: Geometry, size: int, calls: list[str], as_on_cuda: None) -> None:
     x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 4, size, size)
     joined = convolve.convolve(geometry, x, weight, None, groups=2)
-    torch.testing.assert_close(torch.cat(convolve.convolve_streams(geometry, x.chunk(2, 1), weight, None), 1), joined)
+    torch.testing.assert_close(
+        torch.cat(convolve.convolve_streams(geometry, x.chunk(2, 1), (weight,), None), 1), joined
+    )
     assert not any("measured" in call for call in calls)
 
 

@@ -17,9 +17,12 @@ from fastmerge.lowering.graph import lower
 from fastmerge.lowering.in_place import changes_reshaped
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import hand_out_gates
+from fastmerge.wide.grouped import GroupedLayer
+from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.layout import prefers_channels_last, to_channels_last, to_contiguous
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams
+from fastmerge.wide.weights import hand_out_weights
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,35 @@ def _hand_out_gates(graph: fx.Graph, network: nn.Module) -> None:
         user.replace_input_with(matrix, part)
 
 
+def _hand_out_weights(graph: fx.Graph, network: nn.Module, num_streams: int) -> None:
+    """Lets all weights be cast and cut where the forward begins, rather than by each layer."""
+    layers = [
+        (node, layer)
+        for node in graph.nodes
+        if node.op == "call_module"
+        and isinstance(layer := network.get_submodule(str(node.target)), (WideLayer, GroupedLayer))
+    ]
+    parts: dict[str, int] = {}
+    for node, layer in layers:
+        cut = isinstance(layer, GroupedLayer) or (layer.wiring.has_off_diagonal and not layer.linked)
+        for name in ("weight", "bias"):
+            if getattr(layer, name) is not None:
+                parts[f"{node.target}.{name}"] = num_streams if cut else 1
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        tensors = tuple(graph.get_attr(path) for path in parts)
+        handed = graph.call_function(hand_out_weights, (tensors, tuple(parts.values())))
+        weights = {path: graph.call_function(operator.getitem, (handed, k)) for k, path in enumerate(parts)}
+    for node, _ in layers:
+        own = {name: weights[path] for name in ("weight", "bias") if (path := f"{node.target}.{name}") in weights}
+        node.kwargs = {**node.kwargs, **own}
+
+
 def _compiled(
     analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
 ) -> Program:
     graph, norms = lower(analysis, network, mode, population, each, joined)
     _hand_out_gates(graph, network)
+    _hand_out_weights(graph, network, 1 if joined else population.num_teachers)
     code = graph.python_code("self")
     filename = f"<fastmerge {mode} forward of {type(analysis.traced.root).__name__} {id(graph)}>"
     namespace = dict(code.globals)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, grouped_conv2d
+from fastmerge.wide.weights import Weight, parts_of
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -55,8 +56,8 @@ def convolve(
 def convolve_streams(
     geometry: Geometry,
     streams: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Weight,
+    bias: Weight | None,
     output_size: Any = None,
     groups: int = 1,
 ) -> tuple[Tensor, ...]:
@@ -65,15 +66,15 @@ def convolve_streams(
     Args:
         geometry: kind, stride, padding and so on.
         streams: T tensors of one shape.
-        weight: the T weights, one under the other along dimension 0.
+        weight: the T weights, one under the other along dimension 0, and perhaps each; see ``weights.hand_out_weights``.
         bias: the T biases likewise, or None.
         output_size: as for :func:`convolve`.
         groups: of each convolution.
     """
-    if groups == 1 and _runs_as_measured(geometry, streams[0], weight):
-        return block_diagonal_conv2d(streams, weight, bias, **geometry.options)
-    weights = weight.chunk(len(streams))
-    biases = [None] * len(streams) if bias is None else bias.chunk(len(streams))
+    if groups == 1 and _runs_as_measured(geometry, streams[0], weight[0]):
+        return block_diagonal_conv2d(streams, weight[0], None if bias is None else bias[0], **geometry.options)
+    weights = parts_of(weight, len(streams))
+    biases = [None] * len(streams) if bias is None else parts_of(bias, len(streams))
     return tuple(
         convolve(geometry, x, own_weight, own_bias, output_size, groups)
         for x, own_weight, own_bias in zip(streams, weights, biases, strict=True)

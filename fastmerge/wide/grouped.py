@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.wide.convolve import convolve, convolve_streams
+from fastmerge.wide.weights import Weight, own
 
 
 class GroupedLayer(nn.Module):
@@ -30,12 +31,21 @@ class GroupedLayer(nn.Module):
         self.weight = nn.Parameter(torch.cat(list(weights)))
         self.bias = None if biases is None else nn.Parameter(torch.cat(list(biases)))
 
-    def forward(self, *values: Tensor, output_size: Any = None) -> tuple[Tensor, ...]:
-        """Applies the layer to T streams, each with its own weights, or to one joined tensor."""
+    def forward(
+        self, *values: Tensor, output_size: Any = None, weight: Weight | None = None, bias: Weight | None = None
+    ) -> tuple[Tensor, ...]:
+        """Applies the layer to T streams, each with its own weights, or to one joined tensor.
+
+        Args:
+            values: the streams, or the joined tensor.
+            output_size: of a transposed convolution called with it.
+            weight, bias: the layer's own as ``hand_out_weights`` gives them; None: as they are.
+        """
+        weight, bias = own(self, weight, bias)
         if len(values) == 1:
             groups = self.num_teachers * self.groups
-            return (convolve(self.geometry, values[0], self.weight, self.bias, output_size, groups),)
-        return convolve_streams(self.geometry, values, self.weight, self.bias, output_size, self.groups)
+            return (convolve(self.geometry, values[0], weight[0], bias and bias[0], output_size, groups),)
+        return convolve_streams(self.geometry, values, weight, bias, output_size, self.groups)
 
     def extra_repr(self) -> str:
         return (

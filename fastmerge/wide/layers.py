@@ -25,6 +25,7 @@ from fastmerge.channels.layer_calls import Geometry
 from fastmerge.compaction import set_data
 from fastmerge.wide.convolve import convolve, convolve_streams
 from fastmerge.wide.streams import split_streams
+from fastmerge.wide.weights import Weight, own
 
 
 @dataclass(frozen=True)
@@ -109,22 +110,31 @@ class WideLayer(nn.Module):
             wide = wide.contiguous(memory_format=torch.channels_last)
         return wide
 
-    def forward(self, values: Sequence[Tensor], output_size: Any = None, join: bool = False) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        values: Sequence[Tensor],
+        output_size: Any = None,
+        join: bool = False,
+        weight: Weight | None = None,
+        bias: Weight | None = None,
+    ) -> tuple[Tensor, ...]:
         """Applies the layer.
 
         Args:
             values: the T streams, one joined tensor, or one shared tensor.
             output_size: of a transposed convolution called with it.
             join: whether to write one joined tensor rather than T streams.
+            weight, bias: the layer's own as ``hand_out_weights`` gives them; None: as they are.
 
         Returns:
             The T streams, or one joined or shared tensor, in a tuple.
         """
+        weight, bias = own(self, weight, bias)
         if self.wiring.has_off_diagonal and not self.linked:
-            return self._block_diagonal(values, output_size, join)
+            return self._block_diagonal(values, weight, bias, output_size, join)
         dim = self.geometry.channel_dim
         x = values[0] if len(values) == 1 else torch.cat(list(values), dim)
-        out = convolve(self.geometry, x, self.weight, self.bias, output_size)
+        out = convolve(self.geometry, x, weight[0], bias and bias[0], output_size)
         if join or not self.wiring.writes_streams:
             return (out,)
         return split_streams(out, self.num_teachers, dim)
@@ -140,10 +150,12 @@ class WideLayer(nn.Module):
             outputs.append(convolve(self.geometry, x, weight, bias, output_size))
         return tuple(outputs)
 
-    def _block_diagonal(self, values: Sequence[Tensor], output_size: Any, join: bool) -> tuple[Tensor, ...]:
+    def _block_diagonal(
+        self, values: Sequence[Tensor], weight: Weight, bias: Weight | None, output_size: Any, join: bool
+    ) -> tuple[Tensor, ...]:
         if len(values) == 1 and join and self.geometry.kind != "linear":
-            return (convolve(self.geometry, values[0], self.weight, self.bias, output_size, self.num_teachers),)
-        outputs = convolve_streams(self.geometry, self._streams(values), self.weight, self.bias, output_size)
+            return (convolve(self.geometry, values[0], weight[0], bias and bias[0], output_size, self.num_teachers),)
+        outputs = convolve_streams(self.geometry, self._streams(values), weight, bias, output_size)
         return (torch.cat(outputs, self.geometry.channel_dim),) if join else outputs
 
     def _streams(self, values: Sequence[Tensor]) -> Sequence[Tensor]:

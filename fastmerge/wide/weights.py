@@ -1,0 +1,131 @@
+"""Weights handed out to all layers at once: in autocast's dtype, and cut into the teachers'.
+
+Each layer by itself would launch a cast for every weight and stream, and backward another and a concatenation. Together
+these are one operation over all tensors forward and one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastmerge.wide.streams import is_traced
+
+Weight = tuple[Tensor, ...]  # a tensor of all teachers and, where it was cut, each teacher's
+
+
+def hand_out_weights(tensors: Sequence[Tensor], parts: Sequence[int]) -> tuple[Weight, ...]:
+    """What layers compute with in this forward.
+
+    Args:
+        tensors: weights and biases, each teacher's after the other's along dimension 0.
+        parts: into how many each is cut; 1: it isn't.
+
+    Returns:
+        Per tensor itself, cast where autocast would, and its parts. Where something must follow each layer (compilers,
+        torch.func, DistributedDataParallel, which sends gradients while others are computed) it is the tensor alone.
+    """
+    dtype = _autocast_dtype(tensors[0].device.type) if tensors else None
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    cuts = tuple(count if learns else 1 for count in parts)
+    casts = tuple(dtype is not None and t.dtype != dtype and t.dtype in _CAST for t in tensors)
+    if _is_followed() or not (any(casts) or any(count > 1 for count in cuts)):
+        return tuple((t,) for t in tensors)
+    found = iter(_HandOut.apply(dtype, casts, cuts, *tensors))
+    handed = []
+    for tensor, cast, count in zip(tensors, casts, cuts, strict=True):
+        whole = next(found) if cast else tensor
+        handed.append((whole, *(next(found) for _ in range(count if count > 1 else 0))))
+    return tuple(handed)
+
+
+def own(layer: Any, weight: Weight | None, bias: Weight | None) -> tuple[Weight, Weight | None]:
+    """What was handed out to a layer, or its own weight and bias."""
+    if weight is not None:
+        return weight, bias
+    return (layer.weight,), None if layer.bias is None else (layer.bias,)
+
+
+def parts_of(weight: Weight, count: int) -> Sequence[Tensor]:
+    """Each teacher's part of a handed out weight."""
+    return weight[1:] if len(weight) > 1 else weight[0].chunk(count)
+
+
+_CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _is_followed() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return is_traced() or distributed or forward_ad._current_level >= 0
+
+
+class _HandOut(torch.autograd.Function):
+    """Casts and cuts; backward puts the parts' gradients together in the tensors' dtypes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, casts: Sequence[bool], cuts: Sequence[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.casts, ctx.cuts, ctx.tensors = casts, cuts, tensors
+        cast = {k: torch.empty_like(tensors[k], dtype=dtype) for k, needed in enumerate(casts) if needed}
+        if cast:
+            torch._foreach_copy_([*cast.values()], [tensors[k] for k in cast])
+        outputs: list[Tensor] = []
+        for k, (tensor, count) in enumerate(zip(tensors, cuts, strict=True)):
+            outputs += [cast[k]] if k in cast else []
+            outputs += cast.get(k, tensor).chunk(count) if count > 1 else ()
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = iter(gradients)
+        totals: list[Tensor | None] = []
+        into: list[Tensor] = []
+        out_of: list[Tensor] = []
+        for k, (tensor, cast, count) in enumerate(zip(ctx.tensors, ctx.casts, ctx.cuts, strict=True)):
+            whole = next(given) if cast else None
+            parts = [next(given) for _ in range(count if count > 1 else 0)]
+            if not ctx.needs_input_grad[3 + k] or (whole is None and all(part is None for part in parts)):
+                totals.append(None)
+            elif torch.is_grad_enabled() or (whole is not None and any(part is not None for part in parts)):
+                totals.append(_total(tensor.dtype, whole, parts))
+            else:
+                total = torch.empty_like(tensor)
+                totals.append(total)
+                pieces = [total] if whole is not None else total.chunk(count)
+                for piece, gradient in zip(pieces, [whole] if whole is not None else parts, strict=True):
+                    if gradient is None:
+                        piece.zero_()
+                    elif _lie_alike(gradient, piece):
+                        into.append(piece)
+                        out_of.append(gradient.as_strided(piece.shape, piece.stride()))
+                    else:
+                        piece.copy_(gradient)
+        if into:
+            torch._foreach_copy_(into, out_of)
+        return None, None, None, *totals
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike: how far apart a dimension's only element would have neighbours is all one."""
+    return all(
+        size == 1 or stride == other for size, stride, other in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _total(dtype: torch.dtype, whole: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor:
+    """The gradient of one tensor by operations that can be differentiated."""
+    found = [] if whole is None else [whole.to(dtype)]
+    if any(part is not None for part in parts):
+        first = next(part for part in parts if part is not None)
+        found.append(torch.cat([torch.zeros_like(first) if part is None else part for part in parts]).to(dtype))
+    return found[0] if len(found) == 1 else found[0] + found[1]
