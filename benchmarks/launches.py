@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -181,10 +182,11 @@ def _triton_without_driver(launched: Callable[[str, Sequence[Any]], None]) -> It
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    driver = mock.Mock()
-    driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
-    driver.get_current_device = lambda: 0
-    driver.get_current_stream = lambda device=0: 0
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=0: 0,
+    )
 
     functions: list[Any] = []
 
@@ -204,16 +206,29 @@ def _triton_without_driver(launched: Callable[[str, Sequence[Any]], None]) -> It
             function.device_caches.clear()
 
 
+# Functions rather than mocks, whose calls would take longer than what is measured.
+def _no_device(tensor: Tensor) -> contextlib.nullcontext[None]:
+    return contextlib.nullcontext()
+
+
+def _capability(device: Any = None) -> tuple[int, int]:
+    return 9, 0
+
+
+def _yes(x: Any) -> bool:
+    return True
+
+
 @contextlib.contextmanager
 def _cuda_without_card() -> Iterator[None]:
     """Within it, what asks PyTorch for a CUDA device hears of one like an H100; no convolution is measured."""
     sgd = sys.modules[torch.optim.SGD.__module__]
     patches: list[Any] = [
         mock.patch.object(Tensor, "is_cuda", True, create=True),
-        mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(torch.cuda, "device_of", _no_device),
+        mock.patch.object(torch.cuda, "get_device_capability", _capability),
         mock.patch.object(sgd, "_default_to_fused_or_foreach", return_value=(False, True)),
-        mock.patch.object(act, "runs_direct", return_value=True),
+        mock.patch.object(act, "runs_direct", _yes),
         fixed_choice("split"),
     ]
     with contextlib.ExitStack() as stack:
