@@ -71,13 +71,13 @@ def convolve_streams(
         output_size: as for :func:`convolve`.
         groups: of each convolution.
     """
+    weights, biases = parts_of(weight, len(streams)), None if bias is None else parts_of(bias, len(streams))
     if groups == 1 and _runs_as_measured(geometry, streams[0], weight[0]):
-        return block_diagonal_conv2d(streams, weight[0], None if bias is None else bias[0], **geometry.options)
-    weights = parts_of(weight, len(streams))
-    biases = [None] * len(streams) if bias is None else parts_of(bias, len(streams))
+        parts = weights, biases
+        return block_diagonal_conv2d(streams, weight[0], bias and bias[0], parts=parts, **geometry.options)
     return tuple(
         convolve(geometry, x, own_weight, own_bias, output_size, groups)
-        for x, own_weight, own_bias in zip(streams, weights, biases, strict=True)
+        for x, own_weight, own_bias in zip(streams, weights, biases or [None] * len(streams), strict=True)
     )
 
 

@@ -11,6 +11,7 @@ Dims: T streams, N batch, C input channels, K output channels (of one stream), H
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from fastmerge.kernels.block_conv.formulas import (
     Geometry,
     LiveBlocks,
     Pair,
+    Parts,
     block_diagonal_reference,
     block_sparse_reference,
     grouped_reference,
@@ -45,6 +47,7 @@ def block_diagonal_conv2d(
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
+    parts: Parts | None = None,
 ) -> tuple[Tensor, ...]:
     """Convolves T tensors, each with its own weight: what ``F.conv2d`` gives for each, autocast included.
 
@@ -57,6 +60,7 @@ def block_diagonal_conv2d(
         stride: 1 or 2 for the Triton kernels.
         padding: as in ``F.conv2d``.
         dilation: as in ``F.conv2d``; 1 for the Triton kernels at stride 2.
+        parts: the T weights and the T biases, or None, where the caller has each by itself: convolutions of PyTorch read these.
 
     Returns:
         T tensors (N, K, H', W'), differentiable once on the fused path.
@@ -71,7 +75,7 @@ def block_diagonal_conv2d(
     _check_weight("block_diagonal_conv2d", xs[0].shape[1], weight, bias, len(xs))
     geometry = _geometry(weight, stride, padding, dilation)
     ys = _fused(xs, weight, bias, len(xs), geometry)
-    return block_diagonal_reference(xs, weight, bias, geometry) if ys is None else tuple(ys)
+    return block_diagonal_reference(xs, weight, bias, geometry, parts) if ys is None else tuple(ys)
 
 
 def grouped_conv2d(
@@ -201,7 +205,12 @@ def _check_weight(function: str, channels: int, weight: Tensor, bias: Tensor | N
 
 
 def _geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Geometry:
-    kernel = (weight.shape[2], weight.shape[3])
+    options = (tuple(value) if isinstance(value, list) else value for value in (stride, padding, dilation))
+    of = _geometry_of if torch.compiler.is_compiling() else _known_geometry  # compilers warn of caches
+    return of((weight.shape[2], weight.shape[3]), *options)
+
+
+def _geometry_of(kernel: Pair, stride: Any, padding: Any, dilation: Any) -> Geometry:
     strides, dilations = _pair(stride), _pair(dilation)
     if padding == "valid":
         padding = 0
@@ -211,6 +220,9 @@ def _geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Geome
             raise ValueError(f"padding='same' needs stride 1 and an odd kernel; got {strides} and {kernel}")
         padding = [extent // 2 for extent in extents]
     return Geometry(kernel, strides, _pair(padding), dilations)
+
+
+_known_geometry = functools.lru_cache(maxsize=1024)(_geometry_of)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:

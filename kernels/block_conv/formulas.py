@@ -121,8 +121,11 @@ def _starts(counts: Tensor) -> Tensor:
     return F.pad(counts.cumsum(0), (1, 0))
 
 
+Parts = tuple[Sequence[Tensor], Sequence[Tensor] | None]  # the weights and biases of T streams, each by itself
+
+
 def block_diagonal_reference(
-    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, geometry: Geometry
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, geometry: Geometry, parts: Parts | None = None
 ) -> tuple[Tensor, ...]:
     """T convolutions, one after another.
 
@@ -131,14 +134,14 @@ def block_diagonal_reference(
         weight: (T·K, C, R, S), the T weights one under the other.
         bias: (T·K,), or None.
         geometry: of each convolution.
+        parts: the T weights and the T biases, or None; None: cut out here.
 
     Returns:
         T tensors (N, K, H', W').
     """
-    biases = [None] * len(xs) if bias is None else bias.chunk(len(xs))
-    return tuple(
-        F.conv2d(x, w, b, *geometry.options) for x, w, b in zip(xs, weight.chunk(len(xs)), biases, strict=True)
-    )
+    weights, biases = (weight.chunk(len(xs)), None if bias is None else bias.chunk(len(xs))) if parts is None else parts
+    each = [None] * len(xs) if biases is None else biases
+    return tuple(F.conv2d(x, w, b, *geometry.options) for x, w, b in zip(xs, weights, each, strict=True))
 
 
 def grouped_reference(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, geometry: Geometry) -> Tensor:
