@@ -1,4 +1,4 @@
-"""Gates, weights and streams are handed out at once: the same numbers and gradients as one by one, in a few operations."""
+"""Gates and weights are handed out at once: the same numbers and gradients as one by one, in a few operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +16,6 @@ import fastmerge
 from architectures import BY_NAME
 from fastmerge.wide import gate_matrix, weights
 from fastmerge.wide.gate_matrix import GroupMeans, hand_out_gates
-from fastmerge.wide.streams import split_streams
 from fastmerge.wide.weights import hand_out_weights
 from teachers import make_teachers
 
@@ -169,28 +167,3 @@ def test_compilers_see_the_weights_themselves() -> None:
     with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
         assert hand_out_weights(parameters, (2,))[0][0] is parameters[0]
         assert gate_matrix.hand_out_gates(parameters[0], [(0, 2)])[0].grad_fn.name() == "SliceBackward0"
-
-
-@pytest.mark.parametrize("adjacent", [True, False])
-def test_streams_whose_gradients_lie_side_by_side_are_not_copied(adjacent: bool) -> None:
-    joined = torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
-    streams = split_streams(joined, 2, 1)
-    for stream in streams:
-        F.relu_(stream)  # in place, and the other's version stays
-    base = torch.randn(2, 6, 3, 3).to(memory_format=torch.channels_last)
-    gradients = base.chunk(2, 1) if adjacent else [piece.clone() for piece in base.chunk(2, 1)]
-
-    class Adjacent(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *streams: Tensor) -> Tensor:
-            return streams[0].new_zeros(())
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-            return tuple(gradients)
-
-    y = Adjacent.apply(*split_streams(joined * 1, 2, 1))
-    with Operations() as operations:
-        (found,) = torch.autograd.grad(y, joined)
-    assert torch.equal(found, base)
-    assert operations.found["cat"] == (not adjacent)

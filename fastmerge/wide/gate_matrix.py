@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
-from fastmerge.wide.streams import is_traced
 
 
 def make_gates(groups: ChannelGroups, num_teachers: int, like: Tensor) -> nn.ModuleDict:
@@ -78,6 +77,11 @@ def hand_out_gates(gates: Tensor | None, runs: Sequence[Run], indices: Sequence[
         return _cut(gates, runs, indices)
     pieces: tuple[Any, ...] = _HandOut.apply(gates, tuple(runs), *indices)
     return pieces
+
+
+def is_traced() -> bool:
+    """Whether a compiler or torch.func follows what runs: they see plain operations, which they handle better."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 class _HandOut(torch.autograd.Function):

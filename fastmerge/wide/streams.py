@@ -9,43 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
-def is_traced() -> bool:
-    """Whether a compiler or torch.func follows what runs: they see plain operations, which they handle better."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-
-
 def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, ...]:
     """The T streams of a joined tensor, without a copy.
 
-    To autograd they are tensors of their own, so that a ReLU in place on one leaves the others' versions alone. Gradients that
-    lie side by side in one tensor, as BatchNorm leaves them, are that tensor again, without a copy either.
+    To autograd they are tensors of their own, so that a ReLU in place on one leaves the others' versions alone.
     """
-    if is_traced() or not joined.requires_grad:
-        return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
-    streams: tuple[Tensor, ...] = _Split.apply(joined, num_teachers, dim)
-    return streams
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, ...]:
-        ctx.dim, ctx.shape = dim, joined.shape
-        return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        base = gradients[0]._base
-        if base is None or base.shape != ctx.shape or torch.is_grad_enabled():
-            return torch.cat(gradients, ctx.dim), None, None
-        slices = base.chunk(len(gradients), ctx.dim)
-        for gradient, piece in zip(gradients, slices, strict=True):
-            if (
-                gradient._base is not base
-                or gradient.stride() != piece.stride()
-                or gradient.data_ptr() != piece.data_ptr()
-            ):
-                return torch.cat(gradients, ctx.dim), None, None
-        return base, None, None
+    return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
 
 
 def concatenate_joined(tensors: Sequence[Tensor], num_teachers: int, dim: int) -> Tensor:
