@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, grouped_conv2d
-from fastmerge.wide.weights import Weight, parts_of
+from fastmerge.wide.weights import Weight, parts_of, whole_of
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -72,12 +72,13 @@ def convolve_streams(
         groups: of each convolution.
     """
     weights, biases = parts_of(weight, len(streams)), None if bias is None else parts_of(bias, len(streams))
+    each: Sequence[Tensor | None] = [None] * len(streams) if biases is None else biases
     if groups == 1 and _runs_as_measured(geometry, streams[0], weight[0]):
         parts = weights, biases
-        return block_diagonal_conv2d(streams, weight[0], bias and bias[0], parts=parts, **geometry.options)
+        return block_diagonal_conv2d(streams, weight[0], whole_of(bias), parts=parts, **geometry.options)
     return tuple(
         convolve(geometry, x, own_weight, own_bias, output_size, groups)
-        for x, own_weight, own_bias in zip(streams, weights, biases or [None] * len(streams), strict=True)
+        for x, own_weight, own_bias in zip(streams, weights, each, strict=True)
     )
 
 

@@ -172,7 +172,7 @@ class GroupMeans:
                 first[2].to(values.device),
             )
         offsets, numbers, wholes = found
-        return _SegmentSums.apply(values, offsets, numbers) / wholes  # type: ignore[no-any-return]
+        return _SegmentSums.apply(values, offsets, numbers) / wholes
 
 
 class _SegmentSums(torch.autograd.Function):

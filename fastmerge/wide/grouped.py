@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.wide.convolve import convolve, convolve_streams
-from fastmerge.wide.weights import Weight, own
+from fastmerge.wide.weights import Weight, own, whole_of
 
 
 class GroupedLayer(nn.Module):
@@ -44,7 +44,7 @@ class GroupedLayer(nn.Module):
         weight, bias = own(self, weight, bias)
         if len(values) == 1:
             groups = self.num_teachers * self.groups
-            return (convolve(self.geometry, values[0], weight[0], bias and bias[0], output_size, groups),)
+            return (convolve(self.geometry, values[0], weight[0], whole_of(bias), output_size, groups),)
         return convolve_streams(self.geometry, values, weight, bias, output_size, self.groups)
 
     def extra_repr(self) -> str:

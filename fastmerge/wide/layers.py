@@ -25,7 +25,7 @@ from fastmerge.channels.layer_calls import Geometry
 from fastmerge.compaction import set_data
 from fastmerge.wide.convolve import convolve, convolve_streams
 from fastmerge.wide.streams import split_streams
-from fastmerge.wide.weights import Weight, own
+from fastmerge.wide.weights import Weight, own, whole_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class WideLayer(nn.Module):
             return self._block_diagonal(values, weight, bias, output_size, join)
         dim = self.geometry.channel_dim
         x = values[0] if len(values) == 1 else torch.cat(list(values), dim)
-        out = convolve(self.geometry, x, weight[0], bias and bias[0], output_size)
+        out = convolve(self.geometry, x, weight[0], whole_of(bias), output_size)
         if join or not self.wiring.writes_streams:
             return (out,)
         return split_streams(out, self.num_teachers, dim)
@@ -154,7 +154,7 @@ class WideLayer(nn.Module):
         self, values: Sequence[Tensor], weight: Weight, bias: Weight | None, output_size: Any, join: bool
     ) -> tuple[Tensor, ...]:
         if len(values) == 1 and join and self.geometry.kind != "linear":
-            return (convolve(self.geometry, values[0], weight[0], bias and bias[0], output_size, self.num_teachers),)
+            return (convolve(self.geometry, values[0], weight[0], whole_of(bias), output_size, self.num_teachers),)
         outputs = convolve_streams(self.geometry, self._streams(values), weight, bias, output_size)
         return (torch.cat(outputs, self.geometry.channel_dim),) if join else outputs
 

@@ -50,6 +50,11 @@ def own(layer: Any, weight: Weight | None, bias: Weight | None) -> tuple[Weight,
     return (layer.weight,), None if layer.bias is None else (layer.bias,)
 
 
+def whole_of(weight: Weight | None) -> Tensor | None:
+    """All teachers' weight or bias in one tensor, or None for None."""
+    return None if weight is None else weight[0]
+
+
 def parts_of(weight: Weight, count: int) -> Sequence[Tensor]:
     """Each teacher's part of a handed out weight."""
     return weight[1:] if len(weight) > 1 else weight[0].chunk(count)
