@@ -1,7 +1,7 @@
 """Weights handed out to all layers at once: in autocast's dtype, and cut into the teachers'.
 
 Each layer by itself would launch a cast for every weight and stream, and backward another and a concatenation. Together
-these are one operation over all tensors forward and one backward.
+these are one operation over all tensors forward and one backward, when all gradients are there.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ def hand_out_weights(tensors: Sequence[Tensor], parts: Sequence[int]) -> tuple[W
         Per tensor itself, cast where autocast would, and its parts. Where something must follow each layer (compilers,
         torch.func, DistributedDataParallel, which sends gradients while others are computed) it is the tensor alone.
     """
+    if _is_followed():
+        return tuple((t,) for t in tensors)
     dtype = _autocast_dtype(tensors[0].device.type) if tensors else None
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     cuts = tuple(count if learns else 1 for count in parts)
     casts = tuple(dtype is not None and t.dtype != dtype and t.dtype in _CAST for t in tensors)
-    if _is_followed() or not (any(casts) or any(count > 1 for count in cuts)):
+    if not any(casts) and all(count == 1 for count in cuts):
         return tuple((t,) for t in tensors)
     found = iter(_HandOut.apply(dtype, casts, cuts, *tensors))
     handed = []
@@ -68,8 +70,9 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def _is_followed() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return is_traced() or distributed or forward_ad._current_level >= 0
+    if is_traced():
+        return True
+    return (torch.distributed.is_available() and torch.distributed.is_initialized()) or forward_ad._current_level >= 0
 
 
 class _HandOut(torch.autograd.Function):
