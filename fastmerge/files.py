@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
     A reader of ``path`` sees the old file or the whole new one, even after a power cut: what was written is on the disk
     before it gets its name. Where the block or the disk fails, ``path`` stays as it was. The directory is made if
     missing.
+
+    Raises:
+        OSError: There is something else than a regular file at ``path``, such as a link or a device; it is left alone.
     """
     path = Path(path)
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise OSError(f"{path} is no regular file and is not replaced; remove it, or choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 import killed_merge
 from fastmerge import merge
 from fastmerge.evaluation import Tally
+from fastmerge.files import atomic
 from fastmerge.resuming.snapshots import Snapshots, read_snapshot
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from full_disk import files_of_at_most
@@ -154,16 +156,34 @@ def replace(path: Path) -> None:
 
 def age(path: Path) -> None:
     content = path.read_bytes()
-    old, new = b'"version":"1"', b'"version":"9"'
+    old, new = b'"version":"2"', b'"version":"9"'
     assert old in content
     path.write_bytes(content.replace(old, new))
+
+
+def rename(path: Path) -> None:
+    """One bit of a tensor's name."""
+    path.write_bytes(path.read_bytes().replace(b'weight":{"dtype"', b'weighu":{"dtype"', 1))
+
+
+def retype(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
+
+
+def reshape(path: Path) -> None:
+    content = path.read_bytes()
+    shape = re.search(rb'"shape":\[(\d+),(\d+)\]', content)
+    path.write_bytes(content.replace(shape[0], b'"shape":[%s,%s]' % (shape[2], shape[1]), 1))
 
 
 DAMAGES = [
     (truncate, "is damaged"),
     (flip, "its checksum does not fit its content"),
     (replace, "is no checkpoint of a fastmerge run"),
-    (age, "is of version 9 of the format, and this fastmerge reads up to 1"),
+    (age, "is of version 9 of the format, and this fastmerge reads version 2"),
+    (rename, "its checksum does not fit its content"),
+    (retype, "its checksum does not fit its content"),
+    (reshape, "its checksum does not fit its content"),
 ]
 
 
@@ -202,6 +222,48 @@ def test_bad_checkpoints_take_no_place_of_good_ones_and_half_written_ones_go(int
         assert Snapshots(snapshots.directory, options).load()["step"] == state["step"]
     assert not half_written.exists()
     assert others.exists()
+
+
+def test_no_bit_of_the_header_matters_without_being_noticed(tmp_path):
+    snapshots, state = Snapshots(tmp_path, {"lr": 0.1}), {"n": 3, "weight": torch.arange(6.0).view(2, 3)}
+    snapshots.save(state)
+    (file,), messages = snapshots.files(), []
+    whole = file.read_bytes()
+    for bit in range(0, 8 * (len(whole) - 24), 7):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        try:
+            _, found = read_snapshot(file)
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            assert found["n"] == state["n"]
+            assert torch.equal(found["weight"], state["weight"])
+    assert len(messages) > 100
+    assert all(message.startswith(f"{file} ") for message in messages)
+
+
+def test_after_the_millionth_checkpoint_comes_the_next(tmp_path):
+    snapshots = Snapshots(tmp_path, {})
+    snapshots.save({"n": 0})
+    snapshots.files()[0].rename(tmp_path / "999998.safetensors")
+    for number in range(1, 5):
+        snapshots.save({"n": number})
+        assert Snapshots(tmp_path, {}).load() == {"n": number}
+    assert [path.stem for path in snapshots.files()] == ["1000001", "1000002"]
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    file, link = tmp_path / "mine", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(file)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (link, tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match=f"{path} is no regular file and is not replaced"), atomic(path):
+            raise AssertionError
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "pipe"]
 
 
 def test_a_safetensors_file_that_only_claims_the_format_is_refused(tmp_path):

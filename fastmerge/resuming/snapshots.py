@@ -19,7 +19,7 @@ from fastmerge.files import atomic
 from fastmerge.resuming.nested_state import pack, unpack
 
 FORMAT = "fastmerge checkpoint"
-VERSION = 1
+VERSION = 2
 _KEPT = 2
 _HEADER = "run"
 
@@ -42,7 +42,8 @@ class Snapshots:
 
     def files(self) -> list[Path]:
         """Those there are, the newest last."""
-        return sorted(path for path in self.directory.glob("*.safetensors") if path.stem.isdecimal())
+        found = (path for path in self.directory.glob("*.safetensors") if path.stem.isdecimal())
+        return sorted(found, key=lambda path: int(path.stem))
 
     def save(self, state: dict[str, Any]) -> None:
         """Writes a checkpoint and removes the last good one but two; those that :meth:`load` passed over stay.
@@ -122,7 +123,7 @@ def read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a checkpoint: (header, state), tensors on the CPU.
 
     Raises:
-        ValueError: It is damaged, not one of fastmerge's, or of a later version; the message names it.
+        ValueError: It is damaged, not one of fastmerge's, or of another version; the message names it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -135,8 +136,8 @@ def read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     version = metadata.get("version", "")
     if metadata.get("format") != FORMAT or not version.isdecimal():
         raise ValueError(f"{path} is no checkpoint of a fastmerge run")
-    if int(version) > VERSION:  # before the checksum, which later versions may make otherwise
-        raise ValueError(f"{path} is of version {version} of the format, and this fastmerge reads up to {VERSION}")
+    if int(version) != VERSION:  # before the checksum, which other versions make otherwise
+        raise ValueError(f"{path} is of version {version} of the format, and this fastmerge reads version {VERSION}")
     if metadata.get("checksum") != _checksum(metadata.get(_HEADER, ""), tensors):
         raise ValueError(f"{path} is damaged (its checksum does not fit its content)")
     header = json.loads(metadata[_HEADER])
@@ -145,8 +146,9 @@ def read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
     total = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 
