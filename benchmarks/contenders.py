@@ -19,6 +19,7 @@ from benchmarks.race import Contender
 from benchmarks.roofline import measure_ceilings
 from benchmarks.steps import GraphedTraining, Step
 
+_SETTLED = 3  # steps
 _CAPTURED = 5  # the call of a graphed step by which it is
 
 
@@ -48,7 +49,8 @@ def makers(case: Case) -> dict[str, Callable[[], Contender]]:
 def contender(case: Case, networks: Sequence[nn.Module], dense: bool, compiled: bool = False) -> Contender:
     """A training step of some networks, with what it moves, computes and keeps."""
     step = Step(case, networks, compiled)
-    step()  # momentum and, when compiled, code are there before memory is measured
+    for _ in range(_SETTLED):  # momentum, code and the choice of convolutions are there before memory is measured
+        step()
     return _contender(case, step, dense, describe(step))
 
 

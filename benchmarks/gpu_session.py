@@ -43,6 +43,7 @@ LEAST = 5.0  # with less left, no part is begun
 GRACE = 6.0  # kept at the end, for the last files
 TRIES = 4  # of a part that dies each time of something else
 ARCHIVE = 14 * 2**20  # bytes of the archive at most
+_WRITTEN = 2**22  # bytes of a file in a part's own folder that goes into the archive
 _LOG = 2**18  # bytes of a log's beginning, and of its end, that are kept
 SECONDS = {"first": 530.0, "second": 230.0, "full": 1500.0}
 # Makes the kernel end a child together with its parent, then becomes the child: ctypes' call is lost by no exec.
@@ -152,7 +153,8 @@ class Job:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(1)
         self._signal(signal.SIGKILL)
-        self.child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it
+            self.child.wait(5)
         self._reader.join(2)  # longer only if a process that left the group holds the pipe
         return code
 
@@ -278,7 +280,8 @@ class Session:
         write_whole(self.out / "summary.txt", text.encode() + b"\n")
         logs = self.logs | {job.part.name: self.logs.get(job.part.name, b"") + job.log for job in self.running}
         files = {f"{name}.log": content for name, content in logs.items()}
-        files |= {path.name: path.read_bytes() for path in self.journals if path.exists()}
+        written = [path for path in self.folder.rglob("*") if path.is_file() and path.stat().st_size < _WRITTEN]
+        files |= {str(path.relative_to(self.folder)): path.read_bytes() for path in written}
         write_whole(self.out / "session.tar.gz", packed(files))
         return text
 
@@ -304,8 +307,6 @@ def _environment(scratch: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": str(ROOT),
-        # Without it, cuBLAS refuses what tests of deterministic results compare with.
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "XDG_CACHE_HOME": str(scratch),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),

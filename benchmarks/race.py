@@ -31,6 +31,7 @@ from benchmarks.profiling import profiled
 LEAST_ROUNDS = 5
 ALONE = 5  # samples of a contender before the others have their turn
 RESERVE = 5.0  # seconds that are left at the end of a limited time
+_PROFILING = 2.0  # seconds to profile one
 _EVERY = 10.0  # seconds between two versions of the journal while turns are taken
 
 
@@ -105,6 +106,7 @@ def race(
         rounds = warmup = alone = 1
     own.prepare(effort.chosen(makers), rounds, warmup, alone)
     own.take_turns(rounds, principal)
+    own.profile_each()
     own.finish()
 
 
@@ -126,6 +128,11 @@ class Race:
         self.least = LEAST_ROUNDS
         self._kept = 0.0
 
+    @property
+    def reserve(self) -> float:
+        """Seconds that are kept for what comes after the turns."""
+        return RESERVE + _PROFILING * len(self.runners) * self.profile
+
     def prepare(self, makers: Mapping[str, Callable[[], Contender]], rounds: int, warmup: int, alone: int) -> None:
         """Makes, warms up and times one contender after the other."""
         for name, make in makers.items():
@@ -137,7 +144,7 @@ class Race:
             if begun > (1 if self.effort.careful else 0):
                 self.results[name] = {"error": before.get("error", "it ended the process")}
                 continue
-            needed = RESERVE + min(self.effort.seconds, rounds * sum(self.seconds.values()))
+            needed = self.reserve + min(self.effort.seconds, rounds * sum(self.seconds.values()))
             if self.effort.left < needed:
                 self.results[name] = {"unavailable": "no time was left to make it"}
                 continue
@@ -174,27 +181,18 @@ class Race:
         self.runners[name] = contender
         result |= {**contender.facts, "process": os.getpid()}
         self._settle(name, self.samples[name], paired=False)
-        try:
-            if self.profile:
-                self.keep()
-                contender.before()
-                result["profile"] = profiled(contender.step)
-        except Exception as error:
-            del self.runners[name]
-            return "failed", self._failed(name, error)
-        finally:
-            self.samples[name] = []
+        self.samples[name] = []
         if self.effort.careful:
             result["convolutions"] = "cuDNN's alone"
         del result["begun"]
-        median = statistics.median(result["samples"])
-        return "passed", f"{1e3 * median:.3f} ms" + _queue(result)
+        queued = f", queued in {1e3 * result['queue_seconds']:.3f} ms" if "queue_seconds" in result else ""
+        return "passed", f"{1e3 * statistics.median(result['samples']):.3f} ms{queued}"
 
     def take_turns(self, rounds: int, principal: str | None) -> None:
         """Times all of them in turn."""
         self.least = min(LEAST_ROUNDS, rounds)
         turn = sum(self.seconds.values())
-        seconds = min(self.effort.seconds, self.effort.left - RESERVE)
+        seconds = min(self.effort.seconds, self.effort.left - self.reserve)
         if turn * rounds > seconds:
             rounds = max(self.least, int(seconds / turn))
         last = principal if principal in self.runners else [*self.runners][-1]
@@ -218,6 +216,20 @@ class Race:
         finally:  # an interrupted race keeps its samples
             self.keep()
             events.rest()
+
+    def profile_each(self) -> None:
+        """Profiles a step of each on a GPU: last, since launches may be slower once a profiler was there."""
+        for name, contender in self.runners.items() if self.profile else ():
+            if self.effort.left < _PROFILING:
+                break
+            events.watch()
+            contender.before()
+            try:
+                self.results[name]["profile"] = profiled(contender.step)
+            except Exception as error:
+                self.results[name]["profile_error"] = f"{type(error).__name__}: {error}"[:500]
+            self.keep()
+        events.rest()
 
     def finish(self) -> None:
         """Checks what has come out; raises where something is wrong."""
@@ -284,12 +296,3 @@ class Race:
         if self.effort.journal.path is None:
             pytest.exit(f"the CUDA context is lost after {title}", returncode=events.DEAD)
         os._exit(events.DEAD)
-
-
-def _queue(result: Mapping[str, Any]) -> str:
-    if "queue_seconds" not in result:
-        return ""
-    text = f", queued in {1e3 * result['queue_seconds']:.3f} ms"
-    if "profile" in result:
-        text += f", {result['profile']['kernels']} kernels in {1e3 * result['profile']['busy_seconds']:.3f} ms"
-    return text

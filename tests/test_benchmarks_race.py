@@ -240,9 +240,7 @@ def test_on_a_gpu_times_are_of_the_device_and_a_lost_context_ends_the_process(
     def leave(code: int) -> None:
         raise Death(code)
 
-    profile = {"busy_seconds": 0.5, "kernels": 7, "launches": 8, "top": []}
     monkeypatch.setattr(torch.cuda, "synchronize", synchronise)
-    monkeypatch.setattr(racing, "profiled", lambda step: profile)
     monkeypatch.setattr(os, "_exit", leave)
     benchmark, journal = new_benchmark(), tmp_path / "journal.json"
     makers = {"a": lambda: Contender(lambda: time.sleep(0.001)), "b": illegal, "c": lambda: Contender(lambda: None)}
@@ -252,8 +250,28 @@ def test_on_a_gpu_times_are_of_the_device_and_a_lost_context_ends_the_process(
     a, b = kept["extra_info"]["contenders"].values()
     assert min(a["samples"]) >= 0.011
     assert 0.001 <= a["queue_seconds"] < 0.01
-    assert a["profile"] == profile
     assert b == {"begun": 1, "error": "RuntimeError: CUDA error: an illegal memory access was encountered"}
+
+
+def test_steps_are_profiled_when_all_turns_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def profiled(step: Callable[[], object]) -> dict[str, int]:
+        step()
+        order.append("profiled")
+        if order.count("profiled") == 1:
+            raise RuntimeError("no profiler")
+        return {"kernels": 7}
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(racing, "profiled", profiled)
+    benchmark = new_benchmark()
+    makers = {name: lambda name=name: Contender(lambda: order.append(name)) for name in "ab"}
+    race(benchmark, makers, Effort(2), "cuda", warmup=1, alone=1)
+    assert order == [*"aabb", *"abab", "a", "profiled", "b", "profiled"]
+    a, b = benchmark.extra_info["contenders"].values()
+    assert a["profile_error"] == "RuntimeError: no profiler"
+    assert b["profile"] == {"kernels": 7}
 
 
 def test_contenders_are_compared_within_a_process_where_there_is_one() -> None:
