@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 from fastmerge.kernels.block_conv.arithmetic import arithmetic
-from fastmerge.kernels.block_conv.choice import run_beside_each_other
+from fastmerge.kernels.block_conv.choice import compile_beside_each_other
 from fastmerge.kernels.block_conv.formulas import LiveBlocks
 from fastmerge.kernels.block_conv.tiles import tiles, weight_tiles
 from torch import Tensor
@@ -45,7 +45,7 @@ def every_tile(
 
         found.append(("dw", weight_tile.name, weight_gradient))
     if given.weight.is_cuda:
-        run_beside_each_other([run for _, _, run in found])
+        compile_beside_each_other([run for _, _, run in found])
     yield from found
 
 

@@ -42,7 +42,7 @@ def test_candidates_run_and_nothing_is_kept(own_cache: Path) -> None:
     assert not list(own_cache.rglob("*.json"))
 
 
-def test_a_case_takes_a_step_before_linking_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_takes_steps_before_linking_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     linked = []
     step = compile_kernels.Step.__call__
 
@@ -52,7 +52,7 @@ def test_a_case_takes_a_step_before_linking_and_after(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(compile_kernels.Step, "__call__", counted)
     compile_kernels.compile_case(Case("lenet", 4, 28))
-    assert linked == [False, True]
+    assert linked == [False, False, True, True]
 
 
 def test_a_case_that_cannot_run_does_not_stop_the_others(

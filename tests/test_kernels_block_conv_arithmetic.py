@@ -14,7 +14,7 @@ from fastmerge.kernels.block_conv.formulas import live_blocks
 from fastmerge.kernels.block_conv.problem import Problem
 
 from block_conv_checks import Case, operands
-from block_conv_choices import no_choices  # noqa: F401
+from block_conv_choices import measuring_at_once, no_choices  # noqa: F401
 
 CASE = Case(2, 1, 5, 6, 16, 32, 3, 1)
 
@@ -68,15 +68,15 @@ def set_tf32(allowed: bool) -> mock._patch[bool]:
 @pytest.mark.parametrize(("measured", "now"), [(True, False), (False, True)])
 @pytest.mark.usefixtures("no_choices")
 def test_a_winner_in_tf32_is_none_in_float32(measured: bool, now: bool) -> None:
-    given = operands(CASE, torch.float32)
-    problem = Problem(2, CASE.geometry)
-    timing = {"_timer": lambda run: 1.0, "_prepare": len, "_stored": False, "_measuring": True}
+    case = Case(2, 1, 4, 4, 8, 64, 1, 1)
+    given = operands(case, torch.float32)
+    problem = Problem(2, case.geometry)
     stand_in = mock.patch.object(
-        passes, "_triton_forward", side_effect=lambda *args: passes.cudnn.split_forward(*args[:-1])
+        passes, "_triton_forward", side_effect=lambda *args, tile: passes.cudnn.split_forward(*args)
     )
     seen = []
     for allowed in (measured, measured, now):
-        with mock.patch.multiple(choices, **timing), stand_in, set_tf32(allowed):
+        with measuring_at_once(), stand_in, set_tf32(allowed):
             passes.forward(problem, given.xs, given.weight, given.bias)
         seen.append([row["key"] for row in choices.table()])
     assert len(seen[0]) == 1
@@ -95,5 +95,5 @@ def test_keys_tell_apart_what_runs_differently() -> None:
     masks[2][2:4, 0] = True
     problems = [Problem(1, CASE.geometry, live_blocks(mask)) for mask in masks]
     problems += [Problem(1, CASE.geometry), Problem(1, CASE.geometry, channels_last=False)]
-    keys = {problem.key("forward", [x], x.shape, (64, 64, 3, 3), torch.float16) for problem in problems}
+    keys = {problem.key("forward", False, x.shape, (64, 64, 3, 3), torch.float16, x.device) for problem in problems}
     assert len(keys) == len(problems)

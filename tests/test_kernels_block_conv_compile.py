@@ -114,7 +114,7 @@ def compile_wgrad(
         {f"x{i}": descriptor(dtype, *box_dims(box, samples, tile.columns)) for i in range(geometry.stride[0] ** 2)}
         | {"dy": descriptor(dtype, *box_dims(box, samples, tile.rows)), "dw_ptr": sums}
         | ({"rows_ptr": "*i32", "columns_ptr": "*i32"} if block[0] else {})
-        | dict.fromkeys(["split_stride", "row_stride", "read_channels", *module._UNSPECIALIZED], "i32")
+        | dict.fromkeys(module._UNSPECIALIZED, "i32")
     )
     constants = module.wgrad_constants(geometry, tile, box, block, arithmetic)
     return compile_with(module.wgrad_kernel, arguments, constants, capability, tile, module._UNSPECIALIZED)
@@ -255,22 +255,33 @@ def test_weight_gradient_without_tensor_cores() -> None:
     check_ieee(compile_wgrad(THREE[1], tile, box=(16, 1, 1), dtype="fp32", arithmetic="float32"))
 
 
+def test_sums_are_written_by_vectors_whatever_the_channels() -> None:
+    """24 channels as well as 32: nothing is known of them but that they are a multiple of 8."""
+    tile = weight_tiles(64, 64, 3)[0]
+    stores = re.findall(r"st\.global(?:\.v\d)?\.b32", compile_wgrad(THREE[1], tile).ptx)
+    assert stores
+    assert set(stores) <= {"st.global.v2.b32", "st.global.v4.b32"}
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("block", [(0, 0), (64, 64)])
 def test_reduction(capability: int, block: tuple[int, int]) -> None:
     from fastmerge.kernels.block_conv import wgrad_triton as module
 
-    arguments = {"sums_ptr": "*fp32", "dw_ptr": "*bf16"} | dict.fromkeys(
-        ["splits", "split_stride", "row_stride", "read_channels", "row_elements", "block_elements"], "i32"
-    )
-    constants: dict[str, Any] = {"WRITE_BLOCK": block[0], "READ_BLOCK": block[1], "BLOCK": module.REDUCE_BLOCK}
+    arguments = {"sums_ptr": "*fp32", "dw_ptr": "*bf16"} | dict.fromkeys(module._REDUCE_UNSPECIALIZED, "i32")
+    constants = module.reduce_constants(THREE[1], block, 8)
     lists = ["rows_ptr", "columns_ptr"]
     if block[0]:
         arguments |= dict.fromkeys(lists, "*i32")
     else:
         constants |= dict.fromkeys(lists)
-    compiled = compile_offline(module.reduce_kernel, arguments, constants, capability)
+    compiled = compile_offline(
+        module.reduce_kernel, arguments, constants, capability, unaligned=module._REDUCE_UNSPECIALIZED
+    )
     assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
+    # Several partial sums on their way at a time; in whole vectors, where they lie as the weight does.
+    vector = "" if block[0] else r"\.v4"
+    assert len(re.findall(rf"ld\.global{vector}\.b32", compiled.ptx)) >= 4
 
 
 def test_ampere() -> None:

@@ -14,7 +14,6 @@ import torch.utils._pytree as pytree
 from fastmerge.kernels.block_conv import (
     block_diagonal_conv2d,
     block_sparse_conv2d,
-    conv2d,
     cudnn,
     grouped_conv2d,
     live_blocks,
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from block_conv_checks import Case, Operands, compare, contiguous, contiguous_slices, operands, random_mask
-from block_conv_choices import as_on_a_gpu, no_choices  # noqa: F401
+from block_conv_choices import as_on_a_gpu, measuring_at_once, no_choices, through_the_operation  # noqa: F401
 from interpreter import interpreted
 
 pytest.importorskip("triton")
@@ -116,12 +115,12 @@ def sparse(case: Case, mask: Tensor) -> Function:
 
 def check(function: Function, given: Operands, xs: list[Tensor], dys: list[Tensor], choice: str) -> None:
     """Every gradient of a candidate, laid out as plain PyTorch lays it out."""
-    with mock.patch.object(conv2d, "worth_an_operation", return_value=False):
+    with through_the_operation(False):
         plain = differentiate(function, given, xs, dys)
     with (
         fixed_choice(choice),
-        mock.patch.object(conv2d, "worth_an_operation", return_value=True),
-        mock.patch.object(ops, "block_conv", side_effect=ops.block_conv) as operation,
+        through_the_operation(),
+        mock.patch.object(passes, "forward", side_effect=passes.forward) as operation,
     ):
         assert differentiate(function, given, xs, dys) == plain
     assert operation.called
@@ -222,7 +221,8 @@ def test_cudnn_is_given_contiguous_tensors_as_they_are() -> None:
         function = getattr(cudnn, name)
 
         def run(*args: Any) -> Tensor:
-            seen.extend(arg.is_contiguous() for arg in args if isinstance(arg, Tensor) and arg.dim() == 4)
+            tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4]
+            seen.extend(t.is_contiguous() for t in tensors if t.untyped_storage().nbytes() > t.element_size())
             return function(*args)
 
         return run
@@ -231,11 +231,12 @@ def test_cudnn_is_given_contiguous_tensors_as_they_are() -> None:
     names = ("_convolution", "_convolution_backward")
     with (
         mock.patch.multiple(cudnn, **{name: spy(name) for name in names}),
-        mock.patch.object(conv2d, "worth_an_operation", return_value=True),
+        through_the_operation(),
         fixed_choice("split"),
     ):
         differentiate(diagonal(CASE), given, xs, dys)
-    assert len(seen) == 2 * 2 + 2 * 2 * 3
+    # The input gradient is given no input.
+    assert len(seen) == 2 * 2 + 2 * 2 + 2 * 3
     assert all(seen)
 
 
@@ -253,15 +254,15 @@ def test_changing_the_layout_is_part_of_what_is_timed(channels_last: bool) -> No
 
 
 def test_a_gradient_seen_everywhere_is_measured_as_a_whole_one() -> None:
-    given = operands(CASE, torch.float32)
+    case = Case(2, 1, 4, 5, 64, 16, 1, 1)
+    given = operands(case, torch.float32)
     dys = [torch.ones(()).expand(dy.shape) for dy in given.dys]
-    timing = {"_timer": lambda run: 1.0, "_prepare": len, "_stored": False, "_measuring": True}
     stand_in = mock.patch.object(
-        passes, "_triton_input_gradient", side_effect=lambda *args: cudnn.split_input_gradient(*args[:-1])
+        passes, "_triton_input_gradient", side_effect=lambda *args, tile: cudnn.split_input_gradient(*args)
     )
-    with mock.patch.multiple(choices, **timing), stand_in:
+    with measuring_at_once(), stand_in:
         for channels_last in (True, False):
-            problem = Problem(2, CASE.geometry, channels_last=channels_last)
+            problem = Problem(2, case.geometry, channels_last=channels_last)
             passes.input_gradient(problem, dys, given.weight, given.xs[0].shape)
     assert len(choices.table()) == 2
 
@@ -285,6 +286,6 @@ def test_compiled_gradients_of_contiguous_tensors() -> None:
 def test_plain_pytorch_for_a_channels_last_weight_on_contiguous_inputs() -> None:
     given = operands(CASE, torch.float32)
     weight = given.weight.contiguous(memory_format=torch.channels_last)
-    with fixed_choice("triton"), mock.patch.object(ops, "block_conv", side_effect=AssertionError):
+    with fixed_choice("triton"), mock.patch.object(passes, "forward", side_effect=AssertionError):
         ys = block_diagonal_conv2d(contiguous(given.xs), weight, padding=1)
     torch.testing.assert_close(ys[0], F.conv2d(given.xs[0], weight[:16], padding=1))

@@ -20,10 +20,12 @@ from fastmerge.kernels.block_conv import (
     passes,
 )
 from fastmerge.kernels.block_conv.choice import Measurement, choices, fixed_choice
+from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask
-from block_conv_choices import as_on_a_gpu, no_choices  # noqa: F401
+from block_conv_choices import as_on_a_gpu, measuring_at_once, no_choices, through_the_operation  # noqa: F401
 from interpreter import INTERPRETING, interpreted
 
 pytest.importorskip("triton")
@@ -34,6 +36,8 @@ pytestmark = [
 ]
 
 CASE = Case(2, 2, 5, 6, 16, 32, 3, 1)
+# Channels enough for tiles that race.
+WIDE = Case(2, 1, 5, 6, 64, 64, 3, 1)
 BLOCKS = Case(1, 1, 5, 6, 32, 32, 3, 2)
 STEPS = ("forward", "input_gradient", "weight_gradient")
 # On a CPU, PyTorch sums convolutions of float16 in float16.
@@ -62,7 +66,7 @@ def grouped(xs: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("choice", ["triton", "split", "groups"])
 def test_every_gradient_of_each_candidate(choice: str) -> None:
     given = operands(CASE, DTYPES[choice])
-    with fixed_choice(choice), mock.patch.object(conv2d, "worth_an_operation", return_value=True):
+    with fixed_choice(choice), through_the_operation():
         differentiate(diagonal, given, given.xs, given.dys)
         differentiate(grouped, given, joined(given.xs), joined(given.dys))
 
@@ -76,7 +80,7 @@ def live(mask: Tensor) -> Any:
 def test_every_gradient_of_live_blocks(choice: str) -> None:
     mask = random_mask(2, 2, "empty row")
     given = operands(BLOCKS, DTYPES[choice], mask=mask)
-    with fixed_choice(choice), mock.patch.object(conv2d, "worth_an_operation", return_value=True):
+    with fixed_choice(choice), through_the_operation():
         differentiate(live(mask), given, given.xs, given.dys)
 
 
@@ -102,13 +106,13 @@ def test_only_what_is_asked_for() -> None:
     first, second, weight = given.xs[0].clone().requires_grad_(), given.xs[1], given.weight.clone()
     with fixed_choice("triton"):
         ys = block_diagonal_conv2d([first, second], weight, padding=1)
-        with mock.patch.object(ops, "block_conv_weight_gradient") as weight_gradient:
+        with mock.patch.object(passes, "weight_gradient") as weight_gradient:
             (dx,) = torch.autograd.grad(ys[0], first, given.dys[0])
         assert not weight_gradient.called
         torch.testing.assert_close(dx.double(), given.expected["dx"][0], rtol=2e-3, atol=2e-2)
         weight.requires_grad_()
         ys = block_diagonal_conv2d([x.detach() for x in given.xs], weight, padding=1)
-        with mock.patch.object(ops, "block_conv_input_gradient") as input_gradient:
+        with mock.patch.object(passes, "input_gradient") as input_gradient:
             (dw,) = torch.autograd.grad(ys[1], weight, given.dys[1])
         assert not input_gradient.called
         assert (dw[:32] == 0).all()
@@ -118,11 +122,76 @@ def test_only_what_is_asked_for() -> None:
 def test_differentiable_once() -> None:
     given = operands(CASE, torch.float16)
     weight = given.weight.requires_grad_()
-    with mock.patch.object(conv2d, "worth_an_operation", return_value=True):
+    with through_the_operation():
         (y, _) = block_diagonal_conv2d([x.requires_grad_() for x in given.xs], weight, padding=1)
     (dw,) = torch.autograd.grad(y.float().pow(2).sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         dw.sum().backward()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["diagonal", "sparse"])
+def test_a_settled_choice_is_one_look_into_a_dictionary(sparse: bool) -> None:
+    """No key is written and no candidate listed, in any pass; another choice is found out anew."""
+    mask = random_mask(2, 2, "diagonal")
+    given = operands(BLOCKS, torch.bfloat16, mask=mask) if sparse else operands(WIDE, torch.bfloat16)
+    function = live(mask) if sparse else diagonal
+    with through_the_operation(), measuring_at_once(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no kernel can run here
+        differentiate(function, given, given.xs, given.dys)
+    choices.learn("another layer", Measurement("split"))
+    with through_the_operation():
+        differentiate(function, given, given.xs, given.dys)
+        forbidden = mock.Mock(side_effect=AssertionError)
+        with (
+            mock.patch.object(Problem, "key", forbidden),
+            mock.patch.multiple(passes, tiles=forbidden, weight_tiles=forbidden),
+            mock.patch.object(conv2d, "refusal", forbidden),
+        ):
+            differentiate(function, given, given.xs, given.dys)
+            with fixed_choice("split"), pytest.raises(AssertionError):
+                function(given.xs, given.weight, given.bias)
+
+
+def test_operators_are_for_tracers_alone() -> None:
+    given = operands(CASE, torch.bfloat16)
+
+    def ran() -> list[str]:
+        names: list[str] = []
+
+        def spy(name: str) -> Any:
+            function = getattr(ops, name)
+            return lambda *args: names.append(name) or function(*args)
+
+        operators = ("block_conv", "block_conv_input_gradient", "block_conv_weight_gradient")
+        with through_the_operation(), mock.patch.multiple(ops, **{name: spy(name) for name in operators}):
+            differentiate(diagonal, given, given.xs, given.dys)
+        return names
+
+    assert not ran()
+    with FlopCounterMode(display=False):  # anything that looks at operations
+        assert len(ran()) == 3
+
+
+def test_cudnns_input_gradient_needs_no_input() -> None:
+    """Neither memory of its size nor its values; only shape and layout are looked at."""
+    seen = []
+
+    def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, *options: Any) -> Any:
+        seen.append(x.untyped_storage().nbytes())
+        return torch.ops.aten.convolution_backward(dy, x, weight, *options)
+
+    for channels_last in (True, False):
+        given = operands(CASE, torch.bfloat16)
+        problem = Problem(2, CASE.geometry, channels_last=channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        dys = [dy.contiguous(memory_format=layout) for dy in given.dys]
+        with mock.patch.object(cudnn, "_convolution_backward", convolution_backward):
+            dxs = cudnn.split_input_gradient(problem, dys, given.weight, given.xs[0].shape)
+            joined_dx = cudnn.grouped_input_gradient(problem, torch.cat(dys, 1), given.weight, (2, 32, 5, 6))
+        compare("dx", dxs, given)
+        compare("dx", [joined_dx], given)
+        assert all(dx.is_contiguous(memory_format=layout) for dx in dxs)
+    assert max(seen) <= 8
 
 
 @interpreted
@@ -154,7 +223,7 @@ def test_opcheck_of_live_blocks() -> None:
 
 def test_nothing_measured_is_plain_pytorch() -> None:
     given = operands(CASE, torch.float16)
-    with mock.patch.object(ops, "block_conv", side_effect=AssertionError):
+    with mock.patch.object(passes, "forward", side_effect=AssertionError):
         ys = diagonal(given.xs, given.weight, given.bias)
     assert torch.equal(ys[1], F.conv2d(given.xs[1], given.weight[32:], given.bias[32:], padding=1))
 
@@ -166,9 +235,9 @@ def test_each_pass_runs_its_own_winner(winner: str, sparse: bool) -> None:
     ran: list[str] = []
 
     def stand_in(name: str, twin: Any) -> Any:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             ran.append(name)
-            return twin(*args)
+            return twin(*args, **options)
 
         return run
 
@@ -178,18 +247,18 @@ def test_each_pass_runs_its_own_winner(winner: str, sparse: bool) -> None:
         return 1.0 if ran[before:] == [winner] else 2.0
 
     mask = random_mask(2, 2, "diagonal")
-    given = operands(BLOCKS, torch.bfloat16, mask=mask) if sparse else operands(CASE, torch.bfloat16)
+    given = operands(BLOCKS, torch.bfloat16, mask=mask) if sparse else operands(WIDE, torch.bfloat16)
     function = live(mask) if sparse else diagonal
     stand_ins = {
-        "_triton_forward": stand_in("forward", lambda *args: cudnn.split_forward(*args[:-1])),
-        "_triton_input_gradient": stand_in("input gradient", lambda *args: cudnn.split_input_gradient(*args[:-1])),
+        "_triton_forward": stand_in("forward", lambda *args, tile: cudnn.split_forward(*args)),
+        "_triton_input_gradient": stand_in("input gradient", lambda *args, tile: cudnn.split_input_gradient(*args)),
         "_triton_weight_gradient": stand_in(
-            "weight gradient", lambda *args: [cudnn.split_weight_gradient(*args[:-1], given.weight.shape)]
+            "weight gradient", lambda *args, tile: [cudnn.split_weight_gradient(*args)]
         ),
     }
     with (
         mock.patch.multiple(passes, **stand_ins),
-        mock.patch.multiple(choices, _timer=timer, _prepare=len, _stored=False, _measuring=True),
+        measuring_at_once(timer),
     ):
         differentiate(function, given, given.xs, given.dys)
         choices.set_measuring(False)
@@ -225,8 +294,8 @@ def passes_of_cudnn(given: Operands) -> list[str]:
 @pytest.mark.parametrize(("groups", "way"), [(2, "split"), (4, "split"), (5, "grouped"), (16, "grouped")])
 def test_a_pass_that_was_never_measured_runs_groups_where_there_are_many(groups: int, way: str) -> None:
     given = operands(Case(groups, 1, 4, 4, 8, 8, 3, 1), torch.bfloat16)
-    choices._known["another layer"] = Measurement("triton")
-    with mock.patch.object(conv2d, "worth_an_operation", return_value=True):
+    choices.learn("another layer", Measurement("triton"))
+    with through_the_operation():
         assert passes_of_cudnn(given) == [f"{way}_{step}" for step in STEPS]
 
 
@@ -235,7 +304,7 @@ def test_the_winner_runs_for_joined_streams_too(winner: str, expected: list[str]
     """Plain PyTorch is cuDNN's groups there, so where these win no operation is needed."""
     given = operands(Case(2, 1, 4, 4, 16, 16, 3, 1), torch.bfloat16)
     with (
-        mock.patch.multiple(choices, _timer=lambda run: 1.0, _prepare=len, _stored=False, _measuring=True),
+        measuring_at_once(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # no kernel can run here
@@ -243,7 +312,8 @@ def test_the_winner_runs_for_joined_streams_too(winner: str, expected: list[str]
     measured = choices.table()
     assert len(measured) == 3
     assert all({"split", "groups"} <= row["milliseconds"].keys() for row in measured)
-    choices._known.update({row["key"]: Measurement(winner) for row in measured})
+    for row in measured:
+        choices.learn(row["key"], Measurement(winner))
     assert passes_of_cudnn(given) == expected
 
 
@@ -255,10 +325,10 @@ def test_a_fixed_choice_holds_for_joined_streams() -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="the kernels run there")
 def test_measuring_leaves_the_random_numbers_alone() -> None:
-    given = operands(CASE, torch.float16)
+    given = operands(WIDE, torch.float16)
     state = torch.get_rng_state()
     with (
-        mock.patch.multiple(choices, _timer=lambda run: 1.0, _prepare=len, _stored=False, _measuring=True),
+        measuring_at_once(),
         # There is no GPU here that ran the kernels.
         pytest.warns(RuntimeWarning, match="is not used"),
     ):
@@ -273,7 +343,7 @@ def test_autocast_casts_as_conv2d_does(dtype: torch.dtype) -> None:
     results = []
     for worth in (True, False):
         with (
-            mock.patch.object(conv2d, "worth_an_operation", return_value=worth),
+            through_the_operation(worth),
             torch.autocast("cpu", dtype=torch.bfloat16),
         ):
             ys = diagonal(leaves[:2], leaves[2], leaves[3])
@@ -327,7 +397,7 @@ def test_transformations_take_plain_pytorch() -> None:
     given = operands(CASE, torch.float16)
     with (
         fixed_choice("triton"),
-        mock.patch.object(ops, "block_conv", side_effect=AssertionError),
+        mock.patch.object(passes, "forward", side_effect=AssertionError),
     ):
         gradient = torch.func.grad(lambda w: diagonal(given.xs, w, given.bias)[0].float().sum())(given.weight)
         assert gradient.shape == given.weight.shape

@@ -25,6 +25,7 @@ def test_gather(word: str, index: torch.dtype, capability: int, aligned: bool) -
         gather_triton.gather_constants(index),
         capability,
         aligned=aligned,
+        unaligned=gather_triton._UNSPECIALIZED,
     )
     assert (compiled.stack_bytes, compiled.spill_bytes) == (0, 0)
     assert compiled.registers <= 128  # four blocks of 128 threads on a multiprocessor at the least

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from fastmerge.kernels.block_conv import ops
+from fastmerge.kernels.block_conv.choice import choices
 from fastmerge.kernels.block_conv.formulas import (
     Geometry,
     LiveBlocks,
@@ -163,27 +164,54 @@ def _fused(
     groups: int,
     geometry: Geometry,
     live: LiveBlocks | None = None,
-) -> list[Tensor] | None:
-    """The outputs by way of the operation that chooses an implementation, or None where plain PyTorch is the choice."""
+) -> Sequence[Tensor] | None:
+    """The outputs by way of what chooses an implementation, or None where plain PyTorch is the choice."""
     given = [*xs, weight] if bias is None else [*xs, weight, bias]
-    # Custom operators know nothing of torch.func's transformations. Dynamo can't ask; there the operator itself raises.
+    # Neither way knows anything of torch.func's transformations. Dynamo can't ask; there the operator itself raises.
     compiling = torch.compiler.is_compiling()
     if not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
         return None
     dtype = _computing_dtype(given)
-    blocks = None if live is None else live.block(weight.shape)
-    if dtype is None or refusal(xs, weight, geometry, dtype, groups, blocks) is not None:
+    if dtype is None:
         return None
     channels_last = lies_channels_last(xs[0])
+    problem = Problem(groups, geometry, live, channels_last)
     if not compiling:
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        problem = Problem(groups, geometry, live, channels_last)
         if not worth_an_operation(problem, xs, weight, dtype, differentiated):
             return None
+    direct = ops.runs_direct(given)
+    if not _takes(xs, weight, geometry, dtype, groups, live, direct):
+        return None
+    xs = tuple(x.to(dtype) for x in xs)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if direct:
+        return cast(Sequence[Tensor], ops.BlockConv.apply(problem, weight, bias, *xs))
     options = (list(pair) for pair in geometry.options)
-    ys = ops.block_conv([x.to(dtype) for x in xs], weight, bias, groups, *options, list(live or ()), channels_last)
-    return cast(list[Tensor], ys)
+    return cast(
+        Sequence[Tensor], ops.block_conv(list(xs), weight, bias, groups, *options, list(live or ()), channels_last)
+    )
+
+
+def _takes(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    groups: int,
+    live: LiveBlocks | None,
+    remember: bool,
+) -> bool:
+    """Whether the Triton kernels can take a convolution, found out once for each shape and layout of its tensors."""
+    blocks = None if live is None else live.block(weight.shape)
+    if not remember:
+        return refusal(xs, weight, geometry, dtype, groups, blocks) is None
+    call = (geometry, dtype, groups, blocks, weight.device, *((t.shape, t.stride(), t.dtype) for t in (*xs, weight)))
+    taken: bool | None = choices.remembered(call)
+    if taken is None:
+        taken = refusal(xs, weight, geometry, dtype, groups, blocks) is None
+        choices.remember(call, taken)
+    return taken
 
 
 def _computing_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:

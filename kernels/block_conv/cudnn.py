@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from fastmerge.kernels.block_conv.formulas import masked_weight
-from fastmerge.kernels.block_conv.layouts import empty_laid_out
+from fastmerge.kernels.block_conv.layouts import empty_laid_out, laid_out
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 
@@ -29,11 +29,11 @@ def split_forward(problem: Problem, xs: Sequence[Tensor], weight: Tensor, bias: 
 
 def split_input_gradient(problem: Problem, dys: Sequence[Tensor], weight: Tensor, size: Sequence[int]) -> list[Tensor]:
     """The gradients of the inputs, one stream after another: T tensors of this size, or one joined one."""
-    # Of the input it needs no more than shape and layout.
-    x = empty_laid_out(dys[0], (size[0], weight.shape[1], *size[2:]), problem.channels_last)
+    x = _unread(dys[0], (size[0], weight.shape[1], *size[2:]))
+    weight = laid_out(_dense(problem, weight), problem.channels_last)
     parts = [
         _backward(problem, dy, x, w, 1, 0)
-        for dy, w in zip(_each(dys, problem), _dense(problem, weight).chunk(problem.groups), strict=True)
+        for dy, w in zip(_each(dys, problem), weight.chunk(problem.groups), strict=True)
     ]
     return _like_given(parts, dys)
 
@@ -58,8 +58,8 @@ def grouped_forward(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | 
 
 def grouped_input_gradient(problem: Problem, dy: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
     """The gradient of the joined input, of this size."""
-    x = empty_laid_out(dy, size, problem.channels_last)
-    return _backward(problem, dy, x, weight, problem.groups, 0)
+    x = _unread(dy, size)
+    return _backward(problem, dy, x, laid_out(weight, problem.channels_last), problem.groups, 0)
 
 
 def grouped_weight_gradient(problem: Problem, dy: Tensor, x: Tensor, weight_size: Sequence[int]) -> Tensor:
@@ -71,6 +71,14 @@ def grouped_weight_gradient(problem: Problem, dy: Tensor, x: Tensor, weight_size
 def _backward(problem: Problem, dy: Tensor, x: Tensor, weight: Tensor, groups: int, which: int) -> Tensor:
     wanted = [which == 0, which == 1, False]
     return _convolution_backward(dy, x, weight, None, *problem.geometry.options, False, [0, 0], groups, wanted)[which]
+
+
+def _unread(like: Tensor, size: Sequence[int]) -> Tensor:
+    """An input whose shape alone is looked at, without memory of its size.
+
+    PyTorch runs cuDNN channels-last where input or weight is, so that it is the weight's layout that says so.
+    """
+    return like.new_empty(()).expand(tuple(size))
 
 
 def _each(tensors: Sequence[Tensor], problem: Problem) -> Sequence[Tensor]:

@@ -9,16 +9,24 @@ Dims: T streams, N batch, C input channels, K output channels (of one stream), H
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.boxes_triton import launches, weight_box
+from fastmerge.kernels.block_conv.choice import only_compiles
 from fastmerge.kernels.block_conv.correlate_triton import correlate_constants, correlate_kernel
 from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
 from fastmerge.kernels.block_conv.layouts import dense_weight, empty_channels_last, turned_weight
 from fastmerge.kernels.block_conv.tiles import Tile, WeightTile, box_of, line_of
-from fastmerge.kernels.block_conv.wgrad_triton import REDUCE_BLOCK, reduce_kernel, wgrad_constants, wgrad_kernel
+from fastmerge.kernels.block_conv.wgrad_triton import (
+    REDUCE_BLOCK,
+    reduce_constants,
+    reduce_kernel,
+    wgrad_constants,
+    wgrad_kernel,
+)
 from torch import Tensor
 
 
@@ -103,7 +111,9 @@ def _correlate(
         rows = slice(part.start * weight_rows, part.stop * weight_rows)
         programs = channel_tiles * counts[0] * counts[1] * counts[2] * x.count * (stride**2 if gradient else 1)
         with torch.cuda.device_of(reads[0]):
-            correlate_kernel[(programs,)](
+            _launch(
+                correlate_kernel,
+                (programs,),
                 *x.boxes(box, tile.read, tile.samples, 1 if gradient else stride),
                 weight_box(weight[rows], x.count, *weight_channels),
                 *y.boxes(box, tile.written, tile.samples, stride if gradient else 1),
@@ -161,7 +171,8 @@ def weight_gradient(
     boxes = counts[0] * counts[1] * counts[2]
     k_tiles, c_tiles = triton.cdiv(block[0] or outputs, tile.rows), triton.cdiv(block[1] or channels, tile.columns)
     taps = kernel_h * (1 if tile.row_of_taps else kernel_w)
-    constants = wgrad_constants(geometry, tile, box, block, kind)
+    vector = 16 // dw.element_size()
+    constants = wgrad_constants(geometry, tile, box, block, kind, vector)
     row_stride = kernel_h * kernel_w * channels
     lists = (None, None) if live is None else (live.rows, live.columns)
     for part, (x, dy) in launches(groups, xs, dys):
@@ -172,14 +183,16 @@ def weight_gradient(
         out = dw[part.start * outputs : part.stop * outputs]
         sums = out if splits == 1 else torch.empty((splits, out.numel()), dtype=torch.float32, device=dw.device)
         with torch.cuda.device_of(dw):
-            wgrad_kernel[(k_tiles * c_tiles * taps * parts * splits,)](
+            _launch(
+                wgrad_kernel,
+                (k_tiles * c_tiles * taps * parts * splits,),
                 *x.boxes(box, tile.columns, box[0] > 1, geometry.stride[0]),
                 *dy.boxes(box, tile.rows, box[0] > 1)[:1],
                 sums,
                 *lists,
-                out.numel(),
-                row_stride,
-                channels,
+                out.numel() // vector,
+                row_stride // vector,
+                channels // vector,
                 outputs,
                 k_tiles,
                 c_tiles,
@@ -195,21 +208,25 @@ def weight_gradient(
             )
             if splits > 1:
                 elements = out.numel() if live is None else block[0] * block[1] * kernel_h * kernel_w
-                reduce_kernel[(triton.cdiv(elements, REDUCE_BLOCK), 1 if live is None else parts)](
+                _launch(
+                    reduce_kernel,
+                    (triton.cdiv(elements, REDUCE_BLOCK), 1 if live is None else parts),
                     sums,
                     out,
                     *lists,
                     splits,
-                    out.numel(),
-                    row_stride,
-                    channels,
-                    block[1] * kernel_h * kernel_w,
-                    elements,
-                    WRITE_BLOCK=block[0],
-                    READ_BLOCK=block[1],
-                    BLOCK=REDUCE_BLOCK,
+                    out.numel() // vector,
+                    row_stride // vector,
+                    channels // vector,
+                    elements // vector,
+                    **reduce_constants(geometry, block, vector),
                 )
     return dw
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches a kernel, or compiles it only where that is all that is wanted."""
+    kernel.run(*arguments, grid=grid, warmup=only_compiles(), **constants)
 
 
 def split(boxes: int, programs: int, wanted: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""The block convolution as operations of PyTorch: what autograd and torch.compile see.
+"""The block convolution as an operation of PyTorch: what autograd and torch.compile see.
 
-The operations choose their implementation when they run (``choice``), so a compiled graph holds no choice that
-another card or shape would have to take back.
+There are two ways to the same passes. torch.compile and other tracers see custom operators. They choose their implementation
+when they run (``choice``), so a compiled graph holds no choice that another card or shape would have to take back. Plain eager
+calls go through an ``autograd.Function``, which costs the CPU a fraction.
 
 Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel, L live blocks.
 """
@@ -17,6 +18,40 @@ from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
 from fastmerge.kernels.block_conv.layouts import empty_laid_out
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def runs_direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing traces a call of these tensors, so that no custom operator is needed."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+class BlockConv(torch.autograd.Function):
+    """All passes without the operators: of a problem, weight, bias or None, and T inputs or one joined one."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, weight: Tensor, bias: Tensor | None, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.problem, ctx.size, ctx.has_bias = problem, xs[0].shape, bias is not None
+        # The weight gradient alone needs the inputs.
+        ctx.save_for_backward(weight, *(xs if ctx.needs_input_grad[1] else ()))
+        return tuple(passes.forward(problem, xs, weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *xs = ctx.saved_tensors
+        _, needs_weight, needs_bias, *needs_xs = ctx.needs_input_grad
+        dxs: Sequence[Tensor | None] = [None] * len(dys)
+        dweight = dbias = None
+        if any(needs_xs):
+            dxs = passes.input_gradient(ctx.problem, dys, weight, ctx.size)
+        if needs_weight:
+            dweight = passes.weight_gradient(ctx.problem, dys, xs, weight.shape)
+        if ctx.has_bias and needs_bias:
+            dbias = torch.cat([dy.sum((0, 2, 3)) for dy in dys])
+        return None, dweight, dbias, *dxs
 
 
 def _problem(

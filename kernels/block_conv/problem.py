@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from fastmerge.kernels.block_conv.arithmetic import arithmetic
 from fastmerge.kernels.block_conv.formulas import Geometry, LiveBlocks
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,32 @@ class Problem:
         return None if self.live is None else self.live.block(weight_size)
 
     def key(
-        self, step: str, given: Sequence[Tensor], size: Sequence[int], weight_size: Sequence[int], dtype: torch.dtype
+        self,
+        step: str,
+        joined: bool,
+        size: Sequence[int],
+        weight_size: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> str:
         """Card, pass, arithmetic, shapes and layout, as text: what a measured choice holds for.
 
         Args:
             step: name of the pass.
-            given: inputs or output gradients, T or joined.
+            joined: whether there is one tensor for all streams.
             size: of an input, (N, C, H, W) or (N, T·C, H, W).
             weight_size: (T·K, C, R, S).
             dtype: that it computes in.
+            device: that it runs on.
         """
         n, _, height, width = size
         outputs, channels, *kernel = weight_size
         (stride, _), padding, dilation = self.geometry.options
         live = "" if self.live is None else f", {len(self.live.rows)} of {_pair(self.live.mask.shape)} blocks"
-        streams = "joined" if len(given) < self.groups else "streams"
+        streams = "joined" if joined else "streams"
         layout = "channels-last" if self.channels_last else "contiguous"
         return (
-            f"{_card(given[0].device)} | {step} {arithmetic(dtype)} | {self.groups} {streams}{live} | "
+            f"{_card(device)} | {step} {arithmetic(dtype)} | {self.groups} {streams}{live} | "
             f"{n}x{channels}x{height}x{width} {layout} to {outputs // self.groups}, kernel {_pair(kernel)}, stride {stride}, "
             f"padding {_pair(padding)}, dilation {_pair(dilation)}"
         )

@@ -6,7 +6,7 @@ TF32, which tensor cores don't multiply; the tests hold it to that. Names of ari
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fastmerge.kernels.block_conv.arithmetic import IEEE, TF32
@@ -31,6 +31,16 @@ class Tile:
     warps: int
     stages: int
     samples: bool = False
+
+    @property
+    def narrow(self) -> bool:
+        """Whether most of tensor cores' work is in vain, so that it wins no race."""
+        return self.written < _LEAST_RACED
+
+    @property
+    def traffic(self) -> float:
+        """Elements fetched per product, see :func:`_traffic`."""
+        return _traffic(self.positions, self.written, self.stages, self.positions * self.written)
 
     @property
     def name(self) -> str:
@@ -60,20 +70,43 @@ class WeightTile:
     stages: int
 
     @property
+    def narrow(self) -> bool:
+        """As for :class:`Tile`."""
+        return self.columns < _LEAST_RACED
+
+    @property
+    def traffic(self) -> float:
+        """Elements fetched per product, see :func:`_traffic`."""
+        taps = 3 if self.row_of_taps else 1
+        return _traffic(self.rows, taps * self.columns, self.stages, self.rows * taps * self.columns)
+
+    @property
     def name(self) -> str:
         taps = "x3" if self.row_of_taps else ""
         return f"triton {self.rows}x{self.columns}{taps} p{self.programs} w{self.warps} s{self.stages}"
 
 
+def _traffic(left: int, right: int, stages: int, products: int) -> float:
+    """Elements of a step's two operands per product: what a kernel costs that waits for the L2 cache.
+
+    40 % more where a single program fits on a multiprocessor, whose first fetches and last writes nothing hides.
+    """
+    alone = 2 * (left + right) * _ROW_BYTES * stages > _SHARED_BYTES
+    return (left + right) / products * (1.4 if alone else 1.0)
+
+
+_SHARED_BYTES, _ROW_BYTES = 227 * 1024, 128
+# Narrower tiles are there for live blocks, and for whoever fixes the choice.
+_LEAST_RACED = 64
 # positions, written channels, warps, stages
 _TILES = (
     (128, 256, 8, 3),
     (256, 128, 8, 3),
     (128, 128, 8, 4),
-    (128, 128, 4, 4),
-    (64, 128, 4, 4),
+    (128, 128, 4, 3),
+    (64, 128, 4, 3),
     (256, 64, 8, 4),
-    (128, 64, 4, 4),
+    (128, 64, 4, 3),
     (64, 64, 4, 4),
     (256, 32, 8, 4),
     (128, 32, 4, 4),
@@ -156,6 +189,39 @@ def weight_tiles(
         and min(columns_most, most) // 2 <= columns <= columns_most
         and (kernel_columns == 3 or not row_of_taps)
     )
+
+
+def by_traffic(found: Iterable[Tile], batch: int, height: int, width: int, channels: int) -> list[Tile]:
+    """Tiles with the one that is likely to be the fastest first: the least traffic, what is computed in vain included.
+
+    Args:
+        found: to be sorted.
+        batch: N of the tensor that is written.
+        height: its H.
+        width: its W.
+        channels: its channels, in one stream.
+    """
+
+    def cost(tile: Tile) -> tuple[float, bool]:
+        n, h, w = (tile.positions, 1, 1) if tile.samples else box_of(tile.positions, batch, height, width)
+        boxes = -(-batch // n) * -(-height // h) * -(-width // w)
+        return boxes * tile.positions * _multiple_of(tile.written, channels) * tile.traffic, tile.samples
+
+    return sorted(found, key=cost)
+
+
+def weights_by_traffic(found: Iterable[WeightTile], read_channels: int, written_channels: int) -> list[WeightTile]:
+    """Likewise of the weight gradient's tiles; channels as for :func:`weight_tiles`."""
+
+    def cost(tile: WeightTile) -> float:
+        rows, columns = _multiple_of(tile.rows, written_channels), _multiple_of(tile.columns, read_channels)
+        return rows * columns * tile.traffic
+
+    return sorted(found, key=cost)
+
+
+def _multiple_of(step: int, size: int) -> int:
+    return -(-size // step) * step
 
 
 def box_of(positions: int, batch: int, height: int, width: int) -> tuple[int, int, int]:

@@ -22,7 +22,8 @@ from fastmerge.kernels.block_conv.boxes_triton import load_box, shared_constants
 from fastmerge.kernels.block_conv.formulas import Geometry
 from fastmerge.kernels.block_conv.tiles import WeightTile
 
-REDUCE_BLOCK = 1024  # elements of a program that adds up
+REDUCE_BLOCK = 256  # elements of a program that adds up
+_REDUCE_ROWS = 8  # partial sums that it has on their way at a time
 
 
 @triton.jit
@@ -39,8 +40,10 @@ def _store(dw_ptr, acc, k, c, rows, columns, row_stride):
     tl.store(dw_ptr + k.to(tl.int64) * row_stride + c, acc.to(dw_ptr.dtype.element_ty), inside)
 
 
-# Their values matter little, and each variant would be compiled by itself.
+# Their values matter little, and each variant would be compiled by itself. What the compiler should know of sizes is that
+# they are multiples of VECTOR, 16 bytes of the weight, and so they come in units of it.
 _UNSPECIALIZED = [
+    *("split_vectors", "row_vectors", "channel_vectors"),
     *("write_channels", "k_tiles", "c_tiles", "parts", "boxes", "boxes_per_split", "h_boxes", "w_boxes"),
     *("x_reversed", "dy_reversed"),
 ]
@@ -56,9 +59,9 @@ def wgrad_kernel(
     dw_ptr,
     rows_ptr,
     columns_ptr,
-    split_stride,
-    row_stride,
-    read_channels,
+    split_vectors,
+    row_vectors,
+    channel_vectors,
     write_channels,
     k_tiles,
     c_tiles,
@@ -85,10 +88,13 @@ def wgrad_kernel(
     ROW_OF_TAPS: tl.constexpr,
     WRITE_BLOCK: tl.constexpr,
     READ_BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     PIXELS: tl.constexpr = NB * HB * WB
+    row_stride = row_vectors * VECTOR
+    read_channels = channel_vectors * VECTOR
     # Programs that read the same boxes lie side by side in the launch.
     pid = tl.program_id(0)
     c = pid % c_tiles * BN
@@ -107,7 +113,7 @@ def wgrad_kernel(
     stream = part
     k_end = write_channels
     c_end = read_channels
-    dw_ptr += split.to(tl.int64) * split_stride
+    dw_ptr += split.to(tl.int64) * split_vectors * VECTOR
     if WRITE_BLOCK:
         stream = 0
         k += tl.load(rows_ptr + part) * WRITE_BLOCK
@@ -173,39 +179,45 @@ def wgrad_kernel(
         _store(dw_ptr + 2 * read_channels, acc2, k_offsets, c_offsets, k_end, c_end, row_stride)
 
 
-@triton.jit(do_not_specialize=["splits"])
+_REDUCE_UNSPECIALIZED = ["splits", "split_vectors", "row_vectors", "channel_vectors", "block_vectors"]
+
+
+@triton.jit(do_not_specialize=_REDUCE_UNSPECIALIZED)
 def reduce_kernel(
     sums_ptr,
     dw_ptr,
     rows_ptr,
     columns_ptr,
     splits,
-    split_stride,
-    row_stride,
-    read_channels,
-    row_elements,
-    block_elements,
+    split_vectors,
+    row_vectors,
+    channel_vectors,
+    block_vectors,
+    TAPS: tl.constexpr,
     WRITE_BLOCK: tl.constexpr,
     READ_BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < block_elements
+    inside = element < block_vectors * VECTOR
     offset = element.to(tl.int64)
     if WRITE_BLOCK:
         # Elements of a live block in the order (row, tap, column) of the weight.
-        row = element // row_elements
-        tap = element % row_elements // READ_BLOCK
+        row = element // (TAPS * READ_BLOCK)
+        tap = element % (TAPS * READ_BLOCK) // READ_BLOCK
         column = element % READ_BLOCK
         row += tl.load(rows_ptr + tl.program_id(1)) * WRITE_BLOCK
         column += tl.load(columns_ptr + tl.program_id(1)) * READ_BLOCK
-        offset = row.to(tl.int64) * row_stride + tap * read_channels + column
-    total = tl.zeros((BLOCK,), tl.float32)
-    sums_ptr += offset
-    for _ in range(splits):
-        total += tl.load(sums_ptr, inside, other=0.0)
-        sums_ptr += split_stride
-    tl.store(dw_ptr + offset, total.to(dw_ptr.dtype.element_ty), inside)
+        offset = row.to(tl.int64) * row_vectors * VECTOR + tap * channel_vectors * VECTOR + column
+    rows = tl.arange(0, ROWS)
+    partial_ptrs = sums_ptr + rows[:, None].to(tl.int64) * split_vectors * VECTOR + offset[None, :]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, splits, ROWS):
+        total += tl.load(partial_ptrs, (first + rows < splits)[:, None] & inside[None, :], other=0.0)
+        partial_ptrs += split_vectors.to(tl.int64) * ROWS * VECTOR
+    tl.store(dw_ptr + offset, tl.sum(total, 0).to(dw_ptr.dtype.element_ty), inside)
 
 
 def wgrad_constants(
@@ -214,6 +226,7 @@ def wgrad_constants(
     box: tuple[int, int, int],
     block: tuple[int, int] = (0, 0),
     arithmetic: str = "bfloat16",
+    vector: int = 8,
 ) -> dict[str, Any]:
     """The constexpr arguments of ``wgrad_kernel``; ``block`` is output and input channels of a live block, or 0."""
     return shared_constants(geometry, box, arithmetic) | {
@@ -223,4 +236,17 @@ def wgrad_constants(
         "ROW_OF_TAPS": tile.row_of_taps,
         "WRITE_BLOCK": block[0],
         "READ_BLOCK": block[1],
+        "VECTOR": vector,
+    }
+
+
+def reduce_constants(geometry: Geometry, block: tuple[int, int], vector: int) -> dict[str, Any]:
+    """The constexpr arguments of ``reduce_kernel``, likewise."""
+    return {
+        "TAPS": geometry.kernel[0] * geometry.kernel[1],
+        "WRITE_BLOCK": block[0],
+        "READ_BLOCK": block[1],
+        "VECTOR": vector,
+        "ROWS": _REDUCE_ROWS,
+        "BLOCK": REDUCE_BLOCK,
     }

@@ -18,7 +18,11 @@ _BLOCK = 1024
 _INT32_WORDS = 2**31 - 2 * _BLOCK
 
 
-@triton.jit
+# Each pass has its own: specialised, they would be compiled up to eight times within one compaction.
+_UNSPECIALIZED = ["first", "last"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def gather_kernel(
     source_ptr,
     target_ptr,
