@@ -14,8 +14,10 @@ from fastmerge.networks.lenet import LeNet, small_lenet
 from fastmerge.networks.resnet_cifar import ResNetCifar, resnet20
 from fastmerge.networks.sine_mlp import SineMLP
 from fastmerge.schedules import QuadraticLambda
+from fastmerge.training import stacked
 from fastmerge.training.stack import Stack
 from fastmerge.training.stacked import train
+from fastmerge.training.stacked_step import StackedStep
 from fastmerge.training.stage import Stage
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -164,6 +166,102 @@ def test_a_merge_stage_with_a_budget_equals_that_of_one_big_student(make):
         torch.testing.assert_close(
             trained[name], value, rtol=2e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+class Graphs:
+    """Runs again where a device would replay: results are written into the tensors of the capture.
+
+    Args:
+        stack: whose tensors are as before after a capture, in which nothing runs.
+    """
+
+    def __init__(self, stack: Stack, waits=(), error=None, loads=False) -> None:
+        self.stack, self.waits, self.error = stack, list(waits), error
+        self.captures = self.replays = 0
+
+    def aside(self, run):
+        return run()
+
+    def watched(self, run):
+        return run(), self.waits
+
+    def capture(self, run):
+        self.captures += 1
+        if self.error is not None:
+            raise self.error
+        state, drawn = copy.deepcopy(self.stack.kinds), torch.get_rng_state()
+        momentum = [copy.deepcopy(optimizer.buffers) for optimizer in self.optimizers]
+        results = [torch.empty_like(result) for result in run()]
+        torch.set_rng_state(drawn)
+        for kind, saved in zip(self.stack.kinds, state, strict=True):
+            for name, tensor in kind.items():
+                tensor.copy_(saved[name])
+        for optimizer, saved in zip(self.optimizers, momentum, strict=True):
+            for buffer, value in zip(optimizer.buffers, saved, strict=True):
+                buffer.copy_(value)
+
+        def replay():
+            self.replays += 1
+            for held, new in zip(results, run(), strict=True):
+                held.copy_(new)
+
+        return replay, results
+
+
+def trained_by_graph(big, lam, monkeypatch, **options):
+    """A stack of one big student after three epochs of 42 samples, its losses, and the stand-in for the device."""
+    data, stage, found = points(), Stage("merge", 3, 0.02, 8, F.mse_loss, milestones=(1,), gate_lr=0.2), []
+
+    class Step(StackedStep):
+        def __init__(self, *arguments) -> None:
+            graphs = None if options.get("eager") else Graphs(arguments[0], **options)
+            super().__init__(*arguments, graphs)
+            if graphs is not None:
+                graphs.optimizers = self.weights, self.gates
+            found.append(graphs)
+
+    monkeypatch.setattr(stacked, "StackedStep", Step)
+    stack, gates = Stack([big]), {name for name, _ in big.named_parameters() if name.startswith("gates.")}
+    torch.manual_seed(5)
+    training = stacked.StackTraining(stack, data, stage, generators(1), torch.Generator(), lam, gates)
+    losses = []
+    for record in training.epochs():
+        losses.append(record.loss.item())
+        if options.get("loads"):
+            training.load_state_dict(copy.deepcopy(training.state_dict()))
+    return stack, losses, found[0]
+
+
+@pytest.mark.parametrize(("budget", "loads"), [(False, False), (True, False), (True, True)])
+def test_a_graph_of_the_step_trains_as_the_step_does(budget, loads, monkeypatch):
+    """With a learning rate and a weight of the gates that change, a last batch of another size, and gates that are drawn."""
+    big = BigStudent(SineMLP(), SineMLP())
+    results = []
+    for options in ({"eager": True}, {}):
+        lam = GateBudget(18) if budget else QuadraticLambda(0.5, 1.0)
+        torch.manual_seed(0)
+        if loads:
+            options |= {"loads": True}
+        results.append(trained_by_graph(big, lam, monkeypatch, **options))
+    (eager, expected, _), (graphed, losses, graphs) = results
+    assert losses == expected
+    for name, value in eager.parameters.items():
+        assert torch.equal(graphed.parameters[name], value)
+    # Three epochs of five batches, and a sixth of another size; warmed up for three steps, at first or after loading.
+    assert (graphs.captures, graphs.replays) == ((3, 6) if loads else (1, 12))
+
+
+def test_a_step_that_can_not_be_captured_runs_without(monkeypatch):
+    big = BigStudent(SineMLP(), SineMLP())
+    with pytest.warns(UserWarning, match="run without: they wait for the device, at criterion.py:3"):
+        _, _, graphs = trained_by_graph(big, QuadraticLambda(0.5), monkeypatch, waits=["criterion.py:3"])
+    assert graphs.captures == 0
+    with pytest.warns(UserWarning, match="run without: operation not permitted"):
+        _, losses, graphs = trained_by_graph(
+            big, QuadraticLambda(0.5), monkeypatch, error=RuntimeError("operation not permitted")
+        )
+    assert (graphs.captures, graphs.replays) == (1, 0)
+    assert losses == trained_by_graph(big, QuadraticLambda(0.5), monkeypatch, eager=True)[1]
 
 
 def test_replicates_have_budgets_of_their_own():

@@ -2,12 +2,14 @@
 
 A training step written with ``torch.func`` spends most of its time in Python where networks are small: modules,
 ``vmap``, ``grad``. Traced once, the step is a few dozen ATen operations; calling those alone takes a fraction of the
-time, and gives the same numbers.
+time, and gives the same numbers. On a CUDA device they are captured as a graph, and one launch replays them all.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastmerge.merging.graphed_step import WARM_UP, CudaGraphs
 from fastmerge.training.split_convolutions import split_convolutions
 
 _aten = torch.ops.aten
@@ -49,6 +52,61 @@ def replayed(function: Callable[..., Sequence[Tensor]], *examples: Tensor, repli
         split_convolutions(module.graph, replicates)
     module.graph.lint()
     return _compile(module)
+
+
+class Graphed:
+    """A function of tensors that becomes a CUDA graph, for the shapes of its first call; it runs as it is for others.
+
+    The first calls run as they are, on a stream of their own. The last of them is watched: what waits for the device is not
+    captured. Each replay copies the arguments into the graph's own tensors.
+
+    Args:
+        function: Takes tensors, returns a sequence of tensors, and finds all others that it reads or changes where they were.
+        graphs: How to capture.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], graphs: CudaGraphs) -> None:
+        self._function, self._graphs = function, graphs
+        self._shapes: list[torch.Size] | None = None
+        self._possible = True
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called where tensors that the function finds by itself have been replaced."""
+        self._calls = 0
+        self._replay: Callable[[], None] | None = None
+        self._held: list[Tensor] = []
+        self._results: Sequence[Tensor] = ()
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        shapes = [argument.shape for argument in arguments]
+        self._shapes = self._shapes or shapes
+        if not self._possible or shapes != self._shapes:
+            return tuple(self._function(*arguments))
+        if self._calls < WARM_UP:
+            self._calls += 1
+            run = partial(self._graphs.aside, partial(self._function, *arguments))
+            if self._calls < WARM_UP:
+                return tuple(run())
+            results, waits = self._graphs.watched(run)
+            if waits:
+                self._give_up(f"they wait for the device, at {waits[0]}")
+            return tuple(results)
+        if self._replay is None:
+            self._held = [argument.clone() for argument in arguments]
+            try:
+                self._replay, self._results = self._graphs.capture(partial(self._function, *self._held))
+            except RuntimeError as error:
+                self._give_up(str(error.__context__ or error))
+                return tuple(self._function(*arguments))
+        for held, argument in zip(self._held, arguments, strict=True):
+            held.copy_(argument)
+        self._replay()
+        return tuple(result.clone() for result in self._results)
+
+    def _give_up(self, reason: str) -> None:
+        self._possible = False
+        warnings.warn(f"stacked steps can't be captured as a CUDA graph and run without: {reason}", stacklevel=3)
 
 
 def _simplify(graph: fx.Graph) -> None:

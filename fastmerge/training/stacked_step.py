@@ -11,17 +11,31 @@ from torch.func import functional_call, grad, vmap
 from torch.optim.sgd import sgd
 
 from fastmerge.gate_budget import GateBudget, penalty
+from fastmerge.merging.graphed_step import CudaGraphs
 from fastmerge.schedules import QuadraticLambda
-from fastmerge.training.replay import replayed
+from fastmerge.training.replay import Graphed, replayed
 from fastmerge.training.stack import Stack
 from fastmerge.training.stage import Stage
 
 
 class StackedStep:
-    """One training step of all networks, traced once per size of batch."""
+    """One training step of all networks, traced once per size of batch; on a CUDA device replayed as a graph.
+
+    Args:
+        stack: The networks.
+        stage: How they are trained.
+        gates: Names of the gates' parameters.
+        lam: The weight of the gates, or None.
+        graphs: How to capture; None: as the device says. Tests give their own.
+    """
 
     def __init__(
-        self, stack: Stack, stage: Stage, gates: Collection[str], lam: QuadraticLambda | GateBudget | None
+        self,
+        stack: Stack,
+        stage: Stage,
+        gates: Collection[str],
+        lam: QuadraticLambda | GateBudget | None,
+        graphs: Any = None,
     ) -> None:
         self.stack, self.stage, self.lam = stack, stage, lam
         self.names = [*stack.parameters]
@@ -35,24 +49,42 @@ class StackedStep:
             big: Any = stack.skeleton
             lam.begin(big, open_means(stack))
         self.replays: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
+        if graphs is None and stack.device.type == "cuda":
+            graphs = CudaGraphs(stack.device)
+        self._graphed = None if graphs is None else Graphed(self._update, graphs)
+        self._momentum = self.weights.buffers, self.gates.buffers
 
     def start_epoch(self, lr: float) -> None:
-        self.weights.lr, self.gates.lr = lr, self.stage.gate_lr
+        """Sets the learning rates, and looks whether a checkpoint has replaced what a graph would find in its old place."""
+        self.rates: tuple[Any, ...] = lr, self.stage.gate_lr
+        if self._graphed is None:
+            return
+        self.rates = tuple(torch.full((), rate, device=self.stack.device) for rate in self.rates)
+        if self._momentum[0] is not self.weights.buffers or self._momentum[1] is not self.gates.buffers:
+            self._momentum = self.weights.buffers, self.gates.buffers
+            self._graphed.forget()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Updates all networks; returns their losses, and gate losses where there are gates, each (R,)."""
+        run = self._update if self._graphed is None else self._graphed
+        losses = run(inputs, targets, *self.rates, *self._weights())
+        if isinstance(self.lam, GateBudget):
+            *losses, open_now = losses
+            self.lam.step(open_now)
+        return tuple(losses)
+
+    def _update(
+        self, inputs: Tensor, targets: Tensor, lr: Tensor | float, gate_lr: Tensor | float, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        """All that happens on the device; returns losses, gate losses and, for a budget, P."""
         size = inputs.shape[1]
-        arguments = (*self.tensors, inputs, targets, *self._weights())
+        arguments = (*self.tensors, inputs, targets, *weights)
         if size not in self.replays:
             self.replays[size] = replayed(self._gradients(), *arguments, replicates=len(self.stack))
         results = self.replays[size](*arguments)
         count = len(self.names)
-        self.weights.step(results[:count])
-        self.gates.step(results[:count])
-        if isinstance(self.lam, GateBudget):
-            *losses, open_now = results[count:]
-            self.lam.step(open_now)
-            return tuple(losses)
+        self.weights.step(results[:count], lr)
+        self.gates.step(results[:count], gate_lr)
         return results[count:]
 
     def _weights(self) -> tuple[Tensor, ...]:
@@ -103,9 +135,9 @@ class _StackedSGD:
         self.indices = indices
         self.parameters = [parameters[index] for index in indices]
         self.buffers: list[Tensor | None] = [None] * len(indices)
-        self.lr, self.momentum, self.weight_decay = 0.0, momentum, weight_decay
+        self.momentum, self.weight_decay = momentum, weight_decay
 
-    def step(self, gradients: Sequence[Tensor]) -> None:
+    def step(self, gradients: Sequence[Tensor], lr: Tensor | float) -> None:
         if self.indices:
             sgd(
                 self.parameters,
@@ -114,7 +146,7 @@ class _StackedSGD:
                 fused=True,
                 weight_decay=self.weight_decay,
                 momentum=self.momentum,
-                lr=self.lr,
+                lr=lr,
                 dampening=0.0,
                 nesterov=False,
                 maximize=False,
