@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import fastmerge
+from fastmerge.data.dataset import Dataset
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, GraphedStep
 from fastmerge.merging.step import MergeStep, Weight
 from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
+from fastmerge.training.replay import Graphed
+from fastmerge.training.stack import Stack
+from fastmerge.training.stacked import train
+from fastmerge.training.stage import Stage
 from teachers import OPEN, set_gates
 
 pytestmark = pytest.mark.gpu
@@ -180,3 +185,20 @@ def test_work_goes_on_after_a_failed_capture() -> None:
     values = drawn.tolist()
     replay()
     assert drawn.tolist() != values
+
+
+def test_stacked_replicates_train_by_a_graph_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(64, 3, 16, 16, device=DEVICE)
+    data = Dataset(x, torch.randint(10, (64,), device=DEVICE), x, x)
+    stage = Stage("test", 4, 0.05, 16, F.cross_entropy, momentum=0.9)
+    networks, weights = teachers(), []
+    for captured in (True, False):
+        stack = Stack(networks)
+        with monkeypatch.context() as patch:
+            if not captured:
+                patch.setattr(Graphed, "__call__", lambda self, *arguments: tuple(self._function(*arguments)))
+            orders = [torch.Generator().manual_seed(seed) for seed in range(2)]
+            list(train(stack, data, stage, orders, torch.Generator(DEVICE)))
+        weights.append(stack.parameters)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)

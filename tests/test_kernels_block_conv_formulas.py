@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, formulas, grouped_conv2d
+from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, formulas, grouped_conv2d, passes
 from fastmerge.kernels.block_conv.formulas import Geometry, live_blocks, refusal
-from fastmerge.kernels.block_conv.tiles import box_of, line_of, tiles, weight_tiles
+from fastmerge.kernels.block_conv.problem import Problem
+from fastmerge.kernels.block_conv.tiles import box_of, by_traffic, line_of, tiles, weight_tiles, weights_by_traffic
 from torch import Tensor
 
 
@@ -251,3 +252,30 @@ def test_tiles_divide_live_blocks(blocks: tuple[int, int], arithmetic: str) -> N
     assert found
     assert all(blocks[0] % tile.written == 0 and blocks[1] % tile.read == 0 for tile in found)
     assert weight_tiles(512, 512, 3, blocks, arithmetic)
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "positions", "samples"), [(64, 56, 128, False), (128, 28, 128, False), (512, 7, 128, True)]
+)
+def test_the_first_tile_is_the_one_that_fetches_least(channels: int, side: int, positions: int, samples: bool) -> None:
+    """Two programs fit on a multiprocessor, and on images of 7 pixels nothing is computed in vain."""
+    first = by_traffic(tiles(channels, channels, 256), 256, side, side, channels)[0]
+    assert (first.positions, first.samples) == (positions, samples)
+    assert 2 * (first.positions + first.written) * 128 * first.stages <= 227 * 1024
+    weight = weights_by_traffic(weight_tiles(channels, channels, 3), channels, channels)
+    assert weight[0].columns >= 64
+    assert weight[0].traffic == min(tile.traffic for tile in weight if tile.columns >= 64)
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+def test_tiles_of_few_channels_race_for_live_blocks_alone(channels: int) -> None:
+    weight = (2 * channels, channels, 3, 3)
+    sizes = passes.Sizes(False, (128, channels, 8, 8), weight, torch.float16, torch.device("cuda"))
+    problem = Problem(2, THREE)
+    live = Problem(1, THREE, live_blocks(torch.eye(2).bool()))
+    for candidates in (passes._of_forward, passes._of_input_gradient, passes._of_weight_gradient):
+        found = candidates(problem, sizes)
+        assert any(candidate.races for name, candidate in found.items() if name != "split") == (channels >= 64)
+        assert len(found) > 1
+        halves = sizes._replace(weight=(channels, channels, 3, 3))
+        assert all(candidate.races for candidate in candidates(live, halves).values())

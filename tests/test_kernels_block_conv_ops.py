@@ -22,6 +22,7 @@ from fastmerge.kernels.block_conv import (
 from fastmerge.kernels.block_conv.choice import Measurement, choices, fixed_choice
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask
@@ -170,6 +171,15 @@ def test_operators_are_for_tracers_alone() -> None:
     assert not ran()
     with FlopCounterMode(display=False):  # anything that looks at operations
         assert len(ran()) == 3
+
+
+def test_traced_with_open_sizes() -> None:
+    given = operands(CASE, torch.bfloat16)
+    with fixed_choice("split"):
+        graph = make_fx(diagonal, tracing_mode="symbolic")(given.xs, given.weight, given.bias)
+        ys = graph([torch.cat([x, x]) for x in given.xs], given.weight, given.bias)
+    assert torch.equal(ys[0][2:], diagonal(given.xs, given.weight, given.bias)[0])
+    assert "fastmerge.block_conv" in graph.code
 
 
 def test_cudnns_input_gradient_needs_no_input() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,9 @@ class StackedStep:
         run = self._update if self._graphed is None else self._graphed
         losses = run(inputs, targets, *self.rates, *self._weights())
         if isinstance(self.lam, GateBudget):
-            *losses, open_now = losses
-            self.lam.step(open_now)
-        return tuple(losses)
+            self.lam.step(losses[-1])
+            return losses[:-1]
+        return losses
 
     def _update(
         self, inputs: Tensor, targets: Tensor, lr: Tensor | float, gate_lr: Tensor | float, *weights: Tensor
@@ -146,7 +146,7 @@ class _StackedSGD:
                 fused=True,
                 weight_decay=self.weight_decay,
                 momentum=self.momentum,
-                lr=lr,
+                lr=cast(float, lr),  # fused, it may be a tensor
                 dampening=0.0,
                 nesterov=False,
                 maximize=False,

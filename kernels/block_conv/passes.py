@@ -108,6 +108,8 @@ def worth_an_operation(
     """
     if choices.idle():
         return False
+    if not all(isinstance(size, int) for size in xs[0].shape):
+        return True  # traced with open sizes: the operation will choose when it runs
     sizes = Sizes(len(xs) < problem.groups, xs[0].shape, weight.shape, dtype, weight.device)
     call = (differentiated, *_call(problem, sizes))
     layer, worth = choices.remembered(call) or (None, True)

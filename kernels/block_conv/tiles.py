@@ -202,10 +202,13 @@ def by_traffic(found: Iterable[Tile], batch: int, height: int, width: int, chann
         channels: its channels, in one stream.
     """
 
-    def cost(tile: Tile) -> tuple[float, bool]:
-        n, h, w = (tile.positions, 1, 1) if tile.samples else box_of(tile.positions, batch, height, width)
+    def cost(tile: Tile) -> tuple[bool, float, bool]:
+        neighbours = box_of(tile.positions, batch, height, width)
+        n, h, w = (tile.positions, 1, 1) if tile.samples else neighbours
         boxes = -(-batch // n) * -(-height // h) * -(-width // w)
-        return boxes * tile.positions * _multiple_of(tile.written, channels) * tile.traffic, tile.samples
+        products = boxes * tile.positions * _multiple_of(tile.written, channels)
+        # Of the same samples as a box of neighbours, the compiler would copy them through registers.
+        return tile.narrow, products * tile.traffic, tile.samples != (neighbours[1:] == (1, 1))
 
     return sorted(found, key=cost)
 
@@ -213,9 +216,9 @@ def by_traffic(found: Iterable[Tile], batch: int, height: int, width: int, chann
 def weights_by_traffic(found: Iterable[WeightTile], read_channels: int, written_channels: int) -> list[WeightTile]:
     """Likewise of the weight gradient's tiles; channels as for :func:`weight_tiles`."""
 
-    def cost(tile: WeightTile) -> float:
+    def cost(tile: WeightTile) -> tuple[bool, float]:
         rows, columns = _multiple_of(tile.rows, written_channels), _multiple_of(tile.columns, read_channels)
-        return rows * columns * tile.traffic
+        return tile.narrow, rows * columns * tile.traffic
 
     return sorted(found, key=cost)
 

@@ -35,6 +35,19 @@ def _dot(dy_tile, x_tile, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _next_box(n, h, w, h_boxes, w_boxes, NB: tl.constexpr, HB: tl.constexpr, WB: tl.constexpr):
+    """Where the next box lies, without a division: rows and columns carry over as in an odometer."""
+    w += WB
+    over = w >= w_boxes * WB
+    w = tl.where(over, 0, w)
+    h += tl.where(over, HB, 0)
+    over = h >= h_boxes * HB
+    h = tl.where(over, 0, h)
+    n += tl.where(over, NB, 0)
+    return n, h, w
+
+
+@triton.jit
 def _store(dw_ptr, acc, k, c, rows, columns, row_stride):
     inside = (k < rows) & (c < columns)
     tl.store(dw_ptr + k.to(tl.int64) * row_stride + c, acc.to(dw_ptr.dtype.element_ty), inside)
@@ -131,15 +144,15 @@ def wgrad_kernel(
     acc2 = acc0
     first = split * boxes_per_split
     last = tl.minimum(first + boxes_per_split, boxes)
+    w = first % w_boxes * WB
+    h = first // w_boxes % h_boxes * HB
+    n = first // w_boxes // h_boxes * NB
     row_parity = (tap_row + PADDING_H) % STRIDE
     shift_h = (tap_row * DILATION_H - PADDING_H - row_parity) // STRIDE
     if ROW_OF_TAPS:
         for parity in tl.static_range(STRIDE):
             if row_parity == parity:
-                for step in tl.range(first, last):
-                    w = step % w_boxes * WB
-                    h = step // w_boxes % h_boxes * HB
-                    n = step // w_boxes // h_boxes * NB
+                for _ in tl.range(first, last):
                     dy_tile = load_box(dy, dy_stream, n, h, w, k, PIXELS, BM, SAMPLES)
                     even = x0 if parity == 0 else x2
                     odd = even if STRIDE == 1 else x1 if parity == 0 else x3
@@ -155,19 +168,18 @@ def wgrad_kernel(
                     acc1 = _dot(dy_tile, x_tile, acc1, PRECISION, UPCAST)
                     x_tile = load_box(odd if parity0 else even, x_stream, n, x_h, w2, c, PIXELS, BN, SAMPLES)
                     acc2 = _dot(dy_tile, x_tile, acc2, PRECISION, UPCAST)
+                    n, h, w = _next_box(n, h, w, h_boxes, w_boxes, NB, HB, WB)
     else:
         column_parity = (tap_column + PADDING_W) % STRIDE
         shift_w = (tap_column * DILATION_W - PADDING_W - column_parity) // STRIDE
         for lattice in tl.static_range(STRIDE * STRIDE):
             if row_parity * STRIDE + column_parity == lattice:
-                for step in tl.range(first, last):
-                    w = step % w_boxes * WB
-                    h = step // w_boxes % h_boxes * HB
-                    n = step // w_boxes // h_boxes * NB
+                for _ in tl.range(first, last):
                     dy_tile = load_box(dy, dy_stream, n, h, w, k, PIXELS, BM, SAMPLES)
                     x = x0 if lattice == 0 else x1 if lattice == 1 else x2 if lattice == 2 else x3
                     x_tile = load_box(x, x_stream, n, h + shift_h, w + shift_w, c, PIXELS, BN, SAMPLES)
                     acc0 = _dot(dy_tile, x_tile, acc0, PRECISION, UPCAST)
+                    n, h, w = _next_box(n, h, w, h_boxes, w_boxes, NB, HB, WB)
 
     taps = tap_row * KERNEL_W + tap_column
     k_offsets = k + tl.arange(0, BM)[:, None]
