@@ -85,6 +85,20 @@ def test_momentum_starts_from_zero_where_the_first_step_overflows() -> None:
     assert torch.equal(*weights)
 
 
+def test_momentum_of_another_layout_is_laid_out_as_its_parameter() -> None:
+    weights = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        values, momentum = torch.arange(2.0 * 48).view(2, 4, 3, 2, 2)
+        weight = torch.nn.Parameter(values.contiguous(memory_format=layout))
+        optimizer = SGD([weight], 0.1, 0.9)
+        optimizer.state[weight]["momentum_buffer"] = momentum.contiguous()
+        weight.grad = torch.ones_like(weight)
+        with _capturable([optimizer]):
+            optimizer.step()
+        weights.append(weight)
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize(
     "waits",
     [lambda x: x.sum().item(), lambda x: x * torch.tensor(2.0), lambda x: x[x > 0], lambda x: bool(x.sum() > 0)],

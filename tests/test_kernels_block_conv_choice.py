@@ -185,17 +185,20 @@ def test_an_error_that_cuda_does_not_recover_from_names_its_candidate() -> None:
 
 
 @pytest.mark.parametrize("asked", [True, None])
-def test_processes_do_not_choose_apart(asked: bool | None) -> None:
+def test_processes_do_not_choose_apart(asked: bool | None, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(split=2.0, triton_a=1.0)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     bench.pick(bench.choices())
     bench.ran.clear()
     choices = bench.choices(asked)
-    with mock.patch.multiple(torch.distributed, is_initialized=lambda: True, get_world_size=lambda: 2):
+    several = mock.patch.multiple(torch.distributed, is_initialized=lambda: True, get_world_size=lambda: 2)
+    with several, caplog.at_level("INFO", "fastmerge"):
         assert bench.pick(choices, "another layer") == SPLIT
         # What one process measured before holds.
         assert bench.pick(choices) == "triton_a"
     assert not bench.ran
+    (message,) = caplog.messages
+    assert "not timed in runs of several processes" in message
 
 
 def test_times_are_the_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:

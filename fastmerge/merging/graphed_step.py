@@ -253,16 +253,20 @@ def _start_anew(step: MergeStep) -> None:
             optimizer.__dict__.pop(name, None)
 
 
-def _zero_momentum(optimizer: SGD) -> None:
-    """Gives every parameter the momentum that it starts from.
+def _prepare_momentum(optimizer: SGD) -> None:
+    """Gives every parameter the momentum that it starts from, laid out as it is itself.
 
     Fused SGD makes uninitialised buffers in its first step and counts on this step to write them; a step that the scaler
-    skips does not.
+    skips does not. It also takes buffers for laid out as parameters are, which a checkpoint's may not be.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
-            if parameter.requires_grad and optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if not parameter.requires_grad:
+                continue
+            buffer = optimizer.state[parameter].get("momentum_buffer")
+            if buffer is None or buffer.stride() != parameter.stride():
+                laid_out = torch.zeros_like(parameter)
+                optimizer.state[parameter]["momentum_buffer"] = laid_out if buffer is None else laid_out.copy_(buffer)
 
 
 @contextmanager
@@ -280,7 +284,7 @@ def _capturable(optimizers: list[Optimizer]) -> Iterator[list[Tensor]]:
                 group["fused"], group["foreach"] = True, False
                 optimizer._step_supports_amp_scaling = True
         if type(optimizer) is SGD:
-            _zero_momentum(optimizer)
+            _prepare_momentum(optimizer)
     try:
         yield rates
     finally:

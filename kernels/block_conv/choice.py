@@ -179,7 +179,12 @@ class Choices:
             wanted = torch.backends.cudnn.benchmark and not deterministic
         else:
             wanted = self._measuring
-        return wanted and not _capturing() and not _is_one_of_several()
+        if wanted and _is_one_of_several():
+            self._tell(
+                "convolutions are not timed in runs of several processes: they run what one process measured before"
+            )
+            return False
+        return wanted and not _capturing()
 
     def set_measuring(self, measuring: bool | None) -> None:
         """Switches measuring on or off, or leaves it to ``torch.backends.cudnn.benchmark`` (None)."""
@@ -229,7 +234,8 @@ class Choices:
         return self._memory
 
     def _measure(self, key: str, trial: Callable[[], Mapping[str, Run]], plain: str) -> None:
-        self._tell()
+        kept = f" in {cache_file()}" if self._stored else ""
+        self._tell(f"convolutions are timed at their first use, which takes minutes in all; the fastest are kept{kept}")
         try:
             milliseconds = self._race(key, trial())
         except torch.OutOfMemoryError:
@@ -259,14 +265,11 @@ class Choices:
                 warnings.warn(f"{key}: {name} is not used: {wrong}", RuntimeWarning, stacklevel=2)
         return milliseconds
 
-    def _tell(self) -> None:
-        """Says, the first time, why nothing seems to happen."""
+    def _tell(self, message: str) -> None:
+        """Says once why nothing seems to happen."""
         if not self._told:
             self._told = True
-            kept = f" in {cache_file()}" if self._stored else ""
-            LOG.info(
-                "convolutions are timed at their first use, which takes minutes in all; the fastest are kept%s", kept
-            )
+            LOG.info("%s", message)
 
 
 def without_batch(key: str) -> str:
