@@ -114,7 +114,8 @@ def merge(
         channels_last: Trains in the channels-last layout, which convolutions on a GPU prefer.
         cuda_graph: Whether training steps are captured as a CUDA graph, which spares small networks the wait for the CPU.
             None: on a CUDA device, by one process that does not accumulate, if five replays after five eager steps show
-            it to be at least 5 % faster. The criterion must not wait for the device then.
+            it to be at least 5 % faster. A step that waits for the device runs without, and a warning names the line. A graph
+            keeps the memory of a step for itself, beside what eager steps such as an epoch's last take.
         seed: Makes the merge repeatable; the caller's random state is restored. None draws from the caller's.
         progress: Whether to show a progress bar on stderr; None shows it on a terminal.
         callback: Called with the record of each epoch. What it raises ends the merge. After a crash an epoch may be
