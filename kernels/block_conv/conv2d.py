@@ -234,8 +234,10 @@ def _check_weight(function: str, channels: int, weight: Tensor, bias: Tensor | N
 
 def _geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Geometry:
     options = (tuple(value) if isinstance(value, list) else value for value in (stride, padding, dilation))
-    of = _geometry_of if torch.compiler.is_compiling() else _known_geometry  # compilers warn of caches
-    return of((weight.shape[2], weight.shape[3]), *options)
+    kernel = weight.shape[2], weight.shape[3]
+    # Compilers warn of caches, and sizes that a tracer leaves open can't be looked up.
+    known = not torch.compiler.is_compiling() and all(isinstance(size, int) for size in kernel)
+    return (_known_geometry if known else _geometry_of)(kernel, *options)
 
 
 def _geometry_of(kernel: Pair, stride: Any, padding: Any, dilation: Any) -> Geometry:
