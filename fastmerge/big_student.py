@@ -37,6 +37,8 @@ class BigStudent(GatedNetwork):
         teachers: two or more networks of one architecture, on one device; they are copied and never changed.
         example_inputs: a tensor (N, C, ...) or tuple of tensors that their forward takes; needed only where it can't be
             inferred from the first layer.
+        verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
+            eval and in training mode; large networks are compressed once per class and shape in a process.
 
     Attributes:
         gates: ``nn.ModuleDict`` of one :class:`~fastmerge.HardConcrete` per channel group; candidate t·n + j is channel j
@@ -48,7 +50,8 @@ class BigStudent(GatedNetwork):
 
     Raises:
         TypeError: if a teacher is no network, or they are of different classes.
-        ValueError: if they can't be merged, naming the layer and what is needed.
+        ValueError: if they can't be merged, naming the layer and what is needed; or if what was built is wrong, saying by how
+            much and which layer is the first to differ, where that can be found.
 
     Source: Pašen & Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
     """

@@ -15,6 +15,7 @@ from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.programs import Programs
+from fastmerge.self_check import check_exact
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
 from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, make_gates
@@ -34,6 +35,7 @@ class GatedNetwork(nn.Module):
     Args:
         teachers: two or more networks of one architecture.
         example_inputs: what their forward takes, or None to infer it.
+        verify: whether to compare it with the teachers, and with what it compresses to.
 
     Attributes:
         group_means: means of values of all candidates, per channel group.
@@ -42,9 +44,9 @@ class GatedNetwork(nn.Module):
         TypeError, ValueError: see :class:`~fastmerge.BigStudent`.
     """
 
-    def __init__(self, *teachers: nn.Module, example_inputs: Any = None) -> None:
+    def __init__(self, *teachers: nn.Module, example_inputs: Any = None, verify: bool = True) -> None:
         super().__init__()
-        self._blueprint, analysis, self.network = build(teachers, example_inputs)
+        self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs)
         self.groups: ChannelGroups = self._blueprint.groups
         self.num_teachers = len(teachers)
         self.gates = make_gates(self.groups, self.num_teachers, next(teachers[0].parameters()))
@@ -53,6 +55,8 @@ class GatedNetwork(nn.Module):
         self._fused: bool | str = "auto"
         self._lower(analysis)
         self.train(teachers[0].training)
+        if verify:
+            check_exact(teachers, self, inputs)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The teachers' forward, gated: same inputs, same output structure.

@@ -48,7 +48,7 @@ class Blueprint:
         return Analysis(traced, self.groups, self.shapes, self.each)
 
 
-def build(teachers: Sequence[nn.Module], example_inputs: Any) -> tuple[Blueprint, Analysis, nn.Module]:
+def build(teachers: Sequence[nn.Module], example_inputs: Any) -> tuple[Blueprint, Analysis, nn.Module, tuple[Any, ...]]:
     """Finds out all about networks that are to be one big student.
 
     Args:
@@ -56,7 +56,7 @@ def build(teachers: Sequence[nn.Module], example_inputs: Any) -> tuple[Blueprint
         example_inputs: what the user gave, if anything.
 
     Returns:
-        The blueprint, the first teacher's analysis, and the wide modules.
+        The blueprint, the first teacher's analysis, the wide modules, and the inputs that the teachers were run on.
 
     Raises:
         TypeError: if a teacher is no network, or they are of different classes.
@@ -78,4 +78,4 @@ def build(teachers: Sequence[nn.Module], example_inputs: Any) -> tuple[Blueprint
     network, layout = build_network(analysis, teachers)
     template = StudentTemplate(teachers[0], layout)
     blueprint = Blueprint(template, groups, layout, analysis.shapes, analysis.each, len(inputs), inputs[0].dim())
-    return blueprint, analysis, network
+    return blueprint, analysis, network, inputs

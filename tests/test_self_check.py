@@ -1,0 +1,278 @@
+"""A big student that is not its teachers' mean, or compresses to another network, is refused; a right one never is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmerge
+from architectures import ZOO, Architecture
+from fastmerge import self_check
+from refusing import conv_network, refusal
+
+X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Three layers; subclasses say what is between the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def between(self, h: Any) -> Any:
+        return torch.relu(h)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(torch.relu(self.second(self.between(self.first(x)))))
+
+
+class AsksForItsType(Net):
+    """What records the code answers with something that is no tensor, and the branch is lost."""
+
+    def between(self, h: Any) -> Any:
+        return torch.relu(h) if isinstance(h, Tensor) else h
+
+
+class AsksInTraining(Net):
+    """Draws beside, which must not hide it."""
+
+    def between(self, h: Any) -> Any:
+        h = F.dropout(h, 0.5, self.training) + torch.randn_like(h)
+        return 2 * torch.relu(h) if self.training and isinstance(h, Tensor) else torch.relu(h)
+
+
+class InSinglePrecision(AsksForItsType):
+    """Its code names a precision, so that it does not run in float64."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.float())
+
+
+def test_what_a_trace_does_not_show() -> None:
+    message = refusal(AsksForItsType(), AsksForItsType(), example_inputs=X)
+    assert "AsksForItsType can't be merged" in message
+    assert "mean of its teachers" in message
+    assert "In eval mode" in message
+    assert "'second', after 'first'" in message
+    assert "verify=False" in message
+    assert float(message.partition("off by ")[2].partition(" times")[0]) > 0.1
+    fastmerge.BigStudent(AsksForItsType(), AsksForItsType(), example_inputs=X, verify=False)
+
+
+def test_what_a_trace_does_not_show_in_training() -> None:
+    message = refusal(AsksInTraining(), AsksInTraining(), example_inputs=X)
+    assert "In training mode" in message
+    assert "'second', after 'first'" in message
+
+
+def test_a_network_that_runs_in_one_precision_only() -> None:
+    assert "'second', after 'first'" in refusal(InSinglePrecision(), InSinglePrecision(), example_inputs=X)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_precisions(dtype: torch.dtype) -> None:
+    teachers = [AsksForItsType().to(dtype) for _ in range(3)]
+    assert "'second', after 'first'" in refusal(*teachers, example_inputs=X.to(dtype))
+    fastmerge.BigStudent(*(Net().to(dtype) for _ in range(3)), example_inputs=X.to(dtype))
+
+
+def resized(align_corners: bool) -> nn.Module:
+    """An option that is not in its description, so that only the outputs of teachers can show it."""
+    return conv_network(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners))
+
+
+def test_an_option_that_differs_unseen() -> None:
+    assert "first layer whose output differs is '2', after '0'" in refusal(resized(False), resized(True))
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 3, 8, 8), torch.ones(1, 3, 8, 8), torch.zeros(3, 3, 8, 8)])
+def test_nearly_constant_outputs_hide_nothing(x: Tensor) -> None:
+    teachers = [resized(False), resized(True)]
+    with torch.no_grad():
+        for teacher in teachers:
+            teacher[2].weight.mul_(1e-3)
+            teacher[2].bias.add_(10)
+    assert "'2', after '0'" in refusal(*teachers, example_inputs=x)
+
+
+class Wrong(fastmerge.BigStudent):
+    """Keeps other channels than its gates say: a fault of grouping or compression, which open gates don't show."""
+
+    def keep(self) -> dict[str, Tensor]:
+        return {name: (kept + 1) % (self.num_teachers * len(kept)) for name, kept in super().keep().items()}
+
+
+def test_compressing_to_another_network() -> None:
+    with pytest.raises(ValueError, match="compresses to would be another") as error:
+        Wrong(Net(), Net(), example_inputs=X)
+    assert "first layer whose output differs is 'second', after 'first'" in str(error.value)
+    Wrong(Net(), Net(), example_inputs=X, verify=False)
+
+
+def test_large_networks_are_compressed_once_per_class_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed: list[str] = []
+
+    class Noting(fastmerge.BigStudent):
+        def compress(self, *args: Any, **options: Any) -> Any:
+            compressed.append(type(self._blueprint.template.skeleton).__name__)
+            return super().compress(*args, **options)
+
+    monkeypatch.setattr(self_check, "_SMALL", 0)
+    for build in (Net, Net, partial(conv_network, nn.ReLU()), partial(conv_network, nn.Tanh())):
+        Noting(build(), build(), example_inputs=X if build is Net else None)
+    assert compressed == ["Net", "Sequential", "Sequential"]
+    assert "'second'" in refusal(AsksForItsType(), AsksForItsType(), example_inputs=X)
+
+
+@dataclass
+class Scores:
+    first: Tensor
+    rest: dict[str, Any]
+
+
+class Drawing(Net):
+    """Draws in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drops = nn.Sequential(nn.Dropout(), nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3), nn.RReLU())
+
+    def between(self, h: Tensor) -> Tensor:
+        h = self.drops(h) + torch.randn_like(h) * h.new_empty(1).uniform_(1, 2)
+        return F.dropout(h * torch.bernoulli(torch.full_like(h, 0.5)), 0.5, self.training)
+
+
+@torch.fx.wrap
+def jitter(h: Tensor) -> Tensor:
+    return h * (1 + random.random() + np.random.rand())
+
+
+class DrawingOtherwise(Net):
+    """Draws what can't be held still, from Python's and NumPy's generators too."""
+
+    def between(self, h: Tensor) -> Tensor:
+        return jitter(torch.poisson(torch.relu(h))) if self.training else torch.relu(h)
+
+
+class Chaotic(Net):
+    """Rounding errors are as large as its output; there are some, as sums over so many channels are made in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 700), nn.Linear(700, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sigmoid(self.second(self.between(self.first(x))))
+        for _ in range(6):
+            h = torch.sin(1e4 * h)
+        return self.last(h)
+
+
+class Structured(Net):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return {
+            "y": y,
+            "more": (y.softmax(-1), [y.argmax(-1)]),
+            "infinite": y.masked_fill(y == y, -torch.inf),
+            "none": None,
+        }
+
+
+class Embedded(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(self.embedding(x).mean(1))
+
+
+class Recurrent(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(8, 8, 2, dropout=0.5)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5)
+
+    def between(self, h: Tensor) -> Tensor:
+        h = self.recurrent(torch.relu(h))[0]
+        return self.attention(h, h, h)[0]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    ("network", "x"),
+    [
+        (Drawing, X),
+        (DrawingOtherwise, X),
+        (Chaotic, X),
+        (Structured, X),
+        (Embedded, torch.arange(8).view(2, 4)),
+        (Recurrent, torch.randn(3, 4, 5)),
+    ],
+)
+def test_a_right_one_is_never_refused(network: type[nn.Module], x: Tensor, training: bool) -> None:
+    for count in (2, 3):
+        fastmerge.BigStudent(*(network().train(training) for _ in range(count)), example_inputs=x)
+
+
+def test_dropout_in_one_operation_drops_nothing() -> None:
+    """As it comes on a GPU."""
+    x = torch.randn(3, 2, 8, 4)
+    with self_check._HeldStill():
+        assert torch.equal(torch.native_dropout(x, 0.5, True)[0], x)
+        drawn = [F.scaled_dot_product_attention(x, x, x, dropout_p=0.5) for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+def states() -> list[Any]:
+    numbers = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    return [
+        *numbers,
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.is_grad_enabled(),
+    ]
+
+
+@pytest.mark.parametrize("network", [Drawing, DrawingOtherwise])
+def test_nobodys_random_numbers_are_used_up(network: type[nn.Module]) -> None:
+    teachers = [network().train() for _ in range(2)]
+    found = []
+    for verify in (False, True):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        big = fastmerge.BigStudent(*teachers, example_inputs=X, verify=verify)
+        found.append([states(), {name: t.tolist() for name, t in big.state_dict().items()}, big.training])
+    assert found[0] == found[1]
+
+
+def test_a_refusal_leaves_everything_as_it_was() -> None:
+    teachers = [AsksForItsType().train(), AsksForItsType().train()]
+    before = [{name: t.clone() for name, t in teacher.state_dict().items()} for teacher in teachers]
+    settings = states()[3:]
+    refusal(*teachers, example_inputs=X)
+    assert states()[3:] == settings
+    for teacher, state in zip(teachers, before, strict=True):
+        assert all(module.training and not module._forward_hooks for module in teacher.modules())
+        assert all(torch.equal(t, state[name]) for name, t in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [lambda: Scores(X, {"a": (X, None)}), lambda: [X.int(), (X, {"b": X + 0j})]])
+def test_outputs_are_found_wherever_they_are(make: Callable[[], Any]) -> None:
+    assert len(list(self_check._leaves(make()))) == 2
+
+
+@pytest.mark.parametrize("architecture", ZOO[::6], ids=lambda a: a.name)
+def test_freshly_initialised_networks(architecture: Architecture) -> None:
+    x = architecture.inputs(2, dtype=torch.float32)
+    fastmerge.BigStudent(*(architecture.make() for _ in range(3)), example_inputs=x)
