@@ -1,15 +1,15 @@
 """Compiles the kernels of whole steps, every candidate for every convolution, so that no benchmark's time goes into it.
 
-``python -m benchmarks.compile_kernels`` takes a training step of the big student, block-diagonal and linked, in the cases that
-have targets. Each candidate runs once and is not timed, so that other work may go on beside it; what is compiled stays in
-Triton's cache, and no choice is kept.
+``python -m benchmarks.compile_kernels [PRECISION ...]`` takes a training step of the big student, block-diagonal and linked, in
+the cases that have targets. Each candidate runs once and is not timed, so that other work may go on beside it; what is compiled
+stays in Triton's cache, and no choice is kept.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from fastmerge.kernels.block_conv.choice import Memory, choices, set_measuring
 
-from benchmarks.cases import CASES, Case
+from benchmarks.cases import CASES, DTYPES, Case
 from benchmarks.contenders import big
 from benchmarks.steps import Step
 from benchmarks.targets import TARGETS
@@ -55,12 +55,16 @@ def compile_case(case: Case) -> None:
                 step()
 
 
-def main() -> int:
-    """Goes on where a case can't run; the exit code says whether any could not."""
+def main(precisions: Sequence[str] = ()) -> int:
+    """Goes on where a case can't run; the exit code says whether any could not.
+
+    Args:
+        precisions: those of the cases, or all.
+    """
     failed = 0
     wanted = {target.case for target in TARGETS}
     for case in CASES:
-        if case.device != "cuda" or f"step, {case.name}" not in wanted:
+        if case.device != "cuda" or f"step, {case.name}" not in wanted or case.precision not in (precisions or DTYPES):
             continue
         start = time.monotonic()
         try:
@@ -75,4 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
 """A line when something begins and one when it has ended, written at once: what a process died of is what it had begun last.
 
-As a plugin of pytest (``-p benchmarks.events``) it writes them for every test, named by its parameters. With ``--limit`` what
-takes longer than so many seconds ends its process with a traceback of all threads. A test after which the CUDA context is lost
-ends its process too: none after it could pass.
+As a plugin of pytest (``-p benchmarks.events``) it writes them for every test, named by its parameters, and tracebacks as they
+come. With ``--limit`` what takes longer than so many seconds ends its process with a traceback of all threads. A test after
+which the CUDA context is lost ends its process too: none after it could pass.
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
     _limit = config.getoption("--limit")
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A file that can't be imported is a check that failed."""
+    if report.failed:
+        _failed(report)
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
     watch()
     emit("begin", nodeid)
@@ -77,7 +83,10 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and report.passed:
         return
-    emit("end", report.nodeid, outcome=report.outcome, says=_first_line(report))
+    if report.failed:
+        _failed(report)
+    else:
+        emit("end", report.nodeid, outcome=report.outcome, says=_message(report))
     if report.failed and has_lost_context():
         emit("lost", report.nodeid, says="the CUDA context is lost")
         os._exit(DEAD)
@@ -87,9 +96,16 @@ def pytest_runtest_logfinish() -> None:
     rest()
 
 
-def _first_line(report: pytest.TestReport) -> str:
+def _failed(report: pytest.TestReport | pytest.CollectReport) -> None:
+    os.write(_out, f"\n{report.longreprtext}\n".encode())
+    emit("end", report.nodeid, outcome="failed", says=_message(report))
+
+
+def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why it failed or was skipped: the first lines, of which the very first often says little."""
     if isinstance(report.longrepr, tuple):  # skipped: file, line, reason
         return str(report.longrepr[2])[:300]
     crash = getattr(report.longrepr, "reprcrash", None)
     text = str(report.longrepr or "") if crash is None else crash.message
-    return next((line.strip()[:300] for line in text.splitlines() if line.strip()), "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines[-1:] if crash is None else lines[:4])[:300]

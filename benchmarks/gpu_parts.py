@@ -96,7 +96,9 @@ def plan(name: str, reds: Sequence[str] = (), data: str | None = None) -> list[S
 
 
 def _first() -> list[Stage]:
-    compiling = Part("compile", ("-m", "benchmarks.compile_kernels"), 85, rehearsal=("-c", "print('needs a card')"))
+    compiling = Part(
+        "compile", ("-m", "benchmarks.compile_kernels", "bf16"), 85, rehearsal=("-c", "print('needs a card')")
+    )
     stage = _bench("merge-resnet20", "merge", "resnet20-32px-batch-128", "--rounds=2")
     return [
         _device(),
@@ -235,7 +237,7 @@ _EDGES = "(odd or layout or live_blocks or slices or stem or against_float64) an
 # Another machine's versions may warn of what they like.
 PYTEST = (
     *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.events", "-W", "default"),
-    *("--continue-on-collection-errors", "-q", "-s", "--tb=no"),
+    *("--continue-on-collection-errors", "-q", "-s", "--tb=short", "--no-summary"),
 )
 
 

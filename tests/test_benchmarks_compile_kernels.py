@@ -70,3 +70,6 @@ def test_a_case_that_cannot_run_does_not_stop_the_others(
     assert len(seen) > 1
     assert {case.device for case in seen} == {"cuda"}
     assert "RuntimeError: no memory" in capsys.readouterr().out
+    seen[1:] = []
+    assert compile_kernels.main(["bf16"]) == 0
+    assert {case.precision for case in seen[1:]} == {"bf16"}

@@ -131,18 +131,42 @@ def test_where_convolutions_died_steps_run_those_of_cudnn(tmp_path: Path) -> Non
 def test_tests_go_on_after_one_that_ended_the_process(tmp_path: Path) -> None:
     file = tmp_path / "test_four.py"
     body = "import os, pytest, time\n"
-    for name, code in {"a": "assert 0, 'why'", "b": "os._exit(9)", "c": "time.sleep(60)", "d": "pass"}.items():
+    for name, code in {
+        "a": "raise ValueError('not close\\n\\nby 3 %')",
+        "b": "os._exit(9)",
+        "c": "time.sleep(60)",
+        "d": "pass",
+    }.items():
         body += f"def test_{name}():\n    {code}\n"
     file.write_text(body)
-    options = ("-p", "no:cacheprovider", "-p", "benchmarks.events", "-c", "/dev/null", f"--rootdir={tmp_path}")
-    part = Part("four", ("-m", "pytest", *options, "--limit=1", "--benchmark-disable", "-s", str(file)))
+    options = (
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.events",
+        "-c",
+        "/dev/null",
+        f"--rootdir={tmp_path}",
+    )
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import nothing_such\n")
+    part = Part(
+        "four",
+        ("-m", "pytest", *options, "--limit=1", "--benchmark-disable", "-s", "--tb=short", str(broken), str(file)),
+    )
     session = Session(tmp_path / "out", 60, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "", "PYTEST_ADDOPTS": ""})
     session.run([Stage("tests", 60, (part,))])
     (outcome,) = session.outcomes
     ended = {event["name"][-6:]: event["outcome"] for event in outcome.events if event["kind"] == "end"}
-    assert ended == {"test_a": "failed", "test_b": "died", "test_c": "died", "test_d": "passed"}
+    assert ended == {"ken.py": "failed", "test_a": "failed", "test_b": "died", "test_c": "died", "test_d": "passed"}
     assert reds(session.scratch)[-3:] == [f"test_four.py::test_{name}" for name in "abc"]
-    assert b"Timeout (" in session.logs["four"]
+    log = session.logs["four"].decode()
+    assert "Timeout (" in log
+    assert "test_four.py:3: in test_a" in log  # the traceback, though what came next ended the process
+    says = {event["name"]: event["says"] for event in outcome.events if event.get("outcome") == "failed"}
+    assert says["test_four.py::test_a"] == "ValueError: not close; by 3 %"
+    assert "nothing_such" in says["test_broken.py"]
 
 
 def test_no_part_outlives_the_session(tmp_path: Path) -> None:
