@@ -26,7 +26,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ptx_emulator import arithmetic, products, transfers  # noqa: F401, which register the instructions
+from ptx_emulator import arithmetic, control, products, transfers  # noqa: F401, which register the instructions
 from ptx_emulator.decode import decode
 from ptx_emulator.machine import Launch, Step, run
 from ptx_emulator.memory import GlobalMemory, TensorMap
@@ -64,12 +64,11 @@ _ENCODE = ctypes.CFUNCTYPE(
 
 
 @contextlib.contextmanager
-def emulated(folder: Path, hazards: bool = True, change: Callable[[str], str] = str) -> Iterator[list[str]]:
+def emulated(folder: Path, change: Callable[[str], str] = str) -> Iterator[list[str]]:
     """Runs Triton's kernels on the emulator; tensors on the CPU stand for the device's.
 
     Args:
         folder: for what is compiled.
-        hazards: whether accesses to shared memory are checked for hazards.
         change: applied to the PTX before it is executed, to plant a fault.
 
     Yields:
@@ -82,7 +81,7 @@ def emulated(folder: Path, hazards: bool = True, change: Callable[[str], str] = 
         def launch() -> None:
             kernel, steps = load(change(ptx.decode()))
             launched.append(kernel.name)
-            run(_launch(kernel, tuple(grid[:3]), threads, shared, values, tensors.places(), hazards), steps)
+            run(_launch(kernel, tuple(grid[:3]), threads, shared, values, tensors.places()), steps)
 
         return _FAILED if _failed(library, launch) else 0
 
@@ -166,7 +165,6 @@ def _launch(
     shared: int,
     values: Any,
     tensors: set[tuple[int, int]],
-    hazards: bool,
 ) -> Launch:
     if threads > _MOST_THREADS or shared > _MOST_SHARED or 0 in grid or max(grid[1:]) > _MOST_YZ:
         raise ValueError(f"the device has no room for {grid} programs of {threads} threads and {shared} bytes")
@@ -177,7 +175,7 @@ def _launch(
         if size == _MAP_BYTES:
             maps[values[i]] = TensorMap.unpack(data)
     memory = GlobalMemory(tensors, parameters.values())
-    return Launch(kernel, grid, threads, shared, parameters, maps, memory, hazards)
+    return Launch(kernel, grid, threads, shared, parameters, maps, memory)
 
 
 class _Tensors:

@@ -45,7 +45,6 @@ class Launch:
         parameters: bits of each parameter, by name: a tensor map's are its address.
         maps: the tensor maps, by address.
         memory: the tensors.
-        hazards: whether accesses to shared memory are checked for hazards.
     """
 
     kernel: Kernel
@@ -55,7 +54,6 @@ class Launch:
     parameters: dict[str, int]
     maps: dict[int, TensorMap]
     memory: GlobalMemory
-    hazards: bool = True
 
 
 def run(launch: Launch, steps: list[Step]) -> None:
@@ -120,9 +118,7 @@ class Machine:
         self.thread = np.tile(np.arange(self.threads, dtype=np.uint32), self.programs)
         self.place = np.repeat(places, self.threads, 0).T.copy()
         self.shared = SharedMemory(self.programs, launch.shared)
-        self.hazards = (
-            Hazards(launch.kernel, self.programs, self.threads, self.shared.stride) if launch.hazards else None
-        )
+        self.hazards = Hazards(launch.kernel, self.programs, self.threads, self.shared.stride)
         self.barriers: dict[int, Barrier] = {}
         # What nobody has written is NaN, of every width.
         self.banks = {
@@ -192,8 +188,7 @@ class Machine:
         """Lets lanes end. Barriers wait for them no more."""
         self.alive &= ~lanes
         ended = np.flatnonzero(~self.alive.reshape(self.programs, -1).any(1))
-        if self.hazards:
-            self.hazards.end(ended)
+        self.hazards.end(ended)
         self.release()
         self._part(lanes)
 

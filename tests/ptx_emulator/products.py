@@ -74,9 +74,8 @@ def _operand(m: Machine, descriptor, groups: np.ndarray, rows: int, k: int, kind
         if (words.max() + 1) * element > m.shared.size:
             raise EmulationError("a wgmma descriptor reaches beyond shared memory")
         programs = same // per_program
-        if m.hazards:
-            units = _units(int(value), rows, k, element, turned, m.hazards.unit)
-            m.hazards.multiply(programs, same % per_program * 4, units)
+        units = _units(int(value), rows, k, element, turned, m.hazards.unit)
+        m.hazards.multiply(programs, same % per_program * 4, units)
         # The warpgroups of a program that read the same lie one behind the other.
         changes = np.diff(programs, prepend=-1) > 0
         bits = m.shared.rows(element)[programs[changes][:, None], words[None, :]]

@@ -63,8 +63,7 @@ def _load(i: Instruction, operands: Operands) -> Step:
         addresses = place(m)[lanes]
         if shared:
             programs = _programs(m, lanes)
-            if m.hazards:
-                m.hazards.read(programs, addresses, size * count, _warps(m, lanes))
+            m.hazards.read(programs, addresses, size * count, _warps(m, lanes))
             values = m.shared.load(programs, addresses, size, count)
         else:
             values = m.launch.memory.load(addresses, size, count)
@@ -91,11 +90,9 @@ def _store(i: Instruction, operands: Operands) -> Step:
         values = [np.broadcast_to(source(m), (m.lanes,))[lanes] for source in sources]
         if shared:
             programs = _programs(m, lanes)
-            if m.hazards:
-                m.hazards.write(programs, addresses, size * count, _warps(m, lanes))
+            m.hazards.write(programs, addresses, size * count, _warps(m, lanes))
             m.shared.store(programs, addresses, size, values)
-            if m.hazards:
-                m.hazards.check_agreed(values, m.shared.load(programs, addresses, size, count))
+            m.hazards.check_agreed(values, m.shared.load(programs, addresses, size, count))
         else:
             m.launch.memory.store(addresses, size, values)
 
@@ -120,9 +117,8 @@ def _matrices(i: Instruction, operands: Operands) -> Step:
         programs = _programs(m, lanes)
         rows = place(m)[lanes].reshape(-1, WARP)[:, : 8 * len(names)]
         m.shared.check(rows, 16, 16, f"{i.parts[0]} of")
-        if m.hazards:
-            at = lanes.reshape(-1, WARP)[:, : rows.shape[1]].ravel()
-            (m.hazards.read if loads else m.hazards.write)(_programs(m, at), rows.ravel(), 16, _warps(m, at))
+        at = lanes.reshape(-1, WARP)[:, : rows.shape[1]].ravel()
+        (m.hazards.read if loads else m.hazards.write)(_programs(m, at), rows.ravel(), 16, _warps(m, at))
         for matrix in range(len(names)):
             places = [(rows[:, 8 * matrix + r] + 2 * c).ravel() for r, c in halves]
             if loads:
@@ -156,8 +152,7 @@ def _copy(i: Instruction, operands: Operands) -> Step:
         values = [np.zeros(len(lanes), np.uint32) for _ in range(size // 4)]
         for value, word in zip(values, m.launch.memory.load(of(m)[lanes][some], 4, size // 4), strict=True):
             value[some] = word
-        if m.hazards:
-            m.hazards.copy(programs, places, size, _warps(m, lanes))
+        m.hazards.copy(programs, places, size, _warps(m, lanes))
         m.shared.store(programs, places, 4, values)
 
     return step
@@ -199,8 +194,7 @@ def _fetch(
     programs, element = _programs(m, lanes), tensor_map.element
     m.shared.check(np.array([place]), tensor_map.bytes, 128, "a box fetched to")
     barrier = _barrier(m, programs, mbarrier)
-    if m.hazards:
-        m.hazards.fetch(programs, place, tensor_map.bytes, _warps(m, lanes), mbarrier)
+    m.hazards.fetch(programs, place, tensor_map.bytes, _warps(m, lanes), mbarrier)
     at, inside = m.launch.memory.box(tensor_map, corners)
     values = np.where(inside, m.launch.memory.words(element)[np.where(inside, at, 0)], 0)
     m.shared.rows(element)[programs[:, None], tensor_map.places(place)[None, :]] = values
@@ -212,8 +206,7 @@ def _fetch(
 def _send(m: Machine, lanes: np.ndarray, tensor_map: TensorMap, corners: np.ndarray, place: int) -> None:
     programs, element = _programs(m, lanes), tensor_map.element
     m.shared.check(np.array([place]), tensor_map.bytes, 128, "a box stored from")
-    if m.hazards:
-        m.hazards.send(programs, place, tensor_map.bytes, _warps(m, lanes))
+    m.hazards.send(programs, place, tensor_map.bytes, _warps(m, lanes))
     at, inside = m.launch.memory.box(tensor_map, corners)
     values = m.shared.rows(element)[programs[:, None], tensor_map.places(place)[None, :]]
     m.launch.memory.words(element)[at[inside]] = values[inside]
@@ -224,8 +217,7 @@ def _commit(i: Instruction, operands: Operands) -> Step:
     kind = _kind(i)
 
     def step(m: Machine, mask: np.ndarray | None) -> None:
-        if m.hazards:
-            m.hazards.commit(kind, *_warp_heads(m, mask))
+        m.hazards.commit(kind, *_warp_heads(m, mask))
 
     return step
 
@@ -235,10 +227,9 @@ def _wait(i: Instruction, operands: Operands) -> Step:
     kind, left = _kind(i), int(i.operands[0]) if i.operands else 0
 
     def step(m: Machine, mask: np.ndarray | None) -> None:
-        if m.hazards:
-            if i.parts[2] == "wait_all":
-                m.hazards.commit(kind, *_warp_heads(m, mask))
-            m.hazards.wait(kind, *_warp_heads(m, mask), left)
+        if i.parts[2] == "wait_all":
+            m.hazards.commit(kind, *_warp_heads(m, mask))
+        m.hazards.wait(kind, *_warp_heads(m, mask), left)
 
     return step
 
@@ -247,34 +238,10 @@ def _kind(i: Instruction) -> str:
     return "products" if i.parts[0] == "wgmma" else "stores" if "bulk" in i.parts else "copies"
 
 
-@instruction("bar.sync", "barrier.sync")
-def _synchronise(i: Instruction, operands: Operands) -> Step:
-    if len(i.operands) != 1 or i.operands[0] != "0":
-        raise UnsupportedError(str(i))
-
-    def step(m: Machine, mask: np.ndarray | None) -> None:
-        if mask is not None:
-            here = mask.reshape(m.programs, -1).sum(1)
-            short = (here > 0) & (here < m.alive.reshape(m.programs, -1).sum(1))
-            if short.any():
-                m.hold(mask & short[m.program])
-                mask = mask & ~short[m.program]
-        if m.hazards:
-            m.hazards.barrier(np.unique(m.program[_lanes(m, mask)]))
-
-    return step
-
-
-@instruction("bar.warp.sync")
-def _synchronise_warp(i: Instruction, operands: Operands) -> Step:
-    return lambda m, mask: m.check_whole(mask, WARP) and None
-
-
 @instruction("fence.proxy.async")
 def _fence(i: Instruction, operands: Operands) -> Step:
     def step(m: Machine, mask: np.ndarray | None) -> None:
-        if m.hazards:
-            m.hazards.fence(*_warp_heads(m, mask))
+        m.hazards.fence(*_warp_heads(m, mask))
 
     return step
 
@@ -315,8 +282,7 @@ def _initialise(i: Instruction, operands: Operands) -> Step:
                 raise EmulationError(f"the mbarrier at {address} is initialised while it is in use")
             new.arrivals[programs], new.bytes[programs], new.phase[programs] = count, 0, 0
             new.valid[programs] = True
-            if m.hazards:
-                m.hazards.mbarrier(programs, address, _warps(m, lanes), there=True)
+            m.hazards.mbarrier(programs, address, _warps(m, lanes), there=True)
 
     return step
 
@@ -329,8 +295,7 @@ def _invalidate(i: Instruction, operands: Operands) -> Step:
         for address, lanes in _mbarriers(m, mask, place):
             programs = _programs(m, lanes)
             _barrier(m, programs, address).valid[programs] = False
-            if m.hazards:
-                m.hazards.mbarrier(programs, address, _warps(m, lanes), there=False)
+            m.hazards.mbarrier(programs, address, _warps(m, lanes), there=False)
 
     return step
 
@@ -344,8 +309,7 @@ def _arrive(i: Instruction, operands: Operands) -> Step:
         for address, lanes in _mbarriers(m, mask, place):
             programs = _programs(m, lanes)
             barrier = _barrier(m, programs, address)
-            if m.hazards:
-                m.hazards.use(programs, address, _warps(m, lanes))
+            m.hazards.use(programs, address, _warps(m, lanes))
             np.subtract.at(barrier.arrivals, programs, 1)
             if expected is not None:
                 np.add.at(barrier.bytes, programs, np.broadcast_to(expected(m), (m.lanes,))[lanes].astype(np.int64))
@@ -369,9 +333,8 @@ def _await(i: Instruction, operands: Operands) -> Step:
             phase = _barrier(m, programs, address).phase[programs]
             ended = phase % 2 != wanted[lanes] % 2
             waiting[lanes[~ended]] = True
-            if m.hazards:
-                m.hazards.use(programs, address, _warps(m, lanes))
-                m.hazards.arrived(np.unique(programs[ended]), address)
+            m.hazards.use(programs, address, _warps(m, lanes))
+            m.hazards.arrived(np.unique(programs[ended]), address)
         done(m, True, mask)
         if waiting.any():
             m.hold(waiting)
