@@ -75,7 +75,10 @@ def _synchronise(i: Instruction, operands: Operands) -> Step:
 
 @instruction("bar.warp.sync")
 def _synchronise_warp(i: Instruction, operands: Operands) -> Step:
-    return lambda m, mask: m.check_whole(mask, WARP) and None
+    def step(m: Machine, mask: np.ndarray | None) -> None:
+        m.check_whole(mask, WARP)
+
+    return step
 
 
 @instruction("shfl.sync")
