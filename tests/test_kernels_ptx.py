@@ -134,8 +134,9 @@ def test_sums_split_many_times(emulator: list[str]) -> None:  # noqa: F811
     assert "reduce_kernel" in emulator
 
 
-# BatchNorm. Shapes: smallest, odd, typical, just past a block of 8 and of 64 channels, without a plane, and several programs.
-SHAPES = [(2, 1, 1, 1), (3, 5, 7, 3), (2, 64, 8, 8), (3, 72, 5, 4), (1, 130, 9, 17), (7, 13), (300, 40)]
+# BatchNorm. Shapes: smallest, odd, typical, just past a block of 8 and of 64 channels, without a plane (the first of which has
+# threads part at a loop), and several programs.
+SHAPES = [(2, 1, 1, 1), (3, 5, 7, 3), (2, 64, 8, 8), (3, 72, 5, 4), (1, 130, 9, 17), (6, 5), (300, 40)]
 TRAINING: dict[str, Any] = {"training": True, "activation": "relu"}
 STEM: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
 

@@ -168,7 +168,10 @@ class TensorMap:
         return cls(address, element, swizzle, sizes, strides, box)
 
     def refusal(self) -> str | None:
-        """What CUDA's documentation forbids of it, or None."""
+        """What CUDA's documentation forbids of it, or None.
+
+        Strides that grow from dimension to dimension, which its pseudo-code has, are no rule that drivers ask for.
+        """
         inner = self.box[0] * self.element if self.box else 0
         rules = [
             ("1 to 5 dimensions", len(self.box), 1 <= len(self.box) <= 5),
