@@ -111,6 +111,9 @@ INTEGERS: dict[str, Callable[[int, int], int]] = {
         max(signed(a, 16), signed(b, 16)) & 0xFFFF | (max(signed(a >> 16, 16), signed(b >> 16, 16)) & 0xFFFF) << 16
     ),
     "mul.bf16x2 %r5, %r3, %r4": lambda a, b: bfloat16_product(a >> 16, b >> 16) << 16 | bfloat16_product(a, b),
+    "mov.b32 {%rs1, _}, %r3; setp.gt.bf16 %p1, %rs1, 0x3F80; selp.b32 %r5, 1, 0, %p1": lambda a, b: (
+        as_float(a << 16) > 1
+    ),
     "cvt.rn.f32.s32 %r5, %r3": lambda a, b: of_float(signed(a, 32)),
     "cvt.rn.bf16x2.f32 %r5, %r3, %r4": lambda a, b: bfloat16(a) << 16 | bfloat16(b),
     "mov.b32 %r5, 0f3FC00000": lambda a, b: 0x3FC00000,

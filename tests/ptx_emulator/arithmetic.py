@@ -266,10 +266,7 @@ def _compare(i: Instruction, operands: Operands) -> Step:
                 target(m, compare(*(number((v >> np.uint32(by)).astype(np.uint16)) for v in both)), mask)
 
         return halves
-    dtype = TYPES[suffix]
-    if suffix == "bf16":
-        raise UnsupportedError(str(i))
-    a, b = (operands.source(text, dtype) for text in i.operands[1:3])
+    a, b = (_number(operands, text, suffix) for text in i.operands[1:3])
     join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(i.parts[2])
     other = operands.source(i.operands[3], np.bool_) if join else None
 
