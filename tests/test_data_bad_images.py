@@ -285,6 +285,49 @@ def test_reasons_say_what_is_wrong(tree, kind, reason):
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # it may come from another process
 
 
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
+def test_loaders_refuse_the_same_images(tmp_path, monkeypatch):
+    """Of formats that are not promised, of numbers of unknown range, and of more pixels than Pillow takes for honest."""
+    image = pytest.importorskip("PIL.Image")
+    tree = write_tree(tmp_path, ".png", train_ant=3, val_ant=10)
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 2000)
+    colour = image.fromarray(pixels(0))
+    colour.save(tree / "val" / "ant" / "001.jpg", format="JPEG2000")
+    image.fromarray(pixels(0)[..., 0].astype("float32") / 255).save(tree / "val" / "ant" / "002.tif")
+    large = pixels(1, (50, 81))
+    image.fromarray(large[:, :80]).save(tree / "val" / "ant" / "largest.png")
+    image.fromarray(large).save(tree / "val" / "ant" / "too large.png")
+    expected = ["000.png", "001.jpg", "002.tif", "005.png", "too large.png"]  # two of the tree's have 120 x 41 pixels
+    found = {}
+    for loader in ("torch", "device", "dali"):
+        if loader == "dali":
+            pytest.importorskip("nvidia.dali")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BadImageWarning)
+            loaders = make(tree, loader, augmentation="none")
+            assert len(labels(loaders.val)) == 14 - len(expected)
+        found[loader] = loaders.bad_images.found
+        assert sorted(os.path.basename(file) for file in found[loader]) == expected
+        assert found[loader] == found["torch"]
+    monkeypatch.undo()
+    with pytest.raises(BadImageError, match=r"001.jpg can't be read as an image: its content is none of JPEG, "):
+        list(make(tree, "dali", "raise", augmentation="none").val)
+
+
+def test_colours_that_dali_takes_otherwise_are_converted(tmp_path):
+    pytest.importorskip("nvidia.dali")
+    image = pytest.importorskip("PIL.Image")
+    tree = write_tree(tmp_path, ".tif", train_ant=1, val_ant=2)
+    bands = image.fromarray(pixels(0)).split()
+    for mode in ("LAB", "YCbCr"):
+        image.merge(mode, bands).save(tree / "val" / "ant" / f"{mode}.tif")
+    image.fromarray(pixels(0)).convert("CMYK").save(tree / "val" / "ant" / "CMYK.tif")
+    both = [make(tree, loader, "raise", augmentation="none").val for loader in ("dali", "torch")]
+    for _ in range(2):
+        for (images, _), (expected, _) in zip(*both, strict=True):
+            assert (images - expected).abs().max() < 0.02
+
+
 EPS = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.data.augmentation import CROP_TRIES, Augmentation, draw_changes, draw_crops
+from fastmerge.data.decoding import most_pixels
 
 # The size for which a hardware decoder makes room in advance; how much of the work it gets is left to DALI.
 _WIDTH_HINT, _HEIGHT_HINT = 1024, 1024
@@ -105,17 +106,22 @@ class Graph:
             )
             fed = dict(zip(names, nodes, strict=True))
             encoded = fn.io.file.read(fed.pop("file"))
-            pipeline.set_outputs(self._images(encoded, fed), encoded[:2], encoded[-2:])
+            shape = fn.peek_image_shape(encoded)
+            # A file that would fill the memory is cut to one byte, which no decoder takes.
+            fits = fn.cast(shape[0] * shape[1] <= most_pixels(), dtype=types.INT64)
+            whole = encoded[: (encoded.shape()[0] - 1) * fits + 1]
+            pipeline.set_outputs(
+                self._images(whole, fn.cast(shape, dtype=types.FLOAT64), fed), encoded[:2], encoded[-2:]
+            )
         return pipeline
 
-    def _images(self, encoded: Any, fed: dict[str, Any]) -> Any:
+    def _images(self, encoded: Any, shape: Any, fed: dict[str, Any]) -> Any:
         from nvidia.dali import fn, types
 
         decode: dict[str, Any] = {"device": "cpu", "output_type": types.RGB}
         if self.device_id is not None:
             hints = {"preallocate_width_hint": _WIDTH_HINT, "preallocate_height_hint": _HEIGHT_HINT}
             decode |= {"device": "mixed", **hints}
-        shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT64)
         region = {}
         if "areas" in fed:
             drawn = (fed["areas"], fed["ratios"], fed["place"])

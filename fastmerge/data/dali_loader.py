@@ -72,7 +72,7 @@ class DaliLoader(EpochLoader):
                     return None
                 samples = self._under_way[0]
                 heads, tails = (np.array(output.as_tensor()) for output in outputs[1:])
-                if not self._repair.found_ending_early(samples, heads, tails):
+                if not self._repair.found_otherwise(samples, heads, tails):
                     self._under_way.pop(0)
                     return self._images(outputs[0]), self.labels[samples].to(self.device, non_blocking=True)
             # A file was found bad: what is under way is fed anew, without it.

@@ -13,9 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.data.dali_graph import Graph
-from fastmerge.data.decoding import BadImages, bad_files, read_image
+from fastmerge.data.decoding import JPEG_END, BadImages, bad_files, open_image, read_image
 
-_JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
+_JPEG_BEGINS, _TIFF_BEGINS = b"\xff\xd8", (b"II", b"MM")
+_BEGINS = (b"\x89P", b"RI", b"BM", b"GI", *(b"P%d" % number for number in range(1, 7)))  # PNG, WebP, BMP, GIF, PNM
+_SAME_COLOURS = (
+    "1",
+    "L",
+    "LA",
+    "P",
+    "RGB",
+    "RGBA",
+    "I",
+    "I;16",
+    "I;16B",
+)  # Pillow's names, of which DALI makes the same RGB
 
 
 class Repair:
@@ -62,23 +74,43 @@ class Repair:
                 return
         raise RuntimeError(f"DALI failed, though it can decode each of the images by itself: {error}") from error
 
-    def found_ending_early(
-        self, samples: NDArray[np.int64], heads: NDArray[np.uint8], tails: NDArray[np.uint8]
-    ) -> bool:
-        """Looks closer at JPEGs without an end marker, which a decoder may fill up with grey, and reports those cut short.
+    def found_otherwise(self, samples: NDArray[np.int64], heads: NDArray[np.uint8], tails: NDArray[np.uint8]) -> bool:
+        """Looks closer at files that DALI decodes and Pillow may not, or otherwise; whether one has to be read anew.
+
+        * JPEGs without an end marker, which a decoder may fill up with grey: those cut short are reported.
+        * What begins as none of the promised formats does, such as JPEG 2000: reported.
+        * TIFFs of floating-point numbers are reported, and those of colours other than RGB's converted by Pillow.
 
         Args:
             samples: (n,) of a batch.
             heads, tails: (n, 2), the first and last bytes of their files.
         """
-        jpeg = (heads == np.frombuffer(_JPEG_BEGINS, np.uint8)).all(1)
-        suspects = samples[jpeg & (tails != np.frombuffer(_JPEG_ENDS, np.uint8)).any(1)]
-        suspects = np.array([sample for sample in suspects if sample not in self._whole], np.int64)
-        if not len(suspects):
+        starts = heads.view("S2")[:, 0] if len(samples) else np.empty(0, "S2")
+        jpeg = starts == _JPEG_BEGINS
+        early = jpeg & (tails != np.frombuffer(JPEG_END, np.uint8)).any(1)
+        tiff = np.isin(starts, _TIFF_BEGINS)
+        known = jpeg | tiff | np.isin(starts, _BEGINS)
+        suspects, tiffs = (
+            np.array([sample for sample in samples[which] if sample not in self._whole], np.int64)
+            for which in (early | ~known, tiff)
+        )
+        if not len(suspects) and not len(tiffs):
             return False
-        found = self._report(suspects)
+        converted = [self._convert_colours(sample) for sample in tiffs.tolist()]
+        found = self._report(suspects) if len(suspects) else False
         self._whole.update(self.left(suspects).tolist())  # bytes after the image do no harm
-        return found
+        return found or any(converted)
+
+    def _convert_colours(self, sample: int) -> bool:
+        """Converts a TIFF whose colours DALI takes otherwise, or reports it; whether it did."""
+        self._whole.add(sample)
+        file = self.files[sample]
+        with open_image(file) as image:
+            if image.mode in _SAME_COLOURS:
+                return False
+        if not self._report(np.array([sample])):
+            self._copy(sample)
+        return True
 
     def _report(self, samples: NDArray[np.int64]) -> bool:
         """Reports the files that Pillow can't read; whether there was one."""
@@ -93,13 +125,17 @@ class Repair:
         """Converts the files that DALI alone can't read; whether there was one."""
         refused = [sample for sample in self._refused(samples.tolist()) if sample not in self._converted]
         for sample in refused:
-            if self._folder is None:
-                self._folder = tempfile.mkdtemp(prefix="fastmerge-")
-                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            copy = Path(self._folder) / f"{sample}.png"
-            read_image(self.files[sample]).save(copy)
-            self._converted[sample] = str(copy)
+            self._copy(sample)
         return bool(refused)
+
+    def _copy(self, sample: int) -> None:
+        """Writes what Pillow reads of a file, to be read in its place."""
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="fastmerge-")
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        copy = Path(self._folder) / f"{sample}.png"
+        read_image(self.files[sample]).save(copy)
+        self._converted[sample] = str(copy)
 
     def _refused(self, samples: list[int]) -> list[int]:
         """The samples whose files DALI can't decode, found by halving."""

@@ -71,6 +71,13 @@ class BadImages:
             warnings.warn(f"{file} can't be read as an image and is left out: {reason}", BadImageWarning, stacklevel=2)
 
 
+def most_pixels() -> int:
+    """Pixels of the largest image that is read: Pillow's own limit, beyond which it takes a file for an attack."""
+    from PIL import Image
+
+    return 2 * (Image.MAX_IMAGE_PIXELS or 2**40)
+
+
 def open_image(file: str) -> Image:
     """Opens an image file by its header: the one place where Pillow is given a file.
 
