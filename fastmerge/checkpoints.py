@@ -258,19 +258,25 @@ def _content(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            begins = file.read(9)
+        if begins[8:] == b"{":  # safetensors, whatever its name: the header's length, and JSON
             return load_file(path)
         _check_zip(path)
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of its own ways to make quantised and sparse tensors
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{path} holds Python objects{f' ({named[1]})' if named else ''}, which are not loaded because they could run "
-            "code; save the weights alone: torch.save(network.state_dict(), path)"
-        ) from error
     except Exception as error:  # a damaged pickle can raise anything
+        named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if named:
+            raise ValueError(
+                f"{path} holds Python objects ({named[1]}), which are not loaded because they could run code; save the weights "
+                "alone: torch.save(network.state_dict(), path)"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):  # torch says at length what it advises against
+            raise ValueError(
+                f"{path} is damaged or no checkpoint: neither safetensors nor what torch.save writes"
+            ) from error
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
 
 

@@ -37,6 +37,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         _flush(name)
         os.replace(name, path)
         _flush(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk's
+            error.filename = str(path)
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)

@@ -200,6 +200,14 @@ def test_other_precisions_are_read(tmp_path, dtype):
     assert torch.equal(copy[0].weight, original[0].weight.to(dtype).float())
 
 
+@pytest.mark.parametrize("name", ["w.SAFETENSORS", "w.pt", "w"])
+def test_a_files_content_decides_how_it_is_read(tmp_path, name):
+    original, copy = network(), network()
+    save_file(original.state_dict(), tmp_path / name)
+    load_weights(copy, tmp_path / name)
+    assert equal(original, copy)
+
+
 def test_names_that_are_no_strings_are_refused(tmp_path):
     torch.save({0: torch.ones(2), ("a", 1): torch.ones(2)}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"names of weights are strings; it has 0, \('a', 1\)"):

@@ -225,6 +225,9 @@ def test_a_damaged_command_is_named_and_does_without(place, monkeypatch, capsys)
     record.write_text(record.read_text()[:20])
     assert main(["merge", "--out", "my out", "--resume"]) == 2
     assert "my out/command.json is damaged" in capsys.readouterr().err
+    record.write_text('{"words": [1, 2], "finished": false}')
+    assert main(["merge", "--out", "my out", "--resume"]) == 2
+    assert "my out/command.json is damaged (its words are no strings)" in capsys.readouterr().err
     record.unlink()
     assert main([*arguments(out=["my out"]), "--resume"]) == 0
     assert [(each["stage"], each["epoch"]) for each in log_of("my out")] == [

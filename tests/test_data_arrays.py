@@ -1,5 +1,8 @@
 """Images from .npz files: what is read, and what is refused by name."""
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +85,17 @@ def test_files_that_are_no_npz(tmp_path):
     (tmp_path / "packed.npz").write_bytes(whole[:60] + b"\xff" * 20 + whole[80:])
     with pytest.raises(ValueError, match=r"packed.npz can't be read: Error -3 "):  # zlib has errors of its own
         load_npz(tmp_path / "packed.npz")
+
+
+def test_a_header_that_claims_more_than_there_can_be_is_named(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 3)})
+    save(tmp_path / "data.npz", arrays())
+    with zipfile.ZipFile(tmp_path / "data.npz") as whole, zipfile.ZipFile(tmp_path / "claims.npz", "w") as claims:
+        for name in whole.namelist():
+            claims.writestr(name, header.getvalue() if "train_images" in name else whole.read(name))
+    with pytest.raises(ValueError, match=r"claims.npz can't be read: Unable to allocate 27.3 TiB"):
+        load_npz(tmp_path / "claims.npz")
 
 
 def test_data_sets_are_normalised_by_the_training_images(tmp_path):

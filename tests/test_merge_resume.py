@@ -254,6 +254,13 @@ def test_after_the_millionth_checkpoint_comes_the_next(tmp_path):
     assert [path.stem for path in snapshots.files()] == ["1000001", "1000002"]
 
 
+def test_a_full_disk_is_named(tmp_path):
+    fails = pytest.raises(OSError, match=r"File too large: '.*/record.json'")
+    with fails, files_of_at_most(10), atomic(tmp_path / "record.json") as temporary:
+        temporary.write_text("x" * 100)
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_regular_files_are_replaced(tmp_path):
     file, link = tmp_path / "mine", tmp_path / "link"
     file.write_text("mine")

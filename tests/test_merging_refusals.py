@@ -62,7 +62,8 @@ def test_nan_in_the_validation_says_whose_score_and_which_batch(teachers, monkey
     good, bad = (X[:8], Y[:8]), (X[:8] * torch.nan, Y[:8])
     with pytest.raises(
         FloatingPointError,
-        match=r"the validation loss of teacher 0 became nan in batch 2; look for NaN or Inf in the validation data$",
+        match=r"the validation loss of teacher 0 became nan in batch 2; look for NaN or Inf in the validation data, "
+        r"or for weights of teacher 0 that are too large$",
     ):
         merge(teachers, train_loader(), val_loader=[good, bad], **SHORT)
 

@@ -22,7 +22,7 @@ from fastmerge.processes import ProcessLostError
 from fastmerge.resuming.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
-_FAILED = (FloatingPointError, torch.OutOfMemoryError, ProcessLostError, ReaderLostError)
+_FAILED = (FloatingPointError, MemoryError, torch.OutOfMemoryError, ProcessLostError, ReaderLostError)
 
 
 _OF_ONE_PROCESS = (*_FAILED, BadImageError, EmptyBatchError)  # each reads images of its own

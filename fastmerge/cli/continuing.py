@@ -234,6 +234,8 @@ def _noted(directory: Path) -> dict[str, Any]:
     record = directory / _COMMAND
     try:
         noted: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        if not all(isinstance(word, str) for word in noted["words"]):
+            raise ValueError("its words are no strings")
         return {name: noted[name] for name in ("words", "finished")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

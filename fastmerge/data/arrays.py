@@ -70,9 +70,7 @@ def load_npz(path: str | Path) -> ImageArrays:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file.files]
             arrays = {} if missing else {key: file[key] for key in KEYS}
-    except MemoryError:
-        raise
-    except Exception as error:  # pickled objects; a truncated or damaged file may raise anything, zlib.error too
+    except Exception as error:  # pickled objects; a damaged file may raise anything, of zlib and for lack of memory too
         raise ValueError(f"{path} can't be read: {error or type(error).__name__}") from error
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(KEYS)}")

@@ -25,6 +25,8 @@ def blame_scoring(error: NotFiniteError, whose: str, lr: float | None, autocast:
     """Of a loss on validation data; ``whose`` it is, and the learning rate of the network if it was trained before."""
     batch, _, value = error.args
     causes = ["look for NaN or Inf in the validation data"]
+    if lr is None:
+        causes.append(f"for weights {whose} that are too large")
     if autocast is torch.float16:
         causes.append("float16 may have overflowed: try autocast=torch.bfloat16")
     if lr is not None:
