@@ -69,6 +69,23 @@ def test_batches_held_are_not_overwritten(tree, loader, dtype):
     assert all(torch.equal(images, copied) for (images, _), copied in zip(held, copies, strict=True))
 
 
+def test_dali_takes_no_memory_back_from_work_that_waits(tree):
+    """The GPU reads each batch long after Python has let go of it."""
+    train = make(tree, "cuda", augmentation="cifar").train
+    sums: list[list[torch.Tensor]] = []
+    for cycles in (0, 100_000_000):
+        train.set_epoch(1)
+        found = []
+        for images, _ in train:
+            torch.cuda._sleep(cycles)
+            found.append(images.double().sum())
+            del images
+            if not cycles:
+                torch.cuda.synchronize()
+        sums.append(found)
+    assert torch.equal(*(torch.stack(found) for found in sums))
+
+
 @pytest.mark.parametrize("augmentation", ["cifar", "none"])
 @pytest.mark.parametrize("loader", ["device", "torch"])
 def test_the_other_loaders_give_what_they_give_on_the_cpu(tree, loader, augmentation):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, block_sparse_conv2d, grouped_conv2d, live_blocks, ops
 from fastmerge.kernels.block_conv.arithmetic import arithmetic
-from fastmerge.kernels.block_conv.choice import SPLIT, choice_table, choices, fixed_choice, set_measuring
+from fastmerge.kernels.block_conv.choice import (
+    SPLIT,
+    choice_table,
+    choices,
+    device_milliseconds,
+    fixed_choice,
+    set_measuring,
+)
 from fastmerge.kernels.block_conv.formulas import fetches_boxes
 from fastmerge.kernels.block_conv.tiles import tiles, weight_tiles
 from torch import Tensor
@@ -198,6 +206,16 @@ def forgetful(request: pytest.FixtureRequest) -> None:
     """For what must not be filled with NaN or forbidden what is nondeterministic: cuDNN's choice of an algorithm."""
     request.getfixturevalue("poisoned_memory")  # whose turn would come after this one's
     torch.use_deterministic_algorithms(False)
+
+
+def test_what_the_cpu_takes_is_not_timed() -> None:
+    x = torch.ones(2**20, device="cuda")
+
+    def run() -> list[Tensor]:
+        time.sleep(0.005)
+        return [x + 1]
+
+    assert 0 < device_milliseconds(run) < 1
 
 
 @by_dtype
