@@ -13,7 +13,7 @@ from fastmerge.gated_network import GatedNetwork
 from fastmerge.narrowing.closing import Compaction, checked_choice, choose, fitting_multiple
 from fastmerge.narrowing.compression import Compressor
 from fastmerge.narrowing.loading import candidates_in, is_linked_in
-from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link
+from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
 from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.narrowing.shrinking import Shrinking
 from fastmerge.narrowing.spent import spend
@@ -64,7 +64,12 @@ class BigStudent(GatedNetwork):
 
         Args:
             optimizer: whose state (momentum, moments) grows along.
+
+        Raises:
+            ValueError: the optimizer is not this big student's, or its state can't grow; nothing has changed then.
         """
+        if optimizer is not None:
+            check_state("link", optimizer, {parameter: name for name, parameter in self.named_parameters()})
         for layer in self._layers:
             if layer.wiring.has_off_diagonal and not layer.linked:
                 if optimizer is not None:
@@ -171,8 +176,9 @@ class BigStudent(GatedNetwork):
             A network of the teachers' class, in this network's mode, dtype and device, with all parameters trainable.
 
         Raises:
-            ValueError: the optimizer is not this network's, or its state can't be cut; nothing has changed then.
+            ValueError: a gate is NaN, the optimizer is not this network's, or its state can't be cut; nothing has changed then.
         """
+        self._check_gates()
         compressor = Compressor(self.network, self._blueprint.layout, self.groups, self.keep(), self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         template, training, like = self._blueprint.template, self.training, next(self.gates.parameters())
@@ -185,6 +191,16 @@ class BigStudent(GatedNetwork):
             if in_place:
                 spend(self)
         return student.train(training)
+
+    def _check_gates(self) -> None:
+        for group, gate in zip(self.groups, self._gate_modules(), strict=True):
+            count = int(gate.loc.isnan().sum())
+            if count:
+                raise ValueError(
+                    f"compress needs gates that are numbers; {count} of {len(gate.loc)} gates of '{group.name}' "
+                    f"{'is' if count == 1 else 'are'} NaN. The training has diverged: go back to a checkpoint of before, and "
+                    "lower the learning rates"
+                )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the state of a compacted big student, as which it drops what that had dropped."""

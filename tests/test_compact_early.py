@@ -373,7 +373,7 @@ def factored(big: fastmerge.BigStudent) -> Optimizer:
         (lambda big: big.compact(threshold=0.5), "threshold of P"),
         (lambda big: big.compact(multiple=0), "multiple of at least 1"),
         (lambda big: big.compact(SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)), "this SGD holds none"),
-        (lambda big: big.compact(factored(big)), "can't cut AdamW's 'row_var' of"),
+        (lambda big: big.compact(factored(big)), "compact can't carry AdamW's 'row_var' of"),
         (lambda big: big.keep_only({"fc1": torch.arange(3)}), r"needs 9 or more; got \[3, 0\]"),
         (lambda big: big.keep_only({"fc1": torch.arange(9, 19)}), "candidates that are left"),
         (lambda big: big.keep_only({"fc1": torch.arange(17, -1, -1)[:9]}), "ascending"),

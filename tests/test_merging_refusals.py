@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
 
 import fastmerge.merging.stages as module
 from fastmerge.merging import merge
@@ -32,6 +33,27 @@ def test_a_loader_that_runs_dry_is_said_to(teachers):
 
     with pytest.raises(ValueError, match="no samples in this pass"):
         merge(teachers, Once(), **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "failed"),
+    [
+        (lr_scheduler.ReduceLROnPlateau, "its step after epoch 1 of 2 failed (TypeError"),
+        (lr_scheduler.StepLR, "making it failed (TypeError"),
+        (lambda optimizer: None, "making it failed (AttributeError"),
+        (
+            lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=1),
+            "its step after epoch 2 of 2 failed",
+        ),
+    ],
+    ids=["needs a loss", "needs arguments", "no scheduler", "too short"],
+)
+def test_a_schedule_that_can_not_work_is_found_before_the_first_epoch(teachers, schedule, failed):
+    seen = []
+    with pytest.raises(ValueError, match="merge needs a schedule, a function of the optimizer") as error:
+        merge(teachers, train_loader(), **SHORT | {"finetune_epochs": 2}, schedule=schedule, callback=seen.append)
+    assert failed in str(error.value)
+    assert not seen
 
 
 class NaNFromTheSecondPassOn:

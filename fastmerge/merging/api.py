@@ -21,6 +21,7 @@ from fastmerge.merging.checks import (
     check_device,
     check_loader,
     check_processes,
+    check_schedule,
     check_teachers,
 )
 from fastmerge.merging.execution import Execution
@@ -108,6 +109,7 @@ def merge(
         finetune_lr: Learning rate at the start of the fine-tuning; None is ``lr``.
         milestones: Epochs of the fine-tuning after which the learning rate is divided by ten; None is at two thirds.
         schedule: Makes a learning rate scheduler for the fine-tuning, stepped once an epoch, in place of milestones.
+            It is tried out before the first epoch, on an optimizer of nothing.
         criterion: ``criterion(output, target)``, the mean over a batch.
         device: Where to train; None is where the first teacher is.
         autocast: Dtype for ``torch.autocast``; None for none. float16 uses a gradient scaler.
@@ -175,6 +177,7 @@ def merge(
     )
     teachers = check_teachers(teachers)
     execution = Execution(accumulate, cuda_graph, compile, sync_batch_norm)
+    check_schedule(schedule, finetune_epochs, plan.first_finetune_lr, momentum)
     check_count("val_every", "the epochs between two scores", val_every)
     setting = Setting(check_device(device, teachers[0]), criterion, autocast, channels_last)
     processes = Processes(setting.device)

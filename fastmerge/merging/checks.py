@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, has_classes
 from fastmerge.processes import Processes
 from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
+
+Schedule = Callable[[Optimizer], LRScheduler]
 
 
 def check_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:
@@ -79,6 +84,31 @@ def check_count(name: str, what: str, value: int) -> None:
     """A step needs a batch, and the like."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"merge needs {name}, {what}, a whole number of at least 1; got {value!r}")
+
+
+def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: float) -> None:
+    """Makes a fine-tuning's learning rate scheduler for a throw-away optimizer, and steps it as often as it will be.
+
+    Raises:
+        ValueError: it can't be made of an optimizer alone, or can't be stepped so often without arguments.
+    """
+    if schedule is None:
+        return
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr, momentum)
+    what = "making it"
+    try:
+        step = schedule(optimizer).step
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+            for epoch in range(epochs):
+                what = f"its step after epoch {epoch + 1} of {epochs}"
+                step()
+    except Exception as error:  # whatever the user's function raises
+        raise ValueError(
+            "merge needs a schedule, a function of the optimizer that makes a scheduler whose step() takes no arguments; "
+            f"{what} failed ({type(error).__name__}: {error}). Arguments go in by functools.partial or a lambda; a scheduler "
+            "that needs a loss, such as ReduceLROnPlateau, can't be used"
+        ) from error
 
 
 def check_processes(processes: Processes, train_loader: Iterable[Any], teachers: Sequence[nn.Module]) -> None:

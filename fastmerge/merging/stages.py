@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
 
 from fastmerge.big_student import BigStudent
+from fastmerge.merging.checks import Schedule
 from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins, undecided_warnings
 from fastmerge.merging.plan import MergePlan, gate_schedule
 from fastmerge.merging.trainer import Trainer
 from fastmerge.resuming.fingerprint import fingerprint
 from fastmerge.schedules import GATE_MOMENTUM, QuadraticLambda
-
-Schedule = Callable[[Optimizer], LRScheduler]
 
 
 def train_student(

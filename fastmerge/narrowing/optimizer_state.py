@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,35 @@ from torch.optim import Optimizer
 
 from fastmerge.narrowing.compression import Compressor
 from fastmerge.wide.layers import WideLayer
+
+
+def check_state(method: str, optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+    """Checks that all that an optimizer keeps for some parameters can be cut or grown like them.
+
+    Args:
+        method: what would be done, for the message.
+        optimizer: of a big student's parameters.
+        names: of these parameters.
+
+    Raises:
+        ValueError: it holds none of them, or keeps something that belongs to no element of one, or in another optimizer.
+    """
+    kind = type(optimizer).__name__
+    if not any(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(f"{method} needs an optimizer of this big student's weights; this {kind} holds none")
+    for attribute, inner in vars(optimizer).items():
+        if isinstance(inner, Optimizer) and inner.state is not optimizer.state and inner.state:
+            raise ValueError(
+                f"{method} can't carry what {kind} keeps in another optimizer, its '{attribute}'; pass that one instead"
+            )
+    for parameter, entry in optimizer.state.items():
+        for key, value in entry.items() if parameter in names else ():
+            if isinstance(value, Tensor) and value.numel() > 1 and not is_per_element(parameter, value):
+                raise ValueError(
+                    f"{method} can't carry {kind}'s {key!r} of '{names[parameter]}': it has shape {tuple(value.shape)} and "
+                    f"belongs to no element of the parameter, of shape {tuple(parameter.shape)}. Go on without the optimizer "
+                    "and make a new one"
+                )
 
 
 def carry_through_link(optimizer: Optimizer, layer: WideLayer) -> None:
@@ -36,17 +65,14 @@ class StateCarrier:
 
     def __init__(self, optimizer: Optimizer, compressor: Compressor) -> None:
         self.optimizer, self.compressor = optimizer, compressor
+        check_state("compress", optimizer, {s: name for name, sources in compressor.sources.items() for s in sources})
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        names = {name for name, sources in compressor.sources.items() if id(sources[0]) in held}
-        if not names:
-            raise ValueError(
-                f"compress needs an optimizer of this big student's weights; this {type(optimizer).__name__} holds none"
-            )
         # Per parameter of the student: what goes over as it is, and the tensors to cut.
         self._whole: dict[str, dict[str, Any]] = {}
         self._per_element: dict[str, dict[str, list[Tensor]]] = {}
-        for name in names:
-            self._sort(name, compressor.sources[name])
+        for name, sources in compressor.sources.items():
+            if id(sources[0]) in held:
+                self._sort(name, sources)
 
     def _sort(self, name: str, sources: Sequence[Tensor]) -> None:
         entries = [self.optimizer.state.get(source, {}) for source in sources]
@@ -55,11 +81,10 @@ class StateCarrier:
             values = [entry.get(key) for entry in entries]
             if all(is_per_element(source, v) for source, v in zip(sources, values, strict=True)):
                 self._per_element[name][key] = values
-            elif isinstance(value, Tensor) and value.numel() > 1:
+            elif is_per_element(sources[0], value):
                 raise ValueError(
-                    f"compress can't carry {type(self.optimizer).__name__}'s {key!r} of '{name}': it has shape "
-                    f"{tuple(value.shape)} and belongs to no element of the weight, of shape {tuple(sources[0].shape)}. "
-                    "Compress without the optimizer and make a new one"
+                    f"compress can't carry {type(self.optimizer).__name__}'s {key!r} of '{name}': it has one of some teachers "
+                    "only. Compress without the optimizer and make a new one"
                 )
             else:
                 self._whole[name][key] = value

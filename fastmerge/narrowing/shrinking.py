@@ -13,7 +13,7 @@ from fastmerge.channels.groups import AxisUnits
 from fastmerge.compaction import compact_, is_compactable, set_data
 from fastmerge.gates import HardConcrete
 from fastmerge.narrowing.cuts import SCRATCH_ELEMENTS
-from fastmerge.narrowing.optimizer_state import is_per_element
+from fastmerge.narrowing.optimizer_state import check_state, is_per_element
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
 from fastmerge.wide.population import Population
@@ -96,7 +96,9 @@ class Shrinking:
             stays = torch.isin(before.candidates[name], after.candidates[name])
             self._add(gate.loc, Move(None if bool(stays.all()) else stays.nonzero().flatten()))
         self._states = [state for tensor, _ in self._moves for state in self._states_of(tensor)]
-        self._check_optimizers()
+        names: dict[Tensor, str] = {p: name for name, p in [*network.named_parameters(), *gates.named_parameters()]}
+        for optimizer in optimizers:
+            check_state("compact", optimizer, names)
 
     def apply(self) -> None:
         """Does it."""
@@ -143,20 +145,3 @@ class Shrinking:
         """What the optimizers keep for each element of a parameter."""
         entries = [optimizer.state.get(tensor, {}) for optimizer in self.optimizers]
         return [value for entry in entries for value in entry.values() if is_per_element(tensor, value)]
-
-    def _check_optimizers(self) -> None:
-        named = [*self.network.named_parameters(), *self.gates.named_parameters()]
-        names = {id(parameter): name for name, parameter in named}
-        moved = {id(tensor) for tensor, _ in self._moves}
-        for optimizer in self.optimizers:
-            kind = type(optimizer).__name__
-            if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
-                raise ValueError(f"compact needs optimizers of this big student's parameters; this {kind} holds none")
-            for parameter, entry in optimizer.state.items():
-                for key, value in entry.items():
-                    one = not isinstance(value, Tensor) or value.numel() <= 1
-                    if id(parameter) in moved and not one and not is_per_element(parameter, value):
-                        raise ValueError(
-                            f"compact can't cut {kind}'s {key!r} of '{names[id(parameter)]}': it has shape "
-                            f"{tuple(value.shape)} and belongs to no element of the parameter, {tuple(parameter.shape)}"
-                        )
