@@ -5,7 +5,8 @@ order of the batches and in the gates that are drawn, which a seed fixes for all
 found out between the timed stages, see ``MergeTask``. In the JSON, by contender:
 
 * ``step_seconds``: seconds of a step in each epoch, medians over its steps and then over the rounds;
-* ``fixed_seconds``: of each round, what the stage took beside such steps: checks, analysis, building, capturing, compression;
+* ``fixed_seconds``: of each round, what the stage took beside such steps: checks, analysis, building, capturing, compression,
+  statistics of BatchNorm;
 * ``stage_seconds``: of each round, what a stage of the paper's length would take with such steps, the same parts of it linked;
 * ``accuracies``: of each round's student, after its fine-tuning;
 * ``dropped``: of each round, the share of channels that early compaction dropped.
@@ -103,7 +104,8 @@ class Stages:
             samples: the stages' seconds.
         """
         skipped = len(self.loaders) - len(samples)
-        passes = [loader.seconds for loader in self.loaders[skipped:]]
+        # A pass after the epochs estimates BatchNorm's statistics anew.
+        passes = [loader.seconds[: self.task.epochs] for loader in self.loaders[skipped:]]
         fixed = [whole - self.task.steps * sum(steps) for whole, steps in zip(samples, passes, strict=True)]
         length = PAPER[self.task.case.network]
         return {

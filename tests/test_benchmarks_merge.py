@@ -132,7 +132,7 @@ def test_facts_are_of_the_last_stages_and_students_are_scored_once(monkeypatch: 
     stages.settle()
     stages.settle()
     assert scored == [0, 1, 2]
-    for loader, seconds in zip(stages.loaders, ([9.0, 9.0], [1.0, 2.0], [2.0, 4.0]), strict=True):
+    for loader, seconds in zip(stages.loaders, ([9.0, 9.0], [1.0, 2.0], [2.0, 4.0, 0.5]), strict=True):
         loader.seconds = seconds
     facts = stages.facts([7.0, 15.0])  # of two epochs of two steps
     assert facts["step_seconds"] == [1.5, 3.0]
