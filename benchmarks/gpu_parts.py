@@ -174,7 +174,9 @@ def _steps() -> list[Stage]:
     return [
         Stage("step18", 140, (_step("step-resnet18", RESNET18, plain, "--rounds=30"),)),
         Stage("step20", 60, (_step("step-resnet20", RESNET20, small, "--rounds=60"),)),
-        Stage("bandwidth", 45, (norms,)),
+        Stage(
+            "bandwidth", 45, (norms, _bench("batch-norm-cuts", "batch_norm", "cuts and not residual", "--rounds=20"))
+        ),
         Stage("compiled", 70, (replace(_step("step-compiled", RESNET18, compiled, "--rounds=20"), careful=False),)),
     ]
 

@@ -33,7 +33,7 @@ def summary(data: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
     convolutions = {} if report is None else chosen(report)
     parts = data["parts"]
     rest = [*_parts(parts), *_profiles(measured), *_contenders(measured), *_stages(measured)]
-    rest += [*_device(parts), *filter(None, _ratios(measured, convolutions))]
+    rest += [*_bandwidths(measured), *_device(parts), *filter(None, _ratios(measured, convolutions))]
     failed = list(dict.fromkeys(_failures(parts)))
     room = MOST - sum(len(line) + 1 for line in rest) - 100
     shown: list[str] = []
@@ -98,6 +98,17 @@ def _stages(measured: Mapping[str, Contenders]) -> Iterator[str]:
                 steps = " ".join(f"{1e3 * seconds:.2f}" for seconds in contender["step_seconds"])
                 fixed = quartiles(contender["fixed_seconds"])[1]
                 yield f"{case}, {name}: ms a step by epoch {steps}; {fixed:.1f} s outside"
+
+
+def _bandwidths(measured: Mapping[str, Contenders]) -> Iterator[str]:
+    for case, contenders in measured.items():
+        rates = [
+            f"{name} {contender['bytes'] / quartiles(contender['samples'])[1] / 1e12:.2f}"
+            for name, contender in contenders.items()
+            if contender.get("samples") and contender.get("bytes")
+        ]
+        if rates and case.startswith("BatchNorm"):
+            yield f"{case}, TB/s: {', '.join(rates)}"
 
 
 def _device(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -225,7 +225,14 @@ def test_a_summary_is_short_names_failures_and_has_the_ratios_last() -> None:
     profile = {"busy_seconds": 0.5, "kernels": 764, "launches": 765, "top": [["a_kernel", 12.5, 3]]}
     naive = {"samples": [2.0] * 5, "process": 1, "queue_seconds": 0.25, "cpu_seconds": 0.125, "profile": profile}
     contenders = {names.NAIVE: naive, names.TEACHERS: naive, names.UNLINKED: naive | {"samples": [1.0] * 5}}
-    made = report([raced(case, contenders | {names.LINKED: {"error": "RuntimeError: illegal address"}})], gpu=True)
+    norms = {"copy": {"samples": [0.25], "bytes": 1e12}, "fused": {"samples": [0.5], "bytes": 1e12}}
+    made = report(
+        [
+            raced("BatchNorm, a layer", norms),
+            raced(case, contenders | {names.LINKED: {"error": "RuntimeError: illegal address"}}),
+        ],
+        gpu=True,
+    )
     keys = [f"A Card | forward bfloat16 | 2 streams | {n}" for n in range(3)]
     times = ({"split": 2.0, "triton 64x64": 1.0 + 2 * n, "triton 128x64": 9.0} for n in range(3))
     choices = [{"key": key, "winner": "split", "milliseconds": each} for key, each in zip(keys, times, strict=True)]
@@ -249,6 +256,7 @@ def test_a_summary_is_short_names_failures_and_has_the_ratios_last() -> None:
     (row,) = [line for line in lines if line.startswith(f"{names.UNLINKED:<24}")]
     assert row.split()[1:] == ["1000.00", "250.00", "125.00", "500.00", "764", "765", "-"]
     assert any("a_kernel" in line for line in lines)
+    assert "BatchNorm, a layer, TB/s: copy 4.00, fused 2.00" in lines
     (linked,) = [line for line in lines if line.startswith(f"{names.LINKED:<24}")]
     assert linked.endswith("RuntimeError: illegal address")
     (convolutions,) = [line for line in lines if line.startswith("Triton / T cuDNN convolutions, forward")]
