@@ -254,7 +254,10 @@ class Session:
     def _record(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         self._say(f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} s{': ' * bool(outcome.says)}{outcome.says}")
-        self.write()
+        try:
+            self.write()
+        except OSError as error:  # a full disk, say; the next part's files may fit
+            self._say(f"the results could not be written: {error}")
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.start:4.0f} s] {text[:200]}", flush=True)

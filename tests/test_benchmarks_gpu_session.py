@@ -169,6 +169,20 @@ def test_tests_go_on_after_one_that_ended_the_process(tmp_path: Path) -> None:
     assert "nothing_such" in says["test_broken.py"]
 
 
+def test_files_that_cannot_be_written_cost_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gpu_session.write_whole
+
+    def full_once(path: Path, content: bytes) -> None:
+        monkeypatch.setattr(gpu_session, "write_whole", whole)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_session, "write_whole", full_once)
+    session = Session(tmp_path / "out", 60, {})
+    session.run([Stage("two", 60, (python("a", "print('first')"), python("b", "print('second')")))])
+    assert [outcome.says for outcome in session.outcomes] == ["first", "second"]
+    assert set(logs_of(tmp_path / "out")) == {"a.log", "b.log"}
+
+
 def test_no_part_outlives_the_session(tmp_path: Path) -> None:
     """Though it is killed, and can end nothing any more."""
     code = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)".format(str(tmp_path / "child"))
