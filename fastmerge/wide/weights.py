@@ -113,9 +113,9 @@ class _HandOut(torch.autograd.Function):
                 for piece, gradient in zip(pieces, [whole] if whole is not None else parts, strict=True):
                     if gradient is None:
                         piece.zero_()
-                    elif _lie_alike(gradient, piece):
+                    elif (alike := _like(piece, gradient)) is not None:
                         into.append(piece)
-                        out_of.append(gradient.as_strided(piece.shape, piece.stride()))
+                        out_of.append(alike)
                     else:
                         piece.copy_(gradient)
         if into:
@@ -123,11 +123,13 @@ class _HandOut(torch.autograd.Function):
         return None, None, None, *totals
 
 
-def _lie_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape lie alike: how far apart a dimension's only element would have neighbours is all one."""
-    return all(
-        size == 1 or stride == other for size, stride, other in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+def _like(piece: Tensor, gradient: Tensor) -> Tensor | None:
+    """A gradient with the very strides of what it goes into, as one launch for many tensors needs; None if it lies otherwise."""
+    strides = piece.stride()
+    if gradient.stride() == strides:
+        return gradient
+    steps = zip(piece.shape, gradient.stride(), strides, strict=True)
+    return gradient.as_strided(piece.shape, strides) if all(n == 1 or a == b for n, a, b in steps) else None
 
 
 def _total(dtype: torch.dtype, whole: Tensor | None, parts: Sequence[Tensor | None]) -> Tensor:
