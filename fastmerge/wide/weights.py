@@ -124,7 +124,7 @@ class _HandOut(torch.autograd.Function):
 
 
 def _like(piece: Tensor, gradient: Tensor) -> Tensor | None:
-    """A gradient with the very strides of what it goes into, as one launch for many tensors needs; None if it lies otherwise."""
+    """A gradient with the very strides of what it goes into, as one launch for many needs; None if it lies otherwise."""
     strides = piece.stride()
     if gradient.stride() == strides:
         return gradient
