@@ -12,7 +12,7 @@ Dims: T streams, N batch, C input channels, K output channels (of one stream), H
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,10 +27,11 @@ from fastmerge.kernels.block_conv.formulas import (
     block_sparse_reference,
     grouped_reference,
     live_blocks,
+    plain_convolutions,
     refusal,
 )
 from fastmerge.kernels.block_conv.layouts import lies_channels_last
-from fastmerge.kernels.block_conv.passes import worth_an_operation
+from fastmerge.kernels.block_conv.passes import runs_plain, worth_an_operation
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 
@@ -69,14 +70,27 @@ def block_diagonal_conv2d(
     Raises:
         ValueError: if the shapes don't fit together.
     """
-    xs = tuple(xs)
+    xs, name = tuple(xs), None
+    if parts is not None and not torch.compiler.is_compiling():
+        name = _name_of(xs, weight, stride, padding, dilation)
+        if runs_plain(name, xs[0].shape[0]):
+            return plain_convolutions(xs, *parts, (stride, padding, dilation))
     if not xs or any(x.dim() != 4 or x.shape != xs[0].shape for x in xs):
         shapes = ", ".join(str(tuple(x.shape)) for x in xs) or "none"
         raise ValueError(f"block_diagonal_conv2d needs inputs (N, C, H, W) of one shape; got {shapes}")
     _check_weight("block_diagonal_conv2d", xs[0].shape[1], weight, bias, len(xs))
     geometry = _geometry(weight, stride, padding, dilation)
-    ys = _fused(xs, weight, bias, len(xs), geometry)
+    ys = _fused(xs, weight, bias, len(xs), geometry, name=name)
     return block_diagonal_reference(xs, weight, bias, geometry, parts) if ys is None else tuple(ys)
+
+
+def _name_of(xs: Sequence[Tensor], weight: Tensor, *options: Any) -> Hashable:
+    """What tells calls apart of which one may be worth an operation and another not."""
+    x = xs[0]
+    return (
+        *(len(xs), x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.dtype, *options),
+        *(torch.is_grad_enabled(), x.requires_grad, torch.is_autocast_enabled("cuda"), choices.measures()),
+    )
 
 
 def grouped_conv2d(
@@ -164,6 +178,7 @@ def _fused(
     groups: int,
     geometry: Geometry,
     live: LiveBlocks | None = None,
+    name: Hashable = None,
 ) -> Sequence[Tensor] | None:
     """The outputs by way of what chooses an implementation, or None where plain PyTorch is the choice."""
     given = [*xs, weight] if bias is None else [*xs, weight, bias]
@@ -178,7 +193,7 @@ def _fused(
     problem = Problem(groups, geometry, live, channels_last)
     if not compiling:
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        if not worth_an_operation(problem, xs, weight, dtype, differentiated):
+        if not worth_an_operation(problem, xs, weight, dtype, differentiated, name):
             return None
     direct = ops.runs_direct(given)
     if not _takes(xs, weight, geometry, dtype, groups, live, direct):

@@ -17,7 +17,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,9 +139,17 @@ def block_diagonal_reference(
     Returns:
         T tensors (N, K, H', W').
     """
-    weights, biases = (weight.chunk(len(xs)), None if bias is None else bias.chunk(len(xs))) if parts is None else parts
+    if parts is None:
+        parts = weight.chunk(len(xs)), None if bias is None else bias.chunk(len(xs))
+    return plain_convolutions(xs, *parts, geometry.options)
+
+
+def plain_convolutions(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor] | None, options: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """T convolutions of PyTorch with these weights, biases, stride, padding and dilation."""
     each = [None] * len(xs) if biases is None else biases
-    return tuple(F.conv2d(x, w, b, *geometry.options) for x, w, b in zip(xs, weights, each, strict=True))
+    return tuple(F.conv2d(x, w, b, *options) for x, w, b in zip(xs, weights, each, strict=True))
 
 
 def grouped_reference(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, geometry: Geometry) -> Tensor:

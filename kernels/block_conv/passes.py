@@ -95,7 +95,12 @@ def weight_gradient_candidates(
 
 
 def worth_an_operation(
-    problem: Problem, xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, differentiated: bool
+    problem: Problem,
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    dtype: torch.dtype,
+    differentiated: bool,
+    name: Hashable = None,
 ) -> bool:
     """Whether a pass runs, or may be measured to run, anything but what plain PyTorch does: cuDNN, groups for a joined tensor.
 
@@ -105,8 +110,10 @@ def worth_an_operation(
         weight: (T·K, C, R, S).
         dtype: that it computes in.
         differentiated: whether there will be a backward pass.
+        name: what :func:`runs_plain` knows the call by, where it is asked.
     """
     if choices.idle():
+        choices.remember(name, "")
         return False
     if not all(isinstance(size, int) for size in xs[0].shape):
         return True  # traced with open sizes: the operation will choose when it runs
@@ -124,7 +131,16 @@ def worth_an_operation(
             worth = True
     if not worth:
         choices.meets(layer, sizes.size[0])
+        choices.remember(name, layer)
     return bool(worth)
+
+
+def runs_plain(name: Hashable, batch: int) -> bool:
+    """Whether a call was not worth an operation before, and nothing has changed since."""
+    layer = choices.remembered(name)
+    if layer:
+        choices.meets(layer, batch)
+    return layer is not None
 
 
 def _of_forward(problem: Problem, sizes: Sizes) -> dict[str, Candidate]:
