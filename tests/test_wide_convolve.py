@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fastmerge.kernels.block_conv import block_diagonal_conv2d, conv2d, fixed_choice
 from torch import Tensor, nn
 
 import fastmerge
@@ -132,3 +134,19 @@ def test_an_even_kernel_with_same_padding(as_on_cuda: None) -> None:
     big = fastmerge.BigStudent(*teachers, example_inputs=x).eval()
     with big.open_gates():
         torch.testing.assert_close(big(*x), (teachers[0](*x) + teachers[1](*x)) / 2)
+
+
+def test_what_runs_plain_is_found_out_once_for_calls_alike() -> None:
+    xs, weights = torch.randn(2, 2, 4, 5, 5).unbind(), torch.randn(2, 6, 4, 3, 3).unbind()
+    weight = torch.cat(weights)
+
+    def run() -> int:
+        with mock.patch.object(conv2d, "worth_an_operation", wraps=conv2d.worth_an_operation) as asked:
+            ys = block_diagonal_conv2d(xs, weight, padding=(1, 1), parts=(weights, None))
+        for x, w, y in zip(xs, weights, ys, strict=True):
+            torch.testing.assert_close(y, F.conv2d(x, w, padding=1))
+        return asked.call_count
+
+    with fixed_choice("split"):
+        assert [run(), run()] == [1, 0]
+    assert [run(), run()] == [1, 0]  # what was known is forgotten when choices change
