@@ -195,6 +195,7 @@ class _Tensors:
             if type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":
                 self._known[id(found)] = weakref.ref(found)
         if len(young) > self._MANY:
+            gc.collect()
             gc.freeze()
         living = {key: tensor for key, known in self._known.items() if (tensor := known()) is not None}
         self._known = {key: self._known[key] for key in living}
