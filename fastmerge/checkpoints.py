@@ -51,6 +51,8 @@ _HARMLESS: list[Any] = [
 ]
 _LISTED = 4
 TIMM = "timm:"
+HUB = "hf-hub:"
+_ON_HUB = ("model.safetensors", "pytorch_model.bin")
 
 
 def build_network(name: str, **arguments: Any) -> nn.Module:
@@ -150,7 +152,8 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     * Names as DistributedDataParallel, torch.compile and AveragedModel write them: their prefix is dropped.
 
     Args:
-        path: The file.
+        path: The file, or ``hf-hub:OWNER/NAME``, a repository on the Hugging Face hub, whose ``model.safetensors`` or
+            ``pytorch_model.bin`` is fetched by huggingface_hub into its cache.
         ema: Takes the exponential moving average of the weights, where one lies beside them (``state_dict_ema``,
             ``model_ema``, ``ema`` and so on). Without it the log says that there is one.
 
@@ -219,6 +222,8 @@ def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> Non
 
 def _read(path: Path, ema: bool) -> tuple[dict[str, Tensor], bool, bool]:
     """Weights, whether Lightning wrote them, and whether they are a moving average."""
+    if str(path).startswith(HUB):
+        path = _from_hub(str(path).removeprefix(HUB))
     content: Any = _sharded(path) if path.name.endswith(_INDEX) else _content(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no state dict; save the weights with torch.save(network.state_dict(), path)")
@@ -278,6 +283,22 @@ def _content(path: Path) -> Any:
                 f"{path} is damaged or no checkpoint: neither safetensors nor what torch.save writes"
             ) from error
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
+
+
+def _from_hub(name: str) -> Path:
+    """The weights of a repository on the Hugging Face hub."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise ValueError(
+            f"{HUB}{name} is a repository of Hugging Face's, for which huggingface_hub is not installed (pip install "
+            "huggingface_hub)"
+        ) from error
+    for file in _ON_HUB:
+        with contextlib.suppress(EntryNotFoundError):
+            return Path(hf_hub_download(name, file))
+    raise FileNotFoundError(f"{HUB}{name} has no {' and no '.join(_ON_HUB)}, or the hub can't be reached")
 
 
 def _check_zip(path: Path) -> None:

@@ -315,6 +315,31 @@ def test_networks_that_can_not_be_built_are_refused(name, arguments, error, mess
         build_network(name, **arguments)
 
 
+def test_weights_are_fetched_from_the_hub_where_its_library_is(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"hf-hub:me/net is a repository .* huggingface_hub is not installed"):
+        load_weights(network(), Path("hf-hub:me/net"))
+
+    class EntryNotFoundError(Exception):
+        pass
+
+    def hf_hub_download(name, file):
+        assert name == "me/net"
+        if not (tmp_path / file).exists():
+            raise EntryNotFoundError
+        return str(tmp_path / file)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    errors = SimpleNamespace(EntryNotFoundError=EntryNotFoundError)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    with pytest.raises(FileNotFoundError, match=r"hf-hub:me/net has no model.safetensors and no pytorch_model.bin, or"):
+        load_weights(network(), Path("hf-hub:me/net"))
+    original, copy = network(), network()
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    load_weights(copy, Path("hf-hub:me/net"))
+    assert equal(original, copy)
+
+
 def test_timm_is_imported_when_asked_for_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="timm:tiny is a model of timm, which is not installed"):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.cli import main
+from test_cli_continuing import tree  # noqa: F401 (a fixture)
 from test_cli_merge import arguments, make, place  # noqa: F401 (a fixture)
 
 pytestmark = [
@@ -103,3 +104,29 @@ def test_bad_input_is_told_once(place):  # noqa: F811
     assert done.returncode != 0
     assert done.stderr.count("a batch of 15 can't be shared out evenly to 2 processes") == 1
     assert not torch.distributed.is_initialized()
+
+
+def test_what_is_wrong_for_one_process_is_told_by_it(place):  # noqa: F811
+    """The other one only knows that it is alone."""
+    model = "import os\nimport fastmerge_cli_test_net\n\ndef make():\n    if os.environ['RANK'] == '1':\n"
+    Path("of_one.py").write_text(
+        model + "        raise ValueError('not here')\n    return fastmerge_cli_test_net.make()\n"
+    )
+    done = torchrun(*arguments(model=["of_one:make"]))
+    assert done.returncode != 0
+    assert done.stderr.count("fastmerge: error: could not build of_one:make(): not here\n") == 1
+
+
+def test_who_survives_a_killed_process_names_the_checkpoint(tree):  # noqa: F811
+    words = [*tree, "--merge-epochs", "1000", "--checkpoint-seconds", "0"]
+    process = begin(*words)
+    wait_for_epochs(process, 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    (line,) = (line for line in error.splitlines() if line.startswith("fastmerge: error: "))
+    assert line.startswith("fastmerge: error: process 0 of 2 lost another one, which ended or hangs (")
+    assert line.endswith("; go on with: torchrun --nproc-per-node 2 -m fastmerge merge --out out --resume")
+    assert "DataLoader worker" not in error
+    assert list(Path("out/checkpoints").glob("*.safetensors"))

@@ -43,7 +43,7 @@ ALONE = {
     "resuming": {"files", "resuming"},
 }
 # Imported inside the functions that need them, so that a missing one is missed only there.
-OPTIONAL = {"PIL", "matplotlib", "nvidia", "sklearn", "timm", "torchvision", "triton"}
+OPTIONAL = {"PIL", "huggingface_hub", "matplotlib", "nvidia", "sklearn", "timm", "torchvision", "triton"}
 
 EXTENSIONS = {"_batch_norm", "_compaction"}
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}

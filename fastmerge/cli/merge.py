@@ -72,7 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = continuing.adder(parser)
     add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:factory of your own")
     add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
-    add("--teachers", nargs="+", type=Path, required=True, metavar="FILE", help="two or more checkpoints")
+    add(
+        "--teachers",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="two or more checkpoints, or hf-hub:OWNER/NAME",
+    )
     add("--ema", action="store_true", help="take the moving averages of the teachers' weights from their checkpoints")
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
