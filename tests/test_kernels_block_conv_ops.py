@@ -182,6 +182,19 @@ def test_traced_with_open_sizes() -> None:
     assert "fastmerge.block_conv" in graph.code
 
 
+def test_traced_with_open_sizes_where_there_is_nothing_to_choose() -> None:
+    given = operands(CASE, torch.bfloat16)
+
+    def function(xs: list[Tensor], weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, ...]:
+        parts = (weights, biases)
+        return block_diagonal_conv2d(xs, torch.cat(weights), torch.cat(biases), padding=1, parts=parts)
+
+    parts = [*given.weight.chunk(2)], [*given.bias.chunk(2)]
+    graph = make_fx(function, tracing_mode="symbolic")(given.xs, *parts)
+    for got, expected in zip(graph(given.xs, *parts), diagonal(given.xs, given.weight, given.bias), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_cudnns_input_gradient_needs_no_input() -> None:
     """Neither memory of its size nor its values; only shape and layout are looked at."""
     seen = []

@@ -63,5 +63,13 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        # A DataLoader's workers may have had the signal, too, and PyTorch raises an error at their end, wherever this process is.
+        # That they are gone is found out when the next batch is asked for.
+        if callable(signal.getsignal(signal.SIGCHLD)):
+            signal.signal(signal.SIGCHLD, _nothing)
         if not StopRequests.ends_by_parent:
             self.__exit__()
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """A handler that lets a signal pass."""
