@@ -153,6 +153,22 @@ def test_a_settled_choice_is_one_look_into_a_dictionary(sparse: bool) -> None:
                 function(given.xs, given.weight, given.bias)
 
 
+def test_a_forward_pass_that_runs_plain_says_nothing_of_a_backward_pass() -> None:
+    """Frozen weights first, with inputs that need no gradient; then weights that learn, whose gradient a kernel computes."""
+    given = operands(WIDE, torch.bfloat16)
+    problem = Problem(2, WIDE.geometry)
+    sizes = passes.Sizes(False, given.xs[0].shape, given.weight.shape, torch.bfloat16, given.weight.device)
+    for step in (passes._FORWARD, passes._INPUT_GRADIENT, passes._WEIGHT_GRADIENT):
+        winner = "groups" if step is passes._WEIGHT_GRADIENT else "split"
+        choices.learn(step.key(problem, sizes), Measurement(winner))
+    with mock.patch.object(passes, "forward", side_effect=passes.forward) as forward:
+        for weight, calls in ((given.weight, 0), (given.weight.clone().requires_grad_(), 1)):
+            for _ in range(2):
+                forward.reset_mock()
+                block_diagonal_conv2d(given.xs, weight, padding=1, parts=(weight.chunk(2), None))
+                assert forward.call_count == calls
+
+
 def test_operators_are_for_tracers_alone() -> None:
     given = operands(CASE, torch.bfloat16)
 

@@ -89,7 +89,8 @@ def _name_of(xs: Sequence[Tensor], weight: Tensor, *options: Any) -> Hashable:
     x = xs[0]
     return (
         *(len(xs), x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.dtype, *options),
-        *(torch.is_grad_enabled(), x.requires_grad, torch.is_autocast_enabled("cuda"), choices.measures()),
+        *(torch.is_grad_enabled(), x.requires_grad or weight.requires_grad),
+        *(torch.is_autocast_enabled("cuda"), choices.measures()),
     )
 
 
