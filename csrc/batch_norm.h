@@ -238,6 +238,15 @@ void statistics(const Chunks& chunks, Rows<const T> x, float* mean, float* var, 
     }
 }
 
+// Moves running statistics towards new ones; null: there are none.
+inline void update(float* running, const float* found, std::int64_t channels, double momentum, double factor) {
+    if (!running) return;
+    for (std::int64_t c = 0; c < channels; ++c) {
+        running[c] = static_cast<float>((1.0 - momentum) * static_cast<double>(running[c]) +
+                                        momentum * factor * static_cast<double>(found[c]));
+    }
+}
+
 // What each channel is multiplied by and what is added: y = (x - mean) * scale + bias.
 struct Affine {
     const float* mean;
@@ -287,13 +296,13 @@ FASTMERGE_FOR_EACH_CPU void chunk_normalize(const Chunks& chunks, std::int64_t c
 // What goes into the backward pass, and what comes out where it is wanted.
 template <typename T>
 struct Backward {
-    Rows<const T> dy, x, residual;
+    Rows<const T> dy, more, x, residual;  // more: what is to be added to dy
     Gates gates;
     bool relu, training;
     Rows<T> dx, dresidual;
     float* dweight;
     float* dbias;
-    float* dgates;  // (rows of gates, channels)
+    Rows<float> dgates;
 };
 
 // Sums over a chunk of dz and of dz (x - mean), z being what the activation reads; per sample of dy · act(z).
@@ -317,6 +326,10 @@ FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk,
             V::fill(of_gate, 0.0f);
             for (std::int64_t row = sample * chunks.positions + first; row < sample * chunks.positions + last; ++row) {
                 V::load(dy, call.dy.at(row, c));
+                if (call.more) {
+                    V::load(more, call.more.at(row, c));
+                    dy += more;
+                }
                 V::load(distance, call.x.at(row, c));
                 distance -= mean;
                 z = distance * scale + bias;
@@ -327,9 +340,13 @@ FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk,
                 if (call.relu) V::where_positive(dy, z);
                 of_gate += dy * z;
                 dy *= gate;
+                if (call.dresidual) {
+                    // What the second pass will read is summed, rounded as it is.
+                    V::store(call.dresidual.at(row, c), dy);
+                    V::load(dy, call.dresidual.at(row, c));
+                }
                 sum += dy;
                 product += dy * distance;
-                if (call.dresidual) V::store(call.dresidual.at(row, c), dy);
             }
             if (of_gates) V::store(of_gates + (sample - chunks.first_sample(chunk)) * chunks.channels + c, of_gate);
             V::clear_first(sum, repeated);
@@ -343,7 +360,7 @@ FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk,
     }
 }
 
-// dx of a chunk: scale · (dz - offset - (x - mean) · slope).
+// dx of a chunk: scale · (dz - offset - (x - mean) · slope). Where the residual's gradient was written, it is dz.
 template <typename T>
 FASTMERGE_FOR_EACH_CPU void chunk_dx(const Chunks& chunks, std::int64_t chunk, const Backward<T>& call, const Affine& affine,
                                      const float* offset, const float* slope) {
@@ -360,9 +377,18 @@ FASTMERGE_FOR_EACH_CPU void chunk_dx(const Chunks& chunks, std::int64_t chunk, c
             V::fill(gate, 1.0f);
             if (call.gates) V::load(gate, call.gates.at(sample, c));
             for (std::int64_t row = sample * chunks.positions + first; row < sample * chunks.positions + last; ++row) {
-                V::load(dy, call.dy.at(row, c));
                 V::load(distance, call.x.at(row, c));
                 distance -= mean;
+                if (call.dresidual) {
+                    V::load(dy, call.dresidual.at(row, c));
+                    V::store(call.dx.at(row, c), scale * (dy - shift - distance * tilt));
+                    continue;
+                }
+                V::load(dy, call.dy.at(row, c));
+                if (call.more) {
+                    V::load(more, call.more.at(row, c));
+                    dy += more;
+                }
                 if (call.relu) {
                     z = distance * scale + bias;
                     if (call.residual) {
@@ -423,7 +449,7 @@ void backward(const Chunks& chunks, const Backward<T>& call, const Affine& affin
                     for (std::int64_t part = 0; part < each; ++part) {
                         sum += of_gates[static_cast<std::size_t>((row * each + part) * channels + c)];
                     }
-                    call.dgates[row * channels + c] = static_cast<float>(sum);
+                    *call.dgates.at(row, c) = static_cast<float>(sum);
                 }
             }
         }

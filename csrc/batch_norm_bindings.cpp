@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "batch_norm.h"
 
@@ -12,8 +13,10 @@ namespace bn = fastmerge::batch_norm;
 
 namespace {
 
-using Address = std::uintptr_t;                       // 0: no tensor
-using StridedRows = std::pair<Address, std::int64_t>;  // where the first row is, and elements from row to row
+using Address = std::uintptr_t;  // 0: no tensor
+// Where the first row of each stream is, and elements from row to row; empty: no tensors.
+using Streams = std::pair<std::vector<Address>, std::int64_t>;
+using StridedRows = std::pair<Address, std::int64_t>;
 using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 template <typename T>
@@ -21,9 +24,24 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Rows of one of the streams.
 template <typename T>
-bn::Rows<T> rows(const StridedRows& given) {
-    return {pointer<T>(given.first), given.second};
+bn::Rows<T> rows(const Streams& given, std::size_t stream) {
+    if (given.first.empty()) return {};
+    return {pointer<T>(given.first[stream]), given.second};
+}
+
+// One stream's columns of rows that hold all streams' side by side.
+template <typename T>
+bn::Rows<T> columns(const StridedRows& given, std::size_t stream, std::int64_t channels) {
+    if (!given.first) return {};
+    return {pointer<T>(given.first) + static_cast<std::int64_t>(stream) * channels, given.second};
+}
+
+// One stream's part of a vector of all streams'.
+template <typename T>
+T* part(Address address, std::size_t stream, std::int64_t channels) {
+    return address ? pointer<T>(address) + static_cast<std::int64_t>(stream) * channels : nullptr;
 }
 
 bn::Chunks chunks_of(const Shape& shape) {
@@ -36,6 +54,17 @@ void need(Address address, const char* what) {
     if (!address) throw std::invalid_argument(std::string("batch_norm needs ") + what + "; its address is 0");
 }
 
+void need(const Streams& given, std::size_t count, const char* what) {
+    if (given.first.size() != count || !count) {
+        throw std::invalid_argument(std::string("batch_norm needs ") + what + " of each stream");
+    }
+    for (const Address address : given.first) need(address, what);
+}
+
+void need_or_none(const Streams& given, std::size_t count, const char* what) {
+    if (!given.first.empty()) need(given, count, what);
+}
+
 // Calls work with a value of the storage type.
 template <typename Work>
 void for_dtype(bool bfloat16, const Work& work) {
@@ -46,52 +75,70 @@ void for_dtype(bool bfloat16, const Work& work) {
     }
 }
 
-void statistics(const Shape& shape, bool bfloat16, const StridedRows& x, Address mean, Address var, std::int64_t threads) {
+void forward(const Shape& shape, bool bfloat16, const Streams& x, bool training, Address mean, Address var, Address running_mean,
+             Address running_var, double momentum, Address weight, Address bias, float eps, const Streams& residual,
+             const StridedRows& gates, bool relu, const Streams& y, std::int64_t threads) {
     const bn::Chunks chunks = chunks_of(shape);
-    need(x.first, "x");
+    const std::int64_t channels = chunks.channels;
+    const std::size_t streams = x.first.size();
+    need(x, streams, "x");
     need(mean, "mean");
     need(var, "var");
+    need(y, streams, "y");
+    need_or_none(residual, streams, "residual");
     for_dtype(bfloat16, [&](auto zero) {
         using T = decltype(zero);
-        bn::statistics<T>(chunks, rows<const T>(x), pointer<float>(mean), pointer<float>(var), threads);
+        for (std::size_t t = 0; t < streams; ++t) {
+            float *own_mean = part<float>(mean, t, channels), *own_var = part<float>(var, t, channels);
+            if (training) {
+                bn::statistics<T>(chunks, rows<const T>(x, t), own_mean, own_var, threads);
+                const double rows = static_cast<double>(chunks.rows());
+                bn::update(part<float>(running_mean, t, channels), own_mean, channels, momentum, 1.0);
+                bn::update(part<float>(running_var, t, channels), own_var, channels, momentum, rows / (rows - 1.0));
+            }
+            const bn::Affine affine(channels, own_mean, own_var, part<const float>(weight, t, channels),
+                                    part<const float>(bias, t, channels), eps);
+            bn::normalize<T>(chunks, rows<const T>(x, t), affine, rows<const T>(residual, t),
+                             columns<const float>(gates, t, channels), relu, rows<T>(y, t), threads);
+        }
     });
 }
 
-void normalize(const Shape& shape, bool bfloat16, const StridedRows& x, Address mean, Address var, Address weight, Address bias,
-               float eps, const StridedRows& residual, const StridedRows& gates, bool relu, const StridedRows& y,
-               std::int64_t threads) {
+void backward(const Shape& shape, bool bfloat16, const Streams& dy, const Streams& more, const Streams& x, Address mean,
+              Address var, Address weight, Address bias, float eps, const Streams& residual, const StridedRows& gates, bool relu,
+              bool training, const Streams& dx, const Streams& dresidual, Address dweight, Address dbias,
+              const StridedRows& dgates, std::int64_t threads) {
     const bn::Chunks chunks = chunks_of(shape);
-    need(x.first, "x");
+    const std::int64_t channels = chunks.channels;
+    const std::size_t streams = x.first.size();
+    need(dy, streams, "dy");
+    need(x, streams, "x");
     need(mean, "mean");
     need(var, "var");
-    need(y.first, "y");
-    const bn::Affine affine(chunks.channels, pointer<const float>(mean), pointer<const float>(var), pointer<const float>(weight),
-                            pointer<const float>(bias), eps);
+    need_or_none(more, streams, "more");
+    need_or_none(residual, streams, "residual");
+    need_or_none(dx, streams, "dx");
+    need_or_none(dresidual, streams, "dresidual");
+    if (dgates.first && !gates.first) throw std::invalid_argument("batch_norm needs gates where their gradient is wanted");
     for_dtype(bfloat16, [&](auto zero) {
         using T = decltype(zero);
-        bn::normalize<T>(chunks, rows<const T>(x), affine, rows<const T>(residual), rows<const float>(gates), relu, rows<T>(y),
-                         threads);
-    });
-}
-
-void backward(const Shape& shape, bool bfloat16, const StridedRows& dy, const StridedRows& x, Address mean, Address var,
-              Address weight, Address bias, float eps, const StridedRows& residual, const StridedRows& gates, bool relu,
-              bool training, const StridedRows& dx, const StridedRows& dresidual, Address dweight, Address dbias, Address dgates,
-              std::int64_t threads) {
-    const bn::Chunks chunks = chunks_of(shape);
-    need(dy.first, "dy");
-    need(x.first, "x");
-    need(mean, "mean");
-    need(var, "var");
-    if (dgates && !gates.first) throw std::invalid_argument("batch_norm needs gates where their gradient is wanted");
-    const bn::Affine affine(chunks.channels, pointer<const float>(mean), pointer<const float>(var), pointer<const float>(weight),
-                            pointer<const float>(bias), eps);
-    for_dtype(bfloat16, [&](auto zero) {
-        using T = decltype(zero);
-        const bn::Backward<T> call{rows<const T>(dy), rows<const T>(x),   rows<const T>(residual), rows<const float>(gates),
-                                   relu,              training,           rows<T>(dx),             rows<T>(dresidual),
-                                   pointer<float>(dweight), pointer<float>(dbias), pointer<float>(dgates)};
-        bn::backward<T>(chunks, call, affine, threads);
+        for (std::size_t t = 0; t < streams; ++t) {
+            const bn::Affine affine(channels, part<const float>(mean, t, channels), part<const float>(var, t, channels),
+                                    part<const float>(weight, t, channels), part<const float>(bias, t, channels), eps);
+            const bn::Backward<T> call{rows<const T>(dy, t),
+                                       rows<const T>(more, t),
+                                       rows<const T>(x, t),
+                                       rows<const T>(residual, t),
+                                       columns<const float>(gates, t, channels),
+                                       relu,
+                                       training,
+                                       rows<T>(dx, t),
+                                       rows<T>(dresidual, t),
+                                       part<float>(dweight, t, channels),
+                                       part<float>(dbias, t, channels),
+                                       columns<float>(dgates, t, channels)};
+            bn::backward<T>(chunks, call, affine, threads);
+        }
     });
 }
 
@@ -99,19 +146,19 @@ void backward(const Shape& shape, bool bfloat16, const StridedRows& dy, const St
 
 PYBIND11_MODULE(_batch_norm, module) {
     module.doc() =
-        "BatchNorm + residual add + ReLU + gate on a CPU. A shape is samples, positions and channels; rows are the address of the "
-        "first row and the elements from row to row; an address of 0 means none; what isn't rows is float32 and dense.";
-    module.def("statistics", &statistics, py::arg("shape"), py::arg("bfloat16"), py::arg("x"), py::arg("mean"), py::arg("var"),
+        "BatchNorm + residual add + ReLU + gate on a CPU, of several streams. A shape is samples, positions and channels of a "
+        "stream. Streams are the addresses of their first rows and the elements from row to row; vectors, and rows of gates, "
+        "hold all streams' channels side by side. An address of 0, or no address, means none; what isn't streams is float32.";
+    module.def("forward", &forward, py::arg("shape"), py::arg("bfloat16"), py::arg("x"), py::arg("training"), py::arg("mean"),
+               py::arg("var"), py::arg("running_mean"), py::arg("running_var"), py::arg("momentum"), py::arg("weight"),
+               py::arg("bias"), py::arg("eps"), py::arg("residual"), py::arg("gates"), py::arg("relu"), py::arg("y"),
                py::arg("threads") = 1, py::call_guard<py::gil_scoped_release>(),
-               "Writes mean and biased variance of each channel.");
-    module.def("normalize", &normalize, py::arg("shape"), py::arg("bfloat16"), py::arg("x"), py::arg("mean"), py::arg("var"),
-               py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("residual"), py::arg("gates"), py::arg("relu"),
-               py::arg("y"), py::arg("threads") = 1, py::call_guard<py::gil_scoped_release>(),
-               "Writes y = act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate; gates of stride 0 are shared by "
-               "all samples.");
-    module.def("backward", &backward, py::arg("shape"), py::arg("bfloat16"), py::arg("dy"), py::arg("x"), py::arg("mean"),
-               py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("residual"), py::arg("gates"),
-               py::arg("relu"), py::arg("training"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"),
-               py::arg("dgates"), py::arg("threads") = 1, py::call_guard<py::gil_scoped_release>(),
-               "Writes the gradients whose address is not 0; with training, through the statistics of x.");
+               "Writes y = act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate, in training after mean and "
+               "biased variance of x and the running statistics; gates of stride 0 are shared by all samples.");
+    module.def("backward", &backward, py::arg("shape"), py::arg("bfloat16"), py::arg("dy"), py::arg("more"), py::arg("x"),
+               py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("residual"),
+               py::arg("gates"), py::arg("relu"), py::arg("training"), py::arg("dx"), py::arg("dresidual"), py::arg("dweight"),
+               py::arg("dbias"), py::arg("dgates"), py::arg("threads") = 1, py::call_guard<py::gil_scoped_release>(),
+               "Writes the gradients that there is an address for, where that of y is dy + more; with training, through the "
+               "statistics of x.");
 }

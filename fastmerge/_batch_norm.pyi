@@ -1,41 +1,43 @@
 """BatchNorm + residual add + ReLU + gate on a CPU (csrc/batch_norm_bindings.cpp)."""
 
-def statistics(
-    shape: tuple[int, int, int], bfloat16: bool, x: tuple[int, int], mean: int, var: int, threads: int = 1
-) -> None: ...
-def normalize(
+def forward(
     shape: tuple[int, int, int],
     bfloat16: bool,
-    x: tuple[int, int],
+    x: tuple[list[int], int],
+    training: bool,
     mean: int,
     var: int,
+    running_mean: int,
+    running_var: int,
+    momentum: float,
     weight: int,
     bias: int,
     eps: float,
-    residual: tuple[int, int],
+    residual: tuple[list[int], int],
     gates: tuple[int, int],
     relu: bool,
-    y: tuple[int, int],
+    y: tuple[list[int], int],
     threads: int = 1,
 ) -> None: ...
 def backward(
     shape: tuple[int, int, int],
     bfloat16: bool,
-    dy: tuple[int, int],
-    x: tuple[int, int],
+    dy: tuple[list[int], int],
+    more: tuple[list[int], int],
+    x: tuple[list[int], int],
     mean: int,
     var: int,
     weight: int,
     bias: int,
     eps: float,
-    residual: tuple[int, int],
+    residual: tuple[list[int], int],
     gates: tuple[int, int],
     relu: bool,
     training: bool,
-    dx: tuple[int, int],
-    dresidual: tuple[int, int],
+    dx: tuple[list[int], int],
+    dresidual: tuple[list[int], int],
     dweight: int,
     dbias: int,
-    dgates: int,
+    dgates: tuple[int, int],
     threads: int = 1,
 ) -> None: ...

@@ -178,11 +178,5 @@ def _no(x: Tensor) -> bool:
 def small_cuts(tile: int = 64, programs: int = 4) -> Iterator[None]:
     """Cuts tensors as if they were large: several tiles to a program, several programs along N and P."""
     cut = {"programs": programs, "least": 1, "most": 3}
-    with mock.patch.multiple(
-        tiles, _TILE=tile, _POOLING_TILE=tile, _LINE_BYTES=16, _SUMMING=cut, _WRITING=cut, _FEW_PROGRAMS=1
-    ):
-        tiles.tiles.cache_clear()
-        tiles.patches.cache_clear()
+    with tiles.constants(_TILE=tile, _POOLING_TILE=tile, _LINE_BYTES=16, _SUMMING=cut, _WRITING=cut, _FEW_PROGRAMS=1):
         yield
-    tiles.tiles.cache_clear()
-    tiles.patches.cache_clear()

@@ -176,21 +176,21 @@ def test_compiled_it_is_plain_pytorch() -> None:
 
 @needs_extension
 @pytest.mark.parametrize(
-    "changes", [{"shape": (0, 1, 4)}, {"shape": (3, 1, -4)}, {"x": (0, 4)}, {"mean": 0}, {"var": 0}], ids=str
+    "changes",
+    [
+        *({"shape": (0, 1, 4)}, {"shape": (3, 1, -4)}, {"x": ([0], 4)}, {"x": ([], 4)}, {"mean": 0}, {"var": 0}),
+        *({"y": ([], 4)}, {"y": ([0], 4)}, {"residual": ([1, 1], 4)}),
+    ],
+    ids=str,
 )
 def test_the_extension_checks_by_itself(changes: dict[str, Any]) -> None:
-    x, mean, var = torch.randn(3, 4), torch.zeros(4), torch.zeros(4)
-    call = {
-        "shape": (3, 1, 4),
-        "bfloat16": False,
-        "x": (x.data_ptr(), 4),
-        "mean": mean.data_ptr(),
-        "var": var.data_ptr(),
-    }
+    x, y, mean, var = torch.randn(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.zeros(4)
+    call = {"shape": (3, 1, 4), "bfloat16": False, "x": ([x.data_ptr()], 4), "y": ([y.data_ptr()], 4)}
+    call |= {"training": True, "mean": mean.data_ptr(), "var": var.data_ptr(), "residual": ([], 0), "gates": (0, 0)}
+    call |= {"running_mean": 0, "running_var": 0, "momentum": 0.1, "weight": 0, "bias": 0, "eps": 1e-5, "relu": True}
     with pytest.raises(ValueError, match="batch_norm needs"):
-        cpu._batch_norm.statistics(**call | changes)
-    assert not mean.any()
-    assert not var.any()
+        cpu._batch_norm.forward(**call | changes)
+    assert not any(tensor.any() for tensor in (y, mean, var))
 
 
 @needs_extension

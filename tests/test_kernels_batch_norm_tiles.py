@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm.tiles import Tiles, patches, strides_of, tiles, tiles_of, walkable
+from fastmerge.kernels.batch_norm.tiles import Tiles, patches, strides_of, tiles, walk, walkable
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,28 +77,52 @@ def test_patches(h: int, w: int, c: int, last: bool, pooling: bool) -> None:
     assert blocks[0] * blocks[1] * blocks[2] <= (2048 if pooling else 1024)
 
 
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    return strides_of(x.shape, x.stride())
+
+
 def test_strides() -> None:
     x = torch.randn(3, 5, 4, 6)
-    assert strides_of(x) == (120, 1, 24)
-    assert strides_of(in_layout(x, "channels-last")) == (120, 5, 1)
-    assert strides_of(in_layout(x, "slice")) == (24 * 13, 13, 1)
-    assert strides_of(x[:, :, :1]) == (120, 1, 24)
-    assert strides_of(x[:, :, :, 2:3]) == (120, 6, 24)
-    assert strides_of(torch.ones(()).expand(3, 5, 4, 6)) == (0, 0, 0)
-    assert strides_of(x[:, :, 0, 0]) == (120, 120, 24)
+    assert strides(x) == (120, 1, 24)
+    assert strides(in_layout(x, "channels-last")) == (120, 5, 1)
+    assert strides(in_layout(x, "slice")) == (24 * 13, 13, 1)
+    assert strides(x[:, :, :1]) == (120, 1, 24)
+    assert strides(x[:, :, :, 2:3]) == (120, 6, 24)
+    assert strides(torch.ones(()).expand(3, 5, 4, 6)) == (0, 0, 0)
+    assert strides(x[:, :, 0, 0]) == (120, 120, 24)
     assert walkable(x) is x
     cropped = walkable(in_layout(x, "cropped"))
-    assert cropped is not None
     assert cropped.is_contiguous()
     assert torch.equal(cropped, x)
 
 
 def test_samples_are_joined_where_nothing_tells_them_apart() -> None:
     x = in_layout(torch.randn(3, 5, 4, 6), "slice")
-    joined = tiles_of(x, [strides_of(x)], by_sample=False, summing=True)
+    joined = walk((x,), by_sample=False, summing=True).tiles
     assert (joined.n, joined.p) == (1, 72)
-    apart = tiles_of(x, [strides_of(x)], by_sample=True, summing=True)
+    apart = walk((x,), by_sample=True, summing=True).tiles
     assert (apart.n, apart.p) == (3, 24)
     contiguous = x.contiguous()
-    for strides in ([strides_of(x), strides_of(contiguous)], [strides_of(contiguous)]):
-        assert tiles_of(x, strides, by_sample=False, summing=True).n == 3
+    for tensors in ((x, contiguous), (contiguous,)):
+        assert walk(tensors, by_sample=False, summing=True).tiles.n == 3
+
+
+def test_what_can_be_read_at_once() -> None:
+    """A power of 2 that divides all sizes and distances, but for the 1 between what lies side by side."""
+
+    def found(*tensors: torch.Tensor) -> tuple[bool, int]:
+        way = walk(tensors, by_sample=True, summing=False)
+        return way.last, way.vector
+
+    def image(channels: int, layout: str) -> torch.Tensor:
+        return in_layout(torch.zeros(3, channels, 4, 6), layout)
+
+    assert found(image(64, "channels-last")) == (True, 8)
+    assert found(image(24, "channels-last"), image(24, "slice")) == (True, 8)
+    assert found(image(20, "channels-last")) == (True, 4)
+    assert found(image(5, "channels-last")) == (True, 1)
+    assert found(image(64, "channels-last"), image(64, "contiguous")) == (False, 1)
+    assert found(image(5, "contiguous")) == (False, 8)
+    assert found(image(5, "contiguous")[..., :3].contiguous()) == (False, 4)
+    expanded = torch.ones(3, 64, 1, 1).to(memory_format=torch.channels_last).expand(3, 64, 4, 6)
+    assert found(image(64, "channels-last"), expanded.movedim(1, -1).contiguous().movedim(-1, 1)) == (True, 8)

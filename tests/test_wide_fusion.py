@@ -9,14 +9,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from fastmerge.kernels.batch_norm import batch_norm_act_streams
 from torch import Tensor, nn
 
 import fastmerge
 from architectures import BY_NAME, ZOO, Architecture
 from fastmerge.lowering import graph
 from fastmerge.wide import norms
+from fastmerge.wide.streams import split_streams
 from teachers import make_teachers
-from test_wide_joined import SIZE, merge, run
+from test_wide_joined import SIZE, merge, program, run
 
 PATTERNED = [a for a in ZOO if not a.stochastic]
 joined_or_not = pytest.mark.parametrize("joined", [False, True], ids=["streams", "joined"])
@@ -317,29 +319,94 @@ def test_the_switch() -> None:
         big.fused = "sometimes"
 
 
-def noted(called: list[str], name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*args: object, **kwargs: object) -> Tensor:
-        called.append(name)
-        return function(*args, **kwargs)
+@joined_or_not
+def test_the_switch_decides_which_code_runs(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused, a normalisation of all teachers is one call."""
+    pooled: list[bool] = []
 
-    return call
+    def noted(*args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        pooled.append(kwargs["pool"] is not None)
+        return batch_norm_act_streams(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(norms, "batch_norm_act_streams", noted)
+    big, x = merge(BY_NAME["vgg"]).train(), BY_NAME["vgg"].inputs(SIZE)
+    for value, expected in ((True, [True, False, True]), (False, []), ("auto", [])):
+        pooled.clear()
+        big.fused = value
+        run(big, x, joined)
+        assert pooled == expected
+
+
+class _Reads(nn.Module):
+    """A network of the normalisation's readers that a test names."""
+
+    def __init__(self, *readers: str) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv3, self.conv4 = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+        self.readers = readers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        y = self.conv2(x)
+        if "add" in self.readers:
+            y = F.relu(self.norm2(y) + x)
+        y = self.conv3(y).mean((2, 3))
+        if "layer" in self.readers:
+            y = y + self.conv4(x).mean((2, 3))
+        if "operation" in self.readers:
+            y = y + self.conv4(torch.tanh(x)).mean((2, 3))
+        return y
 
 
 @joined_or_not
-def test_the_switch_decides_which_code_runs(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-    for name in ("batch_norm_act", "batch_norm_act_pool"):
-        monkeypatch.setattr(norms, name, noted(called, name, getattr(norms, name)))
-    big, x = merge(BY_NAME["vgg"]).train(), BY_NAME["vgg"].inputs(SIZE)
-    calls = 1 if joined else big.num_teachers
-    for value, count in ((True, 1), (False, 0), ("auto", 0)):
-        called.clear()
-        big.fused = value
-        run(big, x, joined)
-        assert called.count("batch_norm_act_pool") == 2 * calls * count
-        assert called.count("batch_norm_act") == calls * count
+@pytest.mark.parametrize(
+    ("readers", "expected"),
+    [((), False), (("add",), True), (("layer",), True), (("add", "layer"), True), (("add", "operation"), False)],
+    ids=str,
+)
+def test_two_readers_get_results_of_their_own(
+    readers: tuple[str, ...], expected: bool, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reader reads the first, all others the second; operations that may change a value in place share it."""
+    x = BY_NAME["unet"].inputs(SIZE)
+    big = fastmerge.BigStudent(*make_teachers(lambda: _Reads(*readers), x, 2), example_inputs=x).train()
+    code = program(big, joined)
+    assert ("readers = 2" in code) == expected
+    plain = without_patterns(monkeypatch, big)
+    for fused in (False, True):
+        big.fused = fused
+        assert_close(run(big, x, joined), run(plain, x, joined))
+    if expected:
+        count = 1 if joined else 2
+        (call,) = (line for line in code.splitlines() if "readers = 2" in line)
+        name = call.split(" = ")[0].strip()
+        handed = [int(found) for found in re.findall(rf"\b{name}\[(\d+)\]", code)]
+        assert sorted(handed) == list(range(2 * count))
 
 
 def test_repr_counts_what_is_fused() -> None:
     assert repr(merge(BY_NAME["vgg"])).splitlines()[1].strip().endswith("3 of 3 normalisations fused")
     assert "normalisations" not in repr(merge(BY_NAME["lenet"])).splitlines()[1]
+
+
+def test_gradients_written_into_one_tensor_go_back_as_that_tensor() -> None:
+    """What takes a joined tensor apart copies nothing, forward or backward, where the gradients lie as the streams do."""
+    joined = torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    whole = torch.randn(2, 6, 4, 4).to(memory_format=torch.channels_last)
+    apart = [torch.randn(2, 3, 4, 4) for _ in range(2)]
+    for gradients, expected in (
+        (whole.split(3, 1), whole),
+        (apart, torch.cat(apart, 1)),
+        (whole.split(3, 1)[::-1], None),
+    ):
+        streams = split_streams(joined, 2, 1)
+        assert [s.data_ptr() for s in streams] == [s.data_ptr() for s in joined.split(3, 1)]
+        streams[0].detach().mul_(1)  # a change in place of one leaves the others' versions alone
+        assert streams[1]._version == 0
+        (found,) = torch.autograd.grad(streams, joined, gradients)
+        assert torch.equal(found, torch.cat(list(gradients), 1) if expected is None else expected)
+        assert (found.data_ptr() == whole.data_ptr()) == (expected is whole)
+    (found,) = torch.autograd.grad(split_streams(joined, 2, 1)[0].sum(), joined)
+    assert torch.equal(found, torch.cat([torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)], 1))

@@ -10,6 +10,8 @@ from typing import Any
 from torch import fx, nn
 
 from fastmerge.lowering.patterns import Lowered, Pattern, match, why_alone
+from fastmerge.wide.grouped import GroupedLayer
+from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.norms import WideBatchNorm
 
 
@@ -36,7 +38,7 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
         lowered: the graph.
         nodes: of the teacher's graph that are normalisations.
     """
-    uses, wide, added = {}, set(), set()
+    uses, wide, added, calls = {}, set(), set(), []
     for node in nodes:
         name = str(node.target) if node.op == "call_module" else node.name
         module = lowered.network.get_submodule(name) if node.op == "call_module" else None
@@ -47,7 +49,7 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
         pattern = match(lowered, node)
         if pattern.parts:
             added.update(pattern.residual or [])
-            _rewrite(lowered, pattern)
+            calls.append(_rewrite(lowered, pattern))
             uses[node] = NormUse(name, pattern.parts)
         else:
             uses[node] = NormUse(name, reason=why_alone(lowered, node))
@@ -57,7 +59,34 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
             assert isinstance(call, fx.Node)
             call.kwargs = {"activation": "identity"}
             uses[node] = replace(use, fused=("added",), reason="")
+    for fused in calls:
+        _hand_out_twice(lowered, fused)
     return list(uses.values())
+
+
+def _hand_out_twice(lowered: Lowered, fused: fx.Node) -> None:
+    """Gives each of two readers of a fused call's results its own, so that its backward pass adds up their gradients.
+
+    A value that is read by the next convolution and the next add has two. Wide modules alone read without changing in place.
+    """
+    parts = sorted(fused.users, key=lambda part: int(part.args[1]))  # type: ignore[arg-type]
+    readers = list(parts[0].users)
+    if len(readers) < 2 or any(list(part.users) != readers for part in parts):
+        return
+    if not all(_is_wide(lowered, reader) for reader in readers):
+        return
+    fused.kwargs = {**fused.kwargs, "readers": 2}
+    for position, part in enumerate(parts):
+        with lowered.graph.inserting_after(part):
+            twin = lowered.graph.call_function(operator.getitem, (fused, len(parts) + position))
+        for reader in readers[1:]:
+            reader.replace_input_with(part, twin)
+
+
+def _is_wide(lowered: Lowered, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return isinstance(lowered.network.get_submodule(str(node.target)), (WideLayer, WideBatchNorm, GroupedLayer))
 
 
 def _no_kernel(node: fx.Node, module: nn.Module | None) -> str:
@@ -68,7 +97,8 @@ def _no_kernel(node: fx.Node, module: nn.Module | None) -> str:
     return f"{type(module).__name__} has no fused operation"
 
 
-def _rewrite(lowered: Lowered, pattern: Pattern) -> None:
+def _rewrite(lowered: Lowered, pattern: Pattern) -> fx.Node:
+    """Replaces the calls of a pattern by one, which it returns."""
     graph, values = lowered.graph, lowered.values
     (call,) = {part.args[0] for part in values[pattern.norm]}
     assert isinstance(call, fx.Node)
@@ -95,3 +125,4 @@ def _rewrite(lowered: Lowered, pattern: Pattern) -> None:
     doomed += [] if pattern.gate is None else [pattern.gate, *old]
     for node in reversed(doomed):
         graph.erase_node(node)
+    return fused

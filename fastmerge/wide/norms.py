@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, why_not_fused
+from fastmerge.kernels.batch_norm import batch_norm_act_streams, why_not_fused
 from fastmerge.wide.streams import GateStreams, split_streams
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -32,15 +32,10 @@ def _runs_as_rows(x: Tensor) -> bool:
     )
 
 
-def _has_fused(x: Tensor, training: bool) -> bool:
-    """Whether there is a fused operation that pays: on a CPU evaluation runs what the teachers run, to the same rounding."""
-    return x.is_cuda or (training and x.device.type == "cpu" and why_not_fused(x) is None)
-
-
 class WideBatchNorm(nn.Module):
     """The teachers' BatchNorms as one of T·C channels, teacher by teacher.
 
-    A joined tensor is normalised as a whole, streams one by one with views of the same parameters and statistics.
+    A joined tensor is normalised as a whole; so are streams, with the same parameters and statistics, where they run fused.
 
     Args:
         norms: T BatchNorms of ``torch.nn`` with the same options.
@@ -83,6 +78,7 @@ class WideBatchNorm(nn.Module):
         pool: tuple[Any, Any, Any] | None = None,
         gates: Tensor | None = None,
         gate: GateStreams | None = None,
+        readers: int = 1,
     ) -> tuple[Tensor, ...]:
         """Normalises T streams, or one joined tensor with its channels in dimension 1, and does what follows.
 
@@ -93,32 +89,38 @@ class WideBatchNorm(nn.Module):
             pool: kernel size, stride and padding of a max-pooling after the activation.
             gates: the matrix of gates, or None for open gates.
             gate: which of its columns multiply the result; None for no gate.
+            readers: how many times the results are handed out: 2 where two operations read them, neither of which changes
+                them in place. The backward pass then adds up the gradients of both where it reads them.
+
+        Returns:
+            The results, one per value, and again for each further reader.
         """
+        if len(values) == 1 and self.momentum is None:  # each teacher counts its own batches
+            streams = split_streams(values[0], self.num_teachers, 1)
+            residuals = None if residual is None else split_streams(residual[0], self.num_teachers, 1)
+            outputs = self.forward(
+                *streams, activation=activation, residual=residuals, pool=pool, gates=gates, gate=gate
+            )
+            return (torch.cat(outputs, dim=1),) * readers
+        if activation is not None and self._runs_fused(values[0]):
+            return self._fused(values, activation, residual, pool, gates, gate, readers)
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         factors = self._factors()
-        apart = len(values) == 1 and self.momentum is None  # each teacher counts its own batches
-        residuals: Sequence[Tensor | None] = [None] * len(values) if residual is None else residual
-        if apart:
-            values = split_streams(values[0], self.num_teachers, 1)
-            first = residuals[0]
-            residuals = [None] * len(values) if first is None else split_streams(first, self.num_teachers, 1)
-        columns: Sequence[Tensor | None] = [None] * len(values)
-        if gates is not None and gate is not None:
-            columns = gate.columns(gates, joined=len(values) == 1)
-        fused = activation is not None and (
-            _has_fused(values[0], self.training) if self.fused == "auto" else bool(self.fused)
-        )
-        outputs = []
-        for t, (x, tensors) in enumerate(zip(values, self._tensors(len(values)), strict=True)):
-            if fused:
-                assert activation is not None
-                outputs.append(self._fused(x, tensors, factors[t], activation, residuals[t], pool, columns[t]))
-            else:
-                outputs.append(self._plain(x, tensors, factors[t], activation, residuals[t], pool))
-        if not fused and gate is not None:
-            outputs = list(gate(gates, *outputs))
-        return (torch.cat(outputs, dim=1),) if apart else tuple(outputs)
+        plain = [
+            self._plain(
+                *(x, self._tensors(t, len(values)), factors[t], activation),
+                *(None if residual is None else residual[t], pool),
+            )
+            for t, x in enumerate(values)
+        ]
+        return tuple(plain if gate is None else gate(gates, *plain)) * readers
+
+    def _runs_fused(self, x: Tensor) -> bool:
+        """On a CPU evaluation runs what the teachers run, to the same rounding."""
+        if self.fused == "auto":
+            return x.is_cuda or (self.training and x.device.type == "cpu" and why_not_fused(x) is None)
+        return bool(self.fused)
 
     def _plain(
         self,
@@ -130,7 +132,7 @@ class WideBatchNorm(nn.Module):
         pool: tuple[Any, Any, Any] | None,
     ) -> Tensor:
         """All but the gate, as separate operations."""
-        mean, var, weight, bias = tensors
+        weight, bias, mean, var = tensors
         as_rows = _runs_as_rows(x)
         rows = x.permute(0, 2, 3, 1).flatten(0, 2) if as_rows else x
         y = F.batch_norm(rows, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
@@ -145,38 +147,56 @@ class WideBatchNorm(nn.Module):
 
     def _fused(
         self,
-        x: Tensor,
-        tensors: Sequence[Tensor | None],
-        factor: float,
+        values: Sequence[Tensor],
         activation: str,
-        residual: Tensor | None,
+        residual: Sequence[Tensor] | None,
         pool: tuple[Any, Any, Any] | None,
-        gate: Tensor | None,
-    ) -> Tensor:
-        mean, var, weight, bias = tensors
-        if gate is not None and gate.shape[0] not in (1, x.shape[0]):
-            gate = gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)
+        gates: Tensor | None,
+        gate: GateStreams | None,
+        readers: int,
+    ) -> tuple[Tensor, ...]:
+        samples, columns = values[0].shape[0], None
+        if gates is not None and gate is not None:
+            (columns,) = gate.columns(gates, joined=True)
+            if columns.shape[0] not in (1, samples):
+                columns = columns.repeat_interleave(samples // columns.shape[0], dim=0)
         options: dict[str, Any] = {
-            "training": self.training or mean is None,
-            "momentum": factor,
+            "training": self.training or self.running_mean is None,
             "eps": self.eps,
             "activation": activation,
-            "gate": gate,
+            "pool": pool,
         }
-        if pool is None:
-            return batch_norm_act(x, weight, bias, mean, var, residual=residual, **options)
-        kernel_size, stride, padding = pool
-        return batch_norm_act_pool(
-            x, weight, bias, mean, var, kernel_size=kernel_size, stride=stride, padding=padding, **options
-        )
+        counted = self.training and self.num_batches_tracked is not None
+        if self.momentum is not None or not counted:
+            return batch_norm_act_streams(
+                values,
+                *self._tensors(),
+                momentum=self.momentum or 0.0,
+                residuals=residual,
+                gate=columns,
+                num_batches_tracked=self.num_batches_tracked if counted else None,
+                readers=readers,
+                **options,
+            )
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        outputs = [
+            batch_norm_act_streams(
+                (x,),
+                *self._tensors(t, len(values)),
+                momentum=factor,
+                residuals=None if residual is None else (residual[t],),
+                gate=None if columns is None else columns.chunk(len(values), 1)[t],
+                **options,
+            )[0]
+            for t, (x, factor) in enumerate(zip(values, self._factors(), strict=True))
+        ]
+        return tuple(outputs) * readers
 
-    def _tensors(self, count: int) -> list[tuple[Tensor | None, ...]]:
-        """Running mean and variance, weight and bias: of each stream, or of all together."""
-        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
-        if count == 1:
-            return [tensors]
-        parts = [[None] * count if x is None else list(x.chunk(count)) for x in tensors]
-        return list(zip(*parts, strict=True))
+    def _tensors(self, stream: int = 0, count: int = 1) -> list[Tensor | None]:
+        """Weight, bias, running mean and variance: of one of the streams, or of all together."""
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        return [tensor if tensor is None or count == 1 else tensor.chunk(count)[stream] for tensor in tensors]
 
     def _factors(self) -> list[float]:
         """How much of the batch enters the running statistics, per teacher: as much as of any before for momentum None."""

@@ -8,13 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmerge.kernels.batch_norm import joined_of, runs_direct
+
 
 def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, ...]:
     """The T streams of a joined tensor, without a copy.
 
     To autograd they are tensors of their own, so that a ReLU in place on one leaves the others' versions alone.
     """
+    if joined.requires_grad and runs_direct(joined) and torch._C._functorch.maybe_current_level() is None:
+        streams: tuple[Tensor, ...] = _Split.apply(joined, num_teachers, dim)
+        return streams
     return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
+
+
+class _Split(torch.autograd.Function):
+    """Takes a joined tensor apart. Gradients that were written into one tensor go back as that tensor, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, ...]:
+        ctx.dim = dim
+        return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        whole = None if torch.is_grad_enabled() else joined_of(gradients, ctx.dim)
+        return torch.cat(gradients, ctx.dim) if whole is None else whole, None, None
 
 
 def concatenate_joined(tensors: Sequence[Tensor], num_teachers: int, dim: int) -> Tensor:

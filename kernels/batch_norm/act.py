@@ -1,34 +1,61 @@
-"""BatchNorm, residual add, activation and gate as one operation. Reference: ``formulas``.
+"""BatchNorm, residual add, activation, max-pooling and gate as one operation. Reference: ``formulas``.
 
     y = act((x - mean) / sqrt(var + eps) · weight + bias + residual) · gate
+    y = max_pool(act((x - mean) / sqrt(var + eps) · weight + bias)) · gate
 
 Two passes over the tensors forward (statistics, result), two backward (sums, dx); kept for the backward pass are x, the
-residual where the activation or the gates' gradient needs it, and vectors of C numbers. Sums are deterministic.
+residual where the activation or the gates' gradient needs it, and vectors of C numbers. An activation before a pooling is never
+written, forward or backward. Sums are deterministic.
 
-There are two ways to the same kernels. torch.compile and other tracers see custom operators (``ops``). Plain eager
-calls go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers wait
-for the CPU. On a CPU that function runs a C++ extension (``cpu``) in place of the kernels; what traces a call there
-sees plain PyTorch.
+One call takes the T streams of a network, one tensor per teacher, beside vectors that hold all teachers' channels.
 
-Dims: N batch, C channels.
+There are two ways to the same kernels. torch.compile and other tracers see custom operators (``ops``, ``pool_ops``). Plain
+eager calls go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers
+wait for the CPU. On a CPU that function runs a C++ extension (``cpu``) in place of the kernels; what traces a call there sees
+plain PyTorch.
+
+Dims: N batch, C channels of a stream, T streams.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from fastmerge.kernels.batch_norm import cpu, ops
-from fastmerge.kernels.batch_norm.formulas import ACTIVATIONS, batch_norm_act_reference, check
+import torch.nn.functional as F
+from fastmerge.kernels.batch_norm import cpu, ops, pool_ops
+from fastmerge.kernels.batch_norm.formulas import (
+    ACTIVATIONS,
+    MAX_WINDOW,
+    Norm,
+    batch_norm_act_pool_reference,
+    batch_norm_act_reference,
+    check,
+    gated,
+    of_stream,
+    pooling_window,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["batch_norm_act", "batch_norm_act_reference", "why_not_fused"]
-
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Call(NamedTuple):
+    """The arguments that are no tensors; see ``batch_norm_act_streams``."""
+
+    streams: int
+    training: bool
+    momentum: float
+    eps: float
+    activation: str
+    window: tuple[int, ...] | None
+    readers: int
+    on_cpu: bool
+    keep: bool
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -37,79 +64,138 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        call: _Call,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        residual: Tensor | None,
+        batches: Tensor | None,
         gate: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        activation: str,
-    ) -> Tensor:
-        mean, var = running_mean, running_var
-        if training:
-            mean, var = eager_statistics(x, running_mean, running_var, momentum)
-        ctx.training, ctx.eps, ctx.activation = training, eps, activation
-        ctx.on_cpu, ctx.has_residual = not _holds_kernels(x), residual is not None
-        ops.save(ctx, x, weight, bias, mean, var, residual, gate)
-        normalize: Any = cpu.normalize
-        if not ctx.on_cpu:
-            from fastmerge.kernels.batch_norm.forward_triton import normalize
-        return normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
+        *streams: Tensor,
+    ) -> tuple[Tensor, ...]:
+        count = call.streams
+        running: Any = (running_mean, running_var)
+        norm = Norm(
+            streams[:count], weight, bias, *running, streams[count:] or None, gate, call.eps, call.activation == "relu"
+        )
+        peak: Any = ()
+        place: Any = ()
+        if call.on_cpu:
+            y, norm = cpu.forward(norm, running, call.momentum, call.training)
+            if batches is not None:
+                batches.add_(1)
+        else:
+            from fastmerge.kernels.batch_norm import forward_triton, pool_triton, statistics_triton
+
+            if call.training:
+                for tensor in (*running, batches):
+                    if tensor is not None:
+                        torch.autograd.graph.increment_version(tensor)
+                mean, var = statistics_triton.statistics(norm.x, *running, call.momentum, batches)
+                norm = norm._replace(mean=mean, var=var)
+            if call.window is None:
+                y = forward_triton.normalize(norm)
+            else:
+                y, peak, place = pool_triton.pool(norm, call.window, call.keep)
+        if call.keep:
+            ctx.call = call
+            ctx.set_materialize_grads(False)
+            residual = norm.residual or ()
+            if not norm.relu and not (gate is not None and gate.requires_grad):
+                residual = ()  # its values change no gradient
+            ctx.save_for_backward(weight, bias, norm.mean, norm.var, gate, *norm.x, *residual, *peak, *place)
+        # To autograd the second reader's are tensors of their own, so that it doesn't add up what the readers send back.
+        return tuple(y) if call.readers == 1 else (*y, *[tensor.detach() for tensor in y])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6)]
+    def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        count = call.streams
+        _, needs_dweight, needs_dbias, _, _, _, needs_dgate, *needs_streams = ctx.needs_input_grad
+        weight, bias, mean, var, gate, *tensors = ctx.saved_tensors
+        x, kept = tensors[:count], tensors[count:]
+        needs = (any(needs_streams[:count]), needs_dweight, needs_dbias, any(needs_streams[count:]), needs_dgate)
+        first, more = _per_reader(dy, count)
+        if first is None:
+            return (None,) * len(ctx.needs_input_grad)
+        norm = Norm(x, weight, bias, mean, var, None, gate, call.eps, call.activation == "relu")
+        gradients: Any
         if torch.is_grad_enabled():
-            return _differentiable_gradients(ctx, dy, needs)
-        gradients: Any = cpu.gradients
-        if not ctx.on_cpu:
-            from fastmerge.kernels.batch_norm.backward_triton import gradients
-        x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
-        dx, dweight, dbias, dresidual, dgate = gradients(
-            dy, x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation, needs
-        )
-        return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None, None
+            residual = kept if call.window is None and kept else None
+            if residual is None and needs[3]:
+                residual = [torch.zeros_like(t).requires_grad_() for t in x]
+            gradients = _differentiable_gradients(call, first, more, norm._replace(residual=residual), needs)
+        elif call.on_cpu:
+            gradients = cpu.gradients(first, more, norm._replace(residual=kept or None), call.training, needs)
+        elif call.window is None:
+            from fastmerge.kernels.batch_norm import backward_triton
+
+            norm = norm._replace(residual=kept or None)
+            gradients = backward_triton.gradients(first, more, norm, call.training, needs)
+        else:
+            from fastmerge.kernels.batch_norm import unpool_triton
+
+            of_x, *of_vectors = unpool_triton.gradients(
+                *(first, more, norm, kept[:count], kept[count:], call.training, call.window),
+                (*needs[:3], needs_dgate),
+            )
+            gradients = (of_x, *of_vectors[:2], None, of_vectors[2])
+        dx, dweight, dbias, dresidual, dgate = gradients
+        of_streams = [*(dx or [None] * count), *(dresidual or [None] * (len(needs_streams) - count))]
+        of_streams = [g if need else None for g, need in zip(of_streams, needs_streams, strict=True)]
+        return None, dweight, dbias, None, None, None, dgate, *of_streams
 
 
-def _differentiable_gradients(ctx: Any, dy: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _per_reader(dy: Sequence[Tensor | None], count: int) -> tuple[Any, Any]:
+    """The gradients of all streams from one reader, and from a second one; None where there are none."""
+    readers = [own for own in (dy[:count], dy[count:]) if any(g is not None for g in own)]
+    if all(g is not None for own in readers for g in own):
+        return (*readers, None, None)[:2]  # type: ignore[return-value]
+    like = next(g for g in dy if g is not None)
+    zeros = [[torch.zeros_like(like) if g is None else g for g in own] for own in readers]
+    return (*zeros, None, None)[:2]  # type: ignore[return-value]
+
+
+def _differentiable_gradients(
+    call: _Call, dy: Sequence[Tensor], more: Sequence[Tensor] | None, norm: Norm, needs: Sequence[bool]
+) -> tuple[Any, ...]:
     """The gradients by way of the reference, for a backward pass that is to be differentiated itself."""
-    x, weight, bias, mean, var, residual, gate = ctx.saved_tensors
-    if ctx.has_residual and residual is None:  # not kept, for its values change no gradient
-        residual = torch.zeros_like(x).requires_grad_(needs[3])
-    y = batch_norm_act_reference(
-        x,
-        weight,
-        bias,
-        None if ctx.training else mean,
-        None if ctx.training else var,
-        training=ctx.training,
-        eps=ctx.eps,
-        residual=residual,
-        activation=ctx.activation,
-        gate=gate,
+    if more is not None:
+        dy = [a + b for a, b in zip(dy, more, strict=True)]
+    running = (None, None) if call.training else (norm.mean, norm.var)
+    y = _reference(call, norm.x, norm.weight, norm.bias, *running, norm.residual, norm.gate)
+    groups = (norm.x, [norm.weight], [norm.bias], norm.residual or [], [norm.gate])
+    wanted = [t for group, need in zip(groups, needs, strict=True) if need for t in group]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    dx, dweight, dbias, dresidual, dgate = (
+        [next(found) for _ in group] if need else None for group, need in zip(groups, needs, strict=True)
     )
-    wanted = [tensor for tensor, need in zip((x, weight, bias, residual, gate), needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    dx, dweight, dbias, dresidual, dgate = (next(found) if need else None for need in needs)
-    return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None, None
+    return dx, dweight and dweight[0], dbias and dbias[0], dresidual, dgate and dgate[0]  # lists of one
 
 
-def eager_statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """``ops.statistics`` without the operator's dispatch."""
-    if not _holds_kernels(x):
-        return cpu.statistics(x, running_mean, running_var, momentum)
-    from fastmerge.kernels.batch_norm import statistics_triton
-
-    for running in (running_mean, running_var):
-        if running is not None:
-            torch.autograd.graph.increment_version(running)
-    return statistics_triton.statistics(x, running_mean, running_var, momentum)
+def _reference(
+    call: _Call,
+    xs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residuals: Sequence[Tensor] | None,
+    gate: Tensor | None,
+) -> list[Tensor]:
+    """The reference, stream by stream."""
+    outputs = []
+    for t, x in enumerate(xs):
+        vectors = [of_stream(v, t, len(xs)) for v in (weight, bias, running_mean, running_var)]
+        options: dict[str, Any] = {"training": call.training, "momentum": call.momentum, "eps": call.eps}
+        options |= {"activation": call.activation, "gate": of_stream(gate, t, len(xs), 1)}
+        if call.window is None:
+            residual = None if residuals is None else residuals[t]
+            outputs.append(batch_norm_act_reference(x, *vectors, residual=residual, **options))
+        else:
+            pooling = {"kernel_size": call.window[:2], "stride": call.window[2:4], "padding": call.window[4:]}
+            outputs.append(batch_norm_act_pool_reference(x, *vectors, **pooling, **options))
+    return outputs
 
 
 def batch_norm_act(
@@ -153,29 +239,110 @@ def batch_norm_act(
         ValueError: for an unknown activation, a residual or gate of the wrong shape, evaluation without running statistics,
             or one value per channel in training.
     """
-    if why_not_fused(x, weight, bias, running_mean, running_var, residual=residual, activation=activation, gate=gate):
-        return batch_norm_act_reference(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
+    return batch_norm_act_streams(
+        (x,),
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        residuals=None if residual is None else (residual,),
+        activation=activation,
+        gate=gate,
+    )[0]
+
+
+def batch_norm_act_streams(
+    xs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residuals: Sequence[Tensor] | None = None,
+    activation: str = "relu",
+    gate: Tensor | None = None,
+    pool: tuple[Any, Any, Any] | None = None,
+    num_batches_tracked: Tensor | None = None,
+    readers: int = 1,
+) -> tuple[Tensor, ...]:
+    """``batch_norm_act``, or with ``pool`` ``batch_norm_act_pool``, of T tensors at once.
+
+    Args:
+        xs: T tensors of one shape, each as ``x`` there.
+        weight, bias, running_mean, running_var: shape (T·C,), stream by stream.
+        training, momentum, eps, activation: as there.
+        residuals: T tensors, or None.
+        gate: shape (N, T·C) or (1, T·C), or None.
+        pool: kernel size, stride and padding of a max-pooling after the activation.
+        num_batches_tracked: counters of which each goes up by 1 in training, or None.
+        readers: 2 where two operations read each result and neither changes it in place: each gets its own tensor, of the
+            same memory, and the backward pass adds up what they send back.
+
+    Returns:
+        T results for the first reader, then T for a second one.
+    """
+    window = None if pool is None else pooling_window(xs[0], *pool)
+    x, vectors = xs[0], (weight, bias, running_mean, running_var)
+    call = _Call(len(xs), training, momentum, eps, activation, window, readers, not _holds_kernels(x), True)
+    name = "batch_norm_act" if window is None else "batch_norm_act_pool"
+    reason = _reason(name, xs, vectors, residuals, activation, gate, training, window)
+    if reason is None and window is not None and call.on_cpu:
+        # All but the pooling.
+        ys = batch_norm_act_streams(
+            *(xs, *vectors),
             training=training,
             momentum=momentum,
             eps=eps,
-            residual=residual,
             activation=activation,
-            gate=gate,
+            num_batches_tracked=num_batches_tracked,
         )
-    check("batch_norm_act", x, training, activation, residual, gate, running_mean, running_var)
-    if not runs_direct(x):
-        mean, var = running_mean, running_var
-        if training:
-            mean, var = ops.statistics(x.detach(), running_mean, running_var, momentum)
-        return ops.normalize(x, weight, bias, mean, var, residual, gate, training, eps, activation)
-    return _BatchNormAct.apply(
-        x, weight, bias, running_mean, running_var, residual, gate, training, momentum, eps, activation
-    )
+        pooled = [F.max_pool2d(y, window[:2], window[2:4], window[4:]) for y in ys]
+        return tuple(gated(y, of_stream(gate, t, len(xs), 1)) for t, y in enumerate(pooled)) * readers
+    if reason is None and runs_direct(x):
+        batches = num_batches_tracked if training else None
+        if window is not None:
+            tensors = (*xs, weight, bias, gate)
+            learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            call = call._replace(keep=learns)
+        return _BatchNormAct.apply(call, *vectors, batches, gate, *xs, *(residuals or ()))  # type: ignore[no-any-return]
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    way = _reference if reason is not None else _operators
+    return tuple(way(call, xs, *vectors, residuals, gate)) * readers
+
+
+def _operators(
+    call: _Call,
+    xs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residuals: Sequence[Tensor] | None,
+    gate: Tensor | None,
+) -> list[Tensor]:
+    """The operators, stream by stream."""
+    outputs = []
+    for t, x in enumerate(xs):
+        scale, shift, mean, var = (of_stream(v, t, len(xs)) for v in (weight, bias, running_mean, running_var))
+        own_gate = of_stream(gate, t, len(xs), 1)
+        if call.training:
+            mean, var = ops.statistics(x.detach(), mean, var, call.momentum)
+        options = (call.training, call.eps, call.activation)
+        if call.window is None:
+            residual = None if residuals is None else residuals[t]
+            outputs.append(ops.normalize(x, scale, shift, mean, var, residual, own_gate, *options))
+        else:
+            learners = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, gate)]
+            keep = torch.is_grad_enabled() and any(learners)
+            outputs.append(pool_ops.pool(x, scale, shift, mean, var, own_gate, *options, call.window, keep)[0])
+    return outputs
 
 
 def runs_direct(x: Tensor) -> bool:
@@ -197,23 +364,55 @@ def why_not_fused(
     gate: Tensor | None = None,
 ) -> str | None:
     """Why ``batch_norm_act`` would run in plain PyTorch, or None if it would run fused."""
+    reason = _why_not_here(x)
+    if reason is not None:
+        return reason
+    residuals = None if residual is None else (residual,)
+    return _why_not((x,), (weight, bias, running_mean, running_var), residuals, activation, gate, None)
+
+
+def _why_not_here(x: Tensor) -> str | None:
+    """What speaks against the fused operation in how a call is made, rather than in its arguments."""
     if not _holds_kernels(x):
-        reason = _why_not_on_cpu(x)
-        if reason is not None:
-            return reason
-    elif not _HAS_TRITON:
-        return "Triton is not installed"
+        if x.device.type != "cpu":
+            return f"x is on {x.device.type}, neither on a CUDA device nor on a CPU"
+        if not runs_direct(x):
+            return "the call is traced, which on a CPU sees plain PyTorch"
+        if forward_ad._current_level >= 0:
+            return "there is no forward-mode derivative"
     if torch._C._functorch.maybe_current_level() is not None:
         return "custom operators don't run under the transforms of torch.func"
+    return None
+
+
+def _why_not(
+    xs: Sequence[Tensor],
+    vectors: Sequence[Tensor | None],
+    residuals: Sequence[Tensor] | None,
+    activation: str,
+    gate: Tensor | None,
+    window: tuple[int, ...] | None,
+) -> str | None:
+    """What speaks against the fused operation in shapes, strides, dtypes and devices."""
+    x = xs[0]
+    if not _holds_kernels(x):
+        reasons = [reason for reason in map(cpu.why_not, xs) if reason is not None]
+        if reasons:
+            return reasons[0]
+    elif not _HAS_TRITON:
+        return "Triton is not installed"
+    elif window is not None and window[0] * window[1] > MAX_WINDOW:
+        return f"the pooling window has {window[0] * window[1]} positions, more than {MAX_WINDOW}"
     if activation not in ACTIVATIONS:
         return f"the activation is {activation}, not one of {', '.join(ACTIVATIONS)}"
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}"
     if x.numel() == 0:
         return "x is empty"
-    if residual is not None and residual.dtype != x.dtype:
-        return f"the residual is {residual.dtype}, x is {x.dtype}"
-    for tensor in (weight, bias, running_mean, running_var, residual, gate):
+    for residual in residuals or ():
+        if residual.dtype != x.dtype:
+            return f"the residual is {residual.dtype}, x is {x.dtype}"
+    for tensor in (*vectors, *(residuals or ()), gate):
         if tensor is not None and tensor.device != x.device:
             return f"x is on {x.device}, another argument on {tensor.device}"
         if tensor is not None and tensor.dtype == torch.float64:
@@ -221,14 +420,55 @@ def why_not_fused(
     return None
 
 
-def _why_not_on_cpu(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}, neither on a CUDA device nor on a CPU"
-    if not runs_direct(x):
-        return "the call is traced, which on a CPU sees plain PyTorch"
-    if forward_ad._current_level >= 0:
-        return "there is no forward-mode derivative"
-    return cpu.why_not(x)
+_reasons: dict[Any, str | None] = {}
+
+
+def _reason(
+    name: str,
+    xs: Sequence[Tensor],
+    vectors: Sequence[Tensor | None],
+    residuals: Sequence[Tensor] | None,
+    activation: str,
+    gate: Tensor | None,
+    training: bool,
+    window: tuple[int, ...] | None,
+) -> str | None:
+    """``_why_not``, after a look at whether the arguments fit one another; remembered for all that look alike."""
+    x = xs[0]
+    reason = _why_not_here(x)
+    if reason is not None or not runs_direct(x):
+        _check(name, xs, vectors, residuals, activation, gate, training)
+        return reason or _why_not(xs, vectors, residuals, activation, gate, window)
+    key = (
+        *(name, activation, training, window, cpu._batch_norm is None, _holds_kernels(x)),
+        *[(t.shape, t.stride(), t.dtype) for t in xs],
+        *[None if t is None else (t.shape, t.dtype, t.device) for t in (x, *vectors, gate, *(residuals or ()))],
+    )
+    if key not in _reasons:
+        _check(name, xs, vectors, residuals, activation, gate, training)
+        if len(_reasons) >= 4096:
+            _reasons.clear()
+        _reasons[key] = _why_not(xs, vectors, residuals, activation, gate, window)
+    return _reasons[key]
+
+
+def _check(
+    name: str,
+    xs: Sequence[Tensor],
+    vectors: Sequence[Tensor | None],
+    residuals: Sequence[Tensor] | None,
+    activation: str,
+    gate: Tensor | None,
+    training: bool,
+) -> None:
+    for t, x in enumerate(xs):
+        if x.shape != xs[0].shape or x.dtype != xs[0].dtype or x.device != xs[0].device:
+            raise ValueError(
+                f"{name} needs streams of one shape, dtype and device; got {xs[0].dtype} of shape {tuple(xs[0].shape)} on "
+                f"{xs[0].device} and {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+            )
+        residual = None if residuals is None else residuals[t]
+        check(name, x, training, activation, residual, of_stream(gate, t, len(xs), 1), *vectors[2:])
 
 
 def _holds_kernels(x: Tensor) -> bool:

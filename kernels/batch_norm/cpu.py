@@ -1,26 +1,27 @@
 """BatchNorm + residual + activation + gate on a CPU, through the C++ extension (csrc/batch_norm.h).
 
 It takes tensors whose channels lie side by side and whose positions follow one another at one distance: channels-last images,
-slices of the channels of such, and matrices. The functions have the arguments of those in ``forward_triton`` and
-``backward_triton``.
+slices of the channels of such, and matrices. All streams go through in one call each way.
 
-Dims: N batch, C channels, P positions of a sample.
+Dims: N batch, C channels, P positions of a sample, T streams.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels.batch_norm.formulas import empty_in_layout
+from fastmerge.kernels.batch_norm.formulas import Norm, empty_in_layout, empty_like_streams, empty_streams
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Below, threads cost more than they save: elements of a tensor.
 _WORTH_THREADS = 1 << 15
-_NONE = (0, 0)
+_NONE: tuple[list[int], int] = ([], 0)
 
 _batch_norm: Any = None
 with contextlib.suppress(ImportError):
@@ -33,168 +34,168 @@ def why_not(x: Tensor) -> str | None:
         return "the C++ extension is not built"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}"
-    if x.dim() < 2 or _row_stride(x) is None:
+    if x.dim() < 2 or _row_stride(x.shape, x.stride()) is None:
         return "the channels of x don't lie side by side"
     return None
 
 
-def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; updates the running statistics."""
-    mean, var = torch.empty(2, x.shape[1], dtype=torch.float32)
-    shape = _shape(x)
-    _batch_norm.statistics(shape, _is_bfloat16(x), _rows(x), mean.data_ptr(), var.data_ptr(), _threads(x))
-    count = shape[0] * shape[1]
-    if running_mean is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    if running_var is not None:
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-    return mean, var
+def forward(
+    norm: Norm, running: tuple[Tensor | None, Tensor | None], momentum: float, training: bool
+) -> tuple[list[Tensor], Norm]:
+    """The results; in training after the statistics of ``x``, which update the running ones.
 
+    Args:
+        norm: in training its mean and variance are to be found.
+        running: mean and variance.
+        momentum: weight of the new statistics in the running ones.
+        training: whether to find statistics.
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """The result, from the statistics."""
-    y = empty_in_layout(x)
-    vectors = [_vector(t) for t in (mean, var, weight, bias)]
-    residual, gate = _in_rows(residual, x), _gates(gate)
-    _batch_norm.normalize(
-        _shape(x),
-        _is_bfloat16(x),
-        _rows(x),
-        *map(_address, vectors),
-        eps,
+    Returns:
+        The T results, and ``norm`` with the statistics that they were computed with.
+    """
+    x = norm.x[0]
+    norm = norm._replace(x=_all_in_rows(norm.x, x))
+    size, shape = len(norm.x) * x.shape[1], _shape(x)
+    y, residual, gate = empty_streams(norm.x), _all_in_rows(norm.residual, x), _gates(norm.gate)
+    written = [_vector(t) for t in running] if training else [None, None]
+    if training:
+        norm = norm._replace(mean=torch.empty(size), var=torch.empty(size))
+    weight, bias, mean, var = (_vector(t) for t in norm[1:5])
+    _batch_norm.forward(
+        shape,
+        x.dtype == torch.bfloat16,
+        _rows(norm.x),
+        training,
+        *(_address(t) for t in (mean, var, *written)),
+        momentum,
+        *(_address(t) for t in (weight, bias)),
+        norm.eps,
         _rows(residual),
         _gate_rows(gate),
-        activation == "relu",
+        norm.relu,
         _rows(y),
         _threads(x),
     )
-    return y
+    if training:
+        for ours, theirs in zip(written, running, strict=True):
+            if theirs is not None and ours is not None:
+                if ours.data_ptr() == theirs.data_ptr():
+                    torch.autograd.graph.increment_version(theirs)
+                else:
+                    theirs.copy_(ours)
+    return y, norm
 
 
 def gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    training: bool,
-    eps: float,
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias, residual and gate, as many as are needed; that of the residual may be ``dy`` itself."""
-    relu = activation == "relu"
-    dy = _in_rows(dy, x)
-    vectors = [_vector(t) for t in (mean, var, weight, bias)]
-    rows_of_residual, rows_of_gates = _in_rows(residual, x), _gates(gate)
-    changed = relu or gate is not None
-    dx = empty_in_layout(x) if needs[0] else None
-    dresidual = empty_in_layout(x) if needs[3] and changed else None
-    dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) if need else None for need in needs[1:3])
-    dgate = None if rows_of_gates is None or not needs[4] else rows_of_gates.new_empty(rows_of_gates.shape)
+    dy: Sequence[Tensor], more: Sequence[Tensor] | None, norm: Norm, training: bool, needs: Sequence[bool]
+) -> tuple[Any, ...]:
+    """Gradients of x, weight, bias, residual and gate, as many as are needed; arguments as those in ``backward_triton``."""
+    x, residual, gate = norm.x[0], _all_in_rows(norm.residual, norm.x[0]), _gates(norm.gate)
+    dy, more = _all_in_rows(dy, x), _all_in_rows(more, x)
+    weight, bias, mean, var = (_vector(t) for t in norm[1:5])
+    changed = norm.relu or gate is not None or more is not None
+    dx = empty_like_streams(norm.x) if needs[0] else None
+    dresidual = empty_streams(norm.x) if needs[3] and changed else None
+    size = len(norm.x) * x.shape[1]
+    dweight, dbias = (torch.empty(size) if need else None for need in needs[1:3])
+    dgate = torch.empty(gate.shape) if gate is not None and needs[4] else None
     _batch_norm.backward(
         _shape(x),
-        _is_bfloat16(x),
+        x.dtype == torch.bfloat16,
         _rows(dy),
-        _rows(x),
-        *map(_address, vectors),
-        eps,
-        _rows(rows_of_residual),
-        _gate_rows(rows_of_gates),
-        relu,
+        _rows(more),
+        _rows(norm.x),
+        *(_address(t) for t in (mean, var, weight, bias)),
+        norm.eps,
+        _rows(residual),
+        _gate_rows(gate),
+        norm.relu,
         training,
         _rows(dx),
         _rows(dresidual),
-        *map(_address, (dweight, dbias, dgate)),
+        *(_address(t) for t in (dweight, dbias)),
+        _gate_rows(dgate),
         _threads(x),
     )
     if needs[3] and not changed:
         dresidual = dy
-    return (
-        dx,
-        None if dweight is None or weight is None else dweight.to(weight.dtype),
-        None if dbias is None or bias is None else dbias.to(bias.dtype),
-        dresidual,
-        None if dgate is None or gate is None else dgate.to(gate.dtype),
-    )
+    found = [
+        None if g is None or t is None else g.to(t.dtype)
+        for g, t in ((dweight, norm.weight), (dbias, norm.bias), (dgate, norm.gate))
+    ]
+    return dx, found[0], found[1], dresidual, found[2]
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:
     """N, P and C."""
-    samples, channels = x.shape[:2]
-    return samples, x.numel() // max(1, samples * channels), channels
+    shape = x.shape
+    return shape[0], math.prod(shape[2:]), shape[1]
 
 
-def _row_stride(x: Tensor) -> int | None:
+@functools.lru_cache(maxsize=4096)
+def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """Elements from a position to the next, from the last of a sample to the first of the next too; None if they vary."""
-    if x.stride(1) != 1 and x.shape[1] != 1:
+    if strides[1] != 1 and shape[1] != 1:
         return None
     stride, rows = None, 1
-    for dim in (*range(x.dim() - 1, 1, -1), 0):
-        if x.shape[dim] == 1:
+    for dim in (*range(len(shape) - 1, 1, -1), 0):
+        if shape[dim] == 1:
             continue
         if stride is None:
-            stride = x.stride(dim)
-        elif x.stride(dim) != rows * stride:
+            stride = strides[dim]
+        elif strides[dim] != rows * stride:
             return None
-        rows *= x.shape[dim]
+        rows *= shape[dim]
     if stride is None:
-        return x.shape[1]
-    return stride if stride >= x.shape[1] else None
+        return shape[1]
+    return stride if stride >= shape[1] else None
 
 
-def _in_rows(tensor: Tensor | None, x: Tensor) -> Any:
-    """The tensor in the dtype of x, copied if its positions don't follow one another."""
-    if tensor is None:
+def _all_in_rows(tensors: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor] | None:
+    """Tensors in the dtype of x whose rows are one distance apart, copied where they aren't."""
+    if tensors is None:
         return None
-    tensor = tensor.to(x.dtype)
-    return tensor if _row_stride(tensor) is not None else empty_in_layout(x).copy_(tensor)
+    strides = tensors[0].stride()
+    if _row_stride(tensors[0].shape, strides) is not None and all(
+        t.dtype == x.dtype and t.stride() == strides for t in tensors
+    ):
+        return tensors
+    return [empty_in_layout(x).copy_(tensor) for tensor in tensors]
 
 
-def _rows(tensor: Tensor | None) -> tuple[int, int]:
-    if tensor is None:
+def _rows(tensors: Sequence[Tensor] | None) -> tuple[list[int], int]:
+    """Addresses of streams, and elements from row to row."""
+    if tensors is None:
         return _NONE
-    stride = _row_stride(tensor)
+    stride = _row_stride(tensors[0].shape, tensors[0].stride())
     assert stride is not None
-    return tensor.data_ptr(), stride
+    return [t.data_ptr() for t in tensors], stride
 
 
 def _vector(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().float().contiguous()
+    """Dense float32."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.detach().float().contiguous()
 
 
 def _gates(gate: Tensor | None) -> Tensor | None:
-    """Dense rows of float32."""
-    return None if gate is None else gate.detach().float().contiguous()
+    """Rows of float32, channels side by side."""
+    if gate is None or (
+        gate.dtype == torch.float32 and gate.stride(1) == 1 and (gate.shape[0] == 1 or gate.stride(0) >= gate.shape[1])
+    ):
+        return gate
+    return gate.detach().float().contiguous()
 
 
 def _gate_rows(gate: Tensor | None) -> tuple[int, int]:
     if gate is None:
-        return _NONE
-    return gate.data_ptr(), gate.shape[1] if gate.shape[0] > 1 else 0
+        return 0, 0
+    return gate.data_ptr(), gate.stride(0) if gate.shape[0] > 1 else 0
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _is_bfloat16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
 
 
 def _threads(x: Tensor) -> int:

@@ -1,16 +1,18 @@
-"""BatchNorm with what follows it, in plain PyTorch: the reference of the fused operations, and the checks they share.
+"""BatchNorm with what follows it, in plain PyTorch: the reference of the fused operations, and what they share.
 
     y = act(batch_norm(x) + residual) * gate            y = max_pool(act(batch_norm(x))) * gate
 
 A gate is at least 0, so gating after the pooling, on the smaller tensor, is gating before it.
 
-Dims: N batch, C channels, P positions of a sample (H·W, or 1 for x of shape (N, C)).
+Dims: N batch, C channels, P positions of a sample (H·W, or 1 for x of shape (N, C)), T streams.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,45 @@ from torch import Tensor
 ACTIVATIONS = ("relu", "identity")
 # A position in the pooling window is saved as int8.
 MAX_WINDOW = 128
+
+
+class Norm(NamedTuple):
+    """What every pass over T streams reads.
+
+    Attributes:
+        x: T tensors of one shape (N, C, ...).
+        weight, bias: (T·C,), or None.
+        mean, var: (T·C,).
+        residual: T tensors in the shape of those of x, or None.
+        gate: (1 or N, T·C), or None.
+        eps: added to the variance.
+        relu: whether the activation is ReLU, rather than the identity.
+    """
+
+    x: Sequence[Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    residual: Sequence[Tensor] | None
+    gate: Tensor | None
+    eps: float
+    relu: bool
+
+    def stream(self, t: int) -> Norm:
+        """One of the streams, alone."""
+        weight, bias, mean, var = (of_stream(v, t, len(self.x)) for v in self[1:5])
+        residual = None if self.residual is None else self.residual[t : t + 1]
+        gate = of_stream(self.gate, t, len(self.x), 1)
+        return Norm(self.x[t : t + 1], weight, bias, mean, var, residual, gate, self.eps, self.relu)
+
+
+def of_stream(joined: Any, t: int, count: int, dim: int = 0) -> Any:
+    """The part of a tensor of all streams that is one stream's, a view; None for None."""
+    if joined is None or count == 1:
+        return joined
+    size = joined.shape[dim] // count
+    return joined.narrow(dim, t * size, size)
 
 
 def batch_norm_act_reference(
@@ -140,17 +181,80 @@ def pooled_shape(x: Tensor, window: Sequence[int]) -> tuple[int, ...]:
 def empty_in_layout(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """A new dense tensor, channels-last if ``x`` is so or is a slice of something channels-last, contiguous otherwise."""
     shape = tuple(x.shape if shape is None else shape)
-    if x.dim() == 2 or not is_channels_last(x):
-        return x.new_empty(shape, dtype=dtype or x.dtype)
-    # Strides by hand: torch knows channels-last for four and five dimensions alone.
-    strides, step = [0] * len(shape), shape[1]
-    for dim in reversed(range(2, len(shape))):
-        strides[dim] = step
-        step *= shape[dim]
-    strides[0], strides[1] = step, 1
+    strides = _dense_strides.__wrapped__(shape, x.dim() > 2 and is_channels_last(x))  # sizes may be symbols
     return x.new_empty_strided(shape, strides, dtype=dtype or x.dtype)
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of a position lie side by side, as they do in x of shape (N, C)."""
     return x.stride(1) == 1 and (x.dim() == 2 or not x.is_contiguous())
+
+
+def empty_streams(
+    x: Sequence[Tensor], shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """New tensors for all streams of ``x``, each as ``empty_in_layout`` makes it, one behind the other in memory."""
+    first, count = x[0], len(x)
+    shape = tuple(first.shape if shape is None else shape)
+    strides = _dense_strides((count * shape[0], *shape[1:]), is_channels_last(first))
+    together = torch.empty_strided(
+        (count * shape[0], *shape[1:]), strides, dtype=dtype or first.dtype, device=first.device
+    )
+    # Not views of one another to autograd, which would forbid to change one in place.
+    return [together] if count == 1 else list(torch.unsafe_split(together, shape[0]))
+
+
+def empty_like_streams(x: Sequence[Tensor]) -> list[Tensor]:
+    """As ``empty_streams``, but slices of the channels of one tensor where those of ``x`` are: that of their gradients."""
+    first, distance = x[0], distance_of(x)
+    if len(x) > 1 and distance is not None and lies_joined(first.shape, first.stride(), len(x), distance):
+        shape = (first.shape[0], len(x) * first.shape[1], *first.shape[2:])
+        joined = torch.empty_strided(shape, first.stride(), dtype=first.dtype, device=first.device)
+        return list(torch.unsafe_split(joined, first.shape[1], 1))
+    return empty_streams(x)
+
+
+def distance_of(streams: Sequence[Tensor]) -> int | None:
+    """Elements from each stream to the next, or None where that differs, or their strides do."""
+    if len(streams) == 1:
+        return 0
+    first, strides, itemsize = streams[0].data_ptr(), streams[0].stride(), streams[0].element_size()
+    step = streams[1].data_ptr() - first
+    for t in range(1, len(streams)):
+        if streams[t].stride() != strides or streams[t].data_ptr() - first != t * step:
+            return None
+    return None if step % itemsize else step // itemsize
+
+
+def joined_of(streams: Sequence[Tensor], dim: int) -> Tensor | None:
+    """The tensor whose slices along a dimension the streams are, or None where there is none."""
+    first = streams[0]
+    dim %= first.dim()
+    step = first.shape[dim] * first.stride(dim)
+    storage = first.untyped_storage()._cdata
+    if distance_of(streams) != step or any(t.untyped_storage()._cdata != storage for t in streams):
+        return None
+    shape = [size * len(streams) if d == dim else size for d, size in enumerate(first.shape)]
+    return first.as_strided(shape, first.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def lies_joined(shape: tuple[int, ...], strides: tuple[int, ...], count: int, distance: int) -> bool:
+    """Whether streams at a distance are slices of the channels, dimension 1, of one dense tensor."""
+    if distance != shape[1] * strides[1] or distance == 0:
+        return False
+    sizes = (shape[0], count * shape[1], *shape[2:])
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return reach == math.prod(sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    # By hand: torch knows channels-last for four and five dimensions alone.
+    strides, step = [0] * len(shape), shape[1] if channels_last else 1
+    for dim in reversed(range(2 if channels_last else 0, len(shape))):
+        strides[dim] = step
+        step *= shape[dim]
+    if channels_last:
+        strides[0], strides[1] = step, 1
+    return tuple(strides)

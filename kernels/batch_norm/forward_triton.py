@@ -1,28 +1,34 @@
 """Triton kernel of BatchNorm + residual + activation + gate, forward, imported at the first launch.
 
-Dims: N batch, C channels, P positions of a sample.
+Dims: N batch, C channels, P positions of a sample, T streams.
 """
 
 from __future__ import annotations
 
-import torch
-import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm.formulas import empty_in_layout
-from fastmerge.kernels.batch_norm.tiles import arguments, strides_of, tiles_of, walkable
+from fastmerge.kernels.batch_norm import tiles
+from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams
 from fastmerge.kernels.batch_norm.walk_triton import (
+    affine,
     channels_of,
-    contiguous,
+    distances,
     gate_stride,
-    per_channel,
+    gate_vector,
+    gates_of,
+    kernel,
+    launch,
+    offsets,
     rows_of,
     share,
+    stream_of,
     tile,
+    together,
+    vectors_of,
 )
 from torch import Tensor
 
 
-@triton.jit
+@kernel
 def normalize_kernel(
     x_ptr,
     weight_ptr,
@@ -32,6 +38,10 @@ def normalize_kernel(
     residual_ptr,
     gate_ptr,
     y_ptr,
+    x_stride_t: tl.int64,
+    residual_stride_t: tl.int64,
+    y_stride_t: tl.int64,
+    eps,
     n,
     p,
     c,
@@ -41,76 +51,68 @@ def normalize_kernel(
     x_stride_n,
     x_stride_p,
     x_stride_c,
-    residual_stride_n,
-    residual_stride_p,
-    residual_stride_c,
     y_stride_n,
     y_stride_p,
     y_stride_c,
+    residual_stride_n,
+    residual_stride_p,
+    residual_stride_c,
     gate_stride,
-    eps,
     RELU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATE_VECTOR: tl.constexpr,
 ):
-    first_n, last_n, first_p, last_p = share(n, p, samples, pixels, parts_p)
-    channel = channels_of(BLOCK_C)
-    column = channel.to(tl.int64)
-    mean = per_channel(mean_ptr, channel, c, 0.0)
-    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
-    bias = per_channel(bias_ptr, channel, c, 0.0)
+    first_n, last_n, first_p, last_p = share(n, p, samples, pixels, parts_p, LAST, VECTOR, BLOCK_P)
+    channel, c = channels_of(c, LAST, VECTOR, BLOCK_C)
+    x_ptr = stream_of(x_ptr, x_stride_t, VECTOR)
+    y_ptr = stream_of(y_ptr, y_stride_t, VECTOR)
+    if residual_ptr is not None:
+        residual_ptr = stream_of(residual_ptr, residual_stride_t, VECTOR)
+    mean, scale, bias, _ = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps)
     for n_ in range(first_n, last_n, BLOCK_N):
         if gate_ptr is not None:
             row = (n_ + tl.arange(0, BLOCK_N))[:, None, None].to(tl.int64)
-            gate = tl.load(gate_ptr + row * gate_stride + channel, (row < last_n) & (channel < c), other=0.0)
-            gate = gate.to(tl.float32)
-        for p_ in range(first_p, last_p, BLOCK_P):
+            gate = gates_of(gate_ptr, row, last_n, gate_stride, channel, c, GATE_VECTOR)
+        for p_ in tl.range(first_p, last_p, BLOCK_P, num_stages=STAGES):
             sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-            offset = sample * x_stride_n + position * x_stride_p + column * x_stride_c
+            offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
             # Distances first: x times scale, far from 0, would lose the digits that the mean takes away.
             y = (tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32) - mean) * scale + bias
             if residual_ptr is not None:
-                offset = sample * residual_stride_n + position * residual_stride_p + column * residual_stride_c
+                offset = offsets(
+                    sample, position, channel, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR
+                )
                 y += tl.load(residual_ptr + offset, inside, other=0.0).to(tl.float32)
             if RELU:
                 y = tl.where(y < 0, 0.0, y)
             if gate_ptr is not None:
                 y *= gate
-            offset = sample * y_stride_n + position * y_stride_p + column * y_stride_c
+            offset = offsets(sample, position, channel, y_stride_n, y_stride_p, y_stride_c, LAST, VECTOR)
             tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """``act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate``, dense, in the layout of ``x``."""
-    y = empty_in_layout(x)
-    x, residual = walkable(x), walkable(residual)
-    strides = [strides_of(t) for t in (x, y, *([] if residual is None else [residual]))]
-    cut = tiles_of(x, strides, by_sample=gate is not None and gate.shape[0] > 1, summing=False)
-    with torch.cuda.device_of(x):
-        normalize_kernel[cut.grid](
-            x,
-            *contiguous(weight, bias, mean, var),
-            residual,
-            rows_of(gate),
-            y,
-            *cut.sizes,
-            **arguments("x", strides[0]),
-            **arguments("y", strides[1]),
-            **arguments("residual", strides[-1]),
-            gate_stride=gate_stride(gate),
-            eps=eps,
-            RELU=activation == "relu",
-            **cut.blocks,
-        )
+def normalize(norm: Norm) -> list[Tensor]:
+    """``act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate`` of each stream, dense, in the layout of ``x``."""
+    y = empty_streams(norm.x)
+    x, residual = ([tiles.walkable(t) for t in norm.x], norm.residual and [tiles.walkable(t) for t in norm.residual])
+    if not together(x, residual):
+        return [normalize(norm.stream(t))[0] for t in range(len(x))]
+    gate = norm.gate
+    walk = tiles.walk(
+        (x[0], y[0], x[0] if residual is None else residual[0]), gate is not None and gate.shape[0] > 1, summing=False
+    )
+    launch(
+        normalize_kernel,
+        (*walk.grid, len(x)),
+        (x[0], *vectors_of(norm), None if residual is None else residual[0], rows_of(gate), y[0]),
+        distances(x, residual, y),
+        (norm.eps,),
+        (*walk.integers, gate_stride(gate)),
+        {"RELU": norm.relu, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},
+    )
     return y

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels.batch_norm.formulas import empty_in_layout
+from fastmerge.kernels.batch_norm.formulas import Norm, empty_in_layout
 from torch import Tensor
 
 
@@ -23,7 +23,7 @@ def statistics(
     # Imported here: a machine without CUDA never imports Triton.
     from fastmerge.kernels.batch_norm import statistics_triton
 
-    return statistics_triton.statistics(x, running_mean, running_var, momentum)
+    return statistics_triton.statistics([x], running_mean, running_var, momentum)
 
 
 @statistics.register_fake
@@ -48,7 +48,8 @@ def normalize(
     """``act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate``."""
     from fastmerge.kernels.batch_norm import forward_triton
 
-    return forward_triton.normalize(x, weight, bias, mean, var, residual, gate, eps, activation)
+    norm = Norm([x], weight, bias, mean, var, None if residual is None else [residual], gate, eps, activation == "relu")
+    return forward_triton.normalize(norm)[0]
 
 
 @normalize.register_fake
@@ -74,10 +75,10 @@ def normalize_backward(
     """The gradients of ``normalize``, in training through mean and variance too; empty where not needed."""
     from fastmerge.kernels.batch_norm import backward_triton
 
-    gradients = backward_triton.gradients(
-        dy, x, weight, bias, mean, var, residual, gate, training, eps, activation, needs
-    )
+    norm = Norm([x], weight, bias, mean, var, None if residual is None else [residual], gate, eps, activation == "relu")
+    dx, dweight, dbias, dresidual, dgate = backward_triton.gradients([dy], None, norm, training, needs)
     # An operator returns tensors, and none of its arguments.
+    gradients = (dx and dx[0], dweight, dbias, dresidual and dresidual[0], dgate)
     dx, dweight, dbias, dresidual, dgate = (x.new_empty(0) if g is None or g is dy else g for g in gradients)
     return dx, dweight, dbias, dresidual, dgate
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels.batch_norm.formulas import empty_in_layout, pooled_shape
+from fastmerge.kernels.batch_norm.formulas import Norm, empty_in_layout, pooled_shape
 from fastmerge.kernels.batch_norm.ops import empty_gradient
 from torch import Tensor
 
@@ -32,10 +32,11 @@ def pool(
     # Imported here: a machine without CUDA never imports Triton.
     from fastmerge.kernels.batch_norm import pool_triton
 
-    y, peak, place = pool_triton.pool(x, weight, bias, mean, var, gate, eps, activation, window, keep)
+    norm = Norm([x], weight, bias, mean, var, None, gate, eps, activation == "relu")
+    y, peak, place = pool_triton.pool(norm, window, keep)
     if peak is None or place is None:
-        peak, place = x.new_empty(0), x.new_empty(0, dtype=torch.int8)
-    return y, peak, place
+        return y[0], x.new_empty(0), x.new_empty(0, dtype=torch.int8)
+    return y[0], peak[0], place[0]
 
 
 @pool.register_fake
@@ -78,10 +79,9 @@ def pool_backward(
     """The gradients of ``pool``, in training through mean and variance too; empty where not needed."""
     from fastmerge.kernels.batch_norm import unpool_triton
 
-    gradients = unpool_triton.gradients(
-        dy, x, weight, bias, mean, var, gate, peak, place, training, eps, activation, window, needs
-    )
-    dx, dweight, dbias, dgate = (x.new_empty(0) if g is None else g for g in gradients)
+    norm = Norm([x], weight, bias, mean, var, None, gate, eps, activation == "relu")
+    dx, *gradients = unpool_triton.gradients([dy], None, norm, [peak], [place], training, window, needs)
+    dx, dweight, dbias, dgate = (x.new_empty(0) if g is None else g for g in (dx and dx[0], *gradients))
     return dx, dweight, dbias, dgate
 
 

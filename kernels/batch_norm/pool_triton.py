@@ -5,20 +5,35 @@ activation of a window is the activation of its largest or smallest x, and the w
 computed. Kept for the backward pass (``unpool_triton``), all in the pooled size: that x, and its place in the
 window as int8.
 
-Dims: N batch, C channels, H W of x, OH OW of the pooled y.
+Dims: N batch, C channels, H W of x, OH OW of the pooled y, T streams.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm.formulas import empty_in_layout, is_channels_last, pooled_shape
-from fastmerge.kernels.batch_norm.tiles import patch_warps, patches
-from fastmerge.kernels.batch_norm.walk_triton import contiguous, gate_stride, per_channel, rows_of
+from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams, is_channels_last, pooled_shape
+from fastmerge.kernels.batch_norm.tiles import MOST_AT_ONCE, patch_warps, patches
+from fastmerge.kernels.batch_norm.walk_triton import (
+    affine,
+    distances,
+    gate_stride,
+    gate_vector,
+    kernel,
+    launch,
+    multiple,
+    per_channel,
+    rows_of,
+    stream_of,
+    together,
+    vectors_of,
+)
 from torch import Tensor
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -36,6 +51,13 @@ def patch(high, wide, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.
 
 
 @triton.jit
+def gate_of(gate_ptr, sample, gate_stride, channel, c, GATE_VECTOR: tl.constexpr):
+    """A sample's gates, as float32."""
+    gate_ptr += sample * multiple(gate_stride, GATE_VECTOR) + tl.program_id(2) * c + channel
+    return tl.load(gate_ptr, channel < c, other=0.0).to(tl.float32)
+
+
+@kernel
 def pool_kernel(
     x_ptr,
     weight_ptr,
@@ -46,6 +68,11 @@ def pool_kernel(
     y_ptr,
     peak_ptr,
     place_ptr,
+    x_stride_t: tl.int64,
+    y_stride_t: tl.int64,
+    peak_stride_t: tl.int64,
+    place_stride_t: tl.int64,
+    eps,
     c,
     height,
     width,
@@ -62,7 +89,6 @@ def pool_kernel(
     y_stride_h,
     y_stride_w,
     gate_stride,
-    eps,
     RELU: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -73,17 +99,20 @@ def pool_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GATE_VECTOR: tl.constexpr,
 ):
     sample, row, column, channel = patch(high, wide, BLOCK_H, BLOCK_W, BLOCK_C)
+    c = multiple(c, VECTOR)
     inside_c = channel < c
-    mean = per_channel(mean_ptr, channel, c, 0.0)
-    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
-    bias = per_channel(bias_ptr, channel, c, 0.0)
-    sign = tl.where(scale < 0, -1.0, tl.where(scale > 0, 1.0, 0.0))
+    weight = per_channel(weight_ptr, channel, c, 1.0)
+    sign = tl.where(weight < 0, -1.0, tl.where(weight > 0, 1.0, 0.0))
 
     # Where a window leaves x, its nearest position is read again: that changes neither the largest value nor, but for the
     # places in the padding corrected below, which of equal ones comes first. So nothing but channels needs a mask.
-    x_ptr += sample * x_stride_n + channel.to(tl.int64) * x_stride_c
+    x_ptr = stream_of(x_ptr, x_stride_t, VECTOR) + sample * multiple(x_stride_n, VECTOR)
+    x_ptr += channel.to(tl.int64) * x_stride_c
+    x_stride_h, x_stride_w = multiple(x_stride_h, VECTOR), multiple(x_stride_w, VECTOR)
     top, left = row * STRIDE_H - PADDING_H, column * STRIDE_W - PADDING_W
     best = tl.full((BLOCK_H * BLOCK_W, BLOCK_C), -_INFINITY, tl.float32)
     place = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.int32)
@@ -100,41 +129,29 @@ def pool_kernel(
             best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
     peak = tl.where(sign == 0, first, best * sign)
 
+    mean, scale, bias, _ = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps)
     y = (peak - mean) * scale + bias
     if RELU:
         y = tl.where(y < 0, 0.0, y)
     if gate_ptr is not None:
-        y *= tl.load(gate_ptr + sample * gate_stride + channel, inside_c, other=0.0).to(tl.float32)
-    offset = sample * y_stride_n + row.to(tl.int64) * y_stride_h + column.to(tl.int64) * y_stride_w
-    offset += channel.to(tl.int64) * y_stride_c
+        y *= gate_of(gate_ptr, sample, gate_stride, channel, c, GATE_VECTOR)
+    offset = sample * multiple(y_stride_n, VECTOR) + channel.to(tl.int64) * y_stride_c
+    offset += row.to(tl.int64) * multiple(y_stride_h, VECTOR) + column.to(tl.int64) * multiple(y_stride_w, VECTOR)
     inside = (row < pooled_height) & (column < pooled_width) & inside_c
-    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
+    tl.store(stream_of(y_ptr, y_stride_t, VECTOR) + offset, y.to(y_ptr.dtype.element_ty), inside)
     if place_ptr is not None:
         place = tl.maximum(place // KERNEL_W, -top) * KERNEL_W + tl.maximum(place % KERNEL_W, -left)
-        tl.store(place_ptr + offset, place.to(tl.int8), inside)
-        tl.store(peak_ptr + offset, peak.to(peak_ptr.dtype.element_ty), inside)
+        tl.store(stream_of(place_ptr, place_stride_t, VECTOR) + offset, place.to(tl.int8), inside)
+        tl.store(stream_of(peak_ptr, peak_stride_t, VECTOR) + offset, peak.to(peak_ptr.dtype.element_ty), inside)
 
 
 def pool(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor | None,
-    eps: float,
-    activation: str,
-    window: Sequence[int],
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``max_pool(act((x - mean) / sqrt(var + eps) * weight + bias)) * gate``.
+    norm: Norm, window: Sequence[int], keep: bool
+) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+    """``max_pool(act((x - mean) / sqrt(var + eps) * weight + bias)) * gate`` of each stream.
 
     Args:
-        x: shape (N, C, H, W), any strides.
-        weight, bias, mean, var: shape (C,).
-        gate: shape (1 or N, C).
-        eps: added to the variance.
-        activation: "relu" or "identity".
+        norm: its ``x`` of shape (N, C, H, W), any strides.
         window: see ``pooling_window``.
         keep: whether the backward pass will need ``peak`` and ``place``.
 
@@ -142,28 +159,32 @@ def pool(
         y; the x that each element of it came from; that x's place in the window, int8, row by row. All of them dense, in the
         layout of ``x``, shape (N, C, OH, OW).
     """
-    shape = pooled_shape(x, window)
-    y = empty_in_layout(x, shape)
-    peak = empty_in_layout(x, shape) if keep else None
-    place = empty_in_layout(x, shape, torch.int8) if keep else None
-    grid, sizes, blocks = cut(x, shape, shape[2:], pooling=True)
-    with torch.cuda.device_of(x):
-        pool_kernel[grid](
-            x,
-            *contiguous(weight, bias, mean, var),
-            rows_of(gate),
-            y,
-            peak,
-            place,
-            *sizes,
-            *x.stride(),
-            *y.stride(),
-            gate_stride(gate),
-            eps,
-            RELU=activation == "relu",
+    x = norm.x
+    if not together(x):
+        found = [pool(norm.stream(t), window, keep) for t in range(len(x))]
+        y, peak, place = ([own[0] for own in parts] if parts[0] else None for parts in zip(*found, strict=True))
+        assert y is not None
+        return y, peak, place
+    shape = pooled_shape(x[0], window)
+    y = empty_streams(x, shape)
+    peak = empty_streams(x, shape) if keep else None
+    place = empty_streams(x, shape, torch.int8) if keep else None
+    grid, sizes, constants, warps = cut(x[0], shape, shape[2:], True, (x[0].stride(), y[0].stride()))
+    launch(
+        pool_kernel,
+        (*grid, len(x)),
+        (x[0], *vectors_of(norm), rows_of(norm.gate), y[0], peak and peak[0], place and place[0]),
+        distances(x, y, peak, place),
+        (norm.eps,),
+        (*sizes, *x[0].stride(), *y[0].stride(), gate_stride(norm.gate)),
+        {
+            "RELU": norm.relu,
             **window_constants(window),
-            **blocks,
-        )
+            **constants,
+            "GATE_VECTOR": gate_vector(norm.gate, x[0].shape[1]),
+        },
+        warps,
+    )
     return y, peak, place
 
 
@@ -174,13 +195,28 @@ def window_constants(window: Sequence[int]) -> dict[str, int]:
 
 
 def cut(
-    x: Tensor, pooled: Sequence[int], walked: Sequence[int], pooling: bool
-) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
-    """Grid, sizes and constexpr blocks for walking a plane of ``walked`` cells of each sample."""
-    n, c, height, width = x.shape
-    channels_last = is_channels_last(x)
-    block_h, block_w, block_c = patches(*walked, c, x.element_size(), channels_last, pooling)
-    high, wide = triton.cdiv(walked[0], block_h), triton.cdiv(walked[1], block_w)
-    blocks = {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c}
-    blocks["num_warps"] = patch_warps(channels_last, pooling)
-    return (n * high * wide, triton.cdiv(c, block_c)), (c, height, width, *pooled[2:], high, wide), blocks
+    x: Tensor, pooled: Sequence[int], walked: Sequence[int], pooling: bool, strides: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any], int]:
+    """Grid, sizes, constexprs and warps for walking ``walked`` cells of each sample, in tensors of all ``strides``."""
+    return _cut(x.shape, x.element_size(), is_channels_last(x), tuple(pooled), tuple(walked), pooling, strides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(
+    shape: tuple[int, ...],
+    itemsize: int,
+    channels_last: bool,
+    pooled: tuple[int, ...],
+    walked: tuple[int, ...],
+    pooling: bool,
+    strides: tuple[tuple[int, ...], ...],
+) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any], int]:
+    n, c, height, width = shape
+    block_h, block_w, block_c = patches(*walked, c, itemsize, channels_last, pooling)
+    high, wide = -(-walked[0] // block_h), -(-walked[1] // block_w)
+    vector = 1
+    if all(own[1] == 1 for own in strides):
+        vector = math.gcd(MOST_AT_ONCE, c, *[own[dim] for own in strides for dim in (0, 2, 3)])
+    constants = {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c, "VECTOR": vector}
+    grid = (n * high * wide, -(-c // block_c))
+    return grid, (c, height, width, *pooled[2:], high, wide), constants, patch_warps(channels_last, pooling)

@@ -1,29 +1,46 @@
 """Triton kernels of BatchNorm's statistics, imported at the first launch.
 
-One pass over the tensor leaves mean and sum of squared deviations, M2, of each program's share; a small kernel merges them
+One pass over the tensors leaves mean and sum of squared deviations, M2, of each program's share; a small kernel merges them
 by Chan's formula,
 
     mean = Σ_i n_i mean_i / Σ_i n_i,      M2 = Σ_i (M2_i + n_i (mean_i - mean)²).
 
 Source: T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance" (1983).
 
-Dims: N batch, C channels, P positions of a sample.
+Dims: N batch, C channels, P positions of a sample, T streams.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm.tiles import arguments, strides_of, tiles_of, walkable
-from fastmerge.kernels.batch_norm.walk_triton import MERGE_C, MERGE_PARTS, channels_of, share, tile, total_per_channel
+from fastmerge.kernels.batch_norm import tiles
+from fastmerge.kernels.batch_norm.formulas import of_stream
+from fastmerge.kernels.batch_norm.walk_triton import (
+    MERGE_C,
+    MERGE_PARTS,
+    channels_of,
+    distances,
+    kernel,
+    launch,
+    offsets,
+    share,
+    stream_of,
+    tile,
+    together,
+    total_per_channel,
+)
 from torch import Tensor
 
 
-@triton.jit
+@kernel
 def partial_statistics_kernel(
     x_ptr,
     partial_ptr,
+    x_stride_t: tl.int64,
     n,
     p,
     c,
@@ -36,24 +53,29 @@ def partial_statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    first_n, last_n, first_p, last_p = share(n, p, samples, pixels, parts_p)
-    channel = channels_of(BLOCK_C)
-    x_ptr += channel.to(tl.int64) * x_stride_c
+    first_n, last_n, first_p, last_p = share(n, p, samples, pixels, parts_p, LAST, VECTOR, BLOCK_P)
+    channel, c = channels_of(c, LAST, VECTOR, BLOCK_C)
+    x_ptr = stream_of(x_ptr, x_stride_t, VECTOR)
 
     # Sums of x - shift and of its square: near the mean nothing cancels. The first tile's mean is near enough; with k tiles
     # the variance is at least 1/k of the squared distance that is left, less the variance within the first tile.
     sample, position, inside = tile(first_n, first_p, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-    x = tl.load(x_ptr + sample * x_stride_n + position * x_stride_p, inside, other=0.0).to(tl.float32)
+    offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
+    x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
     held = tl.minimum(last_n - first_n, BLOCK_N) * tl.minimum(last_p - first_p, BLOCK_P)
     shift = total_per_channel(x) / held.to(tl.float32)
 
     sums = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)
     for n_ in range(first_n, last_n, BLOCK_N):
-        for p_ in range(first_p, last_p, BLOCK_P):
+        for p_ in tl.range(first_p, last_p, BLOCK_P, num_stages=STAGES):
             sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-            x = tl.load(x_ptr + sample * x_stride_n + position * x_stride_p, inside, other=0.0).to(tl.float32)
+            offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
+            x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
             distance = tl.where(inside, x - shift, 0.0)
             sums += distance
             squares += distance * distance
@@ -61,7 +83,7 @@ def partial_statistics_kernel(
     count = ((last_n - first_n) * (last_p - first_p)).to(tl.float32)
     offset = total_per_channel(sums) / count
     m2 = total_per_channel(squares) - offset * offset * count
-    partial_ptr += tl.program_id(0).to(tl.int64) * 2 * c + channel
+    partial_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * c + channel
     tl.store(partial_ptr, shift + offset, channel < c)
     # Rounding may take a constant channel below 0. A comparison, which keeps a NaN.
     tl.store(partial_ptr + c, tl.where(m2 < 0, 0.0, m2), channel < c)
@@ -75,13 +97,16 @@ def _share_sizes(part, n, p, samples, pixels, parts_p):
     return tl.maximum(held_n, 0).to(tl.float32) * tl.maximum(held_p, 0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def merge_statistics_kernel(
     partial_ptr,
     mean_ptr,
     var_ptr,
     running_mean_ptr,
     running_var_ptr,
+    batches_ptr,
+    count,
+    momentum,
     n,
     p,
     c,
@@ -91,14 +116,14 @@ def merge_statistics_kernel(
     parts,
     running_mean_stride,
     running_var_stride,
-    count,
-    momentum,
+    counters,
     PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channel = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     inside_c = channel < c
-    partial_ptr += channel
+    stream = tl.program_id(2).to(tl.int64)
+    partial_ptr += stream * parts * 2 * c + channel
 
     # Means as distances from the first: as exact as the first mean itself, however far from 0 it is.
     first = tl.load(partial_ptr, inside_c, other=0.0)
@@ -120,52 +145,61 @@ def merge_statistics_kernel(
         m2s += tl.where(inside, tl.load(row + c, inside, other=0.0) + distance * distance * size, 0.0)
     m2 = tl.sum(m2s, 0)[None, :]
 
-    tl.store(mean_ptr + channel, mean, inside_c)
-    tl.store(var_ptr + channel, m2 / count, inside_c)
-    channel = channel.to(tl.int64)
+    column = stream * c + channel
+    tl.store(mean_ptr + column, mean, inside_c)
+    tl.store(var_ptr + column, m2 / count, inside_c)
     if running_mean_ptr is not None:
-        running_mean_ptr += channel * running_mean_stride
+        running_mean_ptr += column * running_mean_stride
         old = tl.load(running_mean_ptr, inside_c, other=0.0).to(tl.float32)
         tl.store(running_mean_ptr, (1 - momentum) * old + momentum * mean, inside_c)
     if running_var_ptr is not None:
-        running_var_ptr += channel * running_var_stride
+        running_var_ptr += column * running_var_stride
         old = tl.load(running_var_ptr, inside_c, other=0.0).to(tl.float32)
         tl.store(running_var_ptr, (1 - momentum) * old + momentum * (m2 / (count - 1)), inside_c)
+    if batches_ptr is not None:  # noqa: SIM102, known when compiled
+        if tl.program_id(0) + tl.program_id(2) == 0:
+            for counter in range(counters):
+                tl.store(batches_ptr + counter, tl.load(batches_ptr + counter) + 1)
 
 
 def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    x: Sequence[Tensor],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel; updates the running statistics in place, as torch does.
 
     Args:
-        x: shape (N, C, ...), with more than one value per channel.
-        running_mean, running_var: shape (C,), any stride.
+        x: T tensors of shape (N, C, ...), with more than one value per channel.
+        running_mean, running_var: shape (T·C,), any stride.
         momentum: weight of the new statistics.
+        batches: counters that each go up by 1, int64, contiguous, or None.
 
     Returns:
-        Mean and variance, float32, shape (C,).
+        Mean and variance, float32, shape (T·C,).
     """
-    x = walkable(x)
-    c = x.shape[1]
-    cut = tiles_of(x, [strides_of(x)], by_sample=False, summing=True)
-    partial = x.new_empty((cut.parts, 2, c), dtype=torch.float32)
-    mean, var = x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        partial_statistics_kernel[cut.grid](x, partial, *cut.sizes, **arguments("x", strides_of(x)), **cut.blocks)
-        merge_statistics_kernel[(triton.cdiv(c, MERGE_C),)](
-            partial,
-            mean,
-            var,
-            running_mean,
-            running_var,
-            *cut.sizes,
-            cut.parts,
-            0 if running_mean is None else running_mean.stride(0),
-            0 if running_var is None else running_var.stride(0),
-            float(cut.n * cut.p),
-            momentum,
-            PARTS=MERGE_PARTS,
-            BLOCK_C=MERGE_C,
-        )
+    x, count = [tiles.walkable(stream) for stream in x], len(x)
+    if not together(x):
+        running = [(of_stream(running_mean, t, count), of_stream(running_var, t, count)) for t in range(count)]
+        found = [statistics([own], *running[t], momentum, None if t else batches) for t, own in enumerate(x)]
+        return torch.cat([mean for mean, _ in found]), torch.cat([var for _, var in found])
+    c = x[0].shape[1]
+    walk = tiles.walk(x[:1], by_sample=False, summing=True)
+    cut = walk.tiles
+    partial = torch.empty((count * cut.parts, 2 * c), dtype=torch.float32, device=x[0].device)
+    mean, var = (torch.empty(count * c, dtype=torch.float32, device=x[0].device) for _ in range(2))
+    grid = (*walk.grid, count)
+    launch(partial_statistics_kernel, grid, (x[0], partial), distances(x), (), walk.integers, walk.constants)
+    strides = [0 if running is None else running.stride(0) for running in (running_mean, running_var)]
+    launch(
+        merge_statistics_kernel,
+        (-(-c // MERGE_C), 1, count),
+        (partial, mean, var, running_mean, running_var, batches),
+        (),
+        (float(cut.n * cut.p), momentum),
+        (*cut.sizes, cut.parts, *strides, 0 if batches is None else batches.numel()),
+        {"PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C},
+    )
     return mean, var

@@ -2,27 +2,36 @@
 
 One pass over the tensors leaves the sums of each program's share, a small kernel adds them up.
 
-Dims: N batch, C channels, P positions of a sample.
+Dims: N batch, C channels, P positions of a sample, T streams.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm.formulas import empty_in_layout
-from fastmerge.kernels.batch_norm.tiles import arguments, strides_of, tiles_of
+from fastmerge.kernels.batch_norm import tiles
+from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
+    affine,
     channels_of,
-    contiguous,
+    distances,
     gate_stride,
-    per_channel,
+    gate_vector,
+    gates_of,
+    kernel,
+    launch,
+    offsets,
     rows_of,
     share,
+    stream_of,
     tile,
     total_per_channel,
+    vectors_of,
 )
 from torch import Tensor
 
@@ -31,9 +40,10 @@ NO_DGATE, SHARED_DGATE, DGATE_BY_SAMPLE = 0, 1, 2
 _SHARED, _BY_SAMPLE = tl.constexpr(SHARED_DGATE), tl.constexpr(DGATE_BY_SAMPLE)
 
 
-@triton.jit
+@kernel
 def sum_gradients_kernel(
     dy_ptr,
+    more_ptr,
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -44,18 +54,27 @@ def sum_gradients_kernel(
     dz_ptr,
     dgate_ptr,
     partial_ptr,
+    dy_stride_t: tl.int64,
+    more_stride_t: tl.int64,
+    x_stride_t: tl.int64,
+    residual_stride_t: tl.int64,
+    dz_stride_t: tl.int64,
+    eps,
     n,
     p,
     c,
     samples,
     pixels,
     parts_p,
-    dy_stride_n,
-    dy_stride_p,
-    dy_stride_c,
     x_stride_n,
     x_stride_p,
     x_stride_c,
+    dy_stride_n,
+    dy_stride_p,
+    dy_stride_c,
+    more_stride_n,
+    more_stride_p,
+    more_stride_c,
     residual_stride_n,
     residual_stride_p,
     residual_stride_c,
@@ -63,20 +82,29 @@ def sum_gradients_kernel(
     dz_stride_p,
     dz_stride_c,
     gate_stride,
-    eps,
     RELU: tl.constexpr,
     DGATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATE_VECTOR: tl.constexpr,
 ):
-    first_n, last_n, first_p, last_p = share(n, p, samples, pixels, parts_p)
-    channel = channels_of(BLOCK_C)
-    column = channel.to(tl.int64)
+    first_n, last_n, first_p, last_p = share(n, p, samples, pixels, parts_p, LAST, VECTOR, BLOCK_P)
+    channel, c = channels_of(c, LAST, VECTOR, BLOCK_C)
     inside_c = channel < c
-    mean = per_channel(mean_ptr, channel, c, 0.0)
-    scale = per_channel(weight_ptr, channel, c, 1.0) / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
-    bias = per_channel(bias_ptr, channel, c, 0.0)
+    stream = tl.program_id(2).to(tl.int64)
+    dy_ptr = stream_of(dy_ptr, dy_stride_t, VECTOR)
+    x_ptr = stream_of(x_ptr, x_stride_t, VECTOR)
+    if more_ptr is not None:
+        more_ptr = stream_of(more_ptr, more_stride_t, VECTOR)
+    if residual_ptr is not None:
+        residual_ptr = stream_of(residual_ptr, residual_stride_t, VECTOR)
+    if dz_ptr is not None:
+        dz_ptr = stream_of(dz_ptr, dz_stride_t, VECTOR)
+    mean, scale, bias, _ = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps)
 
     dbias = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)
     dweight = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)
@@ -84,18 +112,23 @@ def sum_gradients_kernel(
     for n_ in range(first_n, last_n, BLOCK_N):
         row = (n_ + tl.arange(0, BLOCK_N))[:, None, None].to(tl.int64)
         if gate_ptr is not None:
-            gate = tl.load(gate_ptr + row * gate_stride + channel, (row < last_n) & inside_c, other=0.0).to(tl.float32)
+            gate = gates_of(gate_ptr, row, last_n, gate_stride, channel, c, GATE_VECTOR)
         if DGATE == _BY_SAMPLE:
             dgate = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)
-        for p_ in range(first_p, last_p, BLOCK_P):
+        for p_ in tl.range(first_p, last_p, BLOCK_P, num_stages=STAGES):
             sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-            offset = sample * dy_stride_n + position * dy_stride_p + column * dy_stride_c
+            offset = offsets(sample, position, channel, dy_stride_n, dy_stride_p, dy_stride_c, LAST, VECTOR)
             dz = tl.load(dy_ptr + offset, inside, other=0.0).to(tl.float32)
-            offset = sample * x_stride_n + position * x_stride_p + column * x_stride_c
+            if more_ptr is not None:
+                offset = offsets(sample, position, channel, more_stride_n, more_stride_p, more_stride_c, LAST, VECTOR)
+                dz += tl.load(more_ptr + offset, inside, other=0.0).to(tl.float32)
+            offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
             distance = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32) - mean
             h = distance * scale + bias
             if residual_ptr is not None:
-                offset = sample * residual_stride_n + position * residual_stride_p + column * residual_stride_c
+                offset = offsets(
+                    sample, position, channel, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR
+                )
                 h += tl.load(residual_ptr + offset, inside, other=0.0).to(tl.float32)
             if RELU:
                 # Comparisons that let a NaN pass.
@@ -108,28 +141,68 @@ def sum_gradients_kernel(
                 # What the second pass will read is summed, rounded as it is.
                 rounded = dz.to(dz_ptr.dtype.element_ty)
                 dz = rounded.to(tl.float32)
-                offset = sample * dz_stride_n + position * dz_stride_p + column * dz_stride_c
+                offset = offsets(sample, position, channel, dz_stride_n, dz_stride_p, dz_stride_c, LAST, VECTOR)
                 tl.store(dz_ptr + offset, rounded, inside)
             dbias += dz
             dweight += dz * distance
         if DGATE == _BY_SAMPLE:
-            into = dgate_ptr + ((tl.program_id(0) % parts_p).to(tl.int64) * n + row) * c + channel
-            tl.store(into, tl.sum(dgate, 1)[:, None, :], (row < last_n) & inside_c)
+            into = ((tl.program_id(0) % parts_p).to(tl.int64) * n + row) * tl.num_programs(2) + stream
+            tl.store(dgate_ptr + into * c + channel, tl.sum(dgate, 1)[:, None, :], (row < last_n) & inside_c)
 
-    partial_ptr += tl.program_id(0).to(tl.int64) * 3 * c + channel
+    partial_ptr += (stream * tl.num_programs(0) + tl.program_id(0)) * 3 * c + channel
     tl.store(partial_ptr, total_per_channel(dbias), inside_c)
     tl.store(partial_ptr + c, total_per_channel(dweight), inside_c)
     if DGATE == _SHARED:
         tl.store(partial_ptr + 2 * c, total_per_channel(dgate), inside_c)
 
 
-@triton.jit
+@kernel
 def merge_sums_kernel(
     partial_ptr,
     var_ptr,
     dbias_ptr,
     dweight_ptr,
     dgate_ptr,
+    dgate_parts_ptr,
+    eps,
+    n,
+    c,
+    parts,
+    parts_p,
+    DGATE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    if tl.program_id(0) > 0:
+        if dgate_parts_ptr is not None:
+            _merge_dgate(dgate_parts_ptr, dgate_ptr, n, channel, c, parts_p)
+    else:
+        _merge_parts(
+            partial_ptr, var_ptr, dbias_ptr, dweight_ptr, dgate_ptr, channel, c, parts, eps, DGATE, PARTS, BLOCK_C
+        )
+
+
+@triton.jit
+def _merge_dgate(dgate_parts_ptr, dgate_ptr, n, channel, c, parts_p):
+    """Adds up the parts of the gates' gradient of this program's sample."""
+    sample = tl.program_id(0).to(tl.int64) - 1
+    total = tl.zeros(channel.shape, tl.float32)
+    for part in range(parts_p):
+        row = (n.to(tl.int64) * part + sample) * tl.num_programs(2) + tl.program_id(2)
+        total += tl.load(dgate_parts_ptr + row * c + channel, channel < c, other=0.0)
+    row = sample * tl.num_programs(2) + tl.program_id(2)
+    tl.store(dgate_ptr + row * c + channel, total.to(dgate_ptr.dtype.element_ty), channel < c)
+
+
+@triton.jit
+def _merge_parts(
+    partial_ptr,
+    var_ptr,
+    dbias_ptr,
+    dweight_ptr,
+    dgate_ptr,
+    channel,
     c,
     parts,
     eps,
@@ -137,106 +210,83 @@ def merge_sums_kernel(
     PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channel = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    """Adds up what the programs of the summing pass left."""
     inside_c = channel < c
+    stream = tl.program_id(2).to(tl.int64)
+    partial_ptr += stream * parts * 3 * c + channel
     dbias = tl.zeros((PARTS, BLOCK_C), tl.float32)
     dweight = tl.zeros((PARTS, BLOCK_C), tl.float32)
     dgate = tl.zeros((PARTS, BLOCK_C), tl.float32)
     for start in range(0, parts, PARTS):
         part = (start + tl.arange(0, PARTS))[:, None]
         inside = (part < parts) & inside_c
-        row = partial_ptr + part.to(tl.int64) * 3 * c + channel
+        row = partial_ptr + part.to(tl.int64) * 3 * c
         dbias += tl.load(row, inside, other=0.0)
         dweight += tl.load(row + c, inside, other=0.0)
         if DGATE == _SHARED:
             dgate += tl.load(row + 2 * c, inside, other=0.0)
-    std = tl.sqrt(tl.load(var_ptr + channel, inside_c, other=1.0).to(tl.float32) + eps)
-    tl.store(dbias_ptr + channel, tl.sum(dbias, 0)[None, :], inside_c)
-    tl.store(dweight_ptr + channel, tl.sum(dweight, 0)[None, :] / std, inside_c)
+    column = stream * c + channel
+    std = tl.sqrt(tl.load(var_ptr + column, inside_c, other=1.0).to(tl.float32) + eps)
+    tl.store(dbias_ptr + column, tl.sum(dbias, 0)[None, :], inside_c)
+    tl.store(dweight_ptr + column, tl.sum(dweight, 0)[None, :] / std, inside_c)
     if DGATE == _SHARED:
-        tl.store(dgate_ptr + channel, tl.sum(dgate, 0)[None, :], inside_c)
+        tl.store(dgate_ptr + column, tl.sum(dgate, 0)[None, :].to(dgate_ptr.dtype.element_ty), inside_c)
 
 
 def sum_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    eps: float,
-    relu: bool,
-    needs_dz: bool,
-    needs_dgate: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The first pass, and the sum of its parts.
+    dy: Sequence[Tensor], more: Sequence[Tensor] | None, norm: Norm, needs_dz: bool, needs_dgate: bool
+) -> tuple[Tensor, Tensor, list[Tensor] | None, Tensor | None]:
+    """The first pass, and the sum of its parts, of streams that one launch reaches.
 
     Args:
-        dy, x, residual: shape (N, C, ...), ``walkable``.
-        weight, bias, mean, var: shape (C,).
-        gate: shape (1 or N, C).
-        eps: added to the variance.
-        relu: whether the activation is ReLU, rather than the identity.
+        dy: gradients of the T results, ``walkable``, as are all tensors here.
+        more: further gradients of them, or None.
+        norm: of the forward pass; or with other tensors in place of ``x``.
         needs_dz: whether to write the gradient before the activation.
         needs_dgate: whether to sum the gates' gradient.
 
     Returns:
-        dbias and dweight, float32, shape (C,); dz in dtype and layout of ``x``, or None; dgate, in the shape of the gate, in
-        its dtype or float32, or None.
+        dbias and dweight, float32, shape (T·C,); dz in dtype and layout of ``x``, or None; dgate as the gate is, or None.
     """
-    n, c = x.shape[:2]
-    dz = empty_in_layout(x) if needs_dz else None
+    x, residual, gate = norm.x, norm.residual, norm.gate
+    count, n, c = len(x), x[0].shape[0], x[0].shape[1]
+    dz = empty_streams(x) if needs_dz else None
     by_sample = gate is not None and gate.shape[0] > 1
     mode = NO_DGATE if not needs_dgate else DGATE_BY_SAMPLE if by_sample else SHARED_DGATE
-    strides = {"dy": strides_of(dy), "x": strides_of(x)}
-    strides["residual"] = strides["x"] if residual is None else strides_of(residual)
-    strides["dz"] = strides["x"] if dz is None else strides_of(dz)
-    cut = tiles_of(x, strides.values(), by_sample, summing=True)
-    partial = x.new_empty((cut.parts, 3, c), dtype=torch.float32)
-    dbias, dweight = x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32)
-    dgate = None
-    # One part is the result already; several are summed at full precision.
-    whole = gate is not None and cut.parts_p == 1
-    if mode == SHARED_DGATE:
-        dgate = x.new_empty((1, c), dtype=torch.float32)
-    elif mode == DGATE_BY_SAMPLE:
-        dgate = x.new_empty((cut.parts_p, n, c), dtype=gate.dtype if whole else torch.float32)
-    with torch.cuda.device_of(x):
-        sum_gradients_kernel[cut.grid](
-            dy,
-            x,
-            *contiguous(weight, bias, mean, var),
-            residual,
-            rows_of(gate),
-            dz,
-            dgate,
+    optional = [x[0] if streams is None else streams[0] for streams in (more, residual, dz)]
+    walk = tiles.walk((x[0], dy[0], *optional), by_sample, summing=True)
+    cut = walk.tiles
+    device = x[0].device
+    partial = torch.empty((count * cut.parts, 3 * c), dtype=torch.float32, device=device)
+    dbias, dweight = (torch.empty(count * c, dtype=torch.float32, device=device) for _ in range(2))
+    dgate, dgate_parts = None, None
+    if mode != NO_DGATE:
+        assert gate is not None
+        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=device)
+    if mode == DGATE_BY_SAMPLE and cut.parts_p > 1:
+        dgate_parts = torch.empty((cut.parts_p * n, count * c), dtype=torch.float32, device=device)
+    first = [None if streams is None else streams[0] for streams in (more, residual, dz)]
+    weight, bias, mean, var = vectors_of(norm)
+    launch(
+        sum_gradients_kernel,
+        (*walk.grid, count),
+        (
+            *(dy[0], first[0], x[0], weight, bias, mean, var, first[1], rows_of(gate), first[2]),
+            dgate if dgate_parts is None else dgate_parts,
             partial,
-            *cut.sizes,
-            **arguments("dy", strides["dy"]),
-            **arguments("x", strides["x"]),
-            **arguments("residual", strides["residual"]),
-            **arguments("dz", strides["dz"]),
-            gate_stride=gate_stride(gate),
-            eps=eps,
-            RELU=relu,
-            DGATE=mode,
-            **cut.blocks,
-        )
-        merge_sums_kernel[(triton.cdiv(c, MERGE_C),)](
-            partial,
-            *contiguous(var),
-            dbias,
-            dweight,
-            dgate,
-            c,
-            cut.parts,
-            eps,
-            DGATE=mode,
-            PARTS=MERGE_PARTS,
-            BLOCK_C=MERGE_C,
-        )
-    if mode == DGATE_BY_SAMPLE:
-        dgate = dgate[0] if whole else dgate.sum(0)
+        ),
+        distances(dy, more, x, residual, dz),
+        (norm.eps,),
+        (*walk.integers, gate_stride(gate)),
+        {"RELU": norm.relu, "DGATE": mode, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},
+    )
+    launch(
+        merge_sums_kernel,
+        (1 if dgate_parts is None else 1 + n, -(-c // MERGE_C), count),
+        (partial, var, dbias, dweight, dgate, dgate_parts),
+        (),
+        (norm.eps,),
+        (n, c, cut.parts, cut.parts_p),
+        {"DGATE": mode, "PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C},
+    )
     return dbias, dweight, dz, dgate

@@ -9,7 +9,9 @@ Dims: N batch, C channels, P positions of a sample.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,10 +29,13 @@ _RUN = 256
 # tail. No program takes more tiles than MOST; but for a tensor too small to fill the card it takes LEAST before there are
 # more of them, since the passes that sum leave a partial sum per program.
 _FEW_PROGRAMS = 512
-_SUMMING = {"programs": 2048, "least": 4, "most": 256}
+# Of the passes that sum, four or eight programs fit on a multiprocessor: 1056 are two or one full waves of 132 of them.
+_SUMMING = {"programs": 1056, "least": 4, "most": 256}
 _WRITING = {"programs": 8192, "least": 1, "most": 8}
-
-_STRIDES = ("_stride_n", "_stride_p", "_stride_c")
+# Tiles whose loads are in flight at a time: 1, or more for the price of registers and shared memory.
+STAGES = 1
+# Elements that no load of a thread exceeds.
+MOST_AT_ONCE = 8
 
 
 class Tiles(NamedTuple):
@@ -59,18 +64,54 @@ class Tiles(NamedTuple):
     blocks_c: int
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self.parts, self.blocks_c
-
-    @property
     def sizes(self) -> tuple[int, ...]:
         """The run-time arguments that every kernel takes."""
         return self.n, self.p, self.c, self.samples, self.pixels, self.parts_p
 
     @property
     def blocks(self) -> dict[str, int]:
-        """The constexpr arguments that every kernel takes."""
+        """The tile as constexpr arguments."""
         return {"BLOCK_N": self.block_n, "BLOCK_P": self.block_p, "BLOCK_C": self.block_c}
+
+
+class Walk(NamedTuple):
+    """How a pass goes through its tensors.
+
+    Attributes:
+        tiles: the cut.
+        grid: programs, without those of further streams.
+        integers: run-time arguments: ``Tiles.sizes``, then the strides along N, P and C of each tensor.
+        last: whether channels lie side by side in all tensors; else it is positions that may.
+        vector: sizes and strides, but for that of what lies side by side, are multiples of it: so much can be read at once.
+    """
+
+    tiles: Tiles
+    grid: tuple[int, int]
+    integers: tuple[int, ...]
+    last: bool
+    vector: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The constexpr arguments that every kernel takes."""
+        return {**self.tiles.blocks, "LAST": self.last, "VECTOR": self.vector, "STAGES": STAGES}
+
+
+@contextmanager
+def constants(**others: Any) -> Iterator[None]:
+    """Within it the named constants of this module have other values: to measure them, and to test small tensors."""
+    before = {name: globals()[name] for name in others}
+    try:
+        _set_constants(others)
+        yield
+    finally:
+        _set_constants(before)
+
+
+def _set_constants(values: dict[str, Any]) -> None:
+    globals().update(values)
+    for function in (tiles, patches, _walk):
+        function.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,42 +173,70 @@ def patch_warps(channels_last: bool, pooling: bool) -> int:
     return 8 if pooling or not channels_last else 4
 
 
-def tiles_of(x: Tensor, strides: Iterable[tuple[int, int, int]], by_sample: bool, summing: bool) -> Tiles:
-    """Cuts ``x``, as one long sample if nothing tells samples apart and all strides allow it.
+def walk(tensors: Sequence[Tensor], by_sample: bool, summing: bool) -> Walk:
+    """Cuts tensors of one shape, as one long sample if nothing tells samples apart and all strides allow it.
 
     Args:
-        x: shape (N, C, ...), not empty.
-        strides: those of every tensor of the pass, see ``strides_of``.
+        tensors: shape (N, C, ...), not empty, ``walkable``; the first decides what lies side by side.
         by_sample: whether a program must know whose positions it holds.
         summing: see ``tiles``.
     """
-    n, c = x.shape[:2]
-    p = x.numel() // (n * c)
+    x = tensors[0]
+    return _walk(x.shape, x.element_size(), tuple([t.stride() for t in tensors]), by_sample, summing)
+
+
+@functools.lru_cache(maxsize=4096)
+def _walk(
+    shape: tuple[int, ...],
+    itemsize: int,
+    all_strides: tuple[tuple[int, ...], ...],
+    by_sample: bool,
+    summing: bool,
+) -> Walk:
+    strides = [strides_of(shape, own) for own in all_strides]
+    cut = tiles_of(shape, itemsize, strides, by_sample, summing)
+    integers = (*cut.sizes, *[stride for own in strides for stride in own])
+    last = all(own[2] == 1 for own in strides)
+    vector, size = 1, cut.c if last else cut.p
+    if last or all(own[1] == 1 for own in strides):
+        vector = math.gcd(MOST_AT_ONCE, size, *[step for own in strides for step in (own[0], own[1 if last else 2])])
+    return Walk(cut, (cut.parts, cut.blocks_c), integers, last, vector)
+
+
+def tiles_of(
+    shape: Sequence[int], itemsize: int, strides: Iterable[tuple[int, int, int]], by_sample: bool, summing: bool
+) -> Tiles:
+    """The cut of tensors of one shape with these ``strides_of``; see ``walk``."""
+    strides = list(strides)
+    n, c = shape[:2]
+    p = math.prod(shape[2:])
+    channels_last = strides[0][2] == 1 or c == 1 or p == 1
     if not by_sample and all(stride_n == p * stride_p or n == 1 for stride_n, stride_p, _ in strides):
         n, p = 1, n * p
-    return tiles(n, p, c, x.element_size(), x.stride(1) == 1 or c == 1 or p == 1, summing)
+    return tiles(n, p, c, itemsize, channels_last, summing)
 
 
-def walkable(x: Tensor | None) -> Tensor | None:
+def walkable(x: Tensor) -> Tensor:
     """``x``, copied if it isn't one pair of strides that leads through its samples and their positions."""
-    return x if x is None or _position_stride(x) is not None else x.contiguous()
+    return x if _position_stride(x.shape, x.stride()) is not None else x.contiguous()
 
 
-def strides_of(x: Tensor) -> tuple[int, int, int]:
+def strides_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int]:
     """Strides of a ``walkable`` tensor along N, P and C.
 
     A single position gets the stride that makes one long sample of all of them.
     """
-    stride_p = _position_stride(x)
-    assert stride_p is not None, f"strides {x.stride()} of shape {tuple(x.shape)} don't merge"
-    return x.stride(0), (stride_p if stride_p >= 0 else x.stride(0)), x.stride(1)
+    stride_p = _position_stride(tuple(shape), tuple(strides))
+    assert stride_p is not None, f"strides {strides} of shape {shape} don't merge"
+    return strides[0], (stride_p if stride_p >= 0 else strides[0]), strides[1]
 
 
-def _position_stride(x: Tensor) -> int | None:
+@functools.lru_cache(maxsize=4096)
+def _position_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The stride from position to position; -1 if a sample has one position, None if there is no such stride."""
     expected, innermost = -1, -1
-    for dim in range(x.dim() - 1, 1, -1):
-        size, stride = x.shape[dim], x.stride(dim)
+    for dim in range(len(shape) - 1, 1, -1):
+        size, stride = shape[dim], strides[dim]
         if size == 1:
             continue
         if innermost < 0:
@@ -176,11 +245,6 @@ def _position_stride(x: Tensor) -> int | None:
             return None
         expected = stride * size
     return innermost
-
-
-def arguments(name: str, strides: tuple[int, int, int]) -> dict[str, Any]:
-    """The strides of one tensor as keyword arguments of a kernel."""
-    return dict(zip((name + suffix for suffix in _STRIDES), strides, strict=True))
 
 
 def _least_waste(size: int, most: int) -> int:

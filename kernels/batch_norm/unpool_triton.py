@@ -1,28 +1,42 @@
 """Triton kernel of BatchNorm + activation + max-pooling + gate, backward, imported at the first launch.
 
 The sums over all positions are sums over the pooled ones, for no other position has a gradient: the kernel of the operation
-without pooling takes them. The second pass walks cells of ``stride`` x ``stride`` positions: in a cell it is known at compile
-time which place each position has in each window that reaches it.
+without pooling takes them, and writes dz, pooled, where the result has two readers. The second pass walks cells of ``stride`` x
+``stride`` positions: in a cell it is known at compile time which place each position has in each window that reaches it.
 
-Dims: N batch, C channels, H W of x, OH OW of the pooled y.
+Dims: N batch, C channels, H W of x, OH OW of the pooled y, T streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm.formulas import empty_in_layout
-from fastmerge.kernels.batch_norm.pool_triton import cut, patch, window_constants
+from fastmerge.kernels.batch_norm.formulas import Norm, empty_like_streams
+from fastmerge.kernels.batch_norm.pool_triton import cut, gate_of, patch, window_constants
 from fastmerge.kernels.batch_norm.sums_triton import sum_gradients
 from fastmerge.kernels.batch_norm.tiles import walkable
-from fastmerge.kernels.batch_norm.walk_triton import contiguous, gate_stride, in_dtypes_of, per_channel, rows_of
+from fastmerge.kernels.batch_norm.walk_triton import (
+    affine,
+    distances,
+    gate_stride,
+    gate_vector,
+    in_dtypes_of,
+    kernel,
+    launch,
+    multiple,
+    per_channel,
+    rows_of,
+    stream_by_stream,
+    stream_of,
+    together,
+    vectors_of,
+)
 from torch import Tensor
 
 
-@triton.jit
+@kernel
 def unpool_kernel(
     dy_ptr,
     place_ptr,
@@ -35,6 +49,12 @@ def unpool_kernel(
     dbias_ptr,
     dweight_ptr,
     dx_ptr,
+    dy_stride_t: tl.int64,
+    place_stride_t: tl.int64,
+    x_stride_t: tl.int64,
+    dx_stride_t: tl.int64,
+    count,
+    eps,
     c,
     height,
     width,
@@ -59,8 +79,6 @@ def unpool_kernel(
     dx_stride_h,
     dx_stride_w,
     gate_stride,
-    count,
-    eps,
     RELU: tl.constexpr,
     TRAINING: tl.constexpr,
     KERNEL_H: tl.constexpr,
@@ -72,24 +90,29 @@ def unpool_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GATE_VECTOR: tl.constexpr,
 ):
     sample, row, column, channel = patch(high, wide, BLOCK_H, BLOCK_W, BLOCK_C)
+    c = multiple(c, VECTOR)
     inside_c = channel < c
-    mean = per_channel(mean_ptr, channel, c, 0.0)
-    inverse_std = 1 / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
-    scale = per_channel(weight_ptr, channel, c, 1.0) * inverse_std
-    bias = per_channel(bias_ptr, channel, c, 0.0)
+    mean, scale, bias, inverse_std = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps)
     if TRAINING:
         center = per_channel(dbias_ptr, channel, c, 0.0) / count
         slope = per_channel(dweight_ptr, channel, c, 0.0) * inverse_std / count
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + sample * gate_stride + channel, inside_c, other=0.0).to(tl.float32)
+        gate = gate_of(gate_ptr, sample, gate_stride, channel, c, GATE_VECTOR)
 
     across = channel.to(tl.int64)
-    dy_ptr += sample * dy_stride_n + across * dy_stride_c
-    place_ptr += sample * place_stride_n + across * place_stride_c
-    x_ptr += sample * x_stride_n + across * x_stride_c
-    dx_ptr += sample * dx_stride_n + across * dx_stride_c
+    dy_ptr = stream_of(dy_ptr, dy_stride_t, VECTOR) + sample * multiple(dy_stride_n, VECTOR) + across * dy_stride_c
+    place_ptr = stream_of(place_ptr, place_stride_t, VECTOR) + sample * multiple(place_stride_n, VECTOR)
+    place_ptr += across * place_stride_c
+    x_ptr = stream_of(x_ptr, x_stride_t, VECTOR) + sample * multiple(x_stride_n, VECTOR) + across * x_stride_c
+    dx_ptr = stream_of(dx_ptr, dx_stride_t, VECTOR) + sample * multiple(dx_stride_n, VECTOR) + across * dx_stride_c
+    dy_stride_h, dy_stride_w = multiple(dy_stride_h, VECTOR), multiple(dy_stride_w, VECTOR)
+    place_stride_h, place_stride_w = multiple(place_stride_h, VECTOR), multiple(place_stride_w, VECTOR)
+    x_stride_h, x_stride_w = multiple(x_stride_h, VECTOR), multiple(x_stride_w, VECTOR)
+    dx_stride_h, dx_stride_w = multiple(dx_stride_h, VECTOR), multiple(dx_stride_w, VECTOR)
     for a in tl.static_range(STRIDE_H):
         h = row * STRIDE_H + a - PADDING_H
         for b in tl.static_range(STRIDE_W):
@@ -120,61 +143,69 @@ def unpool_kernel(
 
 
 def gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor | None,
-    peak: Tensor,
-    place: Tensor,
+    dy: Sequence[Tensor],
+    more: Sequence[Tensor] | None,
+    norm: Norm,
+    peak: Sequence[Tensor],
+    place: Sequence[Tensor],
     training: bool,
-    eps: float,
-    activation: str,
     window: Sequence[int],
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """The gradients of ``pool``, in training through mean and variance too.
 
     Args:
-        dy: gradient of the result, any strides.
+        dy: gradients of the T results, any strides.
+        more: as many more, to be added to them, or None.
+        norm: of the forward pass.
+        peak, place: what that kept.
+        training: whether mean and variance are those of ``x``.
+        window: see ``pooling_window``.
         needs: which of dx, dweight, dbias and dgate are wanted.
 
     Returns:
-        Those gradients in the dtypes of what they belong to, None where not wanted.
+        Those gradients in the dtypes of what they belong to, None where not wanted; a list where there are T.
     """
+    x, gate = norm.x, norm.gate
     needs_dx, needs_dweight, needs_dbias, needs_dgate = needs
-    relu = activation == "relu"
-    dbias, dweight, dgate, dx = None, None, None, None
-    if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate:
-        dbias, dweight, _, dgate = sum_gradients(
-            walkable(dy), peak, weight, bias, mean, var, None, gate, eps, relu, False, needs_dgate
+    dy, more = [walkable(t) for t in dy], more and [walkable(t) for t in more]
+    if not together(x, dy, more, peak, place):
+        return stream_by_stream(
+            lambda t: gradients(
+                *(dy[t : t + 1], more and more[t : t + 1], norm.stream(t), peak[t : t + 1], place[t : t + 1]),
+                *(training, window, needs),
+            ),
+            len(x),
         )
+    dbias, dweight, dgate, dx = None, None, None, None
+    needs_dz = needs_dx and more is not None
+    if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
+        dbias, dweight, dz, dgate = sum_gradients(dy, more, norm._replace(x=peak), needs_dz, needs_dgate)
+        if dz is not None:
+            dy, norm = dz, norm._replace(relu=False, gate=None)
     if needs_dx:
-        dx = empty_in_layout(x)
-        cells = [-(-(x.shape[2 + i] + window[4 + i]) // window[2 + i]) for i in range(2)]
-        grid, sizes, blocks = cut(x, dy.shape, cells, pooling=False)
-        with torch.cuda.device_of(x):
-            unpool_kernel[grid](
-                dy,
-                place,
-                x,
-                *contiguous(weight, bias, mean, var),
-                rows_of(gate),
+        dx = empty_like_streams(x)
+        cells = [-(-(x[0].shape[2 + i] + window[4 + i]) // window[2 + i]) for i in range(2)]
+        strides = (dy[0].stride(), place[0].stride(), x[0].stride(), dx[0].stride())
+        grid, sizes, constants, warps = cut(x[0], dy[0].shape, cells, False, strides)
+        launch(
+            unpool_kernel,
+            (*grid, len(x)),
+            (
+                *(dy[0], place[0], x[0], *vectors_of(norm), rows_of(norm.gate)),
                 *((dbias, dweight) if training else (None, None)),
-                dx,
-                *sizes,
-                *dy.stride(),
-                *place.stride(),
-                *x.stride(),
-                *dx.stride(),
-                gate_stride(gate),
-                float(x.numel() // x.shape[1]),
-                eps,
-                RELU=relu,
-                TRAINING=training,
+                dx[0],
+            ),
+            distances(dy, place, x, dx),
+            (float(x[0].numel() // x[0].shape[1]), norm.eps),
+            (*sizes, *[step for own in strides for step in own], gate_stride(norm.gate)),
+            {
+                "RELU": norm.relu,
+                "TRAINING": training,
                 **window_constants(window),
-                **blocks,
-            )
-    return dx, *in_dtypes_of((weight, bias, gate), (dweight, dbias, dgate), needs[1:])
+                **constants,
+                "GATE_VECTOR": gate_vector(norm.gate, x[0].shape[1]),
+            },
+            warps,
+        )
+    return dx, *in_dtypes_of((norm.weight, norm.bias, gate), (dweight, dbias, dgate), needs[1:])

@@ -1,23 +1,62 @@
-"""What the Triton kernels of BatchNorm share: how a program walks its tiles, and how arguments reach it.
+"""What the Triton kernels of BatchNorm share: how a program walks its tiles, and how a launch reaches it.
 
-Dims: N batch, C channels, P positions of a sample.
+A launch goes through T streams: tensors of one shape and equal strides, one distance apart in memory. A program's third
+index is its stream. Sizes and strides are not specialised on; how much can be loaded at once tell two constants, those of
+``tiles.Walk``: LAST, whether channels lie side by side rather than positions, and VECTOR, of which all else is a multiple.
+
+Dims: N batch, C channels, P positions of a sample, T streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from fastmerge.kernels.batch_norm.formulas import Norm, distance_of
+from fastmerge.kernels.batch_norm.tiles import MOST_AT_ONCE
 from torch import Tensor
 
 # Shares and channels that a program which merges shares holds at a time.
 MERGE_PARTS, MERGE_C = 256, 8
 
+_TENSORS = ("x", "y", "dy", "more", "dz", "dx", "residual", "place", "peak")
+# A kernel for any size and stride; but 1, the distance of what lies side by side, is a constant.
+kernel = functools.partial(
+    triton.jit,
+    do_not_specialize=[
+        *("n", "p", "c", "samples", "pixels", "parts_p", "parts", "counters", "gate_stride", "dgate_parts"),
+        *("height", "width", "pooled_height", "pooled_width", "high", "wide"),
+        *(f"{name}_stride_{dim}" for name in _TENSORS for dim in "tn"),
+        *("running_mean_stride", "running_var_stride"),
+    ],
+    do_not_specialize_on_alignment=[f"{name}_stride_{dim}" for name in _TENSORS for dim in "pchw"],
+)
+
 
 @triton.jit
-def share(n, p, samples, pixels, parts_p):
+def multiple(value, VECTOR: tl.constexpr):
+    """A number known to be a multiple of VECTOR, in a way that the compiler follows."""
+    return value // VECTOR * VECTOR
+
+
+@triton.jit
+def stream_of(ptr, stride_t, VECTOR: tl.constexpr):
+    """Where this program's stream begins, in tensors of several; None for None."""
+    if ptr is not None:
+        ptr += tl.program_id(2) * multiple(stride_t, VECTOR)
+    return ptr
+
+
+@triton.jit
+def share(n, p, samples, pixels, parts_p, LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr):
     """First and last sample and position of this program's share; beyond 2^31 positions it takes 64 bits."""
+    if not LAST:
+        p, pixels = multiple(p, VECTOR), multiple(pixels, BLOCK_P)
     part = tl.program_id(0)
     first_n = (part // parts_p) * samples
     first_p = (part % parts_p).to(tl.int64) * pixels
@@ -25,8 +64,11 @@ def share(n, p, samples, pixels, parts_p):
 
 
 @triton.jit
-def channels_of(BLOCK_C: tl.constexpr):
-    return (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, None, :]
+def channels_of(c, LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's channels, and how many there are."""
+    if LAST:
+        c = multiple(c, VECTOR)
+    return (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, None, :], c
 
 
 @triton.jit
@@ -38,13 +80,40 @@ def tile(n_, p_, last_n, last_p, channel, c, BLOCK_N: tl.constexpr, BLOCK_P: tl.
 
 
 @triton.jit
+def offsets(sample, position, channel, stride_n, stride_p, stride_c, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Where the elements of a tile lie in a tensor."""
+    if LAST:
+        stride_p = multiple(stride_p, VECTOR)
+    else:
+        stride_c = multiple(stride_c, VECTOR)
+    return sample * multiple(stride_n, VECTOR) + position * stride_p + channel.to(tl.int64) * stride_c
+
+
+@triton.jit
+def gates_of(gate_ptr, row, last_n, gate_stride, channel, c, GATE_VECTOR: tl.constexpr):
+    """The gates of samples, as float32."""
+    gate_ptr += tl.program_id(2) * c + channel
+    return tl.load(gate_ptr + row * multiple(gate_stride, GATE_VECTOR), (row < last_n) & (channel < c), other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
 def per_channel(ptr, channel, c, other: tl.constexpr):
-    """A vector of C, as float32; ``other`` where there is none."""
+    """A stream's part of a vector of T·C, as float32; ``other`` where there is none."""
     if ptr is None:
         values = tl.full(channel.shape, other, tl.float32)
     else:
-        values = tl.load(ptr + channel, channel < c, other=other).to(tl.float32)
+        values = tl.load(ptr + tl.program_id(2) * c + channel, channel < c, other=other).to(tl.float32)
     return values
+
+
+@triton.jit
+def affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps):
+    """Mean, scale, bias and 1 / std of each channel, rounded alike in every pass."""
+    inverse_std = 1 / tl.sqrt(per_channel(var_ptr, channel, c, 1.0) + eps)
+    scale = per_channel(weight_ptr, channel, c, 1.0) * inverse_std
+    return per_channel(mean_ptr, channel, c, 0.0), scale, per_channel(bias_ptr, channel, c, 0.0), inverse_std
 
 
 @triton.jit
@@ -53,9 +122,83 @@ def total_per_channel(values):
     return tl.sum(tl.sum(values, 0), 0)[None, None, :]
 
 
-def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Vectors of C, as kernels read them."""
-    return [None if vector is None else vector.contiguous() for vector in vectors]
+# Launchers of compiled kernels, by what they were compiled for.
+launchers: dict[Any, Any] = {}
+
+
+def launch(
+    function: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor | None],
+    apart: tuple[int, ...],
+    numbers: tuple[float, ...],
+    integers: tuple[int, ...],
+    constants: dict[str, Any],
+    warps: int = 4,
+) -> None:
+    """Launches a kernel; Triton looks at its arguments the first time, and what it compiled runs all later ones like them.
+
+    Args:
+        function: the kernel. Its parameters come in the order of what follows.
+        grid: three sizes.
+        tensors: pointers, the first not None.
+        apart: ``distances`` of the tensors of several streams.
+        numbers: floats.
+        integers: sizes and strides.
+        constants: constexprs; a VECTOR is lessened where it doesn't divide what is between streams.
+        warps: of a program.
+    """
+    first = tensors[0]
+    assert first is not None
+    device = first.get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(function, grid, tensors, apart, numbers, integers, constants, warps)
+        return
+    if "VECTOR" in constants:
+        constants["VECTOR"] = math.gcd(constants["VECTOR"], *apart)
+    # All that Triton specialises on.
+    seen = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    key = (id(function), device, grid, seen, integers, tuple(constants.values()))
+    known = launchers.get(key)
+    if known is not None:
+        known(*tensors, *apart, *numbers, *integers, *constants.values())
+        return
+    compiled = function[grid](*tensors, *apart, *numbers, *integers, **constants, num_warps=warps)
+    if compiled is not None:  # as it is in the interpreter
+        if len(launchers) >= 4096:
+            launchers.clear()
+        launchers[key] = compiled[grid]
+
+
+def distances(*tensors: Sequence[Tensor] | None) -> tuple[int, ...]:
+    """The distance of the streams of each; 0 where there are none."""
+    found = [0 if streams is None else distance_of(streams) for streams in tensors]
+    assert None not in found
+    return tuple(found)  # type: ignore[arg-type]
+
+
+def together(*tensors: Sequence[Tensor] | None) -> bool:
+    """Whether one launch reaches all streams."""
+    return all(streams is None or distance_of(streams) is not None for streams in tensors)
+
+
+def stream_by_stream(gradients: Callable[[int], tuple[Any, ...]], count: int) -> tuple[Any, ...]:
+    """What ``gradients`` returns for each of streams that lie anyhow, put together: lists of tensors, and tensors of T·C."""
+    found = []
+    for own in zip(*[gradients(t) for t in range(count)], strict=True):
+        if own[0] is None:
+            found.append(None)
+        elif isinstance(own[0], Tensor):
+            found.append(torch.cat(own, -1))
+        else:
+            found.append([tensor for (tensor,) in own])
+    return tuple(found)
+
+
+def vectors_of(norm: Norm) -> list[Tensor | None]:
+    """Weight, bias, mean and variance, as kernels read them."""
+    return [None if vector is None else vector.contiguous() for vector in norm[1:5]]
 
 
 def in_dtypes_of(
@@ -66,6 +209,11 @@ def in_dtypes_of(
         g.to(t.dtype) if need and g is not None and t is not None else None
         for t, g, need in zip(tensors, gradients, needs, strict=True)
     ]
+
+
+def gate_vector(gate: Tensor | None, c: int) -> int:
+    """What the gates' stride and a stream's channels are multiples of: so many can be read at once."""
+    return math.gcd(MOST_AT_ONCE, c, gate_stride(gate))
 
 
 def rows_of(gate: Tensor | None) -> Tensor | None:
