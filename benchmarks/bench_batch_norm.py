@@ -4,6 +4,8 @@ Layers are those of ``BigStudent(resnet18, resnet18)`` at 224 px, linked, or one
 two ResNet-50s and two ResNet-20s those that differ.
 Eager and compiled are the reference: ``F.batch_norm``, add, ReLU, max-pooling, and a gate cast to the activation's dtype.
 ``bytes`` is what the fused operation has to move at the least, for bandwidths. Needs a CUDA GPU; skips without one.
+
+``bench_cuts`` varies how the fused passes are cut and how many of their loads are in flight, each way as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from fastmerge.kernels.batch_norm import (
     batch_norm_act_pool,
     batch_norm_act_pool_reference,
     batch_norm_act_reference,
+    tiles,
 )
+from fastmerge.kernels.cuda_graph import capture
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -73,7 +77,7 @@ def moved(layer: str, kind: str, x: Tensor) -> int:
     return (11 if "residual" in kind else 8) * x.nbytes
 
 
-def contender(run: str, layer: str, kind: str, dtype: torch.dtype) -> Contender:
+def contender(run: str, layer: str, kind: str, dtype: torch.dtype, synchronise: bool = True) -> Contender:
     shape = LAYERS[layer]
     n, c = shape[:2]
 
@@ -114,3 +118,36 @@ def bench_batch_norm(benchmark: BenchmarkFixture, layer: str, kind: str, precisi
     dtype = DTYPES[precision]
     makers = {run: (lambda run=run: contender(run, layer, kind, dtype)) for run in (*RUNS, "copy")}
     race(benchmark, makers, effort, "cuda")
+
+
+# Layers by what they cost; and what the constants of ``tiles`` that decide about latency may be.
+CUT_LAYERS = ("layer1", "layer1 stream", "layer3")
+CUTS = {
+    f"{stages} stages, {programs} programs": {
+        "STAGES": stages,
+        "_SUMMING": {**tiles._SUMMING, "programs": programs},
+    }
+    for stages in (1, 3)
+    for programs in (1056, 2048)
+}
+
+
+def cut_contender(cut: dict[str, Any], layer: str, kind: str) -> Contender:
+    """The fused operation cut as told, replayed, so that nothing but the device is timed."""
+    with tiles.constants(**cut):
+        made = contender("fused", layer, kind, torch.bfloat16, synchronise=False)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            made.step()
+        side.synchronize()
+        replay, _ = capture(made.step, torch.device("cuda"))
+    return Contender(replay, made.facts)
+
+
+@pytest.mark.parametrize("kind", ["gate", "residual gate"], ids=["gate", "residual-gate"])
+@pytest.mark.parametrize("layer", CUT_LAYERS, ids=[layer.replace(" ", "-") for layer in CUT_LAYERS])
+def bench_cuts(benchmark: BenchmarkFixture, layer: str, kind: str, effort: Effort) -> None:
+    benchmark.group = benchmark.extra_info["case"] = f"BatchNorm cuts, {layer} {kind} bf16 cuda"
+    makers = {name: (lambda cut=cut: cut_contender(cut, layer, kind)) for name, cut in CUTS.items()}
+    makers["copy"] = lambda: contender("copy", layer, kind, torch.bfloat16)
+    race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)

@@ -30,6 +30,7 @@ from block_conv_checks import ODD, Case, compare, joined, operands, random_mask,
 from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401
 from ptx_emulator import emulator  # noqa: F401
+from test_kernels_batch_norm_streams import check as check_streams
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("emulator", "poisoned_memory")]
 
@@ -184,6 +185,23 @@ def test_many_tiles_and_programs(dtype: torch.dtype, layout: str) -> None:
     with small_cuts(), fused():
         check_against_float64(case, TRAINING, dy_layout=layout)
         check_against_float64(case | {"residual": None}, TRAINING | STEM, dy_layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": True, "samples": 3},
+        {"samples": 3, "pool": (3, 2, 1), "place": "slices"},
+        {"samples": 1, "place": "slices", "dy_place": "behind"},
+        {"layout": "contiguous", "residual": True, "readers": 1},
+    ],
+    ids=str,
+)
+def test_streams(options: dict[str, Any], dtype: torch.dtype) -> None:
+    with fused():
+        for channels in (16, 24):
+            check_streams(2, (3, channels, 5, 4), dtype, **options)
 
 
 @by_dtype_and_layout

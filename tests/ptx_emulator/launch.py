@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fastmerge.kernels.batch_norm.walk_triton import launchers
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -104,6 +105,7 @@ def emulated(folder: Path, change: Callable[[str], str] = str) -> Iterator[list[
             driver._active = before
             gc.unfreeze()
             # What was compiled for this device is none of the next one's.
+            launchers.clear()
             for function in [found for found in gc.get_objects() if issubclass(type(found), JITFunction)]:
                 function.device_caches.clear()
 
@@ -174,8 +176,16 @@ def _launch(
         parameters[name] = values[i] if size == _MAP_BYTES else int.from_bytes(data, "little")
         if size == _MAP_BYTES:
             maps[values[i]] = TensorMap.unpack(data)
-    memory = GlobalMemory(tensors, parameters.values())
+    memory = GlobalMemory(tensors, _reached([*parameters.values()], grid))
     return Launch(kernel, grid, threads, shared, parameters, maps, memory)
+
+
+def _reached(given: list[int], grid: tuple[int, ...]) -> set[int]:
+    """The addresses that a kernel was given, and those of its third index's further streams, a given distance apart."""
+    reached = set(given)
+    for stream in range(1, grid[2]):
+        reached |= {(a + stream * b * size) % 2**64 for a in given for b in given for size in (1, 2, 4)}
+    return reached
 
 
 class _Tensors:
