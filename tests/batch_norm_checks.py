@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import act, batch_norm_act, batch_norm_act_pool, tiles
+from fastmerge.kernels.batch_norm import act, batch_norm_act, batch_norm_act_pool, batch_norm_act_streams, tiles
 from fastmerge.kernels.batch_norm.formulas import batch_norm_act_pool_reference, batch_norm_act_reference
 from torch import Tensor
 
@@ -155,6 +155,134 @@ def _steepness(case: dict[str, Tensor | None], options: dict[str, Any], running:
     )
     scale = (var + 1e-5).rsqrt() * (1 if weight is None else weight.detach().double().cpu().abs())
     return max(1.0, scale.max().item())
+
+
+def streams_of(tensors: Sequence[Tensor], place: str, layout: str) -> list[Tensor]:
+    """Copies of tensors that lie in memory as told: anyhow, one behind the other, or as slices of one joined tensor."""
+    if place == "apart":
+        return [in_layout(tensor, layout) for tensor in tensors]
+    if place == "slices":
+        return list(in_layout(torch.cat(list(tensors), 1), layout).split(tensors[0].shape[1], 1))
+    return list(in_layout(torch.cat(list(tensors)), layout).split(tensors[0].shape[0]))
+
+
+def _plain_streams(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    residuals: Sequence[Tensor] | None = None,
+    gate: Tensor | None = None,
+    pool: tuple[int, int, int] | None = None,
+    num_batches_tracked: Tensor | None = None,
+    readers: int = 1,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The reference, stream by stream."""
+    outputs = []
+    vectors = [v.chunk(len(xs)) for v in (weight, bias, mean, var)]
+    for t, x in enumerate(xs):
+        own: dict[str, Any] = {"gate": None if gate is None else gate.chunk(len(xs), 1)[t], **options}
+        tensors = [vector[t] for vector in vectors]
+        if pool is None:
+            residual = None if residuals is None else residuals[t]
+            outputs.append(batch_norm_act_reference(x, *tensors, residual=residual, **own))
+        else:
+            kernel_size, stride, padding = pool
+            own |= {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+            outputs.append(batch_norm_act_pool_reference(x, *tensors, **own))
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    return tuple(outputs) * readers
+
+
+def check_streams(
+    count: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    place: str = "apart",
+    dy_place: str = "apart",
+    layout: str = "channels-last",
+    dy_layout: str | None = None,
+    residual: bool = False,
+    samples: int | None = None,
+    readers: int = 2,
+    silent: tuple[int, ...] = (),
+    pool: tuple[int, int, int] | None = None,
+) -> None:
+    """Compares results, statistics, counters and all gradients; results in ``silent`` send no gradient back."""
+    cases = [make(shape, dtype, samples=samples, residual=residual) for _ in range(count)]
+    generator = torch.Generator().manual_seed(2)
+    values = {
+        "x": streams_of([case["x"] + torch.randn(shape, generator=generator) * (t + 1) for t, case in enumerate(cases)],
+                        place, layout),
+        "weight": torch.cat([case["weight"] + t for t, case in enumerate(cases)]),
+        "bias": torch.cat([case["bias"] - t for t, case in enumerate(cases)]),
+        "residual": streams_of([case["residual"] * (t + 1) for t, case in enumerate(cases)], place, layout)
+        if residual else [],
+        "gate": None if samples is None else torch.rand(samples, count * shape[1], generator=generator).to(dtype),
+    }  # fmt: skip
+    outputs = []
+    for function, double in ((batch_norm_act_streams, False), (_plain_streams, True)):
+        flat = {
+            "weight": values["weight"],
+            "bias": values["bias"],
+            "gate": values["gate"],
+            **{f"x{t}": x for t, x in enumerate(values["x"])},
+            **{f"residual{t}": r for t, r in enumerate(values["residual"])},
+        }
+        flat = {k: t.detach().double() if double else t.detach() for k, t in flat.items() if t is not None}
+        # In place, for a copy would lie elsewhere.
+        learners = {name: tensor.requires_grad_() for name, tensor in flat.items()}
+        running = [torch.linspace(low, 2, count * shape[1], dtype=torch.float64) for low in (-1, 0.5)]
+        mean, var = (t if double else t.float() for t in running)
+        batches = torch.arange(count)
+        ys = function(
+            [learners[f"x{t}"] for t in range(count)],
+            learners["weight"],
+            learners["bias"],
+            *(mean, var),
+            training=True,
+            momentum=0.3,
+            residuals=[learners[f"residual{t}"] for t in range(count)] if residual else None,
+            gate=learners.get("gate"),
+            pool=pool,
+            num_batches_tracked=batches,
+            readers=readers,
+        )
+        assert len(ys) == readers * count
+        generator = torch.Generator().manual_seed(1)
+        dys = [torch.randn(y.shape, generator=generator).to(dtype) for y in ys]
+        send = [t for t in range(len(ys)) if t not in silent]
+        dys = [
+            *streams_of(dys[:count], dy_place, dy_layout or layout),
+            *streams_of(dys[count:] or dys, dy_place, layout),
+        ]
+        gradients = torch.autograd.grad(
+            [ys[t] for t in send],
+            list(learners.values()),
+            [dys[t].double() if double else dys[t] for t in send],
+            allow_unused=bool(silent),
+        )
+        found = {f"y{t}": y.detach() for t, y in enumerate(ys)} | {"mean": mean, "var": var, "batches": batches}
+        outputs.append(found | dict(zip(learners, gradients, strict=True)))
+    got, expected = outputs
+    tolerance = TOLERANCES[dtype]
+    for name, tensor in expected.items():
+        if tensor is None or got[name] is None:
+            assert not any(found is not None and found.any() for found in (tensor, got[name])), name
+            continue
+        atol = 4 * tolerance["atol"] * (1 + tensor.double().abs().max().item())
+        torch.testing.assert_close(
+            got[name].double(),
+            tensor.double(),
+            rtol=tolerance["rtol"],
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @contextlib.contextmanager

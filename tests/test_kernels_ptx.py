@@ -20,6 +20,7 @@ from batch_norm_checks import (
     DTYPES,
     by_dtype_and_layout,
     check_against_float64,
+    check_streams,
     fused,
     in_layout,
     laid_out,
@@ -30,7 +31,6 @@ from block_conv_checks import ODD, Case, compare, joined, operands, random_mask,
 from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401
 from ptx_emulator import emulator  # noqa: F401
-from test_kernels_batch_norm_streams import check as check_streams
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("emulator", "poisoned_memory")]
 

@@ -38,7 +38,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     stream_by_stream,
     stream_of,
     tile,
-    together,
     vectors_of,
 )
 from torch import Tensor
@@ -168,7 +167,8 @@ def gradients(
     dy, x = [tiles.walkable(t) for t in dy], [tiles.walkable(t) for t in norm.x]
     more, residual = ([tiles.walkable(t) for t in streams] if streams else None for streams in (more, norm.residual))
     needs_dx, needs_dweight, needs_dbias, needs_dresidual, needs_dgate = needs
-    if not together(dy, more, x, residual):
+    apart = distances(dy, more, x, residual)
+    if apart is None:
         return stream_by_stream(
             lambda t: gradients(dy[t : t + 1], more and more[t : t + 1], norm.stream(t), training, needs), len(x)
         )
@@ -181,7 +181,7 @@ def gradients(
     )
     dbias, dweight, dz, dgate = None, None, None, None
     if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
-        dbias, dweight, dz, dgate = sum_gradients(dy, more, norm, needs_dz, needs_dgate)
+        dbias, dweight, dz, dgate = sum_gradients(dy, more, apart, norm, needs_dz, needs_dgate)
     dx = None
     if needs_dx:
         sums = (dbias, dweight) if training else None

@@ -218,11 +218,12 @@ def distance_of(streams: Sequence[Tensor]) -> int | None:
     """Elements from each stream to the next, or None where that differs, or their strides do."""
     if len(streams) == 1:
         return 0
-    first, strides, itemsize = streams[0].data_ptr(), streams[0].stride(), streams[0].element_size()
-    step = streams[1].data_ptr() - first
+    start, strides = streams[0].data_ptr(), streams[0].stride()
+    step = streams[1].data_ptr() - start
     for t in range(1, len(streams)):
-        if streams[t].stride() != strides or streams[t].data_ptr() - first != t * step:
+        if streams[t].stride() != strides or (t > 1 and streams[t].data_ptr() != start + t * step):
             return None
+    itemsize = streams[0].element_size()
     return None if step % itemsize else step // itemsize
 
 

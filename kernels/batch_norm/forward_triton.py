@@ -22,7 +22,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     share,
     stream_of,
     tile,
-    together,
     vectors_of,
 )
 from torch import Tensor
@@ -100,7 +99,8 @@ def normalize(norm: Norm) -> list[Tensor]:
     """``act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate`` of each stream, dense, in the layout of ``x``."""
     y = empty_streams(norm.x)
     x, residual = ([tiles.walkable(t) for t in norm.x], norm.residual and [tiles.walkable(t) for t in norm.residual])
-    if not together(x, residual):
+    apart = distances(x, residual, y)
+    if apart is None:
         return [normalize(norm.stream(t))[0] for t in range(len(x))]
     gate = norm.gate
     walk = tiles.walk(
@@ -110,7 +110,7 @@ def normalize(norm: Norm) -> list[Tensor]:
         normalize_kernel,
         (*walk.grid, len(x)),
         (x[0], *vectors_of(norm), None if residual is None else residual[0], rows_of(gate), y[0]),
-        distances(x, residual, y),
+        apart,
         (norm.eps,),
         (*walk.integers, gate_stride(gate)),
         {"RELU": norm.relu, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},

@@ -31,7 +31,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     per_channel,
     rows_of,
     stream_of,
-    together,
     vectors_of,
 )
 from torch import Tensor
@@ -160,7 +159,7 @@ def pool(
         layout of ``x``, shape (N, C, OH, OW).
     """
     x = norm.x
-    if not together(x):
+    if distances(x) is None:
         found = [pool(norm.stream(t), window, keep) for t in range(len(x))]
         y, peak, place = ([own[0] for own in parts] if parts[0] else None for parts in zip(*found, strict=True))
         assert y is not None

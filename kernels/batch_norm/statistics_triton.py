@@ -30,7 +30,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     share,
     stream_of,
     tile,
-    together,
     total_per_channel,
 )
 from torch import Tensor
@@ -181,7 +180,8 @@ def statistics(
         Mean and variance, float32, shape (T·C,).
     """
     x, count = [tiles.walkable(stream) for stream in x], len(x)
-    if not together(x):
+    apart = distances(x)
+    if apart is None:
         running = [(of_stream(running_mean, t, count), of_stream(running_var, t, count)) for t in range(count)]
         found = [statistics([own], *running[t], momentum, None if t else batches) for t, own in enumerate(x)]
         return torch.cat([mean for mean, _ in found]), torch.cat([var for _, var in found])
@@ -191,7 +191,7 @@ def statistics(
     partial = torch.empty((count * cut.parts, 2 * c), dtype=torch.float32, device=x[0].device)
     mean, var = (torch.empty(count * c, dtype=torch.float32, device=x[0].device) for _ in range(2))
     grid = (*walk.grid, count)
-    launch(partial_statistics_kernel, grid, (x[0], partial), distances(x), (), walk.integers, walk.constants)
+    launch(partial_statistics_kernel, grid, (x[0], partial), apart, (), walk.integers, walk.constants)
     strides = [0 if running is None else running.stride(0) for running in (running_mean, running_var)]
     launch(
         merge_statistics_kernel,

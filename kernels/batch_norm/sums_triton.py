@@ -19,7 +19,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_PARTS,
     affine,
     channels_of,
-    distances,
     gate_stride,
     gate_vector,
     gates_of,
@@ -234,13 +233,19 @@ def _merge_parts(
 
 
 def sum_gradients(
-    dy: Sequence[Tensor], more: Sequence[Tensor] | None, norm: Norm, needs_dz: bool, needs_dgate: bool
+    dy: Sequence[Tensor],
+    more: Sequence[Tensor] | None,
+    apart: tuple[int, ...],
+    norm: Norm,
+    needs_dz: bool,
+    needs_dgate: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor] | None, Tensor | None]:
     """The first pass, and the sum of its parts, of streams that one launch reaches.
 
     Args:
         dy: gradients of the T results, ``walkable``, as are all tensors here.
         more: further gradients of them, or None.
+        apart: ``distances`` of dy, more, x and residual.
         norm: of the forward pass; or with other tensors in place of ``x``.
         needs_dz: whether to write the gradient before the activation.
         needs_dgate: whether to sum the gates' gradient.
@@ -275,7 +280,7 @@ def sum_gradients(
             dgate if dgate_parts is None else dgate_parts,
             partial,
         ),
-        distances(dy, more, x, residual, dz),
+        (*apart, 0 if dz is None or count == 1 else dz[0].numel()),
         (norm.eps,),
         (*walk.integers, gate_stride(gate)),
         {"RELU": norm.relu, "DGATE": mode, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},

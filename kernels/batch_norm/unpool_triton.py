@@ -30,7 +30,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     rows_of,
     stream_by_stream,
     stream_of,
-    together,
     vectors_of,
 )
 from torch import Tensor
@@ -169,7 +168,8 @@ def gradients(
     x, gate = norm.x, norm.gate
     needs_dx, needs_dweight, needs_dbias, needs_dgate = needs
     dy, more = [walkable(t) for t in dy], more and [walkable(t) for t in more]
-    if not together(x, dy, more, peak, place):
+    apart = distances(dy, more, peak, place, x)
+    if apart is None:
         return stream_by_stream(
             lambda t: gradients(
                 *(dy[t : t + 1], more and more[t : t + 1], norm.stream(t), peak[t : t + 1], place[t : t + 1]),
@@ -180,7 +180,9 @@ def gradients(
     dbias, dweight, dgate, dx = None, None, None, None
     needs_dz = needs_dx and more is not None
     if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
-        dbias, dweight, dz, dgate = sum_gradients(dy, more, norm._replace(x=peak), needs_dz, needs_dgate)
+        dbias, dweight, dz, dgate = sum_gradients(
+            dy, more, (*apart[:3], 0), norm._replace(x=peak), needs_dz, needs_dgate
+        )
         if dz is not None:
             dy, norm = dz, norm._replace(relu=False, gate=None)
     if needs_dx:

@@ -130,7 +130,7 @@ def launch(
     function: Any,
     grid: tuple[int, ...],
     tensors: Sequence[Tensor | None],
-    apart: tuple[int, ...],
+    apart: tuple[int, ...] | None,
     numbers: tuple[float, ...],
     integers: tuple[int, ...],
     constants: dict[str, Any],
@@ -150,6 +150,7 @@ def launch(
     """
     first = tensors[0]
     assert first is not None
+    assert apart is not None
     device = first.get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -171,16 +172,10 @@ def launch(
         launchers[key] = compiled[grid]
 
 
-def distances(*tensors: Sequence[Tensor] | None) -> tuple[int, ...]:
-    """The distance of the streams of each; 0 where there are none."""
-    found = [0 if streams is None else distance_of(streams) for streams in tensors]
-    assert None not in found
-    return tuple(found)  # type: ignore[arg-type]
-
-
-def together(*tensors: Sequence[Tensor] | None) -> bool:
-    """Whether one launch reaches all streams."""
-    return all(streams is None or distance_of(streams) is not None for streams in tensors)
+def distances(*tensors: Sequence[Tensor] | None) -> tuple[int, ...] | None:
+    """The distance of the streams of each, 0 where there are none; None where one launch doesn't reach all streams."""
+    found = tuple([0 if streams is None else distance_of(streams) for streams in tensors])
+    return None if None in found else found  # type: ignore[return-value]
 
 
 def stream_by_stream(gradients: Callable[[int], tuple[Any, ...]], count: int) -> tuple[Any, ...]:
