@@ -26,6 +26,8 @@ _NONE: tuple[list[int], int] = ([], 0)
 _batch_norm: Any = None
 with contextlib.suppress(ImportError):
     from fastmerge import _batch_norm
+if not hasattr(_batch_norm, "forward"):  # built from an older source
+    _batch_norm = None
 
 
 def why_not(x: Tensor) -> str | None:
