@@ -23,6 +23,7 @@ from fastmerge.kernels.block_conv.choice import Measurement, choices, fixed_choi
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from block_conv_checks import Case, Operands, compare, joined, operands, random_mask
@@ -167,6 +168,25 @@ def test_a_forward_pass_that_runs_plain_says_nothing_of_a_backward_pass() -> Non
                 forward.reset_mock()
                 block_diagonal_conv2d(given.xs, weight, padding=1, parts=(weight.chunk(2), None))
                 assert forward.call_count == calls
+
+
+def test_activations_computed_again_are_no_second_step() -> None:
+    """An epoch's last batch, with checkpoints: its layers run forward twice, with backward passes in between."""
+    given = operands(WIDE, torch.bfloat16)
+    weight = given.weight.clone().requires_grad_()
+    x = torch.cat(given.xs, 1).requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        return torch.cat(block_diagonal_conv2d(x.chunk(2, 1), weight, padding=1), 1)
+
+    with (
+        mock.patch.multiple(choices, _measuring=True, _stored=False),
+        mock.patch.object(choices, "_measure") as measure,
+    ):
+        for expected in (False, True):
+            y = checkpoint(layer, checkpoint(layer, x, use_reentrant=False), use_reentrant=False)
+            y.float().sum().backward()
+            assert measure.called == expected
 
 
 def test_operators_are_for_tracers_alone() -> None:

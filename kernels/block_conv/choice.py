@@ -155,7 +155,12 @@ class Choices:
         return _matching(self.known(key), candidates, default)
 
     def begins(self, backward: bool) -> None:
-        """To be told of each pass that runs: a forward pass after a backward one begins a step."""
+        """To be told of each pass that runs: a forward pass after a backward one begins a step.
+
+        One within a backward pass does not, as checkpointing computes activations again.
+        """
+        if not backward and torch._C._current_graph_task_id() != -1:
+            return
         if self._backward and not backward:
             self._step += 1
         self._backward = backward
