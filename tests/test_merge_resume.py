@@ -1,10 +1,13 @@
 """Merges that are killed, asked to stop, or find their checkpoints damaged, and go on."""
 
 import itertools
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,22 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(interrupted, whole, t
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     shutil.copytree(directory, tmp_path / "copy")
     assert_same(run(tmp_path / "copy", resume=True), whole)
+
+
+def test_a_signal_that_a_loaders_workers_had_too_ends_it_with_a_checkpoint(interrupted, tmp_path):
+    """PyTorch raises an error in this process when a worker ends, wherever it is; the request to stop came before."""
+
+    def end_all() -> None:
+        children = multiprocessing.active_children()
+        assert children
+        os.kill(os.getpid(), signal.SIGTERM)
+        for child in children:
+            subprocess.run(["kill", str(child.pid)], check=True)
+        time.sleep(0.5)  # they end
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, 18, end_all, checkpoint_seconds=0)
+    assert place(tmp_path) == place(interrupted[0])
 
 
 def test_sigterm_in_an_evaluation_and_no_checkpoint_before(whole, tmp_path):

@@ -43,6 +43,7 @@ class StopRequests:
         self.enabled = enabled
         self.number: int | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._at_childs_end: Any = None
 
     def __enter__(self) -> StopRequests:
         if self.enabled and threading.current_thread() is threading.main_thread():
@@ -52,9 +53,10 @@ class StopRequests:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        self._give_back()
+        if self._at_childs_end is not None:
+            signal.signal(signal.SIGCHLD, self._at_childs_end)
+            self._at_childs_end = None
 
     def raise_if_any(self) -> None:
         """Raises Interrupted where a signal came."""
@@ -63,12 +65,18 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        # A DataLoader's workers may have had the signal, too, and PyTorch raises an error at their end, wherever this process is.
-        # That they are gone is found out when the next batch is asked for.
-        if callable(signal.getsignal(signal.SIGCHLD)):
+        # A DataLoader's workers may have had the signal, too. At their end PyTorch raises an error wherever this process is;
+        # when the next batch is asked for, it finds out anyway.
+        if self._at_childs_end is None and callable(before := signal.getsignal(signal.SIGCHLD)):
+            self._at_childs_end = before
             signal.signal(signal.SIGCHLD, _nothing)
         if not StopRequests.ends_by_parent:
-            self.__exit__()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
