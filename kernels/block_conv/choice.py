@@ -208,14 +208,18 @@ class Choices:
             self._memory.remembered.clear()
 
     def remembered(self, call: Hashable) -> Any:
-        """What :meth:`remember` was given for a call, or None."""
-        return self._memory.remembered.get(call)
+        """What :meth:`remember` was given for a call, or None; None too for sizes that a tracer leaves open."""
+        try:
+            return self._memory.remembered.get(call)
+        except TypeError:  # they have no hash
+            return None
 
     def remember(self, call: Hashable, found: Any) -> None:
-        """Keeps what was found out for a call until a choice changes; a call of the same layer gives the same key."""
+        """Keeps what was found out for a call until a choice changes; of sizes that a tracer leaves open it keeps nothing."""
         if len(self._memory.remembered) >= _MOST_REMEMBERED:
             self._memory.remembered.clear()
-        self._memory.remembered[call] = found
+        with contextlib.suppress(TypeError):
+            self._memory.remembered[call] = found
 
     def table(self) -> list[dict[str, Any]]:
         """Everything measured or read: key, winner, and milliseconds by candidate."""
