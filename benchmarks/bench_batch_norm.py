@@ -77,7 +77,7 @@ def moved(layer: str, kind: str, x: Tensor) -> int:
     return (11 if "residual" in kind else 8) * x.nbytes
 
 
-def contender(run: str, layer: str, kind: str, dtype: torch.dtype, synchronise: bool = True) -> Contender:
+def contender(run: str, layer: str, kind: str, dtype: torch.dtype) -> Contender:
     shape = LAYERS[layer]
     n, c = shape[:2]
 
@@ -89,7 +89,6 @@ def contender(run: str, layer: str, kind: str, dtype: torch.dtype, synchronise: 
     if run == "copy":
         source = torch.randn(facts["bytes"] // 8, device="cuda")
         target = torch.empty_like(source)
-
         return Contender(lambda: target.copy_(source), facts)
 
     pooled = layer == "stem"
@@ -135,13 +134,15 @@ CUTS = {
 def cut_contender(cut: dict[str, Any], layer: str, kind: str) -> Contender:
     """The fused operation cut as told, replayed, so that nothing but the device is timed."""
     with tiles.constants(**cut):
-        made = contender("fused", layer, kind, torch.bfloat16, synchronise=False)
+        made = contender("fused", layer, kind, torch.bfloat16)
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             made.step()
         side.synchronize()
         replay, _ = capture(made.step, torch.device("cuda"))
-    return Contender(replay, made.facts)
+    # The check holds the tensors that the graph reads.
+    return Contender(replay, made.facts, check=made.step)
 
 
 @pytest.mark.parametrize("kind", ["gate", "residual gate"], ids=["gate", "residual-gate"])
@@ -150,4 +151,4 @@ def bench_cuts(benchmark: BenchmarkFixture, layer: str, kind: str, effort: Effor
     benchmark.group = benchmark.extra_info["case"] = f"BatchNorm cuts, {layer} {kind} bf16 cuda"
     makers = {name: (lambda cut=cut: cut_contender(cut, layer, kind)) for name, cut in CUTS.items()}
     makers["copy"] = lambda: contender("copy", layer, kind, torch.bfloat16)
-    race(benchmark, effort.chosen(makers), effort.rounds("cuda"), seconds=effort.seconds)
+    race(benchmark, makers, effort, "cuda")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import json
 import os
 import subprocess
@@ -307,6 +309,17 @@ def test_a_profile_counts_what_ran_on_the_device() -> None:
         ]
     )
     assert found == {"busy_seconds": 1.25, "kernels": 3, "launches": 2, "top": [["b", 750.0, 2], ["a", 500.0, 1]]}
+
+
+def test_every_benchmark_calls_a_race_as_it_is_called() -> None:
+    """Most of them run on a GPU only, where a wrong argument would cost time on a card."""
+    calls = 0
+    for path in (ROOT / "benchmarks").glob("bench_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "race":
+                inspect.signature(race).bind(*node.args, **{str(keyword.arg): None for keyword in node.keywords})
+                calls += 1
+    assert calls > 8
 
 
 def test_nobody_there_is_a_skip(outcome: dict[str, Any]) -> None:
