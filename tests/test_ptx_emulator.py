@@ -236,6 +236,28 @@ def test_a_missing_barrier_is_a_hazard(missing: int, what: str) -> None:
         exchange("bar.sync 0;".join(pieces))
 
 
+# The same exchange, the words fetched by copies that go on by themselves; the last 8 threads ask for zeros.
+COPY = """
+    mul.lo.s32 %r2, %r1, 8;
+    xor.b32 %r3, %r2, 256;
+    setp.lt.u32 %p1, %r1, 56;
+    selp.b32 %r4, 8, 0, %p1;
+    cp.async.ca.shared.global [%r2], [%rd1], 8, %r4;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    bar.sync 0;
+    ld.shared.b64 %rd4, [%r3];
+    st.global.b64 [%rd2], %rd4;"""
+
+
+def test_copies_that_go_on_by_themselves() -> None:
+    assert exchange(COPY).tolist() == [*range(32, 56), *[0] * 8, *range(32)]
+    with pytest.raises(HazardError, match="before the wait for a copy"):
+        exchange(COPY.replace("cp.async.wait_group 0;", "cp.async.wait_group 1;"))
+    with pytest.raises(HazardError, match="no barrier came after"):
+        exchange(COPY.replace("bar.sync 0;", ""))
+
+
 @pytest.mark.parametrize(
     ("body", "error", "what"),
     [
