@@ -5,8 +5,9 @@ What this can see and what it can't: ``ptx_emulator``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -53,11 +54,10 @@ TILES = [
 
 
 @pytest.fixture(params=ARITHMETIC)
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     """Each of the dtypes, float32 with and without TF32."""
-    if request.param == IEEE:
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    return ARITHMETIC[request.param]
+    with mock.patch("fastmerge.kernels.block_conv.arithmetic.takes_tf32", return_value=request.param == TF32):
+        yield ARITHMETIC[request.param]
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
