@@ -35,21 +35,7 @@ from ptx_emulator.parse import Kernel, parse
 
 _FAILED, _INVALID = 719, 1  # CUDA_ERROR_LAUNCH_FAILED, CUDA_ERROR_INVALID_VALUE
 _MOST_SHARED, _MOST_THREADS, _MOST_YZ = 232448, 1024, 65535
-_ELEMENTS = {
-    0: 1,
-    1: 2,
-    2: 4,
-    3: 4,
-    4: 8,
-    5: 8,
-    6: 2,
-    7: 4,
-    8: 8,
-    9: 2,
-    10: 4,
-    11: 4,
-    12: 4,
-}  # bytes of a CUtensorMapDataType
+_ELEMENTS = dict(enumerate((1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4)))  # bytes of each CUtensorMapDataType
 _MAP_BYTES = 128
 
 _words, _longs = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint64)

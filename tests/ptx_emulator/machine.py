@@ -153,6 +153,8 @@ class Machine:
                     at, self.jump = self.jump, None
                     break
                 at += 1
+            if at == len(steps):
+                raise EmulationError(f"{kernel.name} ends without a return")
             if executed > _MOST_INSTRUCTIONS:
                 raise EmulationError(f"{kernel.name} still runs after {executed} instructions")
             if at != PARTED:
