@@ -105,7 +105,7 @@ FAULTS = {
     "stores beyond the end": (
         normalise,
         without(r"@!?%p\d+ (?=st\.global)"),
-        "MemoryAccessError: .*outside of the tensors|" + WRONG,
+        "MemoryAccessError: .*outside of all tensors|" + WRONG,
     ),
     "a shuffle that is left out": (normalise, without(r"shfl\.sync\.bfly[^;]*;", 1), WRONG),
 }  # fmt: skip

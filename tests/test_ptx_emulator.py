@@ -51,7 +51,7 @@ def execute(body: str, values: Tensor, result: Tensor, threads: int = 32, progra
     kernel, steps = load(_WHOLE.format(body=body, threads=threads))
     pointers = {f"snippet_param_{i}": tensor.data_ptr() for i, tensor in enumerate((values, result))}
     sizes = [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in (values, result)]
-    memory = GlobalMemory(sizes, pointers.values())
+    memory = GlobalMemory(sizes)
     run(Launch(kernel, (programs, 1, 1), threads, shared, pointers, {}, memory), steps)
     return result
 
@@ -261,7 +261,7 @@ def test_copies_that_go_on_by_themselves() -> None:
 @pytest.mark.parametrize(
     ("body", "error", "what"),
     [
-        ("ld.global.b64 %rd4, [%rd1+8];", MemoryAccessError, "outside of the tensors .* 1 times"),
+        ("ld.global.b64 %rd4, [%rd1+8];", MemoryAccessError, "outside of all tensors, 1 times"),
         ("ld.global.b64 %rd4, [%rd1+4];", MemoryAccessError, "isn't a multiple"),
         ("st.global.v2.b64 [%rd2], {%rd1, %rd2};", MemoryAccessError, "isn't a multiple"),
         ("mov.b32 %r2, 512; st.shared.b32 [%r2], 1;", MemoryAccessError, "it has 512 bytes"),

@@ -162,16 +162,8 @@ def _launch(
         parameters[name] = values[i] if size == _MAP_BYTES else int.from_bytes(data, "little")
         if size == _MAP_BYTES:
             maps[values[i]] = TensorMap.unpack(data)
-    memory = GlobalMemory(tensors, _reached([*parameters.values()], grid))
+    memory = GlobalMemory(tensors)
     return Launch(kernel, grid, threads, shared, parameters, maps, memory)
-
-
-def _reached(given: list[int], grid: tuple[int, ...]) -> set[int]:
-    """The addresses that a kernel was given, and those of its third index's further streams, a given distance apart."""
-    reached = set(given)
-    for stream in range(1, grid[2]):
-        reached |= {(a + stream * b * size) % 2**64 for a in given for b in given for size in (1, 2, 4)}
-    return reached
 
 
 class _Tensors:

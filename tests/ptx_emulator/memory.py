@@ -32,40 +32,36 @@ class GlobalMemory:
     """The memory of all tensors.
 
     Args:
-        tensors: address and bytes of each one's storage.
-        pointers: addresses that a kernel was given; its loads and stores may reach the tensors that these lie in, while
-            boxes of TMA may reach all.
+        tensors: address and bytes of each one's storage. A kernel may reach all of them: where it serves several streams, it
+            is given the first one's address and the distance to the next.
     """
 
-    def __init__(self, tensors: Iterable[tuple[int, int]], pointers: Iterable[int]) -> None:
+    def __init__(self, tensors: Iterable[tuple[int, int]]) -> None:
         merged: list[list[int]] = []
         for start, size in sorted(tensors):
             if merged and start < merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], start + size)
             else:
                 merged.append([start, start + size])
-        self._all = np.array(merged, np.int64).reshape(-1, 2)
-        given = [r for r in merged if any(r[0] <= pointer < r[1] for pointer in pointers)]
-        self._given = np.array(given, np.int64).reshape(-1, 2)
+        self._starts, self._ends = np.array(merged, np.int64).T
         self._low = merged[0][0] // 64 * 64
         size = -(-(merged[-1][1] - self._low) // 64) * 64
         whole = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._low))
         self._words = {bytes_: whole.view(word) for bytes_, word in WORDS.items()}
 
-    def _check(self, ranges: np.ndarray, addresses: np.ndarray, size: int, what: str) -> None:
-        at = np.searchsorted(ranges[:, 0], addresses, "right") - 1
-        inside = (at >= 0) & (addresses + size <= ranges[at, 1]) if len(ranges) else np.zeros(addresses.shape, bool)
+    def _check(self, addresses: np.ndarray, size: int, what: str) -> None:
+        at = np.searchsorted(self._starts, addresses, "right") - 1
+        inside = (at >= 0) & (addresses + size <= self._ends[at])
         if not inside.all():
             outside = addresses[~inside]
             raise MemoryAccessError(
-                f"{what} {size} bytes outside of the tensors that the kernel was given, {outside.size} times, "
-                f"first at {int(outside.flat[0]):#x}"
+                f"{what} {size} bytes outside of all tensors, {outside.size} times, first at {int(outside.flat[0]):#x}"
             )
 
     def _places(self, addresses: np.ndarray, bytes_: int, count: int, what: str) -> np.ndarray:
         if (addresses % (bytes_ * count)).any():
             raise MemoryAccessError(f"{what} {bytes_ * count} bytes at an address that isn't a multiple of that")
-        self._check(self._given, addresses, bytes_ * count, what)
+        self._check(addresses, bytes_ * count, what)
         return (addresses - self._low) // bytes_
 
     def load(self, addresses: np.ndarray, bytes_: int, count: int) -> list[np.ndarray]:
@@ -88,7 +84,7 @@ class GlobalMemory:
         for length in np.unique(lengths[lengths > 0]):
             picked = lengths == length
             first = rows[picked, exist[picked].argmax(-1)]
-            self._check(self._all, first, int(length) * tensor_map.element, "TMA moves")
+            self._check(first, int(length) * tensor_map.element, "TMA moves")
         return (addresses - self._low) // tensor_map.element, inside
 
     def words(self, bytes_: int) -> np.ndarray:
