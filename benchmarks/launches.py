@@ -165,23 +165,21 @@ class _Kernel:
     function = 0
     packed_metadata = (4, 1, 0)
 
-    def __init__(self, name: str, launched: Callable[[str, Sequence[Any]], None]) -> None:
+    def __init__(self, name: str, launched: Callable[[str, int, Sequence[Any]], None]) -> None:
         self.name, self._launched = name, launched
 
     def launch_metadata(self, *arguments: Any) -> None:
         return None
 
     def run(self, grid_0: int, grid_1: int, grid_2: int, stream: int, *arguments: Any) -> None:
-        # The kernels of BatchNorm get the first of several streams, which their third index counts.
-        images = [t for t in arguments if isinstance(t, Tensor) and t.dim() > 2]
-        self._launched(self.name, [*arguments, *images * (grid_2 - 1)])
+        self._launched(self.name, grid_2, arguments)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         return lambda *arguments: self.run(*grid, 0, *arguments)
 
 
 @contextlib.contextmanager
-def _triton_without_driver(launched: Callable[[str, Sequence[Any]], None]) -> Iterator[None]:
+def _triton_without_driver(launched: Callable[[str, int, Sequence[Any]], None]) -> Iterator[None]:
     """Within it, Triton runs up to the point where it would compile a kernel, or call the driver with a compiled one."""
     import triton
     from fastmerge.kernels.batch_norm import walk_triton
@@ -253,8 +251,10 @@ def counted(case: Case, networks: Sequence[nn.Module]) -> Counts:
     """
     counts = Counts()
 
-    def launched(name: str, arguments: Sequence[Any]) -> None:
-        counts.add(name, 1, sum(_size(t) for t in arguments if isinstance(t, Tensor)))
+    def launched(name: str, streams: int, arguments: Sequence[Any]) -> None:
+        # The kernels of BatchNorm are given the first tensor of each that has several streams.
+        sizes = [_size(t) * (streams if t.dim() > 2 else 1) for t in arguments if isinstance(t, Tensor)]
+        counts.add(name, 1, sum(sizes))
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for network in networks:
@@ -291,5 +291,5 @@ def _fake(network: nn.Module, mode: FakeTensorMode) -> None:
 @contextlib.contextmanager
 def pretending() -> Iterator[None]:
     """Within it, CPU tensors say that they are CUDA tensors, and Triton launches nothing."""
-    with _cuda_without_card(), _triton_without_driver(lambda name, arguments: None):
+    with _cuda_without_card(), _triton_without_driver(lambda name, streams, arguments: None):
         yield

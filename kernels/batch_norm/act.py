@@ -19,8 +19,10 @@ Dims: N batch, C channels of a stream, T streams.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,26 @@ class _Call(NamedTuple):
     keep: bool
 
 
+@functools.cache
+def _kernels() -> Any:
+    """The passes as Triton runs them, imported at the first launch: a machine without CUDA never imports Triton."""
+    from fastmerge.kernels.batch_norm import (
+        backward_triton,
+        forward_triton,
+        pool_triton,
+        statistics_triton,
+        unpool_triton,
+    )
+
+    return SimpleNamespace(
+        statistics=statistics_triton.statistics,
+        normalize=forward_triton.normalize,
+        gradients=backward_triton.gradients,
+        pool=pool_triton.pool,
+        pool_gradients=unpool_triton.gradients,
+    )
+
+
 class _BatchNormAct(torch.autograd.Function):
     """Both passes without the operators."""
 
@@ -85,18 +107,15 @@ class _BatchNormAct(torch.autograd.Function):
             if batches is not None:
                 batches.add_(1)
         else:
-            from fastmerge.kernels.batch_norm import forward_triton, pool_triton, statistics_triton
-
+            kernels = _kernels()
             if call.training:
-                for tensor in (*running, batches):
-                    if tensor is not None:
-                        torch.autograd.graph.increment_version(tensor)
-                mean, var = statistics_triton.statistics(norm.x, *running, call.momentum, batches)
+                torch.autograd.graph.increment_version([t for t in (*running, batches) if t is not None])
+                mean, var = kernels.statistics(norm.x, *running, call.momentum, batches)
                 norm = norm._replace(mean=mean, var=var)
             if call.window is None:
-                y = forward_triton.normalize(norm)
+                y = kernels.normalize(norm)
             else:
-                y, peak, place = pool_triton.pool(norm, call.window, call.keep)
+                y, peak, place = kernels.pool(norm, call.window, call.keep)
         if call.keep:
             ctx.call = call
             ctx.set_materialize_grads(False)
@@ -128,14 +147,10 @@ class _BatchNormAct(torch.autograd.Function):
         elif call.on_cpu:
             gradients = cpu.gradients(first, more, norm._replace(residual=kept or None), call.training, needs)
         elif call.window is None:
-            from fastmerge.kernels.batch_norm import backward_triton
-
             norm = norm._replace(residual=kept or None)
-            gradients = backward_triton.gradients(first, more, norm, call.training, needs)
+            gradients = _kernels().gradients(first, more, norm, call.training, needs)
         else:
-            from fastmerge.kernels.batch_norm import unpool_triton
-
-            of_x, *of_vectors = unpool_triton.gradients(
+            of_x, *of_vectors = _kernels().pool_gradients(
                 *(first, more, norm, kept[:count], kept[count:], call.training, call.window),
                 (*needs[:3], needs_dgate),
             )

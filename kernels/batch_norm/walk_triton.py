@@ -201,7 +201,7 @@ def in_dtypes_of(
 ) -> list[Tensor | None]:
     """The gradients in the dtypes of what they belong to, None where not needed."""
     return [
-        g.to(t.dtype) if need and g is not None and t is not None else None
+        None if not need or g is None or t is None else g if g.dtype == t.dtype else g.to(t.dtype)
         for t, g, need in zip(tensors, gradients, needs, strict=True)
     ]
 
