@@ -21,6 +21,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,6 +182,7 @@ class Session:
         # Kept between two calls on one machine: compiled kernels, measured convolutions, and which tests failed.
         self.scratch = Path(tempfile.gettempdir()) / f"fastmerge-gpu-{os.getuid()}{'-rehearsed' * rehearsed}"
         self.folder = Path(tempfile.mkdtemp(prefix="fastmerge-session-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.environment = os.environ | _environment(self.scratch) | environment
         self.outcomes: list[Outcome] = []
         self.running: list[Job] = []

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,13 @@ with mock.patch.object(gpu_parts, "find_sanitizer", return_value="/bin/compute-s
     PLANS = {name: plan(name, data="images.npz") for name in SECONDS}
 # What a GPU machine with torch and pytest may lack.
 LACKING = ("hypothesis", "matplotlib", "nvidia.dali", "safetensors", "sklearn", "tqdm", "xdist")
+
+
+@pytest.fixture(autouse=True)
+def own_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sessions keep for one another stays with the test."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
 
 
 def python(name: str, code: str, seconds: float = 30.0) -> Part:
@@ -160,13 +168,16 @@ def test_tests_go_on_after_one_that_ended_the_process(tmp_path: Path) -> None:
     (outcome,) = session.outcomes
     ended = {event["name"][-6:]: event["outcome"] for event in outcome.events if event["kind"] == "end"}
     assert ended == {"ken.py": "failed", "test_a": "failed", "test_b": "died", "test_c": "died", "test_d": "passed"}
-    assert reds(session.scratch)[-3:] == [f"test_four.py::test_{name}" for name in "abc"]
+    assert reds(session.scratch) == [f"test_four.py::test_{name}" for name in "abc"]
     log = session.logs["four"].decode()
     assert "Timeout (" in log
     assert "test_four.py:3: in test_a" in log  # the traceback, though what came next ended the process
     says = {event["name"]: event["says"] for event in outcome.events if event.get("outcome") == "failed"}
     assert says["test_four.py::test_a"] == "ValueError: not close; by 3 %"
     assert "nothing_such" in says["test_broken.py"]
+    folder = session.folder
+    del session
+    assert not folder.exists()
 
 
 def test_files_that_cannot_be_written_cost_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
