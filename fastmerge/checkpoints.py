@@ -29,7 +29,7 @@ from fastmerge.files import atomic
 
 LOG = logging.getLogger("fastmerge")
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")  # the last is DeepSpeed's
 _EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these before every name
 _AVERAGED = "n_averaged"  # beside the weights of torch.optim.swa_utils.AveragedModel
@@ -148,7 +148,8 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
 
     * ``.safetensors`` and ``.pt`` files, the latter by ``torch.load(weights_only=True)``, which runs no code, and compared
       with the checksums that their zip holds; or the index of sharded weights, ``model.safetensors.index.json``.
-    * The state dict itself, or inside ``{"state_dict": ...}``, ``model_state_dict``, ``model``, ``net`` or ``network``.
+    * The state dict itself, or inside ``{"state_dict": ...}``, ``model_state_dict``, ``model``, ``net``, ``network`` or
+      ``module``.
     * Names as DistributedDataParallel, torch.compile and AveragedModel write them: their prefix is dropped.
 
     Args:

@@ -46,7 +46,7 @@ def test_weights_survive_a_file(tmp_path, suffix):
     assert equal(original, copy)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "net"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "net", "module"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_training_checkpoints_are_unwrapped(tmp_path, wrapper, prefix):
     original, copy = network(), network()

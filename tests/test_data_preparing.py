@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,13 +172,17 @@ def test_what_does_not_work_is_refused(tree, tmp_path):
 def test_a_target_belongs_to_one_process_and_one_size(tree, tmp_path):
     target = tmp_path / "to"
     prepare(tree, target, size=32)
-    with pytest.raises(ValueError, match=r'was prepared with {"size": 32, "quality": 90}, not {"size": 48'):
+    with pytest.raises(ValueError, match=r"to was prepared with size 32, not 48; choose another target"):
         prepare(tree, target, size=48)
+    other = shutil.copytree(tree, tmp_path / "other")  # images of the same names
+    (other / preparing.RECORD).write_text("another program's")
+    with pytest.raises(ValueError, match=rf"to was prepared with source {tree}, not {other}; choose another target"):
+        prepare(other, target, size=32)
     with (target / preparing.RECORD).open() as record:
         fcntl.flock(record, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="being prepared by another process"):
             prepare(tree, target, size=32)
-    assert json.loads((target / preparing.RECORD).read_text()) == {"size": 32, "quality": 90}
+    assert json.loads((target / preparing.RECORD).read_text()) == {"source": str(tree), "size": 32, "quality": 90}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -188,11 +193,17 @@ def test_source_and_target_exchanged_are_refused(tree, tmp_path, capsys):
     """What stands in the second place may be somebody's originals."""
     small = tmp_path / "to"
     prepare(tree, small, size=32)
-    before = contents(tree)
+    before = contents(shutil.copytree(tree, tmp_path / "copy"))
     assert main(["data", "prepare", str(small), str(tree), "--size", "24"]) == 2
+    assert "source and target are the wrong way round" in capsys.readouterr().err
+    prepare(small, tmp_path / "smaller", size=24)  # what is prepared may be a source
+    assert main(["data", "prepare", str(tmp_path / "smaller"), str(tree)]) == 2
     assert f"{tree} holds files that were not prepared (train, val)" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"to is prepared already, with .*; are source and target the wrong way round"):
-        prepare(small, tmp_path / "elsewhere", size=32)
+    shutil.rmtree(tree)
+    with pytest.raises(ValueError, match=r"to was prepared from .*from; source and target are the wrong way round"):
+        prepare(small, tree, size=24)
+    assert not tree.exists()
+    shutil.copytree(tmp_path / "copy", tree)
     assert contents(tree) == before
 
 
@@ -244,9 +255,12 @@ def test_what_changed_in_the_source_is_done_again(tree, tmp_path):
 
 def test_a_damaged_record_is_named(tree, tmp_path):
     (tmp_path / "to").mkdir()
-    (tmp_path / "to" / preparing.RECORD).write_text('{"size": 3')
-    with pytest.raises(ValueError, match=r"to/prepared.json is damaged \(Expecting .*; prepare into an empty folder"):
-        prepare(tree, tmp_path / "to", size=32)
+    for text, reason in (('{"size": 3', "Expecting "), ("[1]", "it holds a list")):
+        (tmp_path / "to" / preparing.RECORD).write_text(text)
+        with pytest.raises(
+            ValueError, match=rf"to/prepared.json is damaged \({reason}.*; prepare into an empty folder"
+        ):
+            prepare(tree, tmp_path / "to", size=32)
 
 
 @pytest.mark.filterwarnings("always::fastmerge.data.decoding.BadImageWarning")  # the command prints them

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastmerge.data.choosing import cores
 from fastmerge.data.decoding import JPEG_END, BadImageError, BadImages, OnBadImage, open_image, read_image
@@ -86,8 +86,8 @@ def prepare(
     Folders and names stay; what was no JPEG gets ``.jpg`` behind its name. Images are resized with a Lanczos filter, the
     right way up, as RGB; a JPEG that is RGB, upright and small enough is copied as it is. Each file appears under its name
     only when it is whole, so a run that was killed goes on where it was. A run later does what changed in the source since: a
-    copy has its image's time of change. ``prepared.json`` in the target holds size and quality, and shows that what is
-    there was made by this function: nothing is written to other folders with files in them.
+    copy has its image's time of change. ``prepared.json`` in the target holds source, size and quality, and shows that what
+    is there was made by this function: nothing is written to other folders with files in them.
 
     Args:
         source: The tree, of any depth.
@@ -100,9 +100,9 @@ def prepare(
 
     Raises:
         FileNotFoundError: There is no source.
-        ValueError: Source and target are one in the other; the source holds no images, is itself prepared with this size and
-            quality, or two of its images would get one name; the target holds files that were not prepared, was prepared with
-            another size or quality, or is being prepared now; a number is out of range.
+        ValueError: Source and target are one in the other; the source holds no images, was itself prepared from the target, or
+            two of its images would get one name; the target holds files that were not prepared, was prepared from another
+            source, or with another size or quality, or is being prepared now; a number is out of range.
         BadImageError: A file can't be read, and bad images are to stop the run.
         ImportError: Pillow is not installed.
     """
@@ -112,8 +112,8 @@ def prepare(
             f"prepare needs a size and workers of at least 1 and a quality of 1..100; got size={size}, "
             f"quality={quality}, workers={workers}"
         )
-    settings = {"size": size, "quality": quality}
-    _check_apart(source, target, settings)
+    settings: dict[str, int | str] = {"source": str(source.resolve()), "size": size, "quality": quality}
+    _check_apart(source, target)
     bad_images, summary = BadImages(on_bad_image), Summary()
     pairs = _pairs(source, target)
     with _held(target, settings):
@@ -144,14 +144,16 @@ def _with_bar(results: Iterator[Done], total: int) -> Iterator[Done]:
     return iter(tqdm(results, "prepare", total, unit="img", dynamic_ncols=True))
 
 
-def _check_apart(source: Path, target: Path, settings: dict[str, int]) -> None:
+def _check_apart(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise FileNotFoundError(f"there is no directory {source}")
-    if _noted(source) == settings:
-        raise ValueError(
-            f"{source} is prepared already, with {json.dumps(settings)}; are source and target the wrong way round?"
-        )
     whole, there = source.resolve(), target.resolve()
+    try:
+        made_from = (_noted(source) or {}).get("source")
+    except ValueError:  # another program's file
+        made_from = None
+    if made_from == str(there):
+        raise ValueError(f"{source} was prepared from {target}; source and target are the wrong way round")
     if whole == there or whole in there.parents or there in whole.parents:
         raise ValueError(f"prepare needs a target outside the source; got {source} and {target}")
 
@@ -172,8 +174,8 @@ def _pairs(source: Path, target: Path) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _held(target: Path, settings: dict[str, int]) -> Iterator[None]:
-    """Keeps other processes out of the target, and other settings."""
+def _held(target: Path, settings: dict[str, int | str]) -> Iterator[None]:
+    """Keeps other processes out of the target, and other sources and settings."""
     target.mkdir(parents=True, exist_ok=True)
     if _noted(target) is None and (others := sorted(name for name in os.listdir(target) if name != RECORD)):
         named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
@@ -190,14 +192,16 @@ def _held(target: Path, settings: dict[str, int]) -> Iterator[None]:
         if there is None:
             record.write(json.dumps(settings) + "\n")
             record.flush()
-        elif there != settings:
+        elif differing := [name for name in settings if there.get(name) != settings[name]]:
+            listed = ", ".join(f"{name} {there.get(name)}, not {settings[name]}" for name in differing)
             raise ValueError(
-                f"{target} was prepared with {json.dumps(there)}, not {json.dumps(settings)}; choose another target"
+                f"{target} was prepared with {listed}; choose another target. A source that was moved can be named in "
+                f"{target / RECORD}"
             )
         yield
 
 
-def _noted(folder: Path) -> object:
+def _noted(folder: Path) -> dict[str, Any] | None:
     """What the record of a prepared folder holds; None where there is none yet.
 
     Raises:
@@ -206,7 +210,10 @@ def _noted(folder: Path) -> object:
     record = folder / RECORD
     try:
         text = record.read_text(encoding="utf-8")
-        return json.loads(text) if text else None
+        noted = json.loads(text) if text else None
+        if not isinstance(noted, dict | None):
+            raise ValueError(f"it holds a {type(noted).__name__}")
+        return noted
     except FileNotFoundError:
         return None
     except ValueError as error:
