@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastmerge.gated_network import GatedNetwork
-from fastmerge.narrowing.closing import Compaction, checked_choice, choose, fitting_multiple
+from fastmerge.narrowing.closing import (
+    Compaction,
+    UnsettledGatesWarning,
+    checked_choice,
+    choose,
+    fitting_multiple,
+    unsettled,
+)
 from fastmerge.narrowing.compression import Compressor
 from fastmerge.narrowing.loading import candidates_in, is_linked_in
 from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
@@ -55,6 +63,8 @@ class BigStudent(GatedNetwork):
 
     Source: Pašen & Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
     """
+
+    _told_of_eval_mode = False
 
     def link(self, optimizer: Optimizer | None = None) -> None:
         """Turns block-diagonal layers into dense ones, whose off-diagonal weights start at zero and are trained.
@@ -134,6 +144,13 @@ class BigStudent(GatedNetwork):
         Args:
             open_now: the means, (..., G), where they are known; see :meth:`open_state`.
         """
+        if open_now is None and not (self.training or self._told_of_eval_mode) and torch.is_grad_enabled():
+            self._told_of_eval_mode = True
+            warnings.warn(
+                "gate_loss() is called for gradients while the big student is in eval mode, as its first teacher was: no gates "
+                "are drawn, and BatchNorm's statistics stay. Call big.train() before training",
+                stacklevel=2,
+            )
         open_now = self.group_means(self.open_candidates()) if open_now is None else open_now
         return (open_now - 1 / self.num_teachers).square().sum(-1)
 
@@ -163,7 +180,7 @@ class BigStudent(GatedNetwork):
 
         The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0. Its BatchNorms
         have this network's statistics, of inputs that all gates let through: before fine-tuning, and where there is none,
-        :func:`fastmerge.recalibrate` estimates them anew.
+        :func:`fastmerge.recalibrate` estimates them anew. Warns where the gates do not tell which channels are needed.
 
         Args:
             optimizer: an optimizer of this network's parameters; it is pointed at the student's parameters, with its state
@@ -179,6 +196,7 @@ class BigStudent(GatedNetwork):
             ValueError: a gate is NaN, the optimizer is not this network's, or its state can't be cut; nothing has changed then.
         """
         self._check_gates()
+        self._warn_of_gates()
         compressor = Compressor(self.network, self._blueprint.layout, self.groups, self.keep(), self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         template, training, like = self._blueprint.template, self.training, next(self.gates.parameters())
@@ -201,6 +219,22 @@ class BigStudent(GatedNetwork):
                     f"{'is' if count == 1 else 'are'} NaN. The training has diverged: go back to a checkpoint of before, and "
                     "lower the learning rates"
                 )
+
+    def _warn_of_gates(self) -> None:
+        with torch.no_grad():
+            opened = self.open_candidates()
+            means, spreads = (self.group_means(v).tolist() for v in (opened, 4 * opened * (1 - opened)))
+        names = list(self.gates)
+        found = unsettled(
+            dict(zip(names, means, strict=True)), dict(zip(names, spreads, strict=True)), 1 / self.num_teachers
+        )
+        if found:
+            warnings.warn(
+                f"compress() chooses by gates that have not settled: {'. '.join(found.values())}. Train on with "
+                "gate_loss(), by a larger weight or more steps, or set the gates yourself",
+                UnsettledGatesWarning,
+                stacklevel=3,
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes the state of a compacted big student, as which it drops what that had dropped."""

@@ -13,6 +13,9 @@ from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.networks.sine_mlp import SineMLP
 from teachers import OPEN, make_batch, make_teachers, relative_error
 
+# Steps in eval mode can be compared, whose gates are not drawn.
+pytestmark = pytest.mark.filterwarnings("ignore:gate_loss.. is called for gradients:UserWarning")
+
 
 def resnet(block: str) -> nn.Module:
     models = pytest.importorskip("torchvision.models.resnet")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 import fastmerge
 from architectures import BY_NAME, ZOO, Architecture
 from closed_channels import change_closed_channels
+from fastmerge.narrowing.closing import UnsettledGatesWarning
 from teachers import OPEN, make_teachers, relative_error, select_gates, set_gates
 
 N, C = 5, 8
@@ -251,6 +254,40 @@ def test_keep_is_the_most_open_candidates_ascending(count: int) -> None:
         assert kept.tolist() == sorted(kept.tolist())
         assert len(kept) == len(loc) // count
         assert set(kept.tolist()) == set(loc.argsort(descending=True)[: len(kept)].tolist())
+
+
+def test_gate_loss_in_eval_mode_warns_once() -> None:
+    """The big student takes over the mode of teachers that were evaluated last."""
+    architecture = BY_NAME["lenet"]
+    teachers = [architecture.make().eval() for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2, dtype=torch.float32))
+    with torch.no_grad():
+        big.gate_loss()
+    with pytest.warns(UserWarning, match=r"eval mode.*Call big.train\(\)"):
+        big.gate_loss()
+    big.gate_loss()
+    fastmerge.BigStudent(
+        *(t.train() for t in teachers), example_inputs=architecture.inputs(2, dtype=torch.float32)
+    ).gate_loss()
+
+
+@pytest.mark.parametrize(
+    ("loc", "said"),
+    [(4.0, "above 1/T = 0.50 in 4 of 4 channel groups"), (-9.0, "below 1/T"), (-1.6, "neither 0 nor 1")],
+)
+def test_compress_warns_of_gates_that_do_not_tell(loc: float, said: str) -> None:
+    architecture = BY_NAME["lenet"]
+    x = architecture.inputs(2, dtype=torch.float32)
+    big = fastmerge.BigStudent(architecture.make(), architecture.make(), example_inputs=x)
+    set_gates(big, loc)
+    with pytest.warns(UnsettledGatesWarning, match="compress.. chooses by gates that have not settled") as found:
+        big.compress()
+    assert said in str(found[0].message)
+    assert found[0].filename == __file__
+    select_gates(big, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        big.compress()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -18,6 +18,9 @@ from fastmerge.narrowing.closing import fitting_multiple
 from fastmerge.wide.norms import WideBatchNorm
 from teachers import OPEN, make_teachers, relative_error
 
+# Steps in eval mode can be compared, whose gates are not drawn.
+pytestmark = pytest.mark.filterwarnings("ignore:gate_loss.. is called for gradients:UserWarning")
+
 CLOSED = -OPEN
 # One of each kind: all groups shrink; streams are concatenated; some are left whole; the head is nonlinear.
 SOME = [

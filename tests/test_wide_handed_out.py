@@ -90,7 +90,7 @@ def test_means_of_groups_count_what_was_dropped() -> None:
 def test_the_gate_loss_takes_a_few_operations() -> None:
     architecture = BY_NAME["resnet_projected_shortcut"]
     x = architecture.inputs(2)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2), example_inputs=x)
+    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2), example_inputs=x).train()
     assert len(big.groups) > 4
     with Operations() as operations:
         big.gate_loss().backward()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastmerge.big_student import BigStudent
+from fastmerge.narrowing.closing import listed, unsettled
 
-_NEAR = 0.1
 _MOVED = 0.01
-_UNDECIDED = 0.8
-_LISTED = 4
 
 
 @torch.no_grad()
@@ -29,40 +27,22 @@ def gate_warnings(
         lam_step: What there is to change; None for a budget that steers itself.
     """
     still = [name for name in after if abs(after[name] - before[name]) < _MOVED]
-    above = [name for name in after if name not in still and after[name] > target + _NEAR]
-    below = [name for name in after if name not in still and after[name] < target - _NEAR]
-    found = []
+    found = unsettled(after, {}, target, still)
     if still:
-        found.append(f"P[g>0] did not move in {_listed(still, after)}; chance decides which channels stay")
-    if above:
-        found.append(f"P[g>0] is above 1/T = {target:.2f} in {_listed(above, after)}; compression cuts channels in use")
-    if below:
-        found.append(
-            f"P[g>0] is below 1/T = {target:.2f} in {_listed(below, after)}; compression keeps closed channels"
-        )
+        found = {"still": f"P[g>0] did not move in {listed(still, after)}; chance decides which channels stay"} | found
     raised = "gate_lr or merge_epochs" if lam_step is None else f"lam_step (now {lam_step:g}), gate_lr or merge_epochs"
     lowered = "" if lam_step is None else f"lower lam_step (now {lam_step:g}) or "
-    remedies = [f"raise {raised}"] * (bool(still) + bool(above)) + [f"{lowered}raise merge_epochs"] * bool(below)
-    return [f"{problem}: {remedy}" for problem, remedy in zip(found, remedies, strict=True)]
+    remedies = {"still": f"raise {raised}", "above": f"raise {raised}", "below": f"{lowered}raise merge_epochs"}
+    return [f"{problem}: {remedies[kind]}" for kind, problem in found.items()]
 
 
 @torch.no_grad()
 def undecided_warnings(big: BigStudent) -> list[str]:
-    """Says which channel groups consist of gates that are open every other time, where each should be open or closed.
-
-    P of such a group may have a mean of 1/T all the same; 4 P (1 - P), 0 for a gate that is always or never open and 1 for one
-    that is open every other time, has not a small one.
-    """
+    """Says which channel groups consist of gates that are open every other time, where each should be open or closed."""
     opened = big.open_candidates()
-    mean_of_each = big.group_means(4 * opened * (1 - opened)).tolist()  # what was dropped is decided
-    means = {group.name: mean for group, mean in zip(big.groups, mean_of_each, strict=True)}
-    found = [name for name, mean in means.items() if mean > _UNDECIDED]
-    if not found:
-        return []
-    return [
-        f"P[g>0] is neither 0 nor 1, with a mean 4 P (1 - P) above {_UNDECIDED:g}, in {_listed(found, means)}; compression "
-        "chooses between channels that hardly differ: raise gate_lr or merge_epochs"
-    ]
+    spreads = big.group_means(4 * opened * (1 - opened)).tolist()  # what was dropped is decided
+    found = unsettled({}, dict(zip(big.gates, spreads, strict=True)), 1 / big.num_teachers)
+    return [f"{problem}: raise gate_lr or merge_epochs" for problem in found.values()]
 
 
 def origins(big: BigStudent) -> dict[str, list[int]]:
@@ -71,9 +51,3 @@ def origins(big: BigStudent) -> dict[str, list[int]]:
         name: torch.bincount(keep.cpu() // len(keep), minlength=big.num_teachers).tolist()
         for name, keep in big.keep().items()
     }
-
-
-def _listed(names: list[str], after: dict[str, float]) -> str:
-    listed = ", ".join(f"{name} ({after[name]:.2f})" for name in names[:_LISTED])
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} of {len(after)} channel groups, {listed}{more}"

@@ -17,6 +17,7 @@ from fastmerge.merging.checks import Schedule
 from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins, undecided_warnings
 from fastmerge.merging.plan import MergePlan, gate_schedule
 from fastmerge.merging.trainer import Trainer
+from fastmerge.narrowing.closing import UnsettledGatesWarning
 from fastmerge.resuming.fingerprint import fingerprint
 from fastmerge.schedules import GATE_MOMENTUM, QuadraticLambda
 
@@ -63,7 +64,9 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, train
     learn_importance(big, plan.fitted(big, trainer.steps), trainer)
     trainer.score("big student", big, trainer.history.stage("merge")[-1].val)
     trainer.history.kept = origins(big)
-    return big.compress(in_place=True)  # the memory of both is worth more to the fine-tuning
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsettledGatesWarning)  # said already, with what to change
+        return big.compress(in_place=True)  # the memory of both is worth more to the fine-tuning
 
 
 def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None:

@@ -1,8 +1,8 @@
-"""Which gates are closed for good, and which candidates may be dropped for it."""
+"""Which gates are closed for good, which candidates may be dropped for it, and which groups' gates have not settled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,58 @@ from torch import Tensor, nn
 from fastmerge.gates import HardConcrete
 from fastmerge.narrowing.shrinkable import Shrinkable
 from fastmerge.wide.population import Population
+
+_NEAR = 0.1
+_UNDECIDED = 0.8
+_LISTED = 4
+
+
+class UnsettledGatesWarning(UserWarning):
+    """Gates by which ``compress()`` chooses do not tell which channels are needed."""
+
+
+def unsettled(
+    means: Mapping[str, float], spreads: Mapping[str, float], target: float, still: Collection[str] = ()
+) -> dict[str, str]:
+    """Says which channel groups' gates do not tell which 1/T of the channels are needed.
+
+    P of a group whose gates are open every other time may have a mean of 1/T all the same; 4 P (1 - P), 0 for a gate that is
+    always or never open and 1 for one that is open every other time, has not a small one.
+
+    Args:
+        means: mean P[g > 0] by group.
+        spreads: mean 4 P (1 - P) by group.
+        target: 1/T.
+        still: groups whose means are left alone, as something else is said of them.
+
+    Returns:
+        A sentence for each of "above", "below" (1/T) and "undecided" that there is.
+    """
+    above = [name for name in means if name not in still and means[name] > target + _NEAR]
+    below = [name for name in means if name not in still and means[name] < target - _NEAR]
+    undecided = [name for name in spreads if spreads[name] > _UNDECIDED]
+    found = {}
+    if above:
+        found["above"] = (
+            f"P[g>0] is above 1/T = {target:.2f} in {listed(above, means)}; compression cuts channels in use"
+        )
+    if below:
+        found["below"] = (
+            f"P[g>0] is below 1/T = {target:.2f} in {listed(below, means)}; compression keeps closed channels"
+        )
+    if undecided:
+        found["undecided"] = (
+            f"P[g>0] is neither 0 nor 1, with a mean 4 P (1 - P) above {_UNDECIDED:g}, in {listed(undecided, spreads)}; "
+            "compression chooses between channels that hardly differ"
+        )
+    return found
+
+
+def listed(names: Sequence[str], values: Mapping[str, float]) -> str:
+    """How many of the channel groups these are, and the first of them with their values."""
+    first = ", ".join(f"{name} ({values[name]:.2f})" for name in names[:_LISTED])
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{len(names)} of {len(values)} channel groups, {first}{more}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastmerge.big_student import BigStudent
 from fastmerge.data.dataset import Dataset
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.gate_report import gate_warnings, origins
+from fastmerge.narrowing.closing import UnsettledGatesWarning
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.training.job_stages import train_stage
 from fastmerge.training.job_state import JobState
@@ -112,7 +114,9 @@ class _StudentRun:
             self._warn_of_gates(before, self.open_probability[-1])
             for row, big in zip(self.rows, bigs, strict=True):
                 self.kept[row] = origins(big)
-        compressed = Stack([big.compress() for big in bigs])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnsettledGatesWarning)  # said already, of all replicates together
+            compressed = Stack([big.compress() for big in bigs])
         self._border("compressed", compressed)
         return compressed
 
