@@ -13,6 +13,7 @@ import pytest
 import torch
 from fastmerge.kernels.block_conv import live_blocks, tiles
 from fastmerge.kernels.block_conv.arithmetic import IEEE, TF32
+from fastmerge.kernels.gate.formulas import hard_concrete
 from torch import Tensor
 
 import compact_checks
@@ -31,6 +32,7 @@ from batch_norm_checks import (
 from block_conv_checks import ODD, Case, compare, joined, operands, random_mask, slices
 from block_conv_tiles import check_tiles
 from gate_checks import poisoned_memory  # noqa: F401
+from philox import uniforms
 from ptx_emulator import emulator  # noqa: F401
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("emulator", "poisoned_memory")]
@@ -240,9 +242,31 @@ def test_gates_far_out(dtype: torch.dtype) -> None:
     gate_checks.check_ends_of_the_uniform_numbers("cpu")
 
 
+def test_gates_of_several_seeds_and_a_strided_gradient() -> None:
+    loc, seeds = torch.linspace(-3, 3, 24), [gate_checks.SEED, 7]
+    z = gate_checks.sample(loc, torch.tensor(seeds), 9, *gate_checks.CONSTANTS, torch.float32)
+    halves = [
+        hard_concrete(uniforms(seed, 9, 12), half) for seed, half in zip(seeds, loc.double().chunk(2), strict=True)
+    ]
+    torch.testing.assert_close(z.double(), torch.cat(halves, 1), rtol=0, atol=2e-6)
+    for dz in (torch.randn(24, 9).t(), torch.randn(9, 1).expand(9, 24)):
+        dloc = [gate_checks.sample_backward(d, z, *gate_checks.CONSTANTS, torch.float32) for d in (dz, dz.contiguous())]
+        torch.testing.assert_close(*dloc)
+
+
 @compact_checks.by_shape
 @compact_checks.by_dtype
 def test_compaction(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     from fastmerge.kernels.compact import gather_triton
 
     compact_checks.check_every_layout(lambda t, keeps: gather_triton.compact(t, keeps, 4000), shape, dtype, "cpu")
+
+
+def test_compaction_of_huge_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmerge.kernels.compact import gather_triton
+
+    monkeypatch.setattr(gather_triton, "_INT32_WORDS", 10)
+    for case in range(6):
+        tensor = compact_checks.make((40, 30, 3), torch.float32, "contiguous")
+        keeps = compact_checks.keeps_of(tensor, 2)[case]
+        compact_checks.check_moves(lambda t, k: gather_triton.compact(t, k, 1000), tensor, keeps)
