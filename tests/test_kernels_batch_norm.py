@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference
+from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, batch_norm_act_reference
 
 from batch_norm_checks import (
     NAMES,
@@ -206,6 +206,28 @@ def test_far_from_zero_nothing_cancels(layout: str) -> None:
         torch.testing.assert_close(var.double(), expected.var(1), rtol=1e-4, atol=0)
         normal = (expected - expected.mean(1, True)) / expected.var(1, unbiased=False, keepdim=True).sqrt()
         torch.testing.assert_close(y.double().movedim(1, 0).flatten(1), normal, rtol=0, atol=1e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("pooled", [False, True])
+def test_every_pass_rounds_the_scale_alike(pooled: bool) -> None:
+    """Where the activation's argument is 0 or just above, by how weight / std is rounded, all passes must agree on which."""
+    weight, var = torch.rand(2, 64).add(0.5)
+    std = (var + 1e-5).sqrt()
+    x = torch.ones(2, 64, 1, 1).requires_grad_()
+    bias = -torch.where(torch.arange(64) % 2 == 0, weight / std, weight * (1 / std)).requires_grad_()
+    bias.retain_grad()
+    arguments = (x, weight, bias, torch.zeros(64), var)
+    with fused():
+        if pooled:
+            y = batch_norm_act_pool(*arguments, training=False, kernel_size=1, stride=1)
+        else:
+            y = batch_norm_act(*arguments, training=False)
+        y.sum().backward()
+    passes = (y > 0)[0].flatten()
+    assert 0 < passes.sum() < 64
+    assert torch.equal(passes, bias.grad != 0)
+    assert torch.equal(passes, x.grad[0].flatten() != 0)
 
 
 @interpreted

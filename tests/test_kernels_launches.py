@@ -9,11 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act
+from fastmerge.kernels.batch_norm import batch_norm_act_streams
 from fastmerge.kernels.gate import sampling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batch_norm_checks import fused, make
+from batch_norm_checks import fused, small_cuts
 from fastmerge import BigStudent
 from fastmerge.networks.lenet import small_lenet
 from fastmerge.networks.resnet_cifar import ResNetCifar
@@ -51,15 +51,48 @@ def test_all_gates_of_a_network_are_drawn_in_one_launch() -> None:
 
 
 @interpreted
-def test_batch_norm_passes_twice_over_its_tensors_each_way() -> None:
-    """The kernels that merge read what the shares of a pass came to, a few numbers per channel."""
-    case = {name: t.requires_grad_() for name, t in make((3, 5, 4, 3), torch.float32, samples=3).items()}
-    with fused(), launches() as names:
-        y = batch_norm_act(case["x"], case["weight"], case["bias"], None, None, training=True, gate=case["gate"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_batch_norm_passes_twice_over_its_tensors_each_way(count: int) -> None:
+    """The kernels that merge read what the shares of a pass came to, a few numbers per channel. All streams go in one launch.
+
+    Counters, running statistics, the sum of the gates' gradient and that of two readers' gradients take none of their own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    xs, residuals = (
+        [torch.randn(3, 5, 7, 9, generator=generator).requires_grad_() for _ in range(count)] for _ in range(2)
+    )
+    vectors = [torch.rand(count * 5, generator=generator) for _ in range(4)]
+    gate = torch.rand(3, count * 5, generator=generator).requires_grad_()
+    operations = _Operations()
+    with fused(), small_cuts(tile=16), launches() as names:
+        ys = batch_norm_act_streams(
+            *(xs, vectors[0].requires_grad_(), vectors[1].requires_grad_(), *vectors[2:]),
+            training=True,
+            residuals=residuals,
+            gate=gate,
+            readers=2,
+            num_batches_tracked=torch.zeros(count, dtype=torch.int64),
+        )
         assert names == ["partial_statistics_kernel", "merge_statistics_kernel", "normalize_kernel"]
         names.clear()
-        y.sum().backward()
+        dys = [torch.ones_like(y) for y in ys]
+        with operations:
+            torch.autograd.grad(ys, [*xs, *vectors[:2], gate, *residuals], dys)
     assert names == ["sum_gradients_kernel", "merge_sums_kernel", "input_gradient_kernel"]
+    assert operations.names >= {"empty_strided"}
+    assert not operations.names & {"add", "add_", "sum", "cat"}
+
+
+class _Operations(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class _Convolutions(TorchDispatchMode):
