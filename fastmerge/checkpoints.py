@@ -59,8 +59,9 @@ def build_network(name: str, **arguments: Any) -> nn.Module:
     """Builds a network with fresh weights.
 
     Args:
-        name: A torchvision classification model (``resnet18``); ``timm:NAME``, one of timm's; or ``module:factory``: a
-            class or function that returns the network, in a module on the path or in the current directory.
+        name: A torchvision classification model (``resnet18``); ``timm:NAME``, one of timm's, or ``timm:hf-hub:OWNER/NAME``, one
+            that timm finds on the Hugging Face hub; or ``module:factory``: a class or function that returns the network, in a
+            module on the path or in the current directory.
         arguments: For the model or factory, such as ``num_classes=10``.
 
     Raises:
@@ -106,7 +107,7 @@ def _timm_factory(name: str) -> Callable[..., Any]:
     except ImportError as error:
         raise ValueError(f"{name} is a model of timm, which is not installed (pip install timm)") from error
     model = name.removeprefix(TIMM)
-    if not timm.is_model(model):
+    if not model.startswith(HUB) and not timm.is_model(model):  # timm fetches the hub's by itself
         near = difflib.get_close_matches(model, timm.list_models(), 3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(f"timm has no model {model}{hint}")

@@ -356,6 +356,7 @@ def test_timm_is_imported_when_asked_for_alone(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "timm", fake)
     assert build_network("timm:tiny", num_classes=3).out_features == 3
-    assert made == [("tiny", {"num_classes": 3})]
+    build_network("timm:hf-hub:timm/resnet18.a1_in1k", num_classes=3)
+    assert made == [("tiny", {"num_classes": 3}), ("hf-hub:timm/resnet18.a1_in1k", {"num_classes": 3})]
     with pytest.raises(ValueError, match="timm has no model tinny; near it: tiny"):
         build_network("timm:tinny")

@@ -199,6 +199,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(place, capsys):
 
 
 BAD = [
+    ({}, ["--ema"], "a.safetensors holds no moving average of weights under state_dict_ema, "),
     ({"teachers": ["a.safetensors"]}, [], "at least two teachers; got 1"),
     ({"teachers": ["a.safetensors", "none.pt"]}, [], "there is no checkpoint none.pt"),
     ({"teachers": ["a.safetensors", "data.npz"]}, [], "data.npz is damaged or no checkpoint"),
