@@ -59,8 +59,8 @@ def build_network(name: str, **arguments: Any) -> nn.Module:
     """Builds a network with fresh weights.
 
     Args:
-        name: A torchvision classification model (``resnet18``); ``timm:NAME``, one of timm's, or ``timm:hf-hub:OWNER/NAME``, one
-            that timm finds on the Hugging Face hub; or ``module:factory``: a class or function that returns the network, in a
+        name: A torchvision classification model (``resnet18``); ``timm:NAME``, one of timm's, or ``timm:hf-hub:OWNER/NAME``,
+            which timm finds on the Hugging Face hub; or ``module:factory``: a class or function that returns the network, in a
             module on the path or in the current directory.
         arguments: For the model or factory, such as ``num_classes=10``.
 
