@@ -154,7 +154,8 @@ class GatedNetwork(nn.Module):
     def _lower(self, analysis: Analysis) -> None:
         self._population = Population.of(self.groups, self.num_teachers, self.gates)
         wholes = [self.num_teachers * group.size for group in self.groups]
-        self.group_means = GroupMeans([gate.channels for gate in self._gate_modules()], wholes)
+        gates = self._gate_modules()
+        self.group_means = GroupMeans([gate.channels for gate in gates], wholes, gates[0].loc.device)
         self._is_compacted = bool(self._population.total < sum(wholes))  # here, for a compiler not to follow it
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
         self._programs = Programs(analysis, self.network, self._population, self.linked)

@@ -149,30 +149,30 @@ class GroupMeans:
     Args:
         sizes: candidates that are left, by group.
         wholes: candidates that there were at first.
+        device: where values will be, as far as is known.
     """
 
-    def __init__(self, sizes: Sequence[int], wholes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], wholes: Sequence[int], device: torch.device | None = None) -> None:
         self.sizes, self.wholes = [*sizes], [*wholes]
-        counts = torch.tensor(self.sizes)
-        numbers = torch.arange(len(self.sizes)).repeat_interleave(counts)
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        self._on = {counts.device: (offsets, numbers, torch.tensor(self.wholes))}
+        self._on: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._constants(torch.device("cpu") if device is None else device)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Means of values (..., candidates of all groups): (..., G)."""
         if is_traced() or values.dim() > 1:
-            sums = torch.stack([part.sum(-1) for part in values.split(self.sizes, -1)], -1)
-            return sums / sums.new_tensor(self.wholes)
-        found = self._on.get(values.device)
-        if found is None:
-            first, *_ = self._on.values()
-            self._on[values.device] = found = (
-                first[0].to(values.device),
-                first[1].to(values.device),
-                first[2].to(values.device),
-            )
-        offsets, numbers, wholes = found
+            parts = values.split(self.sizes, -1)
+            return torch.stack([part.sum(-1) / whole for part, whole in zip(parts, self.wholes, strict=True)], -1)
+        offsets, numbers, wholes = self._constants(values.device)
         return _SegmentSums.apply(values, offsets, numbers) / wholes
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Where groups begin, the group of each candidate, and the wholes; on a device from the start, for a graph's sake."""
+        if device not in self._on:
+            counts = torch.tensor(self.sizes)
+            numbers = torch.arange(len(counts)).repeat_interleave(counts)
+            offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+            self._on[device] = tuple(t.to(device) for t in (offsets, numbers, torch.tensor(self.wholes)))
+        return self._on[device]
 
 
 class _SegmentSums(torch.autograd.Function):
