@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases import Case
 from benchmarks.steps import Step
+from fastmerge.wide import streams
 
 # What launches nothing: views, bare memory, questions.
 _FREE = {
@@ -234,6 +235,7 @@ def _cuda_without_card() -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_capability", _capability),
         mock.patch.object(sgd, "_default_to_fused_or_foreach", return_value=(False, True)),
         mock.patch.object(act, "runs_direct", _yes),
+        mock.patch.object(streams, "runs_direct", _yes),
         fixed_choice("split"),
     ]
     with contextlib.ExitStack() as stack:
