@@ -13,6 +13,7 @@ import pytest
 from fastmerge import cli
 from fastmerge.cli import arguments, main
 from fastmerge.environment import environment
+from fastmerge.processes import ProcessLostError
 from fastmerge.reporting.results import write
 
 RESULTS = {
@@ -109,7 +110,15 @@ def test_debug_shows_where(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(OSError("x"), 2), (TypeError("x"), 2), (FloatingPointError("x"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (OSError("x"), 2),
+        (TypeError("x"), 2),
+        (FloatingPointError("x"), 1),
+        (MemoryError("x"), 1),
+        (ProcessLostError("x"), 1),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_exit_codes(monkeypatch, error, code):
     monkeypatch.setattr(cli.info, "command", raising(error))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastmerge.data.dataset import Dataset
+from fastmerge.processes import ProcessLostError
 from fastmerge.recipes import RECIPES
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.training.job_bar import Shown
@@ -113,7 +114,7 @@ def test_an_error_arrives_and_the_other_process_ends():
 
 
 def test_a_process_that_dies_is_reported():
-    with pytest.raises(RuntimeError, match=r"one, replicates [01]..[01], ended with exit code 3"):
+    with pytest.raises(ProcessLostError, match=r"one, replicates [01]..[01], ended with exit code 3"):
         run_jobs(die, jobs(2), DATA, 2, progress=False)
     assert not multiprocessing.active_children()
 

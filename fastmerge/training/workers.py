@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.merging.progress import peak_memory
+from fastmerge.processes import ProcessLostError
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.training.job_bar import JobBar, Note, Shown
 from fastmerge.training.jobs import Job, Outcome, Reporter
@@ -54,7 +55,8 @@ def run_jobs(
 
     Raises:
         Interrupted: a signal came; jobs that have checkpoints wrote one.
-        RuntimeError: a process died, or raised what can't be sent; whatever else a job raises, it raises here too.
+        ProcessLostError: a RuntimeError: a process died, or raised what can't be sent.
+        Exception: whatever else a job raises.
     """
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -153,7 +155,7 @@ def _receive(connection: Connection, process: BaseProcess, job: Job) -> tuple[An
         message: tuple[Any, ...] = connection.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(
+        raise ProcessLostError(
             f"the process for {job.strategy}, replicates {job.replicates[0]}..{job.replicates[-1]}, ended with exit "
             f"code {process.exitcode}; it may have run out of memory: try workers=1 or fewer replicates"
         ) from None
