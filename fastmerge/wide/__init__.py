@@ -2,6 +2,7 @@
 
 `analysis` says what is known of a teacher's graphs, `network` builds the modules from it: `layers` (convolutions and linear
 layers, applied by `convolve`), `grouped` (grouped convolutions), `norms` (BatchNorms). What flows between them is explained in
-`layers`, and gated by `streams` with what `gate_matrix` draws. `population` counts the candidates that are left, `template`
+`layers`, and gated by `streams` with what `gate_matrix` draws. Where a forward begins, `gate_matrix` hands out the gates and
+`weights` the weights, all at once. `population` counts the candidates that are left, `template`
 keeps a teacher without its weights, and `blueprint` all that stays the same while the modules are trained.
 """
