@@ -13,7 +13,7 @@ from fastmerge.kernels.batch_norm import batch_norm_act_streams
 from fastmerge.kernels.gate import sampling
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batch_norm_checks import fused, small_cuts
+from batch_norm_checks import fused, in_layout, small_cuts
 from fastmerge import BigStudent
 from fastmerge.networks.lenet import small_lenet
 from fastmerge.networks.resnet_cifar import ResNetCifar
@@ -59,7 +59,7 @@ def test_batch_norm_passes_twice_over_its_tensors_each_way(count: int) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     xs, residuals = (
-        [torch.randn(3, 5, 7, 9, generator=generator).requires_grad_() for _ in range(count)] for _ in range(2)
+        [in_layout(torch.randn(3, 5, 7, 9), "channels-last").requires_grad_() for _ in range(count)] for _ in range(2)
     )
     vectors = [torch.rand(count * 5, generator=generator) for _ in range(4)]
     gate = torch.rand(3, count * 5, generator=generator).requires_grad_()
