@@ -212,25 +212,30 @@ def check_streams(
     readers: int = 2,
     silent: tuple[int, ...] = (),
     pool: tuple[int, int, int] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Compares results, statistics, counters and all gradients; results in ``silent`` send no gradient back."""
-    cases = [make(shape, dtype, samples=samples, residual=residual) for _ in range(count)]
+    cases = [make(shape, torch.float32, samples=samples, residual=residual) for _ in range(count)]
     generator = torch.Generator().manual_seed(2)
     values = {
-        "x": streams_of([case["x"] + torch.randn(shape, generator=generator) * (t + 1) for t, case in enumerate(cases)],
-                        place, layout),
-        "weight": torch.cat([case["weight"] + t for t, case in enumerate(cases)]),
-        "bias": torch.cat([case["bias"] - t for t, case in enumerate(cases)]),
-        "residual": streams_of([case["residual"] * (t + 1) for t, case in enumerate(cases)], place, layout)
-        if residual else [],
-        "gate": None if samples is None else torch.rand(samples, count * shape[1], generator=generator).to(dtype),
-    }  # fmt: skip
+        "x": [case["x"] + torch.randn(shape, generator=generator) * (t + 1) for t, case in enumerate(cases)],
+        "residual": [case["residual"] * (t + 1) for t, case in enumerate(cases)] if residual else [],
+    }
+    values = {
+        k: streams_of([t.to(device, dtype) for t in tensors], place, layout) if tensors else []
+        for k, tensors in values.items()
+    }
+    vectors = {
+        "weight": torch.cat([case["weight"] + t for t, case in enumerate(cases)]).to(device),
+        "bias": torch.cat([case["bias"] - t for t, case in enumerate(cases)]).to(device),
+        "gate": None
+        if samples is None
+        else torch.rand(samples, count * shape[1], generator=generator).to(device, dtype),
+    }
     outputs = []
     for function, double in ((batch_norm_act_streams, False), (_plain_streams, True)):
         flat = {
-            "weight": values["weight"],
-            "bias": values["bias"],
-            "gate": values["gate"],
+            **vectors,
             **{f"x{t}": x for t, x in enumerate(values["x"])},
             **{f"residual{t}": r for t, r in enumerate(values["residual"])},
         }
@@ -238,8 +243,8 @@ def check_streams(
         # In place, for a copy would lie elsewhere.
         learners = {name: tensor.requires_grad_() for name, tensor in flat.items()}
         running = [torch.linspace(low, 2, count * shape[1], dtype=torch.float64) for low in (-1, 0.5)]
-        mean, var = (t if double else t.float() for t in running)
-        batches = torch.arange(count)
+        mean, var = (t.to(device, torch.float64 if double else torch.float32) for t in running)
+        batches = torch.arange(count, device=device)
         ys = function(
             [learners[f"x{t}"] for t in range(count)],
             learners["weight"],
@@ -255,7 +260,7 @@ def check_streams(
         )
         assert len(ys) == readers * count
         generator = torch.Generator().manual_seed(1)
-        dys = [torch.randn(y.shape, generator=generator).to(dtype) for y in ys]
+        dys = [torch.randn(y.shape, generator=generator).to(device, dtype) for y in ys]
         send = [t for t in range(len(ys)) if t not in silent]
         dys = [
             *streams_of(dys[:count], dy_place, dy_layout or layout),

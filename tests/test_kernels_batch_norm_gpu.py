@@ -10,7 +10,15 @@ import torch
 from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, why_not_fused
 from torch import Tensor
 
-from batch_norm_checks import DTYPES, by_dtype_and_layout, check_against_float64, in_layout, laid_out, make
+from batch_norm_checks import (
+    DTYPES,
+    by_dtype_and_layout,
+    check_against_float64,
+    check_streams,
+    in_layout,
+    laid_out,
+    make,
+)
 from gate_checks import poisoned_memory  # noqa: F401
 
 pytest.importorskip("triton")
@@ -66,6 +74,16 @@ def test_stem(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     check_against_float64(case, {"training": False, "activation": "identity"} | STEM)
     if min(shape[2:]) > 1:
         check_against_float64(case, TRAINING | {"kernel_size": 2, "stride": 2})
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@by_dtype
+@pytest.mark.parametrize("place", ["apart", "slices"])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (33, 72, 17, 19)], ids=str)
+def test_streams(shape: tuple[int, ...], place: str, dtype: torch.dtype) -> None:
+    for count in (2, 3):
+        check_streams(count, shape, dtype, device="cuda", place=place, residual=True, samples=shape[0])
+        check_streams(count, shape, dtype, device="cuda", place=place, pool=(3, 2, 1), samples=shape[0])
 
 
 def step(operation: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
