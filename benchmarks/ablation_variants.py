@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,8 @@ Edit = Callable[[nn.Module, BigStudent, Iterable[Any]], None]
 class OneDrawPerBatch(BigStudent):
     """A big student whose gates are drawn once for a whole batch."""
 
-    def _draw_gates(self, inputs: Any, kwargs: dict[str, Any]) -> Tensor:
-        return super()._draw_gates([inputs[0][:1], *inputs[1:]], kwargs)
+    def _draw_gates(self, inputs: Sequence[Any]) -> Tensor:
+        return super()._draw_gates([inputs[0][:1], *inputs[1:]])
 
 
 @dataclass(frozen=True)

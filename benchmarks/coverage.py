@@ -13,13 +13,13 @@ Networks that are done are kept, so that an interrupted run goes on where it was
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -59,12 +59,7 @@ def measure(name: str) -> dict[str, Any]:
     inputs = (make_batch(BATCH, (3, side, side), dtype=dtype),)
     result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "image_size": side}
     make = lambda: vision.models.get_model(name, weights=None, **_quick(name))  # noqa: E731
-    if vision.is_refused(name):
-        network = make()
-        teachers: list[Any] = [network, copy.deepcopy(network)]
-        inputs = (make_batch(BATCH, (3, 224, 224), dtype=torch.float32),)
-    else:
-        teachers = make_teachers(make, inputs, 2, dtype)
+    teachers = make_teachers(make, inputs, 2, dtype)
     start = time.perf_counter()
     try:
         big = fastmerge.BigStudent(*teachers, example_inputs=inputs)
@@ -90,6 +85,7 @@ def measure(name: str) -> dict[str, Any]:
             for name, buffer in big.named_buffers():
                 buffer.copy_(statistics[name])
     result["open_error"], result["compress_error"] = max(opened), max(compressed)
+    result["commit"] = environment()["commit"]
     return result
 
 
@@ -146,6 +142,8 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     refused = [[name, network["reason"]] for name, network in networks.items() if name not in merged]
     made = report["environment"]
+    commits = Counter(network["commit"][:10] for network in merged.values())
+    waiting = sorted(set(vision.names()) - set(networks))
     return "\n\n".join(
         [
             "# Coverage",
@@ -155,10 +153,12 @@ def markdown(report: dict[str, Any]) -> str:
             "before `link()` and after it and a change of all weights. Each the larger of the two, relative to the "
             "batch-centred output. *seconds*: to build the big student.",
             table(header, rows, markdown=True),
-            f"{len(merged)} of {len(networks)} merge.",
+            f"{len(merged)} of the {len(networks)} networks that were measured merge."
+            + (f" Not measured yet: {', '.join(waiting)}." if waiting else ""),
             *(["## Not merged", table(["network", "reason"], refused, markdown=True)] if refused else []),
             f"fastmerge {made['fastmerge']}, PyTorch {made['torch']}, torchvision {made['packages']['torchvision']}, "
-            f"{made['cpu']['name']}, {made['cpu']['cores']} cores.\n",
+            f"{made['cpu']['name']}, {made['cpu']['cores']} cores. Networks by commit: "
+            f"{', '.join(f'{count} at {commit}' for commit, count in commits.items())}.\n",
         ]
     )
 
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.out.with_suffix(".json")
     done = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.exists() and not options.again else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in options.networks if name not in done]
+    missing = [name for name in options.networks if "open_error" not in done.get(name, {})]
     large = [name for name in missing if COPIES * 8 * _parameters(name) > BESIDE * _memory()]
     for names, jobs in (([n for n in missing if n not in large], options.jobs), (large, 1)):
         with ThreadPoolExecutor(jobs) as pool:

@@ -183,7 +183,9 @@ class Session:
         self.scratch = Path(tempfile.gettempdir()) / f"fastmerge-gpu-{os.getuid()}{'-rehearsed' * rehearsed}"
         self.folder = Path(tempfile.mkdtemp(prefix="fastmerge-session-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self.environment = os.environ | _environment(self.scratch) | environment
+        # a worker of pytest-xdist would pass its role on, and pytest-benchmark be switched off by it
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        self.environment = inherited | _environment(self.scratch) | environment
         self.outcomes: list[Outcome] = []
         self.running: list[Job] = []
         self.logs: dict[str, bytes] = {}

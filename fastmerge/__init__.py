@@ -17,6 +17,7 @@ from fastmerge.gate_budget import GateBudget
 from fastmerge.gates import HardConcrete
 from fastmerge.history import History
 from fastmerge.information import Information, info
+from fastmerge.mergeability import Report, check
 from fastmerge.merging import merge
 from fastmerge.recalibration import recalibrate
 from fastmerge.schedules import QuadraticLambda
@@ -30,8 +31,10 @@ __all__ = [
     "History",
     "Information",
     "QuadraticLambda",
+    "Report",
     "__version__",
     "channel_groups",
+    "check",
     "info",
     "merge",
     "recalibrate",

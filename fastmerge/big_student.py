@@ -45,6 +45,9 @@ class BigStudent(GatedNetwork):
         teachers: two or more networks of one architecture, on one device; they are copied and never changed.
         example_inputs: a tensor (N, C, ...) or tuple of tensors that their forward takes; needed only where it can't be
             inferred from the first layer.
+        outputs: which outputs are predictions, whose mean the big student gives and the student keeps: keys, attributes or
+            positions, or tuples that lead to nested ones. None: those that no parameter follows. The others, such as feature
+            maps, are the teachers' mean too with open gates, but may be anything in the student.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
             eval and in training mode; large networks are compressed once per class and shape in a process.
 
@@ -131,6 +134,16 @@ class BigStudent(GatedNetwork):
         self._shrink_to(after, [o for o in (optimizer, gate_optimizer) if o is not None], analysis)
         return done
 
+    def _check_compacted(self, analysis: Analysis) -> None:
+        full = {g: self.num_teachers * group.size for g, group in enumerate(self.groups)}
+        dropped = {g for g, group in enumerate(self.groups) if len(self._population.candidates[group.name]) < full[g]}
+        whole = find_shrinkable(analysis, self.network, self._population).whole if dropped else {}
+        for g in dropped & whole.keys():
+            raise ValueError(
+                f"inputs of this shape make group '{self.groups[g].name}' one that can't lose channels ({whole[g]}), and "
+                "compact() dropped some of it; build the big student with example_inputs of this shape"
+            )
+
     def _shrink_to(self, after: Population, optimizers: Sequence[Optimizer], analysis: Analysis) -> None:
         shrinking = Shrinking(self.network, self._blueprint.layout, self.gates, self._population, after, optimizers)
         if after.total < self._population.total:
@@ -208,7 +221,7 @@ class BigStudent(GatedNetwork):
         finally:
             if in_place:
                 spend(self)
-        return student.train(training)
+        return student.train().train(training)  # what a network keeps of its own for evaluation it makes anew
 
     def _check_gates(self) -> None:
         for group, gate in zip(self.groups, self._gate_modules(), strict=True):

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastmerge.channels.groups import ChannelGroups
+from fastmerge.channels.outputs import Name
 from fastmerge.gates import HardConcrete
 from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
@@ -20,11 +22,15 @@ from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
 from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, make_gates
 from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.network import attach_missing
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11
+
+
+_MOST_SHAPES = 32  # of inputs that programs are kept for
 
 
 class GatedNetwork(nn.Module):
@@ -35,6 +41,7 @@ class GatedNetwork(nn.Module):
     Args:
         teachers: two or more networks of one architecture.
         example_inputs: what their forward takes, or None to infer it.
+        outputs: names of the outputs that are predictions, or None for those that no parameter follows.
         verify: whether to compare it with the teachers, and with what it compresses to.
 
     Attributes:
@@ -44,9 +51,15 @@ class GatedNetwork(nn.Module):
         TypeError, ValueError: see :class:`~fastmerge.BigStudent`.
     """
 
-    def __init__(self, *teachers: nn.Module, example_inputs: Any = None, verify: bool = True) -> None:
+    def __init__(
+        self,
+        *teachers: nn.Module,
+        example_inputs: Any = None,
+        outputs: Sequence[Name] | None = None,
+        verify: bool = True,
+    ) -> None:
         super().__init__()
-        self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs)
+        self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs, outputs)
         self.groups: ChannelGroups = self._blueprint.groups
         self.num_teachers = len(teachers)
         self.gates = make_gates(self.groups, self.num_teachers, next(teachers[0].parameters()))
@@ -64,10 +77,11 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: if the first input has no batch dimension.
         """
-        gates = None if self._gates_open else self._draw_gates(inputs, kwargs)
+        flat = self._blueprint.flat(inputs, kwargs)
+        gates = None if self._gates_open else self._draw_gates(flat)
         each = self._gates_open and self._blueprint.each and not self._is_compacted
         way = "train" if self.training else "eval", each, self.linked
-        return self._programs.run(way, self.network, gates, inputs, kwargs)
+        return self._programs_for(flat).run(way, self.network, gates, flat)
 
     @contextmanager
     def open_gates(self) -> Iterator[Self]:
@@ -100,6 +114,11 @@ class GatedNetwork(nn.Module):
             if isinstance(module, WideBatchNorm):
                 module.fused = value
 
+    def predictions(self, output: Any) -> list[Any]:
+        """Picks the predictions from an output of this network, a teacher or the student, run in this network's mode."""
+        predicted = self._blueprint.predicted["train" if self.training else "eval"]
+        return [leaf for k, leaf in enumerate(pytree.tree_leaves(output)) if k in predicted]
+
     def norms(self) -> tuple[NormUse, ...]:
         """For each call of a normalisation in the training forward, what runs in one operation with it, or why nothing does."""
         return self._programs["train", False, self.linked].norms
@@ -117,7 +136,9 @@ class GatedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_programs"] = None  # compiled from the template's code, and again after loading
+        state["_programs"] = state["_other_programs"] = (
+            None  # compiled from the template's code, and again after loading
+        )
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -159,10 +180,42 @@ class GatedNetwork(nn.Module):
         self._is_compacted = bool(self._population.total < sum(wholes))  # here, for a compiler not to follow it
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
         self._programs = Programs(analysis, self.network, self._population, self.linked)
+        self._other_programs: dict[Any, Programs] = {}  # by shapes of inputs
 
-    def _draw_gates(self, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    def _programs_for(self, inputs: Sequence[Any]) -> Programs:
+        """The programs for inputs of a shape: those of the example inputs, or others where the code does something else."""
+        traced, dtype = self._blueprint.traced, self._gate_modules()[0].loc.dtype
+        is_open = traced.is_open["train" if self.training else "eval"]
+        as_traced = dtype == self._blueprint.dtype and all(
+            _is_like(x, example, is_open) for x, example in zip(inputs, traced.inputs, strict=True)
+        )
+        if as_traced:
+            return self._programs
+        key = (dtype, *(x.shape[int(is_open) :] if isinstance(x, Tensor) else x for x in inputs))
+        if key not in self._other_programs:
+            if torch.compiler.is_compiling():
+                shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
+                raise ValueError(
+                    f"this big student was traced for inputs of another shape than {shapes} or another precision than {dtype}; "
+                    "call it once on such inputs before it is compiled"
+                )
+            analysis = self._blueprint.analyse_for(inputs, dtype, is_open)
+            others = self._programs
+            if analysis is not None:
+                self._check_compacted(analysis)
+                attach_missing(self.network, analysis)
+                others = Programs(analysis, self.network, self._population, self.linked)
+            if len(self._other_programs) == _MOST_SHAPES:
+                del self._other_programs[next(iter(self._other_programs))]
+            self._other_programs[key] = others
+        return self._other_programs[key]
+
+    def _check_compacted(self, analysis: Analysis) -> None:
+        """Raises a ValueError if the code for inputs of another shape might count on channels that were dropped."""
+
+    def _draw_gates(self, inputs: Sequence[Any]) -> Tensor:
         """All groups' gates side by side and, where some channel has none, a column of ones: (N or 1, columns)."""
-        x = next(value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor))
+        x = next(value for value in inputs if isinstance(value, Tensor))
         if x.dim() < (dims := self._blueprint.input_dims):
             raise ValueError(
                 f"BigStudent draws one gate per sample, so its input needs a batch dimension: {dims} dimensions; "
@@ -173,3 +226,11 @@ class GatedNetwork(nn.Module):
 
     def _gate_modules(self) -> list[HardConcrete]:
         return [self.gates[group.name] for group in self.groups]  # type: ignore[misc]
+
+
+def _is_like(x: Any, example: Any, is_open: bool) -> bool:
+    """Whether an input is of the example's shape, but for the batch size where that is open."""
+    if isinstance(x, Tensor):
+        first = int(is_open)
+        return isinstance(example, Tensor) and x.shape[first:] == example.shape[first:] and x.dim() == example.dim()
+    return bool(x == example)

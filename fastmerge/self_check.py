@@ -25,7 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmerge.channels.examples import Inputs
+from fastmerge.problems import Problem, UnmergeableError
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _ALONE = 0.05  # tolerance of a network that runs in one of the two precisions only
@@ -37,28 +41,29 @@ _CHECKED: set[tuple[Any, ...]] = set()
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def check_exact(teachers: Sequence[nn.Module], big: Any, example_inputs: Sequence[Any]) -> None:
+def check_exact(teachers: Sequence[nn.Module], big: Any, example_inputs: Inputs) -> None:
     """Compares a new big student with its teachers, and with what it compresses to.
 
     Args:
         teachers: it was built from; like their random numbers, they are left alone.
         big: the :class:`~fastmerge.BigStudent`; it is copied.
-        example_inputs: what the teachers' forward takes.
+        example_inputs: the positional and keyword arguments that the teachers' forward takes.
 
     Raises:
         ValueError: saying by how much an output differs, and which layer is the first to differ where that can be found.
     """
     size, own = sum(p.numel() for p in teachers[0].parameters()), next(teachers[0].parameters()).dtype
     inputs = _varied(example_inputs)
+    leaves = pytree.tree_leaves(inputs)
     trials = [
         _Trial(teachers, big, inputs, torch.float64),
         *(_Trial(teachers, big, inputs, d, True) for d in _TOLERANCE),
     ]
     if size > _SMALL and own != torch.float64:
         trials.insert(0, _Trial(teachers, big, inputs, torch.float32))
-    shapes = [[name, tuple(p.shape)] for name, p in teachers[0].named_parameters()] + [_shape(x) for x in inputs]
+    shapes = [[name, tuple(p.shape)] for name, p in teachers[0].named_parameters()] + [_shape(x) for x in leaves]
     known = (type(teachers[0]), repr(teachers[0]), str(shapes), len(teachers))
-    with _undisturbed([*teachers[0].parameters(), *inputs]):
+    with _undisturbed([*teachers[0].parameters(), *leaves]):
         _compare(trials, _Trial.open_gates, own)
         if size <= _SMALL or known not in _CHECKED:
             _compare(trials, _Trial.hard_gates, own)
@@ -101,6 +106,10 @@ class _Pair:
         return self.difference().norm().item() / self.scale()
 
 
+def _everything(output: Any) -> Any:
+    return output
+
+
 Comparison = Callable[["_Trial"], list[_Pair]]
 
 
@@ -119,14 +128,15 @@ class _Trial:
     """
 
     def __init__(
-        self, teachers: Sequence[nn.Module], big: Any, inputs: Sequence[Any], dtype: torch.dtype, rebuilt: bool = False
+        self, teachers: Sequence[nn.Module], big: Any, inputs: Inputs, dtype: torch.dtype, rebuilt: bool = False
     ) -> None:
         self.dtype, self.rebuilt, self._given = dtype, rebuilt, (teachers, big, inputs)
         self.compared: tuple[Sequence[nn.Module], bool]
 
     @cached_property
-    def inputs(self) -> tuple[Any, ...]:
-        return tuple(_cast(x, self.dtype) if isinstance(x, Tensor) else x for x in self._given[2])
+    def inputs(self) -> Inputs:
+        args, kwargs = pytree.tree_map(lambda x: _cast(x, self.dtype) if isinstance(x, Tensor) else x, self._given[2])
+        return args, kwargs
 
     @cached_property
     def teachers(self) -> list[nn.Module]:
@@ -169,15 +179,16 @@ class _Trial:
                 module.momentum = 1.0
         for seed in range(3):
             _disturb(big, seed)
-            actual = {"training": self._run(big.train())}
-            actual["eval"] = self._run(big.eval())
+            actual = {"training": self._run(big.train(), big.predictions)}
+            actual["eval"] = self._run(big.eval(), big.predictions)
             if all(_depends_on_input(output) for output in actual["eval"].values()):
                 break
         student = big.compress()
         self.compared = [student], False
         pairs = []
         for mode in ("eval", "training"):
-            pairs += _pairs(mode, actual[mode], self._expected(student.train(mode == "training")))
+            big.train(mode == "training")
+            pairs += _pairs(mode, actual[mode], self._expected(student.train(mode == "training"), big.predictions))
         return pairs
 
     def first_difference(self, mode: str) -> tuple[str | None, str | None]:
@@ -197,16 +208,18 @@ class _Trial:
             before = path
         return None, before
 
-    def _expected(self, network: nn.Module) -> dict[str, Tensor]:
+    def _expected(self, network: nn.Module, select: Callable[[Any], Any] = _everything) -> dict[str, Tensor]:
         try:
-            return self._run(network)
+            return self._run(network, select)
         except Exception as error:  # whatever the user's forward raises
             raise _TeacherFails from error
 
-    def _run(self, network: nn.Module) -> dict[str, Tensor]:
+    def _run(self, network: nn.Module, select: Callable[[Any], Any] = _everything) -> dict[str, Tensor]:
+        """The floating point tensors of a network's output, of those that are selected."""
         with _HeldStill():
-            output = network(*(x.clone() if isinstance(x, Tensor) else x for x in self.inputs))
-        return dict(_leaves(output))
+            args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)
+            output = network(*args, **kwargs)
+        return dict(_leaves(select(output)))
 
     def _record(self, network: nn.Module, tree: nn.Module, paths: Iterable[str]) -> dict[str, list[Tensor]]:
         """What layers gave when they were first called, in this order."""
@@ -255,10 +268,10 @@ def _compare(trials: Sequence[_Trial], comparison: Comparison, own: torch.dtype)
             same = key in other and (difference - other[key].difference()).norm() <= difference.norm() / 2
             is_known = pair.error() > trial.tolerance(comparison, own) and same
         if is_known:
-            raise ValueError(_message(pair, trial, comparison is _Trial.open_gates))
+            raise UnmergeableError(_problem(pair, trial, comparison is _Trial.open_gates))
 
 
-def _message(pair: _Pair, trial: _Trial, against_teachers: bool) -> str:
+def _problem(pair: _Pair, trial: _Trial, against_teachers: bool) -> Problem:
     try:
         layer, before = trial.first_difference(pair.mode)
     except Exception:  # what the search for a place comes upon is not what is wrong
@@ -276,16 +289,18 @@ def _message(pair: _Pair, trial: _Trial, against_teachers: bool) -> str:
         where = f" All layers give what they should, up to the last, '{before}'."
     name, output = type(trial.teachers[0]).__name__, f"output{pair.path}" if pair.path else "output"
     if against_teachers:
-        return (
+        return Problem(
             f"{name} can't be merged: the big student would not be the mean of its teachers. In {pair.mode} mode its {output} "
             f"{problem}.{where} Something in the network's code does not show when it is recorded: a question about a tensor's "
-            "type, an option that differs between the teachers, a tensor that two modules share. Write it in another way; "
-            "BigStudent(..., verify=False) skips this check"
+            "type, an option that differs between the teachers, a tensor that two modules share",
+            "Write it in another way; BigStudent(..., verify=False) skips this check",
+            layer or before or "",
         )
-    return (
+    return Problem(
         f"{name} can't be merged: the network that the big student compresses to would be another one. In {pair.mode} mode the "
-        f"big student's {output} {problem}.{where} fastmerge has misunderstood how channels belong together; please report "
-        "this network. BigStudent(..., verify=False) skips this check"
+        f"big student's {output} {problem}.{where} fastmerge has misunderstood how channels belong together",
+        "please report this network. BigStudent(..., verify=False) skips this check",
+        layer or before or "",
     )
 
 
@@ -311,15 +326,18 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _leaves(getattr(value, field.name, None), f"{path}[{field.name!r}]")
 
 
-def _varied(example_inputs: Sequence[Any]) -> list[Any]:
+def _varied(example_inputs: Inputs) -> Inputs:
     """The inputs; where all samples of a batch are the same, with each of them a little different."""
-    generator, varied = torch.Generator().manual_seed(0), []
-    for x in example_inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def varied(x: Any) -> Any:
         if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and bool((x == x[:1]).all()):
             factors = 0.5 + 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
-            x = factors if not x.any() else x * factors
-        varied.append(x)
-    return varied
+            return factors if not x.any() else x * factors
+        return x
+
+    args, kwargs = pytree.tree_map(varied, example_inputs)
+    return args, kwargs
 
 
 def _shape(value: Any) -> Any:

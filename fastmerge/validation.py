@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, tensor_at
+from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
+
+_ONE_ARCHITECTURE = "Pass networks that were made in the same way"
 
 _HOOK_REMEDIES = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
@@ -28,205 +32,247 @@ def check_teachers(teachers: Sequence[nn.Module]) -> None:
         ValueError: if they differ in structure, shapes, dtype or device, share weights, or have weights that are not finite;
             the message names the layer. Likewise if hooks or replaced forwards change what a network computes.
     """
-    _check_no_global_hooks()
+    error = next(teacher_errors(teachers), None)
+    if error is not None:
+        raise error
+    same = same_teachers(teachers)
+    if same:
+        warnings.warn(same, UserWarning, stacklevel=3)
+
+
+def teacher_errors(teachers: Sequence[Any]) -> Iterator[UnmergeableError]:
+    """All that :func:`check_teachers` finds wrong, one error each."""
+    yield from _global_hooks()
+    networks: dict[int, nn.Module] = {}
     for number, teacher in enumerate(teachers):
-        _check_module(number, teacher)
+        yield from _of_module(number, teacher)
+        if isinstance(teacher, nn.Module):
+            networks[number] = teacher
     if len(teachers) < 2:
-        raise ValueError(f"BigStudent needs at least two teachers; got {len(teachers)}")
-    first = teachers[0]
-    for number, teacher in enumerate(teachers[1:], start=1):
-        if type(teacher) is not type(first):
-            raise TypeError(
-                "BigStudent needs teachers of one class; "
-                f"teacher 0 is a {type(first).__qualname__}, teacher {number} a {type(teacher).__qualname__}"
+        yield _error(f"BigStudent needs at least two teachers; got {len(teachers)}", "Pass them one by one")
+    for number, teacher in list(networks.items())[1:] if 0 in networks else ():
+        if type(teacher) is type(networks[0]):
+            yield from differences(networks[0], teacher, number)
+        else:
+            yield WrongTeacherError(
+                Problem(
+                    "BigStudent needs teachers of one class; "
+                    f"teacher 0 is a {type(networks[0]).__qualname__}, teacher {number} a {type(teacher).__qualname__}",
+                    _ONE_ARCHITECTURE,
+                )
             )
-        _check_same_structure(first, teacher, number)
-    _check_devices(teachers)
-    _check_not_shared(teachers)
+    yield from _devices(networks)
+    yield from _shared(networks)
+    for number, teacher in networks.items():
+        yield from _not_finite(number, teacher)
+
+
+def same_teachers(teachers: Sequence[Any]) -> str:
+    """What to warn of where a teacher was passed twice; else empty."""
+    seen: dict[int, int] = {}
     for number, teacher in enumerate(teachers):
-        _check_finite(number, teacher)
+        first = seen.setdefault(id(teacher), number)
+        if first != number:
+            return f"teachers {first} and {number} are the same network; merging it with itself can't improve it"
+    return ""
 
 
-def check_same_code(first: TracedNetwork, other: TracedNetwork, number: int) -> None:
-    """Checks that two teachers compute the same way: constants in their code, options that no parameter shows.
+def same_graphs(first: TracedNetwork, other: TracedNetwork) -> bool:
+    """Whether two traces of a network are the same graphs, node by node."""
+    for mode, graph in first.graphs.items():
+        nodes, others = list(graph.nodes), list(other.graphs[mode].nodes)
+        if len(nodes) != len(others) or any(
+            a.format_node() != b.format_node() or not _same_constant(first, other, a)
+            for a, b in zip(nodes, others, strict=True)
+        ):
+            return False
+    return True
+
+
+def code_difference(first: TracedNetwork, other: TracedNetwork, number: int) -> UnmergeableError | None:
+    """The first place where two teachers compute in another way: constants in their code, options that no parameter shows.
 
     Args:
         first: teacher 0.
         other: another teacher.
         number: which one.
-
-    Raises:
-        ValueError: naming the first place where they differ.
     """
     for mode, graph in first.graphs.items():
         if len(graph.nodes) != len(other.graphs[mode].nodes):
-            raise ValueError(f"teachers 0 and {number} run different code in {mode} mode; they need one architecture")
+            what = f"teachers 0 and {number} run different code in {mode} mode; they need one architecture"
+            return _error(what, _ONE_ARCHITECTURE)
         for a, b in zip(graph.nodes, other.graphs[mode].nodes, strict=True):
             if a.format_node() != b.format_node() or not _same_constant(first, other, a):
-                raise ValueError(
+                what = (
                     f"teachers 0 and {number} compute '{a.name}' differently in {mode} mode "
                     f"({_brief(a)} and {_brief(b)}); they need one architecture"
                 )
+                return _error(what, _ONE_ARCHITECTURE, module_path(a), a.meta["code"])
+    return None
 
 
 def _brief(node: fx.Node) -> str:
-    return str(node.format_node()).partition("=")[2].strip()
+    return str(node.format_node()).partition("] = ")[2].strip()
 
 
 def _same_constant(first: TracedNetwork, other: TracedNetwork, node: fx.Node) -> bool:
-    """Tensors in the code that are neither parameters nor buffers must be equal."""
-    if node.op != "get_attr":
-        return True
+    """Tensors that the code makes must be equal."""
     target = str(node.target)
-    known = {name for name, _ in [*first.root.named_parameters(remove_duplicate=False), *first.root.named_buffers()]}
-    if target in known and not target.rpartition(".")[2].startswith("_tensor_constant"):
+    if node.op != "get_attr" or not target.startswith(f"{CONSTANT}."):
         return True
-    owner, _, attribute = target.rpartition(".")
-    a, b = (getattr(t.root.get_submodule(owner), attribute) for t in (first, other))
-    return not isinstance(a, Tensor) or (a.shape == b.shape and bool(torch.equal(a, b.to(a.device))))
+    a, b = (tensor_at(t.root, target) for t in (first, other))
+    return a.shape == b.shape and bool(torch.equal(a, b.to(a.device)))
 
 
-def _check_module(number: int, teacher: nn.Module) -> None:
+def _error(what: str, remedy: str = "", where: str = "", code: str = "") -> UnmergeableError:
+    return UnmergeableError(Problem(what, remedy, where, code))
+
+
+def _of_module(number: int, teacher: Any) -> Iterator[UnmergeableError]:
+    what = f"BigStudent needs networks (torch.nn.Module); teacher {number} is a {type(teacher).__name__}"
     if not isinstance(teacher, nn.Module):
-        raise TypeError(f"BigStudent needs networks (torch.nn.Module); teacher {number} is a {type(teacher).__name__}")
+        yield WrongTeacherError(Problem(what, "Load it into a network of its class"))
+        return
     wrapper = type(teacher).__name__
     if isinstance(teacher, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise TypeError(f"teacher {number} is wrapped in {wrapper}; pass the network inside, teacher.module")
+        what = f"teacher {number} is wrapped in {wrapper}"
+        yield WrongTeacherError(Problem(what, "pass the network inside, teacher.module"))
     if wrapper == "OptimizedModule":
-        raise TypeError(f"teacher {number} is compiled; pass the network itself and compile the big student")
+        what = f"teacher {number} is compiled"
+        yield WrongTeacherError(Problem(what, "pass the network itself and compile the big student"))
     for name, tensor in teacher.named_parameters():
         if isinstance(tensor, nn.parameter.UninitializedParameter):
-            raise ValueError(f"parameter '{name}' of teacher {number} is not initialised; run the network once")
+            what = f"parameter '{name}' of teacher {number} is not initialised"
+            yield _error(what, "run the network once", name)
     for name, module in teacher.named_modules():
         if parametrize.is_parametrized(module):
-            raise ValueError(
-                f"layer '{name}' of teacher {number} is parametrized; "
-                "call torch.nn.utils.parametrize.remove_parametrizations on it first"
-            )
-        where = f"layer '{name}' of teacher {number}" if name else f"teacher {number}"
-        _check_hooks(module, where, is_network=module is teacher)
-        _check_forward(module, where, is_network=module is teacher)
+            what = f"layer '{name}' of teacher {number} is parametrized"
+            yield _error(what, "call torch.nn.utils.parametrize.remove_parametrizations on it first", name)
+        what = f"layer '{name}' of teacher {number}" if name else f"teacher {number}"
+        yield from _hooks(module, what, name)
+        yield from _replaced_forward(module, what, name)
 
 
-def _check_hooks(module: nn.Module, where: str, is_network: bool) -> None:
+def _hooks(module: nn.Module, what: str, path: str) -> Iterator[UnmergeableError]:
     """Hooks of containers are part of what is traced; those of the network and of its layers are not."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     has_tensors = any(True for _ in module.parameters(recurse=False))
-    if not hooks or not (is_network or has_tensors):
+    if not hooks or (path and not has_tensors):
         return
     kinds = {kind.__name__ for hook in hooks for kind in type(hook).__mro__}
     remedies = [f"call {call} on it" for kind, call in _HOOK_REMEDIES.items() if kind in kinds]
     remedy = " and ".join(remedies) or "remove them (handle.remove()) and write what they do into a forward"
-    raise ValueError(f"{where} has forward hooks, which a merge would lose; {remedy}")
+    yield _error(f"{what} has forward hooks, which a merge would lose", remedy, path)
 
 
-def _check_forward(module: nn.Module, where: str, is_network: bool) -> None:
+def _replaced_forward(module: nn.Module, what: str, path: str) -> Iterator[UnmergeableError]:
     """A forward set on an instance is what runs, but tracing takes the class's; a container's own method is followed."""
     forward = vars(module).get("forward")
     is_followed = getattr(forward, "__self__", None) is module and not type(module).__module__.startswith("torch.nn")
-    if forward is not None and (is_network or not is_followed):
-        raise ValueError(
-            f"{where} has a forward that was replaced on the instance, which a merge would lose; undo that "
-            "(del module.forward) or write it into a class's forward"
-        )
+    if forward is not None and not (path and is_followed):
+        what = f"{what} has a forward that was replaced on the instance, which a merge would lose"
+        yield _error(what, "undo that (del module.forward) or write it into a class's forward", path)
 
 
-def _check_no_global_hooks() -> None:
+def _global_hooks() -> Iterator[UnmergeableError]:
     if torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks:
-        raise ValueError(
+        yield _error(
             "there are forward hooks for all modules (torch.nn.modules.module.register_module_forward_hook or "
-            "_pre_hook), which a merge would lose; remove them (handle.remove()) until the student is made"
+            "_pre_hook), which a merge would lose",
+            "remove them (handle.remove()) until the student is made",
         )
 
 
-def _check_same_structure(first: nn.Module, other: nn.Module, number: int) -> None:
+def differences(first: nn.Module, other: nn.Module, number: int) -> Iterator[UnmergeableError]:
+    """Where the modules of two networks differ."""
+
+    def differ(what: str, path: str) -> UnmergeableError:
+        return _error(f"BigStudent needs teachers of one architecture; {what}", _ONE_ARCHITECTURE, path)
+
     modules, others = dict(first.named_modules()), dict(other.named_modules())
-    for name in [*modules, *others]:
-        if name not in modules or name not in others:
+    alone = modules.keys() ^ others.keys()
+    for name in dict.fromkeys([*modules, *others]):
+        if name in alone and name.rpartition(".")[0] not in alone:
             missing, has = (0, number) if name not in modules else (number, 0)
-            raise ValueError(
-                f"BigStudent needs teachers of one architecture; teacher {has} has a layer '{name}', teacher {missing} not"
-            )
-    for name in modules:
-        _check_same_tensors(modules[name], others[name], name, number)
-    for name, module in modules.items():
-        theirs = others[name]
+            yield differ(f"teacher {has} has a layer '{name}', teacher {missing} not", name)
+    both = [name for name in modules if name in others]
+    said = set()
+    for name in both:
+        for error in _tensor_differences(modules[name], others[name], name, number):
+            said.add(name)
+            yield error
+    for name in both:
+        module, theirs = modules[name], others[name]
+        if name in said:
+            continue
         if type(module) is not type(theirs):
-            raise ValueError(
-                f"BigStudent needs teachers of one architecture; layer '{name}' is a {type(module).__name__} in teacher 0 "
-                f"and a {type(theirs).__name__} in teacher {number}"
-            )
-        if type(module).__module__.startswith("torch.nn") and module.extra_repr() != theirs.extra_repr():
-            raise ValueError(
-                f"BigStudent needs teachers of one architecture; layer '{name}' is ({module.extra_repr()}) in teacher 0 "
-                f"and ({theirs.extra_repr()}) in teacher {number}"
-            )
+            kinds = f"a {type(module).__name__} in teacher 0 and a {type(theirs).__name__} in teacher {number}"
+            yield differ(f"layer '{name}' is {kinds}", name)
+        elif type(module).__module__.startswith("torch.nn") and module.extra_repr() != theirs.extra_repr():
+            options = f"({module.extra_repr()}) in teacher 0 and ({theirs.extra_repr()}) in teacher {number}"
+            yield differ(f"layer '{name}' is {options}", name)
 
 
-def _check_same_tensors(module: nn.Module, other: nn.Module, name: str, number: int) -> None:
+def _tensor_differences(module: nn.Module, other: nn.Module, name: str, number: int) -> Iterator[UnmergeableError]:
     for kind in ("_parameters", "_buffers"):
         ours = {k: v for k, v in getattr(module, kind).items() if v is not None}
         theirs = {k: v for k, v in getattr(other, kind).items() if v is not None}
-        for key in [*ours, *theirs]:
+        for key in dict.fromkeys([*ours, *theirs]):
             full = f"{name}.{key}" if name else key
             if key not in ours or key not in theirs:
                 has, lacks = (0, number) if key in ours else (number, 0)
-                raise ValueError(
-                    f"BigStudent needs teachers of one architecture; teacher {has} has '{full}', teacher {lacks} not"
-                )
+                what = f"teacher {has} has '{full}', teacher {lacks} not"
+                yield _error(f"BigStudent needs teachers of one architecture; {what}", _ONE_ARCHITECTURE, full)
+                continue
             a, b = ours[key], theirs[key]
+            if isinstance(a, nn.parameter.UninitializedParameter) or isinstance(b, nn.parameter.UninitializedParameter):
+                continue  # said already
             if a.shape != b.shape:
-                raise ValueError(
-                    f"BigStudent needs teachers of one architecture; {full} is {tuple(a.shape)} in teacher 0 "
-                    f"and {tuple(b.shape)} in teacher {number}"
-                )
-            if a.dtype != b.dtype:
-                raise ValueError(f"BigStudent needs teachers of one dtype; {full} is {a.dtype} and {b.dtype}")
-            if not a.is_floating_point() and key != "num_batches_tracked" and not torch.equal(a.cpu(), b.cpu()):
-                raise ValueError(
-                    f"buffer '{full}' differs between teachers 0 and {number}; only floating tensors are merged"
-                )
+                what = f"{full} is {tuple(a.shape)} in teacher 0 and {tuple(b.shape)} in teacher {number}"
+                yield _error(f"BigStudent needs teachers of one architecture; {what}", _ONE_ARCHITECTURE, full)
+            elif a.dtype != b.dtype:
+                what = f"BigStudent needs teachers of one dtype; {full} is {a.dtype} and {b.dtype}"
+                yield _error(what, f"call to({a.dtype}) on teacher {number}", full)
+            elif not a.is_floating_point() and key != "num_batches_tracked" and not torch.equal(a.cpu(), b.cpu()):
+                what = f"buffer '{full}' differs between teachers 0 and {number}; only floating tensors are merged"
+                yield _error(what, "Give both the same", full)
 
 
-def _check_finite(number: int, teacher: nn.Module) -> None:
+def _not_finite(number: int, teacher: nn.Module) -> Iterator[UnmergeableError]:
     for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
-        if not tensor.is_floating_point() or math.isfinite(tensor.detach().sum(dtype=torch.float64)):
+        if isinstance(tensor, nn.parameter.UninitializedParameter) or not tensor.is_floating_point():
+            continue
+        if math.isfinite(tensor.detach().sum(dtype=torch.float64)):
             continue  # one pass; a sum that overflows is looked at closely
         if not bool(torch.isfinite(tensor).all()):
             bad = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
-            raise ValueError(f"'{name}' of teacher {number} holds {bad}; BigStudent needs finite weights")
+            what = f"'{name}' of teacher {number} holds {bad}; BigStudent needs finite weights"
+            yield _error(what, "Take a checkpoint of before the training diverged", name)
 
 
-def _check_devices(teachers: Sequence[nn.Module]) -> None:
-    devices = [sorted({str(t.device) for t in [*teacher.parameters(), *teacher.buffers()]}) for teacher in teachers]
-    for number, found in enumerate(devices):
+def _devices(networks: Mapping[int, nn.Module]) -> Iterator[UnmergeableError]:
+    first: list[str] | None = None
+    for number, network in networks.items():
+        found = sorted({str(t.device) for t in [*network.parameters(), *network.buffers()]})
+        first = found if first is None else first
         if len(found) > 1:
-            raise ValueError(f"teacher {number} lies on several devices ({', '.join(found)}); move it to one")
-        if found != devices[0]:
-            raise ValueError(
-                f"BigStudent needs teachers on one device; teacher 0 is on {', '.join(devices[0])}, "
-                f"teacher {number} on {', '.join(found)}"
-            )
+            yield _error(f"teacher {number} lies on several devices ({', '.join(found)})", "move it to one")
+        elif found != first:
+            what = f"BigStudent needs teachers on one device; teacher {min(networks)} is on {', '.join(first)}, "
+            yield _error(f"{what}teacher {number} on {', '.join(found)}", "Move them to one")
 
 
-def _check_not_shared(teachers: Sequence[nn.Module]) -> None:
+def _shared(networks: Mapping[int, nn.Module]) -> Iterator[UnmergeableError]:
     owner: dict[int, tuple[int, str]] = {}
-    seen: dict[int, int] = {}
-    for number, teacher in enumerate(teachers):
-        if id(teacher) in seen:
-            warnings.warn(
-                f"teachers {seen[id(teacher)]} and {number} are the same network; merging it with itself can't improve it",
-                UserWarning,
-                stacklevel=4,
-            )
+    seen: set[int] = set()
+    for number, network in networks.items():
+        if id(network) in seen:
             continue
-        seen[id(teacher)] = number
-        for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
-            if tensor.numel() == 0:
+        seen.add(id(network))
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            if isinstance(tensor, nn.parameter.UninitializedParameter) or tensor.numel() == 0:
                 continue
             other, its_name = owner.setdefault(tensor.data_ptr(), (number, name))
             if other != number:
-                raise ValueError(
-                    f"teachers {other} and {number} share the memory of '{its_name}' and '{name}'; "
-                    "pass separate networks, for example copy.deepcopy(teacher)"
-                )
+                what = f"teachers {other} and {number} share the memory of '{its_name}' and '{name}'"
+                yield _error(what, "pass separate networks, for example copy.deepcopy(teacher)", name)

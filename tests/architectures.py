@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import zoo_attention as attention
 import zoo_concatenating as cat
 import zoo_grouped as grouped
 import zoo_heads as heads
@@ -115,6 +116,11 @@ ZOO = [
     Architecture("maxout", mixing.Maxout),
     Architecture("input_added", mixing.InputAdded),
     Architecture("masked", mixing.Masked),
+    Architecture("layer_norm", attention.layer_normed, (5,)),
+    Architecture("rms_norm", attention.rms_normed, (5,)),
+    Architecture("vision_transformer", attention.PatchTransformer),
+    Architecture("written_attention", attention.WrittenAttention, (6, 5)),
+    Architecture("channels_last_blocks", attention.ChannelsLastBlocks),
 ]
 
 BY_NAME = {architecture.name: architecture for architecture in ZOO}

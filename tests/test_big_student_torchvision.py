@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import fastmerge
 import torchvision_networks as vision
@@ -22,19 +24,17 @@ from teachers import (
 )
 
 LARGER_THAN_MEMORY = {"regnet_y_128gf"}  # benchmarks/coverage.py takes it, alone
-OTHERS = sorted(
-    name
-    for name in vision.names()
-    if not vision.is_refused(name) and name not in {*vision.FAMILIES, *vision.LARGE, *LARGER_THAN_MEMORY}
-)
+OTHERS = sorted(name for name in vision.names() if name not in {*vision.FAMILIES, *vision.LARGE, *LARGER_THAN_MEMORY})
+
+
+def check(name: str, dtype: torch.dtype, count: int) -> None:
+    check_network(partial(vision.make_with_small_classifier, name), vision.size(name), dtype, count)
 
 
 @torch.no_grad()
-def check(name: str, dtype: torch.dtype, count: int) -> None:
+def check_network(make: Callable[[], nn.Module], side: int, dtype: torch.dtype, count: int) -> None:
     """Open gates give the mean; the compressed network computes what was kept; teachers stay as they are."""
-    side = vision.size(name)
     x = (make_batch(4, (3, side, side), dtype=dtype),)
-    make = partial(vision.make_with_small_classifier, name)
     teachers = make_teachers(make, x, count, dtype)
     states = [copy_state(teacher) for teacher in teachers]
     big = fastmerge.BigStudent(*teachers, example_inputs=x)
@@ -64,6 +64,11 @@ def check(name: str, dtype: torch.dtype, count: int) -> None:
 @pytest.mark.parametrize("name", vision.FAMILIES)
 def test_family(name: str) -> None:
     check(name, torch.float64, count=2)
+
+
+@pytest.mark.parametrize("name", vision.small_transformers())
+def test_small_transformer(name: str) -> None:
+    check_network(vision.small_transformers()[name], 32, torch.float64, count=2)
 
 
 @pytest.mark.slow
@@ -103,32 +108,12 @@ def test_example_inputs_are_inferred(name: str) -> None:
 def test_googlenet_in_training_mode_has_its_auxiliary_outputs() -> None:
     x = (make_batch(4, (3, 64, 64)),)
     teachers = make_teachers(partial(vision.make, "googlenet"), x, count=2)
-    big = fastmerge.BigStudent(*teachers).train()
-    for module in [module for model in (big, *teachers) for module in model.modules()]:
-        if isinstance(module, torch.nn.Dropout):
+    for module in [module for teacher in teachers for module in teacher.modules()]:
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
+    big = fastmerge.BigStudent(*teachers).train()
     with big.open_gates():
         output = big(*x)
     expected = mean_output([teacher.train() for teacher in teachers], x)
     assert set(output._fields) == {"logits", "aux_logits1", "aux_logits2"}
     assert relative_error(tuple(output), tuple(expected)) <= 1e-9
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "convnext_tiny",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in vision.names()
-            if vision.is_refused(n) and n != "convnext_tiny"
-        ),
-    ],
-)
-def test_networks_with_layer_normalisation_are_refused(name: str) -> None:
-    teachers = [vision.make(name) for _ in range(2)]
-    side = 224 if name.startswith(("maxvit", "vit")) else 64
-    if name == "vit_h_14":
-        side = teachers[0].image_size
-    with pytest.raises(ValueError, match=r"layer '[\w.]+' .*(normalisation|attention)"):
-        fastmerge.BigStudent(*teachers, example_inputs=torch.randn(2, 3, side, side))

@@ -21,7 +21,7 @@ LAYERS = [
     ["recipes"],
     ["training"],
     ["merging"],
-    ["gate_budget", "evaluation", "history", "checkpoints", "information"],
+    ["gate_budget", "evaluation", "history", "checkpoints", "information", "mergeability"],
     ["data", "environment", "files", "networks", "processes", "reporting", "resuming"],
     ["big_student"],
     ["gated_network"],

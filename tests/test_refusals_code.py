@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmerge
-from refusing import IMAGES, conv_network, refusal, resnet
+from refusing import IMAGES, refusal, resnet
 
 
 class DataDependent(nn.Module):
@@ -63,53 +61,6 @@ def test_code_that_depends_on_the_data(part: type[Branching]) -> None:
 def test_channel_groups_refuses_the_same() -> None:
     with pytest.raises(ValueError, match=r"branching.*control flow"):
         fastmerge.channel_groups(DataDependent(), IMAGES)
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [(nn.LayerNorm([6, 8, 8]), (2, 3, 8, 8)), (nn.LayerNorm(8), (2, 3, 8, 8))],
-    ids=["channels", "positions"],
-)
-def test_layer_normalisation(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    message = refusal(conv_network(layer), conv_network(copy.deepcopy(layer)), example_inputs=torch.randn(shape))
-    assert "'1'" in message
-    assert "ormalisation" in message
-
-
-class ReadsItsOutput(nn.Module):
-    """Returns class scores that another layer reads: their mean can't be both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk, self.coarse, self.fine = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(3, 4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        coarse = self.coarse(F.relu(self.trunk(x)))
-        return coarse, self.fine(coarse)
-
-
-def test_a_layer_that_reads_an_output_is_named() -> None:
-    message = refusal(ReadsItsOutput(), ReadsItsOutput(), example_inputs=torch.randn(2, 5))
-    assert "'fine'" in message
-    assert "output" in message
-
-
-class EndsInScale(nn.Module):
-    """A learned parameter acts after the last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
-        self.temperature = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.trunk(x))) * self.temperature
-
-
-def test_a_parameter_after_the_last_layer_is_named() -> None:
-    message = refusal(EndsInScale(), EndsInScale(), example_inputs=torch.randn(2, 5))
-    assert "temperature" in message
-    assert "output" in message
 
 
 def test_nothing_to_choose_among() -> None:

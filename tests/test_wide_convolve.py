@@ -87,11 +87,10 @@ def test_a_linked_network_has_dense_layers(calls: list[str], as_on_cuda: None) -
 @pytest.mark.parametrize(
     ("geometry", "size"),
     [
-        (Geometry("conv", 2, {"padding": 1}, "circular", (), (1, 1, 1, 1)), 3),
         (Geometry("conv", 2, {"padding": "same"}), 4),
         (Geometry("conv_transpose", 2, {"stride": 2}), 3),
     ],
-    ids=["circular", "same, padded on one side", "transposed"],
+    ids=["same, padded on one side", "transposed"],
 )
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_what_no_kernel_takes_is_pytorchs(geometry: Geometry, size: int, calls: list[str], as_on_cuda: None) -> None:

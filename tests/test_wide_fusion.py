@@ -62,8 +62,8 @@ def test_patterns_of_a_residual_network() -> None:
     assert found["bn1"] == ("ReLU", "gate")
     assert found["layer1.0.bn1"] == ("ReLU", "gate")
     assert found["layer1.0.bn2"] == ("add", "ReLU", "gate")
-    assert found["layer2.0.bn2"] == ("added",)
-    assert found["layer2.0.shortcut.1"] == ("add", "ReLU", "gate")
+    assert found["layer2.0.bn2"] == ("add", "ReLU", "gate")  # which the shortcut is added to in place
+    assert found["layer2.0.shortcut.1"] == ("added",)
     assert found["layer2.1.bn2"] == ("add", "ReLU")
 
 
@@ -246,12 +246,12 @@ class Activated(Parts):
 
 
 ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], str]] = [
-    (nn.ReLU6(inplace=True), "ReLU6"),
-    (nn.Hardtanh(), "Hardtanh"),
-    (nn.SiLU(), "SiLU"),
-    (nn.Hardswish(), "Hardswish"),
-    (nn.GELU(), "GELU"),
-    (nn.PReLU(), "PReLU"),
+    (nn.ReLU6(inplace=True), "hardtanh"),
+    (nn.Hardtanh(), "hardtanh"),
+    (nn.SiLU(), "silu"),
+    (nn.Hardswish(), "hardswish"),
+    (nn.GELU(), "gelu"),
+    (nn.PReLU(), "prelu"),
     (F.relu6, "relu6"),
     (F.silu, "silu"),
     (F.hardtanh, "hardtanh"),

@@ -58,7 +58,7 @@ def gradients(big: fastmerge.BigStudent, x: Tensor, dtype: torch.dtype) -> dict[
     """Output and gradients in training mode but for the gates, which are deterministic, so that devices agree on them."""
     lowp = dtype is not torch.float32 and x.is_cuda
     with torch.autocast(x.device.type, dtype, enabled=lowp):
-        gates = big.eval()._draw_gates((x,), {})
+        gates = big.eval()._draw_gates((x,))
         big.train()
         output = big._programs["train", False, big.linked].forward(big.network, gates, x)
     (

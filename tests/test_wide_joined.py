@@ -29,7 +29,7 @@ def run(big: fastmerge.BigStudent, x: tuple[Tensor, ...], joined: bool) -> dict[
     mode = "train" if big.training else "eval"
     torch.manual_seed(1)
     inputs = tuple(value.clone().requires_grad_() for value in x)
-    gates = big._draw_gates(inputs, {})
+    gates = big._draw_gates(inputs)
     outputs = torch.utils._pytree.tree_leaves(big._programs[mode, False, joined].forward(big.network, gates, *inputs))
     sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in outputs).backward()
     found = {f"output {k}": y.detach() for k, y in enumerate(outputs)}

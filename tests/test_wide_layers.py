@@ -23,7 +23,6 @@ GEOMETRIES = {
     "linear": (Geometry("linear", 0), (5, 4), (7, 4)),
     "conv1d": (Geometry("conv", 1, {"stride": 2, "padding": 1}), (5, 4, 3), (7, 4, 9)),
     "conv2d": (Geometry("conv", 2, {"padding": 1, "dilation": 1, "stride": (2, 1)}), (5, 4, 3, 3), (7, 4, 6, 6)),
-    "circular": (Geometry("conv", 2, {"stride": 1}, "circular", (), (1, 1, 1, 1)), (5, 4, 3, 3), (7, 4, 6, 6)),
     "transposed": (Geometry("conv_transpose", 2, {"stride": 2}), (4, 5, 3, 3), (7, 4, 6, 6)),
 }
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from fastmerge.channels.examples import infer_example_inputs
+from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroup, ChannelGroups
 from fastmerge.channels.ids import run_on_ids
@@ -24,12 +25,12 @@ def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroup
     """Finds the channel groups of a network: which channels a merge would choose among.
 
     Args:
-        model: any network of convolutions and linear layers that ``torch.fx`` can trace; it is not changed.
-        example_inputs: a tensor (N, C, ...) or a tuple of tensors that its forward takes, N at least 2; inferred for
-            networks with one image, signal or vector input.
+        model: any network that ``torch.export`` can trace; it is not changed.
+        example_inputs: a tensor (N, C, ...), a tuple of positional arguments, a dict of keyword arguments, or a pair of both;
+            inferred for networks with one image, signal or vector input.
 
     Raises:
         ValueError: if the network can't be traced or merged, naming the layer.
     """
-    traced = trace(model, example_inputs)
-    return group_channels(run_on_ids(traced, infer_example_inputs(traced, example_inputs)))
+    inputs = example_arguments(model, example_inputs)
+    return group_channels(run_on_ids(trace(model, inputs), pytree.tree_leaves(inputs)))

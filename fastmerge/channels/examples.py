@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.channels.tracing import TracedNetwork, undisturbed
+from fastmerge.channels.tracing import undisturbed
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 _SIZES = (64, 32, 28, 96, 128, 224, 299, 16, 8, 48, 256, 20, 24, 40, 56, 84, 112, 160, 192, 384, 512)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def infer_example_inputs(traced: TracedNetwork, given: Any = None) -> tuple[Any, ...]:
-    """The inputs to run the network with once.
+def example_arguments(model: nn.Module, given: Any = None) -> Inputs:
+    """The positional and keyword arguments to run a network with once, of at least two samples.
 
     Args:
-        traced: the network.
-        given: a tensor, a tuple or list of tensors, or None to infer.
+        model: the network; it is not changed.
+        given: a tensor, a tuple or list of positional arguments, a dict of keyword arguments, or a pair of such a tuple and
+            dict; None to infer it. Arguments may be nested and hold tensors of any dtype, numbers, flags and None.
 
     Raises:
-        TypeError: if what is given is not tensors.
+        TypeError: if what is given holds no tensor.
         ValueError: if nothing is given and it can't be inferred, or the network does not run on what is given.
     """
-    name = type(traced.root).__name__
+    name, root = type(model).__name__, copy.deepcopy(model)
     if given is not None:
-        inputs = (given,) if isinstance(given, Tensor) else tuple(given) if isinstance(given, (tuple, list)) else None
-        if not inputs or not all(isinstance(x, Tensor) for x in inputs):
-            raise TypeError(f"example_inputs needs a tensor or a tuple of tensors; got {type(given).__name__}")
-        inputs = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
-        error = _failure(traced, inputs)
+        register_dataclasses(given)
+        inputs = two_samples(_arguments(given))
+        error = _failure(root, inputs)
         if error is not None:
-            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
             raise ValueError(f"{name} does not run on the example_inputs of shape {shapes}: {error}")
         return inputs
     last_error: Exception | None = None
-    for candidate in _candidates(traced):
-        last_error = _failure(traced, (candidate,), keeps_batch=True)
+    for candidate in _candidates(root):
+        last_error = _failure(root, ((candidate,), {}), keeps_batch=True)
         if last_error is None:
-            return (candidate,)
+            return (candidate,), {}
     raise ValueError(
         f"the input of {name} can't be inferred from its first layer"
         + (f" (last try: {str(last_error).splitlines()[0]})" if last_error else "")
@@ -50,42 +53,90 @@ def infer_example_inputs(traced: TracedNetwork, given: Any = None) -> tuple[Any,
     )
 
 
-def _failure(traced: TracedNetwork, inputs: tuple[Any, ...], keeps_batch: bool = False) -> Exception | None:
+def _arguments(given: Any) -> Inputs:
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if isinstance(given, Mapping):
+        inputs: Inputs = (), dict(given)
+    elif (
+        isinstance(given, (tuple, list))
+        and len(given) == 2
+        and isinstance(given[1], dict)
+        and isinstance(given[0], tuple)
+    ):
+        inputs = given[0], dict(given[1])
+    elif isinstance(given, (tuple, list)):
+        inputs = tuple(given), {}
+    else:
+        inputs = (), {}
+    if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
+        raise TypeError(f"example_inputs needs a tensor or a tuple of tensors; got {type(given).__name__}")
+    return inputs
+
+
+def two_samples(inputs: Inputs) -> Inputs:
+    """A batch of one twice: export would take a length of 1 for a constant."""
+    sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    if not sizes or sizes[0] != 1:
+        return inputs
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
+
+    args, kwargs = pytree.tree_map(twice, inputs)
+    return args, kwargs
+
+
+def register_dataclasses(value: Any) -> None:
+    """Makes the dataclasses among a network's inputs or outputs known to PyTorch as containers of tensors."""
+    unknown = {type(leaf) for leaf in pytree.tree_leaves(value) if dataclasses.is_dataclass(leaf)}
+    for kind in unknown:
+        torch.export.register_dataclass(kind)
+    if unknown:
+        register_dataclasses(value)
+
+
+def _failure(root: nn.Module, inputs: Inputs, keeps_batch: bool = False) -> Exception | None:
     """Why the network does not run on these inputs, if so.
 
     Args:
-        traced: the network.
+        root: a copy of the network, whose buffers may change.
         inputs: what its forward takes.
         keeps_batch: whether a batch that changes its size on the way is a failure: ``x.view(-1, 400)`` accepts images of a
             wrong size that way.
     """
-    with undisturbed(inputs):
+    leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    with undisturbed(leaves):
         for mode in ("eval", "train"):
             try:
-                out = fx.Interpreter(**traced.in_mode(mode)).run(*inputs)
+                args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+                out = root.train(mode == "train")(*args, **kwargs)
+                register_dataclasses(out)
             except Exception as error:  # whatever the user's forward raises on a wrong shape
                 return error
-            sizes = [y.shape[0] for y in tree_leaves(out) if isinstance(y, Tensor) and y.dim()]
-            if keeps_batch and any(size != inputs[0].shape[0] for size in sizes):
-                return ValueError(f"a batch of {inputs[0].shape[0]} comes out as {sizes}")
+            sizes = [y.shape[0] for y in pytree.tree_leaves(out) if isinstance(y, Tensor) and y.dim()]
+            if keeps_batch and any(size != leaves[0].shape[0] for size in sizes):
+                return ValueError(f"a batch of {leaves[0].shape[0]} comes out as {sizes}")
     return None
 
 
-def _candidates(traced: TracedNetwork) -> Iterator[Tensor]:
-    graph = traced.graphs["eval"]
-    required = [n for n in graph.nodes if n.op == "placeholder" and not n.args]
-    call = _first_call(graph, traced.root)
-    if len(required) != 1 or call is None:
-        return
-    weight = dict(traced.root.named_parameters())[call.weight]
-    channels = weight.shape[call.geometry.in_dim] * (call.groups if call.geometry.kind == "conv" else 1)
-    for shape in _shapes(call, channels):
+def _candidates(root: nn.Module) -> Iterator[Tensor]:
+    """Inputs that the first layer takes: the first in the order in which the network registers them."""
+    first = next((module for module in root.modules() if isinstance(module, _LAYERS)), None)
+    weight = None if first is None else first.weight
+    if not isinstance(weight, Tensor):  # no layer, or none that computes with a plain weight
+        weight = next((p for p in root.parameters() if p.dim() >= 2), None)
+        if weight is None:
+            return
+    spatial, channels = weight.dim() - 2, weight.shape[1]
+    if isinstance(first, nn.modules.conv._ConvNd):
+        channels = first.in_channels
+    for shape in _shapes(spatial, channels):
         generator = torch.Generator().manual_seed(0)
         yield torch.randn(2, *shape, generator=generator).to(weight.device, weight.dtype)
 
 
-def _shapes(call: LayerCall, channels: int) -> Iterator[tuple[int, ...]]:
-    spatial = call.geometry.spatial_dims
+def _shapes(spatial: int, channels: int) -> Iterator[tuple[int, ...]]:
     if spatial:
         sizes = _SIZES if spatial < 3 else (16, 32, 8, 64)
         yield from ((channels, *[s] * spatial) for s in sizes)
@@ -95,8 +146,3 @@ def _shapes(call: LayerCall, channels: int) -> Iterator[tuple[int, ...]]:
         side = math.isqrt(channels // colours)
         if colours * side * side == channels:
             yield (colours, side, side)
-
-
-def _first_call(graph: fx.Graph, root: nn.Module) -> LayerCall | None:
-    names = parameter_names(root)
-    return next((call for node in graph.nodes if (call := layer_call(node, root, names)) is not None), None)

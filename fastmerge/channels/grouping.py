@@ -14,7 +14,7 @@ from fastmerge.channels.groups import AxisUnits, ChannelGroup, ChannelGroups
 from fastmerge.channels.kinds import kinds
 from fastmerge.channels.labels import connected, occurrence
 from fastmerge.channels.record import IdRecord
-from fastmerge.channels.signatures import axis_of, signatures
+from fastmerge.channels.signatures import axis_of, settle_tensors, signatures
 
 _ATTRIBUTES = set(dir(nn.ModuleDict()))
 
@@ -33,6 +33,7 @@ class _Grouping:
 
     def __init__(self, record: IdRecord) -> None:
         self.record = record
+        settle_tensors(record)
         self.channel = connected(record.count, record.united)
         self.unit = connected(record.count, record.united + record.tied)
         self.kind = kinds(record, self.unit)
@@ -56,6 +57,8 @@ class _Grouping:
         def units(ids: np.ndarray) -> AxisUnits:
             return AxisUnits(group[ids], place[ids])
 
+        named = self._named_groups(group, place)
+        single = [number for number, found in enumerate(named) if found.size == 1]
         layers = self.record.layers
         tensors = {n: (axis_of(ids.numpy()), units(self._along(n))) for n, ids in self.record.tensors.items()}
         for weight, layer in layers.items():
@@ -65,13 +68,14 @@ class _Grouping:
                 if layer.call.bias is not None:
                     tensors[layer.call.bias] = (0, units(layer.outputs))
         return ChannelGroups(
-            self._named_groups(group, place),
+            named,
             {w: units(layer.inputs) for w, layer in layers.items()},
             {w: units(layer.outputs) for w, layer in layers.items()},
             tensors,
-            {key: units(ids) for key, ids in self.record.reads.items()},
+            {key: units(ids) for key, ids in {**self.record.reads, **self.record.normalised}.items()},
             self.record.sample_dims,
-            sorted({(w, op) for w, op, ids in self.record.mixed if (group[ids] >= 0).any()}),
+            frozenset(self.record.fast_samples),
+            sorted({(w, op) for w, op, ids in self.record.mixed if np.isin(group[ids], single).any()}),
         )
 
     def _named_groups(self, group: np.ndarray, place: np.ndarray) -> list[ChannelGroup]:

@@ -31,6 +31,38 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How much there is to choose in a network.
+
+    Attributes:
+        groups: the number of channel groups.
+        channels: hidden channels, each counted once for every layer that writes it; of a group that layers read more of,
+            as many as the one that reads most.
+        fixed: those of them in groups of one place, which are all one teacher's.
+    """
+
+    groups: int
+    channels: int
+    fixed: int
+
+    @property
+    def fixed_share(self) -> float:
+        """The share of channels without a choice, in 0..1; 1 where there is no channel."""
+        return self.fixed / self.channels if self.channels else 1.0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether most channels have no choice."""
+        return self.fixed_share > 0.5
+
+    def __str__(self) -> str:
+        return (
+            f"{self.groups} channel group{'s' if self.groups != 1 else ''}, {self.channels} hidden channels, {self.fixed} of "
+            f"them ({self.fixed_share:.0%}) in groups of one place, where there is nothing to choose"
+        )
+
+
+@dataclass(frozen=True)
 class AxisUnits:
     """Where the units lie along one dimension.
 
@@ -60,6 +92,7 @@ class ChannelGroups:
         tensors: per other parameter or buffer its units and the dimension they lie along; None: kept as a whole.
         reads: per (mode, node name) of a layer call, the units it reads.
         sample_dims: per (mode, node name) of a layer call, the dimension along which the samples lie in what it reads.
+        fast_samples: (mode, node name) pairs of those where the samples are the faster index of that dimension.
         kept_whole: (layer, operation) pairs that mix channels, which therefore are kept from one teacher as a whole.
     """
 
@@ -69,7 +102,37 @@ class ChannelGroups:
     tensors: dict[str, tuple[int | None, AxisUnits]]
     reads: dict[tuple[str, str], AxisUnits]
     sample_dims: dict[tuple[str, str], int]
+    fast_samples: frozenset[tuple[str, str]] = frozenset()
     kept_whole: list[tuple[str, str]] = field(default_factory=list)
+
+    def same_channels(self, other: ChannelGroups) -> bool:
+        """Whether two runs of a network found the same groups, lying in the same places of its tensors."""
+        if self.groups != other.groups or self.tensors.keys() != other.tensors.keys():
+            return False
+        pairs = [(self.inputs, other.inputs), (self.outputs, other.outputs), (self._lying, other._lying)]
+        dims = [[dim for dim, _ in found.tensors.values()] for found in (self, other)]
+        return dims[0] == dims[1] and all(
+            a.keys() == b.keys() and all(_same_units(a[key], b[key]) for key in a) for a, b in pairs
+        )
+
+    @property
+    def _lying(self) -> dict[str, AxisUnits]:
+        return {name: units for name, (_, units) in self.tensors.items()}
+
+    @property
+    def choice(self) -> Choice:
+        """How much there is to choose."""
+        written, read = np.zeros(len(self), dtype=np.int64), np.zeros(len(self), dtype=np.int64)
+        for units in self.outputs.values():
+            written += self._per_group(units)
+        for units in self.inputs.values():
+            read = np.maximum(read, self._per_group(units))
+        channels = np.maximum(written, read)
+        fixed = [number for number, group in enumerate(self.groups) if group.size == 1]
+        return Choice(len(self), int(channels.sum()), int(channels[fixed].sum()))
+
+    def _per_group(self, units: AxisUnits) -> np.ndarray:
+        return np.bincount(units.group[units.group >= 0], minlength=len(self))
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -91,3 +154,21 @@ class ChannelGroups:
         ]
         notes = [f"kept from one teacher as a whole: what {where} mixes ({what})" for where, what in self.kept_whole]
         return "\n".join([*lines, *notes])
+
+
+def _same_units(a: AxisUnits, b: AxisUnits) -> bool:
+    return np.array_equal(a.group, b.group) and np.array_equal(a.place, b.place)
+
+
+def choice_warning(groups: ChannelGroups) -> str:
+    """What to warn of where most channels of a network have no choice; else empty."""
+    choice = groups.choice
+    if not choice.is_small:
+        return ""
+    causes = ", ".join(f"{where} ({what})" for where, what in groups.kept_whole[:5])
+    more = f" and {len(groups.kept_whole) - 5} more" if len(groups.kept_whole) > 5 else ""
+    mixed = f". Operations that mix channels: {causes}{more}" if causes else ""
+    return (
+        f"most of this network is kept from one teacher as a whole: it has {choice}{mixed}. "
+        "A merge has little to gain there; fastmerge.check(*teachers) lists all such operations"
+    )

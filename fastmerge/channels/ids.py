@@ -11,7 +11,7 @@ Ids live in int64 tensors of the activation's shape, expanded (stride 0) where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmerge.channels.aten import LAYER_NORMS, MOVEMENTS, RESHAPES, SAME, is_pointwise, op_name
 from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.channels.outputs import predictions
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
-from fastmerge.channels.rules import apply_rule
-from fastmerge.channels.samples import find_sample_dims
-from fastmerge.channels.shapes import find_shapes
-from fastmerge.channels.tracing import TracedNetwork, module_path, tensor_at, undisturbed
+from fastmerge.channels.rules import apply_rule, has_own_rule
+from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, tensor_at, undisturbed
+from fastmerge.problems import Problem, UnmergeableError
+
+_MOST_ELEMENTS = 1 << 22  # of a tensor whose every element has an id of its own
 
 
 class _IdDispatch(TorchDispatchMode):
@@ -71,10 +74,14 @@ class _IdInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.ids.node, self.ids.mode = n, self.graph_mode
         call = layer_call(n, self.root, self.names)
-        if call is None:
-            with self.dispatch:
+        if call is None and not has_own_rule(n):
+            with self.dispatch:  # operation by operation of those that it consists of
                 return super().run_node(n)
         out = super().run_node(n)
+        if call is None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            apply_rule(self.ids, n.target, args, kwargs, out)
+            return out
         record_layer(self.ids, call, self.env[call.input], out, n)
         return out
 
@@ -83,12 +90,13 @@ def record_layer(run: IdRun, call: LayerCall, x: Tensor, out: Tensor, node: fx.N
     """A layer reads the ids of its input's channels and writes fresh ones (or, called again, the same)."""
     record = run.record
     dim = call.geometry.channel_dim
-    if x not in run.ids:
-        raise ValueError(
-            f"layer '{call.name}' reads a tensor whose channels can't be followed back to the network's input or to a "
-            "parameter (made inside the forward, for example by torch.zeros and assignment). Build it by torch.cat instead"
+    ids = run.find(x)
+    if ids is None:  # made by the code or the input of a network: the same for all teachers
+        ids = record.constant(f"{node.name} of {run.mode}", x.shape[dim]).view(
+            -1, *[1] * (-1 - dim if dim < 0 else x.dim() - 1 - dim)
         )
-    read = channel_ids(run, run.ids[x], dim, call.name).clone()
+        ids = ids.expand(x.shape)
+    read = channel_ids(run, ids, dim, call.name).clone()
     padding = read == NO_ID  # channels of zeros: each an id of its own, that nothing else can take the place of
     read[padding] = record.new_ids(int(padding.sum()))
     record.positions += [("padding", i) for i in read[padding].tolist()]
@@ -102,9 +110,9 @@ def record_layer(run: IdRun, call: LayerCall, x: Tensor, out: Tensor, node: fx.N
             call.geometry,
             call.groups,
         ):
-            raise ValueError(
-                f"layers '{previous.call.name}' and '{call.name}' share a weight but differ in bias or stride"
-            )
+            what = f"layers '{previous.call.name}' and '{call.name}' share a weight but differ in bias or stride"
+            remedy = "Give each a weight of its own"
+            raise UnmergeableError(Problem(what, remedy, call.name, node.meta["code"]))
         record.unite(torch.from_numpy(previous.inputs), read)
         written = torch.from_numpy(previous.outputs)
     record.reads[(run.mode, node.name)] = read.numpy()
@@ -134,47 +142,113 @@ def channel_ids(run: IdRun, ids: Tensor, dim: int, where: str) -> Tensor:
     return first
 
 
-def run_on_ids(traced: TracedNetwork, example_inputs: tuple[Any, ...]) -> IdRecord:
+def run_on_ids(
+    traced: TracedNetwork,
+    example_inputs: Sequence[Any],
+    predicted: Mapping[str, Collection[int]] | None = None,
+    constants: Collection[str] = (),
+) -> IdRecord:
     """Runs both graphs of a network on ids.
 
     Args:
         traced: the network; its buffers change (BatchNorm statistics), as it runs in training mode too.
-        example_inputs: what its forward takes; float tensors of shape (N, C, ...).
+        example_inputs: what its graphs take, flat; float tensors of shape (N, C, ...).
+        predicted: per mode the positions of the flat outputs that are predictions; None: see ``outputs.predictions``.
+        constants: names of buffers that are the same for all teachers.
 
     Raises:
         ValueError: naming the layer, if it can't be merged.
     """
     record = IdRecord()
     run = IdRun(record)
+    predicted = predictions(traced) if predicted is None else predicted
     names = parameter_names(traced.root)
     called = _called_weights(traced, names)
-    inputs = [_input_ids(record, x) for x in example_inputs if isinstance(x, Tensor)]
-    parameters = _element_ids(record, traced.root, called)
+    tensors = [x for x in example_inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    inputs = [_input_ids(record, x) for x in tensors]
+    parameters = _element_ids(record, traced, {*called, *constants})
     with undisturbed(example_inputs):
         for mode in ("train", "eval"):
-            for x, ids in zip([x for x in example_inputs if isinstance(x, Tensor)], inputs, strict=True):
+            given = [
+                x.clone() if isinstance(x, Tensor) else x for x in example_inputs
+            ]  # the code may change them in place
+            floating = (x for x in given if isinstance(x, Tensor) and x.is_floating_point())
+            for x, ids in zip(floating, inputs, strict=True):
                 run.ids[x] = ids
             for name, ids in parameters.items():
                 run.ids[tensor_at(traced.root, name)] = ids
             try:
-                out = _IdInterpreter(traced, mode, run, names).run(*example_inputs)
+                out = _IdInterpreter(traced, mode, run, names).run(*given)
+            except UnmergeableError as error:
+                raise UnmergeableError(*error.problems) from None
             except ValueError as error:  # a rule's own message, without what the interpreter adds to it
                 raise ValueError(str(error.args[0]).partition("\n\nWhile executing")[0]) from None
             record.outputs += [
                 np.unique(compact(run.ids[y]))
-                for y in torch.utils._pytree.tree_leaves(out)
-                if isinstance(y, Tensor) and y in run.ids
+                for k, y in enumerate(out)
+                if k in predicted[mode] and isinstance(y, Tensor) and y in run.ids
             ]
     record.tensors = _used(traced, parameters)
-    record.shapes = find_shapes(traced, example_inputs)
-    record.sample_dims = find_sample_dims(traced, example_inputs, record.shapes)
+    _find_samples(traced, record)
     return record
 
 
+def _find_samples(traced: TracedNetwork, record: IdRecord) -> None:
+    """Where the samples lie in what layers and layer normalisations read.
+
+    Where a network takes no other batch size, such as one that holds the graph that it works on, it is the one dimension,
+    besides the channels', of the batch's size.
+    """
+    samples = next(x.shape[0] for x in traced.inputs if isinstance(x, Tensor))
+    for mode, graph in traced.graphs.items():
+        is_open = traced.is_open[mode]
+        for node in graph.nodes:
+            key = (mode, node.name)
+            if key not in record.reads and key not in record.normalised:
+                continue
+            source = node.args[0]
+            shape, dims = source.meta["shape"], source.meta["sample_dims"]
+            channels = (-1 if op_name(node) in {"linear", *LAYER_NORMS} else 1) % len(shape)
+            if not is_open:
+                dims = [d for d, size in enumerate(shape) if size == samples and d != channels]
+            if len(dims) == 1:
+                order = torch.arange(samples) if shape[dims[0]] == samples else _samples_along(source, dims[0], samples)
+                k = shape[dims[0]] // samples
+                if order is None or torch.equal(order, torch.arange(samples).repeat_interleave(k)):
+                    record.sample_dims[key] = dims[0]
+                elif torch.equal(order, torch.arange(samples).repeat(k)):
+                    record.sample_dims[key] = dims[0]
+                    record.fast_samples.add(key)
+
+
+def _samples_along(node: fx.Node, dim: int, samples: int) -> Tensor | None:
+    """Which sample each entry of a dimension that holds several of each belongs to; None if that can't be followed."""
+    moved: list[fx.Node] = []
+    while True:
+        shape, dims = node.meta.get("shape"), node.meta.get("sample_dims")
+        if shape is not None and dims is not None and len(dims) == 1 and shape[dims[0]] == samples:
+            break
+        name = op_name(node)
+        if not (name in MOVEMENTS or name in RESHAPES or name in SAME or is_pointwise(name)):
+            return None
+        moved.append(node)
+        if not isinstance(node.args[0], fx.Node):
+            return None
+        node = node.args[0]
+    numbers = torch.arange(samples).view([-1 if d == dims[0] else 1 for d in range(len(shape))]).expand(shape)
+    for step in reversed(moved):
+        if op_name(step) in RESHAPES:
+            numbers = numbers.reshape(step.meta["shape"])
+        elif op_name(step) in MOVEMENTS:
+            if any(isinstance(a, fx.Node) for a in torch.utils._pytree.tree_leaves(step.args[1:])):
+                return None
+            numbers = step.target(numbers, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+    rows = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)
+    return rows[:, 0] if bool((rows == rows[:, :1]).all()) else None
+
+
 def _input_ids(record: IdRecord, x: Tensor) -> Tensor:
-    ids = record.new_ids(x.shape[1] if x.dim() > 1 else 1)
-    record.inputs.append(ids.numpy())
-    record.positions += [("input", i) for i in ids.tolist()]
+    ids = record.constant("input", x.shape[1] if x.dim() > 1 else 1)
     return ids.view(1, -1, *[1] * (x.dim() - 2)).expand(x.shape) if x.dim() > 1 else ids.expand(x.shape)
 
 
@@ -188,48 +262,52 @@ def _called_weights(traced: TracedNetwork, names: dict[int, str]) -> set[str]:
         for node in graph.nodes:
             name = names.get(id(tensor_at(traced.root, str(node.target)))) if node.op == "get_attr" else None
             if name in called and any(layer_call(user, traced.root, names) is None for user in node.users):
-                raise ValueError(
-                    f"parameter '{name}' is the weight or bias of a layer and also used outside it (in '{module_path(node)}'); "
-                    "use a parameter of its own there"
-                )
-            if node.op == "call_module" and layer_call(node, traced.root, names) is None:
-                _refuse_tied(traced.root, str(node.target), called, names)
+                outside = next(user for user in node.users if layer_call(user, traced.root, names) is None)
+                _refuse_tied(traced.root, str(name), outside)
     return called
 
 
-def _refuse_tied(root: nn.Module, path: str, called: set[str], names: dict[int, str]) -> None:
-    """A layer's weight is cut as the layer is, the last one's divided by T too: it can't serve another module as it is."""
-    module = root.get_submodule(path)
-    for own, parameter in module.named_parameters():
-        if names[id(parameter)] in called:
-            tied = [name for name, other in root.named_parameters(remove_duplicate=False) if other is parameter]
-            raise ValueError(
-                f"'{path}' ({type(module).__name__}) and a layer use one parameter ({', '.join(tied)}), of which a merge would "
-                "need two values. Give each its own in every teacher, for example by "
-                f"teacher.{path}.{own} = torch.nn.Parameter(teacher.{path}.{own}.detach().clone())"
-            )
+def _refuse_tied(root: nn.Module, name: str, outside: fx.Node) -> None:
+    """A layer's weight is cut as the layer is, the last one's divided by T too: it can't serve another operation as it is."""
+    parameter = tensor_at(root, name)
+    tied = [other for other, its in root.named_parameters(remove_duplicate=False) if its is parameter]
+    if len(tied) == 1:
+        what = f"parameter '{name}' is the weight or bias of a layer and also used outside it (in '{module_path(outside)}')"
+        remedy = "use a parameter of its own there"
+        raise UnmergeableError(Problem(what, remedy, module_path(outside), outside.meta["code"]))
+    path, own = module_path(outside), tied[0].rpartition(".")[2]
+    what = (
+        f"'{path}' ({type(root.get_submodule(path)).__name__}) and a layer use one parameter ({', '.join(tied)}), of which a "
+        "merge would need two values"
+    )
+    remedy = (
+        "Give each its own in every teacher, for example by "
+        f"teacher.{path}.{own} = torch.nn.Parameter(teacher.{path}.{own}.detach().clone())"
+    )
+    raise UnmergeableError(Problem(what, remedy, path, outside.meta["code"]))
 
 
-def _element_ids(record: IdRecord, root: nn.Module, called: set[str]) -> dict[str, Tensor]:
-    """Fresh ids for the elements of every floating tensor that no layer owns; one id for all where it has two dimensions."""
+def _element_ids(record: IdRecord, traced: TracedNetwork, called: set[str]) -> dict[str, Tensor]:
+    """Fresh ids for the elements of every floating tensor that no layer owns; of an embedding for its columns."""
+    root = traced.root
+    nodes = [node for graph in traced.graphs.values() for node in graph.nodes if op_name(node) == "embedding"]
+    embeddings = {str(node.args[0].target) for node in nodes if isinstance(node.args[0], fx.Node)}
     ids = {}
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        if name in called or not tensor.is_floating_point():
+        if name in called or not tensor.is_floating_point() or not tensor.numel() or name.startswith(f"{CONSTANT}."):
             continue
-        vector = sum(k > 1 for k in tensor.shape) <= 1
-        ids[name] = (
-            record.new_ids(tensor.numel()).view(tensor.shape) if vector else record.new_ids(1).expand(tensor.shape)
-        )
+        if name in embeddings:
+            ids[name] = record.new_ids(tensor.shape[-1]).expand(tensor.shape)
+        elif tensor.numel() <= _MOST_ELEMENTS:
+            ids[name] = record.new_ids(tensor.numel()).view(tensor.shape)
+        else:
+            ids[name] = record.new_ids(1).expand(tensor.shape)
     return ids
 
 
 def _used(traced: TracedNetwork, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors that a graph refers to, directly or through the module that owns them."""
-    targets = {str(n.target) for g in traced.graphs.values() for n in g.nodes if n.op in ("get_attr", "call_module")}
-
-    def owners(name: str) -> Iterator[str]:
-        """The tensor itself and every module around it: attention has a linear layer of its own inside."""
-        parts = name.split(".")
-        return (".".join(parts[:k]) for k in range(len(parts), 0, -1))
-
-    return {name: ids for name, ids in parameters.items() if not targets.isdisjoint(owners(name))}
+    """Those tensors that a graph reads."""
+    used = {
+        id(tensor_at(traced.root, str(n.target))) for g in traced.graphs.values() for n in g.nodes if n.op == "get_attr"
+    }
+    return {name: ids for name, ids in parameters.items() if id(tensor_at(traced.root, name)) in used}

@@ -1,32 +1,14 @@
-"""Convolutions and linear layers in a traced graph, as modules or as functional calls on the network's own parameters."""
+"""Convolutions and linear layers in a traced graph: ATen operations whose weight is a parameter of the network."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 
-_CONVOLUTIONS: dict[type[nn.Module], tuple[str, int]] = {
-    nn.Conv1d: ("conv", 1),
-    nn.Conv2d: ("conv", 2),
-    nn.Conv3d: ("conv", 3),
-    nn.ConvTranspose1d: ("conv_transpose", 1),
-    nn.ConvTranspose2d: ("conv_transpose", 2),
-    nn.ConvTranspose3d: ("conv_transpose", 3),
-}
-_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSE_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_FUNCTIONS: dict[Any, tuple[str, int, tuple[str, ...]]] = {
-    F.linear: ("linear", 0, ("input", "weight", "bias")),
-    F.conv1d: ("conv", 1, _CONV_ARGUMENTS),
-    F.conv2d: ("conv", 2, _CONV_ARGUMENTS),
-    F.conv3d: ("conv", 3, _CONV_ARGUMENTS),
-    F.conv_transpose1d: ("conv_transpose", 1, _TRANSPOSE_ARGUMENTS),
-    F.conv_transpose2d: ("conv_transpose", 2, _TRANSPOSE_ARGUMENTS),
-    F.conv_transpose3d: ("conv_transpose", 3, _TRANSPOSE_ARGUMENTS),
-}
+from fastmerge.channels.aten import LAYERS, bind, op_name
+from fastmerge.channels.tracing import tensor_at
 
 
 @dataclass(frozen=True)
@@ -37,16 +19,11 @@ class Geometry:
         kind: "linear", "conv" or "conv_transpose".
         spatial_dims: 1, 2 or 3; 0 for linear.
         options: stride, padding, dilation and, where transposed, output_padding.
-        padding_mode: as in ``nn.Conv2d``.
-        kernel_size: of a transposed convolution that may be called with ``output_size``.
     """
 
     kind: str
     spatial_dims: int
     options: dict[str, Any] = field(default_factory=dict)
-    padding_mode: str = "zeros"
-    kernel_size: tuple[int, ...] = ()
-    pad: tuple[int, ...] = ()
 
     @property
     def out_dim(self) -> int:
@@ -75,7 +52,6 @@ class LayerCall:
         geometry: how the weight is applied.
         groups: 1 if every output channel reads every input channel.
         input: the node it reads.
-        output_size: of a transposed convolution, as given in the call.
     """
 
     name: str
@@ -84,7 +60,6 @@ class LayerCall:
     geometry: Geometry
     groups: int
     input: fx.Node
-    output_size: Any = None
 
 
 def layer_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) -> LayerCall | None:
@@ -95,65 +70,31 @@ def layer_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) 
         root: the network the graph's targets refer to.
         parameter_names: the one name of each parameter by ``id``; a tied parameter's second name maps to the first.
     """
-    if node.op == "call_module":
-        return _module_call(node, root.get_submodule(str(node.target)), parameter_names)
-    if node.op == "call_function" and node.target in _FUNCTIONS:
-        return _function_call(node, root, parameter_names)
-    return None
-
-
-def _module_call(node: fx.Node, module: nn.Module, parameter_names: dict[int, str]) -> LayerCall | None:
-    source = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
-    if not isinstance(source, fx.Node):
+    name = op_name(node)
+    if name not in LAYERS:
         return None
-    if isinstance(module, nn.Linear):
-        geometry, groups, output_size = Geometry("linear", 0), 1, None
-    elif type(module) in _CONVOLUTIONS:
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        kind, spatial_dims = _CONVOLUTIONS[type(module)]
-        options: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
-        output_size = None
-        if kind == "conv_transpose":
-            options["output_padding"] = module.output_padding
-            output_size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-        geometry = Geometry(
-            kind,
-            spatial_dims,
-            options,
-            module.padding_mode,
-            tuple(module.kernel_size),
-            tuple(getattr(module, "_reversed_padding_repeated_twice", ())),
-        )
-        groups = module.groups
-    else:
+    arguments = bind(node)
+    source, groups = arguments.pop("input"), arguments.pop("groups", 1)
+    weight, bias = (_parameter_of(arguments.pop(key), root, parameter_names) for key in ("weight", "bias"))
+    computed_bias = bias is None and bind(node)["bias"] is not None
+    if not isinstance(source, fx.Node) or weight is None or computed_bias:
         return None
-    bias = None if module.bias is None else parameter_names[id(module.bias)]
-    return LayerCall(str(node.target), parameter_names[id(module.weight)], bias, geometry, groups, source, output_size)
-
-
-def _function_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) -> LayerCall | None:
-    kind, spatial_dims, names = _FUNCTIONS[node.target]
-    arguments: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    source, weight, bias = arguments.get("input"), arguments.get("weight"), arguments.get("bias")
-    groups: Any = arguments.get("groups", 1)
-    weight_name = _parameter_of(weight, root, parameter_names)
-    bias_name = _parameter_of(bias, root, parameter_names)
-    options = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias", "groups")}
-    if (
-        not isinstance(source, fx.Node)
-        or weight_name is None
-        or (bias is not None and bias_name is None)
-        or any(isinstance(v, fx.Node) for v in (groups, *options.values()))
-    ):
-        return None
-    return LayerCall(weight_name, weight_name, bias_name, Geometry(kind, spatial_dims, options), groups, source)
+    kind, spatial_dims = LAYERS[name]
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    return LayerCall(_path(root, weight, bias), weight, bias, Geometry(kind, spatial_dims, options), groups, source)
 
 
 def _parameter_of(argument: Any, root: nn.Module, parameter_names: dict[int, str]) -> str | None:
     if isinstance(argument, fx.Node) and argument.op == "get_attr":
-        owner, _, attribute = str(argument.target).rpartition(".")
-        return parameter_names.get(id(getattr(root.get_submodule(owner), attribute)))
+        return parameter_names.get(id(tensor_at(root, str(argument.target))))
     return None
+
+
+def _path(root: nn.Module, weight: str, bias: str | None) -> str:
+    """A layer's path: of the module that holds its weight and bias and no other tensor, or else the weight's name."""
+    owner, _, attribute = weight.rpartition(".")
+    own = {f"{owner}.{name}" for name, _ in root.get_submodule(owner).named_parameters()}
+    return owner if owner and attribute == "weight" and own == {weight, bias} - {None} else weight
 
 
 def parameter_names(root: nn.Module) -> dict[int, str]:

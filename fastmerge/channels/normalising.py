@@ -1,4 +1,4 @@
-"""Batch, group and instance normalisation: every channel keeps to itself, or to its block."""
+"""Normalisations: every channel keeps to itself, to its block, or to those that are kept with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmerge.channels.mixing import argument
 from fastmerge.channels.record import NO_ID, Computed, IdRun, compact
 
 
@@ -37,6 +38,34 @@ def group_norm(run: IdRun, args: Any) -> Computed:
     blocks = x[:1].reshape(args[6], -1)
     run.record.tie(blocks[:, :1], blocks)
     return Computed(x, operands)
+
+
+def layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
+    """Statistics over one dimension of channels, weighted by gates, leave them apart; others make all of them one channel."""
+    x: Tensor = run.ids[args[0]]
+    parameters = [argument(func, name, args, kwargs) for name in ("weight", "bias")]
+    vectors = [run.ids[p] for p in parameters if isinstance(p, Tensor) and p in run.ids]
+    if len(argument(func, "normalized_shape", args, kwargs)) > 1:
+        one = run.record.collapse([x, *vectors], run.where(), "layer_norm")
+        return Computed(one.expand(x.shape), [])
+    for vector in vectors:
+        run.record.unite(vector, x)
+        x = _fill(x, vector)
+    first = x.amax(
+        dim=tuple(range(x.dim() - 1)), keepdim=True
+    )  # tokens may come from several places, such as a class token
+    run.record.unite(first, x)
+    constant = [run.record.is_constant(i) for i in x.flatten(0, -2)[0]] if x.dim() > 1 else []
+    if any(constant) and not all(constant):
+        raise ValueError(
+            f"layer '{run.where()}' normalises channels of the network's input together with hidden ones, which "
+            "fastmerge can't merge: the input is the same for all teachers. Normalise them apart"
+        )
+    channels = first.flatten()
+    if len(channels.unique()) > 1:
+        assert run.node is not None
+        run.record.normalised[run.mode, run.node.name] = channels.numpy()
+    return Computed(first.expand(x.shape), vectors)
 
 
 def _vector(run: IdRun, tensor: Any, dims: int) -> Tensor | None:

@@ -15,14 +15,16 @@ from fastmerge.channels.record import NO_ID, Computed, IdRun, compact
 def pointwise(run: IdRun, name: str, args: Any, kwargs: Any, out: Any) -> Computed:
     shape = tree_leaves(out)[0].shape
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    operands = [run.ids[t].expand(shape) for t in tensors if t in run.ids]
+    found = [(t, ids) for t in tensors if (ids := run.find(t)) is not None]
+    hidden = [(t, ids) for t, ids in found if not run.record.is_constant(ids)] or found
+    operands = [ids.expand(shape) for _, ids in hidden]
     result = torch.tensor(NO_ID).expand(shape)
     for operand in operands:
         a, b = compact(result, operand)
         _unite_pairwise(run, name, a, b)
         result = torch.maximum(a, b).expand(shape)
     for t in tensors:
-        if t not in run.ids and t not in run.noise and t.numel() > 1:
+        if not any(t is other for other, _ in hidden) and t not in run.noise and t.numel() > 1:
             _fixed_positions(run, t, result)
     return Computed(result, operands)
 

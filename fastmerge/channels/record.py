@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.layer_calls import LayerCall
-from fastmerge.channels.shapes import Shapes
 from fastmerge.channels.tracing import module_path
 
 NO_ID = -1
@@ -76,8 +75,10 @@ class IdRecord:
         outputs: ids in the network's outputs.
         nonlinear_nodes: (mode, node name) of operations that do not commute with a mean.
         reads: by (mode, node name) of a layer call, the ids of the channels it reads.
-        shapes: of every value in the graphs.
         sample_dims: by (mode, node name) of a layer call, the dimension of what it reads along which the samples lie.
+        fast_samples: (mode, node name) pairs of those where the samples are the faster index of that dimension.
+        normalised: by (mode, node name) of a layer normalisation, the ids of the channels it reads.
+        without_channels: names of tensors that no dimension of channels was found in, so that one teacher's are kept whole.
         count: ids issued so far.
     """
 
@@ -93,14 +94,27 @@ class IdRecord:
     outputs: list[np.ndarray] = field(default_factory=list)
     nonlinear_nodes: set[tuple[str, str]] = field(default_factory=set)
     reads: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    shapes: Shapes = field(default_factory=dict)
     sample_dims: dict[tuple[str, str], int] = field(default_factory=dict)
+    fast_samples: set[tuple[str, str]] = field(default_factory=set)
+    normalised: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    without_channels: list[str] = field(default_factory=list)
     count: int = 0
+    _constant: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
 
     def new_ids(self, n: int) -> Tensor:
         """n fresh ids."""
         self.count += n
+        if self.count > len(self._constant):
+            self._constant = torch.cat([self._constant, torch.zeros(max(self.count, 1024), dtype=torch.bool)])
         return torch.arange(self.count - n, self.count)
+
+    def constant(self, label: str, n: int) -> Tensor:
+        """Ids for channels that are the same for all teachers, none of which can change places with another."""
+        ids = self.new_ids(n)
+        self._constant[ids] = True
+        self.inputs.append(ids.numpy())
+        self.positions += [(label, i) for i in ids.tolist()]
+        return ids
 
     def issue(self, label: str, ids: Tensor, sources: Sequence[Tensor] = (), known: bool = True) -> Tensor:
         """Fresh ids in the place of others that they are united with: the same channels, another value.
@@ -118,10 +132,17 @@ class IdRecord:
             fresh[0] = NO_ID
         new = fresh[torch.from_numpy(inverse.reshape(-1))].view(small.shape)
         real = old != NO_ID
+        if known and all(self.is_constant(operand) for operand in (ids, *sources)):
+            self._constant[fresh[torch.from_numpy(real)]] = True
         operands = [other.reshape(-1).numpy()[first][real] for other in others]
         self.issues.append(Issue(label, fresh.numpy()[real], operands, known))
         self.united.append((old[real], fresh.numpy()[real]))
         return new.expand(ids.shape)
+
+    def is_constant(self, ids: Tensor) -> bool:
+        """Whether ids are those of the network's input alone, or of what is computed from nothing else."""
+        small = compact(ids)
+        return bool(self._constant[small[small != NO_ID]].all())
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Says that ids meeting in one number are one channel. ``a`` and ``b`` broadcast."""
@@ -167,10 +188,37 @@ class IdRun:
     def __init__(self, record: IdRecord) -> None:
         self.record = record
         self.ids = WeakIdKeyDictionary()
+        self.written: dict[int, Tensor] = {}  # by address of memory that ids were written to
+        self.kept_alive: list[Tensor] = []  # so that the address stays its own
         self.noise = WeakIdKeyDictionary()
         self.mixing: set[str] = set()
         self.mode = ""
         self.node: fx.Node | None = None
+
+    def find(self, tensor: Tensor) -> Tensor | None:
+        """The ids of a tensor; None for what is the same for all teachers."""
+        ids = self.ids.get(tensor)
+        if ids is None and self.written and tensor.layout == torch.strided:
+            memory = self.written.get(tensor.untyped_storage().data_ptr())
+            if memory is not None and tensor.numel():
+                ids = memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+                self.ids[tensor] = ids
+        return ids
+
+    def is_made(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory that the code made, whatever was written to it since."""
+        return tensor not in self.ids or tensor.untyped_storage().data_ptr() in self.written
+
+    def write(self, tensor: Tensor, ids: Tensor) -> Tensor:
+        """Notes that ids were written to a tensor that the code made, so that other views of its memory know them."""
+        storage = tensor.untyped_storage()
+        size = storage.nbytes() // tensor.element_size()
+        if storage.data_ptr() not in self.written:
+            self.written[storage.data_ptr()] = torch.full((size,), NO_ID)
+        memory = self.written[storage.data_ptr()]
+        memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
+        self.kept_alive.append(tensor)
+        return ids
 
     def where(self) -> str:
         """Where in the network, for messages."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmerge.channels.mixing import along, argument, pool, reduce
-from fastmerge.channels.normalising import batch_norm, group_norm
-from fastmerge.channels.operations import (
+from fastmerge.channels.aten import (
     ALONG,
     KEEPING,
+    LAYER_NORMS,
     LINEAR,
     LINEAR_PREFIXES,
     MOVEMENTS,
@@ -26,18 +25,26 @@ from fastmerge.channels.operations import (
     REDUCTIONS,
     RESHAPES,
     SAME,
+    bind,
     is_pointwise,
+    op_name,
+    packet_name,
 )
+from fastmerge.channels.attention import attention, matmul
+from fastmerge.channels.mixing import along, argument, pool, reduce
+from fastmerge.channels.normalising import batch_norm, group_norm, layer_norm
 from fastmerge.channels.pointwise import pointwise
 from fastmerge.channels.record import NO_ID, Computed, IdRun
+from fastmerge.problems import Problem, UnmergeableError
+
+_COMPOSITE = {*LAYER_NORMS, "scaled_dot_product_attention", "matmul", "bmm", "embedding"}
 
 
 def apply_rule(run: IdRun, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Gives an operation's outputs their ids."""
-    name = func.overloadpacket.__name__
-    name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    name = packet_name(func)
     tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-    known = [t for t in tensors if t in run.ids]
+    known = [t for t in tensors if run.find(t) is not None]
     random = torch.Tag.nondeterministic_seeded in func.tags
     if not known:
         if random or (tensors and all(t in run.noise or t.numel() == 1 for t in tensors)):
@@ -52,9 +59,12 @@ def apply_rule(run: IdRun, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if name == "bernoulli" or (random and name in ("normal", "uniform", "random", "exponential")):
         run.noise[out] = True
         return
+    made = bool(args) and isinstance(args[0], Tensor) and run.is_made(args[0])
     result = _result(run, func, name, args, kwargs, out, known)
     if result is not None:
         _write(run, name, result, out)
+        if made and func._schema.is_mutable and isinstance(out, Tensor) and out in run.ids:
+            run.write(out, run.ids[out])
     if (
         name not in LINEAR
         and not name.startswith(LINEAR_PREFIXES)
@@ -62,6 +72,11 @@ def apply_rule(run: IdRun, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         and run.node is not None
     ):
         run.record.nonlinear_nodes.add((run.mode, run.node.name))
+
+
+def has_own_rule(node: fx.Node) -> bool:
+    """Whether there is a rule for a whole operation that consists of others, which would mix what it keeps apart."""
+    return op_name(node) in _COMPOSITE or (op_name(node) == "pad" and bind(node)["mode"] != "constant")
 
 
 def _scaling(name: str, known: list[Tensor]) -> bool:
@@ -100,23 +115,34 @@ def _result(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any, 
     if name == "constant_pad_nd":
         return torch.constant_pad_nd(ids[args[0]], args[1], NO_ID)
     if name == "copy":
-        return ids[args[1]].expand(out.shape) if args[1] in ids else None
-    if name.startswith(POOLS):
+        if args[1] not in ids:
+            return None
+        if args[0] in ids:  # a part of what teachers made: from there on either's channel
+            run.record.unite(ids[args[0]], ids[args[1]].expand(out.shape))
+            return ids[args[0]]
+        return run.write(args[0], ids[args[1]].expand(out.shape))
+    if name.startswith(POOLS) or name == "pad":
         return pool(run, name, ids[args[0]], tree_leaves(out))
     if "batch_norm" in name:
         return batch_norm(run, args)
     if name == "native_group_norm":
         return group_norm(run, args)
-    if name == "native_layer_norm" or "rms_norm" in name:
-        raise ValueError(
-            f"layer '{run.where()}' is a layer normalisation, which fastmerge can't merge yet: its statistics would mix the "
-            "teachers' channels. Networks of convolutions, linear layers and Batch-, Group- or InstanceNorm can be merged"
-        )
+    if name in LAYER_NORMS:
+        return layer_norm(run, func, args, kwargs)
+    if name == "scaled_dot_product_attention":
+        return attention(run, func, args, kwargs, out)
+    if name in ("matmul", "bmm"):
+        return matmul(run, args, out)
+    if name == "embedding" and args[0] in ids and len(known) == 1:
+        return ids[args[0]][:1].expand(out.shape)  # a column per channel; the indices choose the row
     if name in ("_local_scalar_dense", "item"):
-        raise ValueError(
+        what = (
             f"module '{run.where()}' can't be traced: it turns a tensor into a Python number, by which the teachers' channels "
-            "would depend on each other unseen. Keep it a tensor, and the control flow independent of the data"
+            "would depend on each other unseen"
         )
+        remedy = "Keep it a tensor, and the control flow independent of the data"
+        code = "" if run.node is None else run.node.meta["code"]
+        raise UnmergeableError(Problem(what, remedy, run.where(), code))
     if name == "glu":
         first, second = run.ids[args[0]].chunk(2, dim=argument(func, "dim", args, kwargs))
         run.record.unite(first, second)

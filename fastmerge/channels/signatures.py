@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from fastmerge.channels.labels import mix, occurrence
-from fastmerge.channels.record import NO_ID, IdRecord
+from fastmerge.channels.labels import connected, mix, occurrence
+from fastmerge.channels.record import NO_ID, IdRecord, compact
 
 
 def signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
@@ -32,6 +34,39 @@ def signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
     for text, i in record.positions:
         add(np.array([i]), np.array([7]), np.array([i]), np.array([labels.setdefault(text, len(labels))]))
     return total[unit]
+
+
+def settle_tensors(record: IdRecord) -> None:
+    """Finds the dimension of channels of every tensor outside layers, now that it is known which ids are one channel.
+
+    Its ids are left along that dimension alone. A tensor without one is kept from one teacher as a whole.
+    """
+    waiting = {name: ids for name, ids in record.tensors.items() if sum(size > 1 for size in ids.shape) > 1}
+    while waiting:
+        label = torch.from_numpy(connected(record.count, record.united))
+        for name in list(waiting):
+            ids = waiting[name]
+            channels = label[compact(ids)]
+            long = [d for d in range(ids.dim()) if channels.shape[d] > 1]
+            first = next((a for d in long if bool((channels == (a := _along(channels, d))).all())), None)
+            if first is not None or not long:
+                keep = [d for d in range(ids.dim()) if first is not None and first.shape[d] > 1]
+                for d in range(ids.dim()):
+                    ids = ids if d in keep else ids.narrow(d, 0, 1)
+                record.tensors[name] = ids
+                del waiting[name]
+        if not waiting:
+            return
+        for name, ids in waiting.items():  # no dimension: one channel, and others may have become one with it
+            record.collapse([ids], name, "its use")
+            record.without_channels.append(name)
+            record.tensors[name] = ids[(slice(0, 1),) * ids.dim()]
+        waiting = {name: ids for name, ids in record.tensors.items() if sum(size > 1 for size in ids.shape) > 1}
+
+
+def _along(channels: Tensor, dim: int) -> Tensor:
+    """The entries along one dimension at the start of all others."""
+    return channels[tuple(slice(None) if d == dim else slice(0, 1) for d in range(channels.dim()))]
 
 
 def axis_of(ids: np.ndarray) -> int | None:

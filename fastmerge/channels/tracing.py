@@ -1,95 +1,441 @@
-"""From a network's code to graphs: one of its training forward, one of its eval forward.
+"""From a network's code to graphs of ATen operations: one of its training forward, one of its eval forward.
 
-A network may do different things in the two modes (auxiliary heads, functional dropout), so each is traced with
-``torch.fx``. Layers of ``torch.nn`` stay single nodes; containers and the user's own modules are looked into.
+A network may do different things in the two modes (auxiliary heads, dropout), so each is exported with ``torch.export``, with
+the batch size left open. What comes out is one flat graph whatever the code looks like: parameters and buffers are read by
+name, every other node is an ATen operation or arithmetic on sizes.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import operator
+import re
+import sys
+import traceback
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from fastmerge.channels.aten import bind, op_name
+from fastmerge.problems import Problem, UnmergeableError
+
+CONSTANT = "constant_tensors"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TracedNetwork:
-    """The graphs of one network.
+    """The graphs of one network, for inputs of one structure and shape but for the batch size.
+
+    Nodes have in their ``meta``: "shape", of a tensor for the example inputs; "sample_dims", its dimensions that grow with the
+    batch; "path", of the module that the operation is called in; "code", file:line of the user's code, where known.
 
     Attributes:
-        root: a copy of the network that the graphs' targets refer to; running it leaves the original alone.
-        graphs: ``{"train": graph, "eval": graph}``.
+        root: a copy of the network that the graphs' targets refer to; running it leaves the original alone. Tensors that the
+            code makes itself are buffers of its child ``constant_tensors``.
+        graphs: ``{"train": graph, "eval": graph}``, from flat inputs to a tuple of flat outputs.
+        in_spec: structure of ``(args, kwargs)``.
+        out_specs: structure of the output, per mode.
+        inputs: the example inputs, flat; of a tensor its shape, dtype and device alone, on the meta device.
+        constants: tensors that the code makes itself, by name below ``constant_tensors``.
+        is_open: per mode whether the batch size is left open; some code fixes it, such as ``len(x)`` of a batch.
     """
 
     root: nn.Module
     graphs: dict[str, fx.Graph]
+    in_spec: Any
+    out_specs: dict[str, Any]
+    inputs: list[Any] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    is_open: dict[str, bool] = field(default_factory=dict)
 
     def in_mode(self, mode: str) -> dict[str, Any]:
-        """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`, the root switched to that mode."""
-        return {"module": self.root.train(mode == "train"), "graph": self.graphs[mode]}
+        """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`."""
+        return {"module": self.root, "graph": self.graphs[mode]}
+
+    @property
+    def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Per (mode, node name) the shape of a value that is a tensor."""
+        return self._of_nodes("shape")
+
+    @property
+    def sample_dims(self) -> dict[tuple[str, str], int]:
+        """Per (mode, node name) the dimension along which the samples lie, where there is one.
+
+        A dimension that holds samples and something else counts, the samples being the slower index.
+        """
+        return {key: dims[0] for key, dims in self._of_nodes("sample_dims").items() if len(dims) == 1}
+
+    def _of_nodes(self, key: str) -> dict[tuple[str, str], Any]:
+        return {(mode, n.name): n.meta[key] for mode, g in self.graphs.items() for n in g.nodes if key in n.meta}
+
+    def with_root(self, root: nn.Module) -> TracedNetwork:
+        """The same graphs over another network of the architecture."""
+        with torch.inference_mode(False):
+            for name, tensor in self.constants.items():
+                _add_constant(root, name, tensor.clone())
+        return dataclasses.replace(self, root=root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        graphs = {mode: _plain(graph) for mode, graph in self.graphs.items()}
+        outputs = {mode: _numbered(spec) for mode, spec in self.out_specs.items()}
+        return {**self.__dict__, "graphs": graphs, "in_spec": _numbered(self.in_spec), "out_specs": outputs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.graphs = {mode: _graph(nodes) for mode, nodes in state["graphs"].items()}
+        self.in_spec = pytree.tree_structure(state["in_spec"])
+        self.out_specs = {mode: pytree.tree_structure(tree) for mode, tree in state["out_specs"].items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedNetwork:
+        return dataclasses.replace(self, root=copy.deepcopy(self.root, memo))  # nobody changes a graph
 
 
-class _PathTracer(fx.Tracer):
-    """A tracer that knows which module it is in when tracing fails."""
-
-    def __init__(self) -> None:
-        super().__init__(param_shapes_constant=True)
-        self.entered: list[str] = []
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Buffers become nodes too, like parameters: they hold per-channel values."""
-        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            name = next((n for n, buffer in self.root.named_buffers() if buffer is attr_val), None)
-            if name is not None:
-                if name not in parameter_proxy_cache:
-                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-                return parameter_proxy_cache[name]
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self.entered.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.entered.pop()  # not in a finally: after a failure the path says where it was
-        return result
-
-
-def trace(model: nn.Module, example_inputs: Any = None) -> TracedNetwork:
+def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> TracedNetwork:
     """Traces a network's training and eval forward.
 
     Args:
-        model: the network.
-        example_inputs: what the user gave, if anything; arguments with a default that it does not reach keep their default.
+        model: the network; it is not changed.
+        inputs: positional and keyword arguments of its forward, pytrees of tensors and constants.
 
     Raises:
-        ValueError: if the code can't be traced, naming the module and the reason.
+        ValueError: if the code can't be traced, naming the module, the line of code and the reason.
     """
     root = copy.deepcopy(model)
-    graphs = {}
+    momenta = [(module, module.momentum) for module in root.modules() if isinstance(module, _NormBase)]
+    leaves, in_spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
+    traced = TracedNetwork(root, {}, in_spec, {}, [_described(leaf) for leaf in leaves])
+    calls: dict[str, str] = {}
     for mode in ("train", "eval"):
+        for module, momentum in momenta:
+            module.momentum = 0.1 if momentum is None else momentum  # a cumulative average reads its counter
         root.train(mode == "train")
-        tracer = _PathTracer()
-        try:
-            graphs[mode] = tracer.trace(root, concrete_args=_defaults(root, example_inputs))
-        except Exception as error:
-            where = f"module '{tracer.entered[-1]}'" if tracer.entered else "its forward"
-            raise ValueError(
-                f"{type(model).__name__} can't be traced: {where} ({mode} mode) needs its input's values or a construct "
-                f"torch.fx can't follow ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                "Make the control flow independent of the data"
-            ) from error
-    return TracedNetwork(root, graphs)
+        with _plainly():
+            program = _exported(model, root, mode, inputs, calls)
+            traced.graphs[mode] = _cleaned(program, traced, calls)
+        traced.out_specs[mode] = program.call_spec.out_spec
+        placeholders = (node for node in traced.graphs[mode].nodes if node.op == "placeholder")
+        traced.is_open[mode] = any(node.meta.get("sample_dims") for node in placeholders)
+    for module, momentum in momenta:
+        module.momentum = momentum
+    return traced
 
 
-def _defaults(root: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """The forward's optional arguments, of which a network's code may depend, with their defaults."""
-    given = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else 1
-    arguments = list(inspect.signature(root.forward).parameters.values())
-    return {a.name: a.default for a in arguments[given:] if a.default is not inspect.Parameter.empty}
+def _described(leaf: Any) -> Any:
+    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+
+
+def _exported(
+    model: nn.Module,
+    root: nn.Module,
+    mode: str,
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
+    calls: dict[str, str],
+) -> Any:
+    args, kwargs = tuple(inputs[0]), dict(inputs[1])
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+    entered: list[str] = []
+    error: Exception | None = None
+    with _exporting(root, entered, calls):
+        # an open batch; where the code fixes a length that export took for it, whatever it leaves open; then none
+        for dim in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
+            entered.clear()
+            shapes = torch.export.ShapesCollection()
+            for x in tensors:
+                if x.shape[0] == tensors[0].shape[0]:
+                    shapes[x] = {0: dim}
+            try:
+                dynamic = shapes.dynamic_shapes(root, args, kwargs)
+                return torch.export.export(root, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            except Exception as raised:
+                error = raised
+                if "onstraint" not in str(raised) and "specializ" not in str(raised):
+                    break
+    assert error is not None
+    path, code = entered[-1] if entered else "", _line_of(error)
+    where = f"module '{path}'" if path else "its forward"
+    what = (
+        f"{type(model).__name__} can't be traced: {where} ({mode} mode{code and f', {code}'}) needs the values of a tensor or "
+        f"a construct torch.export can't follow ({type(error).__name__}: {_first_line(error)})"
+    )
+    raise UnmergeableError(Problem(what, "Make the control flow independent of the data", path, code)) from error
+
+
+@contextmanager
+def _exporting(root: nn.Module, entered: list[str], calls: dict[str, str]) -> Iterator[None]:
+    """Attention as separate operations, and a record of modules.
+
+    Args:
+        root: the network.
+        entered: gets the paths of the modules that the forward is in when it fails.
+        calls: gets by path the line of code outside torch that calls a module.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    paths = {id(module): name for name, module in root.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        path = paths.get(id(module), "")
+        entered.append(path)
+        if path not in calls:
+            calls[path] = _caller(sys._getframe(1))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop()  # after a failure nobody does, and the path says where it was
+
+    handles = []
+    for module in root.modules():
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the user's code has warned before, or will
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line of code outside torch that an error passed."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_own(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _caller(frame: Any) -> str:
+    """``file:line`` of the innermost frame outside torch, up to where the network was called from here; else empty."""
+    for found, line in traceback.walk_stack(frame):
+        file = found.f_code.co_filename
+        if file == __file__ or _is_own(file):
+            return "" if file == __file__ else f"{file}:{line}"
+    return ""
+
+
+def _is_own(file: str) -> bool:
+    """Whether a file of code is neither torch's nor this one."""
+    return not file.startswith((torch.__path__[0], "torch/", __file__, "<"))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Whatever the user is in the middle of (evaluation, autocast) is no part of the graphs, nor of the tensors in them."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Makes blocks of ``torch.no_grad`` and ``torch.autocast`` part of the graph; what the former give is detached."""
+    graph, higher = module.graph, torch.ops.higher_order
+    kinds = (higher.wrap_with_set_grad_enabled, higher.wrap_with_autocast)
+    while regions := [node for node in graph.nodes if node.target in kinds]:
+        for node in regions:
+            at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+            body = getattr(module, str(node.args[at].target)).graph
+            inputs = [inner for inner in body.nodes if inner.op == "placeholder"]
+            with graph.inserting_before(node):
+                returned: Any = graph.graph_copy(body, dict(zip(inputs, node.args[at + 1 :], strict=True)))
+                outputs = list(returned)
+                if node.target is kinds[0] and node.args[0] is False:
+                    for k, output in enumerate(outputs):
+                        outputs[k] = graph.call_function(torch.ops.aten.detach.default, (output,))
+                        outputs[k].meta = dict(output.meta)
+            for user in list(node.users):  # each takes one of the results
+                user.replace_all_uses_with(outputs[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise ValueError(f"'{module_path(node)}' uses {node.target}, which fastmerge can't follow")
+
+
+def _cleaned(program: Any, traced: TracedNetwork, calls: Mapping[str, str]) -> fx.Graph:
+    """The graph of an exported program: what it reads by name, without assertions and identities, with plain metadata."""
+    module = program.module(check_guards=False)
+    _inline_regions(module)
+    source: fx.Graph = module.graph
+    root = traced.root
+    known = {
+        n for n, _ in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    }
+    for node in reversed(list(source.nodes)):  # eliminate_dead_code would keep what changes a tensor in place
+        name = op_name(node)
+        counter = name == "add" and str(getattr(node.args[0], "target", "")).endswith("num_batches_tracked")
+        assertion = name.startswith(("_assert", "sym_constrain")) or node.op == "call_module"
+        unused = node.op == "get_attr" or name.startswith("sym_") or (node.op == "call_function" and not name)
+        if (counter or assertion or unused) and not node.users:
+            source.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            source.erase_node(node)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in source.nodes:
+        new = graph.node_copy(node, copied.__getitem__)
+        if node.op == "get_attr" and node.target not in known:
+            tensor = operator.attrgetter(str(node.target))(module).detach().clone()
+            name = f"{str(node.target).replace('.', '_')}_{_digest(tensor)}"
+            traced.constants[name] = tensor
+            _add_constant(root, name, traced.constants[name].clone())
+            new.target = f"{CONSTANT}.{name}"
+        if node.op == "placeholder":
+            new.args = ()
+        new.meta = _metadata(node, calls)
+        copied[node] = new
+    return graph
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Dropout that drops nothing; whoever reads its output reads its input, so that both are one value to be gated."""
+    name = op_name(node)
+    if name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+        arguments = bind(node)
+        return not arguments["train"] or arguments["p"] == 0
+    return name in ("alias", "lift_fresh")
+
+
+def _digest(tensor: Tensor) -> str:
+    """Tells tensors apart by what they hold, so that graphs of several shapes can share a network."""
+    values = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{zlib.crc32(str((tensor.shape, tensor.dtype)).encode() + values):08x}"
+
+
+def _add_constant(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor that the code makes below a network."""
+    if not hasattr(root, CONSTANT):
+        root.add_module(CONSTANT, nn.Module())
+    getattr(root, CONSTANT).register_buffer(name, tensor, persistent=False)
+
+
+def _metadata(node: fx.Node, calls: Mapping[str, str]) -> dict[str, Any]:
+    meta: dict[str, Any] = {}
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        meta["shape"] = tuple(_hint(size) for size in value.shape)
+        meta["sample_dims"] = [d for d, size in enumerate(value.shape) if _is_open(size)]
+    stack = node.meta.get("nn_module_stack")
+    paths = [str(path) for path, _ in stack.values()] if stack else []
+    meta["path"] = paths[-1].partition("@")[0] if paths else ""
+    meta["code"] = _code(str(node.meta.get("stack_trace") or "")) or calls.get(meta["path"], "")
+    return meta
+
+
+def _is_open(size: Any) -> bool:
+    """Whether a length was left open, and no operation has fixed it."""
+    node = getattr(size, "node", None)
+    return node is not None and node.maybe_as_int() is None
+
+
+def _code(stack_trace: str) -> str:
+    """``file:line`` of the innermost line of a stack outside torch."""
+    lines = re.findall(r'File "(.*)", line (\d+), in ', stack_trace)
+    own = [f"{file}:{line}" for file, line in lines if _is_own(file)]
+    return own[-1] if own else ""
+
+
+def _hint(size: Any) -> int:
+    node = getattr(size, "node", None)  # of a size that is left open
+    return int(size if node is None else node.hint)
+
+
+def _numbered(spec: Any) -> Any:
+    """A structure with numbers for leaves, which pickle can take where it can take the structure's own classes."""
+    return pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node in a plain description of a graph."""
+
+    name: str
+
+
+def _plain(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as what pickle can take."""
+
+    def plain(value: Any) -> Any:
+        return pytree.tree_map(lambda leaf: _Reference(leaf.name) if isinstance(leaf, fx.Node) else leaf, value)
+
+    def target(node: fx.Node) -> Any:
+        return f"torch.ops.{node.target}" if isinstance(node.target, torch._ops.OpOverload) else node.target
+
+    return [
+        (n.op, n.name, target(n), plain(_as_python(n.args)), plain(_as_python(n.kwargs)), n.meta) for n in graph.nodes
+    ]
+
+
+def _as_python(value: Any) -> Any:
+    """Arguments of a node in tuples, lists and dicts of Python's."""
+    if isinstance(value, tuple):
+        return tuple(_as_python(v) for v in value)
+    if isinstance(value, list):
+        return [_as_python(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _as_python(v) for k, v in value.items()}
+    return value
+
+
+def _graph(nodes: Sequence[tuple[Any, ...]]) -> fx.Graph:
+    graph = fx.Graph()
+    known: dict[str, fx.Node] = {}
+
+    def nodes_in(value: Any) -> Any:
+        return pytree.tree_map(lambda leaf: known[leaf.name] if isinstance(leaf, _Reference) else leaf, value)
+
+    for op, name, target, args, kwargs, meta in nodes:
+        if isinstance(target, str) and target.startswith("torch.ops."):
+            target = operator.attrgetter(target.removeprefix("torch."))(torch)
+        node = graph.create_node(op, target, nodes_in(args), nodes_in(kwargs), name)
+        node.meta = meta
+        known[name] = node
+    return graph
+
+
+def flat_inputs(traced: TracedNetwork, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call in the order of the graphs' placeholders.
+
+    Args:
+        traced: the network.
+        model: whose forward's signature says where a keyword belongs.
+        args: of the call.
+        kwargs: of the call.
+
+    Raises:
+        TypeError: if they are not structured like the example inputs.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    if spec == traced.in_spec:
+        return leaves
+    signature = inspect.signature(model.forward)
+    expected_args, expected_kwargs = pytree.tree_unflatten(traced.inputs, traced.in_spec)
+    given = signature.bind(*args, **kwargs).arguments
+    names = [name for name in list(signature.parameters)[: len(expected_args)] if name in given]
+    keywords = [name for name in expected_kwargs if name in given]
+    leaves, spec = pytree.tree_flatten((tuple(given[n] for n in names), {n: given[n] for n in keywords}))
+    further = given.keys() - {*names, *keywords}
+    if spec != traced.in_spec or further:
+        got = f"further arguments, {', '.join(sorted(further))}" if further else str(spec)
+        raise TypeError(
+            f"{type(model).__name__} was traced with inputs of the structure {traced.in_spec}; got {got}. "
+            "Build the big student with example_inputs of this structure"
+        )
+    return leaves
 
 
 def tensor_at(root: nn.Module, path: str) -> Tensor:
@@ -108,14 +454,10 @@ def undisturbed(inputs: Sequence[Any]) -> Iterator[None]:
         inputs: what it is run on.
     """
     devices = list({x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with _plainly(), torch.no_grad(), torch.random.fork_rng(devices=devices):
         yield
 
 
 def module_path(node: fx.Node) -> str:
     """Where in the network a node comes from, for messages: the module's path, or the node's own name at the top."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    innermost = str(list(stack.values())[-1][0]) if stack else ""
-    return innermost or node.name
+    return str(node.meta.get("path") or node.name)

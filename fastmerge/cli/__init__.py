@@ -1,4 +1,4 @@
-"""The command line: ``fastmerge run | merge | report | data | info``, or ``python -m fastmerge``."""
+"""The command line: ``fastmerge run | merge | check | report | data | info``, or ``python -m fastmerge``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastmerge.cli import continuing, data, info, merge, report, run
+from fastmerge.cli import check, continuing, data, info, merge, report, run
 from fastmerge.cli.torchrun import is_first_to_say
 from fastmerge.data.decoding import BadImageError
 from fastmerge.data.epochs import EmptyBatchError, ReaderLostError, readers_watched
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes them from ``sys.argv``.
 
     Returns:
-        Exit status: 0, or 1 where the work failed (it diverged, memory ran out) or a check found bad files, 2 for bad input,
-        130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0, or 1 where the work failed (it diverged, memory ran out) or a check found something bad, 2 for bad
+        input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(words)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastmerge", description="Merge trained neural networks into a better one.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, merge, report, data, info):
+    for module in (run, merge, check, report, data, info):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from fastmerge.checkpoints import TIMM, build_network, load_weights
 from fastmerge.merging.execution import Execution
 
 
@@ -63,6 +67,41 @@ def compact_at(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"needs a fraction of the merge stage or 'settled'; got {text!r}") from None
+
+
+def add_teachers(add: Callable[..., object]) -> None:
+    """Adds the options that name teachers, which :func:`load_teachers` reads."""
+    add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:factory of your own")
+    add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
+    add(
+        "--teachers",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="two or more checkpoints, or hf-hub:OWNER/NAME",
+    )
+    add("--ema", action="store_true", help="take the moving averages of the teachers' weights from their checkpoints")
+
+
+def load_teachers(options: argparse.Namespace, classes: int | None = None) -> list[nn.Module]:
+    """The networks that options name.
+
+    Args:
+        options: of the command.
+        classes: of a torchvision or timm model, unless its arguments say so.
+
+    Raises:
+        ValueError, TypeError, OSError: see :func:`~fastmerge.checkpoints.build_network` and ``load_weights``.
+    """
+    arguments = dict(options.model_args)
+    if classes is not None and (":" not in options.model or options.model.startswith(TIMM)):
+        arguments = {"num_classes": classes} | arguments
+    teachers = []
+    for path in options.teachers:
+        teachers.append(build_network(options.model, **arguments))
+        load_weights(teachers[-1], path, options.ema)
+    return teachers
 
 
 def add_execution(add: Callable[..., None]) -> None:

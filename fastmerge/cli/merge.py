@@ -25,15 +25,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastmerge.checkpoints import TIMM, build_network, load_weights, save_weights
+from fastmerge.checkpoints import save_weights
 from fastmerge.cli import continuing
-from fastmerge.cli.arguments import add_execution, compact_at, execution, integer, key_value
+from fastmerge.cli.arguments import add_execution, add_teachers, compact_at, execution, integer, load_teachers
 from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
 from fastmerge.cli.torchrun import join_processes, leave_processes
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
-from fastmerge.data.loading import ImageLoaders, image_loaders
+from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
 from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord
@@ -70,17 +70,7 @@ _MERGE_OPTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge merge``."""
     add = continuing.adder(parser)
-    add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:factory of your own")
-    add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
-    add(
-        "--teachers",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="two or more checkpoints, or hf-hub:OWNER/NAME",
-    )
-    add("--ema", action="store_true", help="take the moving averages of the teachers' weights from their checkpoints")
+    add_teachers(add)
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
     add("--merge-epochs", type=integer(1), default=30, metavar="N", help="epochs of the big student; default 30")
@@ -179,7 +169,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         shard=processes.rank,
         shards=size,
     )
-    teachers = [_teacher(options, loaders, path) for path in options.teachers]
+    teachers = load_teachers(options, loaders.classes)
     chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     if options.dry_run:
@@ -230,12 +220,3 @@ def _noting(log: EpochLog, merge_epochs: int) -> Callable[[EpochRecord], None]:
         log.write(dataclasses.asdict(record), record.epoch + (merge_epochs if record.stage == "finetune" else 0))
 
     return note
-
-
-def _teacher(options: argparse.Namespace, loaders: ImageLoaders, path: Path) -> nn.Module:
-    arguments = dict(options.model_args)
-    if ":" not in options.model or options.model.startswith(TIMM):
-        arguments = {"num_classes": loaders.classes} | arguments
-    network = build_network(options.model, **arguments)
-    load_weights(network, path, options.ema)
-    return network

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
+from fastmerge.channels.aten import op_name
+from fastmerge.channels.tracing import module_path
 from fastmerge.lowering.patterns import Lowered, Pattern, match, why_alone
 from fastmerge.wide.grouped import GroupedLayer
 from fastmerge.wide.layers import WideLayer
@@ -38,14 +40,12 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
         lowered: the graph.
         nodes: of the teacher's graph that are normalisations.
     """
-    uses, wide, added, calls = {}, set(), set(), []
+    uses, added, calls = {}, set(), []
     for node in nodes:
-        name = str(node.target) if node.op == "call_module" else node.name
-        module = lowered.network.get_submodule(name) if node.op == "call_module" else None
-        if not isinstance(module, WideBatchNorm):
-            uses[node] = NormUse(name, reason=_no_kernel(node, module))
+        name = lowered.norms.get(node, module_path(node))
+        if node not in lowered.norms:
+            uses[node] = NormUse(name, reason=_no_kernel(node))
             continue
-        wide.add(node)
         pattern = match(lowered, node)
         if pattern.parts:
             added.update(pattern.residual or [])
@@ -54,7 +54,7 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
         else:
             uses[node] = NormUse(name, reason=why_alone(lowered, node))
     for node, use in uses.items():
-        if node in wide and not use.fused and added.issuperset(lowered.values[node]):
+        if node in lowered.norms and not use.fused and added.issuperset(lowered.values[node]):
             (call,) = {part.args[0] for part in lowered.values[node]}
             assert isinstance(call, fx.Node)
             call.kwargs = {"activation": "identity"}
@@ -89,12 +89,10 @@ def _is_wide(lowered: Lowered, node: fx.Node) -> bool:
     return isinstance(lowered.network.get_submodule(str(node.target)), (WideLayer, WideBatchNorm, GroupedLayer))
 
 
-def _no_kernel(node: fx.Node, module: nn.Module | None) -> str:
-    if module is None:
-        return "called as a function, with parameters of the network's own"
-    if isinstance(module, nn.ModuleList):
-        module = module[0]
-    return f"{type(module).__name__} has no fused operation"
+def _no_kernel(node: fx.Node) -> str:
+    if op_name(node) == "batch_norm":
+        return "its parameters or statistics are used elsewhere too, or by another mode in another way"
+    return f"{op_name(node)} has no fused operation"
 
 
 def _rewrite(lowered: Lowered, pattern: Pattern) -> fx.Node:

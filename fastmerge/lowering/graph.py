@@ -11,19 +11,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fastmerge.channels.aten import LAYER_NORMS, bind, is_size, op_name, writes_in_place
+from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
+from fastmerge.channels.tracing import module_path
 from fastmerge.lowering.channelwise import JoinedCall, Placement, is_norm, joined_call
 from fastmerge.lowering.fusion import NormUse, fuse
-from fastmerge.lowering.in_place import writes_in_place
 from fastmerge.lowering.patterns import Lowered
 from fastmerge.lowering.values import JoinedValue, Memory, Value, Values, nodes_of
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.grouped import GroupedLayer
-from fastmerge.wide.network import attach_gate, has
-from fastmerge.wide.norms import WideBatchNorm
+from fastmerge.wide.layer_norm import gated_layer_norm
+from fastmerge.wide.network import attach_gate
 from fastmerge.wide.population import Population
+
+
+def _size(x: Tensor, dim: int) -> int:
+    return x.shape[dim]
+
+
+# what is called by a shorter way than the operation itself, in code that runs at every step
+_FUNCTIONS: dict[Any, Any] = {
+    torch.ops.aten.sym_size.int: _size,
+    torch.ops.aten.relu.default: torch.relu,
+    torch.ops.aten.relu_.default: torch.relu_,
+    torch.ops.aten.add.Tensor: torch.add,
+    torch.ops.aten.mul.Tensor: torch.mul,
+    torch.ops.aten.cat.default: torch.cat,
+    torch.ops.aten.flatten.using_ints: torch.flatten,
+    torch.ops.aten.reshape.default: torch.reshape,
+    torch.ops.aten.mean.dim: torch.mean,
+}
 
 
 class _ChangedInPlace(Exception):  # noqa: N818
@@ -72,7 +91,6 @@ class _Lowering:
         self, analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
     ) -> None:
         self.analysis, self.network, self.mode, self.each, self.joined = analysis, network, mode, each, joined
-        self.root = analysis.traced.root
         self.population, self.num_teachers = population, population.num_teachers
         self.streams = analysis.streams(mode, each)
         self.graph = fx.Graph()
@@ -80,6 +98,7 @@ class _Lowering:
         self.gates = self.graph.placeholder("gates")
         self.values = Values(self.graph, self.num_teachers)
         self.gate_calls: dict[fx.Node, fx.Node] = {}
+        self._device_node: fx.Node | None = None
 
     def run(self) -> tuple[fx.Graph, list[NormUse]]:
         for node in self.analysis.traced.graphs[self.mode].nodes:
@@ -91,7 +110,12 @@ class _Lowering:
                 )
             elif (call := self.analysis.dense_call(self.mode, node)) is not None:
                 self.values.current[node] = self._layer(node, call)
-            elif not self._is_layer_parameter(node):
+            elif node.op == "get_attr":
+                if self.analysis.tensor_name(str(node.target)) not in self.analysis.held:
+                    self.values.current[node] = self._tensor(node)
+            elif self.analysis.is_wide(self.mode, node):
+                self.values.current[node] = self._wide(node)
+            else:
                 self.values.current[node] = self._operation(node)
         return self.graph, self._fuse()
 
@@ -99,30 +123,22 @@ class _Lowering:
         nodes = self.analysis.traced.graphs[self.mode].nodes
         values = {node: nodes_of(self.values.of(node, ungated=True)) for node in nodes if node in self.values.current}
         shapes = {node: self.analysis.shapes[self.mode, node.name] for node in values if self._has_shape(node)}
-        lowered = Lowered(self.graph, values, self.gate_calls, shapes, self.root, self.network)
-        return fuse(
-            lowered, (node for node in nodes if node not in self.analysis.calls[self.mode] and is_norm(node, self.root))
-        )
+        norms = {node: call.path for node, call in self.analysis.norms[self.mode].items()}
+        lowered = Lowered(self.graph, values, self.gate_calls, shapes, norms, self.network)
+        return fuse(lowered, (node for node in nodes if is_norm(node)))
 
     def _has_shape(self, node: fx.Node) -> bool:
         return (self.mode, node.name) in self.analysis.shapes
 
-    def _is_layer_parameter(self, node: fx.Node) -> bool:
-        """A dense layer's own weight or bias, passed to a functional call: the wide layer holds it."""
-        return node.op == "get_attr" and not has(self.network, str(node.target))
-
     def _layer(self, node: fx.Node, call: LayerCall) -> Value:
         values = self._read(node, call)
-        kwargs: dict[str, Any] = {}
-        if call.output_size is not None:
-            kwargs["output_size"] = self.values.pick(call.output_size, 0)
         path = self.analysis.paths[call.weight]
         if self.each and self.analysis.averages(call):
             module = self.graph.get_attr(path)
-            return self.values.parts(self.graph.call_method("each", (module, values), kwargs))
+            return self.values.parts(self.graph.call_method("each", (module, values)))
         shape = self.analysis.shapes.get((self.mode, node.name))
         join = self.joined and node in self.streams and shape is not None
-        out = self.graph.call_module(path, (values,), {**kwargs, "join": True} if join else kwargs)
+        out = self.graph.call_module(path, (values,), {"join": True} if join else {})
         if not join:
             return self.values.parts(out) if node in self.streams else self.values.part(out, 0)
         assert shape is not None
@@ -152,13 +168,7 @@ class _Lowering:
         units = self.analysis.groups.reads[(self.mode, node.name)]
         if not units.has_groups:
             return value
-        sample_dim = self.analysis.groups.sample_dims.get((self.mode, node.name))
-        if sample_dim is None:
-            raise ValueError(
-                f"layer '{call.name}' reads a tensor without a dimension that grows with the batch; gates are drawn per sample"
-            )
-        columns = self.population.gate_columns(units)
-        path = attach_gate(self.network, call.name, columns, call.geometry.channel_dim, sample_dim)
+        path = self._gate(node, call.name, units, call.geometry.channel_dim)
         out = self.graph.call_module(path, (self.gates, *nodes_of(value)))
         if isinstance(value, JoinedValue):
             return JoinedValue(self.values.part(out, 0), value.place, value.memory)
@@ -166,52 +176,81 @@ class _Lowering:
         self.values.split.update(gated if self.values.split.intersection(value) else ())
         return gated
 
+    def _gate(self, node: fx.Node, name: str, units: AxisUnits, channel_dim: int) -> str:
+        """The path of the module that gates what a layer or layer normalisation reads."""
+        sample_dim = self.analysis.groups.sample_dims.get((self.mode, node.name))
+        fast = (self.mode, node.name) in self.analysis.groups.fast_samples
+        return attach_gate(self.network, name, self.population.gate_columns(units), channel_dim, sample_dim, fast)
+
+    def _tensor(self, node: fx.Node) -> Value:
+        """A parameter, buffer or constant that no wide module holds."""
+        target = str(node.target)
+        averaged = self.analysis.tensor_name(target) in self.analysis.averaged
+        if averaged and self.each:
+            return [self.graph.call_module(target, (t,)) for t in range(self.num_teachers)]
+        if not self.analysis.is_stateful(node):
+            return self.graph.get_attr(f"{target}.mean" if averaged else target)
+        return [self.graph.get_attr(f"{target}.teacher{t}") for t in range(self.num_teachers)]
+
+    def _layer_norm(self, node: fx.Node, source: fx.Node) -> Value:
+        """A layer normalisation whose statistics weigh the channels of all streams by their gates."""
+        arguments, units = bind(node), self.analysis.groups.reads[self.mode, node.name]
+        gate = self._gate(node, module_path(node), units, -1)
+        x, weights, biases = (
+            None
+            if operand is None
+            else tuple(self.values.pick(operand, t, ungated=True) for t in range(self.num_teachers))
+            for operand in (source, arguments.get("weight"), arguments.get("bias"))
+        )
+        size = self.num_teachers * len(units.group)
+        module, centred = self.graph.get_attr(gate), op_name(node) == "layer_norm"
+        args = (self.gates, x, weights, biases, size, arguments["eps"], centred)
+        return self.values.parts(self.graph.call_function(gated_layer_norm, args, {"gate": module}))
+
     def _operation(self, node: fx.Node) -> Value:
         if node not in self.streams:
-            return self._copy(node, node.target, 0)
-        target = str(node.target)
-        own = self.analysis.is_stateful(node)
-        if own and node.op == "get_attr":
-            return [self.graph.get_attr(f"{target}.teacher{t}") for t in range(self.num_teachers)]
-        module = self.network.get_submodule(target) if node.op == "call_module" else None
-        if isinstance(module, (WideBatchNorm, GroupedLayer)):
-            return self._wide(node, module)
-        call = None if own else self._joined_call(node)
+            return self._copy(node, 0)
+        source = node.args[0] if node.args else None
+        units = self.analysis.groups.reads.get((self.mode, node.name))
+        normalises = op_name(node) in LAYER_NORMS and source in self.streams
+        if normalises and units is not None and units.has_groups:
+            assert isinstance(source, fx.Node)
+            return self._layer_norm(node, source)
+        call = self._joined_call(node)
         if call is not None:
             return self._once(node, call)
-        streams = [self._copy(node, f"{target}.{t}" if own else node.target, t) for t in range(self.num_teachers)]
+        streams = [self._copy(node, t) for t in range(self.num_teachers)]
         if any(source in self.values.split for stream in streams for source in stream.all_input_nodes):
-            if writes_in_place(node, self.root):
+            if writes_in_place(node):
                 raise _ChangedInPlace
             self.values.split.update(streams)
         return streams
 
-    def _wide(self, node: fx.Node, module: WideBatchNorm | GroupedLayer) -> Value:
-        """A normalisation or grouped convolution of all teachers, which reads values without their gates."""
-        call = self.analysis.calls[self.mode].get(node)
-        source = next(iter(node.args or node.kwargs.values())) if call is None else call.input
-        assert isinstance(source, fx.Node)
+    def _wide(self, node: fx.Node) -> Value:
+        """A BatchNorm or grouped convolution of all teachers, which reads values without their gates."""
+        call, norm = self.analysis.calls[self.mode].get(node), self.analysis.norms[self.mode].get(node)
+        source, path = (norm.input, norm.path) if norm is not None else (call.input, call.name)  # type: ignore[union-attr]
         value, shape = self.values.of(source, ungated=True), self.analysis.shapes[self.mode, node.name]
-        size = None if call is None else call.output_size
-        kwargs = {} if size is None else {"output_size": self.values.pick(size, 0)}
         if isinstance(value, JoinedValue) and value.place.dim == 1:
-            out = self.graph.call_module(str(node.target), (value.node,), kwargs)
+            out = self.graph.call_module(path, (value.node,))
             return JoinedValue(self.values.part(out, 0), Placement(1, shape[1], len(shape)))
         streams = [self.values.pick(source, t, ungated=True) for t in range(self.num_teachers)]
-        return self.values.parts(self.graph.call_module(str(node.target), tuple(streams), kwargs))
+        return self.values.parts(self.graph.call_module(path, tuple(streams)))
 
     def _joined_call(self, node: fx.Node) -> JoinedCall | None:
-        values = {source: self.values.of(source, self._undoes_gates(node)) for source in node.all_input_nodes}
+        sources = [source for source in node.all_input_nodes if not is_size(source)]
+        values = {source: self.values.of(source, self._undoes_gates(node)) for source in sources}
         operands = {source: value.place for source, value in values.items() if isinstance(value, JoinedValue)}
         shape = self.analysis.shapes.get((self.mode, node.name))
-        return joined_call(node, self.root, operands, shape, self.num_teachers)
+        return joined_call(node, operands, shape, self.num_teachers)
 
     def _once(self, node: fx.Node, call: JoinedCall) -> JoinedValue:
         """Runs an operation on joined tensors."""
         undoes = self._undoes_gates(node)
-        operands = [v for s in node.all_input_nodes if isinstance(v := self.values.of(s, undoes), JoinedValue)]
+        sources = [source for source in node.all_input_nodes if not is_size(source)]
+        operands = [v for s in sources if isinstance(v := self.values.of(s, undoes), JoinedValue)]
         memory = Memory()
-        if writes_in_place(node, self.root):
+        if writes_in_place(node):
             changed = self.values.of(node.all_input_nodes[0], undoes)
             assert isinstance(changed, JoinedValue)
             if changed.memory.split:
@@ -222,25 +261,48 @@ class _Lowering:
 
         def joined(source: fx.Node) -> fx.Node:
             value = self.values.of(source, undoes)
-            assert isinstance(value, JoinedValue)
-            return value.node
+            return value.node if isinstance(value, JoinedValue) else value  # type: ignore[return-value]  # a size
 
         if call.call is not None:
             function, further = call.call
             result = self.graph.call_function(function, (fx.map_arg(node.args[0], joined), *further))
         else:
-            args, kwargs = fx.map_arg(node.args, joined), fx.map_arg(node.kwargs, joined)
-            result = self.graph.create_node(node.op, node.target, args, kwargs)
+            result = self._emit(node, node.target, fx.map_arg(node.args, joined), fx.map_arg(node.kwargs, joined))
         return JoinedValue(result, call.placement, memory)
 
-    def _copy(self, node: fx.Node, target: Any, teacher: int) -> fx.Node:
+    def _copy(self, node: fx.Node, teacher: int) -> fx.Node:
         undoes = self._undoes_gates(node)
+        if is_size(node):  # of a dimension that all streams have alike, and a joined tensor too
+            args, kwargs = (fx.map_arg(a, lambda n: nodes_of(self.values.of(n))[0]) for a in (node.args, node.kwargs))
+            return self._emit(node, node.target, args, kwargs)
         args = self.values.pick(node.args, teacher, undoes)
         kwargs = self.values.pick(node.kwargs, teacher, undoes)
-        if node.op == "call_method" and target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
-            target = "reshape"  # a stream may lie among the others
-        return self.graph.create_node(node.op, target, args, kwargs, name=None)
+        target = node.target
+        if target is torch.ops.aten.view.default:
+            target = torch.ops.aten.reshape.default  # a stream may lie among the others
+        return self._emit(node, target, args, kwargs)
+
+    def _emit(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """A node of the lowered graph, on the device of the network's input instead of the example's."""
+
+        def on_device(value: Any) -> Any:
+            if isinstance(value, torch.device):
+                return self._device()
+            if isinstance(value, (tuple, list)):
+                return type(value)(on_device(v) for v in value)
+            return value
+
+        args = tuple(on_device(value) for value in args)
+        kwargs = {key: on_device(value) for key, value in kwargs.items() if key != "layout"}
+        return self.graph.create_node(node.op, _FUNCTIONS.get(target, target), args, kwargs)
+
+    def _device(self) -> fx.Node:
+        if self._device_node is None:
+            inputs = [n for n in self.graph.nodes if n.op == "placeholder" and n is not self.gates]
+            like = next(n for n, x in zip(inputs, self.analysis.traced.inputs, strict=True) if isinstance(x, Tensor))
+            self._device_node = self.graph.call_function(getattr, (like, "device"))
+        return self._device_node
 
     def _undoes_gates(self, node: fx.Node) -> bool:
         """Normalisations and grouped convolutions keep a channel's scale apart, so a following BatchNorm undoes it."""
-        return node in self.analysis.calls[self.mode] or is_norm(node, self.root)
+        return node in self.analysis.calls[self.mode] or is_norm(node)

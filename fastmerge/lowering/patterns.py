@@ -6,24 +6,17 @@ also read without its gate, or by a second operation, ends the pattern before it
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from fastmerge.lowering.channelwise import ACTIVATION_FUNCTIONS, ACTIVATION_MODULES
-from fastmerge.lowering.in_place import writes_in_place
+from fastmerge.channels.aten import ACTIVATIONS, bind, op_name, writes_in_place
+from fastmerge.channels.tracing import module_path
 from fastmerge.wide.streams import GateStreams
 
-_RELU = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", nn.ReLU}
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_ADD_IN_PLACE = {operator.iadd, "add_"}
-_OTHER_ACTIVATIONS = {"PReLU", "prelu", "RReLU", "rrelu", "GLU", "glu", "Softmax", "softmax", "sigmoid", "tanh"}
-_POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_OTHER_ACTIVATIONS = {*ACTIVATIONS, "prelu", "glu", "softmax"}
 
 
 @dataclass
@@ -35,7 +28,7 @@ class Lowered:
         values: per node of the teacher's graph the lowered nodes of its value, before gating.
         gates: per node of the teacher's graph the lowered call that gates its value, if any.
         shapes: per node of the teacher's graph its shape for one teacher.
-        root: the teacher.
+        norms: per node of the teacher's graph that is a wide BatchNorm the path of its module.
         network: the wide modules.
     """
 
@@ -43,7 +36,7 @@ class Lowered:
     values: Mapping[fx.Node, list[fx.Node]]
     gates: Mapping[fx.Node, fx.Node]
     shapes: Mapping[fx.Node, tuple[int, ...]]
-    root: nn.Module
+    norms: Mapping[fx.Node, str]
     network: nn.Module
 
 
@@ -93,7 +86,7 @@ def match(lowered: Lowered, norm: fx.Node) -> Pattern:
         pattern.residual = residual
         extend(user)
         user = _only_user(lowered, user)
-    if user is not None and _target(lowered, user) in _RELU:
+    if user is not None and op_name(user) == "relu":
         pattern.relu = True
         extend(user)
         user = _only_user(lowered, user)
@@ -105,13 +98,9 @@ def match(lowered: Lowered, norm: fx.Node) -> Pattern:
         module = lowered.network.get_submodule(str(gate.target))
         assert isinstance(module, GateStreams)
         rank = len(lowered.shapes[pattern.last])
-        if module.sample_dim == 0 and module.channel_dim % rank == 1:
+        if module.sample_dim == 0 and not module.samples_are_fast and module.channel_dim % rank == 1:
             pattern.gate = gate
     return pattern
-
-
-def _target(lowered: Lowered, node: fx.Node) -> Any:
-    return type(lowered.root.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
 
 def _only_user(lowered: Lowered, node: fx.Node) -> fx.Node | None:
@@ -128,12 +117,12 @@ def _only_user(lowered: Lowered, node: fx.Node) -> fx.Node | None:
 
 def _residual(lowered: Lowered, norm: fx.Node, user: fx.Node) -> list[fx.Node] | None:
     """The lowered nodes of what is added to a normalisation's output, if it is a plain sum of two values of one shape."""
-    if user.target not in _ADD or len(user.args) != 2 or user.kwargs or user.op == "call_module":
+    if op_name(user) != "add" or len(user.args) != 2 or user.kwargs:
         return None
     first, second = user.args
     if first is second or not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
-    if user.target in _ADD_IN_PLACE and first is not norm:
+    if writes_in_place(user) and first is not norm:
         return None
     shapes = {lowered.shapes.get(node) for node in (first, second, user)}
     if len(shapes) != 1 or _moves_past_a_change(lowered, norm, user):
@@ -147,45 +136,40 @@ def _moves_past_a_change(lowered: Lowered, norm: fx.Node, user: fx.Node) -> bool
     """Whether a normalisation computed where its output is added might read, or count, something else than in its place."""
     nodes = list(norm.graph.nodes)
     between = nodes[nodes.index(norm) + 1 : nodes.index(user)]
-    return any(
-        (node.op == "call_module" and node.target == norm.target) or writes_in_place(node, lowered.root)
-        for node in between
-    )
+    return any(lowered.norms.get(node) == lowered.norms[norm] or writes_in_place(node) for node in between)
 
 
 def _pool(lowered: Lowered, node: fx.Node) -> tuple[Any, Any, Any] | None:
     """Kernel size, stride and padding of a plain max-pooling in two dimensions."""
-    if node.op == "call_module":
-        module = lowered.root.get_submodule(str(node.target))
-        if type(module) is not nn.MaxPool2d:
-            return None
-        options = {name: getattr(module, name) for name in _POOL_ARGUMENTS[1:]}
-    elif node.target is F.max_pool2d:
-        options = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-        options |= {**dict(zip(_POOL_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-        if any(isinstance(value, fx.Node) for name, value in options.items() if name != "input"):
-            return None
-    else:
+    if op_name(node) != "max_pool2d":
         return None
-    plain = options["dilation"] in (1, (1, 1), [1, 1]) and not options["ceil_mode"] and not options["return_indices"]
-    kernel_size = options["kernel_size"]
-    return (kernel_size, options["stride"] or kernel_size, options["padding"]) if plain else None
+    options = bind(node)
+    if any(isinstance(value, fx.Node) for name, value in options.items() if name != "self"):
+        return None
+    plain = options["dilation"] in (1, [1], [1, 1]) and not options["ceil_mode"]
+    kernel_size, stride, padding = (_pair(options[name]) for name in ("kernel_size", "stride", "padding"))
+    return (kernel_size, stride or kernel_size, padding) if plain else None
+
+
+def _pair(value: Any) -> Any:
+    """An int or ints as the fused operation takes them: a tuple, of two where there is one."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
 
 
 def why_alone(lowered: Lowered, norm: fx.Node) -> str:
     """Why no pattern was found after a normalisation."""
     user = _only_user(lowered, norm)
     if user is None:
-        readers = [str(node.target) if node.op == "call_module" else node.name for node in norm.users]
+        readers = [module_path(node) or op_name(node) for node in norm.users]
         if len(readers) == 1:
             return f"followed by {readers[0]}, which reads it without a gate, or gates another dimension"
         return f"read by {' and '.join(readers)}; what is fused has one reader, or layers alone, all with its gate"
-    target = _target(lowered, user)
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    if target in ACTIVATION_MODULES or target in ACTIVATION_FUNCTIONS or name in _OTHER_ACTIVATIONS:
+    name = op_name(user)
+    if name in _OTHER_ACTIVATIONS:
         return f"the activation after it is {name}, and only ReLU has a fused operation"
-    if target in _ADD:
+    if name == "add":
         return "the add after it is not the sum of two tensors of one shape, made where both are complete"
-    if target in (nn.MaxPool2d, F.max_pool2d):
+    if name == "max_pool2d":
         return "a max-pooling after it has a fused operation only where there is a ReLU between them"
     return f"followed by {name}, which no fused operation includes"

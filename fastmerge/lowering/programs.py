@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from fastmerge.lowering.channelwise import changes_reshaped
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.graph import lower
-from fastmerge.lowering.in_place import changes_reshaped
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import hand_out_gates
 from fastmerge.wide.grouped import GroupedLayer
@@ -59,8 +60,9 @@ class Programs:
             (mode, each, joined): _compiled(analysis, network, mode, population, each, joined)
             for mode, each, joined in product(("train", "eval"), {False, analysis.each}, {linked, True})
         }
+        self._traced = analysis.traced
         self._may_change_layout = not any(
-            changes_reshaped(graph, analysis.traced.root, partial(lambda m, n: n in analysis.calls[m], mode))
+            changes_reshaped(graph, partial(lambda m, n: n in analysis.calls[m], mode))
             for mode, graph in analysis.traced.graphs.items()
         )
         readers = [module for module in network.modules() if isinstance(module, GateStreams)]
@@ -74,14 +76,16 @@ class Programs:
         key: tuple[str, bool, bool],
         network: nn.Module,
         gates: Tensor | None,
-        inputs: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        inputs: Sequence[Any],
     ) -> Any:
-        """Runs one, channels-last where that is faster."""
+        """Runs one on flat inputs, channels-last where that is faster; returns what the network does."""
         forward, joined = self._programs[key].forward, key[2]
         if joined or not self._may_change_layout or not prefers_channels_last(inputs):
-            return forward(network, gates, *inputs, **kwargs)
-        return to_contiguous(forward(network, gates, *to_channels_last(inputs), **kwargs))
+            outputs = forward(network, gates, *inputs)
+        else:
+            outputs = to_contiguous(forward(network, gates, *to_channels_last(inputs)))
+        spec = self._traced.out_specs[key[0]]
+        return outputs[0] if spec.is_leaf() else pytree.tree_unflatten(outputs, spec)
 
 
 def _hand_out_gates(graph: fx.Graph, network: nn.Module) -> None:

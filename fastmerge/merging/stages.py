@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from fastmerge.big_student import BigStudent
+from fastmerge.channels.groups import choice_warning
 from fastmerge.merging.checks import Schedule
 from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins, undecided_warnings
 from fastmerge.merging.plan import MergePlan, gate_schedule
@@ -74,6 +75,9 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
     optimizer = SGD(big.weight_parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
     assert plan.gate_lr is not None
     gate_optimizer = SGD(big.gate_parameters(), plan.gate_lr, GATE_MOMENTUM)
+    few = choice_warning(big.groups)
+    trainer.history.warnings = [few] if few else []
+    _warn(trainer.history.warnings, trainer)
     lam = gate_schedule(plan, trainer.steps)
     before = open_probabilities(big)
     lam_step = plan.lam_step if plan.gate_schedule == "quadratic" else None
@@ -89,10 +93,14 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
         if plan.compacts_after(epoch + 1):
             done = big.compact(optimizer, gate_optimizer, settled=plan.compact_at == "settled")
             trainer.history.compactions.append({"epoch": epoch + 1, **asdict(done)})
-    trainer.history.warnings = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, lam_step)
-    trainer.history.warnings += undecided_warnings(big)
-    for warning in trainer.history.warnings if trainer.processes.is_first else ():
-        warnings.warn(warning, stacklevel=5)
+    found = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, lam_step) + undecided_warnings(big)
+    trainer.history.warnings += found
+    _warn(found, trainer)
+
+
+def _warn(found: Sequence[str], trainer: Trainer) -> None:
+    for warning in found if trainer.processes.is_first else ():
+        warnings.warn(warning, stacklevel=6)
 
 
 def finetune(student: nn.Module, plan: MergePlan, schedule: Schedule | None, trainer: Trainer) -> None:

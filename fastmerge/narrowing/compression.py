@@ -88,6 +88,8 @@ class Compressor:
             self.sources[bias], self._cuts[bias] = [wide.bias], self._bias(wide, weight)
         for name, place in layout.side_by_side.items():
             self.sources[name], self._cuts[name] = [tensors[place]], self._side_by_side(name)
+        for name, place in layout.averaged.items():
+            self.sources[name], self._cuts[name] = [tensors[place]], Whole()
         for name, places in layout.per_teacher.items():
             self.sources[name] = [tensors[place] for place in places]
             self._cuts[name] = self._per_teacher(name, self.sources[name])

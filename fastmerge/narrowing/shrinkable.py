@@ -7,19 +7,17 @@ them or names their number: such groups are left whole.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx, nn
 
+from fastmerge.channels.aten import is_size, op_name
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
 from fastmerge.lowering.channelwise import Placement, joined_call
 from fastmerge.lowering.graph import stays_joined
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import concatenate_joined
 
@@ -47,15 +45,15 @@ def find_shrinkable(analysis: Analysis, network: nn.Module, population: Populati
     """
     found = Shrinkable()
     for mode in analysis.traced.graphs:
-        _Walk(analysis, network, mode, population.num_teachers, found).run()
+        _Walk(analysis, mode, population.num_teachers, found).run()
         if not stays_joined(analysis, network, mode, population):
             found.even.update(range(len(analysis.groups)))
     return found
 
 
 class _Walk:
-    def __init__(self, analysis: Analysis, network: nn.Module, mode: str, num_teachers: int, found: Shrinkable) -> None:
-        self.analysis, self.network, self.mode = analysis, network, mode
+    def __init__(self, analysis: Analysis, mode: str, num_teachers: int, found: Shrinkable) -> None:
+        self.analysis, self.mode = analysis, mode
         self.num_teachers, self.found = num_teachers, found
         self.streams = analysis.streams(mode)
         self.places: dict[fx.Node, Placement] = {}
@@ -69,6 +67,8 @@ class _Walk:
                 self._layer(node, call)
             elif node.op == "output":
                 self._leave_whole(self.carried[node], "is returned by the network")
+            elif is_size(node):
+                self.carried[node] = set()  # of a dimension that is not the channels'
             elif node in self.streams:
                 self._operation(node)
 
@@ -91,23 +91,21 @@ class _Walk:
 
     def _operation(self, node: fx.Node) -> None:
         carried = self.carried[node]
-        carried |= self._groups_of_its_own(node)
+        if node.op == "get_attr":
+            carried |= self._groups_of_its_own(node)
+            if self.analysis.tensor_name(str(node.target)) in self.analysis.held:
+                return  # a wide module's, which is cut as its channels are
         shape = self.analysis.shapes.get((self.mode, node.name))
-        module = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        sources = node.all_input_nodes
-        if isinstance(module, WideBatchNorm):
-            place = self.places.get(sources[0])
+        norm = self.analysis.norms[self.mode].get(node)
+        if norm is not None:
+            place = self.places.get(norm.input)
             if place is not None and place.dim == 1:
                 self.places[node] = place
-                self.found.even.update(carried if module.momentum is None else ())
+                self.found.even.update(carried if norm.momentum is None else ())
                 return
-        elif self._tells_another_size(node):
-            self.found.even.update(carried)  # whoever asks takes the streams apart
-            self.carried[node] = set()
-            return
-        elif not self.analysis.is_stateful(node):
-            operands = {source: self.places[source] for source in sources if source in self.places}
-            call = joined_call(node, self.analysis.traced.root, operands, shape, self.num_teachers)
+        elif node.op != "get_attr":
+            operands = {source: self.places[source] for source in node.all_input_nodes if source in self.places}
+            call = joined_call(node, operands, shape, self.num_teachers)
             if call is not None:
                 self.places[node] = call.placement
                 if call.call is not None and call.call[0] is concatenate_joined:
@@ -116,37 +114,9 @@ class _Walk:
         self._leave_whole(carried, f"passes {_describe(node)}, which may count on the number of channels")
 
     def _groups_of_its_own(self, node: fx.Node) -> set[int]:
-        """The groups along which parameters and buffers lie that a node brings in."""
-        if node.op == "get_attr":
-            names = {self.analysis.tensor_name(str(node.target))}
-        elif node.op == "call_module":
-            module = self.analysis.traced.root.get_submodule(str(node.target))
-            tensors = [*module.named_parameters(), *module.named_buffers()]
-            names = {self.analysis.names.get(id(tensor), f"{node.target}.{name}") for name, tensor in tensors}
-        else:
-            names = set()
-        known = self.analysis.groups.tensors
-        return set().union(*(_groups_of(known[name][1]) for name in names if name in known))
-
-    def _tells_another_size(self, node: fx.Node) -> bool:
-        """Whether a node asks for the length of a dimension that is not the channels', or for a shape for the sake of one."""
-        if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
-            return self._is_another(node.args[0], node.args[1])
-        if _is_shape(node):
-            return all(
-                user.target is operator.getitem and self._is_another(node.args[0], user.args[1]) for user in node.users
-            )
-        return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and _is_shape(node.args[0])
-
-    def _is_another(self, tensor: Any, dim: Any) -> bool:
-        place = self.places.get(tensor)
-        return place is not None and isinstance(dim, int) and dim % place.rank != place.dim
-
-
-def _is_shape(node: fx.Node) -> bool:
-    return (node.op == "call_method" and node.target == "size" and len(node.args) == 1) or (
-        node.target is getattr and node.args[1] == "shape"
-    )
+        """The groups along which a parameter or buffer lies."""
+        known = self.analysis.groups.tensors.get(self.analysis.tensor_name(str(node.target)))
+        return set() if known is None else _groups_of(known[1])
 
 
 def _groups_of(units: AxisUnits) -> set[int]:
@@ -154,6 +124,5 @@ def _groups_of(units: AxisUnits) -> set[int]:
 
 
 def _describe(node: fx.Node) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    where = module_path(node)
-    return f"'{where}'" if node.op == "call_module" else f"'{name}' in '{where}'"
+    name = str(node.target) if node.op == "get_attr" else op_name(node) or node.name
+    return f"'{name}' in '{module_path(node)}'"

@@ -1,8 +1,8 @@
 """The T-fold network: the teachers' modules side by side, under the teachers' own paths.
 
 `analysis` says what is known of a teacher's graphs, `network` builds the modules from it: `layers` (convolutions and linear
-layers, applied by `convolve`), `grouped` (grouped convolutions), `norms` (BatchNorms). What flows between them is explained in
-`layers`, and gated by `streams` with what `gate_matrix` draws. Where a forward begins, `gate_matrix` hands out the gates and
-`weights` the weights, all at once. `population` counts the candidates that are left, `template`
-keeps a teacher without its weights, and `blueprint` all that stays the same while the modules are trained.
+layers, applied by `convolve`), `grouped` (grouped convolutions), `norms`, `layer_norm`. What flows between them is
+explained in `layers`, and gated by `streams` with what `gate_matrix` draws. Where a forward begins, `gate_matrix` hands out the
+gates and `weights` the weights, all at once. `population` counts the candidates left, `template` keeps a teacher without
+its weights, and `blueprint` all that stays the same while the modules are trained.
 """

@@ -5,45 +5,71 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _NormBase
 
+from fastmerge.channels.aten import NEW, bind, is_size, op_name, writes_in_place
 from fastmerge.channels.groups import OUTPUT, ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
-from fastmerge.channels.shapes import Shapes
-from fastmerge.channels.tracing import TracedNetwork, tensor_at
+from fastmerge.channels.tracing import TracedNetwork
 from fastmerge.wide.layers import Wiring
+
+BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One call of a BatchNorm whose tensors nobody else reads, so that all teachers' can run as one.
+
+    Attributes:
+        path: the wide module's.
+        tensors: names of its weight, bias, running mean and running variance, where it has them, and of its counter.
+        eps: as in ``nn.BatchNorm2d``.
+        momentum: likewise; None: cumulative.
+        input: the node it reads.
+    """
+
+    path: str
+    tensors: dict[str, str]
+    eps: float
+    momentum: float | None
+    input: fx.Node
 
 
 @dataclass
 class Analysis:
-    """What is known of a traced network before anything is built; its identities are taken out of its graphs.
+    """What is known of a traced network before anything is built.
 
     Attributes:
         traced: the first teacher's graphs.
         groups: its channel groups.
-        shapes: of its values.
         each: whether output layers must be able to give each teacher's own output, :meth:`needs_each`.
+        shapes: of its values, by (mode, node name).
+        names: the one name of each parameter by each of its names.
         calls: per mode, the layer call of each node that is one (dense and grouped).
-        names: the one name of each parameter by ``id``.
+        norms: per mode, the BatchNorm call of each node that all teachers' can run as one.
     """
 
     traced: TracedNetwork
     groups: ChannelGroups
-    shapes: Shapes
     each: bool = False
-    names: dict[int, str] = field(init=False)
+    shapes: dict[tuple[str, str], tuple[int, ...]] = field(init=False)
+    names: dict[str, str] = field(init=False)
     calls: dict[str, dict[fx.Node, LayerCall]] = field(init=False)
+    norms: dict[str, dict[fx.Node, NormCall]] = field(init=False)
     _streams: dict[tuple[str, bool], frozenset[fx.Node]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.names = parameter_names(self.traced.root)
-        for graph in self.traced.graphs.values():
-            _remove_identities(graph, self.traced.root)
+        root, ids = self.traced.root, parameter_names(self.traced.root)
+        self.names = {name: ids[id(parameter)] for name, parameter in root.named_parameters(remove_duplicate=False)}
+        self.shapes = self.traced.shapes
         self.calls = {
-            mode: {n: c for n in graph.nodes if (c := layer_call(n, self.traced.root, self.names)) is not None}
+            mode: {n: c for n in graph.nodes if (c := layer_call(n, root, ids)) is not None}
             for mode, graph in self.traced.graphs.items()
         }
+        self.norms = self._find_norms()
 
     @property
     def stateful(self) -> Collection[str]:
@@ -51,21 +77,47 @@ class Analysis:
         return self.groups.tensors.keys()
 
     @cached_property
-    def reached(self) -> set[str]:
-        """Names of the tensors that the code reads itself, rather than a module of ``torch.nn``."""
-        targets = {str(n.target) for graph in self.traced.graphs.values() for n in graph.nodes if n.op == "get_attr"}
-        return targets | {self.tensor_name(target) for target in targets}
+    def averaged(self) -> set[str]:
+        """Names of tensors that act on the network's output after the last layer, which is the teachers' mean by then."""
+        return {name for name, (_, units) in self.groups.tensors.items() if bool((units.group == OUTPUT).any())}
+
+    @cached_property
+    def readers(self) -> dict[str, list[tuple[str, fx.Node]]]:
+        """Per tensor name the (mode, node) pairs that read it."""
+        found: dict[str, list[tuple[str, fx.Node]]] = {}
+        for mode, graph in self.traced.graphs.items():
+            for node in graph.nodes:
+                if node.op == "get_attr":
+                    found.setdefault(self.tensor_name(str(node.target)), []).extend((mode, user) for user in node.users)
+        return found
 
     @cached_property
     def tied(self) -> set[str]:
         """Names of parameters that are known by another name, too."""
-        every = self.traced.root.named_parameters(remove_duplicate=False)
-        return {self.names[id(parameter)] for name, parameter in every if self.names[id(parameter)] != name}
+        return {first for name, first in self.names.items() if first != name}
+
+    @cached_property
+    def held(self) -> set[str]:
+        """Names of the tensors that wide layers and norms hold, rather than the graph reading them."""
+        calls = [
+            c for mode in self.calls for n, c in self.calls[mode].items() if c.groups == 1 or self.is_wide(mode, n)
+        ]
+        tensors = {name for call in calls for name in (call.weight, call.bias) if name is not None}
+        return tensors | {
+            name for norms in self.norms.values() for norm in norms.values() for name in norm.tensors.values()
+        }
 
     def dense_call(self, mode: str, node: fx.Node) -> LayerCall | None:
         """The dense layer a node calls, if any."""
         call = self.calls[mode].get(node)
         return call if call is not None and call.groups == 1 else None
+
+    def is_wide(self, mode: str, node: fx.Node) -> bool:
+        """Whether a node is a BatchNorm or grouped convolution that all teachers' run as one."""
+        call = self.calls[mode].get(node)
+        if call is None:
+            return node in self.norms[mode]
+        return call.groups > 1 and self.tied.isdisjoint({call.weight, call.bias})
 
     def averages(self, call: LayerCall) -> bool:
         """Whether a layer makes the network's output, which is the teachers' mean."""
@@ -73,18 +125,17 @@ class Analysis:
 
     def tensor_name(self, target: str) -> str:
         """The one name of the parameter or buffer behind a graph's ``get_attr`` target."""
-        return self.names.get(id(tensor_at(self.traced.root, target)), target)
+        return self.names.get(target, target)
 
-    def is_stateful(self, node: fx.Node) -> bool:
-        """Whether a node brings in values of its own for each teacher, other than a dense layer's."""
-        if node.op == "get_attr":
-            return self.tensor_name(str(node.target)) in self.stateful
-        if node.op == "call_module":
-            module = self.traced.root.get_submodule(str(node.target))
-            tensors = [*module.named_parameters(), *module.named_buffers()]
-            names = {self.names.get(id(tensor), f"{node.target}.{name}") for name, tensor in tensors}
-            return not names.isdisjoint(self.stateful)
-        return False
+    def is_stateful(self, node: fx.Node, each: bool = False) -> bool:
+        """Whether a node is a tensor that each stream has its own of.
+
+        Args:
+            node: of a graph.
+            each: whether output layers give each teacher's own output instead of the mean.
+        """
+        name = self.tensor_name(str(node.target)) if node.op == "get_attr" else ""
+        return name in self.stateful and (each or name not in self.averaged)
 
     def streams(self, mode: str, each: bool = False) -> frozenset[fx.Node]:
         """The nodes whose value is T streams rather than one shared tensor.
@@ -94,19 +145,26 @@ class Analysis:
             each: whether output layers give each teacher's own output instead of the mean.
         """
         if (mode, each) not in self._streams:
-            self._streams[mode, each] = frozenset(self._find_streams(mode, each))
+            self._streams[mode, each] = frozenset(self._find_streams(mode, each, set()))
         return self._streams[mode, each]
 
-    def _find_streams(self, mode: str, each: bool) -> set[fx.Node]:
+    def _find_streams(self, mode: str, each: bool, written: set[fx.Node]) -> set[fx.Node]:
+        """The streams, given tensors that the code makes and then writes streams to."""
         found: set[fx.Node] = set()
         for node in self.traced.graphs[mode].nodes:
+            if node.op in ("placeholder", "output") or is_size(node):
+                continue
             call = self.dense_call(mode, node)
             if call is not None:
                 is_stream = each or not self.averages(call)
             else:
-                is_stream = self.is_stateful(node) or any(source in found for source in node.all_input_nodes)
-            if is_stream and node.op not in ("placeholder", "output"):
+                own = node in written or self.is_stateful(node, each) or self.is_wide(mode, node)
+                is_stream = own or any(source in found for source in node.all_input_nodes)
+            if is_stream:
                 found.add(node)
+                made = _made_by(node) if writes_in_place(node) else None
+                if made is not None and made not in found:
+                    return self._find_streams(mode, each, written | {made})
         return found
 
     @cached_property
@@ -135,20 +193,65 @@ class Analysis:
             tail: set[fx.Node] = set()
             for node in graph.nodes:
                 call = self.dense_call(mode, node)
-                if (call is not None and self.averages(call)) or any(source in tail for source in node.all_input_nodes):
+                follows = any(source in tail for source in node.all_input_nodes)
+                if follows and call is not None:
+                    return True
+                if (call is not None and self.averages(call)) or follows:
                     tail.add(node)
                     if call is None and (mode, node.name) in nonlinear:
                         return True
         return False
 
+    def _find_norms(self) -> dict[str, dict[fx.Node, NormCall]]:
+        """The BatchNorm calls by which all calls in both modes go to modules that hold their tensors alone."""
+        found = {mode: {n: c for n in g.nodes if (c := self._norm(mode, n))} for mode, g in self.traced.graphs.items()}
+        calls = [(mode, node, call) for mode, norms in found.items() for node, call in norms.items()]
+        nodes = {(mode, node) for mode, node, _ in calls}
+        kinds: dict[str, set[Any]] = {}
+        for _, _, call in calls:
+            kinds.setdefault(call.path, set()).add((*call.tensors.items(), call.eps, call.momentum))
+        for mode, node, call in calls:
+            readers = {reader for name in call.tensors.values() for reader in self.readers.get(name, [])}
+            if len(kinds[call.path]) > 1 or not readers <= nodes or not self.tied.isdisjoint(call.tensors.values()):
+                if call.momentum is None:
+                    raise ValueError(
+                        f"layer '{call.path}' averages its statistics over all batches (momentum=None) and shares them or its "
+                        "weight with another, which fastmerge can't merge; give it a momentum"
+                    )
+                del found[mode][node]
+        return found
 
-def _remove_identities(graph: fx.Graph, root: nn.Module) -> None:
-    """Lets whoever reads the output of an ``nn.Identity`` read its input, so that both are one value to be gated."""
-    for node in graph.nodes:
-        if (
-            node.op == "call_module"
-            and type(root.get_submodule(str(node.target))) is nn.Identity
-            and len(node.args) == 1
-        ):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+    def _norm(self, mode: str, node: fx.Node) -> NormCall | None:
+        if op_name(node) != "batch_norm":
+            return None
+        a = bind(node)
+        tensors = {key: a[key] for key in BATCH_NORM_TENSORS[:4] if a[key] is not None}
+        tracks = "running_mean" in tensors
+        own = all(isinstance(t, fx.Node) and t.op == "get_attr" and self.is_stateful(t) for t in tensors.values())
+        if not tensors or not own or a["training"] != (mode == "train" or not tracks):
+            return None
+        names = {key: self.tensor_name(str(tensor.target)) for key, tensor in tensors.items()}
+        first = next(iter(names.values()))
+        owner = first.rpartition(".")[0]
+        module = self.traced.root.get_submodule(owner)
+        momentum = module.momentum if isinstance(module, _NormBase) else a["momentum"]
+        counter = getattr(module, "num_batches_tracked", None)
+        if isinstance(counter, Tensor):
+            names["num_batches_tracked"] = f"{owner}.num_batches_tracked"
+        every = {f"{owner}.{name}" for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+        return NormCall(
+            owner if owner and every == set(names.values()) else first, names, a["eps"], momentum, a["input"]
+        )
+
+
+def _made_by(node: fx.Node) -> fx.Node | None:
+    """The node that made the tensor which an operation in place changes, where the code made it from nothing."""
+    target: Any = node.args[0]
+    while (
+        isinstance(target, fx.Node)
+        and op_name(target) not in NEW
+        and any(not is_size(source) for source in target.all_input_nodes)
+    ):
+        target = target.args[0]
+    made = isinstance(target, fx.Node) and target.op == "call_function"
+    return target if made else None

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fastmerge.channels.examples import infer_example_inputs
+from fastmerge.channels.aten import NORMS, op_name, writes_in_place
+from fastmerge.channels.code_key import code_key
+from fastmerge.channels.examples import Inputs, example_arguments, two_samples
 from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import run_on_ids
-from fastmerge.channels.shapes import Shapes
-from fastmerge.channels.tracing import trace
-from fastmerge.validation import check_same_code, check_teachers
+from fastmerge.channels.outputs import Name, predictions
+from fastmerge.channels.tracing import TracedNetwork, flat_inputs, trace
+from fastmerge.problems import Problem, UnmergeableError
+from fastmerge.validation import check_teachers, code_difference, same_graphs
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.network import Layout, build_network
 from fastmerge.wide.template import StudentTemplate
@@ -26,34 +34,177 @@ class Blueprint:
 
     Attributes:
         template: a teacher without its weights.
+        traced: a teacher's graphs, over a copy without its weights.
         groups: the channel groups.
         layout: where the teachers' tensors lie in the wide network.
-        shapes: of the values in a teacher's graphs.
         each: whether the mean of the teachers' outputs is another one than what follows from the mean of their last layers.
-        num_inputs: how many its forward takes.
-        input_dims: the number of dimensions of the first.
+        predicted: per mode the positions of the flat outputs that are predictions.
+        outputs: which the user named, if any.
+        dtype: of the teachers.
+        common: names of buffers that are the same in all teachers.
     """
 
     template: StudentTemplate
+    traced: TracedNetwork
     groups: ChannelGroups
     layout: Layout
-    shapes: Shapes
     each: bool
-    num_inputs: int
-    input_dims: int
+    predicted: dict[str, frozenset[int]]
+    outputs: Sequence[Name] | None
+    dtype: torch.dtype
+    common: frozenset[str]
+
+    def __post_init__(self) -> None:
+        self._takes_tensors = bool(self.traced.in_spec == pytree.tree_structure((tuple(self.traced.inputs), {})))
 
     def analyse(self) -> Analysis:
         """The analysis of a teacher, made anew."""
-        traced = trace(self.template.skeleton, (None,) * self.num_inputs)
-        return Analysis(traced, self.groups, self.shapes, self.each)
+        return Analysis(self.traced, self.groups, self.each)
+
+    def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """The arguments of a call of the big student in the order of its graphs' inputs."""
+        fits = self._takes_tensors and not kwargs and len(args) == len(self.traced.inputs)
+        if fits and all(isinstance(x, Tensor) for x in args):
+            return args
+        return flat_inputs(self.traced, self.template.skeleton, args, kwargs)
+
+    def analyse_for(self, inputs: Sequence[Any], dtype: torch.dtype, is_open: bool) -> Analysis | None:
+        """The analysis of a teacher for inputs of another shape; None where its graphs are those for the example inputs.
+
+        Args:
+            inputs: flat.
+            dtype: of the big student's weights.
+            is_open: whether the batch size is.
+
+        Raises:
+            ValueError: if the network can't be traced for them, or its channels belong together in another way.
+        """
+        leaves = [_cast(x.detach(), dtype) if isinstance(x, Tensor) else x for x in inputs]
+        like = next(x for x in leaves if isinstance(x, Tensor))
+        given: Inputs = pytree.tree_unflatten(leaves, self.traced.in_spec)
+        arguments = two_samples(given) if is_open else given
+        teacher = self.template.blank(like.device, dtype)
+        traced, groups, _, _ = read_network(teacher, arguments, self.outputs, self.common)
+        if same_graphs(self.traced, traced):
+            return None
+        if not groups.same_channels(self.groups):
+            shapes = ", ".join(str(tuple(x.shape)) for x in leaves if isinstance(x, Tensor))
+            raise ValueError(
+                f"{type(teacher).__name__}'s channels belong together in another way for inputs of shape {shapes} than for the "
+                "example inputs; build the big student with example_inputs of the shape that it is trained with"
+            )
+        self.template.strip(traced.root)
+        return Analysis(traced, groups, self.each)
+
+    @property
+    def input_dims(self) -> int:
+        """The number of dimensions of the first tensor of the inputs."""
+        return int(next(x for x in self.traced.inputs if isinstance(x, Tensor)).dim())
 
 
-def build(teachers: Sequence[nn.Module], example_inputs: Any) -> tuple[Blueprint, Analysis, nn.Module, tuple[Any, ...]]:
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+# what was read of the last architectures, so that replicates of one are read once
+_Known = tuple[TracedNetwork, ChannelGroups, set[tuple[str, str]], dict[str, frozenset[int]]]
+_KNOWN: OrderedDict[Hashable, _Known] = OrderedDict()
+_MOST_KNOWN = 64
+_LOCK = threading.RLock()  # tracing switches what holds for the whole process
+
+
+def read_network(
+    teacher: nn.Module, inputs: Inputs, outputs: Sequence[Name] | None, common: frozenset[str] = frozenset()
+) -> _Known:
+    """A network's graphs and channel groups, the (mode, node name) pairs that do not commute with a mean, its predictions.
+
+    Args:
+        teacher: the network.
+        inputs: that it is run on.
+        outputs: which outputs are predictions; see ``channels.outputs.predictions``.
+        common: names of buffers that are the same in all teachers; see :func:`common_buffers`.
+    """
+    code = code_key(teacher, inputs)
+    key = None if code is None else (code, None if outputs is None else tuple(outputs), common)
+    with _LOCK:
+        return _read_once(teacher, inputs, outputs, common, key)
+
+
+def common_buffers(teachers: Sequence[nn.Module]) -> frozenset[str]:
+    """Names of matrices and maps among the floating buffers that are the same in all teachers, such as an adjacency matrix."""
+    others = [dict(teacher.named_buffers()) for teacher in teachers[1:]]
+    return frozenset(
+        name
+        for name, buffer in teachers[0].named_buffers()
+        if buffer.is_floating_point()
+        and sum(size > 1 for size in buffer.shape) > 1
+        and all(name in other and torch.equal(buffer, other[name]) for other in others)
+    )
+
+
+def _read_once(
+    teacher: nn.Module, inputs: Inputs, outputs: Sequence[Name] | None, common: frozenset[str], key: Hashable | None
+) -> _Known:
+    known = None if key is None else _KNOWN.get(key)
+    if known is None:
+        traced = trace(teacher, inputs)
+        predicted = predictions(traced, outputs)
+        leaves = pytree.tree_leaves(inputs)
+        if all(traced.is_open[mode] for mode in traced.graphs):  # two samples tell as much as many
+            batch = next(x.shape[0] for x in leaves if isinstance(x, Tensor))
+            leaves = [x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x for x in leaves]
+        record = run_on_ids(traced, leaves, predicted)
+        groups = group_channels(record)
+        constant = common.intersection(record.without_channels) - _changed(traced)
+        if constant:  # that would keep what it meets from one teacher as a whole
+            record = run_on_ids(traced, leaves, predicted, constant)
+            groups = group_channels(record)
+        known = (traced, groups, record.nonlinear_nodes, predicted)
+        if key is not None:
+            _KNOWN[key] = (traced.with_root(nn.Module()), *known[1:])
+            while len(_KNOWN) > _MOST_KNOWN:
+                _KNOWN.popitem(last=False)
+        return known
+    _KNOWN.move_to_end(key)
+    return known[0].with_root(copy.deepcopy(teacher)), *known[1:]
+
+
+def _changed(traced: TracedNetwork) -> set[str]:
+    """Names of buffers that a forward changes."""
+    nodes = [
+        node
+        for graph in traced.graphs.values()
+        for node in graph.nodes
+        if writes_in_place(node) or op_name(node) in NORMS
+    ]
+    return {str(source.target) for node in nodes for source in node.all_input_nodes if source.op == "get_attr"}
+
+
+def code_errors(traced: TracedNetwork, teachers: Mapping[int, nn.Module], inputs: Inputs) -> Iterator[UnmergeableError]:
+    """Where teachers compute in another way than teacher 0, one error for each.
+
+    Args:
+        traced: teacher 0.
+        teachers: by number; others than teacher 0 are of its class and structure.
+        inputs: what their forward takes.
+    """
+    first = code_key(teachers[0], inputs)
+    for number, teacher in teachers.items():
+        if number and (first is None or code_key(teacher, inputs) != first):
+            error = code_difference(traced, trace(teacher, inputs), number)
+            if error is not None:
+                yield error
+
+
+def build(
+    teachers: Sequence[nn.Module], example_inputs: Any, outputs: Sequence[Name] | None = None
+) -> tuple[Blueprint, Analysis, nn.Module, Inputs]:
     """Finds out all about networks that are to be one big student.
 
     Args:
         teachers: two or more networks.
         example_inputs: what the user gave, if anything.
+        outputs: which outputs are predictions; see ``channels.outputs.predictions``.
 
     Returns:
         The blueprint, the first teacher's analysis, the wide modules, and the inputs that the teachers were run on.
@@ -63,19 +214,18 @@ def build(teachers: Sequence[nn.Module], example_inputs: Any) -> tuple[Blueprint
         ValueError: if they can't be merged, naming the layer and what is needed.
     """
     check_teachers(teachers)
-    traced = trace(teachers[0], example_inputs)
-    for number, teacher in enumerate(teachers[1:], start=1):
-        check_same_code(traced, trace(teacher, example_inputs), number)
-    inputs = infer_example_inputs(traced, example_inputs)
-    record = run_on_ids(traced, inputs)
-    groups = group_channels(record)
+    inputs = example_arguments(teachers[0], example_inputs)
+    traced, groups, nonlinear, predicted = read_network(teachers[0], inputs, outputs, common_buffers(teachers))
+    for error in code_errors(traced, dict(enumerate(teachers)), inputs):
+        raise error
     if not len(groups):
-        raise ValueError(
-            f"{type(teachers[0]).__name__} has no hidden channels to choose among: there is nothing to merge"
-        )
-    analysis = Analysis(traced, groups, record.shapes)
-    analysis.each = analysis.needs_each(record.nonlinear_nodes)
+        what = f"{type(teachers[0]).__name__} has no hidden channels to choose among: there is nothing to merge"
+        raise UnmergeableError(Problem(what))
+    analysis = Analysis(traced, groups)
+    analysis.each = analysis.needs_each(nonlinear)
     network, layout = build_network(analysis, teachers)
     template = StudentTemplate(teachers[0], layout)
-    blueprint = Blueprint(template, groups, layout, analysis.shapes, analysis.each, len(inputs), inputs[0].dim())
+    template.strip(traced.root)
+    dtype, common = next(teachers[0].parameters()).dtype, common_buffers(teachers)
+    blueprint = Blueprint(template, traced, groups, layout, analysis.each, predicted, outputs, dtype, common)
     return blueprint, analysis, network, inputs

@@ -7,7 +7,6 @@ measured to be the fastest there for each pass (``fastmerge.kernels.block_conv``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,7 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 _MOST_GROUPS_COMPILED = 4
 
 
-def convolve(
-    geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any = None, groups: int = 1
-) -> Tensor:
+def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
     """Applies a layer.
 
     Args:
@@ -34,22 +31,16 @@ def convolve(
         x: what it reads.
         weight: its weight.
         bias: its bias, or None.
-        output_size: of a transposed convolution called with it.
         groups: of a convolution.
     """
-    options = dict(geometry.options)
+    options = geometry.options
     few = groups <= _MOST_GROUPS_COMPILED or not torch.compiler.is_compiling()
     if groups > 1 and few and _runs_as_measured(geometry, x, weight):
         return grouped_conv2d(x, weight, bias, groups=groups, **options)
     if geometry.kind == "linear":
         return F.linear(x, weight, bias)
     if geometry.kind == "conv":
-        if geometry.padding_mode != "zeros":
-            x = F.pad(x, geometry.pad, mode=geometry.padding_mode)
-            options["padding"] = 0
         return _CONV[geometry.spatial_dims](x, weight, bias, groups=groups, **options)
-    if output_size is not None:
-        options["output_padding"] = _output_padding(geometry, x, output_size)
     return _CONV_TRANSPOSE[geometry.spatial_dims](x, weight, bias, groups=groups, **options)
 
 
@@ -58,7 +49,6 @@ def convolve_streams(
     streams: Sequence[Tensor],
     weight: Weight,
     bias: Weight | None,
-    output_size: Any = None,
     groups: int = 1,
 ) -> tuple[Tensor, ...]:
     """Applies a layer to T tensors, each with its own weights.
@@ -68,7 +58,6 @@ def convolve_streams(
         streams: T tensors of one shape.
         weight: the T weights, one under the other along dimension 0, and perhaps each; see ``weights.hand_out_weights``.
         bias: the T biases likewise, or None.
-        output_size: as for :func:`convolve`.
         groups: of each convolution.
     """
     weights, biases = parts_of(weight, len(streams)), None if bias is None else parts_of(bias, len(streams))
@@ -77,7 +66,7 @@ def convolve_streams(
         parts = weights, biases
         return block_diagonal_conv2d(streams, weight[0], whole_of(bias), parts=parts, **geometry.options)
     return tuple(
-        convolve(geometry, x, own_weight, own_bias, output_size, groups)
+        convolve(geometry, x, own_weight, own_bias, groups)
         for x, own_weight, own_bias in zip(streams, weights, each, strict=True)
     )
 
@@ -89,18 +78,6 @@ def _runs_as_measured(geometry: Geometry, x: Tensor, weight: Tensor) -> bool:
 
 def _is_plain_conv2d(geometry: Geometry, weight: Tensor) -> bool:
     """Whether a layer is a two-dimensional convolution that pads both sides alike, with zeros."""
-    if geometry.kind != "conv" or geometry.spatial_dims != 2 or geometry.padding_mode != "zeros":
+    if geometry.kind != "conv" or geometry.spatial_dims != 2:
         return False
     return geometry.options.get("padding") != "same" or all(size % 2 == 1 for size in weight.shape[2:])
-
-
-def _output_padding(geometry: Geometry, x: Tensor, output_size: Sequence[int]) -> list[int]:
-    options, n = geometry.options, geometry.spatial_dims
-    smallest = [
-        (x.shape[2 + d] - 1) * options["stride"][d]
-        - 2 * options["padding"][d]
-        + options["dilation"][d] * (geometry.kernel_size[d] - 1)
-        + 1
-        for d in range(n)
-    ]
-    return [int(size) - low for size, low in zip(list(output_size)[-n:], smallest, strict=True)]

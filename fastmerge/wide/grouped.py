@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +30,18 @@ class GroupedLayer(nn.Module):
         self.weight = nn.Parameter(torch.cat(list(weights)))
         self.bias = None if biases is None else nn.Parameter(torch.cat(list(biases)))
 
-    def forward(
-        self, *values: Tensor, output_size: Any = None, weight: Weight | None = None, bias: Weight | None = None
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *values: Tensor, weight: Weight | None = None, bias: Weight | None = None) -> tuple[Tensor, ...]:
         """Applies the layer to T streams, each with its own weights, or to one joined tensor.
 
         Args:
             values: the streams, or the joined tensor.
-            output_size: of a transposed convolution called with it.
             weight, bias: the layer's own as ``hand_out_weights`` gives them; None: as they are.
         """
         weight, bias = own(self, weight, bias)
         if len(values) == 1:
             groups = self.num_teachers * self.groups
-            return (convolve(self.geometry, values[0], weight[0], whole_of(bias), output_size, groups),)
-        return convolve_streams(self.geometry, values, weight, bias, output_size, self.groups)
+            return (convolve(self.geometry, values[0], weight[0], whole_of(bias), groups),)
+        return convolve_streams(self.geometry, values, weight, bias, self.groups)
 
     def extra_repr(self) -> str:
         return (

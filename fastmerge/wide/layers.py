@@ -113,7 +113,6 @@ class WideLayer(nn.Module):
     def forward(
         self,
         values: Sequence[Tensor],
-        output_size: Any = None,
         join: bool = False,
         weight: Weight | None = None,
         bias: Weight | None = None,
@@ -122,7 +121,6 @@ class WideLayer(nn.Module):
 
         Args:
             values: the T streams, one joined tensor, or one shared tensor.
-            output_size: of a transposed convolution called with it.
             join: whether to write one joined tensor rather than T streams.
             weight, bias: the layer's own as ``hand_out_weights`` gives them; None: as they are.
 
@@ -131,15 +129,31 @@ class WideLayer(nn.Module):
         """
         weight, bias = own(self, weight, bias)
         if self.wiring.has_off_diagonal and not self.linked:
-            return self._block_diagonal(values, weight, bias, output_size, join)
+            return self._block_diagonal(values, weight, bias, join)
         dim = self.geometry.channel_dim
+        if not self.wiring.reads_streams and self.wiring.writes_streams:
+            streams = self._apart(values)
+            if streams is not None:  # each teacher's own, where all run to their own outputs
+                weights = weight[0].chunk(self.num_teachers, self.geometry.out_dim)
+                biases = [None] * len(streams) if bias is None else whole_of(bias).chunk(self.num_teachers)  # type: ignore[union-attr]
+                outputs = tuple(
+                    convolve(self.geometry, x, w, b) for x, w, b in zip(streams, weights, biases, strict=True)
+                )
+                return (torch.cat(outputs, dim),) if join else outputs
         x = values[0] if len(values) == 1 else torch.cat(list(values), dim)
-        out = convolve(self.geometry, x, weight[0], whole_of(bias), output_size)
+        out = convolve(self.geometry, x, weight[0], whole_of(bias))
         if join or not self.wiring.writes_streams:
             return (out,)
         return split_streams(out, self.num_teachers, dim)
 
-    def each(self, values: Sequence[Tensor], output_size: Any = None) -> tuple[Tensor, ...]:
+    def _apart(self, values: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The streams, if a layer that reads what all teachers share is given such."""
+        if len(values) > 1:
+            return values
+        joined = values[0].shape[self.geometry.channel_dim] == self.num_teachers * self.in_channels
+        return self._streams(values) if joined else None
+
+    def each(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each teacher's own output of an averaging layer; their mean is :meth:`forward`."""
         outputs = []
         for t, x in enumerate(self._streams(values)):
@@ -147,15 +161,15 @@ class WideLayer(nn.Module):
                 self.weight.narrow(self.geometry.in_dim, t * self.in_channels, self.in_channels) * self.num_teachers
             )
             bias = self.bias if self.bias is None or self.bias_offset is None else self.bias + self.bias_offset[t]
-            outputs.append(convolve(self.geometry, x, weight, bias, output_size))
+            outputs.append(convolve(self.geometry, x, weight, bias))
         return tuple(outputs)
 
     def _block_diagonal(
-        self, values: Sequence[Tensor], weight: Weight, bias: Weight | None, output_size: Any, join: bool
+        self, values: Sequence[Tensor], weight: Weight, bias: Weight | None, join: bool
     ) -> tuple[Tensor, ...]:
         if len(values) == 1 and join and self.geometry.kind != "linear":
-            return (convolve(self.geometry, values[0], weight[0], whole_of(bias), output_size, self.num_teachers),)
-        outputs = convolve_streams(self.geometry, self._streams(values), weight, bias, output_size)
+            return (convolve(self.geometry, values[0], weight[0], whole_of(bias), self.num_teachers),)
+        outputs = convolve_streams(self.geometry, self._streams(values), weight, bias)
         return (torch.cat(outputs, self.geometry.channel_dim),) if join else outputs
 
     def _streams(self, values: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -25,7 +25,7 @@ def prefers_channels_last(inputs: Iterable[Any]) -> bool:
     )
 
 
-def to_channels_last(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def to_channels_last(inputs: Iterable[Any]) -> tuple[Any, ...]:
     """The inputs, four-dimensional ones channels-last."""
     return tuple(
         x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs

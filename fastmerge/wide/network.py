@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastmerge.channels.tracing import tensor_at
-from fastmerge.wide.analysis import Analysis
+from fastmerge.channels.tracing import CONSTANT, tensor_at
+from fastmerge.wide.analysis import BATCH_NORM_TENSORS, Analysis
 from fastmerge.wide.grouped import GroupedLayer
 from fastmerge.wide.layers import WideLayer
-from fastmerge.wide.norms import NORMS, WideBatchNorm
-from fastmerge.wide.streams import GateStreams, StreamTensors
+from fastmerge.wide.norms import WideBatchNorm
+from fastmerge.wide.streams import AveragedTensor, GateStreams, StreamTensors
 
 
 @dataclass
@@ -27,13 +27,20 @@ class Layout:
         biases: per bias name of a dense layer, its weight's name.
         side_by_side: per name of a tensor of a normalisation or grouped convolution, the qualified name of the one that holds
             the teachers' along its first dimension.
+        averaged: per name of a tensor that acts on the network's output, the qualified name of the mean.
         per_teacher: per name of any other tensor, its T qualified names.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     side_by_side: dict[str, str] = field(default_factory=dict)
+    averaged: dict[str, str] = field(default_factory=dict)
     per_teacher: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> set[str]:
+        """Names of the teachers' tensors that are not the same for all."""
+        return {*self.layers, *self.biases, *self.side_by_side, *self.averaged, *self.per_teacher}
 
 
 def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn.Module, Layout]:
@@ -63,60 +70,66 @@ def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn
             layout.biases[call.bias] = weight
     for mode, graph in analysis.traced.graphs.items():
         for node in graph.nodes:
-            _attach_node(network, layout, analysis, teachers, mode, node)
+            if analysis.is_wide(mode, node):
+                _attach_wide(network, layout, analysis, teachers, mode, node)
+            elif node.op == "get_attr":
+                _attach_tensor(network, layout, analysis, teachers, str(node.target))
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     return network, layout
 
 
-def _attach_node(
+def _attach_wide(
     network: nn.Module, layout: Layout, analysis: Analysis, teachers: Sequence[nn.Module], mode: str, node: fx.Node
 ) -> None:
-    """Attaches what one node refers to, unless it is there."""
-    target = str(node.target)
-    if node.op == "call_module" and analysis.dense_call(mode, node) is None and not has(network, target):
-        module = analysis.traced.root.get_submodule(target)
-        if not analysis.is_stateful(node):
-            attach(network, target, copy.deepcopy(module))
-            return
-        own = [*module.named_parameters(), *module.named_buffers()]
-        names = {name: analysis.names.get(id(tensor), f"{target}.{name}") for name, tensor in own}
-        wide = _side_by_side(analysis, mode, node, [t.get_submodule(target) for t in teachers])
-        if wide is not None:
-            attach(network, target, wide)
-            layout.side_by_side.update({full: f"{target}.{name}" for name, full in names.items()})
-            return
-        copies = nn.ModuleList(copy.deepcopy(t.get_submodule(target)) for t in teachers)
-        attach(network, target, copies)
-        for name, full in names.items():
-            layout.per_teacher.setdefault(full, [f"{target}.{t}.{name}" for t in range(len(teachers))])
-    elif node.op == "get_attr" and not has(network, target):
-        name = analysis.tensor_name(target)
-        if name in analysis.stateful:
-            tensors = StreamTensors([tensor_at(t, name) for t in teachers])
-            attach(network, target, tensors)
-            places = [f"{target}.{tensors.attribute(t)}" for t in range(len(teachers))]
-            layout.per_teacher.setdefault(name, places)
-        elif name not in layout.layers and name not in layout.biases:
-            attach(network, target, copy.deepcopy(tensor_at(analysis.traced.root, target)))
+    """Attaches the teachers' BatchNorms or grouped convolutions as one module, unless it is there."""
+    call, norm = analysis.calls[mode].get(node), analysis.norms[mode].get(node)
+    if norm is not None:
+        path, tensors = norm.path, norm.tensors
+    else:
+        assert call is not None
+        path, tensors = call.name, {"weight": call.weight, **({} if call.bias is None else {"bias": call.bias})}
+    if has(network, path):
+        return
+    own = {key: [tensor_at(t, name).detach() for t in teachers] for key, name in tensors.items()}
+    if norm is not None:
+        options = {"eps": norm.eps, "momentum": norm.momentum, **dict.fromkeys(BATCH_NORM_TENSORS)}
+        norms = [SimpleNamespace(**{**options, **{key: own[key][t] for key in own}}) for t in range(len(teachers))]
+        wide: nn.Module = WideBatchNorm(norms)
+    else:
+        assert call is not None
+        wide = GroupedLayer(call.geometry, call.groups, own["weight"], own.get("bias"))
+    attach(network, path, wide)
+    layout.side_by_side.update({name: f"{path}.{key}" for key, name in tensors.items()})
 
 
-def _side_by_side(
-    analysis: Analysis, mode: str, node: fx.Node, modules: Sequence[nn.Module]
-) -> WideBatchNorm | GroupedLayer | None:
-    """The teachers' BatchNorms or grouped convolutions as one module, unless the network's code also reaches into them."""
-    tensors = {f"{node.target}.{name}" for name, _ in [*modules[0].named_parameters(), *modules[0].named_buffers()]}
-    names = {analysis.names.get(id(parameter)) for parameter in modules[0].parameters()}
-    if not tensors.isdisjoint(analysis.reached) or not analysis.tied.isdisjoint(names):
-        return None
-    if type(modules[0]) in NORMS:
-        return WideBatchNorm(modules)
-    call = analysis.calls[mode].get(node)
-    if call is None:
-        return None
-    weights = [module.get_parameter("weight").detach() for module in modules]
-    biases = None if call.bias is None else [module.get_parameter("bias").detach() for module in modules]
-    return GroupedLayer(call.geometry, call.groups, weights, biases)
+def _attach_tensor(
+    network: nn.Module, layout: Layout, analysis: Analysis, teachers: Sequence[nn.Module], target: str
+) -> None:
+    """Attaches a tensor that the graph reads, of each teacher or common to all, unless a wide module holds it."""
+    name = analysis.tensor_name(target)
+    if name in analysis.held or has(network, target):
+        return
+    if name in analysis.averaged:
+        attach(network, target, AveragedTensor([tensor_at(t, name) for t in teachers], analysis.each))
+        layout.averaged.setdefault(name, f"{target}.mean")
+    elif name in analysis.stateful:
+        tensors = StreamTensors([tensor_at(t, name) for t in teachers])
+        attach(network, target, tensors)
+        places = [f"{target}.{tensors.attribute(t)}" for t in range(len(teachers))]
+        layout.per_teacher.setdefault(name, places)
+    else:
+        owner = analysis.traced.root if target.startswith(f"{CONSTANT}.") else teachers[0]
+        attach(network, target, tensor_at(owner, target).detach().clone())
+
+
+def attach_missing(network: nn.Module, analysis: Analysis) -> None:
+    """Attaches the tensors that graphs for inputs of another shape read, and that are the same for all teachers."""
+    for graph in analysis.traced.graphs.values():
+        for node in graph.nodes:
+            target = str(node.target)
+            if node.op == "get_attr" and analysis.tensor_name(target) not in analysis.held and not has(network, target):
+                attach(network, target, tensor_at(analysis.traced.root, target).detach().clone())
 
 
 def attach(network: nn.Module, path: str, value: Any) -> None:
@@ -138,7 +151,14 @@ def attach(network: nn.Module, path: str, value: Any) -> None:
         setattr(network, last, value)
 
 
-def attach_gate(network: nn.Module, layer: str, columns: Sequence[Tensor], channel_dim: int, sample_dim: int) -> str:
+def attach_gate(
+    network: nn.Module,
+    layer: str,
+    columns: Sequence[Tensor],
+    channel_dim: int,
+    sample_dim: int | None,
+    samples_are_fast: bool,
+) -> str:
     """Puts the module that gates what a layer reads below ``gates_before``; a layer used twice may read different channels.
 
     Args:
@@ -147,6 +167,7 @@ def attach_gate(network: nn.Module, layer: str, columns: Sequence[Tensor], chann
         columns: per teacher, of the gate matrix; see :class:`~fastmerge.wide.streams.GateStreams`.
         channel_dim: likewise.
         sample_dim: likewise.
+        samples_are_fast: likewise.
 
     Returns:
         The module's path, of one that was there before if it gates the same channels.
@@ -155,11 +176,14 @@ def attach_gate(network: nn.Module, layer: str, columns: Sequence[Tensor], chann
     while has(network, path):
         gate = network.get_submodule(path)
         assert isinstance(gate, GateStreams)
-        if gate.sample_dim == sample_dim and torch.equal(gate.index.cpu(), torch.cat(list(columns))):
+        kind = gate.sample_dim, gate.samples_are_fast
+        if kind == (sample_dim, samples_are_fast) and torch.equal(gate.index.cpu(), torch.cat(list(columns))):
             return path
         path += "_"
     device = next(network.parameters()).device  # lowered anew, it need not be the CPU
-    attach(network, path, GateStreams([column.to(device) for column in columns], channel_dim, sample_dim))
+    attach(
+        network, path, GateStreams([column.to(device) for column in columns], channel_dim, sample_dim, samples_are_fast)
+    )
     return path
 
 

@@ -66,6 +66,31 @@ class StreamTensors(nn.Module):
         return f"teacher{teacher}"
 
 
+class AveragedTensor(nn.Module):
+    """A parameter or buffer that acts on the network's output, such as a temperature: the teachers' mean.
+
+    Args:
+        tensors: the teachers'.
+        keep_each: whether it remembers each teacher's, so that it can also give that.
+    """
+
+    offset: Tensor | None
+
+    def __init__(self, tensors: Sequence[Tensor], keep_each: bool) -> None:
+        super().__init__()
+        mean = torch.stack([tensor.detach() for tensor in tensors]).mean(0)
+        if isinstance(tensors[0], nn.Parameter):
+            self.mean = nn.Parameter(mean)
+        else:
+            self.register_buffer("mean", mean)
+        offset = torch.stack([tensor.detach() - mean for tensor in tensors]) if keep_each else None
+        self.register_buffer("offset", offset)
+
+    def forward(self, teacher: int) -> Tensor:
+        """One teacher's own; their mean is ``mean``."""
+        return self.mean if self.offset is None else self.mean + self.offset[teacher]
+
+
 class GateStreams(nn.Module):
     """Multiplies the channels that a layer is about to read by their gates.
 
@@ -73,16 +98,19 @@ class GateStreams(nn.Module):
         index: per stream int64 (channels,), the column of the gate matrix for each of its channels; one past the last gate
             where a channel has none.
         channel_dim: where the channels lie in the streams.
-        sample_dim: where the samples lie.
+        samples_are_fast: whether, where k positions of each sample lie in one dimension, neighbours are of different samples.
+        sample_dim: where the samples lie; None for what is computed once for a batch, with the gates of its first sample.
     """
 
     index: Tensor
 
-    def __init__(self, index: Sequence[Tensor], channel_dim: int, sample_dim: int = 0) -> None:
+    def __init__(
+        self, index: Sequence[Tensor], channel_dim: int, sample_dim: int | None = 0, samples_are_fast: bool = False
+    ) -> None:
         super().__init__()
         self.register_buffer("index", torch.cat(list(index)), persistent=False)
         self.sizes = [len(row) for row in index]
-        self.channel_dim, self.sample_dim = channel_dim, sample_dim
+        self.channel_dim, self.sample_dim, self.samples_are_fast = channel_dim, sample_dim, samples_are_fast
         self.start = _start_of_run(self.index)
 
     def forward(self, gates: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
@@ -97,14 +125,22 @@ class GateStreams(nn.Module):
             return values
         gated = []
         for gate, x in zip(self.columns(gates, joined=len(values) == 1), values, strict=True):
-            samples, channel_dim = x.shape[self.sample_dim], self.channel_dim % x.dim()
-            if gate.shape[0] != 1 and gate.shape[0] != samples:
-                gate = gate.repeat_interleave(samples // gate.shape[0], dim=0)
-            shape = [1] * x.dim()
-            shape[self.sample_dim], shape[channel_dim] = gate.shape
-            gate = gate.to(x.dtype)
-            gated.append(x * (gate if self.sample_dim < channel_dim else gate.t()).reshape(shape))
+            gated.append(x * self.shaped(gate, x))
         return tuple(gated)
+
+    def shaped(self, gate: Tensor, x: Tensor) -> Tensor:
+        """The gates (N or 1, channels) of a stream as a tensor that broadcasts to it, of its dtype."""
+        channel_dim, shape = self.channel_dim % x.dim(), [1] * x.dim()
+        if self.sample_dim is None:
+            shape[channel_dim] = gate.shape[1]
+            return gate[0].to(x.dtype).reshape(shape)
+        samples = x.shape[self.sample_dim]
+        if gate.shape[0] != 1 and gate.shape[0] != samples:
+            k = samples // gate.shape[0]
+            gate = gate.repeat(k, 1) if self.samples_are_fast else gate.repeat_interleave(k, dim=0)
+        shape[self.sample_dim], shape[channel_dim] = gate.shape
+        gate = gate.to(x.dtype)
+        return (gate if self.sample_dim < channel_dim else gate.t()).reshape(shape)
 
     def columns(self, gates: Tensor, joined: bool) -> Sequence[Tensor]:
         """The gates of each stream's channels, or of all side by side: (N or 1, channels) each, views."""

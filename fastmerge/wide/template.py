@@ -21,16 +21,28 @@ class StudentTemplate:
 
     Attributes:
         skeleton: the copy.
+        merged: names of the tensors that a merge replaces.
     """
 
     def __init__(self, teacher: nn.Module, layout: Layout) -> None:
         self.skeleton = copy.deepcopy(teacher)
-        merged = {*layout.layers, *layout.biases, *layout.side_by_side, *layout.per_teacher}
-        names = _names(self.skeleton)
-        replacements = {
-            tensor: torch.empty_like(tensor, device="meta") for tensor, name in names.items() if name in merged
-        }
-        _replace(self.skeleton, replacements)
+        self.merged = layout.merged
+        self.strip(self.skeleton)
+
+    def strip(self, network: nn.Module) -> None:
+        """Puts a network's merged tensors on the meta device."""
+        names = _names(network)
+        _replace(network, {t: torch.empty_like(t, device="meta") for t, name in names.items() if name in self.merged})
+
+    def blank(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """A network without the teachers' weights, zeros in their place, to be traced."""
+        network = copy.deepcopy(self.skeleton)
+        tensors = {}
+        for tensor in _names(network):
+            new = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+            tensors[tensor] = new.to(dtype) if new.is_floating_point() else new
+        _replace(network, tensors)
+        return network
 
     def build(self, tensors: Mapping[str, Tensor], like: Tensor) -> nn.Module:
         """A network with the given parameters and buffers.

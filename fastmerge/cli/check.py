@@ -1,0 +1,42 @@
+"""Say whether trained networks can be merged: every problem at once, and how much there is to choose.
+
+  fastmerge check --model resnet18 --model-args num_classes=10 --teachers a.safetensors b.pt
+  fastmerge check --model mynets:SmallNet --teachers a.pt b.pt --input 3 32 32
+
+The exit status is 1 where they can't be merged.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from fastmerge.cli.arguments import add_teachers, integer, load_teachers
+from fastmerge.mergeability import check
+
+SUMMARY = "whether networks can be merged, and every reason why not"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastmerge check``."""
+    add_teachers(parser.add_argument)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        type=integer(1),
+        metavar="N",
+        help="shape of one sample, such as 3 224 224; default fits the first layer",
+    )
+
+
+def command(options: argparse.Namespace) -> int:
+    """Prints the report."""
+    teachers = load_teachers(options)
+    inputs = None
+    if options.input is not None:
+        dtype = next((p.dtype for p in teachers[0].parameters() if p.is_floating_point()), torch.float32)
+        inputs = torch.randn(2, *options.input, generator=torch.Generator().manual_seed(0)).to(dtype)
+    report = check(*teachers, example_inputs=inputs)
+    print(report)
+    return 0 if report.ok else 1

@@ -1,0 +1,85 @@
+"""Layer normalisation of T streams, with statistics weighted by the gates.
+
+With open gates it is each teacher's own; with the gates of as many channels as one teacher has at 1 and the others at 0, it is
+the student's. In between, as gates close, each stream's statistics come more and more from the others' channels, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmerge.wide.streams import GateStreams
+
+
+def gated_layer_norm(
+    gates: Tensor | None,
+    streams: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
+    biases: Sequence[Tensor] | None,
+    size: int,
+    eps: float | None,
+    centred: bool,
+    *,
+    gate: GateStreams,
+) -> tuple[Tensor, ...]:
+    """Normalises T streams over their last dimension.
+
+    Teacher t's mean and variance are over all streams' channels, a channel of stream s weighted by its gate g times ``a_ts``:
+    1 for s = t, else ``c = clamp((1 − ḡ) / (1 − 1/T), 0, 1)``, where ḡ is the mean gate of all T·n channels.
+
+    Args:
+        gates: (N or 1, all streams' channels), or None for open gates.
+        streams: T tensors (N, ..., channels).
+        weights: the teachers' scales (channels,), or None.
+        biases: likewise.
+        size: T·n, the channels of all teachers before any was dropped, which count as closed.
+        eps: None: the machine precision of the dtype that is computed in, as in ``nn.RMSNorm``.
+        centred: whether the mean is taken off: False for RMSNorm.
+        gate: the module that knows which gate belongs to which channel.
+
+    Returns:
+        T streams, without their gates.
+    """
+    count = len(streams)
+    scales = [None] * count if weights is None else weights
+    shifts = [None] * count if biases is None else biases
+    if gates is None:
+        plain = (
+            F.layer_norm(x, x.shape[-1:], eps=eps or 0.0) if centred else F.rms_norm(x, x.shape[-1:], eps=eps)
+            for x in streams
+        )
+        return tuple(_affine(y, *parameters) for y, *parameters in zip(plain, scales, shifts, strict=True))
+    columns = gate.columns(gates, joined=False)
+    dtype = torch.promote_types(streams[0].dtype, torch.float32)
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    x = [stream.to(dtype) for stream in streams]
+    g = [gate.shaped(own, stream) for own, stream in zip(columns, x, strict=True)]
+    totals = [own.sum(-1, keepdim=True) for own in g]
+    coupling = ((1 - torch.stack(totals).sum(0) / size) / (1 - 1 / count)).clamp(0, 1)
+    safe = [total.clamp_min(_LEAST) for total in totals]
+    means = [(own * v).sum(-1, keepdim=True) / total for own, v, total in zip(g, x, safe, strict=True)]
+    if not centred:
+        means = [torch.zeros_like(mean) for mean in means]
+    spreads = [(own * (v - m).square()).sum(-1, keepdim=True) for own, v, m in zip(g, x, means, strict=True)]
+    outputs = []
+    for t in range(count):
+        shares = [1 if s == t else coupling for s in range(count)]
+        total = torch.stack([share * own for share, own in zip(shares, totals, strict=True)]).sum(0).clamp_min(_LEAST)
+        mean = sum(share * own * m for share, own, m in zip(shares, totals, means, strict=True)) / total
+        within = sum(share * spread for share, spread in zip(shares, spreads, strict=True))
+        between = sum(share * own * (m - mean).square() for share, own, m in zip(shares, totals, means, strict=True))
+        y = (x[t] - mean) * ((within + between) / total + eps).rsqrt()
+        outputs.append(_affine(y.to(streams[t].dtype), scales[t], shifts[t]))
+    return tuple(outputs)
+
+
+_LEAST = 1e-6  # of gates that are all closed, whose channels nobody reads
+
+
+def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    y = y if scale is None else y * scale
+    return y if shift is None else y + shift

@@ -1,0 +1,327 @@
+"""What networks return and take: maps beside predictions, parameters after the last layer, words, masks and keywords."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fastmerge
+from teachers import disturb_weights, make_batch, make_teachers, mean_output, relative_error, select_gates
+
+BATCH = 6
+INPUT = (make_batch(BATCH, (5,)),)
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.trunk(x))
+
+
+class WithFeatures(Base):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.features(x)
+        return {"logits": self.head(features), "features": features}
+
+
+class ReadsItsOutput(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        coarse = self.head(self.features(x))
+        return coarse, self.fine(coarse)
+
+
+class EndsInScale(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)) * self.temperature
+
+
+class EndsInBatchNorm(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.head(self.features(x)))
+
+
+class EndsInResidual(Base):
+    """What the last layer is added to is read by a layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.features(x))
+        return y + self.last(F.relu(y))
+
+
+class Encoder(Base):
+    """Without a head: a residual stream that its layers read is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 12), nn.Linear(12, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x)
+        return self.norm(x + self.down(F.relu(self.up(x))))
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+class GivesDataclass(Base):
+    def forward(self, x: Tensor) -> Output:
+        features = self.features(x)
+        return Output(self.head(features), features)
+
+
+def build(make: type[nn.Module], **options: object) -> tuple[fastmerge.BigStudent, list[nn.Module]]:
+    teachers = make_teachers(make, INPUT, 3)
+    return fastmerge.BigStudent(*teachers, example_inputs=(INPUT[0][:2],), **options), teachers
+
+
+@pytest.mark.parametrize(
+    "make", [WithFeatures, ReadsItsOutput, EndsInScale, EndsInBatchNorm, EndsInResidual, Encoder, GivesDataclass]
+)
+@torch.no_grad()
+def test_exact_at_both_ends(make: type[nn.Module]) -> None:
+    big, teachers = build(make)
+    for training in (False, True):
+        big.train(training)
+        expected = mean_output([copy.deepcopy(teacher).train(training) for teacher in teachers], INPUT)
+        with big.open_gates():
+            output = copy.deepcopy(big)(*INPUT)
+        assert type(output) is type(teachers[0](*INPUT))
+        leaves = zip(pytree.tree_leaves(output), pytree.tree_leaves(expected), strict=True)
+        assert all(relative_error(actual, mean) <= 1e-9 for actual, mean in leaves)
+    big.link()
+    disturb_weights(big.eval())
+    for gate in big.gates.values():
+        gate.loc.fill_(-40.0)
+        gate.loc[torch.randperm(len(gate.loc))[: len(gate.loc) // 3]] = 40.0
+    student = big.compress()
+    assert type(student) is make
+    teachers[0].load_state_dict(student.state_dict(), strict=True)
+    for actual, expected in zip(big.predictions(student(*INPUT)), big.predictions(big(*INPUT)), strict=True):
+        assert relative_error(actual, expected) <= 1e-9
+
+
+def test_what_no_parameter_follows_is_a_prediction() -> None:
+    big, _ = build(WithFeatures)
+    assert [group.size for group in big.groups] == [8]
+    output = big.eval()(*INPUT)
+    (prediction,) = big.predictions(output)
+    assert prediction is output["logits"]
+    big, _ = build(ReadsItsOutput)
+    coarse, fine = big.eval()(*INPUT)
+    (prediction,) = big.predictions((coarse, fine))
+    assert prediction is fine
+
+
+def test_named_outputs_are_predictions() -> None:
+    """The scores that another layer reads are the mean as well, so there is nothing to choose among them."""
+    big, _ = build(ReadsItsOutput, outputs=(0, 1))
+    assert [group.size for group in big.groups] == [8]
+    assert len(big.predictions(big.eval()(*INPUT))) == 2
+    with pytest.raises(ValueError, match=r"outputs names \('boxes',\).*returns 0, 1"):
+        build(ReadsItsOutput, outputs=("boxes",))
+
+
+class Words(nn.Module):
+    """A sentence classifier: embeddings of words and positions, attention with a mask, arguments by keyword."""
+
+    def __init__(self, width: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.words, self.places, self.norm = nn.Embedding(20, width), nn.Embedding(16, width), nn.LayerNorm(width)
+        self.register_buffer("position_ids", torch.arange(16)[None], persistent=False)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.last, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
+
+    def forward(self, input_ids: Tensor, *, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        n, s = input_ids.shape
+        if s > self.position_ids.shape[1] or not isinstance(input_ids, Tensor):
+            raise ValueError("too long")
+        x = self.norm(self.words(input_ids) + self.places(self.position_ids[:, :s]))
+        q, k, v = (layer(x).view(n, s, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        allowed = None if mask is None else mask[:, None, None, :].bool()
+        y = F.scaled_dot_product_attention(q * scale, k, v, attn_mask=allowed)
+        return self.head(self.last(x + self.o(y.transpose(1, 2).reshape(n, s, -1))).mean(1))
+
+
+def word_inputs(batch: int, length: int, seed: int = 0) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(20, (batch, length), generator=generator)
+    return (words,), {
+        "mask": (torch.rand(batch, length, generator=generator) > 0.3).long().index_fill(1, torch.tensor(0), 1)
+    }
+
+
+@torch.no_grad()
+def test_words_masks_and_keywords() -> None:
+    teachers = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        teachers.append(Words().double().eval())
+        for parameter in teachers[-1].parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    big = fastmerge.BigStudent(*teachers, example_inputs=word_inputs(2, 7)).eval()
+    assert {group.size for group in big.groups} == {8, 2}  # the width, and the heads
+    for batch, length in ((5, 7), (3, 9)):  # another length is another graph
+        (words,), keywords = word_inputs(batch, length, seed=1)
+        expected = sum(teacher(words, **keywords) for teacher in teachers) / 2
+        with big.open_gates():
+            assert relative_error(big(words, **keywords), expected) <= 1e-9
+            assert relative_error(big(input_ids=words, **keywords), expected) <= 1e-9
+    big.link()
+    disturb_weights(big)
+    for gate in big.gates.values():
+        gate.loc.fill_(-40.0)
+        gate.loc[torch.randperm(len(gate.loc))[: len(gate.loc) // 2]] = 40.0
+    assert relative_error(big.compress()(words, **keywords), big(words, **keywords)) <= 1e-9
+
+
+class Resized(nn.Module):
+    """Its code counts on the size of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse, self.head = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = F.relu(self.fine(x))
+        coarse = F.interpolate(F.relu(self.coarse(fine)), size=fine.shape[2:])
+        return self.head(torch.cat([fine, coarse], 1)).mean((2, 3))
+
+
+@torch.no_grad()
+def test_images_of_another_size() -> None:
+    x = (make_batch(BATCH, (3, 8, 8)),)
+    teachers = make_teachers(Resized, x, 2)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    for side in (8, 12, 13, 8):
+        x = (make_batch(BATCH, (3, side, side), seed=side),)
+        with big.open_gates():
+            assert relative_error(big(*x), mean_output(teachers, x)) <= 1e-9
+    select_gates(big, x)
+    assert relative_error(big.compress()(*x), big(*x)) <= 1e-9
+
+
+class WritesParts(nn.Module):
+    """Puts its maps together by writing them into a tensor that it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = F.relu(self.first(x))
+        both = torch.zeros(x.shape[0], 16, dtype=x.dtype)
+        both[:, :8] += u
+        both[:, 8:].add_(F.relu(self.second(u)))
+        both[:, 4:12] *= 2
+        return self.head(F.relu_(both))
+
+
+class Blocks(Base):
+    """Parts of its code run without gradients, or in another precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            centre = x.mean(0, keepdim=True)
+        with torch.autocast("cpu", enabled=False):
+            features = self.features(x - centre)
+        return self.head(features)
+
+
+@pytest.mark.parametrize("make", [WritesParts, Blocks])
+@torch.no_grad()
+def test_unusual_code(make: type[nn.Module]) -> None:
+    big, teachers = build(make)
+    with big.open_gates():
+        assert relative_error(big(*INPUT), mean_output(teachers, INPUT)) <= 1e-9
+    big.link()
+    disturb_weights(big)
+    select_gates(big, INPUT)
+    assert relative_error(big.compress()(*INPUT), big(*INPUT)) <= 1e-9
+
+
+class Sequence(nn.Module):
+    """Attention over a sequence, whose rows PyTorch flattens with the samples as the faster index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 10, dropout=0.0, batch_first=True)
+        self.embed, self.encoder, self.head = nn.Linear(5, 8), nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x)).mean(1))
+
+
+@torch.no_grad()
+def test_a_sample_has_its_own_gates_whatever_the_order_of_rows() -> None:
+    x = make_batch(4, (3, 5))
+    teachers = [Sequence().double() for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=x).train()
+    big.link()
+    for gate in big.gates.values():
+        gate.loc.zero_()
+    torch.manual_seed(1)
+    first = big(x)
+    x[1:] += 1  # the others' inputs
+    torch.manual_seed(1)
+    again = big(x)
+    torch.testing.assert_close(again[0], first[0])
+    gates = big._draw_gates((x,))
+    changed = torch.cat([gates[:1], big._draw_gates((x,))[1:]])
+    forward = big._programs["train", False, True].forward
+    torch.testing.assert_close(forward(big.network, changed, x)[0][0], forward(big.network, gates, x)[0][0])
+    assert not torch.equal(forward(big.network, changed, x)[0][1], forward(big.network, gates, x)[0][1])
+
+
+class OneGraph(nn.Module):
+    """A graph network on one graph, which it holds: it takes no other number of nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.register_buffer("adjacency", torch.rand(BATCH, BATCH, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adjacency @ self.head(F.relu(self.adjacency @ self.first(x)))
+
+
+@torch.no_grad()
+def test_a_matrix_that_all_teachers_have_alike() -> None:
+    teachers = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        teachers.append(OneGraph().double().eval())
+    big = fastmerge.BigStudent(*teachers, example_inputs=INPUT)
+    assert [group.size for group in big.groups] == [8]
+    with big.open_gates():
+        assert relative_error(big(*INPUT), mean_output(teachers, INPUT)) <= 1e-9
+    select_gates(big, INPUT)
+    assert relative_error(big.compress()(*INPUT), big(*INPUT)) <= 1e-9
