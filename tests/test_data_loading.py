@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge.data import choosing
+from fastmerge.data import choosing, torch_loader
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, Changes, draw_changes
 from fastmerge.data.colours import colour_maps
 from fastmerge.data.epochs import ReaderLostError
@@ -345,8 +346,15 @@ def test_a_worker_that_has_no_shared_memory_is_an_error(tree, monkeypatch, queue
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_leaves_the_readers_to_their_parent(tree, number):
+def test_a_signal_to_all_leaves_the_readers_to_their_parent(tree, number, monkeypatch):
     """Who writes a checkpoint after it needs more batches; at the end they are ended by it."""
+    begin = torch_loader._begin_worker
+
+    def begin_late(worker):
+        time.sleep(worker)
+        begin(worker)
+
+    monkeypatch.setattr(torch_loader, "_begin_worker", begin_late)  # the second has hardly begun when the signal comes
     loader = make(tree, "torch", workers=2).train
     batches = iter(loader)
     next(batches)

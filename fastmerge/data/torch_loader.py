@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -122,7 +123,8 @@ class TorchLoader(EpochLoader):
             yield self.finish(self._change(images.to(device, non_blocking=True), samples.numpy(), epoch)), labels
 
     def _batches_of_files(self) -> Iterator[Any]:
-        batches = iter(self._loader)
+        with _signals_held():  # a worker that has hardly begun has them from here
+            batches = iter(self._loader)
         while True:
             with readers_watched():
                 batch = next(batches, None)
@@ -183,16 +185,29 @@ def _end(error: Exception, batch: object) -> None:
     os._exit(1)
 
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Within it no signal of those that end a run is acted on, in this thread and the processes that it begins."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_parent() -> None:
     """Ctrl-C and a cluster's SIGTERM reach all processes of a run; the parent writes a checkpoint, for which it needs this one.
 
     A SIGTERM that the parent sends ends it all the same.
     """
-    numbers, parent = {signal.SIGINT, signal.SIGTERM}, os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
     def wait() -> None:
-        while signal.sigwaitinfo(numbers).si_pid != parent:
+        while signal.sigwaitinfo(_SIGNALS).si_pid != parent:
             pass
         os._exit(0)
 
