@@ -79,14 +79,7 @@ def same_teachers(teachers: Sequence[Any]) -> str:
 
 def same_graphs(first: TracedNetwork, other: TracedNetwork) -> bool:
     """Whether two traces of a network are the same graphs, node by node."""
-    for mode, graph in first.graphs.items():
-        nodes, others = list(graph.nodes), list(other.graphs[mode].nodes)
-        if len(nodes) != len(others) or any(
-            a.format_node() != b.format_node() or not _same_constant(first, other, a)
-            for a, b in zip(nodes, others, strict=True)
-        ):
-            return False
-    return True
+    return code_difference(first, other, number=1) is None
 
 
 def code_difference(first: TracedNetwork, other: TracedNetwork, number: int) -> UnmergeableError | None:

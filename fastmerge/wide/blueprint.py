@@ -214,8 +214,8 @@ def build(
         ValueError: if they can't be merged, naming the layer and what is needed.
     """
     check_teachers(teachers)
-    inputs = example_arguments(teachers[0], example_inputs)
-    traced, groups, nonlinear, predicted = read_network(teachers[0], inputs, outputs, common_buffers(teachers))
+    inputs, common = example_arguments(teachers[0], example_inputs), common_buffers(teachers)
+    traced, groups, nonlinear, predicted = read_network(teachers[0], inputs, outputs, common)
     for error in code_errors(traced, dict(enumerate(teachers)), inputs):
         raise error
     if not len(groups):
@@ -226,6 +226,6 @@ def build(
     network, layout = build_network(analysis, teachers)
     template = StudentTemplate(teachers[0], layout)
     template.strip(traced.root)
-    dtype, common = next(teachers[0].parameters()).dtype, common_buffers(teachers)
+    dtype = next(teachers[0].parameters()).dtype
     blueprint = Blueprint(template, traced, groups, layout, analysis.each, predicted, outputs, dtype, common)
     return blueprint, analysis, network, inputs
