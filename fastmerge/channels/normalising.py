@@ -55,8 +55,8 @@ def layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
         dim=tuple(range(x.dim() - 1)), keepdim=True
     )  # tokens may come from several places, such as a class token
     run.record.unite(first, x)
-    constant = [run.record.is_constant(i) for i in x.flatten(0, -2)[0]] if x.dim() > 1 else []
-    if any(constant) and not all(constant):
+    constant = run.record.constant_ids(x.flatten(0, -2)[0] if x.dim() > 1 else x)
+    if bool(constant.any()) and not bool(constant.all()):
         raise ValueError(
             f"layer '{run.where()}' normalises channels of the network's input together with hidden ones, which "
             "fastmerge can't merge: the input is the same for all teachers. Normalise them apart"

@@ -141,8 +141,11 @@ class IdRecord:
 
     def is_constant(self, ids: Tensor) -> bool:
         """Whether ids are those of the network's input alone, or of what is computed from nothing else."""
-        small = compact(ids)
-        return bool(self._constant[small[small != NO_ID]].all())
+        return bool(self.constant_ids(compact(ids)).all())
+
+    def constant_ids(self, ids: Tensor) -> Tensor:
+        """Which of some ids are so, padding included: bool, of their shape."""
+        return self._constant[ids] | (ids == NO_ID)
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Says that ids meeting in one number are one channel. ``a`` and ``b`` broadcast."""
