@@ -66,13 +66,29 @@ class GateBudget:
 
     def loss(self, big: BigStudent) -> Tensor:
         """What to add to the criterion in this step, a 0-d tensor; it remembers P for :meth:`step`."""
-        return self.loss_of(big, *big.open_state())
-
-    def loss_of(self, big: BigStudent, open_now: Tensor, slopes: Tensor) -> Tensor:
-        """:meth:`loss`, where :meth:`BigStudent.open_state` is known."""
+        open_now, slopes = big.open_state()
         self.begin(big, open_now)
         self._now = open_now.detach()
         return penalty(open_now, slopes, *self.terms())
+
+    @property
+    def lam(self) -> None:
+        """There is no single λ."""
+
+    def weigh(self, big: BigStudent, terms: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The penalty of this step, the gate loss without a gradient, and P of the groups."""
+        open_now, slopes = big.open_state()
+        if terms is None:
+            self.begin(big, open_now)
+            terms = self.terms()
+        return penalty(open_now, slopes, *terms), big.gate_loss(open_now.detach()), open_now.detach()
+
+    def end_step(self, opened: Tensor | None) -> None:
+        """:meth:`step`."""
+        self.step(opened)
+
+    def end_epoch(self) -> None:
+        """It goes by steps."""
 
     def step(self, open_now: Tensor | None = None) -> None:
         """Ends a step of the stage.
@@ -114,7 +130,7 @@ class GateBudget:
             return None
         return self.starts + (self.goal - self.starts) * min(1.0, self.done / (self.anneal * self.steps))
 
-    def terms(self) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(self, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """m, t and c of the present step, as :func:`penalty` takes them, all of the shape of m."""
         assert self.multipliers is not None
         assert self.targets is not None

@@ -91,7 +91,7 @@ class History:
         ]
         self.borders = {name: Score(**score) for name, score in record["borders"].items()}
         self.kept, self.warnings = record["kept"], record["warnings"]
-        self.compactions = record.get("compactions", [])
+        self.compactions = record["compactions"]
 
     def _plotted(self) -> dict[str, Any]:
         merge = self.stage("merge")

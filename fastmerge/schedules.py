@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmerge.big_student import BigStudent
 
 GATE_MOMENTUM = 0.9  # of the gates' SGD
 PAPERS_GATE_LR = 0.2
@@ -15,6 +19,39 @@ _PAPERS_STEP = 0.05
 _LAM_LAST = 14.8
 _LAM_MOST = 1000.0
 _PULL = 100.0
+
+
+class GateWeight(Protocol):
+    """What weighs the gate loss in a merge stage: all that a training loop asks of it.
+
+    Attributes:
+        lam: λ in this epoch; None where there is no single number.
+    """
+
+    @property
+    def lam(self) -> float | None: ...
+
+    def begin(self, big: Any, opened: Tensor) -> None:
+        """Looks at the big student, whose P[g > 0] are (..., G), before the first step and after loading a state."""
+
+    def terms(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The numbers of this step as tensors: 0-d where all replicates share one, else with a row for each."""
+
+    def weigh(self, big: Any, terms: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What to add to the criterion, the gate loss by itself, and P of the groups where :meth:`end_step` needs them.
+
+        Args:
+            big: one big student.
+            terms: its :meth:`terms`, where they were taken before.
+        """
+
+    def end_step(self, opened: Tensor | None) -> None: ...
+
+    def end_epoch(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class QuadraticLambda:
@@ -42,6 +79,30 @@ class QuadraticLambda:
         """Ends an epoch; returns the λ of the next one."""
         self.value += self.step_size * math.sqrt(self.value)
         return self.value
+
+    @property
+    def lam(self) -> float:
+        """λ in this epoch."""
+        return self.value
+
+    def begin(self, big: Any, opened: Tensor) -> None:
+        """Needs nothing of the big student."""
+
+    def terms(self, device: torch.device) -> tuple[Tensor, ...]:
+        """λ as a 0-d tensor."""
+        return (torch.full((), self.value, device=device),)
+
+    def weigh(self, big: BigStudent, terms: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """λ times the gate loss, and the gate loss."""
+        gate_loss = big.gate_loss()
+        return (self.value if terms is None else terms[0]) * gate_loss, gate_loss, None
+
+    def end_step(self, opened: Tensor | None) -> None:
+        """λ is the same in all steps of an epoch."""
+
+    def end_epoch(self) -> None:
+        """:meth:`step`."""
+        self.step()
 
     def state_dict(self) -> dict[str, float]:
         """What :meth:`load_state_dict` needs to continue."""

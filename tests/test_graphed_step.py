@@ -22,9 +22,9 @@ from architectures import BY_NAME
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, CudaGraphs, GraphedStep, why_not_captured
-from fastmerge.merging.step import MergeStep, Weight
+from fastmerge.merging.step import MergeStep
 from fastmerge.merging.steps import Steps
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.schedules import GateWeight, QuadraticLambda
 from teachers import make_teachers, set_gates
 
 NAME = "resnet_projected_shortcut"
@@ -71,7 +71,7 @@ class Graphs:
         return (1.0 if self.replays > before else self.eager), result
 
 
-def make_step(lam: Weight | None, seed: int = 0) -> MergeStep:
+def make_step(lam: GateWeight | None, seed: int = 0) -> MergeStep:
     architecture = BY_NAME[NAME]
     x = architecture.inputs(6, dtype=torch.float32)
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def batch(number: int, size: int = 6) -> tuple[tuple[Tensor, ...], Tensor]:
     return x, torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(number))
 
 
-WEIGHTS: dict[str, Callable[[], Weight | None]] = {
+WEIGHTS: dict[str, Callable[[], GateWeight | None]] = {
     "none": lambda: None,
     "quadratic": lambda: QuadraticLambda(0.5),
     "budget": lambda: GateBudget(20, gate_lr=0.1),
@@ -333,7 +333,7 @@ def test_merge_by_this_step_is_merge_as_ever(monkeypatch: pytest.MonkeyPatch) ->
             _, history = fastmerge.merge(teachers, batches, progress=False, **options)
         return [(record.train.loss, record.gate_loss) for record in history.epochs]
 
-    def step_of(trainer: Steps, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> MergeStep:
+    def step_of(trainer: Steps, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> MergeStep:
         return MergeStep(network, optimizers, trainer.setting, trainer.scaler, lam)
 
     for schedule in ("quadratic", "budget"):

@@ -18,9 +18,9 @@ from fastmerge.data.dataset import Dataset
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, GraphedStep
-from fastmerge.merging.step import MergeStep, Weight
+from fastmerge.merging.step import MergeStep
 from fastmerge.networks.resnet_cifar import ResNetCifar
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.schedules import GateWeight, QuadraticLambda
 from fastmerge.training.replay import Graphed
 from fastmerge.training.stack import Stack
 from fastmerge.training.stacked import train
@@ -40,7 +40,7 @@ def teachers() -> list[nn.Module]:
     return made
 
 
-def make_step(autocast: torch.dtype | None, lam: Weight | None, open_gates: bool = True) -> MergeStep:
+def make_step(autocast: torch.dtype | None, lam: GateWeight | None, open_gates: bool = True) -> MergeStep:
     setting = Setting(DEVICE, F.cross_entropy, autocast, channels_last=True)
     torch.manual_seed(5)
     big = setting.place(fastmerge.BigStudent(*teachers())).train()

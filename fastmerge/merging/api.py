@@ -186,7 +186,7 @@ def merge(
     snapshots = None
     if checkpoint_dir is not None:
         others = {"criterion": criterion, "autocast": autocast, "channels_last": channels_last, "seed": seed}
-        others |= {"sync_batch_norm": True} if sync_batch_norm else {}  # not in checkpoints of before there was one
+        others |= {"sync_batch_norm": sync_batch_norm}
         snapshots = Snapshots(checkpoint_dir, plan.options() | describe_options(others) | fingerprints(teachers))
         check_checkpoints(snapshots, resume)
     history = History(len(teachers))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from fastmerge.big_student import BigStudent
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.checks import check_compact_at, check_epochs, check_numbers
-from fastmerge.schedules import QuadraticLambda, fitting_gate_lr, fitting_lam_step
+from fastmerge.schedules import GateWeight, QuadraticLambda, fitting_gate_lr, fitting_lam_step
 
 GateSchedule = Literal["quadratic", "budget"]
 CompactAt = float | Literal["settled"] | None
@@ -75,8 +75,6 @@ class MergePlan:
         """All of it as JSON values."""
         values = asdict(self)
         lists = ("milestones", "merge_milestones")
-        if self.recalibrate:
-            del values["recalibrate"]  # not in checkpoints of before it was a choice
         return values | {name: None if values[name] is None else list(values[name]) for name in lists}
 
     def fitted(self, big: BigStudent, steps: int | None) -> MergePlan:
@@ -95,7 +93,7 @@ class MergePlan:
         return replace(self, gate_lr=gate_lr, lam_step=lam_step)
 
 
-def gate_schedule(plan: MergePlan, steps: int | None) -> QuadraticLambda | GateBudget:
+def gate_schedule(plan: MergePlan, steps: int | None) -> GateWeight:
     """What weighs the gates in the merge stage of a fitted plan.
 
     Raises:

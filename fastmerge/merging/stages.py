@@ -20,7 +20,7 @@ from fastmerge.merging.plan import MergePlan, gate_schedule
 from fastmerge.merging.trainer import Trainer
 from fastmerge.narrowing.closing import UnsettledGatesWarning
 from fastmerge.resuming.fingerprint import fingerprint
-from fastmerge.schedules import GATE_MOMENTUM, QuadraticLambda
+from fastmerge.schedules import GATE_MOMENTUM
 
 
 def train_student(
@@ -88,8 +88,7 @@ def learn_importance(big: BigStudent, plan: MergePlan, trainer: Trainer) -> None
         for group in optimizer.param_groups:
             group["lr"] = plan.merge_lr(epoch)
         trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
-        if isinstance(lam, QuadraticLambda):
-            lam.step()
+        lam.end_epoch()
         if plan.compacts_after(epoch + 1):
             done = big.compact(optimizer, gate_optimizer, settled=plan.compact_at == "settled")
             trainer.history.compactions.append({"epoch": epoch + 1, **asdict(done)})

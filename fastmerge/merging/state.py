@@ -186,7 +186,7 @@ class MergeState:
         mine: dict[str, Any] = dict(each[min(rank, len(each) - 1)])
         if rank >= len(each):
             mine["random"] = _of_another_rank(mine["random"], rank)
-        then = loaded.get("accumulate", self.accumulate)  # older checkpoints lack it
+        then = loaded["accumulate"]
         if "tally" in mine and (size, self.accumulate) != (len(each), then):
             length = _length(self.loader)
             steps = mine["tally"]["steps"] * (length / loaded["length"] if length and loaded["length"] else 1)

@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting
-from fastmerge.gate_budget import GateBudget, penalty
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.schedules import GateWeight
 
-Weight = QuadraticLambda | GateBudget
 Result = tuple[Any, dict[str, Tensor], Tensor | None]
 
 
@@ -25,7 +22,7 @@ class Losses(NamedTuple):
         output: of the network.
         each: "loss", and "gate_loss" where there is a weight of the gates.
         whole: what is minimised, a 0-d tensor.
-        open_now: P[g > 0] per channel group, for a budget that was given as terms.
+        open_now: P[g > 0] per channel group, where the weight of the gates needs them at the end of the step.
     """
 
     output: Any
@@ -40,7 +37,7 @@ def losses(
     inputs: tuple[Tensor, ...],
     target: Any,
     setting: Setting,
-    lam: Weight | None,
+    lam: GateWeight | None,
     terms: tuple[Tensor, ...] | None = None,
 ) -> Losses:
     """Forward and losses of a batch: ``criterion + λ · gate_loss``, or as the budget says.
@@ -56,17 +53,8 @@ def losses(
     """
     output, loss = setting.apply(model, inputs, target)
     each, open_now = {"loss": loss}, None
-    if lam is not None and isinstance(network, BigStudent):
-        if not isinstance(lam, GateBudget):
-            each["gate_loss"] = gate_loss = network.gate_loss()
-            weighted = lam * gate_loss if terms is None else terms[0] * gate_loss
-        else:
-            opened, slopes = network.open_state()
-            each["gate_loss"] = network.gate_loss(opened.detach())
-            if terms is None:
-                weighted = lam.loss_of(network, opened, slopes)
-            else:
-                weighted, open_now = penalty(opened, slopes, *terms), opened.detach()
+    if lam is not None:
+        weighted, each["gate_loss"], open_now = lam.weigh(network, terms)
         loss = loss + weighted
     return Losses(output, each, loss, open_now)
 
@@ -88,7 +76,7 @@ class MergeStep:
         optimizers: list[Optimizer],
         setting: Setting,
         scaler: torch.amp.GradScaler,
-        lam: Weight | None,
+        lam: GateWeight | None,
     ) -> None:
         self.network, self.optimizers, self.setting, self.scaler, self.lam = network, optimizers, setting, scaler, lam
 
@@ -113,7 +101,7 @@ class MergeStep:
             terms: the weight of the gates as tensors, from :meth:`terms`; None: the weight itself.
 
         Returns:
-            The output, the losses, and P[g > 0] per channel group for a budget that was given as terms.
+            The output, the losses, and P[g > 0] per channel group, which :meth:`finish` takes.
         """
         output, each, whole, open_now = losses(
             self.network, self.network, inputs, target, self.setting, self.lam, terms
@@ -126,17 +114,13 @@ class MergeStep:
         return tree_map(_detached, output), tree_map(_detached, each), open_now
 
     def finish(self, open_now: Tensor | None) -> None:
-        """What follows on the host: a budget takes its step."""
-        if isinstance(self.lam, GateBudget):
-            self.lam.step(open_now)
+        """What follows on the host: the weight of the gates ends its step."""
+        if self.lam is not None:
+            self.lam.end_step(open_now)
 
     def terms(self) -> tuple[Tensor, ...]:
         """The weight of the gates in the present step, as tensors on the device; of a budget, after its first step."""
-        if isinstance(self.lam, GateBudget):
-            return self.lam.terms()
-        if self.lam is None:
-            return ()
-        return (torch.full((), float(self.lam), device=self.setting.device),)
+        return () if self.lam is None else self.lam.terms(self.setting.device)
 
 
 def _detached(value: Any) -> Any:

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally
-from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.compiling import Compiler
 from fastmerge.merging.execution import Execution
 from fastmerge.merging.graphed_step import GraphedStep
 from fastmerge.merging.progress import Progress
-from fastmerge.merging.step import MergeStep, Weight, losses
+from fastmerge.merging.step import MergeStep, losses
 from fastmerge.processes import Processes, without_averaging
+from fastmerge.schedules import GateWeight
 from fastmerge.synced_batch_norm import SyncedBatchNorm
 
 Step = Callable[[list[Any], Tally], None]
@@ -48,7 +48,7 @@ class Steps:
         self._graph: GraphedStep | None = None
 
     @contextmanager
-    def of_epoch(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> Iterator[Step]:
+    def of_epoch(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> Iterator[Step]:
         """Gives ``step(batches, tally)``, to be called within this context.
 
         Anew for each epoch, before which linking and compaction may have changed parameters' shapes.
@@ -92,7 +92,7 @@ class Steps:
         network: nn.Module,
         model: nn.Module,
         optimizers: list[Optimizer],
-        lam: Weight | None,
+        lam: GateWeight | None,
         batches: list[Any],
         tally: Tally,
     ) -> None:
@@ -104,13 +104,13 @@ class Steps:
             share = len(inputs[0]) / samples if samples else 1.0
             part = partial(self._gradients, network, model, inputs, target, lam, share if len(batches) > 1 else None)
             with without_averaging(model, number < len(batches)):
-                output, each = self.compiler.run(part)
+                output, each, open_now = self.compiler.run(part)
             self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
         for optimizer in optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
-        if isinstance(lam, GateBudget):
-            lam.step()
+        if lam is not None:
+            lam.end_step(open_now)
 
     def _gradients(
         self,
@@ -118,14 +118,14 @@ class Steps:
         model: nn.Module,
         inputs: Any,
         target: Any,
-        lam: Weight | None,
+        lam: GateWeight | None,
         share: float | None,
-    ) -> tuple[Any, dict[str, torch.Tensor]]:
-        output, each, whole, _ = losses(network, model, inputs, target, self.setting, lam)
+    ) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor | None]:
+        output, each, whole, open_now = losses(network, model, inputs, target, self.setting, lam)
         self.scaler.scale(whole if share is None else whole * share).backward()
-        return output, each
+        return output, each, open_now
 
-    def _graphed(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> GraphedStep | None:
+    def _graphed(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> GraphedStep | None:
         """The step of a merge on one CUDA device, from epoch to epoch the same; None for others."""
         wanted = False if self.execution.compile and self.execution.cuda_graph is None else self.execution.cuda_graph
         single = self.processes.size == 1 and self.execution.accumulate == 1

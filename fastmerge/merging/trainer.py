@@ -21,13 +21,12 @@ from fastmerge.merging.execution import Execution
 from fastmerge.merging.gate_report import open_probabilities
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.state import MergeState
-from fastmerge.merging.step import Weight
 from fastmerge.merging.steps import Steps
 from fastmerge.processes import Processes, ProcessLostError, seed_of_rank
 from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.resuming.random_states import random_states
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
-from fastmerge.schedules import QuadraticLambda
+from fastmerge.schedules import GateWeight
 
 _AGREE_EVERY = 10  # steps
 
@@ -114,7 +113,7 @@ class Trainer:
                 self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
         self._run.end_stage()
 
-    def epoch(self, stage: Stage, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None) -> None:
+    def epoch(self, stage: Stage, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> None:
         """Trains one epoch; with a weight of the gates, the network is a big student.
 
         Raises:
@@ -153,7 +152,7 @@ class Trainer:
             images_per_second=rate,
             val=val,
             lr=lr,
-            lam=float(lam) if isinstance(lam, QuadraticLambda) else None,
+            lam=None if lam is None else lam.lam,
             gate_loss=None if lam is None else tally.mean("gate_loss"),
             open_probability=open_probabilities(network) if isinstance(network, BigStudent) else None,
             linked=linked,
@@ -168,7 +167,7 @@ class Trainer:
         """Optimizer steps in an epoch, where the loader has a length."""
         return -(-len(self.train_loader) // self.accumulate) if isinstance(self.train_loader, Sized) else None
 
-    def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: Weight | None, tally: Tally) -> None:
+    def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None, tally: Tally) -> None:
         network.train()
         with self._run.of_epoch(network, optimizers, lam) as step:
             for batches in self._steps(tally):

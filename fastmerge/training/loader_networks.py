@@ -55,7 +55,7 @@ def train_network(
     snapshots, directory = None, place.checkpoint(*path)
     if directory is not None:
         others = describe_options({"autocast": place.autocast, "seed": place.seed})
-        others |= {"sync_batch_norm": True} if place.execution.sync_batch_norm else {}
+        others |= {"sync_batch_norm": place.execution.sync_batch_norm}
         snapshots = Snapshots(directory, numbers.options() | others | fingerprints([network]))
         check_checkpoints(snapshots, place.resume)
     place.setting.place(network)
