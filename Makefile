@@ -10,10 +10,11 @@ READY := $(VENV)/fastmerge.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ptx test-gpu lint format sanitize bench bench-smoke bench-data bench-check gpu coverage docs clean
+.PHONY: help setup demo test test-slow test-ptx test-newest test-gpu lint format sanitize bench bench-smoke bench-data bench-check gpu coverage \
+    coverage-zoo docs clean
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## the virtual environment alone
 
@@ -41,6 +42,17 @@ test-slow: $(READY) ## the tests that take minutes: every torchvision network, i
 
 test-ptx: $(READY) ## the kernels' PTX for Hopper, executed on the CPU, against float64: minutes
 	$(TEST) -n $(JOBS) -m ptx
+
+# The tested versions are not asked for here, and a copy of the source keeps this environment's extensions apart from .venv's.
+NEWEST := build/newest
+test-newest: ## the tests with the newest PyTorch, torchvision, Triton and NumPy that pip gives
+	rm -rf $(NEWEST)
+	mkdir -p $(NEWEST)/source
+	cp -r $(filter-out build,$(wildcard *)) $(NEWEST)/source
+	rm -f $(NEWEST)/source/fastmerge/*.so
+	$(PYTHON) -m venv $(NEWEST)/venv
+	$(NEWEST)/venv/bin/python -m pip install --upgrade --editable "$(NEWEST)/source[dev]"
+	cd $(NEWEST)/source && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n $(JOBS)
 
 test-gpu: $(READY) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu
@@ -92,6 +104,10 @@ gpu: ## on a GPU machine, what needs one, into OUT=folder; GPU_OPTIONS="--plan f
 
 coverage: $(READY) ## docs/coverage.md: which torchvision networks merge, and how exactly
 	$(BIN)/python -m benchmarks.coverage
+
+coverage-zoo: $(READY) ## the same for timm, transformers, segmentation_models_pytorch, Ultralytics and MONAI, which it installs
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[zoo]"
+	$(BIN)/python -m benchmarks.coverage --libraries
 
 docs: $(READY) ## README.md's tables and docs/benchmarks.md from the committed results
 	$(BIN)/python docs/render.py

@@ -1,7 +1,9 @@
-"""Which torchvision classification networks merge, and how exactly: writes docs/coverage.json and docs/coverage.md.
+"""Which networks of torchvision and of other libraries merge, how exactly: writes docs/coverage.json and docs/coverage.md.
 
-Each network is merged in a process of its own, as torchvision makes it: two teachers whose parameters and buffers all
-differ and whose BatchNorm is calibrated on data. Errors are relative to the part of the output that depends on the input:
+``--libraries`` measures those of timm, transformers and the others (tests/library_networks.py) that are installed, in place of
+torchvision's. Each network is merged in a process of its own, as its library makes it: two teachers whose parameters and
+buffers all differ and whose BatchNorm is calibrated on data. Errors are relative to the part of the output that depends on
+the input:
 
 * open: the big student with open gates against the mean of the teachers, before and after ``link()``;
 * compress: the compressed network against the big student with random n of T·n gates at 1 and the others at 0, before and
@@ -20,8 +22,10 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the teachers and the measure of error are those of the tests
 
 import torchvision_networks as vision  # noqa: E402
+from library_networks import NETWORKS  # noqa: E402
 from teachers import disturb_weights, make_batch, make_teachers, mean_output, relative_error, select_gates  # noqa: E402
 
 BATCH = 4
@@ -55,10 +60,9 @@ def measure(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     parameters = _parameters(name)
     dtype = torch.float64 if COPIES * 8 * parameters < ALONE * _memory() else torch.float32
-    side = vision.size(name)
-    inputs = (make_batch(BATCH, (3, side, side), dtype=dtype),)
-    result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "image_size": side}
-    make = lambda: vision.models.get_model(name, weights=None, **_quick(name))  # noqa: E731
+    make, inputs = _network(name, dtype)
+    result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch.")}
+    result |= {"inputs": [list(x.shape[1:]) for x in inputs], "library": _library(name)}
     teachers = make_teachers(make, inputs, 2, dtype)
     start = time.perf_counter()
     try:
@@ -67,6 +71,10 @@ def measure(name: str) -> dict[str, Any]:
         return {"parameters": parameters, "reason": str(error)}
     result["seconds"] = time.perf_counter() - start
     result["groups"] = len(big.groups)
+    channels = [group.size * group.channels for group in big.groups]
+    result["without_choice"] = sum(n for n, group in zip(channels, big.groups, strict=True) if group.size == 1) / max(
+        1, sum(channels)
+    )
     with torch.no_grad():
         expected = mean_output(teachers, inputs)
         del teachers
@@ -89,11 +97,28 @@ def measure(name: str) -> dict[str, Any]:
     return result
 
 
+def _network(name: str, dtype: torch.dtype) -> tuple[Callable[[], torch.nn.Module], tuple[torch.Tensor, ...]]:
+    """How to make a network, and a batch of its inputs."""
+    if name in NETWORKS:
+        return NETWORKS[name].make, NETWORKS[name].inputs(BATCH, dtype)
+    side = vision.size(name)
+    make = lambda: vision.models.get_model(name, weights=None, **_quick(name))  # noqa: E731
+    return make, (make_batch(BATCH, (3, side, side), dtype=dtype),)
+
+
+def _library(name: str) -> str:
+    """The library that has the network, and its version."""
+    package = NETWORKS[name].package if name in NETWORKS else "torchvision"
+    return f"{package} {version(package.replace('_', '-'))}"
+
+
 def _quick(name: str) -> dict[str, Any]:
     return {"init_weights": False} if name.startswith(("googlenet", "inception", "vgg")) else {}
 
 
 def _parameters(name: str) -> int:
+    if name in NETWORKS:
+        return sum(parameter.numel() for parameter in NETWORKS[name].make().parameters())
     return int(next(iter(vision.models.get_model_weights(name))).meta["num_params"])
 
 
@@ -126,55 +151,71 @@ def markdown(report: dict[str, Any]) -> str:
     """docs/coverage.md from docs/coverage.json."""
     networks = report["networks"]
     merged = {name: network for name, network in networks.items() if "open_error" in network}
-    header = ["network", "channel groups", "parameters", "open", "compress", "precision", "image", "seconds"]
-    rows = [
-        [
-            name,
-            str(network["groups"]),
-            f"{network['parameters'] / 1e6:.1f} M",
-            f"{network['open_error']:.0e}",
-            f"{network['compress_error']:.0e}",
-            network["dtype"],
-            f"{network['image_size']}²",
-            f"{network['seconds']:.1f}",
-        ]
-        for name, network in merged.items()
-    ]
     refused = [[name, network["reason"]] for name, network in networks.items() if name not in merged]
+    vision_names = set(vision.names())
     made = report["environment"]
     commits = Counter(network["commit"][:10] for network in merged.values())
-    waiting = sorted(set(vision.names()) - set(networks))
+    libraries = sorted({network["library"] for network in merged.values() if "library" in network})
     return "\n\n".join(
         [
             "# Coverage",
-            "Every classification network of torchvision, as torchvision makes it, two teachers. Written by `make coverage`.",
+            "Networks as their libraries make them, two teachers each. Written by `make coverage` (torchvision's classifiers) "
+            "and `make coverage-zoo` (other libraries').",
             "*open*: error of the big student with open gates against the mean of the teachers, before and after `link()`. "
             "*compress*: error of the compressed network against the big student with the kept gates at 1 and the others at 0, "
             "before `link()` and after it and a change of all weights. Each the larger of the two, relative to the "
-            "batch-centred output. *seconds*: to build the big student.",
-            table(header, rows, markdown=True),
-            f"{len(merged)} of the {len(networks)} networks that were measured merge."
-            + (f" Not measured yet: {', '.join(waiting)}." if waiting else ""),
+            "batch-centred output. *no choice*: the share of channels in groups of one slot, of which a whole teacher's are "
+            "kept. *seconds*: to build the big student, on one busy core.",
+            *_section("torchvision", {n: m for n, m in networks.items() if n in vision_names}, vision_names),
+            *_section("Other libraries", {n: m for n, m in networks.items() if n not in vision_names}, set(NETWORKS)),
             *(["## Not merged", table(["network", "reason"], refused, markdown=True)] if refused else []),
-            f"fastmerge {made['fastmerge']}, PyTorch {made['torch']}, torchvision {made['packages']['torchvision']}, "
+            f"fastmerge {made['fastmerge']}, PyTorch {made['torch']}, {', '.join(libraries)}; "
             f"{made['cpu']['name']}, {made['cpu']['cores']} cores. Networks by commit: "
             f"{', '.join(f'{count} at {commit}' for commit, count in commits.items())}.\n",
         ]
     )
 
 
+def _section(title: str, networks: dict[str, Any], expected: set[str]) -> list[str]:
+    """A heading, a table and a count."""
+    header = ["network", "groups", "no choice", "parameters", "open", "compress", "precision", "inputs", "seconds"]
+    rows = [
+        [
+            name,
+            str(network["groups"]),
+            f"{network['without_choice']:.0%}" if "without_choice" in network else "",
+            f"{network['parameters'] / 1e6:.1f} M",
+            f"{network['open_error']:.0e}",
+            f"{network['compress_error']:.0e}",
+            network["dtype"],
+            ", ".join("×".join(map(str, shape)) for shape in network["inputs"]),
+            f"{network['seconds']:.1f}",
+        ]
+        for name, network in networks.items()
+        if "open_error" in network
+    ]
+    waiting = sorted(expected - set(networks))
+    count = f"{len(rows)} of the {len(networks)} networks that were measured merge."
+    missing = [f" Not measured yet: {', '.join(waiting)}."] if waiting else []
+    return [f"## {title}", table(header, rows, markdown=True), "".join([count, *missing])]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what is missing and writes both files after every network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=vision.names(), metavar="NAME", help="default all")
+    parser.add_argument("--networks", nargs="+", metavar="NAME", help="default all of torchvision's")
+    parser.add_argument("--libraries", action="store_true", help="all of the other libraries' that are installed")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", metavar="FILE.md")
     parser.add_argument("--again", action="store_true", help="measure networks anew that are done")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at a time, one thread each")
     options = parser.parse_args(arguments)
+    chosen = options.networks or ([] if options.libraries else vision.names())
+    if options.libraries:
+        chosen += [name for name, network in NETWORKS.items() if find_spec(network.package)]
     path = options.out.with_suffix(".json")
     done = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.exists() and not options.again else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in options.networks if "open_error" not in done.get(name, {})]
+    missing = [name for name in chosen if "open_error" not in done.get(name, {})]
     large = [name for name in missing if COPIES * 8 * _parameters(name) > BESIDE * _memory()]
     for names, jobs in (([n for n in missing if n not in large], options.jobs), (large, 1)):
         with ThreadPoolExecutor(jobs) as pool:

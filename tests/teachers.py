@@ -12,6 +12,7 @@ have a mean of their own (trained networks have both), which leaves an amplifica
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from fastmerge import BigStudent
 
 OPEN = 40.0  # a loc whose gate is exactly 1, drawn or deterministic, in float16 too
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -65,7 +68,7 @@ def make_teacher(make: Make, inputs: Sequence[Tensor], dtype: torch.dtype, seed:
         torch.manual_seed(seed)
         model = make().to(dtype)
         randomise_parameters(model)
-        inputs = [x.to(dtype) for x in inputs]
+        inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
         calibrate(model, inputs)
         perturb_buffers(model)
         settle(model, inputs)
@@ -104,7 +107,7 @@ def calibrate(model: nn.Module, inputs: Sequence[Tensor], batches: int = 3) -> N
     model.train()
     with cumulative_statistics(model):
         for _ in range(batches):
-            model(*(x + 0.3 * torch.randn_like(x) for x in inputs))
+            model(*(x + 0.3 * torch.randn_like(x) if x.is_floating_point() else x for x in inputs))
 
 
 def perturb_buffers(model: nn.Module) -> None:
@@ -143,9 +146,12 @@ def settle(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def mean_output(models: Sequence[nn.Module], inputs: Sequence[Tensor]) -> object:
-    """The mean over the models of each tensor of their outputs."""
+    """The mean over the models of each tensor of their outputs; what is no tensor is the first one's."""
     outputs = [pytree.tree_flatten(model(*inputs)) for model in models]
-    leaves = [torch.stack(values).mean(0) for values in zip(*(flat for flat, _ in outputs), strict=True)]
+    leaves = [
+        torch.stack(values).mean(0) if isinstance(values[0], Tensor) else values[0]
+        for values in zip(*(flat for flat, _ in outputs), strict=True)
+    ]
     return pytree.tree_unflatten(leaves, outputs[0][1])
 
 
@@ -225,3 +231,42 @@ def disturb_weights(big: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of parameters and buffers that later changes don't reach."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def check_exact(make: Make, x: Sequence[Tensor], dtype: torch.dtype, count: int) -> None:
+    """Open gates give the mean; the compressed network computes what was kept; teachers stay as they are.
+
+    Args:
+        make: returns a new network.
+        x: one batch, a tensor per input.
+        dtype: of teachers and floating point inputs.
+        count: of teachers.
+
+    Raises:
+        AssertionError: if one of these is not so.
+    """
+    teachers = make_teachers(make, x, count, dtype)
+    states = [copy_state(teacher) for teacher in teachers]
+    big = BigStudent(*teachers, example_inputs=tuple(x))
+    expected = mean_output(teachers, x)
+    with big.open_gates():
+        assert relative_error(big(*x), expected) <= TOLERANCE[dtype]
+    before = copy_state(big)
+    select_gates(big, x, recalibrate=True)
+    assert relative_error(big.compress()(*x), big(*x)) <= TOLERANCE[dtype]
+    big.load_state_dict(before)
+    del before
+    big.link()
+    with big.open_gates():
+        assert relative_error(big(*x), expected) <= TOLERANCE[dtype]
+    disturb_weights(big, scale=0.1)
+    select_gates(big, x, seed=1, recalibrate=True)
+    student = big.compress()
+    assert relative_error(student(*x), big(*x)) <= TOLERANCE[dtype]
+    assert type(student) is type(teachers[0])
+    for teacher, state in zip(teachers, states, strict=True):
+        assert all(torch.equal(tensor, state[key]) for key, tensor in teacher.state_dict().items())
+    teachers[0].load_state_dict(student.state_dict(), strict=True)
+    assert relative_error(teachers[0](*x), student(*x)) == 0
+    gc.collect()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,53 +10,17 @@ from torch import nn
 
 import fastmerge
 import torchvision_networks as vision
-from teachers import (
-    TOLERANCE,
-    copy_state,
-    disturb_weights,
-    make_batch,
-    make_teachers,
-    mean_output,
-    relative_error,
-    select_gates,
-)
+from teachers import check_exact, make_batch, make_teachers, mean_output, relative_error
 
 LARGER_THAN_MEMORY = {"regnet_y_128gf"}  # benchmarks/coverage.py takes it, alone
 OTHERS = sorted(name for name in vision.names() if name not in {*vision.FAMILIES, *vision.LARGE, *LARGER_THAN_MEMORY})
 
 
 def check(name: str, dtype: torch.dtype, count: int) -> None:
-    check_network(partial(vision.make_with_small_classifier, name), vision.size(name), dtype, count)
-
-
-@torch.no_grad()
-def check_network(make: Callable[[], nn.Module], side: int, dtype: torch.dtype, count: int) -> None:
-    """Open gates give the mean; the compressed network computes what was kept; teachers stay as they are."""
-    x = (make_batch(4, (3, side, side), dtype=dtype),)
-    teachers = make_teachers(make, x, count, dtype)
-    states = [copy_state(teacher) for teacher in teachers]
-    big = fastmerge.BigStudent(*teachers, example_inputs=x)
-    expected = mean_output(teachers, x)
-    with big.open_gates():
-        assert relative_error(big(*x), expected) <= TOLERANCE[dtype]
-    before = copy_state(big)
-    select_gates(big, x, recalibrate=True)
-    assert relative_error(big.compress()(*x), big(*x)) <= TOLERANCE[dtype]
-    big.load_state_dict(before)
-    del before
-    big.link()
-    with big.open_gates():
-        assert relative_error(big(*x), expected) <= TOLERANCE[dtype]
-    disturb_weights(big, scale=0.1)
-    select_gates(big, x, seed=1, recalibrate=True)
-    student = big.compress()
-    assert relative_error(student(*x), big(*x)) <= TOLERANCE[dtype]
-    assert type(student) is type(teachers[0])
-    for teacher, state in zip(teachers, states, strict=True):
-        assert all(torch.equal(tensor, state[key]) for key, tensor in teacher.state_dict().items())
-    teachers[0].load_state_dict(student.state_dict(), strict=True)
-    assert relative_error(teachers[0](*x), student(*x)) == 0
-    gc.collect()
+    side = vision.size(name)
+    check_exact(
+        partial(vision.make_with_small_classifier, name), (make_batch(4, (3, side, side), dtype=dtype),), dtype, count
+    )
 
 
 @pytest.mark.parametrize("name", vision.FAMILIES)
@@ -68,7 +30,7 @@ def test_family(name: str) -> None:
 
 @pytest.mark.parametrize("name", vision.small_transformers())
 def test_small_transformer(name: str) -> None:
-    check_network(vision.small_transformers()[name], 32, torch.float64, count=2)
+    check_exact(vision.small_transformers()[name], (make_batch(4, (3, 32, 32)),), torch.float64, count=2)
 
 
 @pytest.mark.slow
