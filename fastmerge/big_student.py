@@ -224,7 +224,7 @@ class BigStudent(GatedNetwork):
         return student.train().train(training)  # what a network keeps of its own for evaluation it makes anew
 
     def _check_gates(self) -> None:
-        for group, gate in zip(self.groups, self._gate_modules(), strict=True):
+        for group, gate in zip(self.groups, self._gate_modules, strict=True):
             count = int(gate.loc.isnan().sum())
             if count:
                 raise ValueError(

@@ -167,7 +167,7 @@ class GatedNetwork(nn.Module):
         Args:
             loc: (..., candidates), of other big students of these shapes; None: their own.
         """
-        gates = self._gate_modules()
+        gates = self._gate_modules
         loc = torch.cat([gate.loc for gate in gates]) if loc is None else loc
         loc = loc.to(torch.promote_types(loc.dtype, torch.float32))
         return open_probability(loc, beta=gates[0].beta, gamma=gates[0].gamma, zeta=gates[0].zeta)
@@ -175,7 +175,7 @@ class GatedNetwork(nn.Module):
     def _lower(self, analysis: Analysis) -> None:
         self._population = Population.of(self.groups, self.num_teachers, self.gates)
         wholes = [self.num_teachers * group.size for group in self.groups]
-        gates = self._gate_modules()
+        gates = self._gate_modules = tuple(self._gate(group.name) for group in self.groups)
         self.group_means = GroupMeans([gate.channels for gate in gates], wholes, gates[0].loc.device)
         self._is_compacted = bool(self._population.total < sum(wholes))  # here, for a compiler not to follow it
         self._layers = tuple(module for module in self.network.modules() if isinstance(module, WideLayer))
@@ -184,7 +184,7 @@ class GatedNetwork(nn.Module):
 
     def _programs_for(self, inputs: Sequence[Any]) -> Programs:
         """The programs for inputs of a shape: those of the example inputs, or others where the code does something else."""
-        traced, dtype = self._blueprint.traced, self._gate_modules()[0].loc.dtype
+        traced, dtype = self._blueprint.traced, self._gate_modules[0].loc.dtype
         is_open = traced.is_open["train" if self.training else "eval"]
         as_traced = dtype == self._blueprint.dtype and all(
             _is_like(x, example, is_open) for x, example in zip(inputs, traced.inputs, strict=True)
@@ -222,10 +222,12 @@ class GatedNetwork(nn.Module):
                 f"got shape {tuple(x.shape)}"
             )
         samples = x.shape[0] if self.training else None
-        return draw_gates(self._gate_modules(), samples, self._programs.has_ungated_channels)
+        return draw_gates(self._gate_modules, samples, self._programs.has_ungated_channels)
 
-    def _gate_modules(self) -> list[HardConcrete]:
-        return [self.gates[group.name] for group in self.groups]  # type: ignore[misc]
+    def _gate(self, name: str) -> HardConcrete:
+        gate = self.gates[name]
+        assert isinstance(gate, HardConcrete)
+        return gate
 
 
 def _is_like(x: Any, example: Any, is_open: bool) -> bool:

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from fastmerge.kernels import direct
 from fastmerge.kernels.gate import sampling
 from fastmerge.kernels.gate.formulas import BETA, GAMMA, ZETA, hard_concrete, open_probability
 from torch import Tensor
@@ -186,6 +187,22 @@ def test_public_function_through_the_kernel() -> None:
     (dloc,) = torch.autograd.grad(z.sum(), loc)
     assert dloc.dtype == torch.float16
     assert (dloc > 0).all()
+
+
+@interpreted
+def test_an_eager_call_gives_what_the_operator_gives() -> None:
+    loc, dz = torch.randn(37, requires_grad=True), torch.randn(10, 37)
+    found = []
+    for is_direct in (True, False):
+        torch.manual_seed(3)
+        with (
+            mock.patch.object(sampling, "_runs_fused", return_value=True),
+            mock.patch.object(direct, "runs_direct", return_value=is_direct),
+        ):
+            z = sampling.sample_gates(loc, 10)
+        assert ("_Sample" in type(z.grad_fn).__name__) == is_direct
+        found.append((z, *torch.autograd.grad(z, loc, dz)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(INTERPRETING, reason="says nothing about the interpreter")

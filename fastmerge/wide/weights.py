@@ -95,16 +95,17 @@ class _HandOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = iter(gradients)
+        given, needs = iter(gradients), ctx.needs_input_grad[3:]
+        differentiable = torch.is_grad_enabled()
         totals: list[Tensor | None] = []
         into: list[Tensor] = []
         out_of: list[Tensor] = []
-        for k, (tensor, cast, count) in enumerate(zip(ctx.tensors, ctx.casts, ctx.cuts, strict=True)):
+        for tensor, needed, cast, count in zip(ctx.tensors, needs, ctx.casts, ctx.cuts, strict=True):
             whole = next(given) if cast else None
             parts = [next(given) for _ in range(count if count > 1 else 0)]
-            if not ctx.needs_input_grad[3 + k] or (whole is None and all(part is None for part in parts)):
+            if not needed or (whole is None and all(part is None for part in parts)):
                 totals.append(None)
-            elif torch.is_grad_enabled() or (whole is not None and any(part is not None for part in parts)):
+            elif differentiable or (whole is not None and any(part is not None for part in parts)):
                 totals.append(_total(tensor.dtype, whole, parts))
             else:
                 total = torch.empty_like(tensor)

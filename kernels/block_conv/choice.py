@@ -179,11 +179,11 @@ class Choices:
 
     def measures(self) -> bool:
         """Whether a layer nobody has measured yet would be, now."""
-        if self._measuring is None:
-            deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-            wanted = torch.backends.cudnn.benchmark and not deterministic
-        else:
-            wanted = self._measuring
+        wanted = self._measuring
+        if wanted is None:
+            wanted = torch.backends.cudnn.benchmark and not (
+                torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+            )
         if wanted and _is_one_of_several():
             self._tell(
                 "convolutions are not timed in runs of several processes: they run what one process measured before"

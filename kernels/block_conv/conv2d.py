@@ -33,6 +33,7 @@ from fastmerge.kernels.block_conv.formulas import (
 from fastmerge.kernels.block_conv.layouts import lies_channels_last
 from fastmerge.kernels.block_conv.passes import runs_plain, worth_an_operation
 from fastmerge.kernels.block_conv.problem import Problem
+from fastmerge.kernels.direct import runs_direct
 from torch import Tensor
 
 __all__ = ["LiveBlocks", "block_diagonal_conv2d", "block_sparse_conv2d", "grouped_conv2d", "live_blocks"]
@@ -87,11 +88,9 @@ def block_diagonal_conv2d(
 def _name_of(xs: Sequence[Tensor], weight: Tensor, *options: Any) -> Hashable:
     """What tells calls apart of which one may be worth an operation and another not."""
     x = xs[0]
-    return (
-        *(len(xs), x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.dtype, *options),
-        *(torch.is_grad_enabled(), x.requires_grad or weight.requires_grad),
-        *(torch.is_autocast_enabled("cuda"), choices.measures()),
-    )
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    of_tensors = x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.dtype
+    return len(xs), of_tensors, options, differentiated, torch.is_autocast_enabled("cuda"), choices.measures()
 
 
 def grouped_conv2d(
@@ -196,7 +195,7 @@ def _fused(
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         if not worth_an_operation(problem, xs, weight, dtype, differentiated, name):
             return None
-    direct = ops.runs_direct(given)
+    direct = runs_direct(*given)
     if not _takes(xs, weight, geometry, dtype, groups, live, direct):
         return None
     xs = tuple(x.to(dtype) for x in xs)

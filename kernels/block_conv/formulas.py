@@ -149,7 +149,7 @@ def plain_convolutions(
 ) -> tuple[Tensor, ...]:
     """T convolutions of PyTorch with these weights, biases, stride, padding and dilation."""
     each = [None] * len(xs) if biases is None else biases
-    return tuple(F.conv2d(x, w, b, *options) for x, w, b in zip(xs, weights, each, strict=True))
+    return tuple([F.conv2d(x, w, b, *options) for x, w, b in zip(xs, weights, each, strict=True)])
 
 
 def grouped_reference(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, geometry: Geometry) -> Tensor:

@@ -1,8 +1,7 @@
 """The block convolution as an operation of PyTorch: what autograd and torch.compile see.
 
-There are two ways to the same passes. torch.compile and other tracers see custom operators. They choose their implementation
-when they run (``choice``), so a compiled graph holds no choice that another card or shape would have to take back. Plain eager
-calls go through an ``autograd.Function``, which costs the CPU a fraction.
+There are two ways to the same passes, see ``direct``. Operators choose their implementation when they run (``choice``), so a
+compiled graph holds no choice that another card or shape would have to take back.
 
 Dims: T streams, N batch, C input channels, K output channels (of one stream), H W positions, R S kernel, L live blocks.
 """
@@ -19,13 +18,6 @@ from fastmerge.kernels.block_conv.layouts import empty_laid_out
 from fastmerge.kernels.block_conv.problem import Problem
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-def runs_direct(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing traces a call of these tensors, so that no custom operator is needed."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 class BlockConv(torch.autograd.Function):

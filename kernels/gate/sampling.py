@@ -1,7 +1,8 @@
 """Sampling of all hard concrete gates of a network in one launch. Formula and reference: ``formulas``.
 
-The gates come from a seed tensor on the device: Philox with the seed as key and (channel, sample) as counter. The same
-seed gives the same gates; a replayed CUDA graph draws a new seed. The backward pass needs the gates alone,
+There are two ways to the same kernels, see ``direct``. The gates come from a seed tensor on the device: Philox with the seed as
+key and (channel, sample) as counter. The same seed gives the same gates; a replayed CUDA graph draws a new seed. The backward
+pass needs the gates alone,
 
     dz/dloc = (z - gamma) (zeta - z) / (beta (zeta - gamma)),   0 where z is 0 or 1.
 
@@ -14,6 +15,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from fastmerge.kernels import direct
 from fastmerge.kernels.gate.formulas import (
     BETA,
     GAMMA,
@@ -24,6 +26,7 @@ from fastmerge.kernels.gate.formulas import (
     sample_gates_reference,
 )
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["hard_concrete", "hard_concrete_mean", "open_probability", "sample_gates", "sample_gates_reference"]
 
@@ -90,6 +93,29 @@ def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
     return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+class _Sample(torch.autograd.Function):
+    """Both passes without the operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loc: Tensor, seed: Tensor, n: int, constants: tuple[float, float, float], dtype: torch.dtype
+    ) -> Tensor:
+        from fastmerge.kernels.gate import sampling_triton
+
+        z = sampling_triton.sample(loc, seed, n, *constants, dtype)
+        ctx.constants, ctx.dtype = constants, loc.dtype
+        ctx.save_for_backward(z)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        from fastmerge.kernels.gate import sampling_triton
+
+        (z,) = ctx.saved_tensors
+        return sampling_triton.sample_backward(dz, z, *ctx.constants, ctx.dtype), None, None, None, None
+
+
 def sample_gates(
     loc: Tensor,
     n: int,
@@ -129,6 +155,9 @@ def sample_gates(
         raise ValueError(f"sample_gates needs a number of samples of at least 0; got {n}")
     if _runs_fused(loc):
         seed = torch.randint(_MAX_SEED, (1,), device=loc.device)
+        if direct.runs_direct(loc):
+            gates: Tensor = _Sample.apply(loc, seed, n, (beta, gamma, zeta), dtype or loc.dtype)
+            return gates
         return _sample(loc, seed, n, beta, gamma, zeta, dtype or loc.dtype)
     return sample_gates_reference(loc, n, beta=beta, gamma=gamma, zeta=zeta, dtype=dtype)
 
