@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.outputs import Name
 from fastmerge.gates import HardConcrete
+from fastmerge.isolation import ONE_THREAD
 from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.programs import Programs
@@ -199,15 +200,17 @@ class GatedNetwork(nn.Module):
                     f"this big student was traced for inputs of another shape than {shapes} or another precision than {dtype}; "
                     "call it once on such inputs before it is compiled"
                 )
-            analysis = self._blueprint.analyse_for(inputs, dtype, is_open)
-            others = self._programs
-            if analysis is not None:
-                self._check_compacted(analysis)
-                attach_missing(self.network, analysis)
-                others = Programs(analysis, self.network, self._population, self.linked)
-            if len(self._other_programs) == _MOST_SHAPES:
-                del self._other_programs[next(iter(self._other_programs))]
-            self._other_programs[key] = others
+            with ONE_THREAD:
+                analysis = self._blueprint.analyse_for(inputs, dtype, is_open)
+                others = self._programs
+                if analysis is not None:
+                    self._check_compacted(analysis)
+                    attach_missing(self.network, analysis)
+                    others = Programs(analysis, self.network, self._population, self.linked)
+                if len(self._other_programs) == _MOST_SHAPES:
+                    del self._other_programs[next(iter(self._other_programs))]
+                self._other_programs[key] = others
+            return others
         return self._other_programs[key]
 
     def _check_compacted(self, analysis: Analysis) -> None:

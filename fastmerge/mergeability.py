@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.groups import ChannelGroups, Choice, choice_warning
 from fastmerge.channels.outputs import Name
 from fastmerge.channels.tracing import TracedNetwork, module_path
+from fastmerge.isolation import quietly
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.validation import differences, same_teachers, teacher_errors
 from fastmerge.wide.blueprint import code_errors, read_network
@@ -115,8 +115,7 @@ def check(
             alike = {n: t for n, t in networks.items() if n == 0 or _is_alike(first, t, n)}
             problems += [problem for error in code_errors(traced, alike, inputs) for problem in error.problems]
         if not problems:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is noted below
+            with quietly():  # of what is noted below
                 BigStudent(*teachers, example_inputs=example_inputs, outputs=outputs, verify=verify)
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -14,21 +14,19 @@ float32: rounding is not.
 from __future__ import annotations
 
 import copy
-import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge.channels.examples import Inputs
+from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -63,7 +61,7 @@ def check_exact(teachers: Sequence[nn.Module], big: Any, example_inputs: Inputs)
         trials.insert(0, _Trial(teachers, big, inputs, torch.float32))
     shapes = [[name, tuple(p.shape)] for name, p in teachers[0].named_parameters()] + [_shape(x) for x in leaves]
     known = (type(teachers[0]), repr(teachers[0]), str(shapes), len(teachers))
-    with _undisturbed([*teachers[0].parameters(), *leaves]):
+    with undisturbed([*teachers[0].parameters(), *leaves]):
         _compare(trials, _Trial.open_gates, own)
         if size <= _SMALL or known not in _CHECKED:
             _compare(trials, _Trial.hard_gates, own)
@@ -198,7 +196,7 @@ class _Trial:
         training = mode == "training"
         theirs = [self._record(original.train(training), original, layers) for original in originals]
         big = self.big.train(training)
-        with big.open_gates() if gates_are_open else ExitStack():
+        with big.open_gates() if gates_are_open else nullcontext():
             ours = self._record(big, big.network, layers)
         before = None
         for path in theirs[0]:
@@ -420,27 +418,3 @@ class _HeldStill(TorchDispatchMode):
         still |= {"p": 0.0} if "dropout" in name else {"training": False} if name.startswith("rrelu") else {}
         out = func(**{key: still.get(key, value) for key, value in given.items()})
         return out.fill_(_HELD[name]) if name in _HELD else out
-
-
-@contextmanager
-def _undisturbed(tensors: Iterable[Any]) -> Iterator[None]:
-    """To run networks without gradients, autocasting, warnings, timing of convolutions or using up anybody's random numbers."""
-    devices = {x.device for x in tensors if isinstance(x, Tensor)}
-    python, numpy = random.getstate(), np.random.get_state()
-    fast, benchmark = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.benchmark
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]))
-        for kind in {device.type for device in devices}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch.backends.cudnn.benchmark = False
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            torch.backends.cudnn.benchmark = benchmark
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmerge.channels.tracing import undisturbed
+from fastmerge.isolation import undisturbed
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

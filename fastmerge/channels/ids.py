@@ -24,7 +24,8 @@ from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_name
 from fastmerge.channels.outputs import predictions
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule, has_own_rule
-from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, tensor_at, undisturbed
+from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, tensor_at
+from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
 _MOST_ELEMENTS = 1 << 22  # of a tensor whose every element has an id of its own

@@ -14,10 +14,9 @@ import operator
 import re
 import sys
 import traceback
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from fastmerge import isolation
 from fastmerge.channels.aten import bind, op_name
+from fastmerge.isolation import exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
 CONSTANT = "constant_tensors"
@@ -119,7 +120,7 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
         for module, momentum in momenta:
             module.momentum = 0.1 if momentum is None else momentum  # a cumulative average reads its counter
         root.train(mode == "train")
-        with _plainly():
+        with undisturbed(grad=True):
             program = _exported(model, root, mode, inputs, calls)
             traced.graphs[mode] = _cleaned(program, traced, calls)
         traced.out_specs[mode] = program.call_spec.out_spec
@@ -172,14 +173,13 @@ def _exported(
 
 @contextmanager
 def _exporting(root: nn.Module, entered: list[str], calls: dict[str, str]) -> Iterator[None]:
-    """Attention as separate operations, and a record of modules.
+    """A record of modules for the time of an export.
 
     Args:
         root: the network.
         entered: gets the paths of the modules that the forward is in when it fails.
         calls: gets by path the line of code outside torch that calls a module.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
     paths = {id(module): name for name, module in root.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -194,13 +194,10 @@ def _exporting(root: nn.Module, entered: list[str], calls: dict[str, str]) -> It
     handles = []
     for module in root.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the user's code has warned before, or will
+        with exporting():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
 
@@ -221,23 +218,12 @@ def _caller(frame: Any) -> str:
 
 
 def _is_own(file: str) -> bool:
-    """Whether a file of code is neither torch's nor this one."""
-    return not file.startswith((torch.__path__[0], "torch/", __file__, "<"))
+    """Whether a file of code is neither torch's nor part of tracing."""
+    return not file.startswith((torch.__path__[0], "torch/", __file__, isolation.__file__, "<"))
 
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """Whatever the user is in the middle of (evaluation, autocast) is no part of the graphs, nor of the tensors in them."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _inline_regions(module: fx.GraphModule) -> None:
@@ -444,18 +430,6 @@ def tensor_at(root: nn.Module, path: str) -> Tensor:
     tensor = getattr(root.get_submodule(owner), attribute)
     assert isinstance(tensor, Tensor), path
     return tensor
-
-
-@contextmanager
-def undisturbed(inputs: Sequence[Any]) -> Iterator[None]:
-    """To run a network once, without gradients and without using up anybody's random numbers.
-
-    Args:
-        inputs: what it is run on.
-    """
-    devices = list({x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda})
-    with _plainly(), torch.no_grad(), torch.random.fork_rng(devices=devices):
-        yield
 
 
 def module_path(node: fx.Node) -> str:

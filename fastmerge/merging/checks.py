@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, has_classes
+from fastmerge.isolation import quietly
 from fastmerge.processes import Processes
 from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
@@ -98,8 +98,7 @@ def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: 
     what = "making it"
     try:
         step = schedule(optimizer).step
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+        with quietly("Detected call of .lr_scheduler.step"):
             for epoch in range(epochs):
                 what = f"its step after epoch {epoch + 1} of {epochs}"
                 step()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastmerge.big_student import BigStudent
+from fastmerge.isolation import quietly
 
 LOG = logging.getLogger("fastmerge")
 BACKEND = "inductor"
@@ -63,10 +64,8 @@ class Compiler:
         if not self.wanted or self._network is None:
             return work()
         try:
-            with warnings.catch_warnings():
-                # the compiler's own, of its dependencies and of what it would rather have
-                warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-                warnings.filterwarnings("ignore", ".*TensorFloat32 tensor cores.*")
+            # the compiler's own, of its dependencies and of what it would rather have
+            with quietly(category=DeprecationWarning, module="torch"), quietly(".*TensorFloat32 tensor cores.*"):
                 result = work()
         except _failures() as error:
             warnings.warn(

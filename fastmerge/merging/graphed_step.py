@@ -21,6 +21,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmerge.big_student import BigStudent
+from fastmerge.isolation import ONE_THREAD
 from fastmerge.kernels.cuda_graph import capture
 from fastmerge.merging.step import MergeStep, Result
 from fastmerge.wide.norms import WideBatchNorm
@@ -55,7 +56,7 @@ class CudaGraphs:
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as caught:
+            with ONE_THREAD, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 result = run()
         finally:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from fastmerge.big_student import BigStudent
 from fastmerge.channels.groups import choice_warning
+from fastmerge.isolation import quietly
 from fastmerge.merging.checks import Schedule
 from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins, undecided_warnings
 from fastmerge.merging.plan import MergePlan, gate_schedule
@@ -65,8 +66,7 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, plan: MergePlan, train
     learn_importance(big, plan.fitted(big, trainer.steps), trainer)
     trainer.score("big student", big, trainer.history.stage("merge")[-1].val)
     trainer.history.kept = origins(big)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnsettledGatesWarning)  # said already, with what to change
+    with quietly(category=UnsettledGatesWarning):  # said already, with what to change
         return big.compress(in_place=True)  # the memory of both is worth more to the fine-tuning
 
 
@@ -109,6 +109,7 @@ def finetune(student: nn.Module, plan: MergePlan, schedule: Schedule | None, tra
     parts = {"optimizer": optimizer, "scheduler": scheduler}
     for _ in trainer.epochs("finetune", plan.finetune_epochs, student, parts):
         trainer.epoch("finetune", student, [optimizer], None)
-        with warnings.catch_warnings():  # of an epoch that a checkpoint goes on with, no step may be left
-            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+        with quietly(
+            "Detected call of .lr_scheduler.step"
+        ):  # an epoch that a checkpoint goes on with may have no step left
             scheduler.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import run_on_ids
 from fastmerge.channels.outputs import Name, predictions
 from fastmerge.channels.tracing import TracedNetwork, flat_inputs, trace
+from fastmerge.isolation import ONE_THREAD
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.validation import check_teachers, code_difference, same_graphs
 from fastmerge.wide.analysis import Analysis
@@ -110,7 +110,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 _Known = tuple[TracedNetwork, ChannelGroups, set[tuple[str, str]], dict[str, frozenset[int]]]
 _KNOWN: OrderedDict[Hashable, _Known] = OrderedDict()
 _MOST_KNOWN = 64
-_LOCK = threading.RLock()  # tracing switches what holds for the whole process
 
 
 def read_network(
@@ -126,7 +125,7 @@ def read_network(
     """
     code = code_key(teacher, inputs)
     key = None if code is None else (code, None if outputs is None else tuple(outputs), common)
-    with _LOCK:
+    with ONE_THREAD:
         return _read_once(teacher, inputs, outputs, common, key)
 
 

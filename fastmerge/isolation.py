@@ -1,0 +1,123 @@
+"""What PyTorch and Python keep once for all threads, used by one thread at a time, unseen by the others, and put back.
+
+Random numbers, the filters of warnings, switches of PyTorch's backends and what ``torch.export`` patches belong to the process.
+Two threads that each change and restore them would restore what the other had changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ONE_THREAD = threading.RLock()  # whoever changes what holds for the whole process has it for that time
+
+
+@contextmanager
+def undisturbed(tensors: Iterable[Any] = (), grad: bool = False) -> Iterator[None]:
+    """To run a network for what it shows: as it is by itself, without warnings, and without using up anybody's random numbers.
+
+    Whatever the user is in the middle of (inference mode, autocast) does not hold within it. Attention takes no fast path, and
+    convolutions are not timed. Numbers that another thread draws meanwhile may be drawn again after it.
+
+    Args:
+        tensors: what it is run on and with.
+        grad: whether gradients can be taken.
+    """
+    devices = {x.device for x in tensors if isinstance(x, Tensor)}
+    with ONE_THREAD, ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]))
+        for kind in {"cpu", "cuda", *(device.type for device in devices)} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(quietly())
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.cudnn.benchmark = False
+        yield
+
+
+@contextmanager
+def quietly(message: str = "", category: type[Warning] = Warning, module: str = "") -> Iterator[None]:
+    """Within it warnings of this kind are not shown; the arguments are those of ``warnings.filterwarnings``."""
+    with ONE_THREAD, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message, category, module)
+        yield
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """Within it ``torch.export`` switches for this thread alone what it would switch for the whole process.
+
+    It replaces ``nn.Module.__call__`` and ``__getattr__``, which give other threads stand-ins for their modules, and tells
+    whoever asks that the process is compiling.
+    """
+    from torch.export import _trace
+    from torch.fx import _symbolic_trace
+
+    patcher, thread = _symbolic_trace._Patcher, threading.get_ident()
+    patch_method, switches = patcher.patch_method, _trace._compiling_state_context
+
+    def patch_here(self: Any, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:
+        old = getattr(cls, name)
+
+        @functools.wraps(new)
+        def here(*args: Any, **kwargs: Any) -> Any:
+            return (new if threading.get_ident() == thread else old)(*args, **kwargs)
+
+        patch_method(self, cls, name, here, deduplicate)
+
+    @contextmanager
+    def switched_here() -> Iterator[None]:
+        with switches():
+            torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = _Here()  # type: ignore[assignment]
+            yield
+
+    with ONE_THREAD, ExitStack() as stack:
+        _keep_device_guard()
+        stack.callback(setattr, patcher, "patch_method", patch_method)
+        stack.callback(setattr, _trace, "_compiling_state_context", switches)
+        patcher.patch_method = patch_here  # type: ignore[method-assign, assignment]
+        _trace._compiling_state_context = switched_here
+        yield
+
+
+@functools.cache
+def _keep_device_guard() -> None:
+    """Lets a thread that never ends be the first that exports.
+
+    What stands in for a GPU that is missing belongs to that thread, and PyTorch crashes in the next export once it has ended.
+    """
+    if threading.current_thread() is threading.main_thread() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        return
+    is_set = threading.Event()
+
+    def stay() -> None:
+        torch._C._ensureCUDADeviceGuardSet()
+        is_set.set()
+        threading.Event().wait()
+
+    threading.Thread(target=stay, daemon=True).start()
+    is_set.wait()
+
+
+class _Here:
+    """A switch that is on in the thread that made it."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self.thread
