@@ -185,7 +185,11 @@ class BigStudent(GatedNetwork):
 
         Returns:
             int64 (n,) per group name, ascending; candidate t·n + j is channel j of teacher t.
+
+        Raises:
+            ValueError: a gate is NaN.
         """
+        self._check_gates("keep")
         return kept_candidates(self.groups, self.gates)
 
     def compress(self, optimizer: Optimizer | None = None, *, in_place: bool = False) -> Any:
@@ -208,7 +212,7 @@ class BigStudent(GatedNetwork):
         Raises:
             ValueError: a gate is NaN, the optimizer is not this network's, or its state can't be cut; nothing has changed then.
         """
-        self._check_gates()
+        self._check_gates("compress")
         self._warn_of_gates()
         compressor = Compressor(self.network, self._blueprint.layout, self.groups, self.keep(), self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
@@ -223,12 +227,12 @@ class BigStudent(GatedNetwork):
                 spend(self)
         return student.train().train(training)  # what a network keeps of its own for evaluation it makes anew
 
-    def _check_gates(self) -> None:
+    def _check_gates(self, method: str) -> None:
         for group, gate in zip(self.groups, self._gate_modules, strict=True):
             count = int(gate.loc.isnan().sum())
             if count:
                 raise ValueError(
-                    f"compress needs gates that are numbers; {count} of {len(gate.loc)} gates of '{group.name}' "
+                    f"{method} needs gates that are numbers; {count} of {len(gate.loc)} gates of '{group.name}' "
                     f"{'is' if count == 1 else 'are'} NaN. The training has diverged: go back to a checkpoint of before, and "
                     "lower the learning rates"
                 )

@@ -250,6 +250,7 @@ def _read(path: Path, ema: bool) -> tuple[dict[str, Tensor], bool, bool]:
             f"{path} holds no state dict: names of weights are strings; it has {_listed(map(repr, strange))}"
         )
     weights = dict(content)
+    averaged = ema and (bool(averages) or _AVERAGED in weights)
     for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
         if all(name.startswith(prefix) or name == _AVERAGED for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items() if name != _AVERAGED}
@@ -257,7 +258,7 @@ def _read(path: Path, ema: bool) -> tuple[dict[str, Tensor], bool, bool]:
         raise ValueError(
             f"{path} holds no plain tensors: {_listed(unusual)}; save the weights as floating-point numbers"
         )
-    return weights, lightning, bool(ema and averages)
+    return weights, lightning, averaged
 
 
 def _content(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -77,10 +78,14 @@ def has_classes(output: Any, target: Any) -> bool:
 
 
 class NotFiniteError(FloatingPointError):
-    """A loss became NaN or Inf; args are the batch, counted from 1, the loss's name, and its value."""
+    """A loss became NaN or Inf.
+
+    Its args are the batch, counted from 1, the loss's name, its value and, in an evaluation, whether the inputs are finite
+    where that is known.
+    """
 
     def __str__(self) -> str:
-        batch, name, value = self.args
+        batch, name, value = self.args[:3]
         return f"the {name} became {value} in batch {batch}"
 
 
@@ -193,12 +198,22 @@ def evaluate(
         tally = Tally()
         whole = contextlib.nullcontext() if processes is None else processes.together(NotFiniteError)
         with whole:
-            for inputs, target in setting.batches(loader):
-                output, loss = setting.apply(network, inputs, target)
-                tally.add(output, target, len(inputs[0]), loss=loss)
-                if after_step is not None:
-                    after_step()
-            tally.read()
+            try:
+                for inputs, target in setting.batches(loader):
+                    output, loss = setting.apply(network, inputs, target)
+                    tally.add(output, target, len(inputs[0]), loss=loss)
+                    if after_step is not None:
+                        after_step()
+                tally.read()
+            except NotFiniteError as error:
+                raise NotFiniteError(*error.args, _has_finite_inputs(loader, setting, error.args[0])) from None
         return tally.score(processes)
     finally:
         network.train(mode)
+
+
+def _has_finite_inputs(loader: Iterable[Any], setting: Setting, number: int) -> bool | None:
+    """Whether the inputs of a batch, counted from 1, hold numbers alone; None where the loader does not give it again."""
+    for inputs, _ in itertools.islice(setting.batches(loader), number - 1, number):
+        return all(bool(x.isfinite().all()) for x in inputs)
+    return None

@@ -76,9 +76,13 @@ class GatedNetwork(nn.Module):
         """The teachers' forward, gated: same inputs, same output structure.
 
         Raises:
+            TypeError: if no input is a tensor.
             ValueError: if the first input has no batch dimension.
         """
         flat = self._blueprint.flat(inputs, kwargs)
+        if not any(isinstance(x, Tensor) for x in flat):
+            got = ", ".join(type(x).__name__ for x in flat)
+            raise TypeError(f"BigStudent needs a tensor to run on; got {got}. torch.as_tensor(x) makes one of an array")
         gates = None if self._gates_open else self._draw_gates(flat)
         each = self._gates_open and self._blueprint.each and not self._is_compacted
         way = "train" if self.training else "eval", each, self.linked

@@ -17,7 +17,7 @@ from fastmerge.channels.outputs import Name
 from fastmerge.channels.tracing import TracedNetwork, module_path
 from fastmerge.isolation import quietly
 from fastmerge.problems import Problem, UnmergeableError
-from fastmerge.validation import differences, same_teachers, teacher_errors
+from fastmerge.validation import differences, kind_of, same_teachers, teacher_errors
 from fastmerge.wide.blueprint import code_errors, read_network
 
 
@@ -135,7 +135,7 @@ def _unwrapped(network: nn.Module) -> nn.Module:
 
 
 def _is_alike(first: nn.Module, other: nn.Module, number: int) -> bool:
-    return type(first) is type(other) and next(differences(first, other, number), None) is None
+    return kind_of(first) is kind_of(other) and next(differences(first, other, number), None) is None
 
 
 def _problems_of(error: Exception, is_sure: bool) -> list[Problem]:

@@ -32,6 +32,7 @@ def recalibrate(network: nn.Module, loader: Iterable[Any]) -> None:
 
     Raises:
         ValueError: the loader is empty.
+        FloatingPointError: a statistic became NaN or Inf; the network has its former statistics then.
     """
     norms = list(_norms(network))
     if not norms:
@@ -39,6 +40,7 @@ def recalibrate(network: nn.Module, loader: Iterable[Any]) -> None:
     modes = {module: module.training for module in network.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     device = next(network.parameters()).device
+    before = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers()}
     try:
         network.eval()
         for norm in norms:
@@ -51,6 +53,16 @@ def recalibrate(network: nn.Module, loader: Iterable[Any]) -> None:
             batches += 1
         if not batches:
             raise ValueError("recalibrate needs at least one batch; the loader is empty")
+        for name, norm in network.named_modules():
+            if norm in momenta and not all(bool(buffer.isfinite().all()) for buffer in norm.buffers()):
+                raise FloatingPointError(
+                    f"the statistics of '{name}' became NaN or Inf over {batches} batches; look for NaN or Inf in the loader's "
+                    "inputs and in the network's weights"
+                )
+    except BaseException:
+        for buffer, values in before.items():
+            buffer.copy_(values)
+        raise
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def teacher_errors(teachers: Sequence[Any]) -> Iterator[UnmergeableError]:
     if len(teachers) < 2:
         yield _error(f"BigStudent needs at least two teachers; got {len(teachers)}", "Pass them one by one")
     for number, teacher in list(networks.items())[1:] if 0 in networks else ():
-        if type(teacher) is type(networks[0]):
+        if kind_of(teacher) is kind_of(networks[0]):
             yield from differences(networks[0], teacher, number)
         else:
             yield WrongTeacherError(
@@ -65,6 +66,11 @@ def teacher_errors(teachers: Sequence[Any]) -> Iterator[UnmergeableError]:
     yield from _shared(networks)
     for number, teacher in networks.items():
         yield from _not_finite(number, teacher)
+
+
+def kind_of(module: nn.Module) -> type:
+    """A module's class; each GraphModule has one of its own, and their code is compared as every network's is."""
+    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
 
 
 def same_teachers(teachers: Sequence[Any]) -> str:
@@ -141,6 +147,9 @@ def _of_module(number: int, teacher: Any) -> Iterator[UnmergeableError]:
         if parametrize.is_parametrized(module):
             what = f"layer '{name}' of teacher {number} is parametrized"
             yield _error(what, "call torch.nn.utils.parametrize.remove_parametrizations on it first", name)
+        if re.match(r"torch\..*\bquantized\b", type(module).__module__):
+            what = f"layer '{name}' of teacher {number} is quantised ({type(module).__name__})"
+            yield _error(what, "Merge the networks of before, and quantise the student", name)
         what = f"layer '{name}' of teacher {number}" if name else f"teacher {number}"
         yield from _hooks(module, what, name)
         yield from _replaced_forward(module, what, name)
@@ -198,7 +207,7 @@ def differences(first: nn.Module, other: nn.Module, number: int) -> Iterator[Unm
         module, theirs = modules[name], others[name]
         if name in said:
             continue
-        if type(module) is not type(theirs):
+        if kind_of(module) is not kind_of(theirs):
             kinds = f"a {type(module).__name__} in teacher 0 and a {type(theirs).__name__} in teacher {number}"
             yield differ(f"layer '{name}' is {kinds}", name)
         elif type(module).__module__.startswith("torch.nn") and module.extra_repr() != theirs.extra_repr():
@@ -233,7 +242,7 @@ def _tensor_differences(module: nn.Module, other: nn.Module, name: str, number: 
 
 def _not_finite(number: int, teacher: nn.Module) -> Iterator[UnmergeableError]:
     for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedParameter) or not tensor.is_floating_point():
+        if isinstance(tensor, nn.parameter.UninitializedParameter) or tensor.is_meta or not tensor.is_floating_point():
             continue
         if math.isfinite(tensor.detach().sum(dtype=torch.float64)):
             continue  # one pass; a sum that overflows is looked at closely
@@ -248,7 +257,10 @@ def _devices(networks: Mapping[int, nn.Module]) -> Iterator[UnmergeableError]:
     for number, network in networks.items():
         found = sorted({str(t.device) for t in [*network.parameters(), *network.buffers()]})
         first = found if first is None else first
-        if len(found) > 1:
+        if first == found == ["meta"]:
+            what = f"the weights of teacher {number} are on the meta device, without values"
+            yield _error(what, "Load them into a network on another device")
+        elif len(found) > 1:
             yield _error(f"teacher {number} lies on several devices ({', '.join(found)})", "move it to one")
         elif found != first:
             what = f"BigStudent needs teachers on one device; teacher {min(networks)} is on {', '.join(first)}, "
@@ -263,7 +275,7 @@ def _shared(networks: Mapping[int, nn.Module]) -> Iterator[UnmergeableError]:
             continue
         seen.add(id(network))
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-            if isinstance(tensor, nn.parameter.UninitializedParameter) or tensor.numel() == 0:
+            if isinstance(tensor, nn.parameter.UninitializedParameter) or tensor.numel() == 0 or tensor.is_meta:
                 continue
             other, its_name = owner.setdefault(tensor.data_ptr(), (number, name))
             if other != number:

@@ -86,6 +86,7 @@ def test_averaged_models_are_read(tmp_path):
     torch.save({"model": averaged.state_dict()}, tmp_path / "swa.pt")
     load_weights(copy, tmp_path / "swa.pt")
     assert equal(averaged.module.module, copy)
+    load_weights(copy, tmp_path / "swa.pt", ema=True)  # an average, too
 
 
 def test_moving_averages_are_taken_when_asked_for(tmp_path, caplog):

@@ -318,5 +318,16 @@ def test_gates_that_are_not_numbers_are_refused() -> None:
         gate.loc[3] = torch.nan
     with pytest.raises(ValueError, match=f"1 of {len(gate.loc)} gates of '{name}' is NaN.*checkpoint"):
         big.compress(in_place=True)
+    with pytest.raises(ValueError, match=f"keep needs .* 1 of {len(gate.loc)} gates of '{name}' is NaN"):
+        big.keep()
     with big.open_gates():
         assert big(*x).isfinite().all()
+
+
+@pytest.mark.parametrize("other", ["adam", [torch.nn.Parameter(torch.zeros(1))], torch.nn.Linear(1, 1)])
+def test_what_is_no_optimizer_is_refused(other: Any) -> None:
+    big, _ = merged("lenet", link=False)
+    for call in (big.link, big.compact, big.compress):
+        with pytest.raises(TypeError, match=f"{call.__name__} needs an optimizer .* got a {type(other).__name__}"):
+            call(other)
+    assert not big.linked

@@ -345,6 +345,16 @@ def test_a_worker_that_has_no_shared_memory_is_an_error(tree, monkeypatch, queue
     assert "\n" not in str(raised.value)
 
 
+def test_shared_memory_that_is_too_small_is_found_before_the_run(tree, monkeypatch):
+    system = os.statvfs("/dev/shm")
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*system[:4], 30, *system[5:])))
+    with pytest.raises(
+        ValueError, match=r"^images read by 2 other processes need 0\.\d MiB .* has 0\.1 MiB free: make /dev/shm"
+    ):
+        make(tree, "torch", workers=2)
+    whole(make(tree, "torch", workers=0).train)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_leaves_the_readers_to_their_parent(tree, number, monkeypatch):
     """Who writes a checkpoint after it needs more batches; at the end they are ended by it."""

@@ -1,5 +1,7 @@
 """merge() where it can't go: bad input is refused before the first epoch, divergence stops it with step and cause."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -82,12 +84,18 @@ def test_a_diverging_loss_stops_with_step_stage_and_cause(teachers, monkeypatch)
 
 def test_nan_in_the_validation_says_whose_score_and_which_batch(teachers, monkeypatch):
     good, bad = (X[:8], Y[:8]), (X[:8] * torch.nan, Y[:8])
+    where = "the validation loss of teacher 0 became nan in batch 2"
+    with pytest.raises(FloatingPointError, match=f"{where}, whose inputs hold NaN or Inf$"):
+        merge(teachers, train_loader(), val_loader=[good, bad], **SHORT)
+    with torch.no_grad():
+        huge = [teachers[0], copy.deepcopy(teachers[1])]
+        for parameter in huge[1].parameters():
+            parameter.fill_(1e30)
     with pytest.raises(
         FloatingPointError,
-        match=r"the validation loss of teacher 0 became nan in batch 2; look for NaN or Inf in the validation data, "
-        r"or for weights of teacher 0 that are too large$",
+        match=r"teacher 1 became nan in batch 1, whose inputs are finite now: the weights of teacher 1 are",
     ):
-        merge(teachers, train_loader(), val_loader=[good, bad], **SHORT)
+        merge(huge, train_loader(), val_loader=[good, good], **SHORT)
 
     class NaNWhenItIsReadForTheSixthTime(list):
         passes = 0  # the check, two teachers, the mean of them, and the first epoch
@@ -98,7 +106,7 @@ def test_nan_in_the_validation_says_whose_score_and_which_batch(teachers, monkey
 
     with pytest.raises(
         FloatingPointError,
-        match=r"the validation loss after epoch 2 of the merge stage became nan in batch 2; .*learning rate 0.0\d+ may be",
+        match=r"the validation loss after epoch 2 of the merge stage became nan in batch 2, .*learning rate 0.0\d+ may be",
     ):
         merge(teachers, train_loader(), val_loader=NaNWhenItIsReadForTheSixthTime(), **SHORT | {"merge_epochs": 2})
 

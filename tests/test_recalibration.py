@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -78,3 +80,15 @@ def test_an_empty_loader_is_refused_and_leaves_modes() -> None:
         fastmerge.recalibrate(made, [])
     assert made[1].momentum == 0.3
     assert made.training
+
+
+def test_statistics_that_are_not_finite_are_refused_and_the_former_are_back() -> None:
+    made = network()
+    before = copy.deepcopy(made.state_dict())
+    x = torch.randn(8, 3, 4, 4)
+    with pytest.raises(
+        FloatingPointError, match=r"statistics of '1' became NaN or Inf over 2 batches; look for NaN .* loader"
+    ):
+        fastmerge.recalibrate(made, [x, x * float("nan")])
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    assert made[1].momentum == 0.3

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.hooks import RemovableHandle
@@ -311,3 +311,35 @@ def test_a_refused_merge_leaves_the_teachers_alone() -> None:
     for teacher, state in zip(teachers, states, strict=True):
         assert teacher.training
         assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_teachers_without_values_are_said_to_have_none() -> None:
+    with pytest.raises(ValueError, match="the weights of teacher 0 are on the meta device, without values"):
+        fastmerge.BigStudent(conv_network().to("meta"), conv_network().to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_quantised_layers_are_named() -> None:
+    teachers = [torch.ao.quantization.quantize_dynamic(resnet(), {nn.Linear}) for _ in range(2)]
+    with pytest.raises(
+        ValueError, match=r"layer 'fc' of teacher 0 is quantised \(Linear\)\. Merge the networks of before"
+    ):
+        fastmerge.BigStudent(*teachers)
+
+
+def test_graph_modules_are_compared_by_their_code() -> None:
+    """Each has a class of its own."""
+
+    class Net(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.first, self.last, self.function = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.function(self.first(x)))
+
+    one, two, other = (fx.symbolic_trace(Net(function)) for function in (torch.relu, torch.relu, torch.tanh))
+    student = fastmerge.BigStudent(one, two).compress()
+    one.load_state_dict(student.state_dict())
+    with pytest.raises(ValueError, match="teachers 0 and 1 compute 'relu' differently"):
+        fastmerge.BigStudent(one, other)

@@ -96,6 +96,13 @@ def test_input_without_a_batch_dimension() -> None:
         big(IMAGES[0])
 
 
+@pytest.mark.parametrize("x", [IMAGES.numpy(), "an image"])
+def test_an_input_that_is_no_tensor(x: object) -> None:
+    big = fastmerge.BigStudent(resnet(), resnet(), example_inputs=IMAGES)
+    with pytest.raises(TypeError, match=f"BigStudent needs a tensor to run on; got {type(x).__name__}"):
+        big(x)
+
+
 class Optional(nn.Module):
     """Arguments with defaults are constants: the network is traced as it runs without them."""
 

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import inspect
 import operator
+import os
 import re
 import sys
 import traceback
@@ -218,8 +219,9 @@ def _caller(frame: Any) -> str:
 
 
 def _is_own(file: str) -> bool:
-    """Whether a file of code is neither torch's nor part of tracing."""
-    return not file.startswith((torch.__path__[0], "torch/", __file__, isolation.__file__, "<"))
+    """Whether a file of code is neither torch's, nor Python's, nor part of tracing."""
+    others = (torch.__path__[0], "torch/", __file__, isolation.__file__, "<")
+    return not file.startswith(others) and os.path.dirname(file) != os.path.dirname(os.__file__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -75,7 +75,7 @@ def most_pixels() -> int:
     """Pixels of the largest image that is read: Pillow's own limit, beyond which it takes a file for an attack."""
     from PIL import Image
 
-    return 2 * (Image.MAX_IMAGE_PIXELS or 2**40)
+    return min(2 * (Image.MAX_IMAGE_PIXELS or 2**30), 2**31 - 1)  # DALI's numbers are no larger
 
 
 def open_image(file: str) -> Image:

@@ -34,6 +34,11 @@ class TreeBatches(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
     def __init__(self, files: Sequence[str], size: int, augmentation: Augmentation, batches: Batches) -> None:
         self.files, self.size, self.augmentation, self.batches = files, size, augmentation, batches
 
+    @property
+    def image_bytes(self) -> int:
+        """Of each image that it gives."""
+        return 3 * self.size**2
+
     def in_batches(self, batches: Batches) -> TreeBatches:
         """The same files, in other batches."""
         return TreeBatches(self.files, self.size, self.augmentation, batches)
@@ -58,6 +63,11 @@ class ArrayBatches(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
     def __init__(self, images: NDArray[np.uint8]) -> None:
         self.images = images
 
+    @property
+    def image_bytes(self) -> int:
+        """Of each image that it gives."""
+        return self.images[0].nbytes
+
     def in_batches(self, batches: Batches) -> ArrayBatches:
         """Itself: it has no batches of its own."""
         return self
@@ -78,6 +88,9 @@ class TorchLoader(EpochLoader):
         finish: Normalisation, and on which device.
         bad_images: What happens to files that can't be read.
         workers: Processes that read; with 0 this one does.
+
+    Raises:
+        ValueError: There is too little shared memory for what they hand over.
     """
 
     def __init__(
@@ -94,6 +107,8 @@ class TorchLoader(EpochLoader):
         self.labels, self.augmentation, self.finish = torch.from_numpy(labels), augmentation, finish
         self.bad_images = bad_images
         self._source, self._workers = source, workers
+        if workers:
+            _check_shared_memory(workers, min(batches.batch_size, len(labels)) * source.image_bytes)
         self._begin()
 
     def _begin(self) -> None:
@@ -156,6 +171,28 @@ class _Keys:
         return ((self.epoch, samples) for samples in self.batches.of(self.epoch))
 
 
+_AHEAD = 2  # batches that each process reads ahead, the DataLoader's own choice
+_SHARED = "/dev/shm"
+_LOCKS = 2**15  # bytes of shared memory for each process's queue, a page for every lock
+_REMEDY = (
+    "make /dev/shm larger (docker run --shm-size 2g), or take fewer images per batch or fewer workers, none for example"
+)
+
+
+def _check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Finds out before the run what would end it in its middle."""
+    try:
+        system = os.statvfs(_SHARED)
+    except OSError:
+        return  # another system; a worker that finds none says so
+    free, needed = system.f_bavail * system.f_frsize, workers * (_AHEAD * batch_bytes + _LOCKS) + _LOCKS
+    if free < needed:
+        raise ValueError(
+            f"images read by {workers} other processes need {needed / 2**20:.1f} MiB of shared memory, and {_SHARED} has "
+            f"{free / 2**20:.1f} MiB free: {_REMEDY}"
+        )
+
+
 def _share(batch: Any) -> Any:
     """Puts a batch where another process can read it: later, in the queue's thread, a failure would be lost, and waited for."""
     if get_worker_info() is not None:
@@ -166,8 +203,7 @@ def _share(batch: Any) -> Any:
             needed = sum(tensor.nbytes for tensor in batch[:2]) / 2**20
             raise ReaderLostError(
                 f"a process that reads images has no shared memory for the {needed:.1f} MiB of a batch "
-                f"({str(error).splitlines()[0]}): make /dev/shm larger (docker run --shm-size 2g), or take fewer "
-                "images per batch or fewer workers, none for example"
+                f"({str(error).splitlines()[0]}): {_REMEDY}"
             ) from None
     return batch
 

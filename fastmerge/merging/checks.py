@@ -171,7 +171,9 @@ def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: 
             f"the criterion must return a 0-d tensor, the mean over the batch; it returned {_describe(loss)}"
         )
     if not loss.isfinite():
-        raise ValueError(f"teacher 0's loss on {name}'s first batch is {loss.item()}; look at its weights and the data")
+        raise ValueError(
+            f"teacher 0's loss on {name}'s first batch is {loss.item()}; look at its weights and the targets"
+        )
     return inputs
 
 

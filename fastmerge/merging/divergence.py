@@ -23,12 +23,18 @@ def blame_training(error: NotFiniteError, stage: Stage, epoch: int, lr: float, a
 
 def blame_scoring(error: NotFiniteError, whose: str, lr: float | None, autocast: torch.dtype | None) -> str:
     """Of a loss on validation data; ``whose`` it is, and the learning rate of the network if it was trained before."""
-    batch, _, value = error.args
-    causes = ["look for NaN or Inf in the validation data"]
+    batch, _, value, has_finite_inputs = error.args
+    where = f"the validation loss {whose} became {value} in batch {batch}"
+    if has_finite_inputs is False:
+        return f"{where}, whose inputs hold NaN or Inf"
+    causes = []
     if lr is None:
-        causes.append(f"for weights {whose} that are too large")
+        causes.append(f"the weights {whose} are too large")
     if autocast is torch.float16:
         causes.append("float16 may have overflowed: try autocast=torch.bfloat16")
     if lr is not None:
         causes.append(f"the learning rate {lr:g} may be too high")
-    return f"the validation loss {whose} became {value} in batch {batch}; {', or '.join(causes)}"
+    again = (
+        "; look for NaN or Inf in its inputs, or " if has_finite_inputs is None else ", whose inputs are finite now: "
+    )
+    return f"{where}{again}{', or '.join(causes)}"

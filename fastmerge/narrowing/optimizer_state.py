@@ -22,8 +22,11 @@ def check_state(method: str, optimizer: Optimizer, names: Mapping[Tensor, str]) 
         names: of these parameters.
 
     Raises:
+        TypeError: it is no optimizer.
         ValueError: it holds none of them, or keeps something that belongs to no element of one, or in another optimizer.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{method} needs an optimizer (torch.optim.Optimizer); got a {type(optimizer).__name__}")
     kind = type(optimizer).__name__
     if not any(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(f"{method} needs an optimizer of this big student's weights; this {kind} holds none")

@@ -82,6 +82,9 @@ class Shrinking:
     ) -> None:
         self.network, self.layout, self.gates = network, layout, gates
         self.before, self.after, self.optimizers = before, after, optimizers
+        names: dict[Tensor, str] = {p: name for name, p in [*network.named_parameters(), *gates.named_parameters()]}
+        for optimizer in optimizers:
+            check_state("compact", optimizer, names)
         self._moves: list[tuple[Tensor, Move]] = []
         for weight, path in layout.layers.items():
             wide = network.get_submodule(path)
@@ -96,9 +99,6 @@ class Shrinking:
             stays = torch.isin(before.candidates[name], after.candidates[name])
             self._add(gate.loc, Move(None if bool(stays.all()) else stays.nonzero().flatten()))
         self._states = [state for tensor, _ in self._moves for state in self._states_of(tensor)]
-        names: dict[Tensor, str] = {p: name for name, p in [*network.named_parameters(), *gates.named_parameters()]}
-        for optimizer in optimizers:
-            check_state("compact", optimizer, names)
 
     def apply(self) -> None:
         """Does it."""
