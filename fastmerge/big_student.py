@@ -41,6 +41,8 @@ class BigStudent(GatedNetwork):
     In training mode every sample draws its own gates, one per channel, whichever layers read it; in eval mode gates are
     deterministic.
 
+    Other threads may train and build others meanwhile; numbers that they draw while this one is built may be drawn again.
+
     Args:
         teachers: two or more networks of one architecture, on one device; they are copied and never changed.
         example_inputs: a tensor (N, C, ...) or tuple of tensors that their forward takes; needed only where it can't be
