@@ -1,4 +1,4 @@
-// BatchNorm + residual add + ReLU + gate on a CPU, forward and backward, for channels that lie side by side.
+// BatchNorm + residual add + activation + gate on a CPU, forward and backward, for channels that lie side by side.
 //
 // A tensor is a list of rows of C channels: one row per position of a sample, the samples one after another. Rows may be
 // further apart than C, as they are in a slice of the channels of a wider tensor. Each operation goes through its tensors once,
@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 // Versions of a function for instruction sets that the loader chooses from, where compiler and loader can do that.
@@ -51,18 +52,21 @@ template <>
 struct Vectors<16> {
     typedef float Floats __attribute__((vector_size(64)));
     typedef std::int32_t Bits __attribute__((vector_size(64)));
+    typedef std::uint32_t Words __attribute__((vector_size(64)));
     typedef std::uint16_t Halves __attribute__((vector_size(32)));
 };
 template <>
 struct Vectors<8> {
     typedef float Floats __attribute__((vector_size(32)));
     typedef std::int32_t Bits __attribute__((vector_size(32)));
+    typedef std::uint32_t Words __attribute__((vector_size(32)));
     typedef std::uint16_t Halves __attribute__((vector_size(16)));
 };
 template <>
 struct Vectors<4> {
     typedef float Floats __attribute__((vector_size(16)));
     typedef std::int32_t Bits __attribute__((vector_size(16)));
+    typedef std::uint32_t Words __attribute__((vector_size(16)));
     typedef std::uint16_t Halves __attribute__((vector_size(8)));
 };
 
@@ -73,6 +77,7 @@ struct Wide {
     using Bits = typename Vectors<lanes>::Bits;
     using Halves = typename Vectors<lanes>::Halves;
     using Value = Floats;
+    using Words = typename Vectors<lanes>::Words;
 
     static FASTMERGE_INLINE void load(Floats& to, const float* from) { std::memcpy(&to, from, sizeof to); }
     static FASTMERGE_INLINE void load(Floats& to, const BFloat16* from) {
@@ -94,11 +99,11 @@ struct Wide {
     static FASTMERGE_INLINE void clear_first(Floats& value, int count) {
         std::memset(&value, 0, static_cast<std::size_t>(count) * sizeof(float));
     }
-    static FASTMERGE_INLINE void where_positive(Floats& value, const Floats& of) { value = of <= 0.0f ? Floats{} : value; }
 };
 
 struct Narrow {
     using Value = float;
+    using Words = std::uint32_t;
 
     template <typename T>
     static FASTMERGE_INLINE void load(float& to, const T* from) { to = to_float(*from); }
@@ -106,8 +111,109 @@ struct Narrow {
     static FASTMERGE_INLINE void store(T* to, const float& value) { store_one(to, value); }
     static FASTMERGE_INLINE void fill(float& to, float value) { to = value; }
     static FASTMERGE_INLINE void clear_first(float&, int) {}
-    static FASTMERGE_INLINE void where_positive(float& value, const float& of) { value = of <= 0.0f ? 0.0f : value; }
 };
+
+// Activations. apply: z becomes its activation. pass: dz, the gradient with respect to the activation of z, becomes that with
+// respect to z. Comparisons let a NaN pass.
+struct Identity {
+    static constexpr const char* name = "identity";
+    template <typename V>
+    static FASTMERGE_INLINE void apply(typename V::Value&) {}
+    template <typename V>
+    static FASTMERGE_INLINE void pass(typename V::Value&, const typename V::Value&) {}
+};
+
+struct ReLU {
+    static constexpr const char* name = "relu";
+    template <typename V>
+    static FASTMERGE_INLINE void apply(typename V::Value& z) {
+        z = z <= 0.0f ? typename V::Value{} : z;
+    }
+    template <typename V>
+    static FASTMERGE_INLINE void pass(typename V::Value& dz, const typename V::Value& z) {
+        dz = z <= 0.0f ? typename V::Value{} : dz;
+    }
+};
+
+struct ReLU6 {
+    static constexpr const char* name = "relu6";
+    template <typename V>
+    static FASTMERGE_INLINE void apply(typename V::Value& z) {
+        const typename V::Value zero{}, six = zero + 6.0f;
+        z = z <= 0.0f ? zero : z;
+        z = z >= 6.0f ? six : z;
+    }
+    template <typename V>
+    static FASTMERGE_INLINE void pass(typename V::Value& dz, const typename V::Value& z) {
+        const typename V::Value zero{};
+        dz = z <= 0.0f ? zero : dz;
+        dz = z >= 6.0f ? zero : dz;
+    }
+};
+
+// 1 / (1 + exp(-z)) to a few units in the last place: exp(x) = 2^n · exp(r) with |r| ≤ ln(2) / 2, and a polynomial for exp(r).
+template <typename V>
+FASTMERGE_INLINE void sigmoid(typename V::Value& of, const typename V::Value& z) {
+    using Value = typename V::Value;
+    const Value least = Value{} - 87.0f, most = Value{} + 87.0f;  // beyond, float32 ends
+    Value x = -z;
+    x = x < -87.0f ? least : x;
+    x = x > 87.0f ? most : x;
+    // Adding 1.5 · 2^23 rounds to an integer, which stands in the lowest bits.
+    constexpr float rounding = 12582912.0f;
+    const Value shifted = x * 1.44269504f + rounding, n = shifted - rounding;
+    const Value r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Value p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    typename V::Words bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits << 23) + (127u << 23);
+    Value power;
+    std::memcpy(&power, &bits, sizeof power);
+    of = 1.0f / (1.0f + p * power);
+}
+
+struct SiLU {
+    static constexpr const char* name = "silu";
+    template <typename V>
+    static FASTMERGE_INLINE void apply(typename V::Value& z) {
+        typename V::Value share;
+        sigmoid<V>(share, z);
+        z *= share;
+    }
+    template <typename V>
+    static FASTMERGE_INLINE void pass(typename V::Value& dz, const typename V::Value& z) {
+        typename V::Value share;
+        sigmoid<V>(share, z);
+        dz *= share * (1.0f + z * (1.0f - share));
+    }
+};
+
+struct Hardswish {
+    static constexpr const char* name = "hardswish";
+    template <typename V>
+    static FASTMERGE_INLINE void apply(typename V::Value& z) {
+        const typename V::Value zero{}, six = zero + 6.0f;
+        typename V::Value share = z + 3.0f;
+        share = share <= 0.0f ? zero : share;
+        share = share >= 6.0f ? six : share;
+        z *= share * (1.0f / 6.0f);
+    }
+    template <typename V>
+    static FASTMERGE_INLINE void pass(typename V::Value& dz, const typename V::Value& z) {
+        const typename V::Value zero{};
+        dz = z < 3.0f ? dz * (z * (1.0f / 3.0f) + 0.5f) : dz;
+        dz = z <= -3.0f ? zero : dz;
+    }
+};
+
+template <typename... Members>
+struct Kinds {};
+using Activations = Kinds<Identity, ReLU, ReLU6, SiLU, Hardswish>;
 
 template <typename T>
 struct Rows {
@@ -265,9 +371,9 @@ struct Affine {
 // One row of gates per sample, or one for all of them (stride 0).
 using Gates = Rows<const float>;
 
-template <typename T>
+template <typename Activation, typename T>
 FASTMERGE_FOR_EACH_CPU void chunk_normalize(const Chunks& chunks, std::int64_t chunk, Rows<const T> x, const Affine& affine,
-                                            Rows<const T> residual, Gates gates, bool relu, Rows<T> y) {
+                                            Rows<const T> residual, Gates gates, Rows<T> y) {
     const std::int64_t first = chunks.first_position(chunk), last = chunks.last_position(chunk);
     for (std::int64_t sample = chunks.first_sample(chunk); sample < chunks.last_sample(chunk); ++sample) {
         for_each_channel(chunks.channels, [&](auto tag, std::int64_t c, int) __attribute__((always_inline)) {
@@ -286,7 +392,7 @@ FASTMERGE_FOR_EACH_CPU void chunk_normalize(const Chunks& chunks, std::int64_t c
                     V::load(more, residual.at(row, c));
                     value += more;
                 }
-                if (relu) V::where_positive(value, value);
+                Activation::template apply<V>(value);
                 V::store(y.at(row, c), value * gate);
             }
         });
@@ -298,7 +404,7 @@ template <typename T>
 struct Backward {
     Rows<const T> dy, more, x, residual;  // more: what is to be added to dy
     Gates gates;
-    bool relu, training;
+    bool training;
     Rows<T> dx, dresidual;
     float* dweight;
     float* dbias;
@@ -306,7 +412,7 @@ struct Backward {
 };
 
 // Sums over a chunk of dz and of dz (x - mean), z being what the activation reads; per sample of dy · act(z).
-template <typename T>
+template <typename Activation, typename T>
 FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk, const Backward<T>& call, const Affine& affine,
                                        float* sums, float* products, float* of_gates) {
     const std::int64_t first = chunks.first_position(chunk), last = chunks.last_position(chunk);
@@ -337,8 +443,12 @@ FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk,
                     V::load(more, call.residual.at(row, c));
                     z += more;
                 }
-                if (call.relu) V::where_positive(dy, z);
-                of_gate += dy * z;
+                if (of_gates) {
+                    more = z;
+                    Activation::template apply<V>(more);
+                    of_gate += dy * more;
+                }
+                Activation::template pass<V>(dy, z);
                 dy *= gate;
                 if (call.dresidual) {
                     // What the second pass will read is summed, rounded as it is.
@@ -361,7 +471,7 @@ FASTMERGE_FOR_EACH_CPU void chunk_sums(const Chunks& chunks, std::int64_t chunk,
 }
 
 // dx of a chunk: scale · (dz - offset - (x - mean) · slope). Where the residual's gradient was written, it is dz.
-template <typename T>
+template <typename Activation, typename T>
 FASTMERGE_FOR_EACH_CPU void chunk_dx(const Chunks& chunks, std::int64_t chunk, const Backward<T>& call, const Affine& affine,
                                      const float* offset, const float* slope) {
     const std::int64_t first = chunks.first_position(chunk), last = chunks.last_position(chunk);
@@ -389,13 +499,13 @@ FASTMERGE_FOR_EACH_CPU void chunk_dx(const Chunks& chunks, std::int64_t chunk, c
                     V::load(more, call.more.at(row, c));
                     dy += more;
                 }
-                if (call.relu) {
+                if constexpr (!std::is_same_v<Activation, Identity>) {
                     z = distance * scale + bias;
                     if (call.residual) {
                         V::load(more, call.residual.at(row, c));
                         z += more;
                     }
-                    V::where_positive(dy, z);
+                    Activation::template pass<V>(dy, z);
                 }
                 V::store(call.dx.at(row, c), scale * (dy * gate - shift - distance * tilt));
             }
@@ -403,15 +513,15 @@ FASTMERGE_FOR_EACH_CPU void chunk_dx(const Chunks& chunks, std::int64_t chunk, c
     }
 }
 
-template <typename T>
-void normalize(const Chunks& chunks, Rows<const T> x, const Affine& affine, Rows<const T> residual, Gates gates, bool relu,
-               Rows<T> y, std::int64_t threads) {
+template <typename Activation, typename T>
+void normalize(const Chunks& chunks, Rows<const T> x, const Affine& affine, Rows<const T> residual, Gates gates, Rows<T> y,
+               std::int64_t threads) {
     for_each_chunk(chunks, threads, [&](std::int64_t chunk) {
-        chunk_normalize<T>(chunks, chunk, x, affine, residual, gates, relu, y);
+        chunk_normalize<Activation, T>(chunks, chunk, x, affine, residual, gates, y);
     });
 }
 
-template <typename T>
+template <typename Activation, typename T>
 void backward(const Chunks& chunks, const Backward<T>& call, const Affine& affine, std::int64_t threads) {
     const std::int64_t channels = chunks.channels, count = chunks.count();
     std::vector<float> offset(static_cast<std::size_t>(channels)), slope(offset.size());
@@ -423,7 +533,7 @@ void backward(const Chunks& chunks, const Backward<T>& call, const Affine& affin
             float* own = partial.data() + 2 * chunk * channels;
             const std::int64_t first = chunks.parts > 1 ? chunk : chunks.first_sample(chunk);
             float* gates = call.dgates ? of_gates.data() + first * channels : nullptr;
-            chunk_sums<T>(chunks, chunk, call, affine, own, own + channels, gates);
+            chunk_sums<Activation, T>(chunks, chunk, call, affine, own, own + channels, gates);
         });
         for (std::int64_t c = 0; c < channels; ++c) {
             double sum = 0, product = 0;
@@ -456,7 +566,7 @@ void backward(const Chunks& chunks, const Backward<T>& call, const Affine& affin
     }
     if (call.dx) {
         for_each_chunk(chunks, threads, [&](std::int64_t chunk) {
-            chunk_dx<T>(chunks, chunk, call, affine, offset.data(), slope.data());
+            chunk_dx<Activation, T>(chunks, chunk, call, affine, offset.data(), slope.data());
         });
     }
 }

@@ -1,4 +1,6 @@
-"""BatchNorm + residual add + ReLU + gate on a CPU (csrc/batch_norm_bindings.cpp)."""
+"""BatchNorm + residual add + activation + gate on a CPU (csrc/batch_norm_bindings.cpp)."""
+
+ACTIVATIONS: tuple[str, ...]
 
 def forward(
     shape: tuple[int, int, int],
@@ -15,7 +17,7 @@ def forward(
     eps: float,
     residual: tuple[list[int], int],
     gates: tuple[int, int],
-    relu: bool,
+    activation: str,
     y: tuple[list[int], int],
     threads: int = 1,
 ) -> None: ...
@@ -32,7 +34,7 @@ def backward(
     eps: float,
     residual: tuple[list[int], int],
     gates: tuple[int, int],
-    relu: bool,
+    activation: str,
     training: bool,
     dx: tuple[list[int], int],
     dresidual: tuple[list[int], int],

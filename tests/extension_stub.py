@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from ast import FunctionDef, parse
+from ast import AnnAssign, FunctionDef, parse
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +15,8 @@ def check_stub(module: ModuleType) -> None:
     stub = parse((Path(fastmerge.__file__).parent / f"{module.__name__.rpartition('.')[2]}.pyi").read_text())
     functions = {node.name: [a.arg for a in node.args.args] for node in stub.body if isinstance(node, FunctionDef)}
     public = [name for name in dir(module) if not name.startswith("_")]
-    assert sorted(functions) == public
+    constants = [node.target.id for node in stub.body if isinstance(node, AnnAssign)]
+    assert sorted([*constants, *functions]) == public
     for name, arguments in functions.items():
         described = inspect.getdoc(getattr(module, name)).splitlines()[0]  # name(a: type, b: type = 1) -> type
         assert [part.split(":")[0].strip() for part in _arguments(described)] == arguments

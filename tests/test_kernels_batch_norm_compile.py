@@ -106,13 +106,13 @@ def test_passes(name: str, dtype: torch.dtype, channels_last: bool, capability: 
     # With everything: residual, gates, the gradients of both, a second gradient of the result.
     kernel, summing, tensors, constants = {
         "statistics": (statistics_triton.partial_statistics_kernel, True, 1, {}),
-        "normalize": (forward_triton.normalize_kernel, False, 2, {"RELU": True}),
-        "sums": (sums_triton.sum_gradients_kernel, True, 4, {"RELU": True, "DGATE": 2}),
+        "normalize": (forward_triton.normalize_kernel, False, 2, {"ACTIVATION": "relu"}),
+        "sums": (sums_triton.sum_gradients_kernel, True, 4, {"ACTIVATION": "relu", "DGATE": 2}),
         "input gradient": (
             backward_triton.input_gradient_kernel,
             False,
             2,
-            {"RELU": True, "TRAINING": True},
+            {"ACTIVATION": "relu", "TRAINING": True},
         ),
     }[name]
     constants = constants | blocks(dtype, summing, channels_last)
@@ -132,8 +132,8 @@ def test_channels_that_are_a_multiple_of_eight_alone(name: str) -> None:
     from fastmerge.kernels.batch_norm import forward_triton, sums_triton
 
     kernel, more = {
-        "normalize": (forward_triton.normalize_kernel, {"RELU": True}),
-        "sums": (sums_triton.sum_gradients_kernel, {"RELU": True, "DGATE": 2}),
+        "normalize": (forward_triton.normalize_kernel, {"ACTIVATION": "relu"}),
+        "sums": (sums_triton.sum_gradients_kernel, {"ACTIVATION": "relu", "DGATE": 2}),
     }[name]
     constants = more | blocks(torch.bfloat16, name == "sums", True, (256, 56 * 56, 24))
     check(compiled(kernel, torch.bfloat16, constants, 90), 2)
@@ -148,7 +148,7 @@ def test_pooling(dtype: torch.dtype, capability: int, channels_last: bool, pooli
     from fastmerge.kernels.batch_norm.unpool_triton import unpool_kernel
 
     block_h, block_w, block_c = patches(56, 56, 128, dtype.itemsize, channels_last, pooling)
-    constants = kernels.window_constants((3, 3, 2, 2, 1, 1)) | {"RELU": True}
+    constants = kernels.window_constants((3, 3, 2, 2, 1, 1)) | {"ACTIVATION": "relu"}
     constants |= {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c, "VECTOR": 8 if channels_last else 1}
     if not pooling:
         constants |= {"TRAINING": True}
@@ -193,12 +193,12 @@ def test_arguments_that_triton_treats_by_themselves(kind: str) -> None:
     for kernel, constants in (
         (statistics_triton.partial_statistics_kernel, cut),
         (statistics_triton.merge_statistics_kernel, merging),
-        (forward_triton.normalize_kernel, cut | {"RELU": False}),
-        (sums_triton.sum_gradients_kernel, cut | {"RELU": False, "DGATE": 0}),
+        (forward_triton.normalize_kernel, cut | {"ACTIVATION": "identity"}),
+        (sums_triton.sum_gradients_kernel, cut | {"ACTIVATION": "identity", "DGATE": 0}),
         (sums_triton.merge_sums_kernel, merging | {"DGATE": 0}),
-        (backward_triton.input_gradient_kernel, cut | {"RELU": False, "TRAINING": False}),
-        (pool_triton.pool_kernel, pooling | {"RELU": False}),
-        (unpool_triton.unpool_kernel, pooling | {"RELU": False, "TRAINING": False}),
+        (backward_triton.input_gradient_kernel, cut | {"ACTIVATION": "identity", "TRAINING": False}),
+        (pool_triton.pool_kernel, pooling | {"ACTIVATION": "identity"}),
+        (unpool_triton.unpool_kernel, pooling | {"ACTIVATION": "identity", "TRAINING": False}),
     ):
         given: dict[str, Any] = {}
         # Optional in other kernels alone.

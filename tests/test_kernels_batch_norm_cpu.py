@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_reference, cpu, why_not_fused
+from fastmerge.kernels.batch_norm import ACTIVATIONS, batch_norm_act, batch_norm_act_reference, cpu, why_not_fused
 from torch import Tensor
 
 from batch_norm_checks import NAMES, check_against_float64, in_layout, laid_out, make
@@ -47,7 +47,7 @@ def test_against_float64(shape: tuple[int, ...], layout: str, dtype: torch.dtype
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("samples", [None, 1, 3])
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(3, 5, 4, 3), SPLIT], ids=str)
 def test_every_combination(
     shape: tuple[int, ...], activation: str, residual: bool, samples: int | None, training: bool
@@ -124,7 +124,7 @@ def test_nan_stays() -> None:
 
 @needs_extension
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_second_derivatives(gated: bool, activation: str, training: bool) -> None:
     case = laid_out(make((3, 5, 4, 3), torch.float32, samples=3 if gated else None), "channels-last")
@@ -150,7 +150,7 @@ def test_what_stays_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not_fused(x.half()) == "x is torch.float16"
     assert why_not_fused(x.contiguous()) == "the channels of x don't lie side by side"
     assert why_not_fused(in_layout(x, "cropped")) == "the channels of x don't lie side by side"
-    assert why_not_fused(x, activation="silu") == "the activation is silu, not one of relu, identity"
+    assert why_not_fused(x, activation="gelu") == f"the activation is gelu, not one of {', '.join(ACTIVATIONS)}"
     assert why_not_fused(x.to("meta")) == "x is on meta, neither on a CUDA device nor on a CPU"
     with torch.autograd.forward_ad.dual_level():
         assert why_not_fused(x) == "there is no forward-mode derivative"
@@ -179,7 +179,7 @@ def test_compiled_it_is_plain_pytorch() -> None:
     "changes",
     [
         *({"shape": (0, 1, 4)}, {"shape": (3, 1, -4)}, {"x": ([0], 4)}, {"x": ([], 4)}, {"mean": 0}, {"var": 0}),
-        *({"y": ([], 4)}, {"y": ([0], 4)}, {"residual": ([1, 1], 4)}),
+        *({"y": ([], 4)}, {"y": ([0], 4)}, {"residual": ([1, 1], 4)}, {"activation": "gelu"}),
     ],
     ids=str,
 )
@@ -187,7 +187,15 @@ def test_the_extension_checks_by_itself(changes: dict[str, Any]) -> None:
     x, y, mean, var = torch.randn(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.zeros(4)
     call = {"shape": (3, 1, 4), "bfloat16": False, "x": ([x.data_ptr()], 4), "y": ([y.data_ptr()], 4)}
     call |= {"training": True, "mean": mean.data_ptr(), "var": var.data_ptr(), "residual": ([], 0), "gates": (0, 0)}
-    call |= {"running_mean": 0, "running_var": 0, "momentum": 0.1, "weight": 0, "bias": 0, "eps": 1e-5, "relu": True}
+    call |= {
+        "running_mean": 0,
+        "running_var": 0,
+        "momentum": 0.1,
+        "weight": 0,
+        "bias": 0,
+        "eps": 1e-5,
+        "activation": "relu",
+    }
     with pytest.raises(ValueError, match="batch_norm needs"):
         cpu._batch_norm.forward(**call | changes)
     assert not any(tensor.any() for tensor in (y, mean, var))

@@ -69,7 +69,7 @@ def both(message: str, x: Tensor, *, training: bool = True, **options: Any) -> N
 
 def test_refusals() -> None:
     x = torch.randn(3, 5, 4, 6)
-    both("activation to be one of relu, identity; got 'gelu'", x, activation="gelu")
+    both("activation to be one of identity, relu, relu6, silu, hardswish; got 'gelu'", x, activation="gelu")
     both(r"x of shape \(N, C, ...\); got torch.float32 of shape \(5,\)", torch.randn(5))
     both("floating x", torch.ones(3, 5, dtype=torch.int64))
     both(r"residual in the shape of x, \(3, 5, 4, 6\); got \(3, 5, 4, 1\)", x, residual=x[..., :1])

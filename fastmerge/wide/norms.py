@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.kernels.batch_norm import batch_norm_act_streams, why_not_fused
+from fastmerge.kernels.batch_norm import ACTIVATIONS, batch_norm_act_streams, why_not_fused
 from fastmerge.wide.streams import GateStreams, split_streams
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -30,6 +30,12 @@ def _runs_as_rows(x: Tensor) -> bool:
         and x.stride(2) == x.stride(3) * x.shape[3]
         and x.stride(0) == x.stride(2) * x.shape[2]
     )
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    """In place where autograd finds the gradient from the result, or needs none; elsewhere that would cost a copy."""
+    inplace = activation in ("relu", "relu6") or not (torch.is_grad_enabled() and y.requires_grad)
+    return y if activation is None else ACTIVATIONS[activation](y, inplace=inplace)
 
 
 class WideBatchNorm(nn.Module):
@@ -84,7 +90,7 @@ class WideBatchNorm(nn.Module):
 
         Args:
             values: what to normalise.
-            activation: "relu" or "identity"; None: a normalisation alone, which is never fused.
+            activation: a name as ``batch_norm_act`` takes it; None: a normalisation alone, which is never fused.
             residual: what to add before the activation, one tensor per value.
             pool: kernel size, stride and padding of a max-pooling after the activation.
             gates: the matrix of gates, or None for open gates.
@@ -136,13 +142,12 @@ class WideBatchNorm(nn.Module):
         as_rows = _runs_as_rows(x)
         rows = x.permute(0, 2, 3, 1).flatten(0, 2) if as_rows else x
         y = F.batch_norm(rows, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
-        if activation == "relu" and residual is None:
-            y = y.relu_()
+        if residual is None:
+            y = _activated(y, activation)
         if as_rows:
             y = y.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
         if residual is not None:
-            y = y + residual
-            y = y.relu_() if activation == "relu" else y
+            y = _activated(y + residual, activation)
         return y if pool is None else F.max_pool2d(y, *pool)
 
     def _fused(

@@ -9,10 +9,16 @@ In Triton the forward pass is ``statistics_triton``, then ``forward_triton`` or 
 """
 
 from fastmerge.kernels.batch_norm.act import batch_norm_act, batch_norm_act_streams, runs_direct, why_not_fused
-from fastmerge.kernels.batch_norm.formulas import batch_norm_act_pool_reference, batch_norm_act_reference, joined_of
+from fastmerge.kernels.batch_norm.formulas import (
+    ACTIVATIONS,
+    batch_norm_act_pool_reference,
+    batch_norm_act_reference,
+    joined_of,
+)
 from fastmerge.kernels.batch_norm.pool import batch_norm_act_pool
 
 __all__ = [
+    "ACTIVATIONS",
     "batch_norm_act",
     "batch_norm_act_pool",
     "batch_norm_act_pool_reference",

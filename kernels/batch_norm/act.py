@@ -97,9 +97,7 @@ class _BatchNormAct(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         count = call.streams
         running: Any = (running_mean, running_var)
-        norm = Norm(
-            streams[:count], weight, bias, *running, streams[count:] or None, gate, call.eps, call.activation == "relu"
-        )
+        norm = Norm(streams[:count], weight, bias, *running, streams[count:] or None, gate, call.eps, call.activation)
         peak: Any = ()
         place: Any = ()
         if call.on_cpu:
@@ -120,7 +118,7 @@ class _BatchNormAct(torch.autograd.Function):
             ctx.call = call
             ctx.set_materialize_grads(False)
             residual = norm.residual or ()
-            if not norm.relu and not (gate is not None and gate.requires_grad):
+            if not norm.activates and not (gate is not None and gate.requires_grad):
                 residual = ()  # its values change no gradient
             ctx.save_for_backward(weight, bias, norm.mean, norm.var, gate, *norm.x, *residual, *peak, *place)
         # To autograd the second reader's are tensors of their own, so that it doesn't add up what the readers send back.
@@ -137,7 +135,7 @@ class _BatchNormAct(torch.autograd.Function):
         first, more = _per_reader(dy, count)
         if first is None:
             return (None,) * len(ctx.needs_input_grad)
-        norm = Norm(x, weight, bias, mean, var, None, gate, call.eps, call.activation == "relu")
+        norm = Norm(x, weight, bias, mean, var, None, gate, call.eps, call.activation)
         gradients: Any
         if torch.is_grad_enabled():
             residual = kept if call.window is None and kept else None
@@ -243,7 +241,7 @@ def batch_norm_act(
         momentum: weight of the new statistics in the running ones.
         eps: added to the variance.
         residual: shape and dtype of ``x``, in any layout, or None.
-        activation: "relu" or "identity".
+        activation: "relu", "relu6", "silu", "hardswish" or "identity".
         gate: shape (N, C) or (1, C), at least 0, any floating dtype and row stride, or None. It doesn't promote the result.
 
     Returns:

@@ -2,7 +2,7 @@
 
 With dz the gradient before the activation, h the value there, M positions, and x̂ = (x - mean) / sqrt(var + eps),
 
-    dz = dy · gate · [h > 0],   dgate = Σ_P dy · act(h),   dbias = Σ dz,   dweight = Σ dz x̂,
+    dz = dy · gate · act'(h),   dgate = Σ_P dy · act(h),   dbias = Σ dz,   dweight = Σ dz x̂,
     dx = weight / sqrt(var + eps) · (dz - dbias / M - x̂ · dweight / M)      (in evaluation the sums drop out).
 
 Two passes: one that sums, one that writes dx. x̂ and h are computed anew from x, which is cheaper than reading a mask and
@@ -23,6 +23,7 @@ from fastmerge.kernels.batch_norm.formulas import Norm, empty_like_streams
 from fastmerge.kernels.batch_norm.sums_triton import sum_gradients
 from fastmerge.kernels.batch_norm.walk_triton import (
     affine,
+    before_activation,
     channels_of,
     distances,
     gate_stride,
@@ -76,7 +77,7 @@ def input_gradient_kernel(
     dx_stride_p,
     dx_stride_c,
     gate_stride,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TRAINING: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -103,11 +104,11 @@ def input_gradient_kernel(
             sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
             offset = offsets(sample, position, channel, dz_stride_n, dz_stride_p, dz_stride_c, LAST, VECTOR)
             dz = tl.load(dz_ptr + offset, inside, other=0.0).to(tl.float32)
-            if RELU or TRAINING:
+            if ACTIVATION != "identity" or TRAINING:
                 offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
                 distance = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32) - mean
-            if RELU:
-                dz = tl.where(distance * scale + bias <= 0, 0.0, dz)
+            if ACTIVATION != "identity":
+                dz = before_activation(dz, distance * scale + bias, ACTIVATION)
             if gate_ptr is not None:
                 dz *= gate
             if TRAINING:
@@ -120,7 +121,7 @@ def input_gradient(dz: Sequence[Tensor], norm: Norm, sums: tuple[Tensor, Tensor]
     """The second pass, of streams that one launch reaches.
 
     Args:
-        dz: gradients before the activation, or with ``norm.relu`` or a gate what these are still to be applied to; ``walkable``
+        dz: gradients before the activation, or with an activation or a gate what these are still to be applied to; ``walkable``
             as is ``norm.x``.
         norm: of the forward pass, without a residual; without activation and gate where ``dz`` went through them.
         sums: dbias and dweight; None in evaluation.
@@ -139,7 +140,7 @@ def input_gradient(dz: Sequence[Tensor], norm: Norm, sums: tuple[Tensor, Tensor]
         (float(walk.tiles.n * walk.tiles.p), norm.eps),
         (*walk.integers, gate_stride(gate)),
         {
-            "RELU": norm.relu,
+            "ACTIVATION": norm.activation,
             "TRAINING": sums is not None,
             **walk.constants,
             "GATE_VECTOR": gate_vector(gate, x[0].shape[1]),
@@ -172,12 +173,12 @@ def gradients(
         return stream_by_stream(
             lambda t: gradients(dy[t : t + 1], more and more[t : t + 1], norm.stream(t), training, needs), len(x)
         )
-    if not norm.relu and not needs_dgate:
+    if not norm.activates and not needs_dgate:
         residual = None
     norm, gate = norm._replace(x=x, residual=residual), norm.gate
-    changed = norm.relu or norm.gate is not None or more is not None
+    changed = norm.activates or norm.gate is not None or more is not None
     needs_dz = changed and (
-        needs_dresidual or (needs_dx and (more is not None or (residual is not None and norm.relu)))
+        needs_dresidual or (needs_dx and (more is not None or (residual is not None and norm.activates)))
     )
     dbias, dweight, dz, dgate = None, None, None, None
     if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
@@ -185,7 +186,11 @@ def gradients(
     dx = None
     if needs_dx:
         sums = (dbias, dweight) if training else None
-        norm = norm._replace(residual=None) if dz is None else norm._replace(residual=None, relu=False, gate=None)
+        norm = (
+            norm._replace(residual=None)
+            if dz is None
+            else norm._replace(residual=None, activation="identity", gate=None)
+        )
         dx = input_gradient(dy if dz is None else dz, norm, sums)
     dresidual = (dz if changed else dy) if needs_dresidual else None
     needed = (needs_dweight, needs_dbias, needs_dgate)

@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fastmerge.kernels.batch_norm.formulas import Norm, empty_in_layout, empty_like_streams, empty_streams
+from fastmerge.kernels.batch_norm.formulas import (
+    ACTIVATIONS,
+    Norm,
+    empty_in_layout,
+    empty_like_streams,
+    empty_streams,
+)
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,7 +32,7 @@ _NONE: tuple[list[int], int] = ([], 0)
 _batch_norm: Any = None
 with contextlib.suppress(ImportError):
     from fastmerge import _batch_norm
-if not hasattr(_batch_norm, "forward"):  # built from an older source
+if getattr(_batch_norm, "ACTIVATIONS", None) != tuple(ACTIVATIONS):  # built from an older source
     _batch_norm = None
 
 
@@ -74,7 +80,7 @@ def forward(
         norm.eps,
         _rows(residual),
         _gate_rows(gate),
-        norm.relu,
+        norm.activation,
         _rows(y),
         _threads(x),
     )
@@ -95,7 +101,7 @@ def gradients(
     x, residual, gate = norm.x[0], _all_in_rows(norm.residual, norm.x[0]), _gates(norm.gate)
     dy, more = _all_in_rows(dy, x), _all_in_rows(more, x)
     weight, bias, mean, var = (_vector(t) for t in norm[1:5])
-    changed = norm.relu or gate is not None or more is not None
+    changed = norm.activates or gate is not None or more is not None
     dx = empty_like_streams(norm.x) if needs[0] else None
     dresidual = empty_streams(norm.x) if needs[3] and changed else None
     size = len(norm.x) * x.shape[1]
@@ -111,7 +117,7 @@ def gradients(
         norm.eps,
         _rows(residual),
         _gate_rows(gate),
-        norm.relu,
+        norm.activation,
         training,
         _rows(dx),
         _rows(dresidual),

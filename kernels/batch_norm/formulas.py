@@ -11,14 +11,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "identity")
+# By name; all take ``inplace``.
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda y, inplace=False: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
 # A position in the pooling window is saved as int8.
 MAX_WINDOW = 128
 
@@ -33,7 +40,7 @@ class Norm(NamedTuple):
         residual: T tensors in the shape of those of x, or None.
         gate: (1 or N, T·C), or None.
         eps: added to the variance.
-        relu: whether the activation is ReLU, rather than the identity.
+        activation: one of ``ACTIVATIONS``.
     """
 
     x: Sequence[Tensor]
@@ -44,14 +51,19 @@ class Norm(NamedTuple):
     residual: Sequence[Tensor] | None
     gate: Tensor | None
     eps: float
-    relu: bool
+    activation: str
+
+    @property
+    def activates(self) -> bool:
+        """Whether the activation is another than the identity."""
+        return self.activation != "identity"
 
     def stream(self, t: int) -> Norm:
         """One of the streams, alone."""
         weight, bias, mean, var = (of_stream(v, t, len(self.x)) for v in self[1:5])
         residual = None if self.residual is None else self.residual[t : t + 1]
         gate = of_stream(self.gate, t, len(self.x), 1)
-        return Norm(self.x[t : t + 1], weight, bias, mean, var, residual, gate, self.eps, self.relu)
+        return Norm(self.x[t : t + 1], weight, bias, mean, var, residual, gate, self.eps, self.activation)
 
 
 def of_stream(joined: Any, t: int, count: int, dim: int = 0) -> Any:
@@ -81,7 +93,7 @@ def batch_norm_act_reference(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
-    return gated(F.relu(y) if activation == "relu" else y, gate)
+    return gated(ACTIVATIONS[activation](y), gate)
 
 
 def batch_norm_act_pool_reference(
@@ -104,7 +116,7 @@ def batch_norm_act_pool_reference(
     check("batch_norm_act_pool", x, training, activation, None, gate, running_mean, running_var)
     window = pooling_window(x, kernel_size, stride, padding)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    y = F.max_pool2d(F.relu(y) if activation == "relu" else y, window[:2], window[2:4], window[4:])
+    y = F.max_pool2d(ACTIVATIONS[activation](y), window[:2], window[2:4], window[4:])
     return gated(y, gate)
 
 

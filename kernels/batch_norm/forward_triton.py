@@ -9,6 +9,7 @@ import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
 from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams
 from fastmerge.kernels.batch_norm.walk_triton import (
+    activated,
     affine,
     channels_of,
     distances,
@@ -57,7 +58,7 @@ def normalize_kernel(
     residual_stride_p,
     residual_stride_c,
     gate_stride,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -87,8 +88,7 @@ def normalize_kernel(
                     sample, position, channel, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR
                 )
                 y += tl.load(residual_ptr + offset, inside, other=0.0).to(tl.float32)
-            if RELU:
-                y = tl.where(y < 0, 0.0, y)
+            y = activated(y, ACTIVATION)
             if gate_ptr is not None:
                 y *= gate
             offset = offsets(sample, position, channel, y_stride_n, y_stride_p, y_stride_c, LAST, VECTOR)
@@ -113,6 +113,6 @@ def normalize(norm: Norm) -> list[Tensor]:
         apart,
         (norm.eps,),
         (*walk.integers, gate_stride(gate)),
-        {"RELU": norm.relu, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},
+        {"ACTIVATION": norm.activation, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},
     )
     return y

@@ -48,7 +48,7 @@ def normalize(
     """``act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate``."""
     from fastmerge.kernels.batch_norm import forward_triton
 
-    norm = Norm([x], weight, bias, mean, var, None if residual is None else [residual], gate, eps, activation == "relu")
+    norm = Norm([x], weight, bias, mean, var, None if residual is None else [residual], gate, eps, activation)
     return forward_triton.normalize(norm)[0]
 
 
@@ -75,7 +75,7 @@ def normalize_backward(
     """The gradients of ``normalize``, in training through mean and variance too; empty where not needed."""
     from fastmerge.kernels.batch_norm import backward_triton
 
-    norm = Norm([x], weight, bias, mean, var, None if residual is None else [residual], gate, eps, activation == "relu")
+    norm = Norm([x], weight, bias, mean, var, None if residual is None else [residual], gate, eps, activation)
     dx, dweight, dbias, dresidual, dgate = backward_triton.gradients([dy], None, norm, training, needs)
     # An operator returns tensors, and none of its arguments.
     gradients = (dx and dx[0], dweight, dbias, dresidual and dresidual[0], dgate)
@@ -98,7 +98,7 @@ def _(
     activation: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    changed = activation == "relu" or gate is not None
+    changed = activation != "identity" or gate is not None
     dx, dresidual = (empty_in_layout(x) if need else x.new_empty(0) for need in (needs[0], needs[3] and changed))
     dweight, dbias, dgate = (empty_gradient(x, t, needs[i]) for t, i in ((weight, 1), (bias, 2), (gate, 4)))
     return dx, dweight, dbias, dresidual, dgate
@@ -117,7 +117,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def save(ctx: Any, x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, residual: Any, gate: Any) -> None:
     """Keeps for the backward pass what it needs: the residual only where the activation or the gates' gradient does."""
     gate_learns = gate is not None and gate.requires_grad
-    if ctx.activation != "relu" and not gate_learns:
+    if ctx.activation == "identity" and not gate_learns:
         residual = None
     ctx.save_for_backward(x, weight, bias, mean, var, residual, gate)
 
@@ -129,7 +129,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy, x, weight, bias, mean, var, residual, gate, ctx.training, ctx.eps, ctx.activation, needs
     )
     dx, dweight, dbias, dresidual, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    if dresidual is not None and ctx.activation != "relu" and gate is None:
+    if dresidual is not None and ctx.activation == "identity" and gate is None:
         dresidual = dy
     return dx, dweight, dbias, None, None, dresidual, dgate, None, None, None
 

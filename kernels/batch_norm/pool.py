@@ -33,7 +33,7 @@ def batch_norm_act_pool(
     Args:
         x: shape (N, C, H, W), float32, float16 or bfloat16 for the fused operation; any strides.
         weight, bias, running_mean, running_var, training, momentum, eps: as those of ``act.batch_norm_act``.
-        activation: "relu" or "identity".
+        activation: as there.
         kernel_size: of the pooling, one number or (height, width); at most 128 positions for the fused operation.
         stride: one number or (height, width).
         padding: one number or (height, width), at most half the kernel.

@@ -32,7 +32,7 @@ def pool(
     # Imported here: a machine without CUDA never imports Triton.
     from fastmerge.kernels.batch_norm import pool_triton
 
-    norm = Norm([x], weight, bias, mean, var, None, gate, eps, activation == "relu")
+    norm = Norm([x], weight, bias, mean, var, None, gate, eps, activation)
     y, peak, place = pool_triton.pool(norm, window, keep)
     if peak is None or place is None:
         return y[0], x.new_empty(0), x.new_empty(0, dtype=torch.int8)
@@ -79,7 +79,7 @@ def pool_backward(
     """The gradients of ``pool``, in training through mean and variance too; empty where not needed."""
     from fastmerge.kernels.batch_norm import unpool_triton
 
-    norm = Norm([x], weight, bias, mean, var, None, gate, eps, activation == "relu")
+    norm = Norm([x], weight, bias, mean, var, None, gate, eps, activation)
     dx, *gradients = unpool_triton.gradients([dy], None, norm, [peak], [place], training, window, needs)
     dx, dweight, dbias, dgate = (x.new_empty(0) if g is None else g for g in (dx and dx[0], *gradients))
     return dx, dweight, dbias, dgate

@@ -1,9 +1,11 @@
 """Triton kernels of BatchNorm + activation + max-pooling + gate, imported at the first launch.
 
-Normalisation and activation never decrease along x, or never increase where the scale is negative. So the largest
+Normalisation and most activations never decrease along x, or never increase where the scale is negative. So the largest
 activation of a window is the activation of its largest or smallest x, and the window is searched before anything is
-computed. Kept for the backward pass (``unpool_triton``), all in the pooled size: that x, and its place in the
-window as int8.
+computed. SiLU and Hardswish fall before they rise: their windows are searched for the largest activation.
+
+Kept for the backward pass (``unpool_triton``), all in the pooled size: the x that was chosen, and its place in the window as
+int8.
 
 Dims: N batch, C channels, H W of x, OH OW of the pooled y, T streams.
 """
@@ -21,6 +23,7 @@ import triton.language as tl
 from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams, is_channels_last, pooled_shape
 from fastmerge.kernels.batch_norm.tiles import MOST_AT_ONCE, patch_warps, patches
 from fastmerge.kernels.batch_norm.walk_triton import (
+    activated,
     affine,
     distances,
     gate_stride,
@@ -88,7 +91,7 @@ def pool_kernel(
     y_stride_h,
     y_stride_w,
     gate_stride,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -104,8 +107,11 @@ def pool_kernel(
     sample, row, column, channel = patch(high, wide, BLOCK_H, BLOCK_W, BLOCK_C)
     c = multiple(c, VECTOR)
     inside_c = channel < c
-    weight = per_channel(weight_ptr, channel, c, 1.0)
-    sign = tl.where(weight < 0, -1.0, tl.where(weight > 0, 1.0, 0.0))
+    mean, scale, bias, _ = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps)
+    rises: tl.constexpr = ACTIVATION != "silu" and ACTIVATION != "hardswish"
+    if rises:
+        weight = per_channel(weight_ptr, channel, c, 1.0)
+        sign = tl.where(weight < 0, -1.0, tl.where(weight > 0, 1.0, 0.0))
 
     # Where a window leaves x, its nearest position is read again: that changes neither the largest value nor, but for the
     # places in the padding corrected below, which of equal ones comes first. So nothing but channels needs a mask.
@@ -115,23 +121,24 @@ def pool_kernel(
     top, left = row * STRIDE_H - PADDING_H, column * STRIDE_W - PADDING_W
     best = tl.full((BLOCK_H * BLOCK_W, BLOCK_C), -_INFINITY, tl.float32)
     place = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.int32)
-    first = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
+    peak = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
     for i in tl.static_range(KERNEL_H):
         h = tl.minimum(tl.maximum(top + i, 0), height - 1).to(tl.int64)
         for j in tl.static_range(KERNEL_W):
             w = tl.minimum(tl.maximum(left + j, 0), width - 1).to(tl.int64)
             x = tl.load(x_ptr + h * x_stride_h + w * x_stride_w, inside_c, other=0.0).to(tl.float32)
-            if i + j == 0:
-                first = x
-            value = x * sign
+            if rises:
+                if i + j == 0:
+                    peak = x
+                value = x * sign
+            else:
+                value = activated((x - mean) * scale + bias, ACTIVATION)
+                peak = tl.where((value > best) | (value != value), x, peak)
             place = tl.where(value > best, i * KERNEL_W + j, place)
             best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
-    peak = tl.where(sign == 0, first, best * sign)
-
-    mean, scale, bias, _ = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps)
-    y = (peak - mean) * scale + bias
-    if RELU:
-        y = tl.where(y < 0, 0.0, y)
+    if rises:
+        peak = tl.where(sign == 0, peak, best * sign)
+    y = activated((peak - mean) * scale + bias, ACTIVATION)
     if gate_ptr is not None:
         y *= gate_of(gate_ptr, sample, gate_stride, channel, c, GATE_VECTOR)
     offset = sample * multiple(y_stride_n, VECTOR) + channel.to(tl.int64) * y_stride_c
@@ -177,7 +184,7 @@ def pool(
         (norm.eps,),
         (*sizes, *x[0].stride(), *y[0].stride(), gate_stride(norm.gate)),
         {
-            "RELU": norm.relu,
+            "ACTIVATION": norm.activation,
             **window_constants(window),
             **constants,
             "GATE_VECTOR": gate_vector(norm.gate, x[0].shape[1]),

@@ -17,7 +17,9 @@ from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
+    activated,
     affine,
+    before_activation,
     channels_of,
     gate_stride,
     gate_vector,
@@ -81,7 +83,7 @@ def sum_gradients_kernel(
     dz_stride_p,
     dz_stride_c,
     gate_stride,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     DGATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -129,11 +131,9 @@ def sum_gradients_kernel(
                     sample, position, channel, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR
                 )
                 h += tl.load(residual_ptr + offset, inside, other=0.0).to(tl.float32)
-            if RELU:
-                # Comparisons that let a NaN pass.
-                dz = tl.where(h <= 0, 0.0, dz)
             if DGATE:
-                dgate += dz * h
+                dgate += dz * activated(h, ACTIVATION)
+            dz = before_activation(dz, h, ACTIVATION)
             if gate_ptr is not None:
                 dz *= gate
             if dz_ptr is not None:
@@ -283,7 +283,12 @@ def sum_gradients(
         (*apart, 0 if dz is None or count == 1 else dz[0].numel()),
         (norm.eps,),
         (*walk.integers, gate_stride(gate)),
-        {"RELU": norm.relu, "DGATE": mode, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},
+        {
+            "ACTIVATION": norm.activation,
+            "DGATE": mode,
+            **walk.constants,
+            "GATE_VECTOR": gate_vector(gate, x[0].shape[1]),
+        },
     )
     launch(
         merge_sums_kernel,

@@ -19,6 +19,7 @@ from fastmerge.kernels.batch_norm.sums_triton import sum_gradients
 from fastmerge.kernels.batch_norm.tiles import walkable
 from fastmerge.kernels.batch_norm.walk_triton import (
     affine,
+    before_activation,
     distances,
     gate_stride,
     gate_vector,
@@ -78,7 +79,7 @@ def unpool_kernel(
     dx_stride_h,
     dx_stride_w,
     gate_stride,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TRAINING: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -129,11 +130,11 @@ def unpool_kernel(
                     dz += tl.where(place == i * KERNEL_W + j, dy.to(tl.float32), 0.0)
             inside = (h >= 0) & (h < height) & (w >= 0) & (w < width) & inside_c
             h_, w_ = h.to(tl.int64), w.to(tl.int64)
-            if RELU or TRAINING:
+            if ACTIVATION != "identity" or TRAINING:
                 x = tl.load(x_ptr + h_ * x_stride_h + w_ * x_stride_w, inside, other=0.0)
                 distance = x.to(tl.float32) - mean
-            if RELU:
-                dz = tl.where(distance * scale + bias <= 0, 0.0, dz)
+            if ACTIVATION != "identity":
+                dz = before_activation(dz, distance * scale + bias, ACTIVATION)
             if gate_ptr is not None:
                 dz *= gate
             if TRAINING:
@@ -184,7 +185,7 @@ def gradients(
             dy, more, (*apart[:3], 0), norm._replace(x=peak), needs_dz, needs_dgate
         )
         if dz is not None:
-            dy, norm = dz, norm._replace(relu=False, gate=None)
+            dy, norm = dz, norm._replace(activation="identity", gate=None)
     if needs_dx:
         dx = empty_like_streams(x)
         cells = [-(-(x[0].shape[2 + i] + window[4 + i]) // window[2 + i]) for i in range(2)]
@@ -202,7 +203,7 @@ def gradients(
             (float(x[0].numel() // x[0].shape[1]), norm.eps),
             (*sizes, *[step for own in strides for step in own], gate_stride(norm.gate)),
             {
-                "RELU": norm.relu,
+                "ACTIVATION": norm.activation,
                 "TRAINING": training,
                 **window_constants(window),
                 **constants,

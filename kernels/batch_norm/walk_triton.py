@@ -117,6 +117,42 @@ def affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, c, eps):
 
 
 @triton.jit
+def sigmoid(h):
+    return 1 / (1 + tl.exp(-h))
+
+
+@triton.jit
+def activated(h, ACTIVATION: tl.constexpr):
+    """The activation of h; a NaN stays one."""
+    if ACTIVATION == "relu":
+        h = tl.where(h <= 0, 0.0, h)
+    elif ACTIVATION == "relu6":
+        h = tl.where(h <= 0, 0.0, tl.where(h >= 6, 6.0, h))
+    elif ACTIVATION == "silu":
+        h *= sigmoid(h)
+    elif ACTIVATION == "hardswish":
+        h *= tl.minimum(tl.maximum(h + 3, 0.0), 6.0) / 6
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+    return h
+
+
+@triton.jit
+def before_activation(dy, h, ACTIVATION: tl.constexpr):
+    """The gradient with respect to h, from that with respect to its activation, which passes where h is a NaN."""
+    if ACTIVATION == "relu":
+        dy = tl.where(h <= 0, 0.0, dy)
+    elif ACTIVATION == "relu6":
+        dy = tl.where((h <= 0) | (h >= 6), 0.0, dy)
+    elif ACTIVATION == "silu":
+        share = sigmoid(h)
+        dy *= share * (1 + h * (1 - share))
+    elif ACTIVATION == "hardswish":
+        dy = tl.where(h <= -3, 0.0, tl.where(h < 3, dy * (h / 3 + 0.5), dy))
+    return dy
+
+
+@triton.jit
 def total_per_channel(values):
     """Sums a tile over samples and positions."""
     return tl.sum(tl.sum(values, 0), 0)[None, None, :]
