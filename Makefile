@@ -11,7 +11,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-ptx test-newest test-gpu lint format sanitize bench bench-smoke bench-data bench-check gpu coverage \
-    coverage-zoo docs clean
+    coverage-zoo docs docs-site clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -111,6 +111,10 @@ coverage-zoo: $(READY) ## the same for timm, transformers, segmentation_models_p
 
 docs: $(READY) ## README.md's tables and docs/benchmarks.md from the committed results
 	$(BIN)/python docs/render.py
+
+docs-site: $(READY) ## all pages and the API reference as a website in build/site
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
 
 clean: ## removes what was built, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info fastmerge/*.so

@@ -43,7 +43,7 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
     """The whole of docs/benchmarks.md."""
     parts = [
         "# Benchmarks",
-        "Written by `make docs` from [benchmarks/results](../benchmarks/results); `make bench` measures what a machine can, "
+        "Written by `make docs` from benchmarks/results; `make bench` measures what a machine can, "
         "`make gpu OUT=folder` all of it on a machine with a GPU.",
         "Contenders of a case take turns in one process, one training step each, or one whole merge stage: forward, loss with "
         "gate loss, backward, SGD with momentum on weights and gates, the device waited for. A ratio is the median over these "

@@ -1,11 +1,13 @@
-"""Writes the tables of README.md and of benchmarks.md, data.md, scaling.md and ablations.md in docs/ from committed results: no
-figure in them is typed by hand.
+"""Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
-``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. In README.md a
-block between ``<!-- results: NAME -->`` and ``<!-- end -->`` becomes the table of docs/results/NAME/results.json, one after
-``<!-- coverage -->`` a summary of docs/coverage.json, one after ``<!-- benchmarks -->`` the targets with the results in
-benchmarks/results, in docs/data.md one after ``<!-- loaders -->`` the loaders' figures there, and in docs/scaling.md one after
-``<!-- hours -->`` how long ImageNet takes by them.
+``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md
+and ablations.md are made whole. In every other page what stands between one of these lines and ``<!-- end -->`` is made anew:
+
+* ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
+* ``<!-- summary -->``: one row for each of these files;
+* ``<!-- coverage -->``: a summary of docs/coverage.json;
+* ``<!-- benchmarks -->``: the targets, with the results in benchmarks/results;
+* ``<!-- loaders -->`` and ``<!-- hours -->``: the loaders' figures there, and how long ImageNet takes by them.
 """
 
 from __future__ import annotations
@@ -22,15 +24,20 @@ sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
 
 from benchmarks import ablation_report, hours, loader_tables, report  # noqa: E402
 from fastmerge.reporting.results import read  # noqa: E402
-from fastmerge.reporting.tables import caption, results_table  # noqa: E402
+from fastmerge.reporting.tables import caption, results_table, summarise, table  # noqa: E402
 
 README = DOCS.parent / "README.md"
 BENCHMARKS = DOCS / "benchmarks.md"
 ABLATIONS = DOCS / "ablations.md"
-DATA = DOCS / "data.md"
-SCALING = DOCS / "scaling.md"
+COVERAGE = DOCS / "coverage.md"
+RECIPES = {
+    "sine": ("sine, 1-100-1 network", "test loss (lower is better)"),
+    "digits": ("digits, small LeNet", "test accuracy"),
+    "lenet-imagewoof": ("Imagewoof 28×28, LeNet", "test accuracy"),
+    "resnet20-cifar100": ("500 images of CIFAR-100, ResNet-20", "test accuracy"),
+}
 _BLOCK = re.compile(
-    r"(<!-- (results: (?P<name>[\w-]+)|coverage|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results: (?P<name>[\w-]+)|summary|coverage|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -42,6 +49,8 @@ def rendered(text: str) -> str:
 def _content(kind: str, name: str | None) -> str:
     if name is not None:
         return _results(DOCS / "results" / name)
+    if kind == "summary":
+        return _summary()
     if kind == "coverage":
         return _coverage()
     make = {"loaders": loader_tables.tables, "hours": hours.tables, "benchmarks": report.readme}[kind]
@@ -53,6 +62,24 @@ def _results(run: Path) -> str:
     made = results["environment"]
     where = f"{made['cpu']['name']}, {made['cpu']['cores']} cores, Python {made['python']}, PyTorch {made['torch']}"
     return f"{results_table(results, markdown=True)}\n\n{caption(results)} {where}."
+
+
+def _summary() -> str:
+    """One row per recipe: each strategy's mean over its replicates, the best in bold."""
+    strategies = {"student": "student", "bo3": "best of three", "one": "one"}
+    header = ["", *strategies.values(), "replicates", "epochs"]
+    rows = []
+    for recipe, (what, measured) in RECIPES.items():
+        results, _ = read(DOCS / "results" / recipe)
+        found = {name: summarise(results["strategies"][name]["values"]) for name in strategies}
+        best = (min if results["metric"] == "test_loss" else max)(summary.mean for summary in found.values())
+        cells = [f"{summary.mean:.4f} ± {summary.std / summary.n**0.5:.4f}" for summary in found.values()]
+        cells = [f"**{c}**" if s.mean == best else c for c, s in zip(cells, found.values(), strict=True)]
+        used = results["strategies"]["student"]
+        rows.append([f"{what}, {measured}", *cells, str(len(used["values"])), f"{used['epochs']:g}"])
+    return (
+        f"{table(header, rows, markdown=True)}\n\nMean ± its standard error over replicates, measured on two CPU cores."
+    )
 
 
 def _coverage() -> str:
@@ -79,12 +106,11 @@ def _share(networks: dict[str, Any], chosen: Callable[[str], bool]) -> str:
 def main() -> None:
     """Writes or checks the files."""
     files = {
-        README: rendered(README.read_text(encoding="utf-8")),
         BENCHMARKS: report.page(report.load()),
-        DATA: rendered(DATA.read_text(encoding="utf-8")),
-        SCALING: rendered(SCALING.read_text(encoding="utf-8")),
         ABLATIONS: ablation_report.page(ablation_report.load()),
     }
+    pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}
+    files |= {page: rendered(page.read_text(encoding="utf-8")) for page in sorted(pages)}
     if "--check" in sys.argv[1:]:
         old = [
             path.name for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text

@@ -130,4 +130,3 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert "<!-- hours -->" in text
     assert render.rendered(text) == text
-    assert render.SCALING == ROOT / "docs" / "scaling.md"

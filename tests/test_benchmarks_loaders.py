@@ -41,4 +41,3 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert "<!-- loaders -->" in text
     assert render.rendered(text) == text
-    assert render.DATA == ROOT / "docs" / "data.md"
