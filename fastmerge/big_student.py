@@ -116,7 +116,8 @@ class BigStudent(GatedNetwork):
         anew afterwards. :meth:`open_gates` then opens the gates that are left.
 
         Args:
-            optimizer, gate_optimizer: whose state shrinks along; one that holds all parameters will do.
+            optimizer: whose state shrinks along; one that holds all parameters will do.
+            gate_optimizer: a second one, if gates have their own.
             threshold: of P[g > 0], in (0, 0.5).
             settled: whether to leave a group alone until each of its gates is closed for good or surely open
                 (P[g > 0] above ``1 - threshold``).

@@ -99,7 +99,10 @@ def check(
     that can't be merged nothing is raised.
 
     Args:
-        teachers, example_inputs, outputs, verify: as :class:`~fastmerge.BigStudent` takes them.
+        teachers: the networks, as :class:`~fastmerge.BigStudent` takes them.
+        example_inputs: what their forward takes; needed only where it can't be inferred.
+        outputs: which outputs are predictions.
+        verify: whether to compare what is built with the networks.
     """
     problems = [problem for error in teacher_errors(teachers) for problem in error.problems]
     networks = {number: teacher for number, teacher in enumerate(teachers) if isinstance(teacher, nn.Module)}

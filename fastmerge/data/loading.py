@@ -101,15 +101,15 @@ def image_loaders(
         seed: Of the order and the changes.
         workers: Threads (DALI) or processes (torch) that decode; None is one for each core this process may use, 16 at most;
             of torchrun's processes on a machine, each takes its part.
-        shard, shards: Which part of how many: the rank and the number of processes. See
-            :class:`~fastmerge.data.epochs.Batches`.
+        shard: Which part of the images: the rank of the process. See :class:`~fastmerge.data.epochs.Batches`.
+        shards: How many parts: the number of processes.
         drop_last: Leaves out a last training batch that is smaller.
         val_batch_size: Images per batch of validation; None is ``batch_size``.
         on_bad_image: What happens at a file that can't be read: "raise", or "skip" to leave it out with a warning. Either
             names it.
-        mean, std: What is subtracted from each channel of pixels in 0..1, and then divided by: those that trained networks
-            were given, as ``torchvision.transforms.Normalize`` takes them. None is ImageNet's for trees, and that of the
-            training images for arrays.
+        mean: What is subtracted from each channel of pixels in 0..1, as ``torchvision.transforms.Normalize`` takes it: that
+            which trained networks were given. None is ImageNet's for trees, and that of the training images for arrays.
+        std: What each channel is divided by after that; None likewise.
 
     Raises:
         FileNotFoundError: There is nothing at path, or a folder is missing.

@@ -98,7 +98,9 @@ def merge(
         link_at: Fraction of the merge stage in which the big student is block-diagonal, which costs less compute; the
             off-diagonal weights are trained after it. It becomes dense at the first epoch that starts at or after this
             fraction; 0 is the paper, 1 is never.
-        lr, momentum, weight_decay: Of the weights' SGD, in both stages. Gates get no weight decay.
+        lr: Learning rate of the weights' SGD, in both stages.
+        momentum: Of the weights' SGD, in both stages.
+        weight_decay: Of the weights' SGD, in both stages. Gates get none.
         gate_lr: Of the gates' own SGD, whose momentum is 0.9. None is the paper's 0.2, or more in a stage of few steps, so
             that its gates open or close for good; see :func:`~fastmerge.schedules.fitting_gate_lr`.
         lam_start: λ in the first epoch.
