@@ -34,8 +34,9 @@ demo: $(READY) ## merges sine networks, then networks that read real digits, and
 	$(BIN)/fastmerge report runs/demo/sine
 	$(BIN)/fastmerge report runs/demo/digits
 
+# By file: one process reads a network's code once for all tests of a file, and none waits for another's interpreted kernels.
 test: $(READY) ## the tests that need no GPU and no patience
-	$(TEST) -n $(JOBS)
+	$(TEST) -n $(JOBS) --dist loadfile
 
 test-slow: $(READY) ## the tests that take minutes: every torchvision network, isolated installs
 	$(TEST) -n $(JOBS) -m "slow and not gpu"
@@ -52,7 +53,7 @@ test-newest: ## the tests with the newest PyTorch, torchvision, Triton and NumPy
 	rm -f $(NEWEST)/source/fastmerge/*.so
 	$(PYTHON) -m venv $(NEWEST)/venv
 	$(NEWEST)/venv/bin/python -m pip install --upgrade --editable "$(NEWEST)/source[dev]"
-	cd $(NEWEST)/source && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n $(JOBS)
+	cd $(NEWEST)/source && OMP_NUM_THREADS=1 ../venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 test-gpu: $(READY) ## the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m gpu

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fastmerge.wide import blueprint
+
 try:
     import hypothesis
 except ImportError:  # on a GPU machine without the development packages, the tests that need it are left out
@@ -14,6 +16,8 @@ except ImportError:  # on a GPU machine without the development packages, the te
 
 # Workers run beside each other and the tensors are small: threads would only wait for each other.
 torch.set_num_threads(1)
+# Each test of a file goes through the whole zoo: all of its networks' graphs are kept from one test to the next.
+blueprint._MOST_KNOWN = 512
 
 if hypothesis is not None:
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
