@@ -10,7 +10,7 @@ READY := $(VENV)/fastmerge.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ptx test-newest test-gpu lint format sanitize bench bench-smoke bench-data bench-check gpu coverage \
+.PHONY: help setup demo test test-slow test-ptx test-newest test-gpu lint format soak fuzz sanitize bench bench-smoke bench-data bench-check gpu coverage \
     coverage-zoo docs docs-site clean
 
 help: ## what there is to make
@@ -67,6 +67,14 @@ format: $(READY) ## what ruff can put right by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+SOAK_MINUTES ?= 30
+soak: $(READY) ## random kills, full disks and damaged files against every command; SOAK_MINUTES=30, SOAK_OPTIONS="--seed S"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(SOAK_MINUTES) $(SOAK_OPTIONS)
+
+FUZZ_EXAMPLES ?= 2000
+fuzz: $(READY) ## FUZZ_EXAMPLES=2000 damaged or random inputs for each reader of files and for the C++ extension
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(TEST) tests/test_fuzz.py
+
 # The sanitizers' runtime must be the first library of the process, so Python starts with it preloaded. Leaks are not looked
 # for: the interpreter and torch leave plenty at exit.
 SANITIZED := build/sanitize/lib
@@ -77,7 +85,8 @@ sanitize: $(READY) ## the extensions' tests under the address and undefined-beha
 	for library in compaction batch_norm; do nm -D $(SANITIZED)/fastmerge/_$$library*.so | grep -q __asan_init || exit 1; done
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PYTHONPATH=$(SANITIZED) $(TEST) -p no:cacheprovider --override-ini pythonpath=$(SANITIZED) \
-	        --capture=sys -k "not peak_of_memory and not compiled_it" tests/test_compaction*.py tests/test_kernels_batch_norm_cpu.py
+	        --capture=sys -k "not peak_of_memory and not compiled_it" tests/test_compaction*.py tests/test_kernels_batch_norm_cpu.py \
+	        tests/test_fuzz.py::test_compaction_of_any_tensor tests/test_fuzz.py::test_compaction_of_nonsense
 
 NEW ?= runs/benchmarks.json
 bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/

@@ -52,6 +52,12 @@ inline void check_keep(const Indices& keep, std::int64_t size, std::size_t dim) 
     }
 }
 
+inline std::int64_t times(std::int64_t a, std::int64_t b) {
+    std::int64_t product = 0;
+    if (__builtin_mul_overflow(a, b, &product)) throw std::invalid_argument("compact needs sizes and strides that fit into memory");
+    return product;
+}
+
 // Checks everything that memory safety hangs on and orders the dimensions as they lie in memory.
 // Throws std::invalid_argument or std::out_of_range; the plan points into `keeps`.
 inline Plan make_plan(std::int64_t itemsize, const Indices& shape, const Indices& strides,
@@ -65,9 +71,9 @@ inline Plan make_plan(std::int64_t itemsize, const Indices& shape, const Indices
     for (std::size_t d = 0; d < shape.size(); ++d) {
         if (shape[d] < 0) throw std::invalid_argument("compact needs sizes of 0 or more");
         if (keeps[d]) check_keep(*keeps[d], shape[d], d);
-        plan.kept *= keeps[d] ? static_cast<std::int64_t>(keeps[d]->size()) : shape[d];
+        plan.kept = times(plan.kept, keeps[d] ? static_cast<std::int64_t>(keeps[d]->size()) : shape[d]);
         if (shape[d] == 1) continue;  // its stride means nothing; whether it stays, plan.kept knows
-        plan.axes.push_back({shape[d], strides[d] * itemsize, 0, keeps[d] ? &*keeps[d] : nullptr});
+        plan.axes.push_back({shape[d], times(strides[d], itemsize), 0, keeps[d] ? &*keeps[d] : nullptr});
     }
     if (plan.kept == 0) return plan;
     std::stable_sort(plan.axes.begin(), plan.axes.end(),
@@ -78,7 +84,7 @@ inline Plan make_plan(std::int64_t itemsize, const Indices& shape, const Indices
         if (axis->source_stride < extent) {
             throw std::invalid_argument("compact needs a tensor whose elements do not overlap in memory");
         }
-        extent = axis->source_stride * axis->size;
+        extent = times(axis->source_stride, axis->size);
         axis->target_stride = dense;
         dense *= axis->kept();
     }

@@ -15,6 +15,7 @@ It prints the seed, every loss with its round's folder, which stays, and a table
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -86,10 +87,11 @@ class Running:
         if self.pid == 0:
             status = 70
             try:
-                os.setsid()
+                os.setpgid(0, 0)
                 os.chdir(folder)
                 for number, name in ((1, f"out.{Running.made}"), (2, f"err.{Running.made}")):
                     os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
                 if before is not None:
                     before()
                 status = fastmerge(words)
@@ -100,12 +102,15 @@ class Running:
             except BaseException:
                 traceback.print_exc()
             finally:
+                sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
+        with contextlib.suppress(OSError):  # here and there: whoever comes first
+            os.setpgid(self.pid, self.pid)
 
-    def wait(self, seconds: float = PATIENCE) -> int | None:
-        """The exit status, negative for a signal; None where it still runs."""
-        end = time.monotonic() + seconds
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit status, negative for a signal; None where it still runs then."""
+        end = time.monotonic() + (PATIENCE if seconds is None else seconds)
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -136,7 +141,7 @@ class Running:
 
     def nobody_is_left(self) -> None:
         """Processes of the group end when their leader has."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE / 5
         while True:
             try:
                 os.killpg(self.pid, 0)
@@ -259,7 +264,9 @@ class Soak:
     def no_shared_memory(self, folder: Path) -> None:
         """A process that reads images has little shared memory, or none."""
         name, nbytes = "merge, torch", int(2 ** self.random.uniform(12, 16))
-        before = (lambda: mount(Path("/dev/shm"), nbytes)) if mounts() else (lambda: limit_files(nbytes))
+        is_small = mounts() and self.random.random() < 0.5  # found before the run; in the other case by who reads
+        self.counts["small /dev/shm" if is_small else "limits on shared memory"] += 1
+        before = (lambda: mount(Path("/dev/shm"), nbytes)) if is_small else (lambda: limit_files(nbytes))
         running = self.begin(name, folder, before=before)
         status = running.end({0, 1, 2})
         self.counts[f"exit status {status} with little shared memory"] += 1
