@@ -12,11 +12,12 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "
     __path__.append(str(_checkout))
 
 from fastmerge.big_student import BigStudent
-from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups
+from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups, permute
 from fastmerge.gate_budget import GateBudget
 from fastmerge.gates import HardConcrete
 from fastmerge.history import History
 from fastmerge.information import Information, info
+from fastmerge.lock_step import activations
 from fastmerge.mergeability import Report, check
 from fastmerge.merging import merge
 from fastmerge.recalibration import recalibrate
@@ -33,9 +34,11 @@ __all__ = [
     "QuadraticLambda",
     "Report",
     "__version__",
+    "activations",
     "channel_groups",
     "check",
     "info",
     "merge",
+    "permute",
     "recalibrate",
 ]

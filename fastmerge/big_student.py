@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.narrowing.shrinking import Shrinking
 from fastmerge.narrowing.spent import spend
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.gate_matrix import kept_candidates
+from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.population import Population
 
 
@@ -195,7 +195,13 @@ class BigStudent(GatedNetwork):
         self._check_gates("keep")
         return kept_candidates(self.groups, self.gates)
 
-    def compress(self, optimizer: Optimizer | None = None, *, in_place: bool = False) -> Any:
+    def compress(
+        self,
+        optimizer: Optimizer | None = None,
+        *,
+        in_place: bool = False,
+        keep: Mapping[str, Tensor | Sequence[int]] | None = None,
+    ) -> Any:
         """Keeps the n most open candidates of every group and drops the gates.
 
         The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0. Its BatchNorms
@@ -208,16 +214,21 @@ class BigStudent(GatedNetwork):
             in_place: whether the student takes over this network's tensors, compacted one by one in their own memory, so that
                 both never exist side by side. Any later use of this network raises a RuntimeError. A tensor that something
                 else uses too (a view of it is alive, two layers share it) is copied and left to the other.
+            keep: by name of the group, n candidates to keep in place of those that its gates choose; candidate t·n + j is
+                channel j of teacher t.
 
         Returns:
             A network of the teachers' class, in this network's mode, dtype and device, with all parameters trainable.
 
         Raises:
-            ValueError: a gate is NaN, the optimizer is not this network's, or its state can't be cut; nothing has changed then.
+            ValueError: a gate is NaN, ``keep`` is not n candidates of each group that it names, the optimizer is not this
+                network's, or its state can't be cut; nothing has changed then.
         """
-        self._check_gates("compress")
-        self._warn_of_gates()
-        compressor = Compressor(self.network, self._blueprint.layout, self.groups, self.keep(), self._population)
+        given = checked_candidates(self.groups, self.num_teachers, self.gates, keep or {})
+        self._check_gates("compress", given)
+        self._warn_of_gates(given)
+        kept = kept_candidates(self.groups, self.gates) | given
+        compressor = Compressor(self.network, self._blueprint.layout, self.groups, kept, self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         template, training, like = self._blueprint.template, self.training, next(self.gates.parameters())
         try:
@@ -230,24 +241,25 @@ class BigStudent(GatedNetwork):
                 spend(self)
         return student.train().train(training)  # what a network keeps of its own for evaluation it makes anew
 
-    def _check_gates(self, method: str) -> None:
+    def _check_gates(self, method: str, given: Collection[str] = ()) -> None:
         for group, gate in zip(self.groups, self._gate_modules, strict=True):
             count = int(gate.loc.isnan().sum())
-            if count:
+            if count and group.name not in given:
                 raise ValueError(
                     f"{method} needs gates that are numbers; {count} of {len(gate.loc)} gates of '{group.name}' "
                     f"{'is' if count == 1 else 'are'} NaN. The training has diverged: go back to a checkpoint of before, and "
                     "lower the learning rates"
                 )
 
-    def _warn_of_gates(self) -> None:
+    def _warn_of_gates(self, given: Collection[str]) -> None:
         with torch.no_grad():
             opened = self.open_candidates()
             means, spreads = (self.group_means(v).tolist() for v in (opened, 4 * opened * (1 - opened)))
-        names = list(self.gates)
-        found = unsettled(
-            dict(zip(names, means, strict=True)), dict(zip(names, spreads, strict=True)), 1 / self.num_teachers
+        mean, spread = (
+            {name: value for name, value in zip(self.gates, values, strict=True) if name not in given}
+            for values in (means, spreads)
         )
+        found = unsettled(mean, spread, 1 / self.num_teachers)
         if found:
             warnings.warn(
                 f"compress() chooses by gates that have not settled: {'. '.join(found.values())}. Train on with "

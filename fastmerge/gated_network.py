@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from fastmerge.lowering.programs import Programs
 from fastmerge.self_check import check_exact
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
-from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, make_gates
+from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, given_gates, make_gates
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import attach_missing
 from fastmerge.wide.norms import WideBatchNorm
@@ -72,21 +72,25 @@ class GatedNetwork(nn.Module):
         if verify:
             check_exact(teachers, self, inputs)
 
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+    def forward(self, *inputs: Any, gates: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         """The teachers' forward, gated: same inputs, same output structure.
+
+        Args:
+            gates: by name of the group, gates of its candidates that are left, (candidates,) or (N, candidates), in place of
+                those that would be drawn; the output is differentiable in them.
 
         Raises:
             TypeError: if no input is a tensor.
-            ValueError: if the first input has no batch dimension.
+            ValueError: if the first input has no batch dimension, or given gates are of another shape.
         """
         flat = self._blueprint.flat(inputs, kwargs)
         if not any(isinstance(x, Tensor) for x in flat):
             got = ", ".join(type(x).__name__ for x in flat)
             raise TypeError(f"BigStudent needs a tensor to run on; got {got}. torch.as_tensor(x) makes one of an array")
-        gates = None if self._gates_open else self._draw_gates(flat)
-        each = self._gates_open and self._blueprint.each and not self._is_compacted
+        matrix = None if self._gates_open and not gates else self._draw_gates(flat, gates)
+        each = matrix is None and self._blueprint.each and not self._is_compacted
         way = "train" if self.training else "eval", each, self.linked
-        return self._programs_for(flat).run(way, self.network, gates, flat)
+        return self._programs_for(flat).run(way, self.network, matrix, flat)
 
     @contextmanager
     def open_gates(self) -> Iterator[Self]:
@@ -220,7 +224,7 @@ class GatedNetwork(nn.Module):
     def _check_compacted(self, analysis: Analysis) -> None:
         """Raises a ValueError if the code for inputs of another shape might count on channels that were dropped."""
 
-    def _draw_gates(self, inputs: Sequence[Any]) -> Tensor:
+    def _draw_gates(self, inputs: Sequence[Any], given: Mapping[str, Tensor] | None = None) -> Tensor:
         """All groups' gates side by side and, where some channel has none, a column of ones: (N or 1, columns)."""
         x = next(value for value in inputs if isinstance(value, Tensor))
         if x.dim() < (dims := self._blueprint.input_dims):
@@ -228,8 +232,15 @@ class GatedNetwork(nn.Module):
                 f"BigStudent draws one gate per sample, so its input needs a batch dimension: {dims} dimensions; "
                 f"got shape {tuple(x.shape)}"
             )
-        samples = x.shape[0] if self.training else None
-        return draw_gates(self._gate_modules, samples, self._programs.has_ungated_channels)
+        gates, with_ones = self._gate_modules, self._programs.has_ungated_channels
+        if not given:
+            return draw_gates(gates, x.shape[0] if self.training else None, with_ones)
+        sizes = [gate.channels for gate in gates]
+        if self._gates_open:
+            drawn = gates[0].loc.new_ones(1, sum(sizes) + int(with_ones))
+        else:
+            drawn = draw_gates(gates, x.shape[0] if self.training else None, with_ones)
+        return given_gates(drawn, [group.name for group in self.groups], sizes, given, x.shape[0])
 
     def _gate(self, name: str) -> HardConcrete:
         gate = self.gates[name]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastmerge
 from architectures import BY_NAME, ZOO, Architecture
+from fastmerge.methods.combination import combine, places_of_kept
 from teachers import (
     TOLERANCE,
     copy_state,
@@ -69,6 +70,68 @@ def test_compress_gives_the_network_with_the_kept_gates_open(architecture: Archi
         assert kept.keys() == opened.keys() == dict(big.gates).keys()
         assert all(torch.equal(kept[name], opened[name]) for name in opened)
         assert relative_error(big.compress()(*x), big(*x)) <= 1e-9
+
+
+@cache
+def big_of(name: str) -> fastmerge.BigStudent:
+    """A big student of two teachers to share between tests, which must leave its weights as they are."""
+    return merge(BY_NAME[name], count=2)
+
+
+def shuffled(groups: fastmerge.ChannelGroups) -> dict[str, Tensor]:
+    """A random order for each group, never its own."""
+    generator = torch.Generator().manual_seed(0)
+    orders = {group.name: torch.randperm(group.size, generator=generator) for group in groups}
+    return {name: order.flip(0) if torch.equal(order, order.sort().values) else order for name, order in orders.items()}
+
+
+@every_architecture
+@torch.no_grad()
+def test_permuted_networks_compute_the_same(architecture: Architecture) -> None:
+    teacher, x, groups = (
+        teachers_of(architecture.name)[0],
+        architecture.inputs(BATCH, seed=10),
+        big_of(architecture.name).groups,
+    )
+    orders = shuffled(groups)
+    permuted = fastmerge.permute(teacher, groups, orders)
+    assert relative_error(permuted(*x), teacher(*x)) < 1e-12
+    if any(group.size > 1 for group in groups):
+        assert any(not torch.equal(a, b) for a, b in zip(teacher.parameters(), permuted.parameters(), strict=True))
+    found, moved = fastmerge.activations(teacher, x), fastmerge.activations(permuted, x)
+    assert found.keys() == moved.keys()
+    for name, values in found.items():
+        assert (moved[name] - values[orders[name]]).abs().max() < 1e-9, name
+    back = fastmerge.permute(permuted, groups, {name: order.argsort() for name, order in orders.items()})
+    assert_same_state(back.state_dict(), copy_state(teacher))
+
+
+@every_architecture
+def test_axes_name_every_tensor_that_the_forward_uses(architecture: Architecture) -> None:
+    teacher, axes = teachers_of(architecture.name)[0], list(big_of(architecture.name).groups.axes())
+    tensors = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
+    assert {axis.tensor for axis in axes} >= {name for name, _ in teacher.named_parameters()}
+    assert len({(axis.tensor, axis.dim) for axis in axes}) == len(axes)
+    for axis in axes:
+        assert axis.dim is None or len(axis.units.group) == tensors[axis.tensor].shape[axis.dim], axis.tensor
+
+
+@every_architecture
+@torch.no_grad()
+def test_candidates_can_be_kept_and_gates_be_set_by_hand(architecture: Architecture) -> None:
+    big, x = big_of(architecture.name), architecture.inputs(BATCH, seed=10)
+    kept = select_gates(big, x, seed=1)
+    gates, expected, student = (
+        {name: gate.mean() for name, gate in big.gates.items()},
+        big(*x),
+        big.compress().state_dict(),
+    )
+    set_gates(big, 1.0)
+    assert relative_error(big(*x, gates=gates), expected) < 1e-12
+    assert_same_state(big.compress(keep=kept).state_dict(), student)
+    places = places_of_kept(big.groups, 2, kept)
+    for name, tensor in combine(teachers_of(architecture.name)[:2], big.groups, places).state_dict().items():
+        assert torch.allclose(tensor, student[name], rtol=0, atol=1e-14), name
 
 
 @every_architecture

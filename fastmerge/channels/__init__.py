@@ -16,9 +16,10 @@ from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroup, ChannelGroups
 from fastmerge.channels.ids import run_on_ids
+from fastmerge.channels.permutation import permute
 from fastmerge.channels.tracing import trace
 
-__all__ = ["ChannelGroup", "ChannelGroups", "channel_groups"]
+__all__ = ["ChannelGroup", "ChannelGroups", "channel_groups", "permute"]
 
 
 def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:

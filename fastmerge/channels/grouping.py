@@ -76,6 +76,8 @@ class _Grouping:
             self.record.sample_dims,
             frozenset(self.record.fast_samples),
             sorted({(w, op) for w, op, ids in self.record.mixed if np.isin(group[ids], single).any()}),
+            {w: layer.call.bias for w, layer in layers.items() if layer.call.bias is not None},
+            frozenset(w for w, layer in layers.items() if layer.call.geometry.out_dim),
         )
 
     def _named_groups(self, group: np.ndarray, place: np.ndarray) -> list[ChannelGroup]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,6 +79,27 @@ class AxisUnits:
     def has_groups(self) -> bool:
         return bool((self.group >= 0).any())
 
+    def places(self, number: int, size: int) -> np.ndarray:
+        """Where a group's places lie along the dimension: int64 (size, entries per place), (size, 0) where it has none here."""
+        where = np.flatnonzero(self.group == number)
+        return where[np.argsort(self.place[where], kind="stable")].reshape(size, -1 if len(where) else 0)
+
+
+class Axis(NamedTuple):
+    """A dimension of a tensor along which channels lie.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        dim: the dimension; None: the tensor as a whole belongs to one unit.
+        units: of its entries; of a tensor as a whole, one.
+        reads: whether it is a dimension along which a layer reads channels; else the tensor's entries are the channels' own.
+    """
+
+    tensor: str
+    dim: int | None
+    units: AxisUnits
+    reads: bool = False
+
 
 @dataclass(frozen=True)
 class ChannelGroups:
@@ -94,6 +116,8 @@ class ChannelGroups:
         sample_dims: per (mode, node name) of a layer call, the dimension along which the samples lie in what it reads.
         fast_samples: (mode, node name) pairs of those where the samples are the faster index of that dimension.
         kept_whole: (layer, operation) pairs that mix channels, which therefore are kept from one teacher as a whole.
+        biases: per layer that has a bias, its name.
+        transposed: the layers whose weights have inputs before outputs.
     """
 
     groups: list[ChannelGroup]
@@ -104,6 +128,32 @@ class ChannelGroups:
     sample_dims: dict[tuple[str, str], int]
     fast_samples: frozenset[tuple[str, str]] = frozenset()
     kept_whole: list[tuple[str, str]] = field(default_factory=list)
+    biases: dict[str, str] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> dict[str, int]:
+        """The groups' numbers by name."""
+        return {group.name: number for number, group in enumerate(self.groups)}
+
+    def axes(self) -> Iterator[Axis]:
+        """Every dimension of every parameter and buffer along which channels lie, each once.
+
+        A grouped layer has one: its blocks, each of which is a unit.
+        """
+        seen = set(self.tensors)
+        for weight, units in self.outputs.items():
+            if weight in self.tensors:
+                continue
+            written = int(weight in self.transposed)
+            yield Axis(weight, written, units)
+            yield Axis(weight, 1 - written, self.inputs[weight], reads=True)
+            bias = self.biases.get(weight)
+            if bias is not None and bias not in seen:
+                seen.add(bias)
+                yield Axis(bias, 0, units)
+        for name, (dim, units) in self.tensors.items():
+            yield Axis(name, dim, units)
 
     def same_channels(self, other: ChannelGroups) -> bool:
         """Whether two runs of a network found the same groups, lying in the same places of its tensors."""

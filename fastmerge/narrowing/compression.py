@@ -43,8 +43,7 @@ def _sources(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]
     index = np.arange(len(units.group))
     for number in np.unique(units.group[units.group >= 0]):
         group = groups[int(number)]
-        where = np.flatnonzero(units.group == number)
-        by_place = where[np.argsort(units.place[where], kind="stable")].reshape(group.size, -1)
+        by_place = units.places(int(number), group.size)
         candidates = kept[group.name].cpu().numpy()
         teacher[by_place] = (candidates // group.size)[:, None]
         index[by_place] = by_place[candidates % group.size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,70 @@ def kept_candidates(groups: ChannelGroups, gates: nn.ModuleDict) -> dict[str, Te
         top = order[: group.size].sort().values
         kept[group.name] = top if gate.candidates is None else gate.candidates[top]
     return kept
+
+
+def checked_candidates(
+    groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict, keep: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The candidates that a user wants to keep, ascending, by name of the group.
+
+    Raises:
+        ValueError: a name is no group's, or what is given are not n of its candidates.
+    """
+    kept = {}
+    for name, given in keep.items():
+        if name not in groups.names:
+            raise ValueError(f"keep needs names of channel groups; got {name!r}, known are {', '.join(groups.names)}")
+        gate, group = gates[name], groups[groups.names[name]]
+        assert isinstance(gate, HardConcrete)
+        every = torch.arange(num_teachers * group.size) if gate.candidates is None else gate.candidates.cpu()
+        chosen = torch.as_tensor(given).cpu()
+        integer = chosen.dim() == 1 and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
+        if (
+            not integer
+            or len(chosen.unique()) != group.size
+            or len(chosen) != group.size
+            or not torch.isin(chosen, every).all()
+        ):
+            left = "" if gate.candidates is None else " that compact() has left"
+            raise ValueError(
+                f"keep needs {group.size} candidates of group '{name}', different numbers from 0 to "
+                f"{num_teachers * group.size - 1}{left} (t·n + j is channel j of teacher t); got {given}"
+            )
+        kept[name] = chosen.long().sort().values
+    return kept
+
+
+def given_gates(
+    drawn: Tensor, names: Sequence[str], sizes: Sequence[int], given: Mapping[str, Tensor], samples: int
+) -> Tensor:
+    """The matrix of gates with those of some groups as they are given.
+
+    Args:
+        drawn: the matrix, (N or 1, columns).
+        names: of the groups.
+        sizes: columns of each.
+        given: by name, (candidates,) or (N, candidates).
+        samples: N.
+
+    Raises:
+        ValueError: a name is no group's, or gates are of another shape.
+    """
+    for name, gates in given.items():
+        if name not in names:
+            raise ValueError(f"gates need names of channel groups; got {name!r}, known are {', '.join(names)}")
+        size = sizes[names.index(name)]
+        if gates.shape not in ((size,), (1, size), (samples, size)):
+            raise ValueError(
+                f"gates of group '{name}' need the shape ({size},), or ({samples}, {size}) for a batch of {samples}; "
+                f"got {tuple(gates.shape)}"
+            )
+    parts = list(drawn.split([*sizes, drawn.shape[1] - sum(sizes)], dim=1))
+    for number, name in enumerate(names):
+        if name in given:
+            parts[number] = given[name].to(drawn).view(-1, sizes[number])
+    rows = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(rows, -1) for part in parts], dim=1)
 
 
 Run = tuple[int, int]  # first column, and how many
