@@ -125,9 +125,8 @@ class Moment:
         Args:
             which: of the networks, to run one alone again.
         """
-        for number, run in enumerate(self._runs):
-            if which is None or number == which:
-                run.env[self.node] = run.run_node(self.node)
+        for run in self._runs if which is None else [self._runs[which]]:
+            run.env[self.node] = run.run_node(self.node)
         self.computed = True
         return self.values(self.node)
 

@@ -1,0 +1,38 @@
+"""All ways to make one network of several, side by side.
+
+Each method is a file with one function ``method(teachers, batches, **options)`` that returns a network, registered by name.
+:func:`apply` runs one by its name and says what it took; :func:`register` adds one.
+"""
+
+from fastmerge.methods.average import average
+from fastmerge.methods.distill import distill
+from fastmerge.methods.ensemble import Ensemble, ensemble
+from fastmerge.methods.gates import gates
+from fastmerge.methods.rebasin import rebasin
+from fastmerge.methods.reconstruct import reconstruct
+from fastmerge.methods.registry import METHODS, Method, Outcome, apply, register
+from fastmerge.methods.repair import repair
+from fastmerge.methods.soup import soup
+from fastmerge.methods.training import train
+from fastmerge.methods.transplant import transplant
+from fastmerge.methods.zipit import zipit
+
+__all__ = [
+    "METHODS",
+    "Ensemble",
+    "Method",
+    "Outcome",
+    "apply",
+    "average",
+    "distill",
+    "ensemble",
+    "gates",
+    "rebasin",
+    "reconstruct",
+    "register",
+    "repair",
+    "soup",
+    "train",
+    "transplant",
+    "zipit",
+]

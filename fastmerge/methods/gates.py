@@ -1,0 +1,64 @@
+"""Merging by learned gates: what this library is for, as one method among the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fastmerge.big_student import BigStudent
+from fastmerge.evaluation import Criterion
+from fastmerge.merging import merge
+from fastmerge.methods.cost import Meter, unwatched
+from fastmerge.methods.registry import register
+from fastmerge.methods.samples import family_of
+
+
+@register("gates", needs="training", source="M. Pašen & V. Boža, Merging of neural networks (arXiv 2204.09973)")
+def gates(
+    teachers: Sequence[nn.Module],
+    batches: Iterable[Any],
+    *,
+    epochs: int = 30,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    link_at: float = 0.0,
+    criterion: Criterion = cross_entropy,
+) -> nn.Module:
+    """Trains all teachers side by side with a gate on each channel, and keeps the channels whose gates stay open.
+
+    Args:
+        teachers: two or more.
+        batches: of the training data.
+        epochs: of the merge stage; :func:`fastmerge.merge` has the fine-tuning, too.
+        lr, momentum, weight_decay, link_at: see :func:`fastmerge.merge`.
+        criterion: of the output and the target.
+    """
+    with unwatched() as meter:
+        student, _ = merge(
+            teachers,
+            batches,
+            merge_epochs=epochs,
+            finetune_epochs=0,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            link_at=link_at,
+            criterion=criterion,
+            progress=False,
+        )
+        if meter is not None:
+            _add(meter, teachers, batches, epochs, link_at)
+    return student
+
+
+def _add(meter: Meter, teachers: Sequence[nn.Module], batches: Iterable[Any], epochs: int, link_at: float) -> None:
+    inputs = family_of(teachers, batches).inputs
+    big = BigStudent(*teachers, example_inputs=inputs, verify=False)
+    linked = sum(epoch >= link_at * epochs for epoch in range(epochs))
+    meter.add_training(big, batches, epochs - linked)
+    big.link()
+    meter.add_training(big, batches, linked)

@@ -1,0 +1,245 @@
+"""A merge without training: keep the channels that explain all teachers' best, and let layers read the others through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastmerge.channels.aten import bind, op_name
+from fastmerge.channels.groups import ChannelGroups
+from fastmerge.channels.tracing import tensor_at
+from fastmerge.lock_step import Family, Moment
+from fastmerge.methods.combination import combine, places_of_kept
+from fastmerge.methods.registry import register
+from fastmerge.methods.samples import family_of, second_moments
+from fastmerge.methods.transplant import largest, magnitudes
+
+
+@register("reconstruct", needs="samples", source="as J. Luo et al., ThiNet (arXiv 1707.06342), here between teachers")
+@torch.no_grad()
+def reconstruct(
+    teachers: Sequence[nn.Module],
+    batches: Iterable[Any],
+    *,
+    samples: int = 512,
+    ridge: float = 0.03,
+    keep: str = "pivots",
+) -> nn.Module:
+    """A selection of channels whose layers read the dropped ones through the kept ones, by least squares.
+
+    Of T·n candidates n are kept: the pivots of a column-pivoted QR of what layers read. Front to back, each layer's weights of
+    all candidates are then given to those that are kept, as the teachers and the student run side by side; BatchNorm gets
+    statistics by which its channels have the means and deviations of their teachers'.
+
+    Args:
+        teachers: two or more.
+        batches: of the data.
+        samples: that the fits are made on.
+        ridge: of the least squares, in means of the squares. Less makes large weights, by which fine-tuning diverges.
+        keep: "pivots", or "magnitude" as ``transplant`` does.
+
+    Raises:
+        ValueError: ``keep`` is neither.
+    """
+    if keep not in ("pivots", "magnitude"):
+        raise ValueError(f'reconstruct keeps "pivots" or channels of the largest "magnitude"; got {keep!r}')
+    family = family_of(teachers, batches, samples)
+    groups = family.groups
+    kept = largest(magnitudes(teachers, groups))
+    if keep == "pivots":
+        products = second_moments(family, teachers, weighted=True)
+        kept |= {group.name: pivots(products[group.name], group.size) for group in groups if group.name in products}
+    student = combine(teachers, groups, places_of_kept(groups, len(teachers), kept))
+    refit(student, teachers, family, kept, ridge)
+    balance(student, family)
+    return student
+
+
+def pivots(products: Tensor, count: int) -> Tensor:
+    """The candidates that explain all of them best, one after another; ascending.
+
+    A pivoted Cholesky decomposition of the inner products chooses as a column-pivoted QR does of what they are products of.
+
+    Args:
+        products: (T·n, T·n).
+        count: how many.
+    """
+    from scipy.linalg.lapack import dpstrf
+
+    _, order, _, _ = dpstrf(products.double().cpu().numpy(), tol=0.0)
+    chosen = torch.from_numpy(np.asarray(order, dtype=np.int64))[:count] - 1
+    return chosen.sort().values
+
+
+@torch.no_grad()
+def refit(
+    student: nn.Module, teachers: Sequence[nn.Module], family: Family, kept: Mapping[str, Tensor], ridge: float
+) -> None:
+    """Fits what the student's layers do with the kept channels to what the teachers' do with all, front to back.
+
+    Args:
+        student: changed in place.
+        teachers: T networks.
+        family: their architecture, and samples.
+        kept: by name of the group, which candidates the student's places hold.
+        ridge: see :func:`reconstruct`.
+    """
+    done: set[str] = set()
+    for moment in family.run([*teachers, student]):
+        call = moment.call
+        if call is not None and call.groups == 1 and call.weight not in done:
+            done.add(call.weight)
+            if family.groups.inputs[call.weight].has_groups:
+                _refit_layer(moment, student, teachers, family.groups, kept, ridge)
+        elif op_name(moment.node) == "batch_norm" and bind(moment.node)["running_mean"] is not None:
+            _refit_norm(moment, student, teachers, family.groups, kept)
+
+
+def _refit_layer(
+    moment: Moment,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    groups: ChannelGroups,
+    kept: Mapping[str, Tensor],
+    ridge: float,
+) -> None:
+    call = moment.call
+    assert call is not None
+    inputs, outputs = groups.inputs[call.weight], groups.outputs[call.weight]
+    written, read = call.geometry.out_dim, call.geometry.in_dim
+    *theirs, mine = moment.channels
+    common = torch.from_numpy(inputs.group < 0)
+    teacher, index = sources(outputs.group, outputs.place, groups, kept)
+    weight = torch.zeros_like(tensor_at(student, call.weight)).movedim((written, read), (0, 1))
+    bias = None if call.bias is None else torch.zeros_like(tensor_at(student, call.bias))
+    # of a transposed convolution not every output has all taps, by which a shift would go into the bias
+    fit = LeastSquares(mine, ridge, centred=bias is not None and call.geometry.kind != "conv_transpose")
+    for t, network in enumerate(teachers):
+        mix, shift = fit.of(theirs[t])  # (read by the student, read by the teacher)
+        mix[:, common], shift[common] = torch.eye(len(common)).to(mix)[:, common], 0
+        rows = (teacher == t) | (teacher < 0)
+        if not rows.any():
+            continue
+        share = torch.where(teacher < 0, 1 / len(teachers), 1.0)[rows].to(weight)
+        own = tensor_at(network, call.weight).movedim((written, read), (0, 1))[index[rows].to(weight.device)]
+        weight[rows] += torch.einsum("ij,oj...->oi...", mix, own) * share.view(-1, *[1] * (weight.dim() - 1))
+        if bias is not None:
+            theirs_bias = tensor_at(network, str(call.bias))[index[rows].to(bias.device)]
+            bias[rows] += (own.reshape(*own.shape[:2], -1).sum(2) @ shift + theirs_bias) * share
+    tensor_at(student, call.weight).copy_(weight.movedim((0, 1), (written, read)))
+    if bias is not None:
+        tensor_at(student, str(call.bias)).copy_(bias)
+
+
+def _refit_norm(
+    moment: Moment, student: nn.Module, teachers: Sequence[nn.Module], groups: ChannelGroups, kept: Mapping[str, Tensor]
+) -> None:
+    """Gives a BatchNorm the statistics by which its channels have the mean and deviation that they have in their teachers."""
+    arguments = bind(moment.node)
+    mean_name, variance_name = (str(arguments[key].target) for key in ("running_mean", "running_var"))
+    _, units = groups.tensors[mean_name]
+    teacher, index = sources(units.group, units.place, groups, kept)
+    picked = (teacher.clamp(min=0), index)
+    moments = [
+        torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        for x in moment.values(arguments["input"])
+    ]
+    variance, mean = (torch.stack(each)[:-1][picked] for each in zip(*moments, strict=True))
+    running_mean, running_variance = (
+        torch.stack([tensor_at(network, name) for network in teachers])[picked] for name in (mean_name, variance_name)
+    )
+    eps, (now, centre) = arguments["eps"], moments[-1]
+    deviation = ((running_variance + eps) * now / variance.clamp_min(1e-12)).sqrt()
+    normalised = (mean - running_mean) / (running_variance + eps).sqrt()
+    tensor_at(student, mean_name).copy_(centre - normalised * deviation)
+    tensor_at(student, variance_name).copy_((deviation.square() - eps).clamp_min(0))
+
+
+def sources(
+    group: np.ndarray, place: np.ndarray, groups: ChannelGroups, kept: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of each entry of a student's dimension the teacher and its entry; teacher -1 where there is no choice."""
+    teacher, index = np.full(len(group), -1), np.arange(len(group))
+    for number in np.unique(group[group >= 0]):
+        size = groups[int(number)].size
+        where = np.flatnonzero(group == number)
+        places = where[np.argsort(place[where], kind="stable")].reshape(size, -1)
+        candidates = kept[groups[int(number)].name].numpy()
+        teacher[places], index[places] = (candidates // size)[:, None], places[candidates % size]
+    return torch.from_numpy(teacher), torch.from_numpy(index)
+
+
+class LeastSquares:
+    """Fits rows of values by others, with a little ridge: ``y ≈ mixᵀ x + shift``.
+
+    Args:
+        x: (variables, values).
+        ridge: in means of the squares of a variable.
+        centred: whether there is a shift.
+    """
+
+    def __init__(self, x: Tensor, ridge: float, centred: bool = True) -> None:
+        self.mean = x.mean(1) if centred else x.new_zeros(len(x))
+        self.x, self.centred = x - self.mean[:, None], centred
+        gram = (self.x @ self.x.T).double()
+        size = gram.diagonal().mean().clamp_min(1e-12)
+        self.factor = torch.linalg.cholesky(gram + ridge * size * torch.eye(len(gram)).to(gram))
+
+    def of(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(x's variables, y's) and (y's,)."""
+        mean = y.mean(1) if self.centred else y.new_zeros(len(y))
+        products = (self.x @ (y - mean[:, None]).T).double()
+        mix = torch.cholesky_solve(products, self.factor).to(y)
+        return mix, mean - self.mean @ mix
+
+
+@torch.no_grad()
+def balance(network: nn.Module, family: Family) -> None:
+    """Gives each channel as much weight where it is written as where it is read, where that changes nothing.
+
+    It does not for ReLU and pooling, but for BatchNorm or GELU; then the network is left as it is. The fit's large
+    weights beside small ones would make fine-tuning at the teachers' learning rate diverge now and then.
+    """
+    groups, before = family.groups, _outputs(network, family)
+    written, read = ([torch.zeros(group.size, dtype=torch.float64) for group in groups] for _ in range(2))
+    tensors = dict(network.named_parameters())
+    saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    axes = [axis for axis in groups.axes() if axis.tensor in tensors and axis.dim is not None and axis.units.has_groups]
+
+    def places(axis: Any) -> Iterable[tuple[int, Tensor]]:
+        for number in np.unique(axis.units.group[axis.units.group >= 0]):
+            yield int(number), torch.from_numpy(axis.units.places(int(number), groups[int(number)].size))
+
+    for axis in axes:
+        for number, where in places(axis):
+            rows = tensors[axis.tensor].double().square().movedim(axis.dim, 0)[where].flatten(1).sum(1)
+            (read if axis.reads else written)[number] += rows.cpu()
+    factors = [
+        torch.where((w > 0) & (r > 0), (r / w.clamp_min(1e-12)).pow(0.25).clamp(1e-2, 1e2), 1.0)
+        for w, r in zip(written, read, strict=True)
+    ]
+    for axis in axes:
+        scale = torch.ones(len(axis.units.group), dtype=torch.float64)
+        for number, where in places(axis):
+            scale[where] = (1 / factors[number] if axis.reads else factors[number])[:, None]
+        tensor = tensors[axis.tensor]
+        tensor.mul_(scale.to(tensor).view([-1 if d == axis.dim else 1 for d in range(tensor.dim())]))
+    after = _outputs(network, family)
+    if any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(after, before, strict=True)):
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+
+
+def _outputs(network: nn.Module, family: Family) -> list[Tensor]:
+    """What the network gives on the samples."""
+    *_, last = family.traced.graphs["eval"].nodes
+    wanted = [node for node in last.all_input_nodes]
+    found: dict[Any, Tensor] = {}
+    for moment in family.run([network]):
+        if moment.node in wanted:
+            (found[moment.node],) = moment.compute()
+    return [value for value in found.values() if value.is_floating_point()]

@@ -1,0 +1,114 @@
+"""The methods by name, and running one of them with a record of what it cost."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from fastmerge.methods.cost import Meter, peak_memory
+
+Function = Callable[..., nn.Module]
+Needs = Literal["weights", "samples", "training"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make one network of several.
+
+    Attributes:
+        name: what it is called by.
+        function: ``function(teachers, batches, **options)`` returns the network; the teachers are never changed.
+        needs: the weights alone, a few samples, or training.
+        source: the paper.
+        one_network: whether the result is a network of the teachers' class.
+    """
+
+    name: str
+    function: Function
+    needs: Needs
+    source: str
+    one_network: bool = True
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(name: str, *, needs: Needs, source: str, one_network: bool = True) -> Callable[[Function], Function]:
+    """Decorator that makes a function a method by name, for :func:`apply` and the command line.
+
+    Args:
+        name: of the method.
+        needs, source, one_network: see :class:`Method`.
+
+    Raises:
+        ValueError: there is a method of this name.
+    """
+
+    def decorate(function: Function) -> Function:
+        if name in METHODS and METHODS[name].function is not function:
+            raise ValueError(
+                f"there is a method {name!r} already, {METHODS[name].function.__module__}; choose another name"
+            )
+        METHODS[name] = Method(name, function, needs, source, one_network)
+        return function
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method gave, and what it took.
+
+    Attributes:
+        network: the result.
+        seconds: of the clock.
+        cost: counted operations of matrix products and convolutions, forward and backward, in epochs of one teacher's training.
+        memory: bytes at the peak beyond those in use before; None where they can't be told.
+    """
+
+    network: nn.Module
+    seconds: float
+    cost: float
+    memory: int | None
+
+
+def apply(name: str, teachers: Sequence[nn.Module], batches: Iterable[Any], **options: Any) -> Outcome:
+    """Makes one network of several by a method.
+
+    Args:
+        name: of the method, one of :data:`METHODS`.
+        teachers: trained networks of one architecture; they are never changed.
+        batches: yields (input, target) of the training data, once over it per ``iter``.
+        options: of the method.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option; what the method raises.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(sorted(METHODS))}")
+    method = METHODS[name]
+    unknown = options.keys() - method.options.keys()
+    if unknown:
+        known = ", ".join(method.options) or "none"
+        raise ValueError(f"method {name!r} has no option {', '.join(sorted(unknown))}; it has {known}")
+    started = time.perf_counter()
+    with peak_memory(teachers) as peak, Meter() as meter:
+        network = method.function(teachers, batches, **options)
+    seconds = time.perf_counter() - started
+    return Outcome(network, seconds, meter.epochs(teachers[0], batches), peak())

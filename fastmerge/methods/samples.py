@@ -1,0 +1,74 @@
+"""A few samples of the data, for methods that look at what channels do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastmerge.lock_step import Family, rows_of
+
+
+def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: int = 2) -> Family:
+    """The teachers' channel groups, and samples of the data to run them on.
+
+    Args:
+        teachers: of one architecture.
+        batches: yields (input, target); a tuple of tensors in place of the input goes to a network of several.
+        samples: how many, or all where there are fewer.
+
+    Raises:
+        TypeError, ValueError: the teachers can't be merged, or there is no batch.
+    """
+    device, found, count = next(teachers[0].parameters()).device, list[tuple[Tensor, ...]](), 0
+    for inputs, _ in batches:
+        found.append(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
+        count += len(found[-1][0])
+        if count >= samples:
+            break
+    if not found:
+        raise ValueError("this needs at least one batch of the data; the loader is empty")
+    return Family.of(teachers, tuple(torch.cat(each)[:samples].to(device) for each in zip(*found, strict=True)))
+
+
+def second_moments(family: Family, networks: Sequence[nn.Module], *, weighted: bool) -> dict[str, Tensor]:
+    """Inner products of what candidates are where layers read them, centred, summed over these layers.
+
+    Args:
+        family: of the networks.
+        networks: T of them.
+        weighted: whether a candidate counts by the norm of the weights that read it; else all have the norm 1, so that the
+            products are correlations.
+
+    Returns:
+        By name of the group (T·n, T·n); groups that no layer reads are left out.
+    """
+    groups, found, seen = family.groups, dict[str, Tensor](), set[tuple[Any, int]]()
+    tensors = [dict(network.named_parameters()) for network in networks]
+    for moment in family.run(networks):
+        if moment.call is None:
+            continue
+        weight, units = moment.call.weight, groups.inputs[moment.call.weight]
+        numbers = [int(n) for n in np.unique(units.group[units.group >= 0])]
+        if not weighted:  # several layers that read one value say the same
+            numbers = [n for n in numbers if (moment.call.input, n) not in seen]
+            seen.update((moment.call.input, n) for n in numbers)
+        elif moment.call.groups > 1:
+            continue
+        channels = moment.channels if numbers else []
+        for number in numbers:
+            group, places = groups[number], units.places(number, groups[number].size)
+            rows = torch.cat([rows_of(each, places) for each in channels])
+            rows = (rows - rows.mean(2, keepdim=True)).flatten(1)
+            if weighted:
+                dim = 1 - int(weight in groups.transposed)
+                read = [rows_of(each[weight].detach().movedim(dim, 0), places).flatten(1) for each in tensors]
+                rows = rows * torch.cat(read).norm(dim=1, keepdim=True)
+            else:
+                rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            products = (rows @ rows.T).double()
+            found[group.name] = found[group.name] + products if group.name in found else products
+    return found

@@ -1,0 +1,44 @@
+"""Model soups: the mean of those teachers of one origin that are better together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fastmerge.evaluation import Criterion, Setting, evaluate
+from fastmerge.methods.average import average
+from fastmerge.methods.registry import register
+
+
+@register("soup", needs="samples", source="M. Wortsman et al., Model soups (arXiv 2203.05482)")
+def soup(
+    teachers: Sequence[nn.Module],
+    batches: Iterable[Any],
+    *,
+    held_out: Iterable[Any] | None = None,
+    criterion: Criterion = cross_entropy,
+) -> nn.Module:
+    """The greedy soup: from the best teacher on, each other is taken into the mean if that does not raise the loss.
+
+    Args:
+        teachers: fine-tuned from one network; of others the best one alone remains.
+        batches: of the data.
+        held_out: what the loss is taken on, (input, target) batches that are not trained on; None: ``batches``.
+        criterion: the loss.
+    """
+    setting = Setting(next(teachers[0].parameters()).device, criterion)
+    chosen_on = batches if held_out is None else held_out
+
+    def loss(network: nn.Module) -> float:
+        return evaluate(network, chosen_on, setting).loss
+
+    ranked = sorted(teachers, key=loss)
+    taken, best = ranked[:1], loss(ranked[0])
+    for teacher in ranked[1:]:
+        reached = loss(average([*taken, teacher]))
+        if reached <= best:
+            taken, best = [*taken, teacher], reached
+    return average(taken)
