@@ -51,15 +51,13 @@ class Family:
         """
         if len(networks) > 1:
             check_teachers(networks)
-        given = example_arguments(networks[0], inputs)
-        leaves = pytree.tree_leaves(given)
-        size = next(x.shape[0] for x in leaves if isinstance(x, Tensor))
-        few = pytree.tree_map(lambda x: x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else x, given)
+        few = example_arguments(networks[0], _two_samples(inputs))
+        leaves = pytree.tree_leaves(few if inputs is None else inputs)
         common = common_buffers(networks)
         traced, groups, *_ = read_network(networks[0], few, None, common)
         if not traced.is_open["eval"]:
-            few = given
-            traced, groups, *_ = read_network(networks[0], given, None, common)
+            few = example_arguments(networks[0], inputs)
+            traced, groups, *_ = read_network(networks[0], few, None, common)
         for error in code_errors(traced, dict(enumerate(networks)), few):
             raise error
         return cls(tuple(networks), tuple(leaves), traced, groups)
@@ -85,6 +83,12 @@ class Family:
                     moment.compute()
                 for run in runs:
                     run.forget(node)
+
+
+def _two_samples(inputs: Any) -> Any:
+    """As much of inputs as it takes to trace a network."""
+    size = next((x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
+    return pytree.tree_map(lambda x: x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else x, inputs)
 
 
 class _Run(fx.Interpreter):

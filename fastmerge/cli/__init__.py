@@ -1,4 +1,4 @@
-"""The command line: ``fastmerge run | merge | check | report | data | info``, or ``python -m fastmerge``."""
+"""The command line: ``fastmerge run | merge | compare | check | report | data | info``, or ``python -m fastmerge``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastmerge.cli import check, continuing, data, info, merge, report, run
+from fastmerge.cli import check, compare, continuing, data, info, merge, report, run
 from fastmerge.cli.torchrun import is_first_to_say
 from fastmerge.data.decoding import BadImageError
 from fastmerge.data.epochs import EmptyBatchError, ReaderLostError, readers_watched
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastmerge", description="Merge trained neural networks into a better one.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, merge, check, report, data, info):
+    for module in (run, merge, compare, check, report, data, info):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

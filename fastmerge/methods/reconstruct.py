@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor, nn
 
 from fastmerge.channels.aten import bind, op_name
@@ -68,8 +69,6 @@ def pivots(products: Tensor, count: int) -> Tensor:
         products: (T·n, T·n).
         count: how many.
     """
-    from scipy.linalg.lapack import dpstrf
-
     _, order, _, _ = dpstrf(products.double().cpu().numpy(), tol=0.0)
     chosen = torch.from_numpy(np.asarray(order, dtype=np.int64))[:count] - 1
     return chosen.sort().values
@@ -215,6 +214,7 @@ def balance(network: nn.Module, family: Family) -> None:
             yield int(number), torch.from_numpy(axis.units.places(int(number), groups[int(number)].size))
 
     for axis in axes:
+        assert axis.dim is not None
         for number, where in places(axis):
             rows = tensors[axis.tensor].double().square().movedim(axis.dim, 0)[where].flatten(1).sum(1)
             (read if axis.reads else written)[number] += rows.cpu()
@@ -237,7 +237,7 @@ def balance(network: nn.Module, family: Family) -> None:
 def _outputs(network: nn.Module, family: Family) -> list[Tensor]:
     """What the network gives on the samples."""
     *_, last = family.traced.graphs["eval"].nodes
-    wanted = [node for node in last.all_input_nodes]
+    wanted = list(last.all_input_nodes)
     found: dict[Any, Tensor] = {}
     for moment in family.run([network]):
         if moment.node in wanted:

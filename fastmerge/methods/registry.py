@@ -100,15 +100,25 @@ def apply(name: str, teachers: Sequence[nn.Module], batches: Iterable[Any], **op
     Raises:
         ValueError: there is no such method, or it has no such option; what the method raises.
     """
-    if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; there are {', '.join(sorted(METHODS))}")
-    method = METHODS[name]
-    unknown = options.keys() - method.options.keys()
-    if unknown:
-        known = ", ".join(method.options) or "none"
-        raise ValueError(f"method {name!r} has no option {', '.join(sorted(unknown))}; it has {known}")
+    method = checked(name, options)
     started = time.perf_counter()
     with peak_memory(teachers) as peak, Meter() as meter:
         network = method.function(teachers, batches, **options)
     seconds = time.perf_counter() - started
     return Outcome(network, seconds, meter.epochs(teachers[0], batches), peak())
+
+
+def checked(name: str, options: Iterable[str] = ()) -> Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(sorted(METHODS))}")
+    method = METHODS[name]
+    unknown = set(options) - method.options.keys()
+    if unknown:
+        known = ", ".join(method.options) or "none"
+        raise ValueError(f"method {name!r} has no option {', '.join(sorted(unknown))}; it has {known}")
+    return method

@@ -57,13 +57,13 @@ def save_plots(out: str | Path, history: dict[str, Any] | None, results: dict[st
         figures["gates"] = plot_gates(history["gates"])
     if history.get("curves"):
         figures["training"] = plot_training(history["curves"], history.get("stages"))
-    return [_save(figure, out / f"{name}.png") for name, figure in figures.items()]
+    return [save_figure(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
 def plot_strategies(results: dict[str, Any]) -> Figure:
     """Box plot of the strategies, one dot per replicate (paper, Fig. 9); a diamond is the paper's own mean."""
     strategies = results["strategies"]
-    figure, axes = _figure(1.6 + 1.1 * len(strategies), 3.8)
+    figure, axes = new_figure(1.6 + 1.1 * len(strategies), 3.8)
     jitter = np.random.default_rng(0)
     labelled = False
     for position, (name, strategy) in enumerate(strategies.items()):
@@ -115,7 +115,7 @@ def plot_learned(arrays: Mapping[str, np.ndarray]) -> Figure:
     x, true = arrays["x"], arrays["true"]
     order = np.argsort(x)
     strategies = [name for name in arrays if name not in ("x", "true")]
-    figure, panels = _figure(8.0, 1.9 * len(strategies) + 0.4, rows=len(strategies))
+    figure, panels = new_figure(8.0, 1.9 * len(strategies) + 0.4, rows=len(strategies))
     for position, (name, axes) in enumerate(zip(strategies, np.atleast_1d(panels), strict=True)):
         predictions, colour = np.atleast_2d(arrays[name]), _colour(name, position)
         error = np.mean((predictions - true) ** 2, axis=1)
@@ -140,7 +140,7 @@ def plot_gates(gates: dict[str, Any]) -> Figure:
     from matplotlib.colors import ListedColormap
 
     epochs, groups = np.asarray(gates["epochs"]), gates["open_probability"]
-    figure, (top, bottom) = _figure(7.0, 4.8, rows=2, height_ratios=[3, 1], sharex=True)
+    figure, (top, bottom) = new_figure(7.0, 4.8, rows=2, height_ratios=[3, 1], sharex=True)
     # viridis without its last tenth, which is hard to see on white
     shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, max(len(groups), 2))))
     for index, (name, series) in enumerate(groups.items()):
@@ -176,7 +176,7 @@ def plot_gates(gates: dict[str, Any]) -> Figure:
 def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | None = None) -> Figure:
     """Loss and metric of every strategy over its epochs; the band spans the replicates, the line is their median."""
     series = list(dict.fromkeys(key for values in curves.values() for key in values if key != "epochs"))
-    figure, panels = _figure(7.0, 2.6 * len(series) + 0.3, rows=len(series), sharex=True)
+    figure, panels = new_figure(7.0, 2.6 * len(series) + 0.3, rows=len(series), sharex=True)
     panels = np.atleast_1d(panels)
     for key, axes in zip(series, panels, strict=True):
         for position, (name, values) in enumerate(curves.items()):
@@ -223,7 +223,7 @@ def _colour(strategy: str, position: int) -> str:
     return _COLOURS.get(strategy, _SPARE[position % len(_SPARE)])
 
 
-def _figure(
+def new_figure(
     width: float, height: float, *, rows: int = 1, sharex: bool = False, height_ratios: list[float] | None = None
 ) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -239,7 +239,7 @@ def _figure(
     return figure, panels
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
     return path

@@ -47,12 +47,12 @@ def _merge_report(out: Path) -> str:
 def _write(out: Path, title: str, sections: list[str], plots: list[Path], made_by: dict[str, Any]) -> None:
     sections = [f"# {title}", *sections]
     sections += [f"## {_TITLES[plot.stem]}\n\n![{_TITLES[plot.stem]}]({plot.name})" for plot in plots]
-    sections += [_listing("Choices", made_by["config"]), _listing("Environment", made_by["environment"])]
+    sections += [listing("Choices", made_by["config"]), listing("Environment", made_by["environment"])]
     with atomic(out / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _listing(title: str, values: dict[str, Any]) -> str:
+def listing(title: str, values: dict[str, Any]) -> str:
     return "\n".join([f"## {title}", "", *(f"- {name}: {_phrase(value)}" for name, value in values.items())])
 
 

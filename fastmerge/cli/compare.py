@@ -1,0 +1,110 @@
+"""Run several methods to make one network of the same trained networks, and compare what comes out.
+
+  fastmerge compare --model resnet18 --teachers a.safetensors b.pt --data imagewoof/ --methods repair,zipit,gates --out out/
+
+Each method gets the same teachers and data; its network is scored at once and again after the same fine-tuning. DIR gets
+compare.json, compare.md, compare.png and each network as NAME.safetensors. Rows are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmerge.checkpoints import save_weights
+from fastmerge.cli.arguments import add_teachers, integer, load_teachers, names
+from fastmerge.data.augmentation import AUGMENTATIONS
+from fastmerge.data.loading import image_loaders
+from fastmerge.environment import environment
+from fastmerge.methods import METHODS
+from fastmerge.methods.comparison import Row, compare
+from fastmerge.reporting.comparison import comparison_table, write_comparison
+from fastmerge.reporting.results import write_json
+
+SUMMARY = "compare methods on your own trained networks"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastmerge compare``."""
+    add = parser.add_argument
+    add_teachers(add)
+    add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
+    add("--out", type=Path, required=True, metavar="DIR", help="where tables and networks go")
+    known = ", ".join(METHODS)
+    add("--methods", type=names, default=list(METHODS), metavar="NAMES", help=f"of {known}; default all")
+    add("--epochs", type=integer(1), default=30, metavar="N", help="epochs of methods that train; default 30")
+    add("--finetune-epochs", type=integer(0), default=30, metavar="N", help="epochs of fine-tuning; default 30")
+    add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step; default 64")
+    add("--lr", type=float, default=0.01, metavar="X", help="learning rate; default 0.01")
+    add("--momentum", type=float, default=0.9, metavar="X", help="default 0.9")
+    add("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
+    add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
+    add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
+    add("--mean", nargs="+", type=float, metavar="X", help="what is subtracted from each channel of pixels in 0..1")
+    add("--std", nargs="+", type=float, metavar="X", help="what each channel is divided by then")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
+    add("--seed", type=integer(0), default=0, metavar="S", help="of the data's order and all else; default 0")
+
+
+def command(options: argparse.Namespace) -> None:
+    """Runs the methods, prints the table and writes it."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaders = image_loaders(
+        options.data,
+        options.batch_size,
+        image_size=options.image_size,
+        augmentation=options.augmentation,
+        device=device,
+        seed=options.seed,
+        mean=options.mean,
+        std=options.std,
+    )
+    teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+
+    def note(row: Row, network: nn.Module | None) -> None:
+        rows.append(row)
+        print(_line(row), flush=True)
+        if row.name in METHODS and network is not None:
+            save_weights(network, options.out / f"{row.name}.safetensors")
+        write_json(options.out / "compare.json", {"rows": [r.to_dict() for r in rows]} | _made_by(options))
+
+    compare(
+        teachers,
+        loaders.train,
+        loaders.val,
+        options.methods,
+        finetune_epochs=options.finetune_epochs,
+        epochs=options.epochs,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        callback=note,
+    )
+    found = [row.to_dict() for row in rows]
+    write_comparison(options.out, found, _made_by(options))
+    print(f"\n{comparison_table(found)}\n\ncompare.json, compare.md, compare.png and networks in {options.out}")
+
+
+def _line(row: Row) -> str:
+    if row.error:
+        return f"{row.name}: {row.error}"
+    scores = [score for score in (row.at_once, row.tuned) if score is not None]
+    values = [f"{score.loss:.4f}" if score.accuracy is None else f"{score.accuracy:.4f}" for score in scores]
+    return f"{row.name}: {' -> '.join(values)} ({row.seconds:.1f} s)"
+
+
+def _made_by(options: argparse.Namespace) -> dict[str, Any]:
+    left_out = ("command", "debug")
+    config = {name: value for name, value in vars(options).items() if name not in left_out}
+    config = {
+        k: [str(v) for v in x] if isinstance(x, list) else str(x) if isinstance(x, Path) else x
+        for k, x in config.items()
+    }
+    return {"config": config, "environment": environment()}

@@ -1,0 +1,108 @@
+"""``fastmerge compare`` from files to files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastmerge import methods
+from fastmerge.checkpoints import load_weights
+from fastmerge.cli import main
+from fastmerge.methods.comparison import compare
+from small_task import VAL, train_loader, train_teachers
+
+pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+SOURCE = """
+from torch import nn
+
+def make(classes=3):
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, classes))
+"""
+
+
+def make() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A directory with a network's module, teachers a.pt and b.pt, and data.npz."""
+    (tmp_path / "fastmerge_compare_test_net.py").write_text(SOURCE)
+    for name in ("a", "b"):
+        torch.save(make().state_dict(), tmp_path / f"{name}.pt")
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 48), ("test", 12)):
+        arrays[f"{split}_images"] = random.integers(0, 256, (count, 6, 6), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 3
+    np.savez(tmp_path / "data.npz", **arrays)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def arguments(names: str) -> list[str]:
+    words = f"compare --model fastmerge_compare_test_net:make --teachers a.pt b.pt --data data.npz --out out --methods {names}"
+    return f"{words} --epochs 1 --finetune-epochs 1 --batch-size 16 --device cpu".split()
+
+
+def test_compare_writes_a_table_a_plot_and_the_networks(place: Path, capsys) -> None:
+    assert main(arguments("average,reconstruct,distill,ensemble")) == 0
+    shown = capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads((place / "out" / "compare.json").read_text())["rows"]}
+    assert [*rows] == [
+        "teacher 0",
+        "teacher 1",
+        "teacher 0, trained on",
+        "average",
+        "reconstruct",
+        "distill",
+        "ensemble",
+    ]
+    assert rows["average"]["epochs"] == 1
+    assert rows["average"]["cost"] == pytest.approx(1)
+    assert rows["distill"]["epochs"] == 2
+    assert 2.5 < rows["distill"]["cost"] < 3.5
+    assert rows["ensemble"]["tuned"] is None
+    assert rows["teacher 0, trained on"]["at_once"] == rows["teacher 0"]["at_once"]
+    table = (place / "out" / "compare.md").read_text()
+    for name in rows:
+        assert f"\n{name}" in shown
+        assert f"\n| {name}" in table
+    assert (place / "out" / "compare.png").stat().st_size > 5000
+    load_weights(make(), place / "out" / "reconstruct.safetensors")
+
+
+def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None:
+    assert main(arguments("average,glue")) == 2
+    assert "there is no method 'glue'" in capsys.readouterr().err
+    assert not (place / "out" / "compare.json").exists()
+
+
+def test_a_method_that_fails_leaves_the_others_their_rows() -> None:
+    teachers = train_teachers(2)
+
+    def broken(teachers: object, batches: object) -> nn.Module:
+        """Fails."""
+        raise ValueError("of no use here")
+
+    methods.register("broken", needs="weights", source="nobody")(broken)
+    try:
+        rows = compare(teachers, train_loader(), VAL, ["broken", "average"], finetune_epochs=0)
+    finally:
+        del methods.METHODS["broken"]
+    by_name = {row.name: row for row in rows}
+    assert by_name["broken"].error == "of no use here"
+    assert by_name["average"].at_once is not None
+    assert by_name["average"].tuned is None
+
+
+def test_each_network_is_fine_tuned_with_the_same_batches() -> None:
+    """A row does not depend on what ran before it."""
+    teachers = train_teachers(2)
+    alone = compare(teachers, train_loader(), VAL, ["repair"], finetune_epochs=1)
+    after = compare(teachers, train_loader(), VAL, ["distill", "repair"], finetune_epochs=1, epochs=1)
+    assert alone[-1].tuned == after[-1].tuned
