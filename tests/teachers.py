@@ -234,7 +234,7 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def check_exact(make: Make, x: Sequence[Tensor], dtype: torch.dtype, count: int) -> None:
+def check_exact(make: Make, x: Sequence[Tensor], dtype: torch.dtype, count: int) -> BigStudent:
     """Open gates give the mean; the compressed network computes what was kept; teachers stay as they are.
 
     Args:
@@ -242,6 +242,9 @@ def check_exact(make: Make, x: Sequence[Tensor], dtype: torch.dtype, count: int)
         x: one batch, a tensor per input.
         dtype: of teachers and floating point inputs.
         count: of teachers.
+
+    Returns:
+        The big student.
 
     Raises:
         AssertionError: if one of these is not so.
@@ -270,3 +273,4 @@ def check_exact(make: Make, x: Sequence[Tensor], dtype: torch.dtype, count: int)
     teachers[0].load_state_dict(student.state_dict(), strict=True)
     assert relative_error(teachers[0](*x), student(*x)) == 0
     gc.collect()
+    return big

@@ -1,4 +1,4 @@
-"""Patterns of BatchNorm, add, ReLU, max-pooling and gate run as one operation, with the same result."""
+"""Patterns of BatchNorm, add, activation, max-pooling and gate run as one operation, with the same result."""
 
 from __future__ import annotations
 
@@ -234,42 +234,77 @@ def test_what_is_taken_as_a_pattern(name: str, monkeypatch: pytest.MonkeyPatch) 
                 assert_close(run(big.train(training), x, joined), expected_values)
 
 
-class Activated(Parts):
-    """Another activation than ReLU, as a module or a function."""
+class BatchNormAct(nn.BatchNorm2d):
+    """A BatchNorm that holds its activation, as timm's BatchNormAct2d."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.activation = activation
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.SiLU(inplace=True)
 
-    def between(self, x: Tensor) -> Tensor:
-        return self.activation(self.norm(x))
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return self.act(F.batch_norm(x, mean, var, self.weight, self.bias, self.training, eps=self.eps))
 
 
-ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], str]] = [
-    (nn.ReLU6(inplace=True), "hardtanh"),
-    (nn.Hardtanh(), "hardtanh"),
-    (nn.SiLU(), "silu"),
-    (nn.Hardswish(), "hardswish"),
-    (nn.GELU(), "gelu"),
-    (nn.PReLU(), "prelu"),
-    (F.relu6, "relu6"),
-    (F.silu, "silu"),
-    (F.hardtanh, "hardtanh"),
-    (F.hardswish, "hardswish"),
-    (torch.sigmoid, "sigmoid"),
-    (lambda x: x.tanh(), "tanh"),
+# By what they are fused as; None: named as what keeps the normalisation alone.
+ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], str | None]] = [
+    (nn.ReLU6(inplace=True), "ReLU6"),
+    (F.relu6, "ReLU6"),
+    (nn.Hardtanh(0, 6), "ReLU6"),
+    (nn.SiLU(inplace=True), "SiLU"),
+    (F.silu, "SiLU"),
+    (lambda x: x * x.sigmoid(), "SiLU"),
+    (lambda x: x.mul_(torch.sigmoid(x)), "SiLU"),
+    (nn.Hardswish(), "Hardswish"),
+    (lambda x: F.hardsigmoid(x) * x, "Hardswish"),
+    (nn.Hardtanh(), None),
+    (nn.GELU(), None),
+    (nn.PReLU(), None),
+    (lambda x: x.clamp(0, 6), None),  # passes the gradient at 0 and 6
+    (lambda x: torch.sigmoid(x) * x.sigmoid(), None),
+    (lambda x: x * torch.tanh(x), None),
 ]
 
 
-@pytest.mark.parametrize(("activation", "name"), ACTIVATIONS, ids=lambda value: value if isinstance(value, str) else "")
-def test_an_activation_without_a_fused_operation_is_named(activation: Callable[[Tensor], Tensor], name: str) -> None:
+class Activated(nn.Module):
+    """A BatchNorm before each of the activations, one that holds its own, and one that is added to and pooled after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activations = [copy.deepcopy(activation) for activation, _ in ACTIVATIONS]
+        self.modules_ = nn.ModuleList(a for a in self.activations if isinstance(a, nn.Module))
+        count = len(ACTIVATIONS) + 3
+        self.convs = nn.ModuleList(nn.Conv2d(3 if k == 0 else 4, 4, 1) for k in range(count))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(count - 1))
+        self.own, self.last = BatchNormAct(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *convs, conv_added, conv_pooled, conv_own = self.convs
+        *norms, norm_added, norm_pooled = self.norms
+        for conv, norm, activation in zip(convs, norms, self.activations, strict=True):
+            x = activation(norm(conv(x)))
+        x = F.hardswish(x + norm_added(conv_added(x)))
+        x = F.max_pool2d(F.silu(norm_pooled(conv_pooled(x))), 2)
+        return self.last(self.own(conv_own(x)).mean((2, 3)))
+
+
+def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     x = BY_NAME["unet"].inputs(SIZE)
-    big = fastmerge.BigStudent(
-        *make_teachers(lambda: Activated(copy.deepcopy(activation)), x, 2), example_inputs=x
-    ).train()
-    (norm,) = big.norms()
-    assert not norm.fused
-    assert norm.reason == f"the activation after it is {name}, and only ReLU has a fused operation"
+    big = fastmerge.BigStudent(*make_teachers(Activated, x, 2), example_inputs=x).train()
+    *found, added, pooled, own = big.norms()
+    for norm, (_, name) in zip(found, ACTIVATIONS, strict=True):
+        assert norm.fused == (() if name is None else (name, "gate")), norm
+        assert bool(norm.reason) == (name is None)
+    assert (added.fused, pooled.fused) == (("add", "Hardswish", "gate"), ("SiLU", "max-pool", "gate"))
+    assert own.fused == ("SiLU",)
+    assert found[-5].reason == "the activation after it is prelu, which no fused operation includes"
+    plain = without_patterns(monkeypatch, big)
+    for joined in (False, True):
+        for training in (True, False):
+            expected = run(plain.train(training), x, joined)
+            for fused in (False, True):
+                big.fused = fused
+                assert_close(run(big.train(training), x, joined), expected)
 
 
 REASONS: dict[type[nn.Module], str] = {
@@ -277,7 +312,7 @@ REASONS: dict[type[nn.Module], str] = {
     AddedWithAlpha: "the add after it is not the sum of two tensors of one shape",
     AddedToALine: "read by add and mean|the add after it is not the sum",
     Reflected: "the add after it is not the sum of two tensors of one shape",
-    PooledAlone: "only where there is a ReLU between them",
+    PooledAlone: "only where there is an activation between them",
     Scaled: "followed by mul, which no fused operation includes",
     NormalisedAgain: "followed by second, which reads it without a gate",
 }

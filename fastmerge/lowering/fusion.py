@@ -23,8 +23,8 @@ class NormUse:
 
     Attributes:
         name: its path, or the name of the functional call.
-        fused: what runs in one operation with it: "add", "ReLU", "max-pool", "gate", or "added" where it is itself what
-            another adds; empty if it runs alone.
+        fused: what runs in one operation with it: "add", an activation such as "ReLU", "max-pool", "gate", or "added" where it
+            is itself what another adds; empty if it runs alone.
         reason: why it runs alone.
     """
 
@@ -100,7 +100,7 @@ def _rewrite(lowered: Lowered, pattern: Pattern) -> fx.Node:
     graph, values = lowered.graph, lowered.values
     (call,) = {part.args[0] for part in values[pattern.norm]}
     assert isinstance(call, fx.Node)
-    kwargs: dict[str, Any] = {"activation": "relu" if pattern.relu else "identity"}
+    kwargs: dict[str, Any] = {"activation": pattern.activation}
     old = list(values[pattern.last])
     if pattern.gate is not None:
         old = sorted(pattern.gate.users, key=lambda part: int(part.args[1]))  # type: ignore[arg-type]

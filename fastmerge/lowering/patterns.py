@@ -1,4 +1,4 @@
-"""The patterns [add] → [ReLU] → [max-pool] → [gate] after a BatchNorm, or why there is none.
+"""The patterns [add] → [activation] → [max-pool] → [gate] after a BatchNorm, or why there is none.
 
 A pattern is taken where every value in it has one reader, so that nobody misses what is no longer computed: a value that is
 also read without its gate, or by a second operation, ends the pattern before it.
@@ -17,6 +17,10 @@ from fastmerge.channels.tracing import module_path
 from fastmerge.wide.streams import GateStreams
 
 _OTHER_ACTIVATIONS = {*ACTIVATIONS, "prelu", "glu", "softmax"}
+# What a fused operation includes: its names, and how they are written in what is reported.
+FUSED_ACTIVATIONS = {"relu": "ReLU", "relu6": "ReLU6", "silu": "SiLU", "hardswish": "Hardswish"}
+# x · factor(x), written as two operations.
+_PRODUCTS = {"sigmoid": "silu", "hardsigmoid": "hardswish"}
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Pattern:
         norm: the normalisation's node in the teacher's graph.
         last: the last node that is part of the pattern.
         residual: the lowered nodes of what is added, if anything.
-        relu: whether a ReLU follows.
+        activation: of ``FUSED_ACTIVATIONS``, or "identity" if none follows.
         pool: arguments of the max-pooling, if one follows.
         gate: the lowered call of the gate, if one follows.
         middle: the nodes after the normalisation.
@@ -57,7 +61,7 @@ class Pattern:
     norm: fx.Node
     last: fx.Node
     residual: list[fx.Node] | None = None
-    relu: bool = False
+    activation: str = "identity"
     pool: tuple[Any, Any, Any] | None = None
     gate: fx.Node | None = None
     middle: list[fx.Node] = field(default_factory=list)
@@ -66,7 +70,7 @@ class Pattern:
     def parts(self) -> tuple[str, ...]:
         present = {
             "add": self.residual is not None,
-            "ReLU": self.relu,
+            FUSED_ACTIVATIONS.get(self.activation, ""): self.activation != "identity",
             "max-pool": self.pool is not None,
             "gate": self.gate is not None,
         }
@@ -77,20 +81,20 @@ def match(lowered: Lowered, norm: fx.Node) -> Pattern:
     """The longest pattern after a normalisation; without parts if there is none."""
     pattern = Pattern(norm, norm)
 
-    def extend(node: fx.Node) -> None:
-        pattern.middle.append(node)
-        pattern.last = node
+    def extend(*nodes: fx.Node) -> None:
+        pattern.middle.extend(nodes)
+        pattern.last = nodes[-1]
 
     user = _only_user(lowered, norm)
     if user is not None and (residual := _residual(lowered, norm, user)) is not None:
         pattern.residual = residual
         extend(user)
-        user = _only_user(lowered, user)
-    if user is not None and op_name(user) == "relu":
-        pattern.relu = True
-        extend(user)
-        user = _only_user(lowered, user)
-    if user is not None and pattern.relu and pattern.residual is None and (pool := _pool(lowered, user)) is not None:
+    activation, nodes = _activation(lowered, pattern.last)
+    if nodes:
+        pattern.activation = activation
+        extend(*nodes)
+    user = _only_user(lowered, pattern.last)
+    if user is not None and nodes and pattern.residual is None and (pool := _pool(lowered, user)) is not None:
         pattern.pool = pool
         extend(user)
     gate = lowered.gates.get(pattern.last)
@@ -113,6 +117,29 @@ def _only_user(lowered: Lowered, node: fx.Node) -> fx.Node | None:
         ):
             return user
     return None
+
+
+def _activation(lowered: Lowered, node: fx.Node) -> tuple[str, list[fx.Node]]:
+    """The activation that alone reads a value, and the nodes that make it; no nodes if there is none to fuse.
+
+    Clamping to 0 and 6 is not ReLU6 here: at both ends its gradient passes.
+    """
+    user = _only_user(lowered, node)
+    if user is not None:
+        name, options = op_name(user), bind(user) if op_name(user) == "hardtanh" else {}
+        if (options.get("min_val"), options.get("max_val")) == (0, 6):
+            name = "relu6"
+        return name, [user] if name in FUSED_ACTIVATIONS else []
+    users = sorted(node.users, key=lambda n: op_name(n) == "mul")
+    if len(users) != 2 or op_name(users[0]) not in _PRODUCTS or op_name(users[1]) != "mul":
+        return "", []
+    factor, product = users
+    if _only_user(lowered, factor) is not product or writes_in_place(factor):
+        return "", []
+    parts = [lowered.values[n] for n in (node, factor, product)]
+    if any(set(part.users) != {own, both} for part, own, both in zip(*parts, strict=True)):
+        return "", []
+    return _PRODUCTS[op_name(factor)], users
 
 
 def _residual(lowered: Lowered, norm: fx.Node, user: fx.Node) -> list[fx.Node] | None:
@@ -167,9 +194,9 @@ def why_alone(lowered: Lowered, norm: fx.Node) -> str:
         return f"read by {' and '.join(readers)}; what is fused has one reader, or layers alone, all with its gate"
     name = op_name(user)
     if name in _OTHER_ACTIVATIONS:
-        return f"the activation after it is {name}, and only ReLU has a fused operation"
+        return f"the activation after it is {name}, which no fused operation includes"
     if name == "add":
         return "the add after it is not the sum of two tensors of one shape, made where both are complete"
     if name == "max_pool2d":
-        return "a max-pooling after it has a fused operation only where there is a ReLU between them"
+        return "a max-pooling after it has a fused operation only where there is an activation between them"
     return f"followed by {name}, which no fused operation includes"
