@@ -21,6 +21,8 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
 }
 DTYPES = list(TOLERANCES)
+# Those beside ReLU and the identity, which most cases run with.
+OTHER_ACTIVATIONS = ["relu6", "silu", "hardswish"]
 LAYOUTS = ["contiguous", "channels-last", "slice"]
 # Smallest, odd, typical, just past the blocks (of 8 channels and 16 positions), and without a plane.
 SHAPES = [(2, 1, 1, 1), (3, 5, 7, 3), (4, 16, 4, 8), (2, 18, 5, 4), (7, 13), (3, 6, 10)]
@@ -71,6 +73,11 @@ def make(
     return {
         name: None if t is None else t.to(device, torch.float32 if name in wide else dtype) for name, t in case.items()
     }
+
+
+def stretched(case: dict[str, Any]) -> dict[str, Any]:
+    """The case with weights that take some arguments of the activation beyond all kinks."""
+    return case | {"weight": 4 * case["weight"]}
 
 
 def laid_out(case: dict[str, Any], layout: str) -> dict[str, Any]:
@@ -221,6 +228,7 @@ def check_streams(
     readers: int = 2,
     silent: tuple[int, ...] = (),
     pool: tuple[int, int, int] | None = None,
+    activation: str = "relu",
     device: str = "cpu",
 ) -> None:
     """Compares results, statistics, counters and all gradients; results in ``silent`` send no gradient back."""
@@ -261,6 +269,7 @@ def check_streams(
             *(mean, var),
             training=True,
             momentum=0.3,
+            activation=activation,
             residuals=[learners[f"residual{t}"] for t in range(count)] if residual else None,
             gate=learners.get("gate"),
             pool=pool,

@@ -8,6 +8,7 @@ from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, ba
 
 from batch_norm_checks import (
     NAMES,
+    OTHER_ACTIVATIONS,
     by_dtype_and_layout,
     by_shape,
     check_against_float64,
@@ -16,6 +17,7 @@ from batch_norm_checks import (
     laid_out,
     make,
     small_cuts,
+    stretched,
 )
 from gate_checks import poisoned_memory  # noqa: F401
 from interpreter import interpreted
@@ -51,6 +53,28 @@ def test_every_combination(direct: bool, activation: str, residual: bool, sample
     case = laid_out(make(SHAPE, torch.float32, samples=samples, residual=residual), "channels-last")
     with fused(direct):
         check_against_float64(case, {"training": training, "activation": activation, "momentum": 0.3, "eps": 1e-3})
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "samples", "direct"),
+    [
+        ((2, 1, 1, 1), torch.float16, "contiguous", 2, True),
+        ((3, 5, 7, 3), torch.float32, "contiguous", 3, True),
+        ((4, 16, 4, 2), torch.float16, "channels-last", None, True),
+        ((2, 18, 5, 4), torch.float32, "slice", 1, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+def test_other_activations(
+    activation: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, samples: int | None, direct: bool
+) -> None:
+    residual = layout == "contiguous"
+    case = stretched(laid_out(make(shape, dtype, samples=samples, residual=residual), layout))
+    options = {"training": layout != "channels-last", "activation": activation}
+    with fused(direct):
+        check_against_float64(case, options, dy_layout="slice")
 
 
 @interpreted
@@ -286,6 +310,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     assert (
         kept("relu", False) == kept("relu", True) == kept("identity", True) == [vectors[0], SHAPE, SHAPE, *vectors[1:]]
     )
+    assert kept("silu", False) == kept("relu", False)
     assert kept("identity", False) == [vectors[0], SHAPE, *vectors[1:]]
 
 

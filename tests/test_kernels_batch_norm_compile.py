@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastmerge.kernels.batch_norm.tiles import patch_warps, patches, tiles
 
+from batch_norm_checks import OTHER_ACTIVATIONS
 from offline_compile import TARGETS, Compiled, compile_offline
 
 triton = pytest.importorskip("triton")
@@ -124,6 +125,36 @@ def test_passes(name: str, dtype: torch.dtype, channels_last: bool, capability: 
         # A result leaves in 16 bytes; the sums are single numbers.
         stores = re.findall(r"st\.global\S*", result.ptx)
         assert summing or all(store.endswith(".v4.b32") for store in stores)
+
+
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+def test_other_activations(activation: str) -> None:
+    from fastmerge.kernels.batch_norm import pool_triton, sums_triton
+
+    constants = {"ACTIVATION": activation, "DGATE": 2} | blocks(torch.bfloat16, True, True)
+    sums = compiled(sums_triton.sum_gradients_kernel, torch.bfloat16, constants, 90)
+    check(sums, 4)
+    constants = pool_triton.window_constants((3, 3, 2, 2, 1, 1)) | {"ACTIVATION": activation, "VECTOR": 8}
+    block_h, block_w, block_c = patches(56, 56, 128, 2, True, True)
+    constants |= {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c}
+    pool = compiled(pool_triton.pool_kernel, torch.bfloat16, constants, 90, True, patch_warps(True, True))
+    check(pool, 9)
+    # 384 threads on a multiprocessor at the least.
+    assert max(sums.registers, pool.registers) <= 168
+
+
+def test_the_other_passes_with_silu() -> None:
+    """What takes most registers: an exponential."""
+    from fastmerge.kernels.batch_norm import backward_triton, forward_triton
+
+    for kernel, more in (
+        (forward_triton.normalize_kernel, {}),
+        (backward_triton.input_gradient_kernel, {"TRAINING": True}),
+    ):
+        constants = {"ACTIVATION": "silu"} | more | blocks(torch.bfloat16, False, True)
+        result = compiled(kernel, torch.bfloat16, constants, 90)
+        check(result, 2)
+        assert result.registers <= 128
 
 
 @pytest.mark.parametrize("name", ["normalize", "sums"])

@@ -9,7 +9,7 @@ import torch
 from fastmerge.kernels.batch_norm import ACTIVATIONS, batch_norm_act, batch_norm_act_reference, cpu, why_not_fused
 from torch import Tensor
 
-from batch_norm_checks import NAMES, check_against_float64, in_layout, laid_out, make
+from batch_norm_checks import NAMES, OTHER_ACTIVATIONS, check_against_float64, in_layout, laid_out, make, stretched
 from extension_stub import check_stub
 
 needs_extension = pytest.mark.skipif(cpu._batch_norm is None, reason="the C++ extension is not built")
@@ -64,6 +64,27 @@ def test_every_combination(
 def test_only_the_gradients_wanted(learning: tuple[str, ...], training: bool, activation: str) -> None:
     case = laid_out(make((3, 5, 4, 3), torch.float32, samples=3), "channels-last")
     check_against_float64(case, {"training": training, "activation": activation}, learning=learning)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+def test_other_activations(activation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    case = stretched(laid_out(make(shape, dtype, samples=shape[0]), "channels-last"))
+    check_against_float64(case, {"training": True, "activation": activation}, dy_layout="slice")
+
+
+@needs_extension
+@pytest.mark.parametrize("value", [-1e30, -200.0, -88.0, -87.0, -1e-30, 0.0, 1e-30, 17.0, 88.0, 1e30])
+def test_silu_far_out(value: float) -> None:
+    x = torch.tensor([value, -value]).repeat(9, 1).t().repeat(2, 1).reshape(4, 9).requires_grad_()
+    y = batch_norm_act(x, None, None, torch.zeros(9), torch.ones(9), training=False, eps=0.0, activation="silu")
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    wide = x.detach().double().requires_grad_()
+    expected = torch.nn.functional.silu(wide)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(dx.double(), *torch.autograd.grad(expected.sum(), wide), rtol=1e-6, atol=1e-7)
 
 
 @needs_extension

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, why_not_fused
+from fastmerge.kernels.batch_norm import ACTIVATIONS, batch_norm_act, batch_norm_act_pool, why_not_fused
 from torch import Tensor
 
 from batch_norm_checks import (
     DTYPES,
+    OTHER_ACTIVATIONS,
     by_dtype_and_layout,
     check_against_float64,
     check_streams,
     in_layout,
     laid_out,
     make,
+    stretched,
 )
 from gate_checks import poisoned_memory  # noqa: F401
 
@@ -52,8 +54,8 @@ def test_odd_shapes(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("residual", [True, False])
 def test_options(residual: bool, samples: int | None, training: bool) -> None:
     case = laid_out(make((33, 65, 17, 19), torch.float16, "cuda", samples=samples, residual=residual), "channels-last")
-    for activation in ("relu", "identity"):
-        check_against_float64(case, {"training": training, "activation": activation}, dy_layout="contiguous")
+    for activation in ACTIVATIONS:
+        check_against_float64(stretched(case), {"training": training, "activation": activation}, dy_layout="contiguous")
 
 
 @by_dtype
@@ -72,6 +74,8 @@ def test_stem(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     case = laid_out(make(shape, dtype, "cuda", samples=shape[0], residual=False), layout)
     check_against_float64(case, TRAINING | STEM, dy_layout=layout)
     check_against_float64(case, {"training": False, "activation": "identity"} | STEM)
+    for activation in OTHER_ACTIVATIONS:
+        check_against_float64(stretched(case), TRAINING | STEM | {"activation": activation}, dy_layout=layout)
     if min(shape[2:]) > 1:
         check_against_float64(case, TRAINING | {"kernel_size": 2, "stride": 2})
 

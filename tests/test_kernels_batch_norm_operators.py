@@ -38,10 +38,11 @@ def test_opcheck(layout: str) -> None:
     vectors = (weight, bias, *statistics())
     torch.library.opcheck(operators.batch_norm_act, (x, *vectors, residual, gate, True, 1e-5, "relu"))
     torch.library.opcheck(operators.batch_norm_act, (x, *vectors, residual, None, True, 1e-5, "identity"))
-    torch.library.opcheck(operators.batch_norm_act, (x, None, None, *statistics(), None, None, False, 1e-5, "relu"))
+    torch.library.opcheck(operators.batch_norm_act, (x, None, None, *statistics(), None, None, False, 1e-5, "silu"))
     torch.library.opcheck(operators.batch_norm_act_pool, (x, *vectors, gate, True, 1e-5, "relu", WINDOW, True))
     torch.library.opcheck(
-        operators.batch_norm_act_pool, (x.detach(), None, None, *statistics(), None, False, 1e-5, "relu", WINDOW, False)
+        operators.batch_norm_act_pool,
+        (x.detach(), None, None, *statistics(), None, False, 1e-5, "hardswish", WINDOW, False),
     )
 
 
@@ -51,7 +52,7 @@ def test_opcheck_of_the_backward_operators() -> None:
     x, weight, bias, residual, gate = case.values()
     vectors = (weight, bias, *statistics())
     for needs in ([True] * 5, [False, True, False, False, True], [True, False, False, False, False]):
-        arguments = (x, x, *vectors, residual, gate, True, 1e-5, "relu", needs)
+        arguments = (x, x, *vectors, residual, gate, True, 1e-5, "silu", needs)
         torch.library.opcheck(operators.batch_norm_act_backward, arguments)
     y, peak, place = operators.batch_norm_act_pool(x, *vectors, gate, True, 1e-5, "relu", WINDOW, True)
     for needs in ([True] * 4, [False, True, False, True]):

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from fastmerge.kernels.batch_norm import batch_norm_act_pool
 from torch import Tensor
 
-from batch_norm_checks import by_dtype_and_layout, check_against_float64, fused, in_layout, make, small_cuts
+from batch_norm_checks import (
+    OTHER_ACTIVATIONS,
+    by_dtype_and_layout,
+    check_against_float64,
+    fused,
+    in_layout,
+    make,
+    small_cuts,
+    stretched,
+)
 from gate_checks import poisoned_memory  # noqa: F401
 from interpreter import interpreted
 
@@ -55,6 +64,18 @@ def test_every_combination(direct: bool, activation: str, samples: int | None, t
     options = {"training": training, "activation": activation, "momentum": 0.3, "eps": 1e-3} | STEM
     with fused(direct):
         check_against_float64(case_of(SHAPE, torch.float32, samples, "channels-last"), options)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "layout", "direct"), [(torch.float32, "contiguous", True), (torch.float16, "channels-last", False)]
+)
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+def test_other_activations(activation: str, dtype: torch.dtype, layout: str, direct: bool) -> None:
+    """SiLU and Hardswish fall before they rise: the largest x of a window need not be the largest result."""
+    case = stretched(case_of(SHAPE, dtype, 3, layout))
+    with fused(direct):
+        check_against_float64(case, {"training": True, "activation": activation} | STEM, dy_layout="slice")
 
 
 @interpreted

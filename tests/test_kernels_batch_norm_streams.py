@@ -28,9 +28,9 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
     "options",
     [
         {"residual": True, "samples": 2},
-        {"readers": 1, "samples": 1},
-        {"samples": 2, "pool": STEM, "place": "slices"},
-        {"layout": "contiguous", "residual": True, "dy_layout": "slice"},
+        {"readers": 1, "samples": 1, "activation": "silu"},
+        {"samples": 2, "pool": STEM, "place": "slices", "activation": "hardswish"},
+        {"layout": "contiguous", "residual": True, "dy_layout": "slice", "activation": "relu6"},
     ],
     ids=str,
 )
@@ -78,8 +78,9 @@ def test_operators_hand_out_for_two_readers() -> None:
 def test_extension_against_float64(
     count: int, place: str, residual: bool, samples: int | None, dtype: torch.dtype
 ) -> None:
-    for dy_place in ("apart", "slices"):
-        check_streams(count, SHAPE, dtype, place=place, dy_place=dy_place, residual=residual, samples=samples)
+    for dy_place, activation in (("apart", "relu"), ("slices", "silu")):
+        more = {"residual": residual, "samples": samples, "activation": activation}
+        check_streams(count, SHAPE, dtype, place=place, dy_place=dy_place, **more)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="says nothing about the interpreter")

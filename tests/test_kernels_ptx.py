@@ -20,6 +20,7 @@ import compact_checks
 import gate_checks
 from batch_norm_checks import (
     DTYPES,
+    OTHER_ACTIVATIONS,
     by_dtype_and_layout,
     check_against_float64,
     check_streams,
@@ -28,6 +29,7 @@ from batch_norm_checks import (
     laid_out,
     make,
     small_cuts,
+    stretched,
 )
 from block_conv_checks import ODD, Case, compare, joined, operands, random_mask, slices
 from block_conv_tiles import check_tiles
@@ -161,6 +163,16 @@ def test_options_of_batch_norm(activation: str, residual: bool, samples: int | N
     case = laid_out(make((3, 18, 5, 4), torch.bfloat16, samples=samples, residual=residual), "channels-last")
     with fused():
         check_against_float64(case, {"training": training, "activation": activation, "momentum": 0.3, "eps": 1e-3})
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "channels-last"), (torch.bfloat16, "contiguous")])
+@pytest.mark.parametrize("activation", OTHER_ACTIVATIONS)
+def test_other_activations(activation: str, dtype: torch.dtype, layout: str) -> None:
+    case = stretched(laid_out(make((3, 18, 5, 4), dtype, samples=3), layout))
+    options = {"training": True, "activation": activation}
+    with fused():
+        check_against_float64(case, options, dy_layout="slice")
+        check_against_float64(case | {"residual": None}, options | STEM, dy_layout="slice")
 
 
 @pytest.mark.parametrize("learning", [("weight",), ("bias", "residual"), ("gate",), ("x", "residual")], ids=str)

@@ -246,58 +246,57 @@ class BatchNormAct(nn.BatchNorm2d):
         return self.act(F.batch_norm(x, mean, var, self.weight, self.bias, self.training, eps=self.eps))
 
 
-# By what they are fused as; None: named as what keeps the normalisation alone.
-ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], str | None]] = [
-    (nn.ReLU6(inplace=True), "ReLU6"),
-    (F.relu6, "ReLU6"),
-    (nn.Hardtanh(0, 6), "ReLU6"),
-    (nn.SiLU(inplace=True), "SiLU"),
-    (F.silu, "SiLU"),
-    (lambda x: x * x.sigmoid(), "SiLU"),
-    (lambda x: x.mul_(torch.sigmoid(x)), "SiLU"),
-    (nn.Hardswish(), "Hardswish"),
-    (lambda x: F.hardsigmoid(x) * x, "Hardswish"),
-    (nn.Hardtanh(), None),
-    (nn.GELU(), None),
-    (nn.PReLU(), None),
-    (lambda x: x.clamp(0, 6), None),  # passes the gradient at 0 and 6
-    (lambda x: torch.sigmoid(x) * x.sigmoid(), None),
-    (lambda x: x * torch.tanh(x), None),
+def same(x: Tensor) -> Tensor:
+    """After a BatchNorm with an activation of its own."""
+    return x
+
+
+# With what it is fused as; nothing: named as what keeps the normalisation alone.
+ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = [
+    (nn.ReLU6(inplace=True), ("ReLU6",)),
+    (F.relu6, ("ReLU6",)),
+    (nn.Hardtanh(0, 6), ("ReLU6",)),
+    (nn.SiLU(inplace=True), ("SiLU",)),
+    (F.silu, ("SiLU",)),
+    (lambda x: x * x.sigmoid(), ("SiLU",)),
+    (lambda x: x.mul_(torch.sigmoid(x)), ("SiLU",)),
+    (same, ("SiLU",)),
+    (lambda x: F.max_pool2d(F.silu(x), 2), ("SiLU", "max-pool")),
+    (nn.Hardswish(), ("Hardswish",)),
+    (nn.Hardtanh(), ()),
+    (nn.GELU(), ()),
+    (nn.PReLU(), ()),
+    (lambda x: x.clamp(0, 6), ()),  # passes the gradient at 0 and 6
+    (lambda x: torch.sigmoid(x) * x.sigmoid(), ()),
+    (lambda x: x * torch.tanh(x), ()),
 ]
 
 
 class Activated(nn.Module):
-    """A BatchNorm before each of the activations, one that holds its own, and one that is added to and pooled after."""
+    """A BatchNorm before each of the activations, side by side."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.activations = [copy.deepcopy(activation) for activation, _ in ACTIVATIONS]
-        self.modules_ = nn.ModuleList(a for a in self.activations if isinstance(a, nn.Module))
-        count = len(ACTIVATIONS) + 3
-        self.convs = nn.ModuleList(nn.Conv2d(3 if k == 0 else 4, 4, 1) for k in range(count))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(count - 1))
-        self.own, self.last = BatchNormAct(4), nn.Linear(4, 3)
+        self.after = [copy.deepcopy(activation) for activation, _ in ACTIVATIONS]
+        self.learning = nn.ModuleList(a for a in self.after if isinstance(a, nn.Module))
+        self.convs, self.heads = (nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in ACTIVATIONS) for _ in range(2))
+        self.norms = nn.ModuleList(BatchNormAct(3) if a is same else nn.BatchNorm2d(3) for a in self.after)
 
     def forward(self, x: Tensor) -> Tensor:
-        *convs, conv_added, conv_pooled, conv_own = self.convs
-        *norms, norm_added, norm_pooled = self.norms
-        for conv, norm, activation in zip(convs, norms, self.activations, strict=True):
-            x = activation(norm(conv(x)))
-        x = F.hardswish(x + norm_added(conv_added(x)))
-        x = F.max_pool2d(F.silu(norm_pooled(conv_pooled(x))), 2)
-        return self.last(self.own(conv_own(x)).mean((2, 3)))
+        branches = zip(self.convs, self.norms, self.after, self.heads, strict=True)
+        return sum(head(after(norm(conv(x)))).mean((2, 3)) for conv, norm, after, head in branches)
 
 
 def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     x = BY_NAME["unet"].inputs(SIZE)
     big = fastmerge.BigStudent(*make_teachers(Activated, x, 2), example_inputs=x).train()
-    *found, added, pooled, own = big.norms()
-    for norm, (_, name) in zip(found, ACTIVATIONS, strict=True):
-        assert norm.fused == (() if name is None else (name, "gate")), norm
-        assert bool(norm.reason) == (name is None)
-    assert (added.fused, pooled.fused) == (("add", "Hardswish", "gate"), ("SiLU", "max-pool", "gate"))
-    assert own.fused == ("SiLU",)
-    assert found[-5].reason == "the activation after it is prelu, which no fused operation includes"
+    norms = {int(norm.name.rpartition(".")[2]): norm for norm in big.norms()}
+    for k, (_, fused) in enumerate(ACTIVATIONS):
+        found = norms[k]
+        assert found.fused == ((*fused, "gate") if fused else ()), found
+        assert bool(found.reason) == (not fused)
+    (prelu,) = (k for k, (activation, _) in enumerate(ACTIVATIONS) if isinstance(activation, nn.PReLU))
+    assert norms[prelu].reason == "the activation after it is prelu, which no fused operation includes"
     plain = without_patterns(monkeypatch, big)
     for joined in (False, True):
         for training in (True, False):

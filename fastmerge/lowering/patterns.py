@@ -19,8 +19,6 @@ from fastmerge.wide.streams import GateStreams
 _OTHER_ACTIVATIONS = {*ACTIVATIONS, "prelu", "glu", "softmax"}
 # What a fused operation includes: its names, and how they are written in what is reported.
 FUSED_ACTIVATIONS = {"relu": "ReLU", "relu6": "ReLU6", "silu": "SiLU", "hardswish": "Hardswish"}
-# x · factor(x), written as two operations.
-_PRODUCTS = {"sigmoid": "silu", "hardsigmoid": "hardswish"}
 
 
 @dataclass
@@ -122,7 +120,7 @@ def _only_user(lowered: Lowered, node: fx.Node) -> fx.Node | None:
 def _activation(lowered: Lowered, node: fx.Node) -> tuple[str, list[fx.Node]]:
     """The activation that alone reads a value, and the nodes that make it; no nodes if there is none to fuse.
 
-    Clamping to 0 and 6 is not ReLU6 here: at both ends its gradient passes.
+    Clamping to 0 and 6 is not ReLU6: at both ends its gradient passes. SiLU may be written as x · sigmoid(x).
     """
     user = _only_user(lowered, node)
     if user is not None:
@@ -130,16 +128,12 @@ def _activation(lowered: Lowered, node: fx.Node) -> tuple[str, list[fx.Node]]:
         if (options.get("min_val"), options.get("max_val")) == (0, 6):
             name = "relu6"
         return name, [user] if name in FUSED_ACTIVATIONS else []
-    users = sorted(node.users, key=lambda n: op_name(n) == "mul")
-    if len(users) != 2 or op_name(users[0]) not in _PRODUCTS or op_name(users[1]) != "mul":
+    users = list(node.users)
+    if [op_name(n) for n in users] != ["sigmoid", "mul"] or _only_user(lowered, users[0]) is not users[1]:
         return "", []
-    factor, product = users
-    if _only_user(lowered, factor) is not product or writes_in_place(factor):
-        return "", []
-    parts = [lowered.values[n] for n in (node, factor, product)]
-    if any(set(part.users) != {own, both} for part, own, both in zip(*parts, strict=True)):
-        return "", []
-    return _PRODUCTS[op_name(factor)], users
+    parts = [lowered.values[n] for n in (node, *users)]
+    alone = all(set(part.users) == {own, product} for part, own, product in zip(*parts, strict=True))
+    return "silu", users if alone else []
 
 
 def _residual(lowered: Lowered, norm: fx.Node, user: fx.Node) -> list[fx.Node] | None:
