@@ -107,7 +107,7 @@ class GatedNetwork(nn.Module):
 
     @property
     def fused(self) -> bool | str:
-        """Whether each BatchNorm runs as one operation with the add, ReLU, max-pooling and gate that follow it.
+        """Whether each BatchNorm runs as one operation with the add, activation, max-pooling and gate that follow it.
 
         True, False, or "auto", the default: where there is such an operation, on CUDA devices and, with the C++ extension, on
         CPUs in training mode. The results are the same up to rounding; ``fastmerge.info(big)`` says which normalisations can.
