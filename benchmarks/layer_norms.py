@@ -1,7 +1,7 @@
 """Which statistics a big student's LayerNorms should take, as paired trials beside other uses of the same cost.
 
 ``python -m benchmarks.layer_norms IMAGES.npz`` (``train_images, train_labels, test_images, test_labels``, uint8, N x H x W x 3)
-writes one record per replicate to benchmarks/results/layer-norms.json and goes on where it was stopped.
+writes one record per replicate to docs/results/layer-norms.json and goes on where it was stopped.
 
 *weighted* is what the library does: a teacher's mean and variance weigh the channels of all teachers by their gates. *tied*
 keeps each residual stream whole, one gate for all its channels, so that the student takes it from one teacher. Both are exact
@@ -18,9 +18,10 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 from unittest import mock
 
@@ -36,9 +37,10 @@ from fastmerge.channels import rules
 from fastmerge.data.arrays import load_npz
 from fastmerge.environment import environment
 from fastmerge.files import atomic
+from fastmerge.reporting.tables import table
 
-OUT = Path(__file__).parent / "results" / "layer-norms.json"
-BATCH, TEMPERATURE = 50, 2.0
+OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "layer-norms.json"
+TEMPERATURE = 2.0
 
 
 def vit(classes: int) -> nn.Module:
@@ -81,14 +83,15 @@ class Replicate:
         make: the network.
         images: (N, 3, H, W) float training images, then validation and test images, each with labels.
         unit: U, epochs.
+        batch: images per step.
         seed: of teachers and of the order of data.
     """
 
     def __init__(
-        self, make: Callable[[], nn.Module], images: list[tuple[Tensor, Tensor]], unit: int, seed: int
+        self, make: Callable[[], nn.Module], images: list[tuple[Tensor, Tensor]], unit: int, batch: int, seed: int
     ) -> None:
         (self.x, self.y), self.val, self.test = images
-        self.make, self.unit, self.seed = make, unit, seed
+        self.make, self.unit, self.batch, self.seed = make, unit, batch, seed
         self.plain = operations(make(), self.x[:8])
 
     def epochs(self, budget: float, cost: float = 1.0) -> int:
@@ -108,7 +111,7 @@ class Replicate:
         generator = torch.Generator().manual_seed(hash_of(self.seed, name))
         weights = model.weight_parameters() if gates is not None else model.parameters()  # type: ignore[operator]
         optimizers = [torch.optim.AdamW(weights, 2e-3, weight_decay=0.05)]
-        steps = epochs * (len(self.x) // BATCH)
+        steps = epochs * (len(self.x) // self.batch)
         if gates is not None:
             optimizers.append(torch.optim.SGD(model.gate_parameters(), gates.gate_lr, gates.momentum))  # type: ignore[operator]
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -122,7 +125,7 @@ class Replicate:
                 order = torch.randperm(len(self.x), generator=generator)
             if each_step is not None:
                 each_step(step, steps, optimizers[0])
-            index = order[step % (steps // epochs) * BATCH :][:BATCH]
+            index = order[step % (steps // epochs) * self.batch :][: self.batch]
             x = self.x[index]
             x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
             out = model(x)
@@ -165,7 +168,7 @@ class Replicate:
                 big.link(optimizer)
                 costs["linked"] = operations(big, self.x[:8]) / self.plain
 
-        budget = fastmerge.GateBudget(epochs * (len(self.x) // BATCH))
+        budget = fastmerge.GateBudget(epochs * (len(self.x) // self.batch))
         self.train(big, epochs, "merge", each_step=link, gates=budget)
         spent = epochs * (costs["unlinked"] + 3 * costs["linked"]) / 4
         at_once = {"big": accuracy(big, self.test)}
@@ -228,6 +231,63 @@ def accuracy(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> 
     return float(right) / len(data[1])
 
 
+WHAT = {
+    "teacher": "one teacher (a third of the cost)",
+    "one": "one network, trained all along",
+    "bo3": "best of three teachers",
+    "restart": "the better of two teachers, its learning rate restarted",
+    "distil": "the same, distilled from both teachers",
+    "tied": "merged, streams tied",
+    "weighted": "merged, weighted statistics",
+    "tied + distil": "merged, streams tied, fine-tuned by distillation",
+    "weighted + distil": "merged, weighted statistics, fine-tuned by distillation",
+    "ensemble": "the ensemble of two teachers (twice the size)",
+}
+
+
+def page(measured: dict[str, Any]) -> str:
+    """docs/layer-norms.md from the records."""
+    parts = [
+        "# LayerNorm: which statistics, and what merging brings",
+        "Small networks with LayerNorm, at equal cost: 6 U epochs of one network, counted by the operations of forward and "
+        "backward passes. Within a replicate all rows have the same teachers, order of data and test images. *difference* is "
+        "the row's accuracy less that of *merged, weighted statistics* in the same replicate, in points, ± its standard error. "
+        "*at once* is the accuracy before fine-tuning. Written by `make docs` from docs/results/layer-norms.json, which "
+        "`python -m benchmarks.layer_norms IMAGES.npz --network vit` and `--network convnext` fill.",
+    ]
+    for setting, records in sorted(measured["settings"].items()):
+        rows = []
+        for strategy, what in WHAT.items():
+            values = [100 * record["accuracy"][strategy] for record in records]
+            gaps = [100 * (record["accuracy"][strategy] - record["accuracy"]["weighted"]) for record in records]
+            notes = [record["notes"][strategy]["compressed"] for record in records if strategy in record["notes"]]
+            rows.append(
+                [
+                    what,
+                    f"{fmean(values):.2f} ± {error(values):.2f}",
+                    "" if strategy == "weighted" else f"{fmean(gaps):+.2f} ± {error(gaps):.2f}",
+                    f"{100 * fmean(notes):.2f}" if notes else "",
+                ]
+            )
+        first = records[0]
+        linked = first["notes"]["weighted"]["cost linked"]
+        parts += [
+            f"## {setting}",
+            table(["", "test accuracy, %", "difference", "at once"], rows, markdown=True),
+            f"{NETWORKS[first['network']].__doc__} {first['images']}, {first['train']:,} training images in batches of "
+            f"{first['batch']}, U = {first['unit']} epochs, n = {len(records)}. An epoch of the linked big student "
+            f"costs {linked:.1f} epochs of one network.",
+        ]
+    made = measured["environment"]
+    parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def error(values: Sequence[float]) -> float:
+    """The standard error of a mean."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
 def load(path: Path, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Training, validation (500 images) and test images, normalised."""
     arrays = load_npz(path)
@@ -248,6 +308,7 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("--network", choices=NETWORKS, default="vit")
     parser.add_argument("--unit", type=int, default=6, help="U in epochs (%(default)s)")
+    parser.add_argument("--batch", type=int, default=50, help="images per step (%(default)s)")
     parser.add_argument("--train", type=int, default=3000, help="training images (%(default)s)")
     parser.add_argument("--replicates", type=int, default=8)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -256,15 +317,24 @@ def main() -> None:
     data = load(options.images)
     data[0] = (data[0][0][: options.train], data[0][1][: options.train])
     classes = int(data[0][1].max()) + 1
+    setting = f"{options.network}, {options.train:,} images"
     for seed in range(options.replicates):
-        kept = json.loads(options.out.read_text()) if options.out.exists() else {"networks": {}}
-        of_network = kept["networks"].setdefault(options.network, [])
+        kept = json.loads(options.out.read_text()) if options.out.exists() else {"settings": {}}
+        of_network = kept["settings"].setdefault(setting, [])
         if any(record["seed"] == seed for record in of_network):
             continue
-        record = Replicate(lambda: NETWORKS[options.network](classes), data, options.unit, seed).results()
-        record |= {"unit": options.unit, "train": options.train, "images": options.images.stem}
-        kept = json.loads(options.out.read_text()) if options.out.exists() else kept  # another network may run beside
-        kept["networks"].setdefault(options.network, []).append(record)
+        record = Replicate(
+            lambda: NETWORKS[options.network](classes), data, options.unit, options.batch, seed
+        ).results()
+        record |= {
+            "network": options.network,
+            "unit": options.unit,
+            "batch": options.batch,
+            "train": options.train,
+            "images": options.images.stem,
+        }
+        kept = json.loads(options.out.read_text()) if options.out.exists() else kept  # another setting may run beside
+        kept["settings"].setdefault(setting, []).append(record)
         kept["environment"] = environment()
         with atomic(options.out) as path:
             path.write_text(json.dumps(kept, indent=1))
