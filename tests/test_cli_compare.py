@@ -76,6 +76,16 @@ def test_compare_writes_a_table_a_plot_and_the_networks(place: Path, capsys) -> 
     load_weights(make(), place / "out" / "reconstruct.safetensors")
 
 
+def test_merge_takes_another_method(place: Path, capsys) -> None:
+    words = arguments("average")[1:-10]
+    words += ["--method", "reconstruct", "--finetune-epochs", "0", "--batch-size", "16", "--device", "cpu"]
+    assert main(["merge", *words]) == 0
+    load_weights(make(), place / "out" / "student.safetensors")
+    assert "| reconstruct" in (place / "out" / "compare.md").read_text()
+    assert main(["merge", *words, "--dry-run"]) == 2
+    assert "--method reconstruct takes no --resume or --dry-run" in capsys.readouterr().err
+
+
 def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None:
     assert main(arguments("average,glue")) == 2
     assert "there is no method 'glue'" in capsys.readouterr().err

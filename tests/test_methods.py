@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +276,36 @@ def test_methods_by_name() -> None:
             function(trained(), batches(), **wrong)
     with pytest.raises(ValueError, match="the loader is empty"):
         methods.zipit(trained(), [])
+
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+
+
+def test_the_docs_example_of_a_method_runs() -> None:
+    *_, block = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(block.splitlines()) <= 40
+    t1, t2 = trained()[:2]
+    names = {"t1": t1, "t2": t2, "train_loader": batches()}
+    try:
+        exec(block, names)
+        network = names["outcome"].network
+    finally:
+        methods.METHODS.pop("lively", None)
+    spread = torch.cat([fastmerge.activations(t, X[:256])["hidden"].std(1) for t in (t1, t2)])
+    rows = torch.cat([t1.hidden.weight, t2.hidden.weight]).norm(dim=1)[spread.topk(16).indices.sort().values]
+    # columns of the other teacher's channels are 0, so that norms can only fall
+    assert (network.hidden.weight.norm(dim=1) <= rows + 1e-6).all()
+    assert names["outcome"].cost > 0
+
+
+def test_the_docs_list_every_method_with_what_it_needs_and_its_source() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*) \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted((m.name, m.needs, m.source) for m in methods.METHODS.values())
+
+
+def test_own_places_make_the_plain_average() -> None:
+    teachers = teachers_of("resnet_projected_shortcut")
+    groups = fastmerge.channel_groups(teachers[0], BY_NAME["resnet_projected_shortcut"].inputs(2))
+    combined = methods.combine(teachers, groups, methods.own_places(groups, 3)).state_dict()
+    for name, tensor in methods.average(teachers).state_dict().items():
+        assert torch.allclose(tensor, combined[name], rtol=0, atol=1e-14), name

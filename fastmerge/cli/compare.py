@@ -9,6 +9,7 @@ compare.json, compare.md, compare.png and each network as NAME.safetensors. Rows
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Runs the methods, prints the table and writes it."""
+    run(options, options.methods, options.epochs)
+
+
+def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_as: str = "{}.safetensors") -> None:
+    """Runs methods as options of a command say.
+
+    Args:
+        options: of the command.
+        methods: names.
+        epochs: of those that train.
+        save_as: what the file of a method's network is called, with the method's name for ``{}``.
+    """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaders = image_loaders(
         options.data,
@@ -59,7 +72,7 @@ def command(options: argparse.Namespace) -> None:
         image_size=options.image_size,
         augmentation=options.augmentation,
         device=device,
-        seed=options.seed,
+        seed=options.seed or 0,
         mean=options.mean,
         std=options.std,
     )
@@ -71,20 +84,20 @@ def command(options: argparse.Namespace) -> None:
         rows.append(row)
         print(_line(row), flush=True)
         if row.name in METHODS and network is not None:
-            save_weights(network, options.out / f"{row.name}.safetensors")
+            save_weights(network, options.out / save_as.format(row.name))
         write_json(options.out / "compare.json", {"rows": [r.to_dict() for r in rows]} | _made_by(options))
 
     compare(
         teachers,
         loaders.train,
         loaders.val,
-        options.methods,
+        methods,
         finetune_epochs=options.finetune_epochs,
-        epochs=options.epochs,
+        epochs=epochs,
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
-        seed=options.seed,
+        seed=options.seed or 0,
         callback=note,
     )
     found = [row.to_dict() for row in rows]
@@ -101,10 +114,10 @@ def _line(row: Row) -> str:
 
 
 def _made_by(options: argparse.Namespace) -> dict[str, Any]:
-    left_out = ("command", "debug")
-    config = {name: value for name, value in vars(options).items() if name not in left_out}
+    left_out = ("command", "debug", "table", "parser", "words")
     config = {
         k: [str(v) for v in x] if isinstance(x, list) else str(x) if isinstance(x, Path) else x
-        for k, x in config.items()
+        for k, x in vars(options).items()
+        if k not in left_out
     }
     return {"config": config, "environment": environment()}

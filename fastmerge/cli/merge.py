@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge.checkpoints import save_weights
-from fastmerge.cli import continuing
+from fastmerge.cli import compare, continuing
 from fastmerge.cli.arguments import add_execution, add_teachers, compact_at, execution, integer, load_teachers
 from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
 from fastmerge.cli.torchrun import join_processes, leave_processes
@@ -41,6 +41,7 @@ from fastmerge.merging import merge
 from fastmerge.merging.checks import check_device
 from fastmerge.merging.estimate import estimate
 from fastmerge.merging.plan import MergePlan
+from fastmerge.methods import METHODS
 from fastmerge.processes import Processes, share_of
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
@@ -73,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_teachers(add)
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
+    add(
+        "--method",
+        choices=tuple(METHODS),
+        default="gates",
+        help="how; default gates, see docs/methods.md for the others",
+    )
     add("--merge-epochs", type=integer(1), default=30, metavar="N", help="epochs of the big student; default 30")
     add("--finetune-epochs", type=integer(0), default=30, metavar="N", help="epochs of the student; default 30")
     add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step, of all processes; default 64")
@@ -134,6 +141,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Merges, writes the student and its history, and prints the scores."""
+    if options.method != "gates":
+        if options.resume or options.dry_run:
+            raise ValueError(f"--method {options.method} takes no --resume or --dry-run: it has no checkpoints")
+        compare.run(options, [options.method], options.merge_epochs, save_as="student.safetensors")
+        return
     device, processes = join_processes(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         check_planning(options, processes)

@@ -5,6 +5,8 @@ Each method is a file with one function ``method(teachers, batches, **options)``
 """
 
 from fastmerge.methods.average import average
+from fastmerge.methods.combination import combine, own_places, places_of_kept
+from fastmerge.methods.comparison import Row, compare
 from fastmerge.methods.distill import distill
 from fastmerge.methods.ensemble import Ensemble, ensemble
 from fastmerge.methods.gates import gates
@@ -12,9 +14,10 @@ from fastmerge.methods.rebasin import rebasin
 from fastmerge.methods.reconstruct import reconstruct
 from fastmerge.methods.registry import METHODS, Method, Outcome, apply, register
 from fastmerge.methods.repair import repair
+from fastmerge.methods.samples import family_of
 from fastmerge.methods.soup import soup
 from fastmerge.methods.training import train
-from fastmerge.methods.transplant import transplant
+from fastmerge.methods.transplant import largest, transplant
 from fastmerge.methods.zipit import zipit
 
 __all__ = [
@@ -22,11 +25,18 @@ __all__ = [
     "Ensemble",
     "Method",
     "Outcome",
+    "Row",
     "apply",
     "average",
+    "combine",
+    "compare",
     "distill",
     "ensemble",
+    "family_of",
     "gates",
+    "largest",
+    "own_places",
+    "places_of_kept",
     "rebasin",
     "reconstruct",
     "register",
