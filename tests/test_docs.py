@@ -8,9 +8,12 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fastmerge.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -30,7 +33,17 @@ def test_getting_started_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "student.pt").exists()
 
 
+@pytest.fixture
+def own_methods() -> Iterator[None]:
+    """Methods that a notebook registers are gone afterwards."""
+    known = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(known)
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("own_methods")
 def test_notebook(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell runs, and what it says is what the committed outputs were made by."""
     monkeypatch.chdir(tmp_path)
