@@ -75,7 +75,9 @@ def compare(
         methods: names, of :data:`~fastmerge.methods.METHODS`.
         finetune_epochs: that each network is trained for afterwards.
         epochs: of the methods that train.
-        lr, momentum, weight_decay: of all training.
+        lr: learning rate of all training.
+        momentum: of all training.
+        weight_decay: of all training.
         options: further ones by method.
         criterion: of the output and the target.
         seed: each method and each fine-tuning begins with the same random numbers.

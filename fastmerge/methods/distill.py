@@ -39,7 +39,9 @@ def distill(
         batches: of the training data.
         epochs: of training.
         start: the teacher to begin with; None: a fresh network, of a class whose modules have ``reset_parameters``.
-        lr, momentum, weight_decay: of SGD; the learning rate falls to a tenth at two thirds.
+        lr: learning rate of SGD; it falls to a tenth at two thirds.
+        momentum: of SGD.
+        weight_decay: of SGD.
         temperature: of the softmax, of teachers and student.
         weight: of the teachers' answers; the labels count 1 - weight.
         criterion: of labels.

@@ -34,7 +34,10 @@ def gates(
         teachers: two or more.
         batches: of the training data.
         epochs: of the merge stage; :func:`fastmerge.merge` has the fine-tuning, too.
-        lr, momentum, weight_decay, link_at: see :func:`fastmerge.merge`.
+        lr: learning rate of the weights; see :func:`fastmerge.merge`.
+        momentum: of the weights' SGD.
+        weight_decay: of the weights' SGD.
+        link_at: fraction of the merge stage after which the big student is linked.
         criterion: of the output and the target.
     """
     with unwatched() as meter:

@@ -54,7 +54,9 @@ def register(name: str, *, needs: Needs, source: str, one_network: bool = True) 
 
     Args:
         name: of the method.
-        needs, source, one_network: see :class:`Method`.
+        needs: the weights alone, a few samples, or training.
+        source: the paper.
+        one_network: whether the result is a network of the teachers' class.
 
     Raises:
         ValueError: there is a method of this name.

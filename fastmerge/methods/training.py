@@ -39,7 +39,9 @@ def train(
         network: on the device where it is to be trained; left in eval mode.
         batches: yields (input, target), once over the data per ``iter``.
         epochs: how many.
-        lr, momentum, weight_decay: of SGD.
+        lr: learning rate of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
         milestones: epochs after which the learning rate is divided by ten; None is at two thirds.
         criterion: ``criterion(output, target)``, a mean over the batch.
     """

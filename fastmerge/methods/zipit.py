@@ -57,7 +57,8 @@ def zipped(correlations: Tensor, count: int, again: float, within: float) -> Ten
     Args:
         correlations: (T·n, T·n).
         count: T.
-        again, within: see :func:`zipit`.
+        again: see :func:`zipit`.
+        within: likewise.
 
     Returns:
         int64 (T, n): the place of each candidate, places in the order of their first candidates.
