@@ -32,14 +32,15 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     in_dtypes_of,
     kernel,
     launch,
-    offsets,
     per_channel,
+    read,
     rows_of,
     share,
     stream_by_stream,
     stream_of,
     tile,
     vectors_of,
+    write,
 )
 from torch import Tensor
 
@@ -101,20 +102,17 @@ def input_gradient_kernel(
             row = (n_ + tl.arange(0, BLOCK_N))[:, None, None].to(tl.int64)
             gate = gates_of(gate_ptr, row, last_n, gate_stride, channel, c, GATE_VECTOR)
         for p_ in tl.range(first_p, last_p, BLOCK_P, num_stages=STAGES):
-            sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-            offset = offsets(sample, position, channel, dz_stride_n, dz_stride_p, dz_stride_c, LAST, VECTOR)
-            dz = tl.load(dz_ptr + offset, inside, other=0.0).to(tl.float32)
+            at = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
+            dz = read(dz_ptr, at, dz_stride_n, dz_stride_p, dz_stride_c, LAST, VECTOR)
             if ACTIVATION != "identity" or TRAINING:
-                offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
-                distance = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32) - mean
+                distance = read(x_ptr, at, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR) - mean
             if ACTIVATION != "identity":
                 dz = before_activation(dz, distance * scale + bias, ACTIVATION)
             if gate_ptr is not None:
                 dz *= gate
             if TRAINING:
                 dz -= center + distance * slope
-            offset = offsets(sample, position, channel, dx_stride_n, dx_stride_p, dx_stride_c, LAST, VECTOR)
-            tl.store(dx_ptr + offset, (dz * scale).to(dx_ptr.dtype.element_ty), inside)
+            write(dx_ptr, dz * scale, at, dx_stride_n, dx_stride_p, dx_stride_c, LAST, VECTOR)
 
 
 def input_gradient(dz: Sequence[Tensor], norm: Norm, sums: tuple[Tensor, Tensor] | None) -> list[Tensor]:

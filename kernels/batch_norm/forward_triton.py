@@ -18,12 +18,13 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     gates_of,
     kernel,
     launch,
-    offsets,
+    read,
     rows_of,
     share,
     stream_of,
     tile,
     vectors_of,
+    write,
 )
 from torch import Tensor
 
@@ -79,20 +80,15 @@ def normalize_kernel(
             row = (n_ + tl.arange(0, BLOCK_N))[:, None, None].to(tl.int64)
             gate = gates_of(gate_ptr, row, last_n, gate_stride, channel, c, GATE_VECTOR)
         for p_ in tl.range(first_p, last_p, BLOCK_P, num_stages=STAGES):
-            sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-            offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
+            at = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
             # Distances first: x times scale, far from 0, would lose the digits that the mean takes away.
-            y = (tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32) - mean) * scale + bias
+            y = (read(x_ptr, at, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR) - mean) * scale + bias
             if residual_ptr is not None:
-                offset = offsets(
-                    sample, position, channel, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR
-                )
-                y += tl.load(residual_ptr + offset, inside, other=0.0).to(tl.float32)
+                y += read(residual_ptr, at, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR)
             y = activated(y, ACTIVATION)
             if gate_ptr is not None:
                 y *= gate
-            offset = offsets(sample, position, channel, y_stride_n, y_stride_p, y_stride_c, LAST, VECTOR)
-            tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
+            write(y_ptr, y, at, y_stride_n, y_stride_p, y_stride_c, LAST, VECTOR)
 
 
 def normalize(norm: Norm) -> list[Tensor]:

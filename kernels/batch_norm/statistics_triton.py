@@ -26,7 +26,7 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     distances,
     kernel,
     launch,
-    offsets,
+    read,
     share,
     stream_of,
     tile,
@@ -62,9 +62,8 @@ def partial_statistics_kernel(
 
     # Sums of x - shift and of its square: near the mean nothing cancels. The first tile's mean is near enough; with k tiles
     # the variance is at least 1/k of the squared distance that is left, less the variance within the first tile.
-    sample, position, inside = tile(first_n, first_p, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-    offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
-    x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
+    at = tile(first_n, first_p, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
+    x = read(x_ptr, at, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
     held = tl.minimum(last_n - first_n, BLOCK_N) * tl.minimum(last_p - first_p, BLOCK_P)
     shift = total_per_channel(x) / held.to(tl.float32)
 
@@ -72,10 +71,9 @@ def partial_statistics_kernel(
     squares = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)
     for n_ in range(first_n, last_n, BLOCK_N):
         for p_ in tl.range(first_p, last_p, BLOCK_P, num_stages=STAGES):
-            sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-            offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
-            x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
-            distance = tl.where(inside, x - shift, 0.0)
+            at = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
+            x = read(x_ptr, at, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
+            distance = tl.where(at[3], x - shift, 0.0)
             sums += distance
             squares += distance * distance
 

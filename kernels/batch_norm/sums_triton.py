@@ -26,13 +26,14 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     gates_of,
     kernel,
     launch,
-    offsets,
+    read,
     rows_of,
     share,
     stream_of,
     tile,
     total_per_channel,
     vectors_of,
+    write,
 )
 from torch import Tensor
 
@@ -117,20 +118,14 @@ def sum_gradients_kernel(
         if DGATE == _BY_SAMPLE:
             dgate = tl.zeros((BLOCK_N, BLOCK_P, BLOCK_C), tl.float32)
         for p_ in tl.range(first_p, last_p, BLOCK_P, num_stages=STAGES):
-            sample, position, inside = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
-            offset = offsets(sample, position, channel, dy_stride_n, dy_stride_p, dy_stride_c, LAST, VECTOR)
-            dz = tl.load(dy_ptr + offset, inside, other=0.0).to(tl.float32)
+            at = tile(n_, p_, last_n, last_p, channel, c, BLOCK_N, BLOCK_P)
+            dz = read(dy_ptr, at, dy_stride_n, dy_stride_p, dy_stride_c, LAST, VECTOR)
             if more_ptr is not None:
-                offset = offsets(sample, position, channel, more_stride_n, more_stride_p, more_stride_c, LAST, VECTOR)
-                dz += tl.load(more_ptr + offset, inside, other=0.0).to(tl.float32)
-            offset = offsets(sample, position, channel, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR)
-            distance = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32) - mean
+                dz += read(more_ptr, at, more_stride_n, more_stride_p, more_stride_c, LAST, VECTOR)
+            distance = read(x_ptr, at, x_stride_n, x_stride_p, x_stride_c, LAST, VECTOR) - mean
             h = distance * scale + bias
             if residual_ptr is not None:
-                offset = offsets(
-                    sample, position, channel, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR
-                )
-                h += tl.load(residual_ptr + offset, inside, other=0.0).to(tl.float32)
+                h += read(residual_ptr, at, residual_stride_n, residual_stride_p, residual_stride_c, LAST, VECTOR)
             if DGATE:
                 dgate += dz * activated(h, ACTIVATION)
             dz = before_activation(dz, h, ACTIVATION)
@@ -140,8 +135,7 @@ def sum_gradients_kernel(
                 # What the second pass will read is summed, rounded as it is.
                 rounded = dz.to(dz_ptr.dtype.element_ty)
                 dz = rounded.to(tl.float32)
-                offset = offsets(sample, position, channel, dz_stride_n, dz_stride_p, dz_stride_c, LAST, VECTOR)
-                tl.store(dz_ptr + offset, rounded, inside)
+                write(dz_ptr, rounded, at, dz_stride_n, dz_stride_p, dz_stride_c, LAST, VECTOR)
             dbias += dz
             dweight += dz * distance
         if DGATE == _BY_SAMPLE:

@@ -73,15 +73,29 @@ def channels_of(c, LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constex
 
 @triton.jit
 def tile(n_, p_, last_n, last_p, channel, c, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Sample and position of each element of a tile, and whether the element exists."""
+    """Sample, position and channel of each element of a tile, and whether the element exists."""
     sample = (n_ + tl.arange(0, BLOCK_N))[:, None, None].to(tl.int64)
     position = (p_ + tl.arange(0, BLOCK_P))[None, :, None].to(tl.int64)
-    return sample, position, (sample < last_n) & (position < last_p) & (channel < c)
+    return sample, position, channel, (sample < last_n) & (position < last_p) & (channel < c)
 
 
 @triton.jit
-def offsets(sample, position, channel, stride_n, stride_p, stride_c, LAST: tl.constexpr, VECTOR: tl.constexpr):
+def read(ptr, at, stride_n, stride_p, stride_c, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """The elements of a ``tile`` of a tensor, as float32; 0 for those that don't exist."""
+    return tl.load(ptr + _offsets(at, stride_n, stride_p, stride_c, LAST, VECTOR), at[3], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(ptr, values, at, stride_n, stride_p, stride_c, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Stores the elements of a ``tile`` in the tensor's dtype."""
+    offsets = _offsets(at, stride_n, stride_p, stride_c, LAST, VECTOR)
+    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), at[3])
+
+
+@triton.jit
+def _offsets(at, stride_n, stride_p, stride_c, LAST: tl.constexpr, VECTOR: tl.constexpr):
     """Where the elements of a tile lie in a tensor."""
+    sample, position, channel, _ = at
     if LAST:
         stride_p = multiple(stride_p, VECTOR)
     else:
