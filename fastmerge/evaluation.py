@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmerge.history import Score
 from fastmerge.processes import Processes
+from fastmerge.recalibration import single_samples_named
 
 Criterion = Callable[[Any, Any], Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -51,7 +52,8 @@ class Setting:
     def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
         """Runs network and criterion; returns (output, loss)."""
         with self.precision():
-            output = network(*inputs)
+            with single_samples_named(inputs):
+                output = network(*inputs)
             return output, self.criterion(output, target)
 
     def precision(self) -> torch.autocast:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ def recalibrate(network: nn.Module, loader: Iterable[Any]) -> None:
             norm.training = True
         batches = 0
         for batch in loader:
-            network(*(value.to(device) for value in _inputs(batch)))
+            inputs = _inputs(batch)
+            with single_samples_named(inputs):
+                network(*(value.to(device) for value in inputs))
             batches += 1
         if not batches:
             raise ValueError("recalibrate needs at least one batch; the loader is empty")
@@ -68,6 +71,20 @@ def recalibrate(network: nn.Module, loader: Iterable[Any]) -> None:
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def single_samples_named(inputs: tuple[Tensor, ...]) -> Iterator[None]:
+    """Within it BatchNorm's error over a batch of one sample says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if len(inputs[0]) != 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "the loader gave a batch of one sample, which BatchNorm can't train on: leave out a last batch of one "
+            "(DataLoader(drop_last=True)) or take another batch size"
+        ) from error
 
 
 def _norms(network: nn.Module) -> Iterable[_BatchNorm]:

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
 import fastmerge.merging.stages as module
+from fastmerge import recalibrate
 from fastmerge.merging import merge
 from small_task import SHORT, SmallNet, X, Y, copies, train_loader, train_teachers
 
@@ -109,6 +110,21 @@ def test_nan_in_the_validation_says_whose_score_and_which_batch(teachers, monkey
         match=r"the validation loss after epoch 2 of the merge stage became nan in batch 2, .*learning rate 0.0\d+ may be",
     ):
         merge(teachers, train_loader(), val_loader=NaNWhenItIsReadForTheSixthTime(), **SHORT | {"merge_epochs": 2})
+
+
+def test_a_batch_of_one_is_said_to_be_that():
+    """BatchNorm1d, or maps of one pixel: torch's message is about sizes."""
+
+    def net():
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+
+    loader = [(X[:8], Y[:8]), (X[:1], Y[:1])]
+    with pytest.raises(
+        ValueError, match=r"^the loader gave a batch of one sample, .* \(DataLoader\(drop_last=True\)\)"
+    ):
+        merge([net(), net()], loader, **SHORT)
+    with pytest.raises(ValueError, match="batch of one sample"):
+        recalibrate(net(), loader)
 
 
 @pytest.mark.parametrize(
