@@ -79,6 +79,9 @@ def test_files_that_are_no_npz(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(whole[:700] + b"\xff" * 40 + whole[740:])
     with pytest.raises(ValueError, match=r"damaged.npz can't be read"):
         load_npz(tmp_path / "damaged.npz")
+    (tmp_path / "damaged.npz").write_bytes(whole.replace(b"PK\1\2", b"PK\1\3"))  # its table of contents
+    with pytest.raises(ValueError, match=r"damaged.npz can't be read"):  # and is closed again
+        load_npz(tmp_path / "damaged.npz")
     compressible = {name: values % 3 for name, values in arrays().items()}
     np.savez_compressed(tmp_path / "packed.npz", **compressible)
     whole = (tmp_path / "packed.npz").read_bytes()

@@ -67,7 +67,8 @@ def load_npz(path: str | Path) -> ImageArrays:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no .npz file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a file that it opens itself open where the zip is damaged
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file.files]
             arrays = {} if missing else {key: file[key] for key in KEYS}
     except Exception as error:  # pickled objects; a damaged file may raise anything, of zlib and for lack of memory too
