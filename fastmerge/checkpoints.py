@@ -76,9 +76,12 @@ def build_network(name: str, **arguments: Any) -> nn.Module:
         arguments = {"init_weights": False} | arguments  # their scipy initialisation takes a minute and warns
     try:
         network = factory(**arguments)
-    except (TypeError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the user's code raises
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ValueError(f"could not build {name}({given}): {error}") from error
+        kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
+        raise ValueError(f"could not build {name}({given}): {kind}{error}") from error
     if not isinstance(network, nn.Module):
         raise TypeError(f"{name} must return a torch.nn.Module; it returned a {type(network).__name__}")
     return network
@@ -119,8 +122,9 @@ def _own_factory(name: str) -> Callable[..., Any]:
     with _current_directory_on_path():
         try:
             target: Any = importlib.import_module(module_name)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"could not import {module_name!r} of {name!r}: {error}") from error
+        except Exception as error:  # whatever the user's module raises
+            kind = "" if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: "
+            raise ValueError(f"could not import {module_name!r} of {name!r}: {kind}{error}") from error
     for attribute in path.split("."):
         if not hasattr(target, attribute):
             raise ValueError(f"{module_name} has no {path!r}; give module:factory")

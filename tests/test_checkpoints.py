@@ -304,13 +304,29 @@ def test_networks_are_built_by_name(tmp_path, monkeypatch):
     [
         ("resnet17", {}, ValueError, "no classification model resnet17; near it: resnet18"),
         ("resnet18", {"num_clases": 3}, ValueError, r"could not build resnet18\(num_clases=3\): .*num_clases"),
+        ("builtins:next", {"n": 3}, ValueError, r"could not build builtins:next\(n=3\): "),
+        (
+            "this_one_raises:make",
+            {},
+            ValueError,
+            r"could not build this_one_raises:make\(\): RuntimeError: no weights here",
+        ),
+        (
+            "half_a_module:make",
+            {},
+            ValueError,
+            "could not import 'half_a_module' of 'half_a_module:make': SyntaxError: ",
+        ),
         ("no_such_module:make", {}, ValueError, "could not import 'no_such_module'"),
         ("torch.nn:NoSuchLayer", {}, ValueError, "torch.nn has no 'NoSuchLayer'"),
         ("math:pi", {}, ValueError, "math:pi must be a class or function"),
         ("builtins:dict", {}, TypeError, "must return a torch.nn.Module; it returned a dict"),
     ],
 )
-def test_networks_that_can_not_be_built_are_refused(name, arguments, error, message):
+def test_networks_that_can_not_be_built_are_refused(name, arguments, error, message, tmp_path, monkeypatch):
+    (tmp_path / "this_one_raises.py").write_text("def make():\n    raise RuntimeError('no weights here')\n")
+    (tmp_path / "half_a_module.py").write_text("def make(\n")
+    monkeypatch.chdir(tmp_path)
     pytest.importorskip("torchvision")
     with pytest.raises(error, match=message):
         build_network(name, **arguments)

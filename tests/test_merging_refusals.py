@@ -161,6 +161,8 @@ BAD = [
     ),
     ("lr 0", lambda t: {"lr": 0.0}, ValueError, "finite lr above 0; got 0"),
     ("lr nan", lambda t: {"finetune_lr": float("nan")}, ValueError, "finite finetune_lr above 0; got nan"),
+    ("lr beyond float32", lambda t: {"lr": 1e40}, ValueError, r"finite lr above 0; got 1e\+40"),
+    ("device meta", lambda t: {"device": "meta"}, ValueError, "can't use device meta: it holds no values"),
     ("negative", lambda t: {"weight_decay": -1.0}, ValueError, "finite weight_decay of at least 0; got -1"),
     ("compact_at", lambda t: {"compact_at": 1.5}, ValueError, "compact_at, the fraction .* in 0..1, .*; got 1.5"),
     ("compact_at word", lambda t: {"compact_at": "late"}, ValueError, "'settled' or None; got 'late'"),

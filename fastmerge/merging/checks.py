@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
@@ -45,10 +44,13 @@ def check_epochs(merge_epochs: int, finetune_epochs: int) -> None:
             raise ValueError(f"merge needs {name}, a whole number of at least {least}; got {epochs!r}")
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def check_numbers(positive: dict[str, float], not_negative: dict[str, float], link_at: float) -> None:
     """Learning rates and the like, by the names the user gave them under."""
     for name, value in (positive | not_negative).items():
-        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+        if not 0 <= value <= _LARGEST or (name in positive and value == 0):
             raise ValueError(
                 f"merge needs a finite {name} {'above' if name in positive else 'of at least'} 0; got {value}"
             )
@@ -75,7 +77,9 @@ def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if device.type == "meta":
+            raise ValueError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         raise ValueError(f"merge can't use device {device}: {str(error).splitlines()[0]}") from error
     return device
 
