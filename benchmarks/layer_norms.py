@@ -249,9 +249,9 @@ def page(measured: dict[str, Any]) -> str:
     """docs/layer-norms.md from the records."""
     parts = [
         "# LayerNorm: which statistics, and what merging brings",
-        "Where merging does not help, first: at equal cost, neither network gains from a merge what it gains from restarting the "
-        "learning rate of the better teacher, and distillation in the fine-tuning does not help the merged ones. These networks "
-        "have not converged, so that training on is worth much; merge stages are short, two epochs.",
+        "Where merging does not help, first: at equal cost, neither network gains from a merge what it gains from restarting "
+        "the learning rate of the better teacher, and distillation in the fine-tuning does not help the merged ones. These "
+        "networks have not converged, so that training on is worth much; merge stages are short, two epochs.",
         "Between tied and weighted statistics no difference is left after fine-tuning. Before it, tied ones are better in both "
         "networks, since their residual stream is one teacher's. Weighted ones remain the library's, because they leave the "
         "stream's channels to be chosen; a longer merge stage has not been tried.",
