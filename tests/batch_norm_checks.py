@@ -10,7 +10,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from fastmerge.kernels.batch_norm import act, batch_norm_act, batch_norm_act_pool, batch_norm_act_streams, tiles
+from fastmerge.kernels.batch_norm import (
+    ACTIVATIONS,
+    act,
+    batch_norm_act,
+    batch_norm_act_pool,
+    batch_norm_act_streams,
+    tiles,
+)
 from fastmerge.kernels.batch_norm.formulas import batch_norm_act_pool_reference, batch_norm_act_reference
 from torch import Tensor
 
@@ -143,6 +150,19 @@ def check_against_float64(
             tensor.double(), expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
     return got["y"]
+
+
+def check_at_kinks(activation: str) -> None:
+    """Compares result and gradient with torch's at the ends of an activation's pieces, beside them and far out."""
+    near = torch.tensor([0.0, 3.0, 6.0]).repeat_interleave(3)
+    near = torch.nextafter(near, near + torch.tensor([-1.0, 0.0, 1.0]).repeat(3))
+    far = torch.tensor([17.0, 80.0, 1e4])
+    x = torch.cat([near, far, -near, -far]).repeat(2, 1).requires_grad_()
+    y = batch_norm_act(x, None, None, torch.zeros(24), torch.ones(24), training=False, eps=0.0, activation=activation)
+    expected = ACTIVATIONS[activation](x)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-12)
+    for got, wanted in zip(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-12)
 
 
 # Where the slope of an activation jumps.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmerge.kernels.batch_norm import batch_norm_act, batch_norm_act_pool, batch_norm_act_reference
+from fastmerge.kernels.batch_norm import ACTIVATIONS, batch_norm_act, batch_norm_act_pool, batch_norm_act_reference
 
 from batch_norm_checks import (
     NAMES,
@@ -12,6 +12,7 @@ from batch_norm_checks import (
     by_dtype_and_layout,
     by_shape,
     check_against_float64,
+    check_at_kinks,
     fused,
     in_layout,
     laid_out,
@@ -75,6 +76,14 @@ def test_other_activations(
     options = {"training": layout != "channels-last", "activation": activation}
     with fused(direct):
         check_against_float64(case, options, dy_layout="slice")
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_at_kinks_and_far_out(activation: str) -> None:
+    with fused():
+        check_at_kinks(activation)
 
 
 @interpreted

@@ -9,7 +9,16 @@ import torch
 from fastmerge.kernels.batch_norm import ACTIVATIONS, batch_norm_act, batch_norm_act_reference, cpu, why_not_fused
 from torch import Tensor
 
-from batch_norm_checks import NAMES, OTHER_ACTIVATIONS, check_against_float64, in_layout, laid_out, make, stretched
+from batch_norm_checks import (
+    NAMES,
+    OTHER_ACTIVATIONS,
+    check_against_float64,
+    check_at_kinks,
+    in_layout,
+    laid_out,
+    make,
+    stretched,
+)
 from extension_stub import check_stub
 
 needs_extension = pytest.mark.skipif(cpu._batch_norm is None, reason="the C++ extension is not built")
@@ -76,15 +85,9 @@ def test_other_activations(activation: str, shape: tuple[int, ...], dtype: torch
 
 
 @needs_extension
-@pytest.mark.parametrize("value", [-1e30, -200.0, -88.0, -87.0, -1e-30, 0.0, 1e-30, 17.0, 88.0, 1e30])
-def test_silu_far_out(value: float) -> None:
-    x = torch.tensor([value, -value]).repeat(9, 1).t().repeat(2, 1).reshape(4, 9).requires_grad_()
-    y = batch_norm_act(x, None, None, torch.zeros(9), torch.ones(9), training=False, eps=0.0, activation="silu")
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    wide = x.detach().double().requires_grad_()
-    expected = torch.nn.functional.silu(wide)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(dx.double(), *torch.autograd.grad(expected.sum(), wide), rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_at_kinks_and_far_out(activation: str) -> None:
+    check_at_kinks(activation)
 
 
 @needs_extension
