@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules import transformer
 
 ONE_THREAD = threading.RLock()  # whoever changes what holds for the whole process has it for that time
 
@@ -88,6 +89,9 @@ def exporting() -> Iterator[None]:
     with ONE_THREAD, ExitStack() as stack:
         _keep_device_guard()
         stack.callback(setattr, patcher, "patch_method", patch_method)
+        # a mask is used whether or not it is causal, but nn.TransformerEncoder asks its values
+        stack.callback(setattr, transformer, "_detect_is_causal_mask", transformer._detect_is_causal_mask)
+        transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
         stack.callback(setattr, _trace, "_compiling_state_context", switches)
         patcher.patch_method = patch_here  # type: ignore[method-assign, assignment]
         _trace._compiling_state_context = switched_here

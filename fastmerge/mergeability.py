@@ -18,7 +18,7 @@ from fastmerge.channels.tracing import TracedNetwork, module_path
 from fastmerge.isolation import quietly
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.validation import differences, kind_of, same_teachers, teacher_errors
-from fastmerge.wide.blueprint import code_errors, read_network
+from fastmerge.wide.blueprint import code_errors, common_buffers, read_network
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def check(
     traced = groups = None
     try:
         inputs = example_arguments(first, example_inputs)
-        traced, groups, *_ = read_network(first, inputs, outputs)
+        common = frozenset() if problems else common_buffers(list(networks.values()))
+        traced, groups, *_ = read_network(first, inputs, outputs, common)
         if number == 0:
             alike = {n: t for n, t in networks.items() if n == 0 or _is_alike(first, t, n)}
             problems += [problem for error in code_errors(traced, alike, inputs) for problem in error.problems]

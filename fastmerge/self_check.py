@@ -145,7 +145,11 @@ class _Trial:
         big = self._given[1]
         if self.rebuilt:
             return type(big)(*self.teachers, example_inputs=self.inputs, verify=False)
-        return copy.deepcopy(big)._apply(lambda t: _cast(t, self.dtype))
+        cast = copy.deepcopy(big)._apply(lambda t: _cast(t, self.dtype))
+        cast._blueprint.dtype = (
+            self.dtype
+        )  # the graphs as they are: what their code does in another precision is tried later
+        return cast
 
     def tolerance(self, comparison: Comparison, own: torch.dtype) -> float:
         """The largest error that is none; a mean of weights has the rounding of their own precision."""

@@ -69,8 +69,10 @@ def teacher_errors(teachers: Sequence[Any]) -> Iterator[UnmergeableError]:
 
 
 def kind_of(module: nn.Module) -> type:
-    """A module's class; each GraphModule has one of its own, and their code is compared as every network's is."""
-    return fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+    """A module's class; where each instance has its own (a GraphModule, a parametrized one), the one that it had before."""
+    if isinstance(module, fx.GraphModule):  # their code is compared as every network's is
+        return fx.GraphModule
+    return parametrize.type_before_parametrizations(module)
 
 
 def same_teachers(teachers: Sequence[Any]) -> str:
@@ -143,14 +145,19 @@ def _of_module(number: int, teacher: Any) -> Iterator[UnmergeableError]:
         if isinstance(tensor, nn.parameter.UninitializedParameter):
             what = f"parameter '{name}' of teacher {number} is not initialised"
             yield _error(what, "run the network once", name)
+        elif tensor.is_complex():
+            what = (
+                f"parameter '{name}' of teacher {number} is {tensor.dtype}; only real floating point tensors are merged"
+            )
+            yield _error(what, "Keep real and imaginary parts in a real one, for torch.view_as_complex", name)
     for name, module in teacher.named_modules():
-        if parametrize.is_parametrized(module):
-            what = f"layer '{name}' of teacher {number} is parametrized"
-            yield _error(what, "call torch.nn.utils.parametrize.remove_parametrizations on it first", name)
         if re.match(r"torch\..*\bquantized\b", type(module).__module__):
             what = f"layer '{name}' of teacher {number} is quantised ({type(module).__name__})"
             yield _error(what, "Merge the networks of before, and quantise the student", name)
         what = f"layer '{name}' of teacher {number}" if name else f"teacher {number}"
+        if isinstance(module, torch.jit.ScriptModule):
+            yield _error(f"{what} is compiled by torch.jit", "Pass the network that it was made from", name)
+            return
         yield from _hooks(module, what, name)
         yield from _replaced_forward(module, what, name)
 
@@ -235,6 +242,8 @@ def _tensor_differences(module: nn.Module, other: nn.Module, name: str, number: 
             elif a.dtype != b.dtype:
                 what = f"BigStudent needs teachers of one dtype; {full} is {a.dtype} and {b.dtype}"
                 yield _error(what, f"call to({a.dtype}) on teacher {number}", full)
+            elif a.is_meta or b.is_meta or (a.is_complex() and kind == "_parameters"):
+                continue  # said already
             elif not a.is_floating_point() and key != "num_batches_tracked" and not torch.equal(a.cpu(), b.cpu()):
                 what = f"buffer '{full}' differs between teachers 0 and {number}; only floating tensors are merged"
                 yield _error(what, "Give both the same", full)
@@ -262,6 +271,9 @@ def _devices(networks: Mapping[int, nn.Module]) -> Iterator[UnmergeableError]:
             yield _error(what, "Load them into a network on another device")
         elif len(found) > 1:
             yield _error(f"teacher {number} lies on several devices ({', '.join(found)})", "move it to one")
+        elif found == first == ["meta"]:
+            what = f"teacher {number} is on the meta device, where tensors have no values"
+            yield _error(what, "Move it to another one by to_empty() and load its weights")
         elif found != first:
             what = f"BigStudent needs teachers on one device; teacher {min(networks)} is on {', '.join(first)}, "
             yield _error(f"{what}teacher {number} on {', '.join(found)}", "Move them to one")

@@ -108,6 +108,8 @@ ZOO = [
     Architecture("flatten_in_two_parts", unusual.FlattenInTwoParts),
     Architecture("permuted_channels", unusual.PermutedChannels),
     Architecture("moved_in_place", unusual.MovedInPlace),
+    Architecture("weight_standardised", unusual.WeightStandardised),
+    Architecture("weight_normed", unusual.WeightNormed, (3, 12)),
     Architecture("recurrent", partial(mixing.Recurrent, nn.LSTM), (4, 5)),
     Architecture("recurrent_gru_rnn", partial(mixing.Recurrent, nn.GRU, nn.RNN), (4, 5)),
     Architecture("attention", mixing.Attention, (4, 5)),
@@ -121,6 +123,7 @@ ZOO = [
     Architecture("vision_transformer", attention.PatchTransformer),
     Architecture("written_attention", attention.WrittenAttention, (6, 5)),
     Architecture("channels_last_blocks", attention.ChannelsLastBlocks),
+    Architecture("written_norms", attention.WrittenNorms),
 ]
 
 BY_NAME = {architecture.name: architecture for architecture in ZOO}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -97,7 +98,7 @@ class GivesDataclass(Base):
         return Output(self.head(features), features)
 
 
-def build(make: type[nn.Module], **options: object) -> tuple[fastmerge.BigStudent, list[nn.Module]]:
+def build(make: Callable[[], nn.Module], **options: object) -> tuple[fastmerge.BigStudent, list[nn.Module]]:
     teachers = make_teachers(make, INPUT, 3)
     return fastmerge.BigStudent(*teachers, example_inputs=(INPUT[0][:2],), **options), teachers
 
@@ -203,6 +204,84 @@ def test_words_masks_and_keywords() -> None:
     assert relative_error(big.compress()(words, **keywords), big(words, **keywords)) <= 1e-9
 
 
+class TiedBert(Words):
+    """Guesses words: a transform of its own, then the embedding's weight with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transform, self.norm2, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 20)
+        self.head.weight = self.words.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.norm(self.words(input_ids) + self.places(self.position_ids[:, : input_ids.shape[1]]))
+        x = self.last(x + self.o(F.gelu(self.q(x))))
+        return self.head(self.norm2(F.gelu(self.transform(x))))
+
+
+class TiedGpt(nn.Module):
+    """Every linear layer is a product with a parameter of (in, out), as GPT-2's, and so is the tied last one."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, width), nn.Embedding(16, width)
+        self.qkv, self.qkv_bias = nn.Parameter(torch.empty(width, 3 * width)), nn.Parameter(torch.empty(3 * width))
+        self.out, self.norm, self.last = nn.Linear(width, width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Parameter(torch.empty(width, 12)), nn.Parameter(torch.empty(12, width))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.words.weight.t()
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words) + self.places(torch.arange(words.shape[1], device=words.device))
+        n, s, width = x.shape
+        qkv = torch.addmm(self.qkv_bias, self.norm(x).view(-1, width), self.qkv).view(n, s, 3, 2, width // 2)
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(n, s, width))
+        return self.logits(self.last(x + F.gelu(x @ self.up) @ self.down))
+
+
+class TiedLogProbabilities(TiedGpt):
+    """The mean of the teachers' outputs is another one than that of their last layers."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.words.weight).log_softmax(-1)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("make", [TiedBert, TiedGpt, TiedLogProbabilities])
+def test_a_last_layer_with_the_weight_of_the_embedding(make: type[nn.Module], count: int) -> None:
+    teachers = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        teachers.append(make().double().eval())
+        for parameter in teachers[-1].parameters():
+            nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.5)
+    (words,), _ = word_inputs(5, 7, seed=1)
+    big = fastmerge.BigStudent(*teachers, example_inputs=word_inputs(2, 7)[0])
+    assert sum(group.size for group in big.groups) == (16 if make is TiedBert else 22)
+    with torch.no_grad():
+        expected = mean_output(teachers, (words,))
+        for change in (lambda: None, big.link):
+            change()
+            with big.open_gates():
+                assert relative_error(big(words), expected) <= 1e-9
+        optimizer = torch.optim.Adam(big.parameters(), 0.01)
+    for _ in range(2):  # drawn gates: every sample has a scale of its own
+        optimizer.zero_grad()
+        (big.train()(words).square().mean() + big.gate_loss()).backward()
+        optimizer.step()
+    select_gates(big, (words,))
+    assert relative_error(big.compress()(words).detach(), big(words).detach()) <= 1e-9
+    with torch.no_grad():
+        disturb_weights(big)
+        expected = big(words)
+    student = big.compress(optimizer)
+    assert relative_error(student(words).detach(), expected) <= 1e-9
+    tied = [parameter for parameter in student.parameters() if parameter is student.words.weight]
+    assert len(tied) == 1
+    assert optimizer.state[student.words.weight]["exp_avg"].shape == student.words.weight.shape
+
+
 class Resized(nn.Module):
     """Its code counts on the size of its images."""
 
@@ -256,9 +335,56 @@ class Blocks(Base):
         return self.head(features)
 
 
-@pytest.mark.parametrize("make", [WritesParts, Blocks])
+class ChangesViews(Base):
+    """Arithmetic in place on parts of a layer's output, each another view of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.trunk(x)
+        h[:, :4] += 1
+        h[:, ::2].mul_(2)
+        h.t()[2:6].tanh_()
+        halves = h.view(-1, 2, 4)
+        halves[:, 0].add_(halves[:, 1])
+        return self.head(F.relu(h))
+
+
+class Remembers(Base):
+    """Keeps tensors in plain attributes: what it made once, and what it saw last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids: dict[int, Tensor] = {}
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] not in self.grids:
+            self.grids[x.shape[1]] = torch.linspace(0, 1, x.shape[1], dtype=x.dtype, device=x.device)
+        self.seen = self.features(x * self.grids[x.shape[1]])
+        return self.head(self.seen)
+
+
+class MaskedEncoder(nn.Module):
+    """A mask of PyTorch's own encoder, which asks its values whether it is causal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 10, dropout=0.0, batch_first=True)
+        self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 4)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
+        return self.head(self.encoder(self.embed(x[..., None]), mask=mask)[:, -1])
+
+
+def traced() -> nn.Module:
+    """Every traced network has a class of its own."""
+    return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4)))
+
+
+@pytest.mark.parametrize("make", [WritesParts, Blocks, ChangesViews, Remembers, MaskedEncoder, traced])
 @torch.no_grad()
-def test_unusual_code(make: type[nn.Module]) -> None:
+def test_unusual_code(make: Callable[[], nn.Module]) -> None:
     big, teachers = build(make)
     with big.open_gates():
         assert relative_error(big(*INPUT), mean_output(teachers, INPUT)) <= 1e-9
@@ -266,6 +392,52 @@ def test_unusual_code(make: type[nn.Module]) -> None:
     disturb_weights(big)
     select_gates(big, INPUT)
     assert relative_error(big.compress()(*INPUT), big(*INPUT)) <= 1e-9
+
+
+class Rotary(nn.Module):
+    """Attention as in Llama: rotary positions by frequencies in a buffer, two queries for each key."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.gain = nn.Linear(5, width), nn.Parameter(torch.ones(width))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(width, 16),
+            nn.Linear(width, 8),
+            nn.Linear(width, 8),
+            nn.Linear(16, width),
+        )
+        self.head = nn.Linear(width, 3)
+        self.register_buffer("frequencies", 1 / 10 ** torch.arange(2), persistent=False)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[2], device=x.device)[:, None] * self.frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        first, second = x.chunk(2, dim=-1)
+        return x * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        q, k, v = (layer(y).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = (z.repeat_interleave(2, dim=1) for z in (self.rotated(k), v))
+        y = F.scaled_dot_product_attention(self.rotated(q), k, v, is_causal=True)
+        return self.head((x + self.o(y.transpose(1, 2).flatten(2))).mean(1))
+
+
+@torch.no_grad()
+def test_rotary_positions_leave_heads_apart() -> None:
+    x = (make_batch(BATCH, (6, 5)),)
+    teachers = make_teachers(Rotary, x, 2)
+    for teacher in teachers:
+        teacher.frequencies.copy_(1 / 10 ** torch.arange(2))
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    assert {group.name: group.size for group in big.groups} == {"embed": 8, "q": 2}
+    with big.open_gates():
+        assert relative_error(big(*x), mean_output(teachers, x)) <= 1e-9
+    big.link()
+    disturb_weights(big)
+    select_gates(big, x)
+    assert relative_error(big.compress()(*x), big(*x)) <= 1e-9
 
 
 class Sequence(nn.Module):

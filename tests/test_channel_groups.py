@@ -228,6 +228,21 @@ class AttentionNames(nn.Module):
         return self.items(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("written_norms", {"stem": 6, "hidden_0": 6, "second": 6, "hidden_1": 6, "hidden_2": 6}),
+        ("weight_standardised", {"stem": 6, "widen_weight": 4, "last": 5, "hidden": 7}),
+        ("weight_normed", {"stem": 3, "up": 4, "hidden": 7}),
+    ],
+)
+def test_written_norms_and_computed_weights_leave_channels_apart(name: str, sizes: dict[str, int]) -> None:
+    architecture = BY_NAME[name]
+    found = fastmerge.channel_groups(architecture.make().double(), architecture.inputs(2))
+    assert {group.name: group.size for group in found} == sizes
+    assert not found.kept_whole
+
+
 def test_layers_may_be_named_like_methods() -> None:
     teachers = [AttentionNames().double() for _ in range(2)]
     big = fastmerge.BigStudent(*teachers)

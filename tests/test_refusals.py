@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.hooks import RemovableHandle
 
 import fastmerge
@@ -170,14 +170,68 @@ def test_different_dtypes() -> None:
 def test_parametrized_wrapped_and_compiled_teachers() -> None:
     normed = [conv_network(), conv_network()]
     for network in normed:
-        parametrizations.weight_norm(network[0])
+        parametrizations.spectral_norm(network[0])
     message = refusal(*normed)
     assert "'0'" in message
-    assert "remove_parametrizations" in message
+    assert "remove_parametrizations(teacher.0, 'weight')" in message
+    for network in normed:  # as the message says
+        parametrize.remove_parametrizations(network[0], "weight")
+    fastmerge.BigStudent(*normed, example_inputs=IMAGES)
     wrapped = [nn.DataParallel(conv_network()) for _ in range(2)]
     assert "teacher.module" in refusal(*wrapped)
     compiled = [torch.compile(conv_network(), backend="eager") for _ in range(2)]
     assert "compile" in refusal(*compiled)
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["network", "layer"])
+def test_compiled_by_torch_jit(inner: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = [torch.jit.script(nn.Sequential(nn.Conv2d(6, 6, 1))) for _ in range(2)]
+    message = refusal(*([conv_network(network) for network in compiled] if inner else compiled))
+    assert "is compiled by torch.jit" in message
+    assert "layer '1'" in message or not inner
+
+
+class ComplexFilter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.filter = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.fft.ifft(torch.fft.fft(x) * self.filter).real)
+
+
+def test_tensors_without_values_and_complex_ones() -> None:
+    assert "on the meta device, where tensors have no values" in refusal(resnet().to("meta"), resnet().to("meta"))
+    message = refusal(ComplexFilter(), ComplexFilter())
+    assert "'filter' of teacher 0 is torch.complex64" in message
+
+
+class GivesItsCache(nn.Module):
+    """Returns an object that PyTorch knows nothing of, as Hugging Face's language models do with use_cache."""
+
+    class Cache:
+        def __init__(self, keys: Tensor) -> None:
+            self.keys = keys
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.head, self.use_cache = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, object]:
+        keys = self.keys(x)
+        return self.head(keys.relu()), self.Cache(keys) if self.use_cache else None
+
+
+def test_an_output_that_is_no_container() -> None:
+    teachers = [GivesItsCache(), GivesItsCache()]
+    message = refusal(*teachers)
+    assert "returns a test_refusals.GivesItsCache.Cache" in message
+    assert "use_cache = False" in message
+    for teacher in teachers:  # as the message says
+        teacher.use_cache = False
+    fastmerge.BigStudent(*teachers, example_inputs=IMAGES)
 
 
 def scaled(*_: object) -> Tensor:
@@ -259,18 +313,25 @@ def test_a_block_that_chooses_its_own_method_is_merged() -> None:
 
 
 class TiedEmbedding(nn.Module):
+    """A layer whose output is hidden has the weight of the embedding."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.hidden, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
-        self.head.weight = self.embed.weight
+        self.embed, self.hidden, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False), nn.Linear(9, 4)
+        self.hidden.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.relu(self.hidden(self.embed(x).mean(1))))
 
 
-class TiedFunctionally(TiedEmbedding):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.relu(self.hidden(self.embed(x).mean(1))), self.embed.weight)
+def test_a_hidden_layer_with_the_weight_of_an_embedding() -> None:
+    teachers, x = [TiedEmbedding(), TiedEmbedding()], torch.randint(9, (5, 4))
+    message = refusal(*teachers, example_inputs=x)
+    assert "'embed'" in message
+    assert "weight of an embedding" in message
+    for teacher in teachers:  # as the message says
+        teacher.hidden.weight = nn.Parameter(teacher.embed.weight.detach().clone())
+    fastmerge.BigStudent(*teachers, example_inputs=x)
 
 
 class TiedSlope(nn.Module):
@@ -285,16 +346,14 @@ class TiedSlope(nn.Module):
         return self.head(self.embed(self.hidden(x.float())))
 
 
-@pytest.mark.parametrize("network", [TiedEmbedding, TiedFunctionally, TiedSlope])
-def test_a_layers_weight_that_another_module_uses(network: type[nn.Module]) -> None:
-    teachers, x = [network(), network()], torch.randint(9, (5, 4))
+def test_a_layers_bias_that_another_module_uses() -> None:
+    teachers, x = [TiedSlope(), TiedSlope()], torch.randint(9, (5, 4))
     message = refusal(*teachers, example_inputs=x)
     assert "'embed'" in message
     assert "use one parameter (" in message
     for teacher in teachers:  # as the message says
         teacher.embed.weight = nn.Parameter(teacher.embed.weight.detach().clone())
-    if network is not TiedFunctionally:
-        fastmerge.BigStudent(*teachers, example_inputs=x)
+    fastmerge.BigStudent(*teachers, example_inputs=x)
 
 
 def test_uninitialised_parameters_are_named() -> None:

@@ -73,3 +73,28 @@ class ChannelsLastBlocks(nn.Module):
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         y = self.scale * self.down(F.gelu(self.up(y)))
         return self.head((x + y.permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+class WrittenNorms(nn.Module):
+    """Normalisations without their modules: channels first as in ConvNeXt, Llama's, two by variances, unit length."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.stem, self.second = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.scale, self.shift, self.gain = (nn.Parameter(torch.ones(width)) for _ in range(3))
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, 4)
+
+    def channels_first(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        return self.scale[:, None, None] * ((x - mean) / torch.sqrt(variance + 1e-6)) + self.shift[:, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.channels_first(self.stem(x)))
+        x = self.hidden[0](F.normalize(self.second(x), dim=1).mean((2, 3)))
+        x = self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        x = self.hidden[1](F.gelu(x))
+        x = self.hidden[2]((x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt())
+        variance, mean = torch.var_mean(x, dim=-1, keepdim=True, unbiased=False)
+        return self.head((x - mean) * (variance + 1e-5) ** -0.5)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.utils.parametrizations import weight_norm
 
 
 class LayerUsedTwice(nn.Module):
@@ -191,3 +192,70 @@ class LayerUsedOnInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.shared(F.relu(self.shared(x))))
         return self.fc(F.relu(self.last(x)).mean((2, 3)))
+
+
+class StandardisedConv(nn.Conv2d):
+    """Weight standardisation as timm writes it, with or without a gain."""
+
+    def __init__(self, *args: int, gain: bool = False, **options: int) -> None:
+        super().__init__(*args, padding=1, **options)
+        self.gain = Parameter(torch.ones(self.out_channels, 1, 1, 1)) if gain else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = None if self.gain is None else (self.gain * self.weight[0].numel() ** -0.5).view(-1)
+        weight = F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class StandardisedByVariance(nn.Conv2d):
+    """As Big Transfer's code writes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
+        return F.conv2d(x, (self.weight - mean) / torch.sqrt(variance + 1e-10), self.bias)
+
+
+class StandardisedInSteps(nn.Conv2d):
+    """As the paper's code writes it: means one dimension after another, an unbiased deviation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean(dim=1, keepdim=True).mean(dim=2, keepdim=True).mean(dim=3, keepdim=True)
+        weight = self.weight - mean
+        deviation = weight.view(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+        return F.conv2d(x, weight / deviation.expand_as(weight), self.bias)
+
+
+class WeightStandardised(nn.Module):
+    """Dense, grouped and depthwise convolutions of standardised weights, a linear layer of rows of length 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = StandardisedConv(3, 6, 3), nn.BatchNorm2d(6)
+        self.widen = StandardisedConv(6, 8, 3, gain=True)
+        self.grouped = StandardisedConv(8, 8, 3, groups=4)
+        self.depthwise = StandardisedConv(8, 8, 3, groups=8, gain=True)
+        self.back, self.last = StandardisedByVariance(8, 6, 1), StandardisedInSteps(6, 5, 3)
+        self.hidden, self.fc = nn.Linear(5, 7), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.depthwise(self.grouped(self.widen(x).relu()).relu())
+        x = self.last(self.norm(x + self.back(y.relu())).relu()).mean((2, 3))
+        return self.fc(F.linear(x, F.normalize(self.hidden.weight, dim=1), self.hidden.bias).relu())
+
+
+class WeightNormed(nn.Module):
+    """Weight normalisation of every kind of layer, over every kind of dimension, of the last layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = weight_norm(nn.Conv1d(3, 6, 3, padding=1))
+        self.positions = weight_norm(nn.Conv1d(6, 6, 4, padding=2, groups=3), dim=2)
+        self.up = weight_norm(nn.ConvTranspose1d(6, 4, 4, stride=2, padding=1))
+        self.hidden, self.fc = weight_norm(nn.Linear(4, 7), dim=None), weight_norm(nn.Linear(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.positions(x)[..., :-1].relu()
+        return self.fc(self.hidden(self.up(x).mean(-1)).relu())

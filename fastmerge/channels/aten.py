@@ -17,6 +17,8 @@ LAYERS: dict[str, tuple[str, int]] = {
     **{f"conv{d}d": ("conv", d) for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": ("conv_transpose", d) for d in (1, 2, 3)},
 }
+# linear layers by a weight of (in, out), and how many arguments they then have
+PRODUCTS = {"matmul": 2, "mm": 2, "addmm": 3}
 LAYER_NORMS = {"layer_norm", "rms_norm"}
 NORMS = {"batch_norm", "group_norm", "instance_norm"}
 SAME = {
@@ -106,6 +108,13 @@ def bind(node: fx.Node) -> dict[str, Any]:
 def writes_in_place(node: fx.Node) -> bool:
     """Whether an operation changes one of its operands."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def has_effects(node: fx.Node) -> bool:
+    """Whether an operation whose result nobody reads is needed all the same: it changes a tensor or draws numbers."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return writes_in_place(node) or torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def may_alias(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, enum.Enum)
@@ -53,7 +54,7 @@ class _Key:
         parameters, buffers = own.pop("_parameters"), own.pop("_buffers")
         tensors = tuple((key, self._of_tensor(t)) for key, t in [*parameters.items(), *buffers.items()])
         code = tuple(function.__code__ for kind in type(module).__mro__ for function in _own_functions(kind))
-        return type(module), code, tensors, self._of(own, 0)
+        return parametrize.type_before_parametrizations(module), code, tensors, self._of(own, 0)
 
     def _of_tensor(self, tensor: Tensor | None) -> Hashable:
         if tensor is None:

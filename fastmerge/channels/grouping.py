@@ -67,6 +67,12 @@ class _Grouping:
                 tensors[weight] = (0, units(layer.inputs if transposed else layer.outputs))
                 if layer.call.bias is not None:
                     tensors[layer.call.bias] = (0, units(layer.outputs))
+            norm, geometry = layer.call.norm, layer.call.geometry
+            if norm is not None and norm.dim in ((0,) if layer.call.groups > 1 else (0, 1)):  # norms of channels
+                tensors[norm.magnitude] = (
+                    norm.dim,
+                    units(layer.outputs if norm.dim == geometry.out_dim else layer.inputs),
+                )
         return ChannelGroups(
             named,
             {w: units(layer.inputs) for w, layer in layers.items()},

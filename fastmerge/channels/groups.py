@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -154,6 +154,9 @@ class ChannelGroups:
                 yield Axis(bias, 0, units)
         for name, (dim, units) in self.tensors.items():
             yield Axis(name, dim, units)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChannelGroups:
+        return self  # nobody changes them
 
     def same_channels(self, other: ChannelGroups) -> bool:
         """Whether two runs of a network found the same groups, lying in the same places of its tensors."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmerge.channels.aten import LAYER_NORMS, MOVEMENTS, RESHAPES, SAME, is_pointwise, op_name
-from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.channels.aten import LAYER_NORMS, MOVEMENTS, PRODUCTS, RESHAPES, SAME, is_pointwise, op_name
+from fastmerge.channels.layer_calls import LayerCall, layer_calls, parameter_names, weight_nodes
 from fastmerge.channels.outputs import predictions
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule, has_own_rule
@@ -64,17 +64,19 @@ def _restrides_nothing(func: Any, args: Any) -> bool:
 class _IdInterpreter(fx.Interpreter):
     """Runs one mode's graph node by node, layers by their own rule, everything else operation by operation."""
 
-    def __init__(self, traced: TracedNetwork, mode: str, ids: IdRun, names: dict[int, str]) -> None:
+    def __init__(self, traced: TracedNetwork, mode: str, ids: IdRun, calls: Mapping[fx.Node, LayerCall]) -> None:
         self.graph_mode = mode
         super().__init__(**traced.in_mode(mode), garbage_collect_values=True)
         self.root = traced.root
         self.ids = ids
-        self.names = names
+        self.calls, self.weights = calls, weight_nodes(calls.values())
         self.dispatch = _IdDispatch(ids)
 
     def run_node(self, n: fx.Node) -> Any:
         self.ids.node, self.ids.mode = n, self.graph_mode
-        call = layer_call(n, self.root, self.names)
+        call = self.calls.get(n)
+        if n in self.weights:
+            return super().run_node(n)
         if call is None and not has_own_rule(n):
             with self.dispatch:  # operation by operation of those that it consists of
                 return super().run_node(n)
@@ -84,7 +86,20 @@ class _IdInterpreter(fx.Interpreter):
             apply_rule(self.ids, n.target, args, kwargs, out)
             return out
         record_layer(self.ids, call, self.env[call.input], out, n)
+        if call.rows is not None:
+            written = torch.from_numpy(self.ids.record.layers[call.weight].outputs)
+            for target in call.rows.rows.values():  # such as a gain
+                self.ids.record.unite(self.ids.ids[tensor_at(self.root, target)].flatten(), written)
+        if call.is_tied:
+            self._tie(call)
         return out
+
+    def _tie(self, call: LayerCall) -> None:
+        """A layer reads the channels that the embedding writes whose weight it has."""
+        record, layer = self.ids.record, self.ids.record.layers[call.weight]
+        record.unite(torch.from_numpy(layer.inputs), self.ids.ids[tensor_at(self.root, call.weight)][0])
+        if call.bias is not None:
+            record.unite(torch.from_numpy(layer.outputs), self.ids.ids[tensor_at(self.root, call.bias)])
 
 
 def record_layer(run: IdRun, call: LayerCall, x: Tensor, out: Tensor, node: fx.Node) -> None:
@@ -163,8 +178,8 @@ def run_on_ids(
     record = IdRecord()
     run = IdRun(record)
     predicted = predictions(traced) if predicted is None else predicted
-    names = parameter_names(traced.root)
-    called = _called_weights(traced, names)
+    calls = {mode: layer_calls(graph, traced.root) for mode, graph in traced.graphs.items()}
+    called = _called_weights(traced, calls)
     tensors = [x for x in example_inputs if isinstance(x, Tensor) and x.is_floating_point()]
     inputs = [_input_ids(record, x) for x in tensors]
     parameters = _element_ids(record, traced, {*called, *constants})
@@ -179,7 +194,7 @@ def run_on_ids(
             for name, ids in parameters.items():
                 run.ids[tensor_at(traced.root, name)] = ids
             try:
-                out = _IdInterpreter(traced, mode, run, names).run(*given)
+                out = _IdInterpreter(traced, mode, run, calls[mode]).run(*given)
             except UnmergeableError as error:
                 raise UnmergeableError(*error.problems) from None
             except ValueError as error:  # a rule's own message, without what the interpreter adds to it
@@ -207,9 +222,9 @@ def _find_samples(traced: TracedNetwork, record: IdRecord) -> None:
             key = (mode, node.name)
             if key not in record.reads and key not in record.normalised:
                 continue
-            source = node.args[0]
+            source = node.args[1 if op_name(node) == "addmm" else 0]
             shape, dims = source.meta["shape"], source.meta["sample_dims"]
-            channels = (-1 if op_name(node) in {"linear", *LAYER_NORMS} else 1) % len(shape)
+            channels = (-1 if op_name(node) in {"linear", *PRODUCTS, *LAYER_NORMS} else 1) % len(shape)
             if not is_open:
                 dims = [d for d, size in enumerate(shape) if size == samples and d != channels]
             if len(dims) == 1:
@@ -253,19 +268,37 @@ def _input_ids(record: IdRecord, x: Tensor) -> Tensor:
     return ids.view(1, -1, *[1] * (x.dim() - 2)).expand(x.shape) if x.dim() > 1 else ids.expand(x.shape)
 
 
-def _called_weights(traced: TracedNetwork, names: dict[int, str]) -> set[str]:
+def _called_weights(traced: TracedNetwork, calls: Mapping[str, Mapping[fx.Node, LayerCall]]) -> set[str]:
     """Parameters that belong to layers, which have a rule of their own."""
-    called = set()
-    for graph in traced.graphs.values():
-        calls = {n: c for n in graph.nodes if (c := layer_call(n, traced.root, names)) is not None}
-        called |= {name for call in calls.values() for name in (call.weight, call.bias) if name is not None}
-    for graph in traced.graphs.values():
+    names = parameter_names(traced.root)
+    called = {name for of_mode in calls.values() for call in of_mode.values() for name in call.tensors}
+    problems = []
+    for mode, graph in traced.graphs.items():
+        layers = calls[mode].keys() | weight_nodes(calls[mode].values())
         for node in graph.nodes:
             name = names.get(id(tensor_at(traced.root, str(node.target)))) if node.op == "get_attr" else None
-            if name in called and any(layer_call(user, traced.root, names) is None for user in node.users):
-                outside = next(user for user in node.users if layer_call(user, traced.root, names) is None)
-                _refuse_tied(traced.root, str(name), outside)
+            outside = [user for user in node.users if user not in layers]
+            owner, is_parametrized, of = str(node.target).partition(".parametrizations.")
+            if is_parametrized and outside:
+                problems.append(_parametrized(traced.root, owner, of.partition(".")[0]))
+            elif name in called and outside:
+                _refuse_tied(traced.root, str(name), outside[0])
+    if problems:
+        raise UnmergeableError(*dict.fromkeys(problems))
     return called
+
+
+def _parametrized(root: nn.Module, path: str, tensor: str) -> Problem:
+    kinds = [type(kind).__name__ for kind in root.get_submodule(f"{path}.parametrizations.{tensor}").children()]
+    what = (
+        f"layer '{path}' computes its {tensor} by {', '.join(kinds).lstrip('_')}, which a merge can't follow row by row (of "
+        "PyTorch's parametrizations it follows weight_norm)"
+    )
+    remedy = (
+        f"Call torch.nn.utils.parametrize.remove_parametrizations(teacher.{path}, '{tensor}') on every teacher, and register "
+        "it on the student again"
+    )
+    return Problem(what, remedy, path)
 
 
 def _refuse_tied(root: nn.Module, name: str, outside: fx.Node) -> None:

@@ -41,6 +41,17 @@ def kinds(record: IdRecord, unit: np.ndarray) -> np.ndarray:
 def _outputs_in_the_way(record: IdRecord, kind: np.ndarray) -> Iterator[Problem]:
     for layer in record.layers.values():
         name, output = layer.call.name, kind[layer.outputs] == OUTPUT
+        hidden = kind[layer.inputs] == 0
+        if layer.call.is_tied and not output.all():
+            what = f"layer '{name}' has the weight of an embedding and makes hidden channels, so that rows would be left out"
+            yield Problem(what, "Give each its own weight in every teacher", name)
+        if layer.call.rows is not None and layer.call.groups == 1:
+            if output.any():
+                what = f"layer '{name}' computes its weight, row by row, and makes the network's output; it can't be averaged"
+                yield Problem(what, "Give the last layer a weight that is a parameter", name)
+            elif hidden.any() and not hidden.all():
+                what = f"layer '{name}' computes its weight, row by row, over the network's input and hidden channels together"
+                yield Problem(what, "Let two layers read them and add what they give", name)
         if layer.call.groups > 1 and output.any():
             what = f"layer '{name}' is a grouped convolution that makes the network's output; it can't be averaged"
             yield Problem(what, "Put a convolution with groups=1 or a linear layer after it", name)

@@ -1,13 +1,15 @@
-"""Convolutions and linear layers in a traced graph: ATen operations whose weight is a parameter of the network."""
+"""Convolutions and linear layers in a traced graph: ATen operations whose weight is a parameter, or computed from one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
-from fastmerge.channels.aten import LAYERS, bind, op_name
+from fastmerge.channels.aten import LAYERS, PRODUCTS, bind, op_name
+from fastmerge.channels.computed_weights import RowProgram, WeightNorm, row_program, sources_of, weight_norm
 from fastmerge.channels.tracing import tensor_at
 
 
@@ -16,7 +18,7 @@ class Geometry:
     """What a convolution or linear layer does with its weight, apart from the weight.
 
     Attributes:
-        kind: "linear", "conv" or "conv_transpose".
+        kind: "linear", "matmul" (a linear layer whose weight is (in, out)), "conv" or "conv_transpose".
         spatial_dims: 1, 2 or 3; 0 for linear.
         options: stride, padding, dilation and, where transposed, output_padding.
     """
@@ -28,7 +30,7 @@ class Geometry:
     @property
     def out_dim(self) -> int:
         """The weight's dimension of output channels."""
-        return 1 if self.kind == "conv_transpose" else 0
+        return 1 if self.kind in ("conv_transpose", "matmul") else 0
 
     @property
     def in_dim(self) -> int:
@@ -38,7 +40,7 @@ class Geometry:
     @property
     def channel_dim(self) -> int:
         """The activation's dimension of channels."""
-        return -1 if self.kind == "linear" else 1
+        return 1 if self.spatial_dims else -1
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class LayerCall:
 
     Attributes:
         name: the layer's path in the network, for people.
-        weight: name of its weight parameter.
+        weight: name of its weight parameter, or of the one that its weight is computed from.
         bias: name of its bias parameter, or None.
         geometry: how the weight is applied.
         groups: 1 if every output channel reads every input channel.
         input: the node it reads.
+        operand: the node of the weight.
+        is_tied: whether its weight is that of an embedding, too.
+        norm: of a weight that is computed by weight normalisation, the rest of it.
+        rows: of a weight that is computed row by row, how.
     """
 
     name: str
@@ -60,9 +66,37 @@ class LayerCall:
     geometry: Geometry
     groups: int
     input: fx.Node
+    operand: fx.Node
+    is_tied: bool = False
+    norm: WeightNorm | None = None
+    rows: RowProgram | None = None
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors that are the layer's own: weight, bias and magnitude."""
+        if self.is_tied:
+            return []
+        own = (self.weight, self.bias, None if self.norm is None else self.norm.magnitude)
+        return [name for name in own if name is not None]
 
 
-def layer_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) -> LayerCall | None:
+def layer_calls(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, LayerCall]:
+    """The layer that each node of a traced graph calls, of those that call one."""
+    names = parameter_names(root)
+    embedded = {_parameter_of(node.args[0], root, names) for node in graph.nodes if op_name(node) == "embedding"}
+    calls = {node: call for node in graph.nodes if (call := _layer_call(node, root, names)) is not None}
+    for node, call in calls.items():
+        if call.weight in embedded and call.geometry.kind == "linear" and call.norm is None and call.rows is None:
+            calls[node] = replace(call, is_tied=True)
+    return calls
+
+
+def weight_nodes(calls: Iterable[LayerCall]) -> set[fx.Node]:
+    """The operations that compute the weights of layers, and nothing else."""
+    return {node for call in calls for node in sources_of(call.operand) or [] if node.op == "call_function"}
+
+
+def _layer_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) -> LayerCall | None:
     """The layer that a node calls, or None if it is something else.
 
     Args:
@@ -70,18 +104,66 @@ def layer_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) 
         root: the network the graph's targets refer to.
         parameter_names: the one name of each parameter by ``id``; a tied parameter's second name maps to the first.
     """
-    name = op_name(node)
-    if name not in LAYERS:
+    operands = _operands(node)
+    if operands is None:
         return None
-    arguments = bind(node)
-    source, groups = arguments.pop("input"), arguments.pop("groups", 1)
-    weight, bias = (_parameter_of(arguments.pop(key), root, parameter_names) for key in ("weight", "bias"))
-    computed_bias = bias is None and bind(node)["bias"] is not None
-    if not isinstance(source, fx.Node) or weight is None or computed_bias:
+    source, operand, given, geometry, groups = operands
+    bias = _parameter_of(given, root, parameter_names)
+    if bias is None and given is not None:
         return None
-    kind, spatial_dims = LAYERS[name]
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    return LayerCall(_path(root, weight, bias), weight, bias, Geometry(kind, spatial_dims, options), groups, source)
+    norm = rows = None
+    weight = _parameter_of(untransposed(operand), root, parameter_names)
+    if weight is not None and len(untransposed(operand).meta["shape"]) != geometry.spatial_dims + 2:
+        return None
+    if weight is None:
+        normed = weight_norm(operand, parameter_names, root)
+        if normed is not None:
+            weight, norm = normed
+        elif geometry.out_dim == 0 and (rows := row_program(operand, root)) is not None:
+            weight = _parameter_of(rows.parameter, root, parameter_names)
+    elif operand.op != "get_attr":
+        geometry = replace(geometry, kind="matmul" if geometry.kind == "linear" else "linear")
+    if weight is None:
+        return None
+    call = LayerCall("", weight, bias, geometry, groups, source, operand, norm=norm, rows=rows)
+    return replace(call, name=_path(root, call.tensors))
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, Any, Geometry, int] | None:
+    """What a layer reads, its weight, its bias, how the weight is applied, and of how many groups; None for no layer."""
+    name, given = op_name(node), None
+    if name in LAYERS:
+        arguments = bind(node)
+        source, groups = arguments.pop("input"), arguments.pop("groups", 1)
+        weight, given = arguments.pop("weight"), arguments.pop("bias")
+        kind, spatial_dims = LAYERS[name]
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+        geometry = Geometry(kind, spatial_dims, options)
+    elif name in PRODUCTS:
+        source, weight = node.args[-2:]
+        groups, geometry = 1, Geometry("matmul", 0)
+        if name == "addmm":
+            given = node.args[0]
+        if node.kwargs or len(node.args) > PRODUCTS[name]:
+            return None
+    else:
+        return None
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    if name in PRODUCTS and (source.op == "get_attr" or len(source.meta.get("shape", ())) < 2):
+        return None
+    return source, weight, given, geometry, groups
+
+
+def untransposed(weight: fx.Node) -> fx.Node:
+    """The matrix of which a node is the transpose; any other node itself."""
+    name, dims = op_name(weight), [a for a in weight.args[1:] if not isinstance(a, fx.Node)]
+    swaps = name in ("t", "numpy_T", "matrix_H", "mT") or dims in ([0, 1], [1, 0], [-1, -2], [-2, -1], [[1, 0]])
+    if swaps and name in ("t", "numpy_T", "matrix_H", "mT", "transpose", "permute", "swapaxes"):
+        source = weight.args[0]
+        if isinstance(source, fx.Node) and len(source.meta.get("shape", ())) == 2:
+            return source
+    return weight
 
 
 def _parameter_of(argument: Any, root: nn.Module, parameter_names: dict[int, str]) -> str | None:
@@ -90,11 +172,19 @@ def _parameter_of(argument: Any, root: nn.Module, parameter_names: dict[int, str
     return None
 
 
-def _path(root: nn.Module, weight: str, bias: str | None) -> str:
-    """A layer's path: of the module that holds its weight and bias and no other tensor, or else the weight's name."""
-    owner, _, attribute = weight.rpartition(".")
+def _path(root: nn.Module, tensors: Collection[str]) -> str:
+    """A layer's path: of the module that holds its weight, what belongs to it and no other tensor, or else the weight's name.
+
+    Args:
+        root: the network.
+        tensors: names of its weight, and of its bias and magnitude if it has them.
+    """
+    weight = next(iter(tensors))
+    owner, _, attribute = (
+        weight.partition(".parametrizations.") if ".parametrizations." in weight else weight.rpartition(".")
+    )
     own = {f"{owner}.{name}" for name, _ in root.get_submodule(owner).named_parameters()}
-    return owner if owner and attribute == "weight" and own == {weight, bias} - {None} else weight
+    return owner if owner and attribute.partition(".")[0] == "weight" and own == {*tensors} else weight
 
 
 def parameter_names(root: nn.Module) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,17 @@ def _unite_pairwise(run: IdRun, name: str, a: Tensor, b: Tensor) -> None:
 
 
 def _fixed_positions(run: IdRun, constant: Tensor, ids: Tensor) -> None:
-    """A constant that differs from channel to channel: those channels can't change places."""
+    """A constant that differs from channel to channel: those that meet different entries of it can't change places."""
     small = compact(ids)
     constant = constant.reshape(*[1] * (small.dim() - constant.dim()), *constant.shape)
     varying = [d for d in range(small.dim()) if small.shape[d] > 1 and constant.shape[d] > 1]
     if any(not torch.equal(constant, constant.narrow(d, 0, 1).expand_as(constant)) for d in varying):
         assert run.node is not None
         label = f"constant in {run.node.name} of {run.mode}"
-        present = np.unique(small.numpy())
-        run.record.positions += [(f"{label} {k}", int(i)) for k, i in enumerate(present[present != NO_ID])]
+        sizes = [size if d in varying else 1 for d, size in enumerate(small.shape)]
+        where = torch.arange(math.prod(sizes)).view(sizes).expand(small.shape)
+        meeting = torch.stack([where, small]).flatten(1)[:, small.flatten() != NO_ID]
+        entries, met = torch.unique(meeting, dim=1).numpy()
+        starts = np.flatnonzero(np.diff(entries, prepend=-1))
+        for start, own in zip(starts, np.split(met, starts[1:]), strict=True):
+            run.record.patterns.append((f"{label} {entries[start]}", own))

@@ -68,7 +68,8 @@ class IdRecord:
         united: pairs of ids that are one channel.
         tied: pairs of ids that are kept or dropped together without being one channel.
         issues: what operations computed, in the order of the run.
-        patterns: ids that lie within one channel of what a layer reads, and a text that tells their arrangement apart.
+        patterns: ids that lie within one channel of what a layer reads, or meet one entry of a constant, and a text that tells
+            the arrangement or the entry apart.
         positions: ids that can't change places with others, each with its distinguishing text.
         mixed: (layer, operation, ids) where an operation mixed channels, which are one from there on.
         inputs: ids of the network's input channels.

@@ -64,6 +64,14 @@ def settle_tensors(record: IdRecord) -> None:
         waiting = {name: ids for name, ids in record.tensors.items() if sum(size > 1 for size in ids.shape) > 1}
 
 
+def mixing_tensors(record: IdRecord) -> set[str]:
+    """Names of tensors without a dimension of channels, or whose channels are among those that an operation mixed."""
+    label = connected(record.count, record.united)
+    mixed = np.unique(label[np.concatenate([ids for _, _, ids in record.mixed] or [np.zeros(0, dtype=np.int64)])])
+    meeting = {n for n, ids in record.tensors.items() if np.isin(label[np.unique(ids.numpy())], mixed).any()}
+    return meeting | set(record.without_channels)
+
+
 def _along(channels: Tensor, dim: int) -> Tensor:
     """The entries along one dimension at the start of all others."""
     return channels[tuple(slice(None) if d == dim else slice(0, 1) for d in range(channels.dim()))]

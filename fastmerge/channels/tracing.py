@@ -27,7 +27,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from fastmerge import isolation
-from fastmerge.channels.aten import bind, op_name
+from fastmerge.channels.aten import bind, has_effects, op_name
+from fastmerge.channels.written_norms import recognise_norms
 from fastmerge.isolation import exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
@@ -163,13 +164,32 @@ def _exported(
                 if "onstraint" not in str(raised) and "specializ" not in str(raised):
                     break
     assert error is not None
-    path, code = entered[-1] if entered else "", _line_of(error)
+    raise UnmergeableError(_untraceable(type(model).__name__, mode, entered[-1] if entered else "", error)) from error
+
+
+def _untraceable(name: str, mode: str, path: str, error: Exception) -> Problem:
+    """What to say of a network that torch.export can't follow.
+
+    Args:
+        name: of its class.
+        mode: in which it was run.
+        path: of the module it was in.
+        error: what was raised.
+    """
+    code = _line_of(error)
+    unknown = re.search(r"Found <class '([^']*)'> in output, which is not a known type", str(error))
+    if unknown:
+        what = f"{name} can't be traced: it returns a {unknown[1]} ({mode} mode), which is no container of tensors to PyTorch"
+        remedy = "Let it return none (for a cache of Hugging Face's, model.config.use_cache = False on every teacher)"
+        return Problem(what, remedy, "", "")
     where = f"module '{path}'" if path else "its forward"
-    what = (
-        f"{type(model).__name__} can't be traced: {where} ({mode} mode{code and f', {code}'}) needs the values of a tensor or "
-        f"a construct torch.export can't follow ({type(error).__name__}: {_first_line(error)})"
-    )
-    raise UnmergeableError(Problem(what, "Make the control flow independent of the data", path, code)) from error
+    where += f" ({mode} mode{code and f', {code}'})"
+    reason = f"({type(error).__name__}: {_first_line(error)})"
+    if re.search("data-dependent|DataDependent|unbacked", type(error).__name__ + str(error)):
+        what = f"{name} can't be traced: {where} needs the values of a tensor or a construct torch.export can't follow {reason}"
+        return Problem(what, "Make the control flow independent of the data", path, code)
+    what = f"{name} can't be traced: {where} fails while torch.export follows it {reason}"
+    return Problem(what, "Write that in another way", path, code)
 
 
 @contextmanager
@@ -259,14 +279,14 @@ def _cleaned(program: Any, traced: TracedNetwork, calls: Mapping[str, str]) -> f
     _inline_regions(module)
     source: fx.Graph = module.graph
     root = traced.root
-    known = {
-        n for n, _ in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
-    }
+    tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    first = {id(tensor): name for name, tensor in reversed(tensors)}
+    known = {name: first[id(tensor)] for name, tensor in tensors}  # one name of tensors that are tied
     for node in reversed(list(source.nodes)):  # eliminate_dead_code would keep what changes a tensor in place
         name = op_name(node)
         counter = name == "add" and str(getattr(node.args[0], "target", "")).endswith("num_batches_tracked")
         assertion = name.startswith(("_assert", "sym_constrain")) or node.op == "call_module"
-        unused = node.op == "get_attr" or name.startswith("sym_") or (node.op == "call_function" and not name)
+        unused = node.op == "get_attr" or (node.op == "call_function" and not (name and has_effects(node)))
         if (counter or assertion or unused) and not node.users:
             source.erase_node(node)
         elif _is_identity(node):
@@ -282,10 +302,13 @@ def _cleaned(program: Any, traced: TracedNetwork, calls: Mapping[str, str]) -> f
             traced.constants[name] = tensor
             _add_constant(root, name, traced.constants[name].clone())
             new.target = f"{CONSTANT}.{name}"
+        elif node.op == "get_attr":
+            new.target = known[str(node.target)]
         if node.op == "placeholder":
             new.args = ()
         new.meta = _metadata(node, calls)
         copied[node] = new
+    recognise_norms(graph)
     return graph
 
 

@@ -11,18 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastmerge.channels.aten import LAYER_NORMS, bind, is_size, op_name, writes_in_place
 from fastmerge.channels.groups import AxisUnits
-from fastmerge.channels.layer_calls import LayerCall
+from fastmerge.channels.layer_calls import LayerCall, untransposed
 from fastmerge.channels.tracing import module_path
 from fastmerge.lowering.channelwise import JoinedCall, Placement, is_norm, joined_call
+from fastmerge.lowering.computed_weights import compute_weight
 from fastmerge.lowering.fusion import NormUse, fuse
 from fastmerge.lowering.patterns import Lowered
 from fastmerge.lowering.values import JoinedValue, Memory, Value, Values, nodes_of
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.layer_norm import gated_layer_norm
+from fastmerge.wide.computed_weights import column_weights
+from fastmerge.wide.layer_norm import gated_layer_norm, tied_linear
 from fastmerge.wide.network import attach_gate
 from fastmerge.wide.population import Population
 
@@ -102,6 +105,8 @@ class _Lowering:
 
     def run(self) -> tuple[fx.Graph, list[NormUse]]:
         for node in self.analysis.traced.graphs[self.mode].nodes:
+            if node in self.analysis.weight_nodes[self.mode]:
+                continue
             if node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self.values.returned))
             elif node.op == "placeholder":
@@ -110,6 +115,8 @@ class _Lowering:
                 )
             elif (call := self.analysis.dense_call(self.mode, node)) is not None:
                 self.values.current[node] = self._layer(node, call)
+            elif (call := self.analysis.tied_call(self.mode, node)) is not None:
+                self.values.current[node] = self._tied_layer(node, call)
             elif node.op == "get_attr":
                 if self.analysis.tensor_name(str(node.target)) not in self.analysis.held:
                     self.values.current[node] = self._tensor(node)
@@ -125,7 +132,7 @@ class _Lowering:
         shapes = {node: self.analysis.shapes[self.mode, node.name] for node in values if self._has_shape(node)}
         norms = {node: call.path for node, call in self.analysis.norms[self.mode].items()}
         lowered = Lowered(self.graph, values, self.gate_calls, shapes, norms, self.network)
-        return fuse(lowered, (node for node in nodes if is_norm(node)))
+        return fuse(lowered, (node for node in nodes if is_norm(node) and node in values))
 
     def _has_shape(self, node: fx.Node) -> bool:
         return (self.mode, node.name) in self.analysis.shapes
@@ -138,22 +145,44 @@ class _Lowering:
             return self.values.parts(self.graph.call_method("each", (module, values)))
         shape = self.analysis.shapes.get((self.mode, node.name))
         join = self.joined and node in self.streams and shape is not None
-        out = self.graph.call_module(path, (values,), {"join": True} if join else {})
+        kwargs = {**({"join": True} if join else {}), **self._computed(node, call)}
+        out = self.graph.call_module(path, (values,), kwargs)
         if not join:
             return self.values.parts(out) if node in self.streams else self.values.part(out, 0)
         assert shape is not None
         dim = call.geometry.channel_dim % len(shape)
         return JoinedValue(self.values.part(out, 0), Placement(dim, shape[dim], len(shape)))
 
+    def _tied_layer(self, node: fx.Node, call: LayerCall) -> Value:
+        """The last layer, whose weight is each teacher's embedding's."""
+        value = self._gated_value(node, call)
+        streams = self.values.take_apart(value) if isinstance(value, JoinedValue) else nodes_of(value)
+        teachers = range(self.num_teachers)
+        weights = [self.values.pick(untransposed(call.operand), t) for t in teachers]
+        bias = bind(node).get("bias")
+        if self.each:
+            biases = [None if bias is None else self.values.pick(bias, t) for t in teachers]
+            return [
+                self.graph.call_function(F.linear, operands) for operands in zip(streams, weights, biases, strict=True)
+            ]
+        units = self.analysis.groups.reads[self.mode, node.name]
+        gate = self.graph.get_attr(self._gate(node, call.name, units, -1))
+        args = (self.gates, tuple(streams), tuple(weights), self.num_teachers * len(units.group))
+        out = self.graph.call_function(tied_linear, args, {"gate": gate})
+        return out if bias is None else self.graph.call_function(torch.add, (out, self.values.pick(bias, 0)))
+
     def _read(self, node: fx.Node, call: LayerCall) -> tuple[fx.Node, ...]:
         """What a layer reads: streams are gated once, for this layer and all later users (but for those that undo it)."""
+        return tuple(nodes_of(self._gated_value(node, call)))
+
+    def _gated_value(self, node: fx.Node, call: LayerCall) -> Value:
         source = call.input
         value = self.values.of(source)
         if isinstance(value, fx.Node):
-            if not self.wirings[call.weight].reads_streams:
-                return (value,)
+            if not call.is_tied and not self.wirings[call.weight].reads_streams:
+                return value
             # a layer used twice, once on a shared tensor, or one that makes each teacher's output from the input
-            return tuple(nodes_of(self._gated(node, call, [value] * self.num_teachers)))
+            return self._gated(node, call, [value] * self.num_teachers)
         if isinstance(value, JoinedValue) and value.place.dim != call.geometry.channel_dim % value.place.rank:
             value = self.values.take_apart(value)
         if source not in self.values.ungated:
@@ -162,7 +191,7 @@ class _Lowering:
                 (self.gate_calls[source],) = {part.args[0] for part in nodes_of(gated)}  # type: ignore[assignment]
                 self.values.ungated[source] = self.values.current[source]
                 self.values.current[source] = value = gated
-        return tuple(nodes_of(value))
+        return value
 
     def _gated(self, node: fx.Node, call: LayerCall, value: list[fx.Node] | JoinedValue) -> list[fx.Node] | JoinedValue:
         units = self.analysis.groups.reads[(self.mode, node.name)]
@@ -231,11 +260,37 @@ class _Lowering:
         call, norm = self.analysis.calls[self.mode].get(node), self.analysis.norms[self.mode].get(node)
         source, path = (norm.input, norm.path) if norm is not None else (call.input, call.name)  # type: ignore[union-attr]
         value, shape = self.values.of(source, ungated=True), self.analysis.shapes[self.mode, node.name]
+        kwargs = {} if call is None else self._computed(node, call)
         if isinstance(value, JoinedValue) and value.place.dim == 1:
-            out = self.graph.call_module(path, (value.node,))
+            out = self.graph.call_module(path, (value.node,), kwargs)
             return JoinedValue(self.values.part(out, 0), Placement(1, shape[1], len(shape)))
         streams = [self.values.pick(source, t, ungated=True) for t in range(self.num_teachers)]
-        return self.values.parts(self.graph.call_module(path, tuple(streams)))
+        return self.values.parts(self.graph.call_module(path, tuple(streams), kwargs))
+
+    def _computed(self, node: fx.Node, call: LayerCall) -> dict[str, Any]:
+        """The weight of a layer that computes it row by row, as an argument of its call."""
+        if call.rows is None:
+            return {}
+        path, groups = self.analysis.paths.get(call.weight, call.name), self.analysis.groups
+        parameter = self.graph.get_attr(f"{path}.weight")
+        tensors = {call.rows.parameter: parameter}
+        for source in call.rows.axes:
+            if source.op == "get_attr" and source not in tensors:
+                value = nodes_of(self._tensor(source))
+                if len(value) > 1:  # a value for each row
+                    value = [self.graph.call_function(torch.cat, (value, call.rows.axes[source].index((0,))))]
+                tensors[source] = value[0]
+        rows = self.population.is_left(groups.outputs[call.weight]).sum(1).tolist()
+        shape = self.analysis.shapes[self.mode, call.rows.weight.name]
+        columns, width = None, shape[1]
+        if call.groups == 1 and self.wirings[call.weight].reads_streams:
+            units = groups.reads[self.mode, node.name]
+            width = int(self.population.is_left(units).sum())
+            gate = self.graph.get_attr(self._gate(node, call.name, units, call.geometry.channel_dim))
+            args = (self.gates, rows, self.num_teachers * shape[1], parameter)
+            columns = self.graph.call_function(column_weights, args, {"gate": gate})
+        lengths = (sum(rows), width, *shape[2:])
+        return {"weight": (compute_weight(self.graph, call.rows, tensors, lengths, columns),)}
 
     def _joined_call(self, node: fx.Node) -> JoinedCall | None:
         sources = [source for source in node.all_input_nodes if not is_size(source)]

@@ -119,7 +119,7 @@ def _hand_out_weights(graph: fx.Graph, network: nn.Module, num_streams: int) -> 
     for node, layer in layers:
         cut = isinstance(layer, GroupedLayer) or (layer.wiring.has_off_diagonal and not layer.linked)
         for name in ("weight", "bias"):
-            if getattr(layer, name) is not None:
+            if getattr(layer, name) is not None and name not in node.kwargs:
                 parts[f"{node.target}.{name}"] = num_streams if cut else 1
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         tensors = tuple(graph.get_attr(path) for path in parts)
@@ -127,7 +127,7 @@ def _hand_out_weights(graph: fx.Graph, network: nn.Module, num_streams: int) -> 
         weights = {path: graph.call_function(operator.getitem, (handed, k)) for k, path in enumerate(parts)}
     for node, _ in layers:
         own = {name: weights[path] for name in ("weight", "bias") if (path := f"{node.target}.{name}") in weights}
-        node.kwargs = {**node.kwargs, **own}
+        node.kwargs = {**own, **node.kwargs}
 
 
 def _compiled(

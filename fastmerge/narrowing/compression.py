@@ -62,6 +62,7 @@ class Compressor:
 
     Attributes:
         sources: per parameter or buffer of the student, the wide tensors it is cut from.
+        magnitudes: per magnitude of a normalised weight, the norm of what was cut, the weight and its norms' dimension.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Compressor:
     ) -> None:
         self.groups, self.kept, self.population = groups, kept, population
         self.sources: dict[str, list[Tensor]] = {}
+        self.magnitudes = layout.magnitudes
         self._cuts: dict[str, Cut] = {}
         tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for weight, path in layout.layers.items():
@@ -97,7 +99,13 @@ class Compressor:
 
     def cut_all(self, in_place: bool) -> dict[str, Tensor]:
         """The student's parameters and buffers by name, one after another in their sources' memory if ``in_place``."""
-        return {name: self.cut(name, sources, in_place) for name, sources in self.sources.items()}
+        tensors = {name: self.cut(name, sources, in_place) for name, sources in self.sources.items()}
+        for magnitude, (weight, dim) in self.magnitudes.items():
+            tensors[magnitude] = torch.norm_except_dim(tensors[weight], 2, dim)
+            tensors[weight] += (
+                tensors[magnitude] == 0
+            )  # where all is zero any direction will do, but none of length zero
+        return tensors
 
     def cut(self, name: str, sources: Sequence[Tensor], in_place: bool) -> Tensor:
         """A parameter or buffer of the student, or what an optimizer keeps for each of its elements.

@@ -103,11 +103,15 @@ class StateCarrier:
                 entry[key] = self.compressor.cut(name, per_element.pop(key), in_place=True)
             if entry:
                 state[parameters[name]] = entry
-        owner = {
-            id(sources[0]): parameters[name] for name, sources in self.compressor.sources.items() if name in parameters
+        owners = {
+            id(sources[0]): [parameters[name]]
+            for name, sources in self.compressor.sources.items()
+            if name in parameters
         }
+        for magnitude, (weight, _) in self.compressor.magnitudes.items():
+            owners[id(self.compressor.sources[weight][0])].append(parameters[magnitude])
         for group in self.optimizer.param_groups:
-            group["params"] = [owner[id(p)] for p in group["params"] if id(p) in owner]
+            group["params"] = [owner for p in group["params"] for owner in owners.get(id(p), [])]
         self.optimizer.param_groups[:] = [group for group in self.optimizer.param_groups if group["params"]]
         self.optimizer.state.clear()
         self.optimizer.state.update(state)

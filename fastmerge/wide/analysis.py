@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _NormBase
 
-from fastmerge.channels.aten import NEW, bind, is_size, op_name, writes_in_place
+from fastmerge.channels.aten import NEW, bind, is_size, may_alias, op_name, writes_in_place
 from fastmerge.channels.groups import OUTPUT, ChannelGroups
-from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.channels.layer_calls import LayerCall, layer_calls, parameter_names, weight_nodes
 from fastmerge.channels.tracing import TracedNetwork
 from fastmerge.wide.layers import Wiring
 
@@ -49,6 +49,7 @@ class Analysis:
         shapes: of its values, by (mode, node name).
         names: the one name of each parameter by each of its names.
         calls: per mode, the layer call of each node that is one (dense and grouped).
+        weight_nodes: per mode, the operations that compute the weights of layers.
         norms: per mode, the BatchNorm call of each node that all teachers' can run as one.
     """
 
@@ -58,6 +59,7 @@ class Analysis:
     shapes: dict[tuple[str, str], tuple[int, ...]] = field(init=False)
     names: dict[str, str] = field(init=False)
     calls: dict[str, dict[fx.Node, LayerCall]] = field(init=False)
+    weight_nodes: dict[str, set[fx.Node]] = field(init=False)
     norms: dict[str, dict[fx.Node, NormCall]] = field(init=False)
     _streams: dict[tuple[str, bool], frozenset[fx.Node]] = field(init=False, default_factory=dict)
 
@@ -65,11 +67,12 @@ class Analysis:
         root, ids = self.traced.root, parameter_names(self.traced.root)
         self.names = {name: ids[id(parameter)] for name, parameter in root.named_parameters(remove_duplicate=False)}
         self.shapes = self.traced.shapes
-        self.calls = {
-            mode: {n: c for n in graph.nodes if (c := layer_call(n, root, ids)) is not None}
-            for mode, graph in self.traced.graphs.items()
-        }
+        self.calls = {mode: layer_calls(graph, root) for mode, graph in self.traced.graphs.items()}
         self.norms = self._find_norms()
+        self.weight_nodes = {
+            mode: weight_nodes(c for n, c in calls.items() if c.groups == 1 or self.is_wide(mode, n))
+            for mode, calls in self.calls.items()
+        }
 
     @property
     def stateful(self) -> Collection[str]:
@@ -102,22 +105,27 @@ class Analysis:
         calls = [
             c for mode in self.calls for n, c in self.calls[mode].items() if c.groups == 1 or self.is_wide(mode, n)
         ]
-        tensors = {name for call in calls for name in (call.weight, call.bias) if name is not None}
+        tensors = {name for call in calls for name in call.tensors}
         return tensors | {
             name for norms in self.norms.values() for norm in norms.values() for name in norm.tensors.values()
         }
 
     def dense_call(self, mode: str, node: fx.Node) -> LayerCall | None:
-        """The dense layer a node calls, if any."""
+        """The dense layer a node calls, if any, whose weight is its own."""
         call = self.calls[mode].get(node)
-        return call if call is not None and call.groups == 1 else None
+        return call if call is not None and call.groups == 1 and not call.is_tied else None
+
+    def tied_call(self, mode: str, node: fx.Node) -> LayerCall | None:
+        """The last layer that a node calls, if any, whose weight is an embedding's, too."""
+        call = self.calls[mode].get(node)
+        return call if call is not None and call.is_tied else None
 
     def is_wide(self, mode: str, node: fx.Node) -> bool:
         """Whether a node is a BatchNorm or grouped convolution that all teachers' run as one."""
         call = self.calls[mode].get(node)
         if call is None:
             return node in self.norms[mode]
-        return call.groups > 1 and self.tied.isdisjoint({call.weight, call.bias})
+        return call.groups > 1 and self.tied.isdisjoint(call.tensors)
 
     def averages(self, call: LayerCall) -> bool:
         """Whether a layer makes the network's output, which is the teachers' mean."""
@@ -154,7 +162,7 @@ class Analysis:
         for node in self.traced.graphs[mode].nodes:
             if node.op in ("placeholder", "output") or is_size(node):
                 continue
-            call = self.dense_call(mode, node)
+            call = self.dense_call(mode, node) or self.tied_call(mode, node)
             if call is not None:
                 is_stream = each or not self.averages(call)
             else:
@@ -184,7 +192,7 @@ class Analysis:
                     first, before = wirings.get(call.weight, (call, Wiring(False, False)))
                     averages = self.averages(call)
                     reads = before.reads_streams or call.input in streams or (self.each and averages)
-                    wirings[call.weight] = (first, Wiring(reads, not averages))
+                    wirings[call.weight] = (first, Wiring(reads, not averages, call.rows is not None))
         return wirings
 
     def needs_each(self, nonlinear: set[tuple[str, str]]) -> bool:
@@ -192,7 +200,7 @@ class Analysis:
         for mode, graph in self.traced.graphs.items():
             tail: set[fx.Node] = set()
             for node in graph.nodes:
-                call = self.dense_call(mode, node)
+                call = self.dense_call(mode, node) or self.tied_call(mode, node)
                 follows = any(source in tail for source in node.all_input_nodes)
                 if follows and call is not None:
                     return True
@@ -250,8 +258,11 @@ def _made_by(node: fx.Node) -> fx.Node | None:
     while (
         isinstance(target, fx.Node)
         and op_name(target) not in NEW
+        and (may_alias(target) or writes_in_place(target))
         and any(not is_size(source) for source in target.all_input_nodes)
     ):
         target = target.args[0]
-    made = isinstance(target, fx.Node) and target.op == "call_function"
-    return target if made else None
+    if not isinstance(target, fx.Node) or target.op != "call_function":
+        return None
+    from_nothing = op_name(target) in NEW or all(is_size(source) for source in target.all_input_nodes)
+    return target if from_nothing else None

@@ -19,6 +19,7 @@ from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import run_on_ids
 from fastmerge.channels.outputs import Name, predictions
+from fastmerge.channels.signatures import mixing_tensors
 from fastmerge.channels.tracing import TracedNetwork, flat_inputs, trace
 from fastmerge.isolation import ONE_THREAD
 from fastmerge.problems import Problem, UnmergeableError
@@ -130,13 +131,13 @@ def read_network(
 
 
 def common_buffers(teachers: Sequence[nn.Module]) -> frozenset[str]:
-    """Names of matrices and maps among the floating buffers that are the same in all teachers, such as an adjacency matrix."""
+    """Names of floating buffers that are the same in all teachers, such as an adjacency matrix or frequencies of rotations."""
     others = [dict(teacher.named_buffers()) for teacher in teachers[1:]]
     return frozenset(
         name
         for name, buffer in teachers[0].named_buffers()
         if buffer.is_floating_point()
-        and sum(size > 1 for size in buffer.shape) > 1
+        and buffer.numel() > 1
         and all(name in other and torch.equal(buffer, other[name]) for other in others)
     )
 
@@ -154,10 +155,12 @@ def _read_once(
             leaves = [x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x for x in leaves]
         record = run_on_ids(traced, leaves, predicted)
         groups = group_channels(record)
-        constant = common.intersection(record.without_channels) - _changed(traced)
+        constant = (common & mixing_tensors(record)) - _changed(traced)
         if constant:  # that would keep what it meets from one teacher as a whole
-            record = run_on_ids(traced, leaves, predicted, constant)
-            groups = group_channels(record)
+            other = run_on_ids(traced, leaves, predicted, constant)
+            others = group_channels(other)
+            if others.choice.fixed < groups.choice.fixed or constant.intersection(record.without_channels):
+                record, groups = other, others
         known = (traced, groups, record.nonlinear_nodes, predicted)
         if key is not None:
             _KNOWN[key] = (traced.with_root(nn.Module()), *known[1:])

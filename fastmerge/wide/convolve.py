@@ -37,8 +37,8 @@ def convolve(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None,
     few = groups <= _MOST_GROUPS_COMPILED or not torch.compiler.is_compiling()
     if groups > 1 and few and _runs_as_measured(geometry, x, weight):
         return grouped_conv2d(x, weight, bias, groups=groups, **options)
-    if geometry.kind == "linear":
-        return F.linear(x, weight, bias)
+    if geometry.spatial_dims == 0:
+        return F.linear(x, weight if geometry.kind == "linear" else weight.t(), bias)
     if geometry.kind == "conv":
         return _CONV[geometry.spatial_dims](x, weight, bias, groups=groups, **options)
     return _CONV_TRANSPOSE[geometry.spatial_dims](x, weight, bias, groups=groups, **options)

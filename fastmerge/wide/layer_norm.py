@@ -1,7 +1,7 @@
-"""Layer normalisation of T streams, with statistics weighted by the gates.
+"""Layer normalisation of T streams, with statistics weighted by the gates, and a last layer that an embedding shares.
 
-With open gates it is each teacher's own; with the gates of as many channels as one teacher has at 1 and the others at 0, it is
-the student's. In between, as gates close, each stream's statistics come more and more from the others' channels, too.
+With open gates a normalisation is each teacher's own; with the gates of as many channels as one teacher has at 1 and the others
+at 0, it is the student's. In between, as gates close, each stream's statistics come more and more from the others' channels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def gated_layer_norm(
     x = [stream.to(dtype) for stream in streams]
     g = [gate.shaped(own, stream) for own, stream in zip(columns, x, strict=True)]
     totals = [own.sum(-1, keepdim=True) for own in g]
-    coupling = ((1 - torch.stack(totals).sum(0) / size) / (1 - 1 / count)).clamp(0, 1)
+    coupling = coupling_of(torch.stack(totals).sum(0), size, count)
     safe = [total.clamp_min(_LEAST) for total in totals]
     means = [(own * v).sum(-1, keepdim=True) / total for own, v, total in zip(g, x, safe, strict=True)]
     if not centred:
@@ -75,6 +75,39 @@ def gated_layer_norm(
         y = (x[t] - mean) * ((within + between) / total + eps).rsqrt()
         outputs.append(_affine(y.to(streams[t].dtype), scales[t], shifts[t]))
     return tuple(outputs)
+
+
+def tied_linear(
+    gates: Tensor | None, streams: Sequence[Tensor], weights: Sequence[Tensor], size: int, *, gate: GateStreams
+) -> Tensor:
+    """The last layer of all teachers by the weights of their embeddings: ``Σ W_t x_t / (T ḡ)``, ḡ the mean gate.
+
+    With open gates it is the teachers' mean; with n of T·n channels kept it is the sum over them, as the student's.
+
+    Args:
+        gates: (N or 1, all streams' channels), or None for open gates.
+        streams: T tensors (N, ..., channels), gated.
+        weights: the embeddings' (words, channels).
+        size: T·n, the channels of all teachers before any was dropped, which count as closed.
+        gate: the module that knows which gate belongs to which channel.
+    """
+    outputs = [F.linear(x, weight) for x, weight in zip(streams, weights, strict=True)]
+    total = sum(outputs[1:], outputs[0])
+    if gates is None:
+        return total / len(streams)
+    scale = len(streams) * (gates.sum(1, keepdim=True) / size).clamp_min(1 / size)
+    return total / gate.shaped(scale, total)
+
+
+def coupling_of(total: Tensor, size: int, count: int) -> Tensor:
+    """How much of other teachers' channels a teacher sees, ``clamp((1 − ḡ) / (1 − 1/T), 0, 1)``: 0 with open gates, 1 at 1/T.
+
+    Args:
+        total: the sum of the gates.
+        size: of how many channels, those dropped included.
+        count: T.
+    """
+    return ((1 - total / size) / (1 - 1 / count)).clamp(0, 1)
 
 
 _LEAST = 1e-6  # of gates that are all closed, whose channels nobody reads

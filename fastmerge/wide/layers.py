@@ -30,14 +30,23 @@ from fastmerge.wide.weights import Weight, own, whole_of
 
 @dataclass(frozen=True)
 class Wiring:
-    """Which kinds of value a wide layer connects."""
+    """Which kinds of value a wide layer connects.
+
+    Attributes:
+        reads_streams: rather than a shared tensor.
+        writes_streams: rather than their mean.
+        always_dense: whether the off-diagonal weights are there from the start, where what a weight is computed from is zero
+            off the diagonal but the weight is not.
+    """
 
     reads_streams: bool
     writes_streams: bool
+    always_dense: bool = False
 
     @property
     def has_off_diagonal(self) -> bool:
-        return self.reads_streams and self.writes_streams
+        """Whether there are off-diagonal weights to come."""
+        return self.reads_streams and self.writes_streams and not self.always_dense
 
 
 class WideLayer(nn.Module):
@@ -69,6 +78,8 @@ class WideLayer(nn.Module):
         self.in_channels = weights[0].shape[geometry.in_dim]
         if wiring.writes_streams:
             weight = torch.cat(list(weights), dim=0 if wiring.reads_streams else geometry.out_dim)
+            if wiring.reads_streams and wiring.always_dense:
+                weight = self.dense(weight)
             bias = torch.cat(list(biases)) if biases is not None else None
         else:
             if wiring.reads_streams:
@@ -167,7 +178,7 @@ class WideLayer(nn.Module):
     def _block_diagonal(
         self, values: Sequence[Tensor], weight: Weight, bias: Weight | None, join: bool
     ) -> tuple[Tensor, ...]:
-        if len(values) == 1 and join and self.geometry.kind != "linear":
+        if len(values) == 1 and join and self.geometry.spatial_dims:
             return (convolve(self.geometry, values[0], weight[0], whole_of(bias), self.num_teachers),)
         outputs = convolve_streams(self.geometry, self._streams(values), weight, bias)
         return (torch.cat(outputs, self.geometry.channel_dim),) if join else outputs

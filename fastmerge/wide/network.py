@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import CONSTANT, tensor_at
 from fastmerge.wide.analysis import BATCH_NORM_TENSORS, Analysis
 from fastmerge.wide.grouped import GroupedLayer
@@ -25,6 +26,7 @@ class Layout:
     Attributes:
         layers: per weight name of a dense layer, its path.
         biases: per bias name of a dense layer, its weight's name.
+        magnitudes: per name of the magnitude of a normalised weight, the weight's name and the dimension of its norms.
         side_by_side: per name of a tensor of a normalisation or grouped convolution, the qualified name of the one that holds
             the teachers' along its first dimension.
         averaged: per name of a tensor that acts on the network's output, the qualified name of the mean.
@@ -33,6 +35,7 @@ class Layout:
 
     layers: dict[str, str] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
+    magnitudes: dict[str, tuple[str, int]] = field(default_factory=dict)
     side_by_side: dict[str, str] = field(default_factory=dict)
     averaged: dict[str, str] = field(default_factory=dict)
     per_teacher: dict[str, list[str]] = field(default_factory=dict)
@@ -40,7 +43,7 @@ class Layout:
     @property
     def merged(self) -> set[str]:
         """Names of the teachers' tensors that are not the same for all."""
-        return {*self.layers, *self.biases, *self.side_by_side, *self.averaged, *self.per_teacher}
+        return {*self.layers, *self.biases, *self.magnitudes, *self.side_by_side, *self.averaged, *self.per_teacher}
 
 
 def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn.Module, Layout]:
@@ -54,18 +57,18 @@ def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn
         A tree of modules with the teachers' paths, and where everything is.
     """
     network, layout = nn.Module(), Layout()
-    parameters = [dict(t.named_parameters()) for t in teachers]
     for weight, (call, wiring) in analysis.wirings.items():
-        biases = None if call.bias is None else [p[call.bias].detach() for p in parameters]
+        biases = None if call.bias is None else [tensor_at(t, call.bias).detach() for t in teachers]
         wide = WideLayer(
             call.geometry,
             wiring,
-            [p[weight].detach() for p in parameters],
+            [_weight(call, t) for t in teachers],
             biases,
             keep_each_bias=analysis.each and not wiring.writes_streams,
         )
         attach(network, call.name, wide)
         layout.layers[weight] = call.name
+        _add_magnitude(layout, call)
         if call.bias is not None:
             layout.biases[call.bias] = weight
     for mode, graph in analysis.traced.graphs.items():
@@ -77,6 +80,19 @@ def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     return network, layout
+
+
+def _weight(call: LayerCall, teacher: nn.Module) -> Tensor:
+    """What is trained of a teacher's weight: of one that is normalised, the weight itself."""
+    parameter = tensor_at(teacher, call.weight).detach()
+    if call.norm is None:
+        return parameter
+    return torch._weight_norm(parameter, tensor_at(teacher, call.norm.magnitude).detach(), call.norm.dim)
+
+
+def _add_magnitude(layout: Layout, call: LayerCall) -> None:
+    if call.norm is not None:
+        layout.magnitudes[call.norm.magnitude] = (call.weight, call.norm.dim)
 
 
 def _attach_wide(
@@ -98,7 +114,9 @@ def _attach_wide(
         wide: nn.Module = WideBatchNorm(norms)
     else:
         assert call is not None
-        wide = GroupedLayer(call.geometry, call.groups, own["weight"], own.get("bias"))
+        weights = [_weight(call, t) for t in teachers]
+        wide = GroupedLayer(call.geometry, call.groups, weights, own.get("bias"))
+        _add_magnitude(layout, call)
     attach(network, path, wide)
     layout.side_by_side.update({name: f"{path}.{key}" for key, name in tensors.items()})
 
