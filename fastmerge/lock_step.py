@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.groups import ChannelGroups
-from fastmerge.channels.layer_calls import LayerCall, layer_call, parameter_names
+from fastmerge.channels.layer_calls import LayerCall, layer_calls
 from fastmerge.channels.tracing import CONSTANT, TracedNetwork, tensor_at
 from fastmerge.validation import check_teachers
 from fastmerge.wide.blueprint import code_errors, common_buffers, read_network
@@ -69,14 +69,14 @@ class Family:
             networks: None: those of the family. Weights that are changed on the way count from there on.
         """
         networks = self.networks if networks is None else networks
-        root, names = self.traced.root, parameter_names(self.traced.root)
         graph = self.traced.graphs["eval"]
+        calls = layer_calls(graph, self.traced.root)
         runs = [_Run(self.traced, network, self.inputs) for network in networks]
         with torch.no_grad():
             for node in graph.nodes:
                 if node.op == "output":
                     return
-                moment = Moment(node, layer_call(node, root, names), runs)
+                moment = Moment(node, calls.get(node), runs)
                 if node.op == "call_function":
                     yield moment
                 if not moment.computed:

@@ -72,6 +72,11 @@ class LayerCall:
     rows: RowProgram | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its weight is a parameter that nothing else uses."""
+        return self.norm is None and self.rows is None and not self.is_tied
+
+    @property
     def tensors(self) -> list[str]:
         """Names of the tensors that are the layer's own: weight, bias and magnitude."""
         if self.is_tied:
@@ -86,7 +91,7 @@ def layer_calls(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, LayerCall]:
     embedded = {_parameter_of(node.args[0], root, names) for node in graph.nodes if op_name(node) == "embedding"}
     calls = {node: call for node in graph.nodes if (call := _layer_call(node, root, names)) is not None}
     for node, call in calls.items():
-        if call.weight in embedded and call.geometry.kind == "linear" and call.norm is None and call.rows is None:
+        if call.weight in embedded and call.geometry.kind == "linear" and call.is_plain:
             calls[node] = replace(call, is_tied=True)
     return calls
 

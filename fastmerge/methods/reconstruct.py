@@ -90,7 +90,7 @@ def refit(
     done: set[str] = set()
     for moment in family.run([*teachers, student]):
         call = moment.call
-        if call is not None and call.groups == 1 and call.weight not in done:
+        if call is not None and call.is_plain and call.groups == 1 and call.weight not in done:
             done.add(call.weight)
             if family.groups.inputs[call.weight].has_groups:
                 _refit_layer(moment, student, teachers, family.groups, kept, ridge)
