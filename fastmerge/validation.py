@@ -271,9 +271,6 @@ def _devices(networks: Mapping[int, nn.Module]) -> Iterator[UnmergeableError]:
             yield _error(what, "Load them into a network on another device")
         elif len(found) > 1:
             yield _error(f"teacher {number} lies on several devices ({', '.join(found)})", "move it to one")
-        elif found == first == ["meta"]:
-            what = f"teacher {number} is on the meta device, where tensors have no values"
-            yield _error(what, "Move it to another one by to_empty() and load its weights")
         elif found != first:
             what = f"BigStudent needs teachers on one device; teacher {min(networks)} is on {', '.join(first)}, "
             yield _error(f"{what}teacher {number} on {', '.join(found)}", "Move them to one")

@@ -202,8 +202,7 @@ class ComplexFilter(nn.Module):
         return self.conv(torch.fft.ifft(torch.fft.fft(x) * self.filter).real)
 
 
-def test_tensors_without_values_and_complex_ones() -> None:
-    assert "on the meta device, where tensors have no values" in refusal(resnet().to("meta"), resnet().to("meta"))
+def test_complex_weights() -> None:
     message = refusal(ComplexFilter(), ComplexFilter())
     assert "'filter' of teacher 0 is torch.complex64" in message
 

@@ -185,7 +185,7 @@ def _untraceable(name: str, mode: str, path: str, error: Exception) -> Problem:
     where = f"module '{path}'" if path else "its forward"
     where += f" ({mode} mode{code and f', {code}'})"
     reason = f"({type(error).__name__}: {_first_line(error)})"
-    if re.search("data-dependent|DataDependent|unbacked", type(error).__name__ + str(error)):
+    if re.search(r"data-dependent|DataDependent|unbacked|\.numpy\(\)", type(error).__name__ + str(error)):
         what = f"{name} can't be traced: {where} needs the values of a tensor or a construct torch.export can't follow {reason}"
         return Problem(what, "Make the control flow independent of the data", path, code)
     what = f"{name} can't be traced: {where} fails while torch.export follows it {reason}"
