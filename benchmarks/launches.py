@@ -183,7 +183,7 @@ class _Kernel:
 def _triton_without_driver(launched: Callable[[str, int, Sequence[Any]], None]) -> Iterator[None]:
     """Within it, Triton runs up to the point where it would compile a kernel, or call the driver with a compiled one."""
     import triton
-    from fastmerge.kernels.batch_norm import walk_triton
+    from fastmerge.kernels.batch_norm import tiles
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -207,7 +207,7 @@ def _triton_without_driver(launched: Callable[[str, int, Sequence[Any]], None]) 
             yield
     finally:
         active._active = before
-        walk_triton.launchers.clear()
+        tiles.forget()
         for function in functions:
             function.device_caches.clear()
 

@@ -50,6 +50,36 @@ def test_three_streams_that_lie_anyhow(place: str, dy_place: str, pool: tuple[in
         )
 
 
+@interpreted
+@pytest.mark.parametrize("pool", [None, STEM], ids=["", "pool"])
+def test_views_of_larger_tensors_give_what_their_copies_give(pool: tuple[int, int, int] | None) -> None:
+    torch.manual_seed(0)
+    c = 2 * SMALL[1]
+    views = [torch.rand(2 * c)[::2] for _ in range(4)] + [torch.rand(c, SMALL[0]).t()]
+    views += [in_layout(torch.randn(SMALL), "cropped") for _ in range(4)]
+    found = []
+    for tensors in (views, [view.contiguous() for view in views]):
+        leaves = [
+            t.requires_grad_() if k not in (2, 3) else t.clone() for k, t in enumerate(t.detach() for t in tensors)
+        ]
+        weight, bias, mean, var, gate, *xs = leaves
+        running = torch.empty(2, 2 * c)[:, ::2] if tensors is views else torch.empty(2, c)
+        running.copy_(torch.stack([mean, var]))
+        with fused(), small_cuts(tile=16):
+            ys = batch_norm_act_streams(
+                *(xs[:2], weight, bias, *running),
+                training=True,
+                gate=gate,
+                pool=pool,
+                residuals=None if pool else xs[2:],
+            )
+            learners = [weight, bias, gate, *xs[: 2 if pool else 4]]
+            grads = torch.autograd.grad(sum(y.square().sum() for y in ys), learners)
+        found.append([*ys, *running, *grads])
+    for of_views, of_copies in zip(*found, strict=True):
+        torch.testing.assert_close(of_views, of_copies)
+
+
 SILENT = [(2, 3), (0, 1), (1,), (3,), (0, 2), (0, 1, 2)]
 
 

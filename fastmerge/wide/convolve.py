@@ -61,10 +61,10 @@ def convolve_streams(
         groups: of each convolution.
     """
     weights, biases = parts_of(weight, len(streams)), None if bias is None else parts_of(bias, len(streams))
-    each: Sequence[Tensor | None] = [None] * len(streams) if biases is None else biases
     if groups == 1 and _runs_as_measured(geometry, streams[0], weight[0]):
         parts = weights, biases
         return block_diagonal_conv2d(streams, weight[0], whole_of(bias), parts=parts, **geometry.options)
+    each: Sequence[Tensor | None] = [None] * len(streams) if biases is None else biases
     return tuple(
         convolve(geometry, x, own_weight, own_bias, groups)
         for x, own_weight, own_bias in zip(streams, weights, each, strict=True)

@@ -165,26 +165,27 @@ class WideBatchNorm(nn.Module):
             (columns,) = gate.columns(gates, joined=True)
             if columns.shape[0] not in (1, samples):
                 columns = columns.repeat_interleave(samples // columns.shape[0], dim=0)
+        tensors, counters, training = self._tensors(), self.num_batches_tracked, self.training
+        counted = training and counters is not None
         options: dict[str, Any] = {
-            "training": self.training or self.running_mean is None,
+            "training": training or tensors[2] is None,
             "eps": self.eps,
             "activation": activation,
             "pool": pool,
         }
-        counted = self.training and self.num_batches_tracked is not None
         if self.momentum is not None or not counted:
             return batch_norm_act_streams(
                 values,
-                *self._tensors(),
+                *tensors,
                 momentum=self.momentum or 0.0,
                 residuals=residual,
                 gate=columns,
-                num_batches_tracked=self.num_batches_tracked if counted else None,
+                num_batches_tracked=counters if counted else None,
                 readers=readers,
                 **options,
             )
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        assert counters is not None
+        counters.add_(1)
         outputs = [
             batch_norm_act_streams(
                 (x,),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmerge.kernels.batch_norm import joined_of, runs_direct
+from fastmerge.kernels.batch_norm import joined_of
+from fastmerge.kernels.direct import runs_direct
 
 
 def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, ...]:
@@ -16,7 +17,7 @@ def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, 
 
     To autograd they are tensors of their own, so that a ReLU in place on one leaves the others' versions alone.
     """
-    if joined.requires_grad and runs_direct(joined) and torch._C._functorch.maybe_current_level() is None:
+    if joined.requires_grad and runs_direct(joined):
         streams: tuple[Tensor, ...] = _Split.apply(joined, num_teachers, dim)
         return streams
     return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))

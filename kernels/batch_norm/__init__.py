@@ -8,7 +8,7 @@ In Triton the forward pass is ``statistics_triton``, then ``forward_triton`` or 
 ``walk_triton`` reads them.
 """
 
-from fastmerge.kernels.batch_norm.act import batch_norm_act, batch_norm_act_streams, runs_direct, why_not_fused
+from fastmerge.kernels.batch_norm.act import batch_norm_act, batch_norm_act_streams, why_not_fused
 from fastmerge.kernels.batch_norm.formulas import (
     ACTIVATIONS,
     batch_norm_act_pool_reference,
@@ -25,6 +25,5 @@ __all__ = [
     "batch_norm_act_reference",
     "batch_norm_act_streams",
     "joined_of",
-    "runs_direct",
     "why_not_fused",
 ]

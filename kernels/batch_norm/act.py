@@ -9,10 +9,8 @@ written, forward or backward. Sums are deterministic.
 
 One call takes the T streams of a network, one tensor per teacher, beside vectors that hold all teachers' channels.
 
-There are two ways to the same kernels. torch.compile and other tracers see custom operators (``ops``, ``pool_ops``). Plain
-eager calls go through an ``autograd.Function``, which spares the operators' dispatch on a path where the network's small layers
-wait for the CPU. On a CPU that function runs a C++ extension (``cpu``) in place of the kernels; what traces a call there sees
-plain PyTorch.
+There are two ways to the same kernels, see ``direct``: custom operators (``ops``, ``pool_ops``) and an ``autograd.Function``.
+On a CPU that function runs a C++ extension (``cpu``) in place of the kernels; what traces a call there sees plain PyTorch.
 
 Dims: N batch, C channels of a stream, T streams.
 """
@@ -39,6 +37,7 @@ from fastmerge.kernels.batch_norm.formulas import (
     of_stream,
     pooling_window,
 )
+from fastmerge.kernels.direct import runs_direct
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -95,21 +94,23 @@ class _BatchNormAct(torch.autograd.Function):
         gate: Tensor | None,
         *streams: Tensor,
     ) -> tuple[Tensor, ...]:
-        count = call.streams
-        running: Any = (running_mean, running_var)
-        norm = Norm(streams[:count], weight, bias, *running, streams[count:] or None, gate, call.eps, call.activation)
+        xs, residual = streams[: call.streams], streams[call.streams :] or None
+        mean: Any = running_mean
+        var: Any = running_var
         peak: Any = ()
         place: Any = ()
         if call.on_cpu:
-            y, norm = cpu.forward(norm, running, call.momentum, call.training)
+            norm = Norm(xs, weight, bias, mean, var, residual, gate, call.eps, call.activation)
+            y, norm = cpu.forward(norm, (mean, var), call.momentum, call.training)
             if batches is not None:
                 batches.add_(1)
         else:
             kernels = _kernels()
             if call.training:
-                torch.autograd.graph.increment_version([t for t in (*running, batches) if t is not None])
-                mean, var = kernels.statistics(norm.x, *running, call.momentum, batches)
-                norm = norm._replace(mean=mean, var=var)
+                changed = [t for t in (mean, var, batches) if t is not None]
+                torch.autograd.graph.increment_version(changed)
+                mean, var = kernels.statistics(xs, mean, var, call.momentum, batches)
+            norm = Norm(xs, weight, bias, mean, var, residual, gate, call.eps, call.activation)
             if call.window is None:
                 y = kernels.normalize(norm)
             else:
@@ -117,10 +118,9 @@ class _BatchNormAct(torch.autograd.Function):
         if call.keep:
             ctx.call = call
             ctx.set_materialize_grads(False)
-            residual = norm.residual or ()
             if not norm.activates and not (gate is not None and gate.requires_grad):
-                residual = ()  # its values change no gradient
-            ctx.save_for_backward(weight, bias, norm.mean, norm.var, gate, *norm.x, *residual, *peak, *place)
+                residual = None  # its values change no gradient
+            ctx.save_for_backward(weight, bias, norm.mean, norm.var, gate, *norm.x, *(residual or ()), *peak, *place)
         # To autograd the second reader's are tensors of their own, so that it doesn't add up what the readers send back.
         return tuple(y) if call.readers == 1 else (*y, *[tensor.detach() for tensor in y])
 
@@ -135,17 +135,16 @@ class _BatchNormAct(torch.autograd.Function):
         first, more = _per_reader(dy, count)
         if first is None:
             return (None,) * len(ctx.needs_input_grad)
-        norm = Norm(x, weight, bias, mean, var, None, gate, call.eps, call.activation)
+        residual = kept if call.window is None and kept else None
+        if residual is None and needs[3] and torch.is_grad_enabled():
+            residual = [torch.zeros_like(t).requires_grad_() for t in x]
+        norm = Norm(x, weight, bias, mean, var, residual, gate, call.eps, call.activation)
         gradients: Any
         if torch.is_grad_enabled():
-            residual = kept if call.window is None and kept else None
-            if residual is None and needs[3]:
-                residual = [torch.zeros_like(t).requires_grad_() for t in x]
-            gradients = _differentiable_gradients(call, first, more, norm._replace(residual=residual), needs)
+            gradients = _differentiable_gradients(call, first, more, norm, needs)
         elif call.on_cpu:
-            gradients = cpu.gradients(first, more, norm._replace(residual=kept or None), call.training, needs)
+            gradients = cpu.gradients(first, more, norm, call.training, needs)
         elif call.window is None:
-            norm = norm._replace(residual=kept or None)
             gradients = _kernels().gradients(first, more, norm, call.training, needs)
         else:
             of_x, *of_vectors = _kernels().pool_gradients(
@@ -161,11 +160,11 @@ class _BatchNormAct(torch.autograd.Function):
 
 def _per_reader(dy: Sequence[Tensor | None], count: int) -> tuple[Any, Any]:
     """The gradients of all streams from one reader, and from a second one; None where there are none."""
+    if all([g is not None for g in dy]):  # noqa: C419, a generator takes longer
+        return dy[:count], dy[count:] or None
     readers = [own for own in (dy[:count], dy[count:]) if any(g is not None for g in own)]
-    if all(g is not None for own in readers for g in own):
-        return (*readers, None, None)[:2]  # type: ignore[return-value]
-    like = next(g for g in dy if g is not None)
-    zeros = [[torch.zeros_like(like) if g is None else g for g in own] for own in readers]
+    like = next((g for g in dy if g is not None), None)
+    zeros: list[Any] = [[torch.zeros_like(like) if g is None else g for g in own] for own in readers]
     return (*zeros, None, None)[:2]  # type: ignore[return-value]
 
 
@@ -303,8 +302,8 @@ def batch_norm_act_streams(
     window = None if pool is None else pooling_window(xs[0], *pool)
     x, vectors = xs[0], (weight, bias, running_mean, running_var)
     call = _Call(len(xs), training, momentum, eps, activation, window, readers, not _holds_kernels(x), True)
-    name = "batch_norm_act" if window is None else "batch_norm_act_pool"
-    reason = _reason(name, xs, vectors, residuals, activation, gate, training, window)
+    is_direct = runs_direct(x)
+    reason = _reason(call, is_direct, xs, vectors, residuals, gate)
     if reason is None and window is not None and call.on_cpu:
         # All but the pooling.
         ys = batch_norm_act_streams(
@@ -317,7 +316,7 @@ def batch_norm_act_streams(
         )
         pooled = [F.max_pool2d(y, window[:2], window[2:4], window[4:]) for y in ys]
         return tuple(gated(y, of_stream(gate, t, len(xs), 1)) for t, y in enumerate(pooled)) * readers
-    if reason is None and runs_direct(x):
+    if reason is None and is_direct:
         batches = num_batches_tracked if training else None
         if window is not None:
             tensors = (*xs, weight, bias, gate)
@@ -358,13 +357,6 @@ def _operators(
     return outputs
 
 
-def runs_direct(x: Tensor) -> bool:
-    """Whether nothing traces the call, so that the kernels can be launched without a custom operator."""
-    if torch.compiler.is_compiling():
-        return False
-    return type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
-
-
 def why_not_fused(
     x: Tensor,
     weight: Tensor | None = None,
@@ -377,24 +369,24 @@ def why_not_fused(
     gate: Tensor | None = None,
 ) -> str | None:
     """Why ``batch_norm_act`` would run in plain PyTorch, or None if it would run fused."""
-    reason = _why_not_here(x)
+    reason = _why_not_here(x, runs_direct(x))
     if reason is not None:
         return reason
     residuals = None if residual is None else (residual,)
     return _why_not((x,), (weight, bias, running_mean, running_var), residuals, activation, gate, None)
 
 
-def _why_not_here(x: Tensor) -> str | None:
+def _why_not_here(x: Tensor, is_direct: bool) -> str | None:
     """What speaks against the fused operation in how a call is made, rather than in its arguments."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "custom operators don't run under the transforms of torch.func"
     if not _holds_kernels(x):
         if x.device.type != "cpu":
             return f"x is on {x.device.type}, neither on a CUDA device nor on a CPU"
-        if not runs_direct(x):
+        if not is_direct:
             return "the call is traced, which on a CPU sees plain PyTorch"
         if forward_ad._current_level >= 0:
             return "there is no forward-mode derivative"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "custom operators don't run under the transforms of torch.func"
     return None
 
 
@@ -437,43 +429,37 @@ _reasons: dict[Any, str | None] = {}
 
 
 def _reason(
-    name: str,
+    call: _Call,
+    is_direct: bool,
     xs: Sequence[Tensor],
     vectors: Sequence[Tensor | None],
     residuals: Sequence[Tensor] | None,
-    activation: str,
     gate: Tensor | None,
-    training: bool,
-    window: tuple[int, ...] | None,
 ) -> str | None:
     """``_why_not``, after a look at whether the arguments fit one another; remembered for all that look alike."""
-    x = xs[0]
-    reason = _why_not_here(x)
-    if reason is not None or not runs_direct(x):
-        _check(name, xs, vectors, residuals, activation, gate, training)
-        return reason or _why_not(xs, vectors, residuals, activation, gate, window)
-    key = (
-        *(name, activation, training, window, cpu._batch_norm is None, _holds_kernels(x)),
-        *[(t.shape, t.stride(), t.dtype) for t in xs],
-        *[None if t is None else (t.shape, t.dtype, t.device) for t in (x, *vectors, gate, *(residuals or ()))],
-    )
+    reason = _why_not_here(xs[0], is_direct)
+    if reason is not None or not is_direct:
+        _check(call, xs, vectors, residuals, gate)
+        return reason or _why_not(xs, vectors, residuals, call.activation, gate, call.window)
+    tensors = [None if t is None else (t.shape, t.dtype, t.device) for t in (*xs, gate, *vectors, *(residuals or ()))]
+    layouts = [x.stride() for x in xs] if call.on_cpu else ()
+    key = call, cpu._batch_norm is None, *tensors, *layouts
     if key not in _reasons:
-        _check(name, xs, vectors, residuals, activation, gate, training)
+        _check(call, xs, vectors, residuals, gate)
         if len(_reasons) >= 4096:
             _reasons.clear()
-        _reasons[key] = _why_not(xs, vectors, residuals, activation, gate, window)
+        _reasons[key] = _why_not(xs, vectors, residuals, call.activation, gate, call.window)
     return _reasons[key]
 
 
 def _check(
-    name: str,
+    call: _Call,
     xs: Sequence[Tensor],
     vectors: Sequence[Tensor | None],
     residuals: Sequence[Tensor] | None,
-    activation: str,
     gate: Tensor | None,
-    training: bool,
 ) -> None:
+    name = "batch_norm_act" if call.window is None else "batch_norm_act_pool"
     for t, x in enumerate(xs):
         if x.shape != xs[0].shape or x.dtype != xs[0].dtype or x.device != xs[0].device:
             raise ValueError(
@@ -481,7 +467,7 @@ def _check(
                 f"{xs[0].device} and {x.dtype} of shape {tuple(x.shape)} on {x.device}"
             )
         residual = None if residuals is None else residuals[t]
-        check(name, x, training, activation, residual, of_stream(gate, t, len(xs), 1), *vectors[2:])
+        check(name, x, call.training, call.activation, residual, of_stream(gate, t, len(xs), 1), *vectors[2:])
 
 
 def _holds_kernels(x: Tensor) -> bool:

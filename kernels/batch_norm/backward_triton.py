@@ -14,32 +14,39 @@ Dims: N batch, C channels, P positions of a sample, T streams.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, empty_like_streams
-from fastmerge.kernels.batch_norm.sums_triton import sum_gradients
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, distance_of, room_like
+from fastmerge.kernels.batch_norm.sums_triton import first_streams, sum_gradients
 from fastmerge.kernels.batch_norm.walk_triton import (
+    Launch,
+    Looks,
     affine,
     before_activation,
     channels_of,
+    check_vectors,
     distances,
+    gate_like,
     gate_stride,
     gate_vector,
     gates_of,
     in_dtypes_of,
     kernel,
-    launch,
+    looks,
+    on_meta,
     per_channel,
+    plain,
     read,
-    rows_of,
     share,
     stream_by_stream,
     stream_of,
     tile,
-    vectors_of,
+    vector_of,
+    walk_of,
     write,
 )
 from torch import Tensor
@@ -115,35 +122,65 @@ def input_gradient_kernel(
             write(dx_ptr, dz * scale, at, dx_stride_n, dx_stride_p, dx_stride_c, LAST, VECTOR)
 
 
-def input_gradient(dz: Sequence[Tensor], norm: Norm, sums: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+@tiles.remembered
+def _plan(
+    seen: Looks, streams: int, joined: bool, vector: int, activation: str, eps: float, training: bool
+) -> tuple[Launch, Room]:
+    """The launch for what looks so: first streams of dz and x, vectors, gates; and the room for dx."""
+    dz, x, *vectors, gates = seen
+    check_vectors(*vectors)
+    x_, gate = on_meta(x), gate_like(gates)
+    dx = room_like(x_, streams, x_.shape[1] * x_.stride(1) if joined else None)
+    tensors = (x_, on_meta(dz), x_.new_empty_strided(x_.shape, dx.strides))
+    walk = walk_of(tensors, gate, summing=False, vector=math.gcd(vector, dx.distance))
+    launch = Launch(
+        input_gradient_kernel,
+        (*walk.grid, streams),
+        (float(walk.tiles.n * walk.tiles.p), eps),
+        (*walk.integers, gate_stride(gate)),
+        {
+            "ACTIVATION": activation,
+            "TRAINING": training,
+            **walk.constants,
+            "GATE_VECTOR": gate_vector(gate, x_.shape[1]),
+        },
+    )
+    return launch, dx
+
+
+def input_gradient(
+    dz: Sequence[Tensor],
+    seen: Looks,
+    apart: tuple[int, int],
+    norm: Norm,
+    linear: bool,
+    sums: tuple[Tensor, Tensor] | None,
+) -> Sequence[Tensor]:
     """The second pass, of streams that one launch reaches.
 
     Args:
-        dz: gradients before the activation, or with an activation or a gate what these are still to be applied to; ``walkable``
-            as is ``norm.x``.
-        norm: of the forward pass, without a residual; without activation and gate where ``dz`` went through them.
+        dz: gradients before the activation, or of the results.
+        seen: ``looks`` of the first streams of dz and x, of the vectors, and of the gates unless ``linear``.
+        apart: ``distances`` of dz and x.
+        norm: of the forward pass.
+        linear: whether ``dz`` are gradients before the activation; otherwise there is no residual.
         sums: dbias and dweight; None in evaluation.
 
     Returns:
         dx, dense in dtype and layout of ``x``, or slices of one tensor where these are.
+
+    Raises:
+        NotWalkableError: see ``tiles``.
     """
-    x, gate = norm.x, norm.gate
-    dx = empty_like_streams(x)
-    walk = tiles.walk((x[0], dz[0], dx[0]), gate is not None and gate.shape[0] > 1, summing=False)
-    launch(
-        input_gradient_kernel,
-        (*walk.grid, len(x)),
-        (dz[0], x[0], *vectors_of(norm), rows_of(gate), *(sums or (None, None)), dx[0]),
-        distances(dz, x, dx),
-        (float(walk.tiles.n * walk.tiles.p), norm.eps),
-        (*walk.integers, gate_stride(gate)),
-        {
-            "ACTIVATION": norm.activation,
-            "TRAINING": sums is not None,
-            **walk.constants,
-            "GATE_VECTOR": gate_vector(gate, x[0].shape[1]),
-        },
+    x, weight, bias, mean, var, _, gate, eps, activation = norm
+    first = x[0]
+    tensors = (dz[0], first, weight, bias, mean, var, None if linear else gate)
+    launch, room_of_dx = _plan(
+        *(seen, len(x), apart[1] == first.shape[1] * first.stride(1), vector_of(*apart)),
+        *("identity" if linear else activation, eps, sums is not None),
     )
+    dx = room_of_dx.empty(first.device)
+    launch((*tensors, *(sums or (None, None)), dx[0]), (*apart, room_of_dx.distance))
     return dx
 
 
@@ -160,36 +197,36 @@ def gradients(
         needs: which of dx, dweight, dbias, dresidual and dgate are wanted.
 
     Returns:
-        Those gradients in the dtypes of what they belong to, None where not wanted; a list where there are T. dresidual is
+        Those gradients in the dtypes of what they belong to, None where not wanted; T of dx and of dresidual. dresidual is
         ``dy`` itself where it equals it.
     """
-    dy, x = [tiles.walkable(t) for t in dy], [tiles.walkable(t) for t in norm.x]
-    more, residual = ([tiles.walkable(t) for t in streams] if streams else None for streams in (more, norm.residual))
-    needs_dx, needs_dweight, needs_dbias, needs_dresidual, needs_dgate = needs
+    x, gate = norm.x, norm.gate
+    residual = norm.residual if norm.activates or needs[4] else None
     apart = distances(dy, more, x, residual)
     if apart is None:
         return stream_by_stream(
             lambda t: gradients(dy[t : t + 1], more and more[t : t + 1], norm.stream(t), training, needs), len(x)
         )
-    if not norm.activates and not needs_dgate:
-        residual = None
-    norm, gate = norm._replace(x=x, residual=residual), norm.gate
-    changed = norm.activates or norm.gate is not None or more is not None
+    needs_dx, needs_dweight, needs_dbias, needs_dresidual, needs_dgate = needs
+    changed = norm.activates or gate is not None or more is not None
     needs_dz = changed and (
         needs_dresidual or (needs_dx and (more is not None or (residual is not None and norm.activates)))
     )
-    dbias, dweight, dz, dgate = None, None, None, None
-    if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
-        dbias, dweight, dz, dgate = sum_gradients(dy, more, apart, norm, needs_dz, needs_dgate)
-    dx = None
-    if needs_dx:
-        sums = (dbias, dweight) if training else None
-        norm = (
-            norm._replace(residual=None)
-            if dz is None
-            else norm._replace(residual=None, activation="identity", gate=None)
-        )
-        dx = input_gradient(dy if dz is None else dz, norm, sums)
+    dbias, dweight, dz, dgate, dx = None, None, None, None, None
+    summed = norm if residual is norm.residual else norm._replace(residual=None)
+    seen = looks(*first_streams(dy, more, summed))
+    try:
+        if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
+            dbias, dweight, dz, dgate = sum_gradients(dy, more, seen, apart, summed, needs_dz, needs_dgate)
+        if needs_dx:
+            sums = (dbias, dweight) if training else None
+            if dz is None:
+                dx = input_gradient(dy, (seen[0], *seen[2:7], seen[8]), (apart[0], apart[2]), norm, False, sums)
+            else:
+                of_dz = (*looks(dz[0]), *seen[2:7], None)
+                dx = input_gradient(dz, of_dz, (distance_of(dz) or 0, apart[2]), norm, True, sums)
+    except tiles.NotWalkableError:
+        return gradients(tiles.walkable(dy), more and tiles.walkable(more), plain(norm), training, needs)
     dresidual = (dz if changed else dy) if needs_dresidual else None
     needed = (needs_dweight, needs_dbias, needs_dgate)
     dweight, dbias, dgate = in_dtypes_of((norm.weight, norm.bias, gate), (dweight, dbias, dgate), needed)

@@ -18,9 +18,10 @@ import torch
 from fastmerge.kernels.batch_norm.formulas import (
     ACTIVATIONS,
     Norm,
+    distance_of,
     empty_in_layout,
-    empty_like_streams,
     empty_streams,
+    room_like,
 )
 from torch import Tensor
 
@@ -102,7 +103,7 @@ def gradients(
     dy, more = _all_in_rows(dy, x), _all_in_rows(more, x)
     weight, bias, mean, var = (_vector(t) for t in norm[1:5])
     changed = norm.activates or gate is not None or more is not None
-    dx = empty_like_streams(norm.x) if needs[0] else None
+    dx = room_like(norm.x[0], len(norm.x), distance_of(norm.x)).empty(norm.x[0].device) if needs[0] else None
     dresidual = empty_streams(norm.x) if needs[3] and changed else None
     size = len(norm.x) * x.shape[1]
     dweight, dbias = (torch.empty(size) if need else None for need in needs[1:3])

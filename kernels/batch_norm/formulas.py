@@ -202,40 +202,67 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and (x.dim() == 2 or not x.is_contiguous())
 
 
+class Room(NamedTuple):
+    """Memory for T streams: one tensor, which is cut into them.
+
+    Attributes:
+        shape, strides, dtype: of the whole.
+        streams: T.
+        dim: the dimension that it is cut along.
+        distance: elements from each stream to the next; 0 for one.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    streams: int
+    dim: int
+    distance: int
+
+    def empty(self, device: torch.device) -> Sequence[Tensor]:
+        """The streams, uninitialised."""
+        whole = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+        if self.streams == 1:
+            return (whole,)
+        # Not views of one another to autograd, which would forbid to change one in place.
+        return torch.unsafe_split(whole, self.shape[self.dim] // self.streams, self.dim)
+
+
+@functools.lru_cache(maxsize=4096)
+def room(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, streams: int) -> Room:
+    """For dense streams of a shape, one behind the other."""
+    whole = (streams * shape[0], *shape[1:])
+    return Room(whole, _dense_strides(whole, channels_last), dtype, streams, 0, math.prod(shape) if streams > 1 else 0)
+
+
+def room_like(x: Tensor, streams: int, distance: int | None) -> Room:
+    """For the gradients of streams at a distance, ``x`` being the first: slices of one tensor's channels if those are."""
+    if streams > 1 and distance is not None and lies_joined(x.shape, x.stride(), streams, distance):
+        shape = (x.shape[0], streams * x.shape[1], *x.shape[2:])
+        return Room(shape, x.stride(), x.dtype, streams, 1, distance)
+    return room(x.shape, is_channels_last(x), x.dtype, streams)
+
+
 def empty_streams(
     x: Sequence[Tensor], shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """New tensors for all streams of ``x``, each as ``empty_in_layout`` makes it, one behind the other in memory."""
-    first, count = x[0], len(x)
-    shape = tuple(first.shape if shape is None else shape)
-    strides = _dense_strides((count * shape[0], *shape[1:]), is_channels_last(first))
-    together = torch.empty_strided(
-        (count * shape[0], *shape[1:]), strides, dtype=dtype or first.dtype, device=first.device
-    )
-    # Not views of one another to autograd, which would forbid to change one in place.
-    return [together] if count == 1 else list(torch.unsafe_split(together, shape[0]))
-
-
-def empty_like_streams(x: Sequence[Tensor]) -> list[Tensor]:
-    """As ``empty_streams``, but slices of the channels of one tensor where those of ``x`` are: that of their gradients."""
-    first, distance = x[0], distance_of(x)
-    if len(x) > 1 and distance is not None and lies_joined(first.shape, first.stride(), len(x), distance):
-        shape = (first.shape[0], len(x) * first.shape[1], *first.shape[2:])
-        joined = torch.empty_strided(shape, first.stride(), dtype=first.dtype, device=first.device)
-        return list(torch.unsafe_split(joined, first.shape[1], 1))
-    return empty_streams(x)
+    first = x[0]
+    shape = first.shape if shape is None else tuple(shape)
+    return room(shape, is_channels_last(first), dtype or first.dtype, len(x)).empty(first.device)
 
 
 def distance_of(streams: Sequence[Tensor]) -> int | None:
-    """Elements from each stream to the next, or None where that differs, or their strides do."""
-    if len(streams) == 1:
+    """Elements from each stream to the next, 0 for one, or None where that differs, or their strides do."""
+    first, count = streams[0], len(streams)
+    if count == 1:
         return 0
-    start, strides = streams[0].data_ptr(), streams[0].stride()
+    start, strides = first.data_ptr(), first.stride()
     step = streams[1].data_ptr() - start
-    for t in range(1, len(streams)):
+    for t in range(1, count):
         if streams[t].stride() != strides or (t > 1 and streams[t].data_ptr() != start + t * step):
             return None
-    itemsize = streams[0].element_size()
+    itemsize = first.element_size()
     return None if step % itemsize else step // itemsize
 
 

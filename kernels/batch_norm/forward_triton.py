@@ -5,25 +5,34 @@ Dims: N batch, C channels, P positions of a sample, T streams.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, is_channels_last, room
 from fastmerge.kernels.batch_norm.walk_triton import (
+    Launch,
+    Looks,
     activated,
     affine,
     channels_of,
+    check_vectors,
     distances,
+    gate_like,
     gate_stride,
     gate_vector,
     gates_of,
     kernel,
-    launch,
+    looks,
+    on_meta,
+    plain,
     read,
-    rows_of,
     share,
     stream_of,
     tile,
-    vectors_of,
+    vector_of,
+    walk_of,
     write,
 )
 from torch import Tensor
@@ -91,24 +100,36 @@ def normalize_kernel(
             write(y_ptr, y, at, y_stride_n, y_stride_p, y_stride_c, LAST, VECTOR)
 
 
-def normalize(norm: Norm) -> list[Tensor]:
+@tiles.remembered
+def _plan(seen: Looks, streams: int, vector: int, activation: str, eps: float) -> tuple[Launch, Room]:
+    """The launch for what looks so, in the order of ``Norm``, streams by the first; and the room for its results."""
+    x, *vectors, residual, gates = seen
+    check_vectors(*vectors)
+    x_, gate = on_meta(x), gate_like(gates)
+    y = room(x_.shape, is_channels_last(x_), x_.dtype, streams)
+    tensors = (x_, x_.new_empty_strided(x_.shape, y.strides), on_meta(residual or x))
+    walk = walk_of(tensors, gate, summing=False, vector=math.gcd(vector, y.distance))
+    launch = Launch(
+        normalize_kernel,
+        (*walk.grid, streams),
+        (eps,),
+        (*walk.integers, gate_stride(gate)),
+        {"ACTIVATION": activation, **walk.constants, "GATE_VECTOR": gate_vector(gate, x_.shape[1])},
+    )
+    return launch, y
+
+
+def normalize(norm: Norm) -> Sequence[Tensor]:
     """``act((x - mean) / sqrt(var + eps) * weight + bias + residual) * gate`` of each stream, dense, in the layout of ``x``."""
-    y = empty_streams(norm.x)
-    x, residual = ([tiles.walkable(t) for t in norm.x], norm.residual and [tiles.walkable(t) for t in norm.residual])
-    apart = distances(x, residual, y)
+    x, weight, bias, mean, var, residual, gate, eps, activation = norm
+    apart = distances(x, residual)
     if apart is None:
         return [normalize(norm.stream(t))[0] for t in range(len(x))]
-    gate = norm.gate
-    walk = tiles.walk(
-        (x[0], y[0], x[0] if residual is None else residual[0]), gate is not None and gate.shape[0] > 1, summing=False
-    )
-    launch(
-        normalize_kernel,
-        (*walk.grid, len(x)),
-        (x[0], *vectors_of(norm), None if residual is None else residual[0], rows_of(gate), y[0]),
-        apart,
-        (norm.eps,),
-        (*walk.integers, gate_stride(gate)),
-        {"ACTIVATION": norm.activation, **walk.constants, "GATE_VECTOR": gate_vector(gate, x[0].shape[1])},
-    )
+    tensors = (x[0], weight, bias, mean, var, residual and residual[0], gate)
+    try:
+        launch, room_of_y = _plan(looks(*tensors), len(x), vector_of(*apart), activation, eps)
+    except tiles.NotWalkableError:
+        return normalize(plain(norm))
+    y = room_of_y.empty(x[0].device)
+    launch((*tensors, y[0]), (*apart, room_of_y.distance))
     return y

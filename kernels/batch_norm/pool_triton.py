@@ -12,7 +12,6 @@ Dims: N batch, C channels, H W of x, OH OW of the pooled y, T streams.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,21 +19,25 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams, is_channels_last, pooled_shape
-from fastmerge.kernels.batch_norm.tiles import MOST_AT_ONCE, patch_warps, patches
+from fastmerge.kernels.batch_norm import tiles
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, distance_of, is_channels_last, pooled_shape, room
 from fastmerge.kernels.batch_norm.walk_triton import (
+    Launch,
+    Looks,
     activated,
     affine,
-    distances,
+    check_vectors,
+    gate_like,
     gate_stride,
     gate_vector,
     kernel,
-    launch,
+    looks,
     multiple,
+    on_meta,
     per_channel,
-    rows_of,
+    plain,
     stream_of,
-    vectors_of,
+    vector_of,
 )
 from torch import Tensor
 
@@ -151,9 +154,37 @@ def pool_kernel(
         tl.store(stream_of(peak_ptr, peak_stride_t, VECTOR) + offset, peak.to(peak_ptr.dtype.element_ty), inside)
 
 
+@tiles.remembered
+def _plan(
+    seen: Looks, window: tuple[int, ...], streams: int, vector: int, activation: str, eps: float
+) -> tuple[Launch, Room, Room]:
+    """The launch for what looks so: first stream, vectors, gates; the room for its results, and that for places."""
+    x, *vectors, gates = seen
+    check_vectors(*vectors)
+    x_, gate = on_meta(x), gate_like(gates)
+    channels_last, pooled = is_channels_last(x_), pooled_shape(x_, window)
+    y, place = (room(pooled, channels_last, dtype, streams) for dtype in (x_.dtype, torch.int8))
+    vector = math.gcd(vector, y.distance)
+    grid, sizes, constants, warps = cut(x_, pooled, (pooled[2], pooled[3]), True, (x_.stride(), y.strides), vector)
+    launch = Launch(
+        pool_kernel,
+        (*grid, streams),
+        (eps,),
+        (*sizes, *x_.stride(), *y.strides, gate_stride(gate)),
+        {
+            "ACTIVATION": activation,
+            **window_constants(window),
+            **constants,
+            "GATE_VECTOR": gate_vector(gate, x_.shape[1]),
+        },
+        warps,
+    )
+    return launch, y, place
+
+
 def pool(
     norm: Norm, window: Sequence[int], keep: bool
-) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor] | None, Sequence[Tensor] | None]:
     """``max_pool(act((x - mean) / sqrt(var + eps) * weight + bias)) * gate`` of each stream.
 
     Args:
@@ -165,31 +196,26 @@ def pool(
         y; the x that each element of it came from; that x's place in the window, int8, row by row. All of them dense, in the
         layout of ``x``, shape (N, C, OH, OW).
     """
-    x = norm.x
-    if distances(x) is None:
+    x, distance = norm.x, distance_of(norm.x)
+    if distance is None:
         found = [pool(norm.stream(t), window, keep) for t in range(len(x))]
         y, peak, place = ([own[0] for own in parts] if parts[0] else None for parts in zip(*found, strict=True))
         assert y is not None
         return y, peak, place
-    shape = pooled_shape(x[0], window)
-    y = empty_streams(x, shape)
-    peak = empty_streams(x, shape) if keep else None
-    place = empty_streams(x, shape, torch.int8) if keep else None
-    grid, sizes, constants, warps = cut(x[0], shape, shape[2:], True, (x[0].stride(), y[0].stride()))
+    tensors = (x[0], *norm[1:5], norm.gate)
+    try:
+        launch, room_of_y, room_of_place = _plan(
+            looks(*tensors), tuple(window), len(x), vector_of(distance), norm.activation, norm.eps
+        )
+    except tiles.NotWalkableError:
+        return pool(plain(norm), window, keep)
+    device = x[0].device
+    y = room_of_y.empty(device)
+    peak = room_of_y.empty(device) if keep else None
+    place = room_of_place.empty(device) if keep else None
     launch(
-        pool_kernel,
-        (*grid, len(x)),
-        (x[0], *vectors_of(norm), rows_of(norm.gate), y[0], peak and peak[0], place and place[0]),
-        distances(x, y, peak, place),
-        (norm.eps,),
-        (*sizes, *x[0].stride(), *y[0].stride(), gate_stride(norm.gate)),
-        {
-            "ACTIVATION": norm.activation,
-            **window_constants(window),
-            **constants,
-            "GATE_VECTOR": gate_vector(norm.gate, x[0].shape[1]),
-        },
-        warps,
+        (*tensors, y[0], peak and peak[0], place and place[0]),
+        (distance, room_of_y.distance, *((room_of_y.distance, room_of_place.distance) if keep else (0, 0))),
     )
     return y, peak, place
 
@@ -201,28 +227,21 @@ def window_constants(window: Sequence[int]) -> dict[str, int]:
 
 
 def cut(
-    x: Tensor, pooled: Sequence[int], walked: Sequence[int], pooling: bool, strides: tuple[tuple[int, ...], ...]
-) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any], int]:
-    """Grid, sizes, constexprs and warps for walking ``walked`` cells of each sample, in tensors of all ``strides``."""
-    return _cut(x.shape, x.element_size(), is_channels_last(x), tuple(pooled), tuple(walked), pooling, strides)
-
-
-@functools.lru_cache(maxsize=4096)
-def _cut(
-    shape: tuple[int, ...],
-    itemsize: int,
-    channels_last: bool,
-    pooled: tuple[int, ...],
-    walked: tuple[int, ...],
+    x: Tensor,
+    pooled: Sequence[int],
+    walked: tuple[int, int],
     pooling: bool,
     strides: tuple[tuple[int, ...], ...],
+    vector: int,
 ) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any], int]:
-    n, c, height, width = shape
-    block_h, block_w, block_c = patches(*walked, c, itemsize, channels_last, pooling)
+    """Grid, sizes, constexprs and warps for walking ``walked`` cells of each sample, in tensors of all ``strides``."""
+    n, c, height, width = x.shape
+    channels_last = is_channels_last(x)
+    block_h, block_w, block_c = tiles.patches(*walked, c, x.element_size(), channels_last, pooling)
     high, wide = -(-walked[0] // block_h), -(-walked[1] // block_w)
-    vector = 1
+    at_once = 1
     if all(own[1] == 1 for own in strides):
-        vector = math.gcd(MOST_AT_ONCE, c, *[own[dim] for own in strides for dim in (0, 2, 3)])
-    constants = {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c, "VECTOR": vector}
+        at_once = math.gcd(vector, c, *[own[dim] for own in strides for dim in (0, 2, 3)])
+    constants = {"BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_C": block_c, "VECTOR": at_once}
     grid = (n * high * wide, -(-c // block_c))
-    return grid, (c, height, width, *pooled[2:], high, wide), constants, patch_warps(channels_last, pooling)
+    return grid, (c, height, width, *pooled[2:], high, wide), constants, tiles.patch_warps(channels_last, pooling)

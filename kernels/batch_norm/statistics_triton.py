@@ -12,25 +12,31 @@ Dims: N batch, C channels, P positions of a sample, T streams.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import of_stream
+from fastmerge.kernels.batch_norm.formulas import distance_of, of_stream
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
+    Launch,
+    Looks,
     channels_of,
-    distances,
     kernel,
-    launch,
+    looks,
+    on_meta,
     read,
     share,
     stream_of,
     tile,
     total_per_channel,
+    vector_of,
+    walk_of,
 )
 from torch import Tensor
 
@@ -159,6 +165,33 @@ def merge_statistics_kernel(
                 tl.store(batches_ptr + counter, tl.load(batches_ptr + counter) + 1)
 
 
+class _Plan(NamedTuple):
+    partial_statistics: Launch
+    merge_statistics: Launch
+    parts: int
+
+
+@tiles.remembered
+def _plan(seen: Looks, streams: int, vector: int, momentum: float) -> _Plan:
+    """The launches for streams, of which the first looks so, running mean, running variance and counters."""
+    x, *running, batches = seen
+    x_ = on_meta(x)
+    walk = walk_of((x_,), None, summing=True, vector=vector)
+    cut = walk.tiles
+    strides = [0 if look is None else look[1][0] for look in running]
+    return _Plan(
+        Launch(partial_statistics_kernel, (*walk.grid, streams), (), walk.integers, walk.constants),
+        Launch(
+            merge_statistics_kernel,
+            (-(-x_.shape[1] // MERGE_C), 1, streams),
+            (float(cut.n * cut.p), momentum),
+            (*cut.sizes, cut.parts, *strides, 0 if batches is None else math.prod(batches[0])),
+            {"PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C},
+        ),
+        cut.parts,
+    )
+
+
 def statistics(
     x: Sequence[Tensor],
     running_mean: Tensor | None,
@@ -177,27 +210,19 @@ def statistics(
     Returns:
         Mean and variance, float32, shape (T·C,).
     """
-    x, count = [tiles.walkable(stream) for stream in x], len(x)
-    apart = distances(x)
-    if apart is None:
+    count, distance = len(x), distance_of(x)
+    if distance is None:
         running = [(of_stream(running_mean, t, count), of_stream(running_var, t, count)) for t in range(count)]
         found = [statistics([own], *running[t], momentum, None if t else batches) for t, own in enumerate(x)]
         return torch.cat([mean for mean, _ in found]), torch.cat([var for _, var in found])
-    c = x[0].shape[1]
-    walk = tiles.walk(x[:1], by_sample=False, summing=True)
-    cut = walk.tiles
-    partial = torch.empty((count * cut.parts, 2 * c), dtype=torch.float32, device=x[0].device)
-    mean, var = (torch.empty(count * c, dtype=torch.float32, device=x[0].device) for _ in range(2))
-    grid = (*walk.grid, count)
-    launch(partial_statistics_kernel, grid, (x[0], partial), apart, (), walk.integers, walk.constants)
-    strides = [0 if running is None else running.stride(0) for running in (running_mean, running_var)]
-    launch(
-        merge_statistics_kernel,
-        (-(-c // MERGE_C), 1, count),
-        (partial, mean, var, running_mean, running_var, batches),
-        (),
-        (float(cut.n * cut.p), momentum),
-        (*cut.sizes, cut.parts, *strides, 0 if batches is None else batches.numel()),
-        {"PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C},
-    )
+    try:
+        plan = _plan(looks(x[0], running_mean, running_var, batches), count, vector_of(distance), momentum)
+    except tiles.NotWalkableError:
+        return statistics(tiles.walkable(x), running_mean, running_var, momentum, batches)
+    size, device = count * x[0].shape[1], x[0].device
+    partial = torch.empty(2 * size * plan.parts, dtype=torch.float32, device=device)
+    mean = torch.empty(size, dtype=torch.float32, device=device)
+    var = torch.empty(size, dtype=torch.float32, device=device)
+    plan.partial_statistics((x[0], partial), (distance,))
+    plan.merge_statistics((partial, mean, var, running_mean, running_var, batches))
     return mean, var

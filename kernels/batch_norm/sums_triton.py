@@ -7,32 +7,38 @@ Dims: N batch, C channels, P positions of a sample, T streams.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, empty_streams
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, is_channels_last, room
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
+    Launch,
+    Looks,
     activated,
     affine,
     before_activation,
     channels_of,
+    check_vectors,
+    gate_like,
     gate_stride,
     gate_vector,
     gates_of,
     kernel,
-    launch,
+    on_meta,
     read,
-    rows_of,
     share,
     stream_of,
     tile,
     total_per_channel,
-    vectors_of,
+    vector_of,
+    walk_of,
     write,
 )
 from torch import Tensor
@@ -226,19 +232,72 @@ def _merge_parts(
         tl.store(dgate_ptr + column, tl.sum(dgate, 0)[None, :].to(dgate_ptr.dtype.element_ty), inside_c)
 
 
+class _Plan(NamedTuple):
+    sum_gradients: Launch
+    merge_sums: Launch
+    dz: Room | None
+    mode: int
+    parts: int
+    parts_p: int
+
+
+@tiles.remembered
+def _plan(
+    seen: Looks, streams: int, vector: int, activation: str, eps: float, needs_dz: bool, needs_dgate: bool
+) -> _Plan:
+    """The launches for what looks so: first streams of dy, more and x, vectors, first stream of the residual, gates."""
+    dy, more, x, *vectors, residual, gates = seen
+    check_vectors(*vectors)
+    x_, gate = on_meta(x), gate_like(gates)
+    n, c = x_.shape[:2]
+    by_sample = gate is not None and gate.by_sample
+    mode = NO_DGATE if not needs_dgate else DGATE_BY_SAMPLE if by_sample else SHARED_DGATE
+    dz = room(x_.shape, is_channels_last(x_), x_.dtype, streams) if needs_dz else None
+    written = x_ if dz is None else x_.new_empty_strided(x_.shape, dz.strides)
+    tensors = (x_, on_meta(dy), on_meta(more or x), on_meta(residual or x), written)
+    walk = walk_of(tensors, gate, summing=True, vector=vector if dz is None else math.gcd(vector, dz.distance))
+    cut = walk.tiles
+    parts_p = cut.parts_p if mode == DGATE_BY_SAMPLE and cut.parts_p > 1 else 0
+    return _Plan(
+        Launch(
+            sum_gradients_kernel,
+            (*walk.grid, streams),
+            (eps,),
+            (*walk.integers, gate_stride(gate)),
+            {"ACTIVATION": activation, "DGATE": mode, **walk.constants, "GATE_VECTOR": gate_vector(gate, c)},
+        ),
+        Launch(
+            merge_sums_kernel,
+            (1 + n if parts_p else 1, -(-c // MERGE_C), streams),
+            (eps,),
+            (n, c, cut.parts, cut.parts_p),
+            {"DGATE": mode, "PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C},
+        ),
+        *(dz, mode, cut.parts, parts_p),
+    )
+
+
+def first_streams(dy: Sequence[Tensor], more: Sequence[Tensor] | None, norm: Norm) -> tuple[Tensor | None, ...]:
+    """What the first pass reads, of streams the first."""
+    x, weight, bias, mean, var, residual, gate, *_ = norm
+    return dy[0], more and more[0], x[0], weight, bias, mean, var, residual and residual[0], gate
+
+
 def sum_gradients(
     dy: Sequence[Tensor],
     more: Sequence[Tensor] | None,
+    seen: Looks,
     apart: tuple[int, ...],
     norm: Norm,
     needs_dz: bool,
     needs_dgate: bool,
-) -> tuple[Tensor, Tensor, list[Tensor] | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Sequence[Tensor] | None, Tensor | None]:
     """The first pass, and the sum of its parts, of streams that one launch reaches.
 
     Args:
-        dy: gradients of the T results, ``walkable``, as are all tensors here.
+        dy: gradients of the T results.
         more: further gradients of them, or None.
+        seen: ``looks`` of the ``first_streams``.
         apart: ``distances`` of dy, more, x and residual.
         norm: of the forward pass; or with other tensors in place of ``x``.
         needs_dz: whether to write the gradient before the activation.
@@ -246,51 +305,26 @@ def sum_gradients(
 
     Returns:
         dbias and dweight, float32, shape (T·C,); dz in dtype and layout of ``x``, or None; dgate as the gate is, or None.
+
+    Raises:
+        NotWalkableError: see ``tiles``.
     """
-    x, residual, gate = norm.x, norm.residual, norm.gate
-    count, n, c = len(x), x[0].shape[0], x[0].shape[1]
-    dz = empty_streams(x) if needs_dz else None
-    by_sample = gate is not None and gate.shape[0] > 1
-    mode = NO_DGATE if not needs_dgate else DGATE_BY_SAMPLE if by_sample else SHARED_DGATE
-    optional = [x[0] if streams is None else streams[0] for streams in (more, residual, dz)]
-    walk = tiles.walk((x[0], dy[0], *optional), by_sample, summing=True)
-    cut = walk.tiles
-    device = x[0].device
-    partial = torch.empty((count * cut.parts, 3 * c), dtype=torch.float32, device=device)
-    dbias, dweight = (torch.empty(count * c, dtype=torch.float32, device=device) for _ in range(2))
-    dgate, dgate_parts = None, None
-    if mode != NO_DGATE:
+    x, gate = norm.x, norm.gate
+    plan = _plan(seen, len(x), vector_of(*apart), norm.activation, norm.eps, needs_dz, needs_dgate)
+    device, size = x[0].device, len(x) * x[0].shape[1]
+    dz = None if plan.dz is None else plan.dz.empty(device)
+    partial = torch.empty(3 * size * plan.parts, dtype=torch.float32, device=device)
+    dbias = torch.empty(size, dtype=torch.float32, device=device)
+    dweight = torch.empty(size, dtype=torch.float32, device=device)
+    dgate = dgate_parts = None
+    if plan.mode != NO_DGATE:
         assert gate is not None
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=device)
-    if mode == DGATE_BY_SAMPLE and cut.parts_p > 1:
-        dgate_parts = torch.empty((cut.parts_p * n, count * c), dtype=torch.float32, device=device)
-    first = [None if streams is None else streams[0] for streams in (more, residual, dz)]
-    weight, bias, mean, var = vectors_of(norm)
-    launch(
-        sum_gradients_kernel,
-        (*walk.grid, count),
-        (
-            *(dy[0], first[0], x[0], weight, bias, mean, var, first[1], rows_of(gate), first[2]),
-            dgate if dgate_parts is None else dgate_parts,
-            partial,
-        ),
-        (*apart, 0 if dz is None or count == 1 else dz[0].numel()),
-        (norm.eps,),
-        (*walk.integers, gate_stride(gate)),
-        {
-            "ACTIVATION": norm.activation,
-            "DGATE": mode,
-            **walk.constants,
-            "GATE_VECTOR": gate_vector(gate, x[0].shape[1]),
-        },
+    if plan.parts_p:
+        dgate_parts = torch.empty(plan.parts_p * x[0].shape[0] * size, dtype=torch.float32, device=device)
+    plan.sum_gradients(
+        (*first_streams(dy, more, norm), dz and dz[0], dgate if dgate_parts is None else dgate_parts, partial),
+        (*apart, plan.dz.distance if plan.dz else 0),
     )
-    launch(
-        merge_sums_kernel,
-        (1 if dgate_parts is None else 1 + n, -(-c // MERGE_C), count),
-        (partial, var, dbias, dweight, dgate, dgate_parts),
-        (),
-        (norm.eps,),
-        (n, c, cut.parts, cut.parts_p),
-        {"DGATE": mode, "PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C},
-    )
+    plan.merge_sums((partial, norm.var, dbias, dweight, dgate, dgate_parts))
     return dbias, dweight, dz, dgate

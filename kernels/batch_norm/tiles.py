@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -97,6 +97,23 @@ class Walk(NamedTuple):
         return {**self.tiles.blocks, "LAST": self.last, "VECTOR": self.vector, "STAGES": STAGES}
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+_remembering: list[Any] = []
+
+
+def remembered(function: Function) -> Function:
+    """Keeps what a function finds out about shapes and strides, as long as the constants of this module are the same."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _remembering.append(cached)
+    return cached  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Empties all that is ``remembered``, compiled kernels among it."""
+    for function in _remembering:
+        function.cache_clear()
+
+
 @contextmanager
 def constants(**others: Any) -> Iterator[None]:
     """Within it the named constants of this module have other values: to measure them, and to test small tensors."""
@@ -110,11 +127,10 @@ def constants(**others: Any) -> Iterator[None]:
 
 def _set_constants(values: dict[str, Any]) -> None:
     globals().update(values)
-    for function in (tiles, patches, _walk):
-        function.cache_clear()
+    forget()
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def tiles(n: int, p: int, c: int, itemsize: int, channels_last: bool, summing: bool) -> Tiles:
     """Cuts a tensor of shape (N, C, P).
 
@@ -143,7 +159,7 @@ def tiles(n: int, p: int, c: int, itemsize: int, channels_last: bool, summing: b
     return Tiles(n, p, c, block_n, block_p, block_c, samples, pixels, parts_p, _ceil(n, samples) * parts_p, blocks_c)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def patches(h: int, w: int, c: int, itemsize: int, channels_last: bool, pooling: bool) -> tuple[int, int, int]:
     """Rows, columns and channels of the patches of a plane, powers of 2; ``patch_warps`` walk each.
 
@@ -177,15 +193,18 @@ def walk(tensors: Sequence[Tensor], by_sample: bool, summing: bool) -> Walk:
     """Cuts tensors of one shape, as one long sample if nothing tells samples apart and all strides allow it.
 
     Args:
-        tensors: shape (N, C, ...), not empty, ``walkable``; the first decides what lies side by side.
+        tensors: shape (N, C, ...), not empty; the first decides what lies side by side.
         by_sample: whether a program must know whose positions it holds.
         summing: see ``tiles``.
+
+    Raises:
+        NotWalkableError: for a tensor that isn't ``walkable``.
     """
     x = tensors[0]
     return _walk(x.shape, x.element_size(), tuple([t.stride() for t in tensors]), by_sample, summing)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _walk(
     shape: tuple[int, ...],
     itemsize: int,
@@ -216,9 +235,13 @@ def tiles_of(
     return tiles(n, p, c, itemsize, channels_last, summing)
 
 
-def walkable(x: Tensor) -> Tensor:
-    """``x``, copied if it isn't one pair of strides that leads through its samples and their positions."""
-    return x if _position_stride(x.shape, x.stride()) is not None else x.contiguous()
+class NotWalkableError(ValueError):
+    """No one pair of strides leads through a tensor's samples and their positions."""
+
+
+def walkable(streams: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, copied where no one pair of strides leads through samples and their positions."""
+    return [x if _position_stride(x.shape, x.stride()) is not None else x.contiguous() for x in streams]
 
 
 def strides_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int]:
@@ -227,7 +250,8 @@ def strides_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, 
     A single position gets the stride that makes one long sample of all of them.
     """
     stride_p = _position_stride(tuple(shape), tuple(strides))
-    assert stride_p is not None, f"strides {strides} of shape {shape} don't merge"
+    if stride_p is None:
+        raise NotWalkableError(f"strides {strides} of shape {shape} don't merge")
     return strides[0], (stride_p if stride_p >= 0 else strides[0]), strides[1]
 
 

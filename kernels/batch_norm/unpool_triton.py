@@ -9,29 +9,35 @@ Dims: N batch, C channels, H W of x, OH OW of the pooled y, T streams.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import triton.language as tl
-from fastmerge.kernels.batch_norm.formulas import Norm, empty_like_streams
+from fastmerge.kernels.batch_norm import tiles
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, distance_of, room_like
 from fastmerge.kernels.batch_norm.pool_triton import cut, gate_of, patch, window_constants
-from fastmerge.kernels.batch_norm.sums_triton import sum_gradients
-from fastmerge.kernels.batch_norm.tiles import walkable
+from fastmerge.kernels.batch_norm.sums_triton import first_streams, sum_gradients
 from fastmerge.kernels.batch_norm.walk_triton import (
+    Launch,
+    Looks,
     affine,
     before_activation,
+    check_vectors,
     distances,
+    gate_like,
     gate_stride,
     gate_vector,
     in_dtypes_of,
     kernel,
-    launch,
+    looks,
     multiple,
+    on_meta,
     per_channel,
-    rows_of,
+    plain,
     stream_by_stream,
     stream_of,
-    vectors_of,
+    vector_of,
 )
 from torch import Tensor
 
@@ -142,6 +148,42 @@ def unpool_kernel(
             tl.store(dx_ptr + h_ * dx_stride_h + w_ * dx_stride_w, (dz * scale).to(dx_ptr.dtype.element_ty), inside)
 
 
+@tiles.remembered
+def _plan(
+    seen: Looks,
+    window: tuple[int, ...],
+    streams: int,
+    joined: bool,
+    vector: int,
+    activation: str,
+    eps: float,
+    training: bool,
+) -> tuple[Launch, Room]:
+    """The launch of the second pass for what looks so: first streams of dy, places and x, vectors, gates; the room for dx."""
+    dy, place, x, *vectors, gates = seen
+    check_vectors(*vectors)
+    dy_, place_, x_, gate = on_meta(dy), on_meta(place), on_meta(x), gate_like(gates)
+    dx = room_like(x_, streams, x_.shape[1] * x_.stride(1) if joined else None)
+    high, wide = (-(-(x_.shape[2 + i] + window[4 + i]) // window[2 + i]) for i in range(2))
+    strides = (dy_.stride(), place_.stride(), x_.stride(), dx.strides)
+    grid, sizes, constants, warps = cut(x_, dy_.shape, (high, wide), False, strides, math.gcd(vector, dx.distance))
+    launch = Launch(
+        unpool_kernel,
+        (*grid, streams),
+        (float(x_.numel() // x_.shape[1]), eps),
+        (*sizes, *[step for own in strides for step in own], gate_stride(gate)),
+        {
+            "ACTIVATION": activation,
+            "TRAINING": training,
+            **window_constants(window),
+            **constants,
+            "GATE_VECTOR": gate_vector(gate, x_.shape[1]),
+        },
+        warps,
+    )
+    return launch, dx
+
+
 def gradients(
     dy: Sequence[Tensor],
     more: Sequence[Tensor] | None,
@@ -164,11 +206,12 @@ def gradients(
         needs: which of dx, dweight, dbias and dgate are wanted.
 
     Returns:
-        Those gradients in the dtypes of what they belong to, None where not wanted; a list where there are T.
+        Those gradients in the dtypes of what they belong to, None where not wanted; T of dx.
     """
+    norm = plain(norm)._replace(x=norm.x)  # the second pass takes x as it lies
     x, gate = norm.x, norm.gate
     needs_dx, needs_dweight, needs_dbias, needs_dgate = needs
-    dy, more = [walkable(t) for t in dy], more and [walkable(t) for t in more]
+    dy, more = tiles.walkable(dy), more and tiles.walkable(more)
     apart = distances(dy, more, peak, place, x)
     if apart is None:
         return stream_by_stream(
@@ -178,37 +221,25 @@ def gradients(
             ),
             len(x),
         )
+    of_dy, of_more, of_peak, of_place, of_x = apart
     dbias, dweight, dgate, dx = None, None, None, None
     needs_dz = needs_dx and more is not None
     if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
+        pooled = norm._replace(x=peak)
+        seen = looks(*first_streams(dy, more, pooled))
         dbias, dweight, dz, dgate = sum_gradients(
-            dy, more, (*apart[:3], 0), norm._replace(x=peak), needs_dz, needs_dgate
+            dy, more, seen, (of_dy, of_more, of_peak, 0), pooled, needs_dz, needs_dgate
         )
         if dz is not None:
-            dy, norm = dz, norm._replace(activation="identity", gate=None)
+            dy, of_dy, norm = dz, distance_of(dz) or 0, norm._replace(activation="identity", gate=None)
     if needs_dx:
-        dx = empty_like_streams(x)
-        cells = [-(-(x[0].shape[2 + i] + window[4 + i]) // window[2 + i]) for i in range(2)]
-        strides = (dy[0].stride(), place[0].stride(), x[0].stride(), dx[0].stride())
-        grid, sizes, constants, warps = cut(x[0], dy[0].shape, cells, False, strides)
-        launch(
-            unpool_kernel,
-            (*grid, len(x)),
-            (
-                *(dy[0], place[0], x[0], *vectors_of(norm), rows_of(norm.gate)),
-                *((dbias, dweight) if training else (None, None)),
-                dx[0],
-            ),
-            distances(dy, place, x, dx),
-            (float(x[0].numel() // x[0].shape[1]), norm.eps),
-            (*sizes, *[step for own in strides for step in own], gate_stride(norm.gate)),
-            {
-                "ACTIVATION": norm.activation,
-                "TRAINING": training,
-                **window_constants(window),
-                **constants,
-                "GATE_VECTOR": gate_vector(norm.gate, x[0].shape[1]),
-            },
-            warps,
+        tensors = (dy[0], place[0], x[0], *norm[1:5], norm.gate)
+        launch, room_of_dx = _plan(
+            *(looks(*tensors), tuple(window), len(x), of_x == x[0].shape[1] * x[0].stride(1)),
+            *(vector_of(of_dy, of_place, of_x), norm.activation, norm.eps, training),
         )
-    return dx, *in_dtypes_of((norm.weight, norm.bias, gate), (dweight, dbias, dgate), needs[1:])
+        dx = room_of_dx.empty(x[0].device)
+        sums = (dbias, dweight) if training else (None, None)
+        launch((*tensors, *sums, dx[0]), (of_dy, of_place, of_x, room_of_dx.distance))
+    needed = (needs_dweight, needs_dbias, needs_dgate)
+    return (dx, *in_dtypes_of((norm.weight, norm.bias, gate), (dweight, dbias, dgate), needed))

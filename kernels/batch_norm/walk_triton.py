@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from fastmerge.kernels.batch_norm import tiles
 from fastmerge.kernels.batch_norm.formulas import Norm, distance_of
 from fastmerge.kernels.batch_norm.tiles import MOST_AT_ONCE
 from torch import Tensor
@@ -172,60 +173,138 @@ def total_per_channel(values):
     return tl.sum(tl.sum(values, 0), 0)[None, None, :]
 
 
-# Launchers of compiled kernels, by what they were compiled for.
-launchers: dict[Any, Any] = {}
+class Launch:
+    """A kernel with all of its arguments but the tensors, and how far their streams are apart.
 
-
-def launch(
-    function: Any,
-    grid: tuple[int, ...],
-    tensors: Sequence[Tensor | None],
-    apart: tuple[int, ...] | None,
-    numbers: tuple[float, ...],
-    integers: tuple[int, ...],
-    constants: dict[str, Any],
-    warps: int = 4,
-) -> None:
-    """Launches a kernel; Triton looks at its arguments the first time, and what it compiled runs all later ones like them.
+    It is made once for all calls whose ``looks`` are the same. Triton looks at the tensors of the first, and what it compiled
+    runs all later ones.
 
     Args:
-        function: the kernel. Its parameters come in the order of what follows.
+        function: the kernel. Its parameters come in the order tensors, distances, numbers, integers, constants.
         grid: three sizes.
-        tensors: pointers, the first not None.
-        apart: ``distances`` of the tensors of several streams.
         numbers: floats.
         integers: sizes and strides.
-        constants: constexprs; a VECTOR is lessened where it doesn't divide what is between streams.
+        constants: constexprs.
         warps: of a program.
     """
-    first = tensors[0]
-    assert first is not None
-    assert apart is not None
-    device = first.get_device()
-    if device >= 0 and device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(function, grid, tensors, apart, numbers, integers, constants, warps)
-        return
-    if "VECTOR" in constants:
-        constants["VECTOR"] = math.gcd(constants["VECTOR"], *apart)
-    # All that Triton specialises on.
-    seen = tuple([None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-    key = (id(function), device, grid, seen, integers, tuple(constants.values()))
-    known = launchers.get(key)
-    if known is not None:
-        known(*tensors, *apart, *numbers, *integers, *constants.values())
-        return
-    compiled = function[grid](*tensors, *apart, *numbers, *integers, **constants, num_warps=warps)
-    if compiled is not None:  # as it is in the interpreter
-        if len(launchers) >= 4096:
-            launchers.clear()
-        launchers[key] = compiled[grid]
+
+    def __init__(
+        self,
+        function: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[float, ...],
+        integers: tuple[int, ...],
+        constants: dict[str, Any],
+        warps: int = 4,
+    ) -> None:
+        self._function, self._grid, self._constants, self._warps = function, grid, constants, warps
+        self._numbers = (*numbers, *integers)
+        self._rest = (*self._numbers, *constants.values())
+        self._compiled: dict[int, Any] = {}
+
+    def __call__(self, tensors: Sequence[Tensor | None], apart: Sequence[int] = ()) -> None:
+        """Launches the kernel.
+
+        Args:
+            tensors: pointers, the first not None; those that the plan hasn't looked at are new.
+            apart: ``distances`` of the tensors of several streams.
+        """
+        first = tensors[0]
+        assert first is not None
+        device = first.get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(tensors, apart)
+            return
+        compiled = self._compiled.get(device)
+        if compiled is not None:
+            compiled(*tensors, *apart, *self._rest)
+            return
+        compiled = self._function[self._grid](
+            *tensors, *apart, *self._numbers, **self._constants, num_warps=self._warps
+        )
+        if compiled is not None:  # as it is in the interpreter
+            self._compiled[device] = compiled[self._grid]
 
 
 def distances(*tensors: Sequence[Tensor] | None) -> tuple[int, ...] | None:
     """The distance of the streams of each, 0 where there are none; None where one launch doesn't reach all streams."""
     found = tuple([0 if streams is None else distance_of(streams) for streams in tensors])
     return None if None in found else found  # type: ignore[return-value]
+
+
+def vector_of(*apart: int) -> int:
+    """How many elements can be read at once in every stream, as far as their distances go."""
+    return math.gcd(MOST_AT_ONCE, *apart)
+
+
+# Shape, strides, dtype, and whether it begins on a multiple of 16 bytes: all that a launch depends on of a tensor.
+Look = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
+Looks = tuple[Look | None, ...]
+
+
+def looks(*tensors: Tensor | None) -> Looks:
+    """How tensors look to a launch."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+
+
+def on_meta(look: Look | None) -> Tensor:
+    """A tensor that looks so, without memory."""
+    assert look is not None
+    shape, strides, dtype, _ = look
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def check_vectors(*vectors: Look | None) -> None:
+    """Raises a NotWalkableError unless vectors of T·C are contiguous."""
+    for look in vectors:
+        if look is not None and look[0][0] > 1 and look[1] != (1,):
+            raise tiles.NotWalkableError(f"a vector has strides {look[1]}")
+
+
+def plain(norm: Norm) -> Norm:
+    """The same with copies of the tensors that a launch can't walk through."""
+    vectors = [None if vector is None else vector.contiguous() for vector in norm[1:5]]
+    residual = None if norm.residual is None else tiles.walkable(norm.residual)
+    gate = None if norm.gate is None else norm.gate.contiguous()
+    return Norm(tiles.walkable(norm.x), *vectors, residual, gate, norm.eps, norm.activation)
+
+
+def walk_of(tensors: Sequence[Tensor], gate: GateLike | None, summing: bool, vector: int) -> tiles.Walk:
+    """How a pass goes through tensors of which so many elements can be read at once in every stream; see ``tiles.walk``."""
+    walk = tiles.walk(tensors, gate is not None and gate.by_sample, summing)
+    return walk._replace(vector=math.gcd(walk.vector, vector))
+
+
+class GateLike(NamedTuple):
+    """How the gates lie.
+
+    Attributes:
+        by_sample: whether each sample has its own.
+        stride: from the gates of one sample to the next one's; 0 if all share theirs.
+    """
+
+    by_sample: bool
+    stride: int
+
+
+def gate_like(look: Look | None) -> GateLike | None:
+    """Of gates with channels side by side; rows may be slices of longer ones."""
+    if look is None:
+        return None
+    (samples, channels), (stride, step), *_ = look
+    if channels > 1 and step != 1:
+        raise tiles.NotWalkableError(f"gates have strides {look[1]}")
+    return GateLike(samples > 1, stride if samples > 1 else 0)
+
+
+def gate_vector(gate: GateLike | None, c: int) -> int:
+    """What the gates' stride and a stream's channels are multiples of: so many can be read at once."""
+    return math.gcd(MOST_AT_ONCE, c, gate_stride(gate))
+
+
+def gate_stride(gate: GateLike | None) -> int:
+    return 0 if gate is None else gate.stride
 
 
 def stream_by_stream(gradients: Callable[[int], tuple[Any, ...]], count: int) -> tuple[Any, ...]:
@@ -241,11 +320,6 @@ def stream_by_stream(gradients: Callable[[int], tuple[Any, ...]], count: int) ->
     return tuple(found)
 
 
-def vectors_of(norm: Norm) -> list[Tensor | None]:
-    """Weight, bias, mean and variance, as kernels read them."""
-    return [None if vector is None else vector.contiguous() for vector in norm[1:5]]
-
-
 def in_dtypes_of(
     tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -254,20 +328,3 @@ def in_dtypes_of(
         None if not need or g is None or t is None else g if g.dtype == t.dtype else g.to(t.dtype)
         for t, g, need in zip(tensors, gradients, needs, strict=True)
     ]
-
-
-def gate_vector(gate: Tensor | None, c: int) -> int:
-    """What the gates' stride and a stream's channels are multiples of: so many can be read at once."""
-    return math.gcd(MOST_AT_ONCE, c, gate_stride(gate))
-
-
-def rows_of(gate: Tensor | None) -> Tensor | None:
-    """The gates with channels side by side; rows may be slices of longer ones."""
-    return gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
-
-
-def gate_stride(gate: Tensor | None) -> int:
-    """From the gates of one sample to the next one's; 0 if all samples share theirs."""
-    if gate is None or gate.shape[0] == 1:
-        return 0
-    return gate.stride(0) if gate.stride(1) == 1 else gate.shape[1]
