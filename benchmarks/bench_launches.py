@@ -38,7 +38,7 @@ def bench_launches(benchmark: BenchmarkFixture, case: Case, divisor: int, side: 
     benchmark.extra_info["case"] = f"launches, {case.name}"
     results: dict[str, Any] = benchmark.extra_info.setdefault("contenders", {})
     small = dataclasses.replace(case, batch=_SMALL_BATCH, side=side)
-    for name, make in effort.chosen(_makers(case, case.make_teachers(), side)).items():
+    for name, make in effort.chosen(_makers(case, case.make_teachers(), case.side)).items():
         counts = counted(case, make())
         results[name] = {
             "launches": sum(counts.kernels.values()),
