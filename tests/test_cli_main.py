@@ -171,6 +171,7 @@ def test_argument_types():
     assert arguments.names("a, b,,c") == ["a", "b", "c"]
     assert arguments.integer(1)("3") == 3
     assert arguments.fraction("0.5") == 0.5
+    assert arguments.seconds("inf") == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,9 @@ def test_argument_types():
         (arguments.names, " ,"),
         (arguments.integer(1), "0"),
         (arguments.integer(0), "1.5"),
+        (arguments.integer(0), "9" * 20),
+        (arguments.seconds, "-5"),
+        (arguments.seconds, "nan"),
         (arguments.fraction, "1.5"),
         (arguments.fraction, "nan"),
     ],

@@ -22,8 +22,9 @@ def integer(least: int) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"needs a whole number of at least {least}; got {text!r}")
+        if not least <= value < 2**63:
+            most = " and of 64 bits" if value > least else ""
+            raise argparse.ArgumentTypeError(f"needs a whole number of at least {least}{most}; got {text!r}")
         return value
 
     return parse
@@ -37,6 +38,17 @@ def fraction(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"needs a number above 0 and at most 1; got {text!r}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:  # NaN would be never
+        raise argparse.ArgumentTypeError(f"needs a number of at least 0; got {text!r}")
     return value
 
 

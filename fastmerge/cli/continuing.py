@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmerge.cli.arguments import seconds
 from fastmerge.files import atomic, held
 from fastmerge.processes import Processes
 from fastmerge.reporting.epoch_log import check_tensorboard
@@ -58,7 +59,7 @@ def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
     add("--resume", action="store_true", help="go on with the run in DIR, whose options need not be given again")
     add(
         "--checkpoint-seconds",
-        type=float,
+        type=seconds,
         default=300.0,
         metavar="S",
         help="at least so long between two checkpoints; default 300",
