@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation_stages import TEACHERS
 from benchmarks.ablation_variants import BASE, Variant
 from fastmerge.big_student import BigStudent
 from fastmerge.environment import environment
@@ -49,17 +48,17 @@ class Record:
     def add(self, variant: Variant, chunk: Sequence[int], scores: Scores, opened: list[dict[str, float]]) -> None:
         """Writes down what a variant came to; ``scores`` has one number per replicate under each name."""
         entry = self.results["variants"].setdefault(variant.name, {"what": variant.what, "replicates": {}})
-        if variant.compact_at or not variant.merges:  # it has the draws of the base until then
+        if "compact_at" in variant.changes or not variant.merges:  # it has the draws of the base until then
             entry["compared_with"] = BASE
         for position, replicate in enumerate(chunk):
             found = {name: values[position] for name, values in scores.items()}
             entry["replicates"][str(replicate)] = found | {"open_probability": opened[position]}
         self.write()
 
-    def add_teachers(self, chunk: Sequence[int], values: list[float]) -> None:
-        """Writes down how good the teachers are."""
-        for position, replicate in enumerate(chunk):
-            self.results["teachers"][str(replicate)] = values[TEACHERS * position : TEACHERS * (position + 1)]
+    def add_teachers(self, chunk: Sequence[int], values: list[list[float]]) -> None:
+        """Writes down how good the teachers of each replicate are."""
+        for replicate, each in zip(chunk, values, strict=True):
+            self.results["teachers"][str(replicate)] = each
         self.write()
 
     def take(self, path: Path) -> None:

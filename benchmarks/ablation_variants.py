@@ -33,9 +33,8 @@ class Variant:
     Attributes:
         name: in the table.
         what: what differs from the paper's setting.
-        changes: fields of the recipe.
+        changes: options of the merge.
         big: the class of the big student.
-        compact_at: fractions of the merge stage after which channels closed for good are dropped.
         draws: another number, other random draws in the merge stage and fine-tuning.
         edit: ``edit(student, big, batches)`` changes the student straight after compression; the batches are of training
             data. Such a variant shares the base's merge stage.
@@ -45,7 +44,6 @@ class Variant:
     what: str
     changes: dict[str, Any] = field(default_factory=dict)
     big: type[BigStudent] = BigStudent
-    compact_at: tuple[float, ...] = ()
     draws: int = 0
     edit: Edit | None = None
 
@@ -100,17 +98,13 @@ def recalibrate_norms(student: nn.Module, big: BigStudent, batches: Iterable[Any
     recalibrate(student, batches)
 
 
-def variants(
-    network: nn.Module, link_at: tuple[float, ...], gate_lr: float | None = None, *, every_epoch: bool = False
-) -> list[Variant]:
+def variants(network: nn.Module, link_at: tuple[float, ...], gate_lr: float | None = None) -> list[Variant]:
     """The base and every choice beside it that says something for a recipe's network.
 
     Args:
         network: a teacher's, fresh.
         link_at: fractions of the merge stage.
         gate_lr: another learning rate of the gates, if any.
-        every_epoch: whether channels are dropped after every epoch from the first of ``compact_at`` on, as
-            :func:`fastmerge.merge` does.
     """
     setting = "the paper's setting: linked from the start, quadratic λ, a draw per sample"
     found = [Variant(BASE, setting)]
@@ -131,13 +125,8 @@ def variants(
     found += [
         Variant(
             "compacted",
-            "closed channels dropped "
-            + (
-                "after every epoch from 1/2 of the merge stage on"
-                if every_epoch
-                else "after 1/2 and 3/4 of the merge stage"
-            ),
-            compact_at=(0.5,) if every_epoch else (0.5, 0.75),
+            "closed channels dropped after every epoch from 1/2 of the merge stage on",
+            {"compact_at": 0.5},
         ),
         Variant("draw per batch", "one draw of the gates for a whole batch", big=OneDrawPerBatch),
         Variant("budget", "multipliers by dual ascent in place of λ", {"gate_schedule": "budget"}),

@@ -5,8 +5,8 @@
 
 For every replicate two teachers are trained once, and all variants start from them, with the same initial gates and the
 same order of the data, so that differences to the paper's setting are paired. Results are written after every variant;
-run again, it goes on with what is missing (the teachers lie beside FILE.json, as .safetensors). docs/render.py makes
-docs/ablations.md of the files in docs/results/ablations/. Recipes over loaders are those of benchmarks/experiments.py, with
+run again, it goes on with what is missing (the teachers' checkpoints lie beside FILE.json). docs/render.py makes
+docs/ablations.md of the files in docs/results/ablations/. Recipes that read images are those of benchmarks/experiments.py, with
 its share of images and epochs.
 """
 
@@ -16,91 +16,52 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from benchmarks.ablation_loaders import LoaderAblation
+from benchmarks.ablation_lab import Ablation
 from benchmarks.ablation_record import Record, open_probabilities
-from benchmarks.ablation_stacked import StackedAblation
-from benchmarks.ablation_stages import TEACHERS, Ablation
 from benchmarks.ablation_variants import BASE, Variant, variants
 from benchmarks.experiments import EXPERIMENTS, save_subset
-from fastmerge.checkpoints import load_weights, save_weights
-from fastmerge.recipes import IN_MEMORY, OVER_LOADERS
+from fastmerge.experiments.place import Place
+from fastmerge.experiments.recipes import RECIPES
 from fastmerge.schedules import PAPERS_GATE_LR, fitting_gate_lr
-from fastmerge.training.loader_place import Place, check_data
-from fastmerge.training.running import varied
-from fastmerge.training.seeds import seed_for
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK_AT = (0.0, 0.1, 0.25, 0.5, 1.0)
 
-Epoch = Callable[[int], object]
 
+def setup(options: argparse.Namespace, folder: Path) -> tuple[Place, dict[str, Any], int]:
+    """Where the recipe trains, what its results depend on, and how many replicates there are.
 
-@dataclass(frozen=True)
-class Setup:
-    """What the command line asks for.
-
-    Attributes:
-        config: what results depend on, JSON values.
-        variants: all there are.
-        chunks: replicates that are measured together.
-        ablation: of a chunk; it calls back after every epoch.
+    Recipes that read images are those of benchmarks/experiments.py; their share of the images goes to the folder.
     """
-
-    config: dict[str, Any]
-    variants: list[Variant]
-    chunks: list[Sequence[int]]
-    ablation: Callable[[Sequence[int], Epoch], Ablation]
-
-
-def in_memory(options: argparse.Namespace) -> Setup:
-    """Of a recipe whose data is in memory."""
-    budget = 1.0 if options.budget is None else options.budget
-    recipe = varied(IN_MEMORY[options.recipe](), paper=True).scaled(budget)
-    data = recipe.load_data(options.data, seed_for(options.seed, "data")).to(options.device)
-    steps = recipe.merge_steps(len(data.train_inputs))
-    return Setup(
-        config=recipe.config() | {"budget": budget, "train_samples": len(data.train_inputs)},
-        variants=variants(recipe.make_network(1), LINK_AT, _faster(steps)),
-        chunks=_chunks(10 if options.replicates is None else options.replicates, recipe.stack),
-        ablation=lambda chunk, epoch: StackedAblation(recipe, data, chunk, options.seed, epoch),
-    )
-
-
-def over_loaders(options: argparse.Namespace, folder: Path) -> Setup:
-    """Of an experiment over loaders; its images and the teachers' checkpoints go to the folder."""
-    experiment = EXPERIMENTS[options.recipe]
-    budget = experiment.budget if options.budget is None else options.budget
-    recipe = varied(experiment.sized(OVER_LOADERS[options.recipe]()), paper=True).scaled(budget)
-    folder.mkdir(parents=True, exist_ok=True)
-    images = folder / "images.npz"
-    save_subset(check_data(recipe, options.data), images, experiment)
+    recipe, data, autocast, experiment = RECIPES[options.recipe](), options.data, None, EXPERIMENTS.get(options.recipe)
+    budget, replicates = options.budget or 1.0, options.replicates or 10
+    if experiment is not None:
+        budget, replicates = options.budget or experiment.budget, options.replicates or experiment.replicates
+        recipe, autocast = experiment.sized(recipe), experiment.autocast
+        if data is None:
+            raise ValueError(f"{recipe.name} needs --data")
+        data = folder / "images.npz"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_subset(options.data, data, experiment)
     place = Place(
-        data=images,
+        recipe=recipe.varied(paper=True).scaled(budget),
+        data=data,
         device=torch.device(options.device),
         seed=options.seed,
-        autocast=experiment.autocast,
+        autocast=autocast,
         checkpoints=folder / "checkpoints" if options.teachers is None else options.teachers,
         resume=True,
         progress=False,
-    )
-    loaders = place.loaders(recipe, "check")
-    steps = recipe.merge.epochs * len(loaders.train)
-    dtype = str(experiment.autocast).removeprefix("torch.")
-    return Setup(
-        config=recipe.config() | {"budget": budget, "train_samples": loaders.train.samples, "autocast": dtype},
-        variants=variants(recipe.make_network(loaders.classes, 1), LINK_AT, _faster(steps), every_epoch=True),
-        chunks=_chunks(experiment.replicates if options.replicates is None else options.replicates, 1),
-        ablation=lambda chunk, epoch: LoaderAblation(recipe, place, chunk[0], epoch),
-    )
+    ).opened_here()
+    config = place.recipe.config() | {"budget": budget, "train_samples": place.samples[0], "seed": options.seed}
+    return place, config | ({} if autocast is None else {"autocast": str(autocast).removeprefix("torch.")}), replicates
 
 
 def _faster(steps: int) -> float | None:
@@ -124,7 +85,9 @@ def ablate(ablation: Ablation, record: Record, wanted: Sequence[Variant], bar: t
         return
     which = f"replicate {chunk[0]}" if len(chunk) == 1 else f"replicates {chunk[0]}-{chunk[-1]}"
     bar.set_description(f"{which}, teachers")
-    teachers = _teachers(ablation, record, chunk)
+    teachers = ablation.teachers()
+    by_number = [ablation.scores(each) for each in zip(*teachers, strict=True)]
+    record.add_teachers(chunk, [list(each) for each in zip(*by_number, strict=True)])
     base: list[Any] = []
     for variant in missing:
         bar.set_description(f"{which}, {variant.name}")
@@ -136,8 +99,8 @@ def ablate(ablation: Ablation, record: Record, wanted: Sequence[Variant], bar: t
             if not variant.merges:
                 bigs = base
             students = ablation.compressed(bigs, variant)
-            scores = {"big student": list(map(ablation.score, bigs)), "compressed": list(map(ablation.score, students))}
-            scores["student"] = list(map(ablation.score, ablation.finetuned(students, variant)))
+            scores = {"big student": ablation.scores(bigs), "compressed": ablation.scores(students)}
+            scores["student"] = ablation.scores(ablation.finetuned(students, variant))
         except FloatingPointError as error:
             warnings.warn(f"{which}, {variant.name}: {error}", stacklevel=2)
             continue
@@ -145,43 +108,21 @@ def ablate(ablation: Ablation, record: Record, wanted: Sequence[Variant], bar: t
         record.add(variant, chunk, scores, [open_probabilities(big) for big in bigs])
 
 
-def _teachers(ablation: Ablation, record: Record, chunk: Sequence[int]) -> list[nn.Module]:
-    """The teachers of a chunk: from the files beside the results, or trained and put there."""
-    files = _teacher_files(record, chunk)
-    if all(file.exists() for file in files):
-        teachers = [ablation.make_network() for _ in files]
-        for teacher, file in zip(teachers, files, strict=True):
-            load_weights(teacher, file)
-    else:
-        teachers = ablation.teachers()
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        for teacher, file in zip(teachers, files, strict=True):
-            save_weights(teacher.state_dict(), file)
-    record.add_teachers(chunk, [ablation.score(teacher) for teacher in teachers])
-    return teachers
-
-
-def _teacher_files(record: Record, chunk: Sequence[int]) -> list[Path]:
-    numbers = [(replicate, number) for replicate in chunk for number in range(TEACHERS)]
-    return [record.folder / f"teacher-{replicate}-{number}.safetensors" for replicate, number in numbers]
-
-
 def _named(wanted: Sequence[Variant], name: str) -> Variant:
     return next(variant for variant in wanted if variant.name == name)
 
 
-def epochs_left(setup: Setup, record: Record, wanted: Sequence[Variant]) -> int:
-    """Epochs, each of one network, until nothing is missing."""
+def epochs_left(place: Place, chunks: Sequence[Sequence[int]], record: Record, wanted: Sequence[Variant]) -> int:
+    """Epochs, each of one network, until nothing is missing; of teachers that are there, too."""
     left = 0
-    for chunk in setup.chunks:
+    for chunk in chunks:
         missing = record.missing(chunk, wanted)
         if not missing:
             continue
-        teacher, merge, finetune = setup.ablation(chunk, lambda networks: None).lengths
-        trained = all(file.exists() for file in _teacher_files(record, chunk))
+        teacher, merge, finetune = Ablation(place, chunk, lambda networks: None).lengths
         merges = [variant for variant in missing if variant.merges]
         edits = len(merges) < len(missing) and BASE not in [variant.name for variant in merges]
-        each = (0 if trained else TEACHERS * teacher) + (len(merges) + edits) * merge + len(missing) * finetune
+        each = place.recipe.teachers * teacher + (len(merges) + edits) * merge + len(missing) * finetune
         left += len(chunk) * each
     return left
 
@@ -189,7 +130,7 @@ def epochs_left(setup: Setup, record: Record, wanted: Sequence[Variant]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what is missing and writes the file after every variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipes = [*(name for name in IN_MEMORY if name != "sine"), *EXPERIMENTS]
+    recipes = ["digits", "lenet-imagewoof", *EXPERIMENTS]
     parser.add_argument("--recipe", choices=recipes, default="digits")
     parser.add_argument("--data", type=Path, metavar="PATH", help="for recipes that need one")
     parser.add_argument(
@@ -211,25 +152,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     path = options.out or ROOT / "runs" / "ablations" / f"{options.recipe}.json"
-    if options.teachers is not None:
-        if options.recipe in IN_MEMORY:
-            parser.error(f"--teachers needs a recipe over loaders; {options.recipe} trains its own")
-        if not any(options.teachers.glob("teacher-*-*")):
-            parser.error(f"--teachers needs a directory with checkpoints teacher-N-N; {options.teachers} has none")
+    if options.teachers is not None and not any(options.teachers.glob("teacher-*-*")):
+        parser.error(f"--teachers needs a directory with checkpoints teacher-N-N; {options.teachers} has none")
     torch.set_num_threads(1)
-    setup = in_memory(options) if options.recipe in IN_MEMORY else over_loaders(options, path.with_suffix(""))
-    chosen = setup.variants
+    place, config, replicates = setup(options, path.with_suffix(""))
+    steps = place.recipe.merge.merge_epochs * -(-place.samples[0] // place.recipe.batch_size)
+    every = variants(place.recipe.make_network(place.classes, 1), LINK_AT, _faster(steps))
+    chunks = _chunks(replicates, place.recipe.stack if place.recipe.in_memory else 1)
+    chosen = every
     if options.variants is not None:
         if unknown := set(options.variants) - {variant.name for variant in chosen}:
             parser.error(f"there are {', '.join(v.name for v in chosen)}; got {', '.join(unknown)}")
         names = {BASE, *options.variants}
         chosen = [variant for variant in chosen if variant.name in names]
-    record = Record(path, _plain(setup.config | {"seed": options.seed}))
+    record = Record(path, _plain(config))
     if options.add is not None:
         record.take(options.add)
-    with tqdm(unit="epoch", total=epochs_left(setup, record, chosen)) as bar:
-        for chunk in setup.chunks:
-            ablate(setup.ablation(chunk, bar.update), record, chosen, bar)
+    with tqdm(unit="epoch", total=epochs_left(place, chunks, record, chosen)) as bar:
+        for chunk in chunks:
+            ablate(Ablation(place, chunk, bar.update), record, chosen, bar)
     print(record.path)
 
 

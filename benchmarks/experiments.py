@@ -3,33 +3,24 @@
 ``python -m benchmarks.experiments resnet20-cifar100 --data cifar-100-python --out runs/resnet20-cifar100``
 
 The recipe is the paper's, with a fraction of its epochs and of its images, and the batch size and learning rate that so few
-images need. Strategies train beside each other, one core each; a run that was stopped goes on with the same command.
+images need. A run that was stopped goes on with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.cifar import find_cifar, load_cifar
-from fastmerge.recipes import OVER_LOADERS
-from fastmerge.reporting import results as results_files
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.run import run
 from fastmerge.reporting.report import write_report
-from fastmerge.training.loader_recipe import LoaderRecipe
-from fastmerge.training.loader_strategies import run
-
-STRATEGIES = ("student", "bo3", "one")
-PLANS = ("teacher", "merge", "finetune", "long", "third")
 
 
 @dataclass(frozen=True)
@@ -56,13 +47,13 @@ class Experiment:
     batch_size: int | None = None
     lr: float | None = None
 
-    def sized(self, recipe: LoaderRecipe) -> LoaderRecipe:
+    def sized(self, recipe: Recipe) -> Recipe:
         """The recipe with this batch size and learning rate, and as few looks at the test images."""
         # The recipe's own number shrinks with the epochs, and a look costs as much as half an epoch of so few images.
         recipe = replace(recipe, test_every=round(self.test_every / self.budget))
         if self.lr is not None:
-            plans = {name: replace(getattr(recipe, name), lr=self.lr) for name in PLANS}
-            recipe = replace(recipe, **plans)
+            plans = {name: replace(getattr(recipe, name), lr=self.lr) for name in ("teacher", "long")}
+            recipe = replace(recipe, merge=replace(recipe.merge, lr=self.lr, finetune_lr=None), **plans)
         return recipe if self.batch_size is None else replace(recipe, batch_size=self.batch_size)
 
 
@@ -71,36 +62,25 @@ EXPERIMENTS = {"resnet20-cifar100": Experiment(1 / 2, 50, 3, 10, torch.bfloat16,
 
 
 def main() -> None:
-    """Runs an experiment, or one strategy of it, and reports."""
+    """Runs an experiment and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR's folder, or an .npz")
     parser.add_argument("--out", type=Path, required=True, help="directory for the results")
-    parser.add_argument("--strategy", choices=STRATEGIES, help="this one alone, in this process")
     options = parser.parse_args()
-    if options.strategy:
-        run_strategy(options.name, options.data, options.out, options.strategy)
-        return
+    experiment = EXPERIMENTS[options.name]
     options.out.mkdir(parents=True, exist_ok=True)
-    save_subset(options.data, options.out / "images.npz", EXPERIMENTS[options.name])
-    command = [sys.executable, "-m", "benchmarks.experiments", options.name, "--data", str(options.out / "images.npz")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        calls = [[*command, "--strategy", name, "--out", str(options.out / name)] for name in STRATEGIES]
-        codes = list(pool.map(lambda call: subprocess.call(call, env=environment), calls))
-    if any(codes):
-        sys.exit("a strategy failed; the same command goes on with it")
-    join(options.out)
+    save_subset(options.data, options.out / "images.npz", experiment)
+    run_experiment(options.name, options.out / "images.npz", options.out)
     print(write_report(options.out))
 
 
-def run_strategy(name: str, data: Path, out: Path, strategy: str) -> None:
-    """Trains the replicates of one strategy, from the checkpoints in ``out`` if there are any."""
+def run_experiment(name: str, data: Path, out: Path) -> None:
+    """Trains all strategies, from the checkpoints in ``out`` if there are any."""
     experiment = EXPERIMENTS[name]
     run(
-        experiment.sized(OVER_LOADERS[name]()),
-        [strategy],
-        experiment.replicates,
+        experiment.sized(RECIPES[name]()),
+        replicates=experiment.replicates,
         budget=experiment.budget,
         out=out,
         data_path=data,
@@ -123,19 +103,6 @@ def save_subset(source: Path, target: Path, experiment: Experiment) -> None:
         test_images=arrays.test_images[tested],
         test_labels=arrays.test_labels[tested],
     )
-
-
-def join(out: Path) -> None:
-    """Puts the strategies' files together as if one run had trained them all."""
-    results: dict[str, Any] = {}
-    history: dict[str, Any] = {}
-    for strategy in STRATEGIES:
-        part, its_history = results_files.read(out / strategy)
-        # All else is the same in each of them.
-        results = {**part, **results, "strategies": results.get("strategies", {}) | part["strategies"]}
-        for key, value in (its_history or {}).items():
-            history[key] = history.get(key, {}) | value
-    results_files.write(out, results, history)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ from benchmarks.published import MEASUREMENTS, Measurement
 from benchmarks.report import machine
 from benchmarks.results import Contenders, cases
 from fastmerge.big_student import BigStudent
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import RECIPES
 from fastmerge.merging.estimate import Part
-from fastmerge.recipes import OVER_LOADERS
 from fastmerge.reporting.tables import table
-from fastmerge.training.loader_recipe import LoaderRecipe
-from fastmerge.training.loader_results import TEACHERS
 
 RECIPE = "resnet18-imagenet"
 IMAGES, CLASSES = 1_281_167, 1000  # ImageNet-1k's training images
@@ -66,7 +65,7 @@ def tables(runs: dict[str, dict[str, Any]]) -> str:
     Args:
         runs: as :func:`benchmarks.report.load` reads them.
     """
-    recipe = OVER_LOADERS[RECIPE]()
+    recipe = RECIPES[RECIPE]()
     pattern = f"step, resnet18 {recipe.image_size}px batch {recipe.batch_size} * cuda"
     found = []
     for run in runs.values():
@@ -78,7 +77,7 @@ def tables(runs: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(found) or _unmeasured(recipe)
 
 
-def _unmeasured(recipe: LoaderRecipe) -> str:
+def _unmeasured(recipe: Recipe) -> str:
     """What is to be expected of cards that others have measured, and what no run can be faster than."""
     case = Case("resnet18", recipe.batch_size, recipe.image_size, "bf16", "cuda")
     parts = [UNMEASURED.format(sent=BANDWIDTH / 1e9)]
@@ -94,7 +93,7 @@ def _steps(seconds: Callable[[bool], float]) -> dict[str, float]:
     return {names.TEACHERS: seconds(False), names.UNLINKED: seconds(False), names.LINKED: seconds(True)}
 
 
-def _said(published: Measurement, recipe: LoaderRecipe) -> str:
+def _said(published: Measurement, recipe: Recipe) -> str:
     batch = published.case.batch
     text = PUBLISHED.format(
         card=published.card,
@@ -111,7 +110,7 @@ def _said(published: Measurement, recipe: LoaderRecipe) -> str:
 
 
 def _section(
-    recipe: LoaderRecipe,
+    recipe: Recipe,
     case: str,
     contenders: Contenders,
     steps: dict[str, float],
@@ -127,7 +126,7 @@ def _section(
     return "\n\n".join([text, _table(recipe, steps, contenders), *_reading(recipe, every), machine(run)])
 
 
-def _table(recipe: LoaderRecipe, steps: dict[str, float], contenders: Contenders) -> str:
+def _table(recipe: Recipe, steps: dict[str, float], contenders: Contenders) -> str:
     header = ["part", "epochs", "images/s", "memory", *(f"{_gpus(count)}, hours" for count in GPUS)]
     measured = _parts(recipe, steps)
     rows = [_row(recipe, contenders, name, part, who) for name, (part, who) in measured.items()]
@@ -135,35 +134,35 @@ def _table(recipe: LoaderRecipe, steps: dict[str, float], contenders: Contenders
     return table(header, rows, markdown=True)
 
 
-def _parts(recipe: LoaderRecipe, steps: dict[str, float]) -> dict[str, tuple[Part | None, str]]:
+def _parts(recipe: Recipe, steps: dict[str, float]) -> dict[str, tuple[Part | None, str]]:
     """By name, parts and the contenders that were timed for them; a part is None where its step was not measured."""
     nbytes = _gradients(recipe)
-    one, merge = nbytes[names.TEACHERS], recipe.merge.epochs
+    one, merge = nbytes[names.TEACHERS], recipe.merge.merge_epochs
     made = {
-        "teachers": (TEACHERS * recipe.teacher.epochs, names.TEACHERS, one),
+        "teachers": (recipe.teachers * recipe.teacher.epochs, names.TEACHERS, one),
         "merge, linked": (merge, names.LINKED, nbytes[names.LINKED]),
         "merge, block-diagonal": (merge, names.UNLINKED, nbytes[names.UNLINKED]),
         **({"merge, naive dense": (merge, names.NAIVE, nbytes[names.LINKED])} if names.NAIVE in steps else {}),
-        "fine-tune": (recipe.finetune.epochs, names.TEACHERS, one),
+        "fine-tune": (recipe.merge.finetune_epochs, names.TEACHERS, one),
     }
     count = -(-IMAGES // recipe.batch_size)
     found: dict[str, tuple[Part | None, str]] = {}
     for name, (epochs, who, gradients) in made.items():
-        seconds = _seconds(steps, who, TEACHERS if who == names.TEACHERS else 1)
+        seconds = _seconds(steps, who, recipe.teachers if who == names.TEACHERS else 1)
         found[name] = (None if seconds is None else Part(name, epochs, count, seconds, gradients), who)
     return found
 
 
-def _wholes(recipe: LoaderRecipe, measured: dict[str, tuple[Part | None, str]]) -> dict[str, list[Part | None]]:
+def _wholes(recipe: Recipe, measured: dict[str, tuple[Part | None, str]]) -> dict[str, list[Part | None]]:
     """The parts of a student, at the recipe's time of linking and at a later one, and of one network for all epochs."""
     parts = {name: part for name, (part, _) in measured.items()}
-    before = round(LATE * recipe.merge.epochs)
+    before = round(LATE * recipe.merge.merge_epochs)
     late = [
         _for_epochs(parts["merge, block-diagonal"], before),
-        _for_epochs(parts["merge, linked"], recipe.merge.epochs - before),
+        _for_epochs(parts["merge, linked"], recipe.merge.merge_epochs - before),
     ]
     return {
-        f"student, in all (`--link-at {recipe.link_at:g}`)": [
+        f"student, in all (`--link-at {recipe.merge.link_at:g}`)": [
             parts["teachers"],
             parts["merge, linked"],
             parts["fine-tune"],
@@ -182,9 +181,9 @@ def _seconds(steps: dict[str, float], name: str, networks: int = 1) -> float | N
 
 
 @cache
-def _gradients(recipe: LoaderRecipe) -> dict[str, int]:
+def _gradients(recipe: Recipe) -> dict[str, int]:
     """Bytes of a step's gradients."""
-    teachers = [recipe.make_network(CLASSES, 1) for _ in range(TEACHERS)]
+    teachers = [recipe.make_network(CLASSES, 1) for _ in range(recipe.teachers)]
     big = BigStudent(*teachers, example_inputs=torch.zeros(2, 3, 64, 64))
     found = {names.TEACHERS: _bytes(teachers[0]), names.UNLINKED: _bytes(big)}
     big.link()
@@ -195,7 +194,7 @@ def _bytes(network: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
 
 
-def _row(recipe: LoaderRecipe, contenders: Contenders, name: str, part: Part | None, who: str) -> list[str]:
+def _row(recipe: Recipe, contenders: Contenders, name: str, part: Part | None, who: str) -> list[str]:
     peak = contenders.get(who, {}).get("peak_bytes")
     memory = f"{peak / 2**30:.1f} GiB" if peak else "–"
     rate = "not measured" if part is None else f"{recipe.batch_size / part.seconds:.0f}"
@@ -220,7 +219,7 @@ def _hours(parts: Sequence[Part | None]) -> list[str]:
     return found
 
 
-def _reading(recipe: LoaderRecipe, every: dict[str, Contenders]) -> list[str]:
+def _reading(recipe: Recipe, every: dict[str, Contenders]) -> list[str]:
     """What the machine's loaders gave, which no stage can be faster than."""
     of_loaders = every.get(f"data, prepared to {recipe.image_size}px cuda", {})
     rates = {

@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from fastmerge.history import Score
 from fastmerge.processes import Processes
 from fastmerge.recalibration import single_samples_named
+from fastmerge.stack import Stack
 
 Criterion = Callable[[Any, Any], Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -50,11 +52,12 @@ class Setting:
             yield tuple(map(self._input, inputs)), self._target(target)
 
     def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
-        """Runs network and criterion; returns (output, loss)."""
+        """Runs network and criterion; returns (output, loss), the loss (R,) of a stack."""
         with self.precision():
             with single_samples_named(inputs):
                 output = network(*inputs)
-            return output, self.criterion(output, target)
+            criterion = vmap(self.criterion) if isinstance(network, Stack) else self.criterion
+            return output, criterion(output, target)
 
     def precision(self) -> torch.autocast:
         """A context with the precision that networks and the criterion run in."""
@@ -69,6 +72,11 @@ class Setting:
         if isinstance(value, (tuple, list)):
             return [self._target(item) for item in value]
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def samples_in(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Samples of a batch; of a stack, for each of its networks."""
+    return inputs[0].shape[1] if isinstance(network, Stack) else len(inputs[0])
 
 
 def has_classes(output: Any, target: Any) -> bool:
@@ -94,6 +102,8 @@ class NotFiniteError(FloatingPointError):
 class Tally:
     """Sums loss and accuracy over batches without waiting for the device, except now and then.
 
+    Losses are 0-d, or (R,) for a stack of R networks, of which one may come upon NaN without an error.
+
     Args:
         every: How many batches may go unread.
     """
@@ -101,7 +111,7 @@ class Tally:
     def __init__(self, every: int = 20) -> None:
         self.every = every
         self.samples = self.steps = 0
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Any] = {}  # floats, or float64 arrays (R,)
         self._started = time.perf_counter()
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
 
@@ -112,9 +122,12 @@ class Tally:
             NotFiniteError: A loss of one of the last batches is NaN or Inf.
         """
         values = {name: loss.detach().float() for name, loss in losses.items()}
-        if has_classes(output, target):
-            right = (output.detach().argmax(1) == target).float()
-            values["accuracy"] = right.mean() if samples else right.sum()
+        stacked = int(next(iter(values.values())).dim())
+        if output is not None and has_classes(
+            *(x.flatten(0, 1) if stacked and isinstance(x, Tensor) else x for x in (output, target))
+        ):
+            right = (output.detach().argmax(1 + stacked) == target).float().flatten(stacked)
+            values["accuracy"] = right.mean(-1) if samples else right.sum(-1)
         self._pending.append((samples, values))
         return len(self._pending) >= self.every and self.read()
 
@@ -123,12 +136,15 @@ class Tally:
         if not self._pending:
             return True
         names = list(self._pending[0][1])
-        rows = torch.stack([torch.stack([values[name] for name in names]) for _, values in self._pending]).tolist()
-        for (samples, _), row in zip(self._pending, rows, strict=True):
+        rows = torch.stack([torch.stack([values[name] for name in names]) for _, values in self._pending])
+        stacked = rows.dim() > 2
+        for (samples, _), row in zip(
+            self._pending, rows.double().cpu().numpy() if stacked else rows.tolist(), strict=True
+        ):
             self.steps += 1
             self.samples += samples
             for name, value in zip(names, row, strict=True):
-                if value - value != 0:  # NaN and Inf
+                if not stacked and value - value != 0:  # NaN and Inf
                     raise NotFiniteError(self.steps, name, value)
                 self._sums[name] = self._sums.get(name, 0.0) + samples * value
         self._pending.clear()
@@ -137,16 +153,19 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on; to be called after :meth:`read`."""
         seconds = time.perf_counter() - self._started
-        return {"samples": self.samples, "steps": self.steps, "sums": dict(self._sums), "seconds": seconds}
+        sums = {n: v if isinstance(v, float) else torch.from_numpy(v) for n, v in self._sums.items()}
+        return {"samples": self.samples, "steps": self.steps, "sums": sums, "seconds": seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`; the time between does not count."""
-        self.samples, self.steps, self._sums = state["samples"], state["steps"], dict(state["sums"])
+        self.samples, self.steps = state["samples"], state["steps"]
+        self._sums = {n: v.numpy() if isinstance(v, Tensor) else v for n, v in state["sums"].items()}
         self._started = time.perf_counter() - state["seconds"]
 
-    def mean(self, name: str) -> float:
-        """Mean over the samples read so far."""
-        return self._sums[name] / self.samples
+    def mean(self, name: str) -> Any:
+        """Mean over the samples read so far; a list for a stack."""
+        mean = self._sums[name] / self.samples
+        return mean if isinstance(mean, float) else mean.tolist()
 
     @property
     def steps_begun(self) -> int:
@@ -203,7 +222,7 @@ def evaluate(
             try:
                 for inputs, target in setting.batches(loader):
                     output, loss = setting.apply(network, inputs, target)
-                    tally.add(output, target, len(inputs[0]), loss=loss)
+                    tally.add(output, target, samples_in(network, inputs), loss=loss)
                     if after_step is not None:
                         after_step()
                 tally.read()

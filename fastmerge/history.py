@@ -11,10 +11,13 @@ Stage = Literal["merge", "finetune"]
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of the criterion over a data set, and accuracy in 0..1, None where the targets are no classes."""
+    """Mean of the criterion over a data set, and accuracy in 0..1, None where the targets are no classes.
 
-    loss: float
-    accuracy: float | None = None
+    Of a stack of networks, a list with one for each; so are the other figures of a history.
+    """
+
+    loss: Any
+    accuracy: Any = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class EpochRecord:
         open_probability: Mean P[g > 0] of each channel group after the epoch.
         linked: Whether the big student was dense in this epoch.
         images_per_second: Training samples per second, evaluation left out.
+        operations: Of a network's forward and backward pass per sample, where they were counted.
     """
 
     stage: Stage
@@ -42,9 +46,10 @@ class EpochRecord:
     lr: float
     images_per_second: float
     lam: float | None = None
-    gate_loss: float | None = None
-    open_probability: dict[str, float] | None = None
+    gate_loss: Any = None
+    open_probability: dict[str, Any] | None = None
     linked: bool | None = None
+    operations: float | None = None
 
 
 @dataclass
@@ -66,7 +71,7 @@ class History:
     num_teachers: int
     epochs: list[EpochRecord] = field(default_factory=list)
     borders: dict[str, Score] = field(default_factory=dict)
-    kept: dict[str, list[int]] = field(default_factory=dict)
+    kept: Any = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     compactions: list[dict[str, Any]] = field(default_factory=list)
 
@@ -81,6 +86,10 @@ class History:
     def record(self) -> dict[str, Any]:
         """The record alone as JSON values."""
         return dataclasses.asdict(self)
+
+    def parts(self, count: int) -> list[History]:
+        """The histories of each network of a stack of so many."""
+        return [_part_of(self, index) for index in range(count)]
 
     def restore(self, record: dict[str, Any]) -> None:
         """Becomes what a :meth:`record` tells."""
@@ -113,3 +122,24 @@ class History:
             "stages": {"student": {"merge": 0, "fine-tune": len(merge)}},
             "gates": gates,
         }
+
+
+def _part_of(history: Any, index: int) -> Any:
+    """What one network of a stack has: the entry of every list of figures."""
+    if isinstance(history, Score):
+        return Score(*(value and value[index] for value in (history.loss, history.accuracy)))
+    if isinstance(history, EpochRecord):
+        opened = history.open_probability
+        return dataclasses.replace(
+            history,
+            train=_part_of(history.train, index),
+            val=history.val and _part_of(history.val, index),
+            gate_loss=history.gate_loss and history.gate_loss[index],
+            open_probability=opened and {name: values[index] for name, values in opened.items()},
+        )
+    return dataclasses.replace(
+        history,
+        epochs=[_part_of(record, index) for record in history.epochs],
+        borders={name: _part_of(score, index) for name, score in history.borders.items()},
+        kept=history.kept and history.kept[index],
+    )

@@ -42,6 +42,13 @@ class Processes:
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if together else (0, 1)
         self._first = 0 if group is None else dist.get_global_rank(group, 0)
 
+    @classmethod
+    def alone(cls, device: torch.device) -> Processes:
+        """This process by itself, whatever group it is in."""
+        found = cls(device)
+        found.rank, found.size = 0, 1
+        return found
+
     @property
     def is_first(self) -> bool:
         """Whether this is the process that writes files and shows progress."""

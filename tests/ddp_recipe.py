@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ddp_merge import fixed_gates
 from fastmerge import HardConcrete
 from fastmerge.data.augmentation import Augmentation
+from fastmerge.experiments import lab
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.run import run as run_recipe
 from fastmerge.merging.trainer import Trainer
-from fastmerge.recipes import OVER_LOADERS
-from fastmerge.training import loader_networks
-from fastmerge.training.loader_recipe import LoaderRecipe
-from fastmerge.training.running import run_recipe
 
 
 def network(classes: int, width: int) -> nn.Module:
@@ -27,24 +27,26 @@ def network(classes: int, width: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def recipe(**changes: Any) -> LoaderRecipe:
+def recipe(**changes: Any) -> Recipe:
     """Two teachers of four epochs, two epochs of the merge, two of fine-tuning; three steps each."""
-    base = OVER_LOADERS["resnet18-imagewoof"]()
-    small = replace(base, make_network=network, image_size=16, batch_size=4, augmentation=Augmentation(shift=1))
+    base = RECIPES["resnet18-imagewoof"]()
+    small = replace(
+        base, make_network=network, image_size=16, batch_size=4, augmentation=Augmentation(shift=1), held_out=1 / 3
+    )
     return replace(small.scaled(0.02), **changes)
 
 
 def run(rank: int, size: int, tree: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Trains the student; returns the teachers' and the student's weights, and what was told."""
     seen: dict[str, Any] = {"told": []}
-    merge, reset = loader_networks.train_merge, HardConcrete.reset_parameters
+    merge, reset = lab.merge_by, HardConcrete.reset_parameters
 
-    def spy(recipe: LoaderRecipe, place: Any, loaders: Any, teachers: list[nn.Module], *rest: Any) -> Any:
-        student, history = merge(recipe, place, loaders, teachers, *rest)
+    def spy(options: Any, teachers: list[nn.Module], *rest: Any, **more: Any) -> Any:
+        student, history = merge(options, teachers, *rest, **more)
         seen.update(teachers=[weights(teacher) for teacher in teachers], student=weights(student))
         return student, history
 
-    loader_networks.train_merge, HardConcrete.reset_parameters = spy, fixed_gates  # type: ignore[method-assign]
+    lab.merge_by, HardConcrete.reset_parameters = spy, fixed_gates  # type: ignore[assignment, method-assign]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*P.g>0.")
@@ -63,7 +65,7 @@ def run(rank: int, size: int, tree: Path, out: Path, **options: Any) -> dict[str
                 },
             )
     finally:
-        loader_networks.train_merge, HardConcrete.reset_parameters = merge, reset  # type: ignore[method-assign]
+        lab.merge_by, HardConcrete.reset_parameters = merge, reset  # type: ignore[method-assign]
     return seen | {"value": results["strategies"]["student"]["values"][0]}
 
 
@@ -95,14 +97,14 @@ def killed(rank: int, size: int, tree: Path, out: Path, parallel: bool, epochs: 
 
 def diverging(rank: int, size: int, tree: Path, out: Path) -> dict[str, Any]:
     """The second teacher alone comes upon NaN."""
-    make = loader_networks.train_network
+    make = lab.train_by
 
-    def spy(recipe: LoaderRecipe, plan: Any, place: Any, loaders: Any, width: int, tell: Any, *path: Any) -> Any:
-        if path[-1] == 1:
-            plan = replace(plan, lr=float(2**120))
-        return make(recipe, plan, place, loaders, width, tell, *path)
+    def spy(options: Any, *arguments: Any, title: str, **more: Any) -> Any:
+        if title.endswith(" 1"):
+            options = replace(options, finetune_lr=float(2**120))
+        return make(options, *arguments, title=title, **more)
 
-    loader_networks.train_network = spy
+    lab.train_by = spy
     return run(rank, size, tree, out, teachers_in_parallel=True)
 
 

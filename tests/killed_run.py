@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.recipes.sine import sine
-from fastmerge.training.recipe import Recipe
-from fastmerge.training.strategies import run
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import sine
+from fastmerge.experiments.run import run
+from fastmerge.merging.options import Options, Plan
 from killing import die
 
 BRIGHTNESS = 0.0
@@ -33,7 +33,11 @@ class Net(nn.Module):
         return self.head(self.drop(self.norm(self.conv(x)).relu().flatten(1)))
 
 
-def wide_net(width: int) -> Net:
+def net(classes: int, width: int) -> Net:
+    return Net(width)
+
+
+def wide_net(classes: int, width: int) -> Net:
     return Net(4 * width)
 
 
@@ -47,22 +51,23 @@ def noisy(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + 0.1 * torch.randn(x.shape, generator=generator)
 
 
-def recipe(**changes: Any) -> Recipe:
-    choices = {
-        "metric": "test_accuracy",
-        "make_network": Net,
-        "load_data": images,
-        "criterion": F.cross_entropy,
-        "epochs": 12,
-        "batch_size": 8,
-        "augment": noisy,
-        "link_at": 0.5,
-        "test_every": 2,
-        "stack": 2,
-        "curve": None,
-        "finetune_milestones": (1,),
-    }
-    return replace(sine(), **choices | changes)
+def recipe(make_network: Any = net, unit: int = 2, **changes: Any) -> Recipe:
+    """Of 24 images, of which networks train on 22, in batches of 8."""
+    merge = {"merge_epochs": unit, "finetune_epochs": unit, "milestones": (1,), "link_at": 0.5, "gate_lr": 0.1}
+    return replace(
+        sine(),
+        metric="test_accuracy",
+        make_network=make_network,
+        load_data=images,
+        teacher=Plan(epochs=2 * unit, lr=0.01),
+        long=Plan(epochs=6 * unit, lr=0.01),
+        merge=Options(**merge | {"lam_step": 0.05} | changes),
+        batch_size=8,
+        augment=noisy,
+        test_every=2,
+        stack=2,
+        curve=None,
+    )
 
 
 def train(directory: Path | None, epochs: int = 0, act: Callable[[], None] = die, **options: Any) -> dict[str, Any]:

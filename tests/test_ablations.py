@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablation_stacked, ablations
+from benchmarks import ablation_lab, ablations
+from benchmarks.ablation_lab import Ablation
 from benchmarks.ablation_report import base_of, load, overview, page, paired, section
-from benchmarks.ablation_stacked import StackedAblation
 from benchmarks.ablation_variants import BASE, OneDrawPerBatch, fold_gates, foldable_groups, rescale_head, variants
 from fastmerge import BigStudent
 from fastmerge.data.dataset import Dataset
+from fastmerge.experiments.place import Place
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import RECIPES, digits
 from fastmerge.networks.lenet import small_lenet
 from fastmerge.networks.resnet_cifar import ResNetCifar
-from fastmerge.recipes import IN_MEMORY
-from fastmerge.recipes.digits import digits
-from fastmerge.training.recipe import Recipe
 from teachers import make_batch, make_teachers, relative_error
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -66,7 +66,7 @@ def test_one_draw_is_shared_by_a_batch() -> None:
     assert rows == [1, 6]
 
 
-def tiny(width: int) -> nn.Module:
+def tiny(classes: int, width: int) -> nn.Module:
     return small_lenet(4, width)
 
 
@@ -77,12 +77,13 @@ def tiny_images(path: Path | None, seed: int, on_bad_image: str = "raise") -> Da
 
 
 def tiny_recipe() -> Recipe:
-    return replace(digits(), name="tiny", make_network=tiny, load_data=tiny_images, epochs=24, batch_size=16, stack=1)
+    recipe = digits().scaled(2 / 15)
+    return replace(recipe, name="tiny", make_network=tiny, load_data=tiny_images, batch_size=16, stack=1)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setitem(IN_MEMORY, "digits", tiny_recipe)
+    monkeypatch.setitem(RECIPES, "digits", tiny_recipe)
 
     def call(*words: str) -> dict[str, Any]:
         out = tmp_path / "tiny.json"
@@ -98,11 +99,11 @@ def test_all_variants_of_all_replicates_and_going_on(run, tmp_path, monkeypatch)
     chosen = ["--variants", "compacted", "gates folded"]
     everything = run("--replicates", "2", *chosen)
     assert sorted(everything["variants"]) == sorted([BASE, *chosen[1:]])
-    names = [variant.name for variant in variants(tiny(1), ablations.LINK_AT)]
+    names = [variant.name for variant in variants(tiny(4, 1), ablations.LINK_AT)]
     assert {"link_at 0.1", "link_at 1", "compacted", "head × T", "gates folded", "paper (4)"} <= set(names)
     assert "recalibrated" not in names
     assert not any(name.startswith("gate_lr") for name in names)
-    assert variants(tiny(1), (), 0.8333)[4].changes == {"gate_lr": 0.8333}
+    assert variants(tiny(4, 1), (), 0.8333)[4].changes == {"gate_lr": 0.8333}
     assert "recalibrated" in [variant.name for variant in variants(ResNetCifar(1), (0.0,))]
     for variant in everything["variants"].values():
         assert list(variant["replicates"]) == ["0", "1"]
@@ -117,7 +118,7 @@ def test_all_variants_of_all_replicates_and_going_on(run, tmp_path, monkeypatch)
     def never(self: Any, *arguments: Any) -> None:
         raise AssertionError("nothing is left to train")
 
-    monkeypatch.setattr(StackedAblation, "_train", never)
+    monkeypatch.setattr(Ablation, "_train", never)
     assert run("--replicates", "2", *chosen) == everything
     with pytest.raises(ValueError, match="results of another configuration"):
         run("--seed", "1")
@@ -125,26 +126,40 @@ def test_all_variants_of_all_replicates_and_going_on(run, tmp_path, monkeypatch)
 
 def test_variants_differ_only_by_their_choice(monkeypatch):
     """The same gates and orders; other draws are others."""
-    seen: dict[str, tuple[list[float], list[int]]] = {}
+    seen: dict[str, tuple[list[float], list[float]]] = {}
 
-    def stop(stack, data, stage, orders, noise, lam, gates):
-        seen[name] = (stack.parameters["gates.conv1.loc"].flatten().tolist(), [o.initial_seed() for o in orders])
+    def stop(big: Any, options: Any, trainer: Any) -> None:
+        first = next(iter(trainer.train_loader))[1].flatten().tolist()
+        seen[name] = (torch.cat([p.flatten() for p in big.gate_parameters()]).tolist(), [*first, torch.rand(()).item()])
         raise InterruptedError
 
-    data = tiny_images(None, 0)
-    ablation = StackedAblation(tiny_recipe().fitted(1), data, [0, 1], 0, lambda networks: None)
-    teachers = [tiny(1) for _ in range(4)]
-    monkeypatch.setattr(ablation_stacked, "train", stop)
-    for variant in variants(tiny(1), ()):
-        if variant.merges:
+    place = Place(recipe=replace(tiny_recipe(), stack=2), data=None, device=torch.device("cpu"), seed=0).opened_here()
+    ablation = Ablation(place, [0, 1], lambda networks: None)
+    teachers = [[tiny(4, 1), tiny(4, 1)] for _ in range(2)]
+    monkeypatch.setattr(ablation_lab, "learn_importance", stop)
+    for variant in variants(tiny(4, 1), ()):
+        if variant.merges and variant.name != "compacted":  # whose replicates train one by one
             name = variant.name
             with pytest.raises(InterruptedError):
                 ablation.merged(teachers, variant)
-    orders = {name: each[1] for name, each in seen.items()}
+    draws = {name: each[1] for name, each in seen.items()}
     assert all(gates == seen[BASE][0] for gates, _ in seen.values())
-    others = [orders.pop(f"{BASE} ({number})") for number in (2, 3, 4)]
-    assert len({*map(tuple, others), tuple(orders[BASE])}) == 4
-    assert all(order == orders[BASE] for order in orders.values())
+    others = [draws.pop(f"{BASE} ({number})") for number in (2, 3, 4)]
+    assert len({*map(tuple, others), tuple(draws[BASE])}) == 4
+    assert all(drawn == draws[BASE] for drawn in draws.values())
+
+
+def test_a_stack_of_replicates_is_ablated_as_one_by_one(tmp_path) -> None:
+    """Compacted ones come to differ in size."""
+    place = Place(recipe=replace(tiny_recipe(), stack=2), data=None, device=torch.device("cpu"), seed=0).opened_here()
+    ablation = Ablation(place, [0, 1], lambda networks: None)
+    teachers = [[tiny(4, 1), tiny(4, 1)] for _ in range(2)]
+    compacted = next(variant for variant in variants(tiny(4, 1), ()) if variant.name == "compacted")
+    bigs = ablation.merged(teachers, compacted)
+    bigs[1].gates["fc1"].loc.data[:3] = -9
+    bigs[1].compact()
+    students = ablation.compressed(bigs, compacted)
+    assert len(ablation.scores(bigs)) == len(ablation.scores(ablation.finetuned(students, compacted))) == 2
 
 
 def test_unknown_variants_are_refused(run, capsys):

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import ablation_loaders, ablations, experiments
-from benchmarks.ablation_loaders import LoaderAblation
+from benchmarks import ablation_lab, ablations, experiments
+from benchmarks.ablation_lab import Ablation
 from benchmarks.ablation_report import section
 from benchmarks.ablation_variants import BASE
 from fastmerge import BigStudent
-from fastmerge.recipes import OVER_LOADERS
-from fastmerge.recipes.resnet20_cifar100 import resnet20_cifar100
-from fastmerge.training.loader_recipe import LoaderRecipe, Plan
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import RECIPES, resnet20_cifar100
+from fastmerge.merging.options import Plan
 
 # So short a stage leaves the gates where they are.
 pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0.:UserWarning")
@@ -44,16 +44,18 @@ def small_network(classes: int, width: int) -> nn.Module:
     )
 
 
-def small_recipe() -> LoaderRecipe:
+def small_recipe() -> Recipe:
     plan = Plan(epochs=4, lr=0.05)
+    recipe = resnet20_cifar100()
+    options = {"merge_epochs": 4, "finetune_epochs": 4, "lr": 0.05, "merge_milestones": None, "milestones": ()}
     return replace(
-        resnet20_cifar100(),
+        recipe,
         make_network=small_network,
         teacher=plan,
-        merge=plan,
-        finetune=plan,
         long=replace(plan, epochs=16),
         third=replace(plan, epochs=6),
+        merge=replace(recipe.merge, **options),
+        held_out=0.25,
     )
 
 
@@ -71,8 +73,8 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(OVER_LOADERS, NAME, small_recipe)
-    experiment = experiments.Experiment(0.5, 8, 2, 1, torch.bfloat16, batch_size=8)
+    monkeypatch.setitem(RECIPES, NAME, small_recipe)
+    experiment = experiments.Experiment(0.5, 10, 2, 1, torch.bfloat16, batch_size=8)
     monkeypatch.setitem(experiments.EXPERIMENTS, NAME, experiment)
     threads = torch.get_num_threads()
 
@@ -94,17 +96,17 @@ def students(results: dict[str, Any]) -> dict[str, Any]:
 
 def test_all_variants_at_the_size_of_the_experiment(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = []
-    learn = ablation_loaders.learn_importance
+    learn = ablation_lab.learn_importance
 
     def spy(big, plan, trainer):
         learn(big, plan, trainer)
         merged.append((plan.link_at, plan.gate_schedule, big.linked, trainer.history.compactions, type(big).__name__))
 
-    monkeypatch.setattr(ablation_loaders, "learn_importance", spy)
+    monkeypatch.setattr(ablation_lab, "learn_importance", spy)
     results = run("--replicates", "1")
     config = results["config"]
-    assert (config["name"], config["budget"], config["train_samples"]) == (NAME, 0.5, 24)
-    assert (config["batch_size"], config["autocast"], config["merge"]["epochs"]) == (8, "bfloat16", 2)
+    assert (config["name"], config["budget"], config["train_samples"]) == (NAME, 0.5, 22)
+    assert (config["batch_size"], config["autocast"], config["merge"]["merge_epochs"]) == (8, "bfloat16", 2)
     names = set(results["variants"])
     assert {
         BASE,
@@ -125,19 +127,19 @@ def test_all_variants_at_the_size_of_the_experiment(run: Any, monkeypatch: pytes
     assert all(len(variant["replicates"]) == 1 for variant in results["variants"].values())
     shared = [results["variants"][name]["replicates"]["0"]["open_probability"] for name in (BASE, *EDITS)]
     assert all(each == shared[0] for each in shared)
-    assert "24 training samples" in section(results)
+    assert "22 training samples" in section(results)
 
 
 def test_edits_change_what_is_compressed_and_nothing_before(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compressed: dict[str, nn.Module] = {}
-    compress = LoaderAblation.compressed
+    compress = Ablation.compressed
 
     def spy(self, bigs, variant):
         made = compress(self, bigs, variant)
         compressed[variant.name] = copy.deepcopy(made[0])
         return made
 
-    monkeypatch.setattr(LoaderAblation, "compressed", spy)
+    monkeypatch.setattr(Ablation, "compressed", spy)
     run("--replicates", "1", "--variants", *EDITS)
     base = compressed[BASE].state_dict()
     differ = {
@@ -159,7 +161,7 @@ def test_a_killed_run_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
         pass
 
     def killed_after(epochs: int) -> Any:
-        def made(recipe, place, replicate, epoch):
+        def made(place, replicates, epoch):
             counts = iter(range(1, 100))
 
             def count(networks: int) -> None:
@@ -167,13 +169,13 @@ def test_a_killed_run_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
                 if next(counts) == epochs:
                     raise Killed
 
-            return LoaderAblation(recipe, place, replicate, count)
+            return Ablation(place, replicates, count)
 
         return made
 
     for epochs in (3, 8):  # while its teachers train, and in the merge stage of the second variant
         with monkeypatch.context() as patch:
-            patch.setattr(ablations, "LoaderAblation", killed_after(epochs))
+            patch.setattr(ablations, "Ablation", killed_after(epochs))
             with pytest.raises(Killed):
                 run(*words, out="killed.json")
     assert set(json.loads((tmp_path / "killed.json").read_text())["variants"]) == {BASE}
@@ -185,7 +187,7 @@ def test_a_killed_run_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_teachers_of_an_experiment_are_taken(run: Any, images: Path, tmp_path: Path, capsys: Any) -> None:
     own = run("--replicates", "1", "--variants", BASE)
     experiments.save_subset(images, tmp_path / "share.npz", experiments.EXPERIMENTS[NAME])
-    experiments.run_strategy(NAME, tmp_path / "share.npz", tmp_path / "student", "student")
+    experiments.run_experiment(NAME, tmp_path / "share.npz", tmp_path / "student")
     checkpoints = tmp_path / "student" / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in checkpoints.rglob("*.safetensors")}
     taken = run("--replicates", "1", "--variants", BASE, "--teachers", str(checkpoints), out="taken.json")
@@ -198,15 +200,15 @@ def test_teachers_of_an_experiment_are_taken(run: Any, images: Path, tmp_path: P
 
 
 def test_a_variant_that_diverges_is_left_out(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    finetune = ablation_loaders.finetune
+    finetune = ablation_lab.finetune
 
-    def diverging(student: nn.Module, plan: Any, schedule: Any, trainer: Any) -> None:
+    def diverging(student: nn.Module, options: Any, trainer: Any) -> None:
         if trainer.setting.autocast is not None and not hasattr(diverging, "done"):
             diverging.done = True  # type: ignore[attr-defined]
             raise FloatingPointError("the loss became nan")
-        finetune(student, plan, schedule, trainer)
+        finetune(student, options, trainer)
 
-    monkeypatch.setattr(ablation_loaders, "finetune", diverging)
+    monkeypatch.setattr(ablation_lab, "finetune", diverging)
     with pytest.warns(UserWarning, match="replicate 0, paper: the loss became nan"):
         results = run("--replicates", "1", "--variants", "recalibrated")
     assert list(results["variants"]) == ["recalibrated"]
@@ -222,8 +224,8 @@ def test_the_bar_knows_how_much_is_left(run: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ablations, "tqdm", made)
     run("--replicates", "1", "--variants", "link_at 1")
     run("--replicates", "2", "--variants", "recalibrated")
-    assert [bar.total for bar in bars] == [2 * 2 + 2 * 4, 2 + 2 + 2 * 2 + 2 + 2 * 2]
-    assert [bar.n for bar in bars] == [bar.total for bar in bars]
+    assert [bar.total for bar in bars] == [2 * 2 + 2 * 4, 2 * 2 + 2 + 2 + 2 * 2 + 2 + 2 * 2]
+    assert [bar.n for bar in bars] == [bars[0].total, bars[1].total - 2 * 2]  # whose first teachers were there
 
 
 def test_draws_are_others_and_gates_the_same(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +240,7 @@ def test_draws_are_others_and_gates_the_same(run: Any, monkeypatch: pytest.Monke
         )
         raise FloatingPointError("enough")
 
-    monkeypatch.setattr(ablation_loaders, "learn_importance", stop)
+    monkeypatch.setattr(ablation_lab, "learn_importance", stop)
     with pytest.warns(UserWarning, match="enough"):
         run("--replicates", "1", "--variants", f"{BASE} (2)", "link_at 1")
     base, other, unlinked = seen.values()

@@ -14,7 +14,7 @@ from benchmarks.counting import step_work
 from benchmarks.hours import IMAGES, tables
 from benchmarks.published import MEASUREMENTS
 from docs_renderer import docs_renderer
-from fastmerge.recipes import OVER_LOADERS
+from fastmerge.experiments.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = "step, resnet18 224px batch 256 bf16 cuda"
@@ -53,7 +53,7 @@ def test_one_gpu_takes_the_measured_steps() -> None:
 
 def test_several_gpus_take_their_share_and_at_worst_all_messages_more() -> None:
     found = rows(tables({"x": report([raced(CASE, STEP)], gpu=True)}))
-    nbytes = 4 * sum(p.numel() for p in OVER_LOADERS["resnet18-imagenet"]().make_network(1000, 1).parameters())
+    nbytes = 4 * sum(p.numel() for p in RECIPES["resnet18-imagenet"]().make_network(1000, 1).parameters())
     for place, count in ((4, 8), (5, 64)):
         best = hours((90, 0.016)) / count
         worst = best + 90 * STEPS * 2 * (count - 1) / count * nbytes / 1e10 / 3600

@@ -13,9 +13,9 @@ import torch
 import ddp_recipe
 from fastmerge.big_student import BigStudent
 from fastmerge.cli import main
+from fastmerge.experiments.recipes import RECIPES
 from fastmerge.merging.estimate import Estimate, Part
 from fastmerge.merging.estimate_table import describe
-from fastmerge.recipes import RECIPES
 from image_files import spoil, write_tree
 from test_cli_merge import arguments, place  # noqa: F401 (a fixture)
 
@@ -43,16 +43,14 @@ def test_a_recipe_is_planned_and_nothing_is_trained(recipe, tmp_path, capsys) ->
     assert main([*recipe, "--strategy", "student,bo3,one-big", "--link-at", "0.5"]) == 0
     printed = capsys.readouterr().out
     assert table(printed) == [
-        ("student: teachers", 24, 3),
-        ("student: validation", 12, 3),
-        ("student: merge, block-diagonal", 3, 3),
-        ("student: merge, linked", 3, 3),
+        ("teachers: training", 36, 2),
+        ("teachers: validation", 18, 3),
+        ("student: merge, block-diagonal", 3, 2),
+        ("student: merge, linked", 3, 2),
         ("student: validation of the big student", 3, 3),
-        ("student: fine-tune", 6, 3),
+        ("student: fine-tune", 6, 2),
         ("student: validation of the student", 3, 3),
-        ("bo3: training", 36, 3),
-        ("bo3: validation", 18, 3),
-        ("one-big: training", 36, 3),
+        ("one-big: training", 36, 2),
         ("one-big: validation", 18, 3),
     ]
     found, hint, why = printed.splitlines()[:3]
@@ -109,15 +107,15 @@ def test_a_merge_looks_at_every_image_too(place, tree, tmp_path, capsys) -> None
 def test_a_share_of_several_processes_is_timed(recipe, capsys) -> None:
     assert main([*recipe, "--strategy", "one", "--processes", "2", "--bandwidth", "0.001", "--accumulate", "2"]) == 0
     printed = capsys.readouterr().out
-    assert table(printed) == [("one: training", 36, 6), ("one: validation", 18, 5)]  # by parts of one image
+    assert table(printed) == [("one: training", 36, 4), ("one: validation", 18, 5)]  # by parts of one image
     nbytes = 4 * sum(parameter.numel() for parameter in ddp_recipe.network(2, 1).parameters())
-    seconds = 36 * 3 * nbytes / 1e6  # two processes send as much as there is, once per step
+    seconds = 36 * 2 * nbytes / 1e6  # two processes send as much as there is, once per step
     assert f"up to {seconds:.2g} s more where gradients" in printed
 
 
 def test_the_batch_size_is_that_of_all_processes(recipe, capsys) -> None:
-    assert main([*recipe, "--strategy", "one", "--processes", "2", "--batch-size", "6"]) == 0
-    assert table(capsys.readouterr().out)[0] == ("one: training", 36, 2)  # 12 images in threes, by two
+    assert main([*recipe, "--strategy", "one", "--processes", "2", "--batch-size", "2"]) == 0
+    assert table(capsys.readouterr().out)[0] == ("one: training", 36, 4)  # 8 images one by one, by two
     assert main([*recipe, "--processes", "2", "--batch-size", "5"]) == 2
     assert "a batch of 5 can't be shared out evenly to 2 processes" in capsys.readouterr().err
 
@@ -176,7 +174,7 @@ def test_it_is_for_one_process_and_processes_are_for_it(recipe, capsys) -> None:
     assert main([*words, "--check-images", "headers"]) == 2
     assert "--check-images goes with --dry-run" in capsys.readouterr().err
     assert main(["run", "sine", "--dry-run"]) == 2
-    assert "sine has its data in memory; --dry-run is for recipes over loaders" in capsys.readouterr().err
+    assert "sine has its data in memory; --dry-run is for recipes that read images" in capsys.readouterr().err
 
 
 def test_a_merge_with_several_processes(place, capsys) -> None:  # noqa: F811

@@ -20,8 +20,7 @@ from fastmerge.data.augmentation import Augmentation
 from fastmerge.data.decoding import BadImageError, BadImageWarning, read_image
 from fastmerge.data.folders import load_folder
 from fastmerge.data.loading import image_loaders
-from fastmerge.recipes import RECIPES
-from fastmerge.recipes.resnet18_imagewoof import resnet18_imagewoof
+from fastmerge.experiments.recipes import RECIPES, resnet18_imagewoof
 from image_files import pixels, spoil, write_odd_images, write_tree
 
 pytest.importorskip("PIL")

@@ -10,30 +10,27 @@ import pytest
 
 from benchmarks import experiments
 from fastmerge.data.arrays import load_npz
-from fastmerge.recipes import RECIPES
-from fastmerge.reporting import results as results_files
-from fastmerge.training.loader_recipe import LoaderRecipe
+from fastmerge.experiments.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
 def test_each_is_a_recipe_over_loaders_at_equal_epochs(name: str) -> None:
     experiment, recipe = experiments.EXPERIMENTS[name], RECIPES[name]()
-    assert isinstance(recipe, LoaderRecipe)
     assert experiment.replicates >= 3
     scaled = recipe.scaled(experiment.budget)
-    assert scaled.epochs == 2 * scaled.teacher.epochs + scaled.merge.epochs + scaled.finetune.epochs
+    assert scaled.epochs == 3 * scaled.teacher.epochs
     # Milestones stay apart, or the learning rate would skip a step of its schedule.
-    for plan in (scaled.teacher, scaled.merge, scaled.finetune, scaled.long):
+    for plan in (scaled.teacher, scaled.merge.merge_plan, scaled.merge.finetune_plan, scaled.long):
         assert sorted({0, plan.epochs, *plan.milestones}) == [0, *plan.milestones, plan.epochs]
 
 
 def test_batch_size_and_learning_rate_are_the_experiments_or_the_recipes() -> None:
     recipe = RECIPES["resnet20-cifar100"]()
-    assert isinstance(recipe, LoaderRecipe)
     experiment = experiments.EXPERIMENTS["resnet20-cifar100"]
     changed = replace(experiment, batch_size=5, lr=0.7).sized(recipe)
     assert changed.batch_size == 5
-    assert {getattr(changed, name).lr for name in experiments.PLANS} == {0.7}
+    plans = (changed.teacher, changed.long, changed.best_of, changed.merge.merge_plan, changed.merge.finetune_plan)
+    assert {plan.lr for plan in plans} == {0.7}
     same = replace(experiment, batch_size=None, lr=None).sized(recipe)
     assert replace(same, test_every=recipe.test_every) == recipe
     assert experiment.sized(recipe).scaled(experiment.budget).test_every == experiment.test_every
@@ -55,27 +52,3 @@ def test_a_share_has_the_first_images_of_each_class(tmp_path: Path) -> None:
     share = load_npz(tmp_path / "share.npz")
     assert share.train_labels.tolist() == [0, 1, 0, 1]
     assert np.array_equal(share.test_images, images[[1, 2, 3]])
-
-
-def test_strategies_are_put_together(tmp_path: Path) -> None:
-    for number, name in enumerate(experiments.STRATEGIES):
-        results_files.write(
-            tmp_path / name,
-            {
-                "recipe": "resnet20-cifar100",
-                "metric": "test_accuracy",
-                "strategies": {name: {"values": [number / 10], "epochs": 3, "seconds": 1.0}},
-                "environment": {},
-                "config": {"budget": 0.1},
-            },
-            {"curves": {name: {"epochs": [1], "test_accuracy": [[number / 10]]}}},
-        )
-    experiments.join(tmp_path)
-    results, history = results_files.read(tmp_path)
-    assert {name: part["values"] for name, part in results["strategies"].items()} == {
-        "student": [0],
-        "bo3": [0.1],
-        "one": [0.2],
-    }
-    assert history is not None
-    assert set(history["curves"]) == set(experiments.STRATEGIES)

@@ -16,15 +16,15 @@ from torch.optim import SGD
 import fastmerge
 from fastmerge.data.dataset import Dataset
 from fastmerge.evaluation import Setting
+from fastmerge.experiments.stacked_batches import StackedBatches
 from fastmerge.gate_budget import GateBudget
-from fastmerge.merging.graphed_step import MEASURED, WARM_UP, GraphedStep
+from fastmerge.merging.api import train_by
+from fastmerge.merging.graphed_step import MEASURED, WARM_UP, Graphed, GraphedStep
+from fastmerge.merging.options import Options
 from fastmerge.merging.step import MergeStep
 from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.schedules import GateWeight, QuadraticLambda
-from fastmerge.training.replay import Graphed
-from fastmerge.training.stack import Stack
-from fastmerge.training.stacked import train
-from fastmerge.training.stage import Stage
+from fastmerge.stack import Stack
 from teachers import OPEN, set_gates
 
 pytestmark = pytest.mark.gpu
@@ -190,7 +190,7 @@ def test_work_goes_on_after_a_failed_capture() -> None:
 def test_stacked_replicates_train_by_a_graph_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(64, 3, 16, 16, device=DEVICE)
     data = Dataset(x, torch.randint(10, (64,), device=DEVICE), x, x)
-    stage = Stage("test", 4, 0.05, 16, F.cross_entropy, momentum=0.9)
+    options = Options(finetune_epochs=4, finetune_lr=0.05)
     networks, weights = teachers(), []
     for captured in (True, False):
         stack = Stack(networks)
@@ -198,7 +198,7 @@ def test_stacked_replicates_train_by_a_graph_as_without(monkeypatch: pytest.Monk
             if not captured:
                 patch.setattr(Graphed, "__call__", lambda self, *arguments: tuple(self._function(*arguments)))
             orders = [torch.Generator().manual_seed(seed) for seed in range(2)]
-            list(train(stack, data, stage, orders, torch.Generator(DEVICE)))
-        weights.append(stack.parameters)
+            train_by(options, stack, StackedBatches(data, 16, orders))
+        weights.append(dict(stack.named_parameters()))
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)

@@ -18,11 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["recipes"],
-    ["training"],
+    ["experiments"],
     ["methods"],
     ["merging"],
-    ["gate_budget", "evaluation", "history", "checkpoints", "information", "mergeability"],
+    ["gate_budget", "evaluation", "history", "checkpoints", "information", "mergeability", "stack"],
     ["data", "environment", "files", "networks", "processes", "reporting", "resuming"],
     ["big_student", "lock_step"],
     ["gated_network"],
@@ -145,7 +144,7 @@ def test_a_wrong_import_would_be_found(tmp_path: Path) -> None:
         "import sklearn.svm\n"
         "from fastmerge import merging\n"
         "if TYPE_CHECKING:\n"
-        "    from fastmerge import recipes\n"
+        "    from fastmerge import experiments\n"
         "def use():\n"
         "    from fastmerge.cli import main\n"
         "    import matplotlib\n"

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+import fastmerge.merging.options as options_module
 import fastmerge.merging.stages as module
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
@@ -154,7 +155,7 @@ def test_weights_and_gates_have_their_own_optimizers(teachers, monkeypatch):
             count = sum(parameter.numel() for parameter in group["params"])
             made.append((count, group["lr"], group["momentum"], group["weight_decay"]))
 
-    monkeypatch.setattr(module, "SGD", Recorded)
+    monkeypatch.setattr(options_module, "SGD", Recorded)
     merge(teachers, train_loader(), lr=0.02, momentum=0.8, weight_decay=1e-3, finetune_lr=0.03, gate_lr=0.4, **SHORT)
     weights, gates, student = made
     assert gates == (2 * (6 + 16), 0.4, 0.9, 0)

@@ -11,10 +11,8 @@ from torch.utils.data import DataLoader
 
 import fastmerge.merging.trainer as module
 from fastmerge import recalibrate
+from fastmerge.experiments.recipes import RECIPES
 from fastmerge.merging import merge
-from fastmerge.recipes import OVER_LOADERS
-from fastmerge.training.loader_networks import merge_numbers
-from fastmerge.training.running import varied
 from small_task import SHORT, TRAIN, VAL, copies, train_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -89,6 +87,6 @@ def test_some_thousand_samples_are_enough(trained: list[nn.Module], monkeypatch:
 
 
 def test_the_papers_recipe_leaves_it_out() -> None:
-    recipe = OVER_LOADERS["resnet20-cifar100"]()
-    assert merge_numbers(recipe)["recalibrate"]
-    assert not merge_numbers(varied(recipe, paper=True))["recalibrate"]
+    recipe = RECIPES["resnet20-cifar100"]()
+    assert recipe.merge.recalibrate
+    assert not recipe.varied(paper=True).merge.recalibrate

@@ -5,7 +5,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from fastmerge.reporting.tables import caption, results_table, summarise, table
+from fastmerge.reporting.tables import caption, differences_table, results_table, summarise, table
 
 VALUES = [0.07, 0.08, 0.12]
 
@@ -63,3 +63,19 @@ def test_the_caption_says_what_the_table_does_not():
     assert "This run had 0.25 of the paper's epochs." in short
     assert "paper" not in caption(results(recipe="digits", config={"budget": 0.25}))
     assert "higher is better" in caption(results(metric="test_accuracy"))
+
+
+def test_differences_are_of_the_same_replicates_and_costs_stand_beside_the_epochs():
+    strategies = {
+        "student": {"values": [0.5, 0.7, math.nan, 0.9], "epochs": 6, "cost": 7.8, "seconds": 1},
+        "one": {"values": [0.4, 0.5, 0.1, 0.6], "epochs": 6, "cost": 6.0, "seconds": 1},
+    }
+    both = results(recipe="digits", metric="test_accuracy", strategies=strategies)
+    rows = differences_table(both).splitlines()
+    assert rows[-1].split() == ["student", "-", "one", "3", "+0.2000", "0.0577"]
+    assert results_table(both).splitlines()[2].split()[:4] == ["student", "6", "8", "3"]
+    assert "Cost is in epochs of one network" in caption(both)
+    del strategies["one"]["cost"]  # an older run, whose strategies had teachers of their own
+    assert differences_table(both) == ""
+    assert results_table(both).splitlines()[2].split()[:3] == ["student", "6", "3"]
+    assert differences_table(results(strategies={"one": strategies["student"]})) == ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastmerge.checkpoints import TIMM, build_network, load_weights
-from fastmerge.merging.execution import Execution
+from fastmerge.merging.options import Options
 
 
 def integer(least: int) -> Callable[[str], int]:
@@ -116,19 +117,51 @@ def load_teachers(options: argparse.Namespace, classes: int | None = None) -> li
     return teachers
 
 
-def add_execution(add: Callable[..., None]) -> None:
-    """Adds the options that say how steps are run, which :func:`execution` reads."""
-    add(
-        "--accumulate",
-        type=integer(1),
-        default=1,
-        metavar="K",
-        help="read a step's images in K parts, for small cards; default 1",
-    )
-    add("--compile", action="store_true", help="run networks under torch.compile, where that works")
-    add("--sync-batch-norm", action="store_true", help="BatchNorm over the images of all processes")
+def add_options(add: Callable[..., None], varying: bool = False) -> None:
+    """Adds a flag for every option of a merge that has one.
+
+    Args:
+        add: as ``parser.add_argument``.
+        varying: whether only those that may differ from a recipe's, whose own values are the defaults then.
+    """
+    for each in fields(Options):
+        facts = each.metadata
+        if facts["flag"] is None or (varying and not facts["varies"]):
+            continue
+        default = None if varying else each.default
+        said = "; default the recipe's" if varying else "" if default is None else f"; default {default}"
+        words: dict[str, Any] = {"help": facts["what"].replace("%", "%%") + said}
+        if facts["flag"] is bool:
+            words |= {"action": argparse.BooleanOptionalAction if varying or default else "store_true"}
+            words["help"] = facts["what"]
+        else:
+            words |= {"metavar": "N" if facts["flag"] in (int, list) else "X"} | _parsed(each.name, facts)
+        add(f"--{each.name.replace('_', '-')}", default=default, **words)
 
 
-def execution(options: argparse.Namespace) -> Execution:
-    """How steps are run, as options say."""
-    return Execution(options.accumulate, None, options.compile, options.sync_batch_norm)
+def _parsed(name: str, facts: Any) -> dict[str, Any]:
+    if facts["choices"] is not None:
+        return {"choices": facts["choices"], "metavar": None}
+    if facts["flag"] is list:
+        return {"nargs": "*", "type": integer(1)}
+    if name == "compact_at":
+        return {"type": compact_at}
+    return {"type": integer(facts["least"]) if facts["flag"] is int else float}
+
+
+def add_steps(add: Callable[..., None]) -> None:
+    """Adds the options of a merge that say how steps are run, whatever is trained, which :func:`steps` reads."""
+    for each in fields(Options):
+        if each.name in STEPS:
+            whole = each.metadata["flag"] is int
+            words: dict[str, Any] = {"type": integer(1), "metavar": "N"} if whole else {"action": "store_true"}
+            add(f"--{each.name.replace('_', '-')}", default=each.default, help=each.metadata["what"], **words)
+
+
+STEPS = ("accumulate", "compile", "sync_batch_norm")
+
+
+def chosen(options: argparse.Namespace, varying: bool = False) -> dict[str, Any]:
+    """The options of a merge that have flags, as they were given."""
+    names = [each.name for each in fields(Options) if each.metadata["varies"] or not varying]
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}

@@ -13,11 +13,13 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fastmerge.cli.arguments import seconds
 from fastmerge.files import atomic, held
+from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
 from fastmerge.reporting.epoch_log import check_tensorboard
 
@@ -26,20 +28,16 @@ _COMMAND = "command.json"
 _LOCK = ".lock"
 # What may differ when a run goes on, since it does not change what comes out of it.
 _FREE = {
-    "accumulate",
     "bandwidth",
-    "checkpoint_seconds",
-    "compile",
     "debug",
-    "device",
     "dry_run",
     "out",
     "processes",
     "quiet",
-    "resume",
     "teachers_in_parallel",
     "tensorboard",
     "workers",
+    *(each.name for each in fields(Options) if not each.metadata["compared"]),
 }
 
 

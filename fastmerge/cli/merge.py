@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.cli import compare, continuing
-from fastmerge.cli.arguments import add_execution, add_teachers, compact_at, execution, integer, load_teachers
+from fastmerge.cli.arguments import add_options, add_teachers, chosen, integer, load_teachers
 from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
 from fastmerge.cli.torchrun import join_processes, leave_processes
 from fastmerge.data.augmentation import AUGMENTATIONS
@@ -40,7 +40,7 @@ from fastmerge.history import EpochRecord
 from fastmerge.merging import merge
 from fastmerge.merging.checks import check_device
 from fastmerge.merging.estimate import estimate
-from fastmerge.merging.plan import MergePlan
+from fastmerge.merging.options import Options
 from fastmerge.methods import METHODS
 from fastmerge.processes import Processes, share_of
 from fastmerge.reporting.epoch_log import EpochLog
@@ -48,24 +48,6 @@ from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write_json
 
 SUMMARY = "merge your own trained networks"
-_MERGE_OPTIONS = (
-    "merge_epochs",
-    "finetune_epochs",
-    "link_at",
-    "compact_at",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "gate_lr",
-    "lam_start",
-    "lam_step",
-    "gate_schedule",
-    "finetune_lr",
-    "milestones",
-    "recalibrate",
-    "channels_last",
-    "seed",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,49 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="gates",
         help="how; default gates, see docs/methods.md for the others",
     )
-    add("--merge-epochs", type=integer(1), default=30, metavar="N", help="epochs of the big student; default 30")
-    add("--finetune-epochs", type=integer(0), default=30, metavar="N", help="epochs of the student; default 30")
+    add_options(add)
     add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step, of all processes; default 64")
-    add_execution(add)
-    add("--lr", type=float, default=0.01, metavar="X", help="learning rate of the weights; default 0.01")
-    add("--finetune-lr", type=float, metavar="X", help="learning rate of the fine-tuning; default --lr")
-    add(
-        "--milestones",
-        nargs="*",
-        type=integer(1),
-        metavar="N",
-        help="fine-tune epochs that end with lr / 10; default 2/3",
-    )
-    add("--momentum", type=float, default=0.9, metavar="X", help="default 0.9")
-    add("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
-    add("--gate-lr", type=float, metavar="X", help="learning rate of the gates; default 0.2, more in a short stage")
-    add("--lam-start", type=float, default=0.01, metavar="X", help="weight of the gate loss at first; default 0.01")
-    add("--lam-step", type=float, metavar="X", help="its growth per epoch; default fits the length of the stage")
-    add(
-        "--gate-schedule",
-        choices=("quadratic", "budget"),
-        default="quadratic",
-        help="what brings gates to 1/T: λ, or a budget that steers itself; default quadratic",
-    )
-    add(
-        "--link-at",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="fraction of the merge before linking; 1 never; default 0",
-    )
-    add(
-        "--compact-at",
-        type=compact_at,
-        metavar="F",
-        help="fraction of the merge after which closed channels are dropped, or 'settled'; default never",
-    )
-    add(
-        "--recalibrate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether BatchNorm's statistics are estimated anew after compression; default yes",
-    )
     add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
     add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
     usual = "of pixels in 0..1, as the teachers were trained; default ImageNet's for a tree, else the data's"
@@ -133,8 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--on-bad-image", choices=ON_BAD_IMAGE, default="raise", help="at a file that is no image; default raise")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
-    add("--channels-last", action="store_true", help="channels-last layout")
-    add("--seed", type=integer(0), metavar="S", help="makes the merge repeatable")
     add_planning(add)
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -182,12 +121,11 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         shards=size,
     )
     teachers = load_teachers(options, loaders.classes)
-    chosen: dict[str, Any] = {name: getattr(options, name) for name in _MERGE_OPTIONS}
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
+    given: dict[str, Any] = chosen(options) | {"device": device, "autocast": autocast}
     if options.dry_run:
-        numbers = {name: value for name, value in chosen.items() if name not in ("channels_last", "seed")}
         setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
-        found = estimate(teachers, loaders.train, loaders.val, setting, MergePlan(**numbers))
+        found = estimate(teachers, loaders.train, loaders.val, setting, Options(**given), options.val_every)
         print(plan(options, images, loaders.why, found))
         return
     with contextlib.ExitStack() as closing:
@@ -200,15 +138,9 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
             teachers,
             loaders.train,
             val_loader=loaders.val,
-            device=device,
-            autocast=autocast,
-            progress=False if options.quiet else None,
-            callback=note,
+            **given | {"progress": False if options.quiet else None, "callback": note},
             checkpoint_dir=options.out / continuing.CHECKPOINTS,
-            checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
-            **dataclasses.asdict(execution(options)),
-            **chosen,
         )
     left_out = processes.joined(loaders.bad_images.found)
     if not processes.is_first:

@@ -18,19 +18,20 @@ from typing import Any
 import torch
 
 from fastmerge.cli import continuing
-from fastmerge.cli.arguments import add_execution, compact_at, execution, fraction, integer, names
+from fastmerge.cli.arguments import STEPS, add_options, add_steps, chosen, fraction, integer, names
 from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
 from fastmerge.cli.torchrun import join_processes, leave_processes
 from fastmerge.data.loading import LOADERS
+from fastmerge.experiments.place import Place
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.rehearsal import estimate_run
+from fastmerge.experiments.run import run
+from fastmerge.experiments.strategies import STRATEGIES
+from fastmerge.merging.checks import check_device
 from fastmerge.processes import Processes
-from fastmerge.recipes import RECIPES
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
-from fastmerge.training import strategies
-from fastmerge.training.loader_estimate import estimate_run
-from fastmerge.training.loader_place import Place, check_data
-from fastmerge.training.loader_recipe import LoaderRecipe
-from fastmerge.training.running import AnyRecipe, run_recipe, varied
 
 SUMMARY = "an experiment: teachers, merge, student, and what else the epochs could have bought"
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=["student", "bo3", "one"],
         metavar="A,B,..",
-        help=f"some of {', '.join(strategies.STRATEGIES)}; default student,bo3,one",
+        help=f"some of {', '.join(STRATEGIES)}; default student,bo3,one",
     )
     add("--replicates", type=integer(1), default=5, metavar="N", help="of each strategy; default 5")
     add("--budget", type=fraction, default=1.0, metavar="F", help="fraction of the recipe's epochs, 0..1; default 1")
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--device",
         metavar="D",
-        help="cpu, cuda, cuda:1, ...; default cpu, for recipes over loaders cuda where there is one",
+        help="cpu, cuda, cuda:1, ...; default cpu, for recipes that read images cuda where there is one",
     )
     add("--out", type=Path, metavar="DIR", help="default runs/RECIPE")
     add(
@@ -69,22 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that share the training on the CPU; default one per core",
     )
     add("--paper", action="store_true", help="the paper's setting where the recipe's own differs")
-    add("--link-at", type=float, metavar="F", help="fraction of the merge stage before linking")
-    add("--gate-schedule", choices=("quadratic", "budget"), help="what brings gates to 1/T")
-    add(
-        "--compact-at",
-        type=compact_at,
-        metavar="F",
-        help="fraction of the merge stage after which closed channels are dropped, or 'settled'; default never",
-    )
-    add("--loader", default="auto", choices=("auto", *LOADERS), help="of recipes over loaders")
-    add("--autocast", choices=("bfloat16", "float16"), help="mixed precision of recipes over loaders")
+    add_options(add, varying=True)
+    add("--loader", default="auto", choices=("auto", *LOADERS), help="of recipes that read images")
+    add("--autocast", choices=("bfloat16", "float16"), help="mixed precision of recipes that read images")
     add("--on-bad-image", default="raise", choices=("raise", "skip"), help="what a file that can't be read does")
-    add_execution(add)
+    add_steps(add)
     add(
         "--teachers-in-parallel",
         action="store_true",
-        help="with several processes, train the teachers of recipes over loaders side by side, each by its share of them",
+        help="with several processes, train the teachers of recipes that read images side by side, each by its share of them",
     )
     add_planning(add)
     add("--quiet", action="store_true", help="no progress bar")
@@ -92,15 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> None:
     """Runs the recipe and prints its table."""
-    recipe = varied(
-        RECIPES[options.recipe](),
-        paper=options.paper,
-        link_at=options.link_at,
-        gate_schedule=options.gate_schedule,
-        compact_at=options.compact_at,
-        batch_size=options.batch_size,
-    )
-    by_itself = "cuda" if isinstance(recipe, LoaderRecipe) and torch.cuda.is_available() else "cpu"
+    recipe = RECIPES[options.recipe]().varied(options.paper, options.batch_size, **chosen(options, varying=True))
+    by_itself = "cuda" if not recipe.in_memory and torch.cuda.is_available() else "cpu"
     device, processes = join_processes(options.device or by_itself)
     try:
         check_planning(options, processes)
@@ -110,7 +97,7 @@ def command(options: argparse.Namespace) -> None:
         leave_processes()
 
 
-def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes: Processes) -> None:
+def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Processes) -> None:
     out: Path = options.out
     if options.dry_run:
         continuing.check(options)
@@ -126,13 +113,12 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
             key = ("strategy", "replicates", "stage", "network", "epoch")
             log = EpochLog(out / "log.jsonl", key, options.resume, out / "tensorboard" if options.tensorboard else None)
             note = _noting(closing.enter_context(contextlib.closing(log)))
-        run_recipe(
+        run(
             recipe,
             options.strategy,
             loader=options.loader,
             autocast=None if options.autocast is None else getattr(torch, options.autocast),
             on_bad_image=options.on_bad_image,
-            execution=execution(options),
             teachers_in_parallel=options.teachers_in_parallel,
             replicates=options.replicates,
             budget=options.budget,
@@ -146,6 +132,7 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             note=note,
+            **{name: getattr(options, name) for name in STEPS},
         )
     if processes.is_first:
         print(write_report(out))
@@ -153,22 +140,21 @@ def _run(options: argparse.Namespace, recipe: AnyRecipe, device: str, processes:
         continuing.finish(options)
 
 
-def _plan(options: argparse.Namespace, recipe: AnyRecipe, device: str) -> str:
-    if not isinstance(recipe, LoaderRecipe):
-        raise ValueError(f"{recipe.name} has its data in memory; --dry-run is for recipes over loaders")
+def _plan(options: argparse.Namespace, recipe: Recipe, device: str) -> str:
     place = Place(
-        data=check_data(recipe, options.data),
-        device=strategies.check_device(device),
+        recipe=recipe.scaled(options.budget),
+        data=options.data,
+        device=check_device(device, torch.nn.Identity()),
         seed=options.seed,
         loader=options.loader,
         workers=options.workers,
         autocast=None if options.autocast is None else getattr(torch, options.autocast),
         on_bad_image=options.on_bad_image,
-        execution=execution(options),
+        steps={name: getattr(options, name) for name in STEPS},
     )
-    shape = {"replicates": options.replicates, "budget": options.budget, "processes": options.processes}
+    place.check_data()
     images = checked_images(options)
-    loaders, found = estimate_run(recipe, options.strategy, place, **shape)
+    loaders, found = estimate_run(place, options.strategy, replicates=options.replicates, processes=options.processes)
     return plan(options, images, loaders.why, found)
 
 

@@ -127,3 +127,24 @@ def _labels(name: str, labels: NDArray[Any], count: int) -> NDArray[np.int64]:
     if labels.min() < 0:
         raise ValueError(f"{name} must be at least 0; it holds {labels.min()}")
     return labels.astype(np.int64)
+
+
+def evenly_held_out(samples: int, fraction: float, labels: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Chooses a fraction of some samples, at least one, evenly over the classes.
+
+    Args:
+        samples: how many there are.
+        fraction: of them, above 0 and below 1.
+        labels: the class of each, or None.
+
+    Returns:
+        Their indices, ascending.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    count = max(1, round(fraction * samples))
+    if count >= samples:
+        raise ValueError(f"{samples} training samples are too few to hold out {fraction:g} of them")
+    order = np.arange(samples) if labels is None else np.argsort(labels, kind="stable")
+    return np.sort(order[np.arange(count) * samples // count])

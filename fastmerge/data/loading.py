@@ -34,6 +34,7 @@ class ImageLoaders:
         loader: Which of the loaders reads.
         why: The same in a sentence, with the reason, for a log.
         bad_images: Files that could not be read and were left out; it fills as the loaders come by them.
+        held_out: Training images that ``train`` leaves out, in order and as validation images are; None without any.
     """
 
     train: EpochLoader
@@ -43,6 +44,7 @@ class ImageLoaders:
     loader: Loader
     why: str
     bad_images: BadImages
+    held_out: EpochLoader | None = None
 
     def again(self, batch_size: int, seed: int, shard: int = 0, shards: int = 1) -> ImageLoaders:
         """Loaders of the same images that begin with the first epoch; arguments are those of :func:`image_loaders`.
@@ -52,11 +54,14 @@ class ImageLoaders:
         Raises:
             ValueError: There are fewer images than shards, or a number is out of range.
         """
-        train, val = (
-            loader.in_batches(replace(loader.batches, batch_size=batch_size, seed=seed, shard=shard, shards=shards))
-            for loader in (self.train, self.val)
+        train, val, held_out = (
+            loader
+            and loader.in_batches(replace(loader.batches, batch_size=batch_size, seed=seed, shard=shard, shards=shards))
+            for loader in (self.train, self.val, self.held_out)
         )
-        return replace(self, train=train, val=val)
+        assert train is not None
+        assert val is not None
+        return replace(self, train=train, val=val, held_out=held_out)
 
 
 def image_loaders(
@@ -78,6 +83,7 @@ def image_loaders(
     on_bad_image: OnBadImage = "raise",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    held_out: float = 0.0,
 ) -> ImageLoaders:
     """Makes loaders for a data set.
 
@@ -110,6 +116,7 @@ def image_loaders(
         mean: What is subtracted from each channel of pixels in 0..1, as ``torchvision.transforms.Normalize`` takes it: that
             which trained networks were given. None is ImageNet's for trees, and that of the training images for arrays.
         std: What each channel is divided by after that; None likewise.
+        held_out: Fraction of the training images, evenly over the classes, that is left out of training.
 
     Raises:
         FileNotFoundError: There is nothing at path, or a folder is missing.
@@ -147,9 +154,9 @@ def image_loaders(
         name, why = choose_for_arrays(path, data, loader, choice)
     else:
         name, why = choose_for_trees(data, loader, choice)
-    train, val = make_loaders(data, name, choice)
+    train, val, held = make_loaders(data, name, choice, held_out)
     classes = data.classes if isinstance(data, ImageArrays) else len(data[0].classes)
-    return ImageLoaders(train, val, classes, channels, name, f"loader {name}: {why}", choice.bad_images)
+    return ImageLoaders(train, val, classes, channels, name, f"loader {name}: {why}", choice.bad_images, held)
 
 
 def _device(given: torch.device | str) -> torch.device:

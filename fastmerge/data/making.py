@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastmerge.data.arrays import ImageArrays, channel_statistics
+from fastmerge.data.arrays import ImageArrays, channel_statistics, evenly_held_out
 from fastmerge.data.choosing import Choice, Data, Loader
 from fastmerge.data.dali_graph import Graph
 from fastmerge.data.dali_loader import DaliLoader
@@ -21,18 +24,35 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def make_loaders(data: Data, name: Loader, choice: Choice) -> tuple[EpochLoader, EpochLoader]:
-    """The loaders of training and validation; trees are usually normalised as ImageNet, arrays by their training images."""
+def make_loaders(
+    data: Data, name: Loader, choice: Choice, held_out: float = 0.0
+) -> tuple[EpochLoader, EpochLoader, EpochLoader | None]:
+    """The loaders of training, of validation and of what is held out of the training images.
+
+    Trees are usually normalised as ImageNet, arrays by their training images.
+    """
     mean, std = _normalisation(data, choice)
+    labels = data.train_labels if isinstance(data, ImageArrays) else data[0].labels
+    held = evenly_held_out(len(labels), held_out, labels) if held_out else np.array([], np.int64)
+    kept = np.setdiff1d(np.arange(len(labels)), held) if held_out else slice(None)
     if isinstance(data, ImageArrays):
         finish = _finish(mean, std, choice)
         make_array = _device_loader if name == "device" else _array_loader
         return (
-            make_array(data.train_images, data.train_labels, True, finish, choice),
+            make_array(data.train_images[kept], data.train_labels[kept], True, finish, choice),
             make_array(data.test_images, data.test_labels, False, finish, choice),
+            make_array(data.train_images[held], labels[held], False, finish, choice) if held_out else None,
         )
     make = {"dali": _dali_loader, "device": _decoded_loader, "torch": _tree_loader}[name]
-    return make(data[0], True, mean, std, choice), make(data[1], False, mean, std, choice)
+    return (
+        make(_part(data[0], kept) if held_out else data[0], True, mean, std, choice),
+        make(data[1], False, mean, std, choice),
+        make(_part(data[0], held), False, mean, std, choice) if held_out else None,
+    )
+
+
+def _part(tree: ImageTree, index: Any) -> ImageTree:
+    return replace(tree, files=[tree.files[i] for i in index], labels=tree.labels[index])
 
 
 def _normalisation(data: Data, choice: Choice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

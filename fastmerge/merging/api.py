@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,22 @@ from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging.checks import (
     check_checkpoints,
-    check_count,
     check_device,
     check_loader,
     check_processes,
     check_schedule,
     check_teachers,
 )
-from fastmerge.merging.execution import Execution
-from fastmerge.merging.plan import CompactAt, GateSchedule, MergePlan, describe_options
+from fastmerge.merging.options import CompactAt, GateSchedule, Options
 from fastmerge.merging.progress import Progress
-from fastmerge.merging.stages import train_student
+from fastmerge.merging.stages import finetune, train_student
 from fastmerge.merging.state import MergeState
 from fastmerge.merging.trainer import Trainer
 from fastmerge.processes import Processes
 from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
 from fastmerge.resuming.stop_requests import StopRequests
+from fastmerge.stack import Stack
 
 
 def merge(
@@ -160,72 +160,113 @@ def merge(
 
     Source: M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
     """
-    plan = MergePlan(
-        merge_epochs=merge_epochs,
-        finetune_epochs=finetune_epochs,
-        link_at=link_at,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        gate_lr=gate_lr,
-        lam_start=lam_start,
-        lam_step=lam_step,
-        gate_schedule=gate_schedule,
-        compact_at=compact_at,
-        merge_milestones=merge_milestones,
-        finetune_lr=finetune_lr,
-        milestones=milestones,
-        recalibrate=recalibrate,
-    )
+    given = {name: value for name, value in locals().items() if name not in ("teachers", "train_loader", "val_loader")}
+    return merge_by(Options(**given), teachers, train_loader, val_loader)
+
+
+def merge_by(
+    options: Options,
+    teachers: Sequence[nn.Module],
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None = None,
+    *,
+    processes: Processes | None = None,
+    also: dict[str, Any] | None = None,
+    count: Callable[[nn.Module], float] | None = None,
+) -> tuple[nn.Module, History]:
+    """:func:`merge` of networks, or of stacks of them with stacked batches: replicate by replicate.
+
+    Args:
+        options: of the merge.
+        teachers, train_loader, val_loader: as :func:`merge`'s; stacks of equally many teachers, and batches (R, N, ...).
+        processes: that merge together; None is all there are.
+        also: what checkpoints are compared by besides, JSON values.
+        count: operations per sample of a network's training, for the history.
+    """
     teachers = check_teachers(teachers)
-    execution = Execution(accumulate, cuda_graph, compile, sync_batch_norm)
-    check_schedule(schedule, finetune_epochs, plan.first_finetune_lr, momentum)
-    check_count("val_every", "the epochs between two scores", val_every)
-    setting = Setting(check_device(device, teachers[0]), criterion, autocast, channels_last)
-    processes = Processes(setting.device)
-    execution.check(setting.device, processes)
-    cuda = [setting.device] if setting.device.type == "cuda" else []
-    snapshots = None
-    if checkpoint_dir is not None:
-        others = {"criterion": criterion, "autocast": autocast, "channels_last": channels_last, "seed": seed}
-        others |= {"sync_batch_norm": sync_batch_norm}
-        snapshots = Snapshots(checkpoint_dir, plan.options() | describe_options(others) | fingerprints(teachers))
-        check_checkpoints(snapshots, resume)
+    check_schedule(options.schedule, options.finetune_epochs, options.finetune_plan.lr, options.momentum)
+    setting = Setting(
+        check_device(options.device, teachers[0]), options.criterion, options.autocast, options.channels_last
+    )
     history = History(len(teachers))
-    check_processes(processes, train_loader, teachers)
-    state = MergeState(snapshots, checkpoint_seconds, setting.device, train_loader, history, processes, accumulate)
-    with (
-        readers_watched(),
-        torch.random.fork_rng(cuda, enabled=seed is not None),
-        StopRequests(enabled=snapshots is not None) as stop,
-        Progress(progress if processes.is_first else False) as bar,
-    ):
-        if seed is not None:
-            torch.manual_seed(seed)
+    same = fingerprints(teachers) | (also or {})
+    with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count) as trainer:
+        check_processes(trainer.processes, train_loader, teachers)
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
-        if resume:
-            state.load()
-        trainer = Trainer(
-            train_loader,
-            val_loader,
-            setting,
-            history,
-            state,
-            stop,
-            processes,
-            execution,
-            bar,
-            callback,
-            val_every,
-        )
-        student = train_student(teachers, _examples(inputs, teachers[0]), plan, schedule, trainer)
+        trainer.resume()
+        student = train_student(teachers, _examples(inputs, teachers[0]), options, trainer)
     return student, history
+
+
+def train_by(
+    options: Options,
+    network: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None = None,
+    *,
+    processes: Processes | None = None,
+    also: dict[str, Any] | None = None,
+    count: Callable[[nn.Module], float] | None = None,
+    title: str | None = None,
+) -> History:
+    """Trains a network, or a stack of them, in place: the fine-tuning of :func:`merge_by`, by itself.
+
+    Args:
+        options: of a merge, whose fine-tuning says how.
+        network: fresh or trained.
+        train_loader, val_loader, processes, also, count: as :func:`merge_by`'s.
+        title: of the progress bar.
+    """
+    setting = Setting(check_device(options.device, network), options.criterion, options.autocast, options.channels_last)
+    same = fingerprints([network]) | (also or {})
+    setting.place(network)
+    history = History(1)
+    with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count, title) as trainer:
+        trainer.resume()
+        finetune(network, options, trainer)
+    network.eval()
+    return history
+
+
+@contextmanager
+def trainer_for(
+    options: Options,
+    setting: Setting,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None,
+    history: History,
+    processes: Processes | None,
+    same: dict[str, Any],
+    count: Callable[[nn.Module], float] | None,
+    title: str | None = None,
+) -> Iterator[Trainer]:
+    """What trains: with checkpoints, signals that are kept until a step's end, progress, and the seed's random numbers."""
+    processes = Processes(setting.device) if processes is None else processes
+    options.check_device(setting.device, processes)
+    snapshots = None
+    if options.checkpoint_dir is not None:
+        snapshots = Snapshots(options.checkpoint_dir, options.compared() | same)
+        check_checkpoints(snapshots, options.resume)
+    state = MergeState(
+        snapshots, options.checkpoint_seconds, setting.device, train_loader, history, processes, options.accumulate
+    )
+    cuda = [setting.device] if setting.device.type == "cuda" else []
+    shown = options.progress if Processes(setting.device).is_first else False
+    with (
+        readers_watched(),
+        torch.random.fork_rng(cuda, enabled=options.seed is not None),
+        StopRequests(enabled=snapshots is not None) as stop,
+        Progress(shown, title) as bar,
+    ):
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        yield Trainer(options, setting, train_loader, val_loader, history, state, stop, processes, bar, count)
 
 
 def _examples(inputs: tuple[Tensor, ...], teacher: nn.Module) -> Tensor | tuple[Tensor, ...]:
     # Tracing runs where the teachers are, and two samples are as good as a batch.
     device = check_device(None, teacher)
-    examples = tuple(value[:2].to(device) for value in inputs)
+    examples = tuple((value[0] if isinstance(teacher, Stack) else value)[:2].to(device) for value in inputs)
     return examples[0] if len(examples) == 1 else examples

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map
 
 from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, has_classes
@@ -18,6 +19,7 @@ from fastmerge.isolation import quietly
 from fastmerge.processes import Processes
 from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.stack import Stack
 
 Schedule = Callable[[Optimizer], LRScheduler]
 
@@ -37,38 +39,6 @@ def check_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:
     return teachers
 
 
-def check_epochs(merge_epochs: int, finetune_epochs: int) -> None:
-    """The merge stage needs an epoch, fine-tuning may have none."""
-    for name, epochs, least in (("merge_epochs", merge_epochs, 1), ("finetune_epochs", finetune_epochs, 0)):
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < least:
-            raise ValueError(f"merge needs {name}, a whole number of at least {least}; got {epochs!r}")
-
-
-_LARGEST = torch.finfo(torch.float32).max
-
-
-def check_numbers(positive: dict[str, float], not_negative: dict[str, float], link_at: float) -> None:
-    """Learning rates and the like, by the names the user gave them under."""
-    for name, value in (positive | not_negative).items():
-        if not 0 <= value <= _LARGEST or (name in positive and value == 0):
-            raise ValueError(
-                f"merge needs a finite {name} {'above' if name in positive else 'of at least'} 0; got {value}"
-            )
-    if not 0 <= link_at <= 1:
-        raise ValueError(f"merge needs link_at, the fraction of the merge stage before linking, in 0..1; got {link_at}")
-
-
-def check_compact_at(compact_at: object) -> None:
-    """A fraction, "settled" or None."""
-    if compact_at is None or compact_at == "settled":
-        return
-    if isinstance(compact_at, bool) or not isinstance(compact_at, (int, float)) or not 0 <= compact_at <= 1:
-        raise ValueError(
-            "merge needs compact_at, the fraction of the merge stage after which closed channels are dropped, in 0..1, "
-            f"'settled' or None; got {compact_at!r}"
-        )
-
-
 def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch.device:
     """The device asked for, else the teachers' own."""
     if device is None:
@@ -82,12 +52,6 @@ def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         raise ValueError(f"merge can't use device {device}: {str(error).splitlines()[0]}") from error
     return device
-
-
-def check_count(name: str, what: str, value: int) -> None:
-    """A step needs a batch, and the like."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"merge needs {name}, {what}, a whole number of at least 1; got {value!r}")
 
 
 def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: float) -> None:
@@ -161,6 +125,8 @@ def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: 
                 output = probe(*on_device)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"the teachers can't read {name}'s inputs of shape {shapes}: {error}") from error
+        if isinstance(probe, Stack):  # of whose networks the first stands for all
+            output, target = tree_map(lambda value: value[0] if isinstance(value, Tensor) else value, (output, target))
         if setting.criterion is cross_entropy and has_classes(output, target):
             # a batch may show some of the classes alone; our own loaders know all
             _check_classes(name, loader.labels if isinstance(loader, EpochLoader) else target, output.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from torch.optim import SGD
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers
-from fastmerge.merging.plan import MergePlan
+from fastmerge.merging.options import Options
 
 _TIMED = 3
 
@@ -73,13 +73,21 @@ class Estimate:
     reading: float = 0.0
     kept: int = 0
 
+    def add(self, part: Part) -> None:
+        """Adds a part; one of the same name and steps goes on for as many epochs more."""
+        for index, other in enumerate(self.parts):
+            if (other.name, other.steps) == (part.name, part.steps):
+                self.parts[index] = replace(other, epochs=other.epochs + part.epochs)
+                return
+        self.parts.append(part)
+
 
 def estimate(
     teachers: Sequence[nn.Module],
     train_loader: Iterable[Any],
     val_loader: Iterable[Any] | None,
     setting: Setting,
-    plan: MergePlan,
+    plan: Options,
     val_every: int = 1,
 ) -> Estimate:
     """Checks what :func:`fastmerge.merge` checks before its first epoch, and times some batches of what follows.

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+from typing import Any
+
 import torch
 
 from fastmerge.big_student import BigStudent
 from fastmerge.narrowing.closing import listed, unsettled
+from fastmerge.stack import BigStack
 
 _MOVED = 0.01
 
 
 @torch.no_grad()
-def open_probabilities(big: BigStudent) -> dict[str, float]:
-    """Mean P[g > 0] of each channel group; candidates that were dropped count as closed."""
-    return {name: mean.item() for name, mean in big.open_probabilities().items()}
+def open_probabilities(big: BigStudent | BigStack) -> dict[str, Any]:
+    """Mean P[g > 0] of each channel group, a list for a stack; candidates that were dropped count as closed."""
+    return {name: mean.tolist() for name, mean in big.open_probabilities().items()}
 
 
-def gate_warnings(
-    before: dict[str, float], after: dict[str, float], target: float, lam_step: float | None
-) -> list[str]:
+def gate_warnings(before: dict[str, Any], after: dict[str, Any], target: float, lam_step: float | None) -> list[str]:
     """Says which channel groups' mean P[g > 0] did not move in the merge stage, or did not arrive near 1/T.
 
     Args:
@@ -26,6 +28,8 @@ def gate_warnings(
         target: 1/T.
         lam_step: What there is to change; None for a budget that steers itself.
     """
+    sizes = {len(value) for value in after.values() if isinstance(value, list)}
+    before, after = ({name: _mean(value) for name, value in each.items()} for each in (before, after))
     still = [name for name in after if abs(after[name] - before[name]) < _MOVED]
     found = unsettled(after, {}, target, still)
     if still:
@@ -33,20 +37,28 @@ def gate_warnings(
     raised = "gate_lr or merge_epochs" if lam_step is None else f"lam_step (now {lam_step:g}), gate_lr or merge_epochs"
     lowered = "" if lam_step is None else f"lower lam_step (now {lam_step:g}) or "
     remedies = {"still": f"raise {raised}", "above": f"raise {raised}", "below": f"{lowered}raise merge_epochs"}
-    return [f"{problem}: {remedies[kind]}" for kind, problem in found.items()]
+    whose = f"mean of {max(sizes)} replicates: " if sizes else ""
+    return [f"{whose}{problem}: {remedies[kind]}" for kind, problem in found.items()]
+
+
+def _mean(value: Any) -> float:
+    return fmean(value) if isinstance(value, list) else value
 
 
 @torch.no_grad()
-def undecided_warnings(big: BigStudent) -> list[str]:
+def undecided_warnings(big: BigStudent | BigStack) -> list[str]:
     """Says which channel groups consist of gates that are open every other time, where each should be open or closed."""
     opened = big.open_candidates()
-    spreads = big.group_means(4 * opened * (1 - opened)).tolist()  # what was dropped is decided
+    spreads = big.group_means(4 * opened * (1 - opened))  # what was dropped is decided
+    spreads = (spreads.mean(0) if isinstance(big, BigStack) else spreads).tolist()
     found = unsettled({}, dict(zip(big.gates, spreads, strict=True)), 1 / big.num_teachers)
     return [f"{problem}: raise gate_lr or merge_epochs" for problem in found.values()]
 
 
-def origins(big: BigStudent) -> dict[str, list[int]]:
-    """Counts, for each channel group, how many of the kept channels came from each teacher."""
+def origins(big: BigStudent | BigStack) -> Any:
+    """Counts, for each channel group, how many of the kept channels came from each teacher; for a stack, of each in a list."""
+    if isinstance(big, BigStack):
+        return [origins(network) for network in big.networks()]
     return {
         name: torch.bincount(keep.cpu() // len(keep), minlength=big.num_teachers).tolist()
         for name, keep in big.keep().items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -229,6 +229,61 @@ class GraphedStep:
         return [places, options, isinstance(network, BigStudent) and (network.linked, network.fused)]
 
 
+class Graphed:
+    """A function of tensors that becomes a CUDA graph, for the shapes of its first call; it runs as it is for others.
+
+    The first calls run as they are, on a stream of their own. The last of them is watched: what waits for the device is not
+    captured. Each replay copies the arguments into the graph's own tensors.
+
+    Args:
+        function: Takes tensors, returns a sequence of tensors, and finds all others that it reads or changes where they were.
+        graphs: How to capture.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], graphs: Any) -> None:
+        self._function, self._graphs = function, graphs
+        self._shapes: list[torch.Size] | None = None
+        self._possible = True
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called where tensors that the function finds by itself have been replaced."""
+        self._calls = 0
+        self._replay: Callable[[], None] | None = None
+        self._held: list[Tensor] = []
+        self._results: Sequence[Tensor] = ()
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        shapes = [argument.shape for argument in arguments]
+        self._shapes = self._shapes or shapes
+        if not self._possible or shapes != self._shapes:
+            return tuple(self._function(*arguments))
+        if self._calls < WARM_UP:
+            self._calls += 1
+            run = partial(self._graphs.aside, partial(self._function, *arguments))
+            if self._calls < WARM_UP:
+                return tuple(run())
+            results, waits = self._graphs.watched(run)
+            if waits:
+                self._give_up(f"they wait for the device, at {waits[0]}")
+            return tuple(results)
+        if self._replay is None:
+            self._held = [argument.clone() for argument in arguments]
+            try:
+                self._replay, self._results = self._graphs.capture(partial(self._function, *self._held))
+            except RuntimeError as error:
+                self._give_up(str(error.__context__ or error))
+                return tuple(self._function(*arguments))
+        for held, argument in zip(self._held, arguments, strict=True):
+            held.copy_(argument)
+        self._replay()
+        return tuple(result.clone() for result in self._results)
+
+    def _give_up(self, reason: str) -> None:
+        self._possible = False
+        warnings.warn(f"stacked steps can't be captured as a CUDA graph and run without: {reason}", stacklevel=3)
+
+
 def why_not_captured(step: MergeStep) -> str | None:
     """Why a step can't be a CUDA graph, or None if nothing speaks against it."""
     if step.setting.device.type != "cuda":
@@ -254,7 +309,7 @@ def _start_anew(step: MergeStep) -> None:
             optimizer.__dict__.pop(name, None)
 
 
-def _prepare_momentum(optimizer: SGD) -> None:
+def prepare_momentum(optimizer: SGD) -> None:
     """Gives every parameter the momentum that it starts from, laid out as it is itself.
 
     Fused SGD makes uninitialised buffers in its first step and counts on this step to write them; a step that the scaler
@@ -285,7 +340,7 @@ def _capturable(optimizers: list[Optimizer]) -> Iterator[list[Tensor]]:
                 group["fused"], group["foreach"] = True, False
                 optimizer._step_supports_amp_scaling = True
         if type(optimizer) is SGD:
-            _prepare_momentum(optimizer)
+            prepare_momentum(optimizer)
     try:
         yield rates
     finally:

@@ -21,9 +21,11 @@ class Progress:
 
     Args:
         show: Whether to; None means where stderr is a terminal.
+        title: What to call the work; None is the stage's name.
     """
 
-    def __init__(self, show: bool | None = None) -> None:
+    def __init__(self, show: bool | None = None, title: str | None = None) -> None:
+        self._title = title
         self._disable = not (sys.stderr.isatty() if show is None else show)
         self._bar: Any = None  # of tqdm, which is imported where there is a bar to show
         self._figures: dict[str, str] = {}
@@ -55,7 +57,7 @@ class Progress:
         self._bar = tqdm(
             total=steps and epochs * steps,
             initial=done * (steps or 0),
-            desc=_TITLES.get(stage, stage),
+            desc=self._title or _TITLES.get(stage, stage),
             unit="step",
             dynamic_ncols=True,
         )

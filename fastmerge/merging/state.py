@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Tally
 from fastmerge.history import History, Stage
 from fastmerge.merging.loader_state import loader_state, restore_loader_state
@@ -92,15 +91,18 @@ class MergeState:
             network: Trained in it.
             parts: What else changes with it, by name: optimizers, λ, a scheduler, all with ``state_dict``.
         """
-        self.network, self.parts = network, parts
+        self.network: Any = network
+        self.parts = parts
         self._now = {"stage": stage, "epoch": 0}
         loaded = self._loaded
         if loaded is None or loaded["stage"] != stage:
             return 0
-        if isinstance(network, BigStudent):
+        big: Any = network
+        if stage == "merge":
             if loaded["linked"]:
-                network.link()
-            network.keep_only(network.candidates_in(loaded["network"]))
+                big.link()
+            if left := big.candidates_in(loaded["network"]):
+                big.keep_only(left)
         _load_tensors(network, loaded["network"])
         for name, part in parts.items():
             part.load_state_dict(loaded["parts"][name])
@@ -169,7 +171,7 @@ class MergeState:
                 {
                     **self._now,
                     "step": 0 if tally is None else tally.steps,
-                    "linked": isinstance(self.network, BigStudent) and self.network.linked,
+                    "linked": self._now["stage"] == "merge" and self.network.linked,
                     "network": _tensors(self.network),
                     "parts": {name: part.state_dict() for name, part in self.parts.items()},
                     "processes": each,

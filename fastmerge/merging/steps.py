@@ -14,23 +14,25 @@ from torch.optim import Optimizer
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally
 from fastmerge.merging.compiling import Compiler
-from fastmerge.merging.execution import Execution
 from fastmerge.merging.graphed_step import GraphedStep
+from fastmerge.merging.options import Options
 from fastmerge.merging.progress import Progress
+from fastmerge.merging.replayed_step import ReplayedStep
 from fastmerge.merging.step import MergeStep, losses
 from fastmerge.processes import Processes, without_averaging
 from fastmerge.schedules import GateWeight
+from fastmerge.stack import Stack
 from fastmerge.synced_batch_norm import SyncedBatchNorm
 
 Step = Callable[[list[Any], Tally], None]
 
 
 class Steps:
-    """Makes the steps of each epoch as :class:`~fastmerge.merging.execution.Execution` says.
+    """Makes the steps of each epoch as the options say.
 
     Args:
         setting: Device, criterion and the like.
-        execution: How steps are run.
+        options: How steps are run.
         processes: That train together.
         bar: Where progress shows.
 
@@ -40,12 +42,13 @@ class Steps:
         compiler: Of the network in training.
     """
 
-    def __init__(self, setting: Setting, execution: Execution, processes: Processes, bar: Progress) -> None:
-        execution.check(setting.device, processes)
-        self.setting, self.execution, self.processes, self.bar = setting, execution, processes, bar
+    def __init__(self, setting: Setting, options: Options, processes: Processes, bar: Progress) -> None:
+        options.check_device(setting.device, processes)
+        self.setting, self.options, self.processes, self.bar = setting, options, processes, bar
         self.scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
-        self.compiler = Compiler(execution.compile, processes.is_first)
+        self.compiler = Compiler(options.compile, processes.is_first)
         self._graph: GraphedStep | None = None
+        self._replay: ReplayedStep | None = None
 
     @contextmanager
     def of_epoch(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> Iterator[Step]:
@@ -53,10 +56,13 @@ class Steps:
 
         Anew for each epoch, before which linking and compaction may have changed parameters' shapes.
         """
+        if isinstance(network, Stack):
+            yield partial(self._replayed, self._replay_of(network, optimizers, lam))
+            return
         self.compiler.renew(network)
         graphed = self._graphed(network, optimizers, lam)
         if graphed is not None:
-            yield partial(self._replay, graphed)
+            yield partial(self._graphed_step, graphed)
             return
         model = self.processes.wrap(network)
         step = partial(self._eager, network, model, optimizers, lam)
@@ -75,14 +81,26 @@ class Steps:
     @property
     def syncs(self) -> bool:
         """Whether BatchNorm takes its statistics over the batches of several processes."""
-        return self.processes.size > 1 and self.execution.sync_batch_norm
+        return self.processes.size > 1 and self.options.sync_batch_norm
 
     def end_stage(self) -> None:
         """Lets go of what was made for a stage's network."""
-        self._graph = None  # and with it its memory
+        self._graph = self._replay = None  # and with it its memory
         self.compiler.stop()
 
-    def _replay(self, graphed: GraphedStep, batches: list[Any], tally: Tally) -> None:
+    def _replayed(self, step: ReplayedStep, batches: list[Any], tally: Tally) -> None:
+        ((inputs, target),) = batches
+        self.bar.step(tally, fresh=tally.add(None, None, inputs[0].shape[1], **step(inputs, target)))
+
+    def _replay_of(self, stack: Stack, optimizers: list[Optimizer], lam: GateWeight | None) -> ReplayedStep:
+        """The step of a stack, traced anew where its shapes have changed."""
+        shapes = [parameter.shape for parameter in stack.parameters()]
+        if self._replay is None or self._replay.shapes != shapes:
+            self._replay = ReplayedStep(stack, optimizers, self.setting, lam)
+        self._replay.renew()
+        return self._replay
+
+    def _graphed_step(self, graphed: GraphedStep, batches: list[Any], tally: Tally) -> None:
         ((inputs, target),) = batches
         output, each = self.compiler.run(lambda: graphed(inputs, target))
         self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
@@ -127,8 +145,8 @@ class Steps:
 
     def _graphed(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> GraphedStep | None:
         """The step of a merge on one CUDA device, from epoch to epoch the same; None for others."""
-        wanted = False if self.execution.compile and self.execution.cuda_graph is None else self.execution.cuda_graph
-        single = self.processes.size == 1 and self.execution.accumulate == 1
+        wanted = False if self.options.compile and self.options.cuda_graph is None else self.options.cuda_graph
+        single = self.processes.size == 1 and self.options.accumulate == 1
         if wanted is False or not single or self.setting.device.type != "cuda":
             return None
         if self._graph is None:

@@ -13,12 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
-from fastmerge.big_student import BigStudent
-from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate
+from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, samples_in
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.divergence import blame_scoring, blame_training
-from fastmerge.merging.execution import Execution
 from fastmerge.merging.gate_report import open_probabilities
+from fastmerge.merging.options import Options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.state import MergeState
 from fastmerge.merging.steps import Steps
@@ -27,6 +26,7 @@ from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.resuming.random_states import random_states
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.schedules import GateWeight
+from fastmerge.stack import Stack
 
 _AGREE_EVERY = 10  # steps
 
@@ -35,38 +35,40 @@ class Trainer:
     """Trains and scores the networks of one merge, and keeps its history.
 
     Args:
+        options: Of the merge.
+        setting: Device, criterion and the like.
         train_loader: Batches to train on.
         val_loader: Batches to score on, or None.
-        setting: Device, criterion and the like.
         history: Where records and scores go.
         state: Writes checkpoints, and goes on from one.
         stop: Signals that ask to stop; met between steps, after a checkpoint.
         processes: That merge together.
-        execution: How steps are run.
         bar: Where progress shows.
-        callback: Called with each epoch's record, in the first process.
-        val_every: Epochs of a stage between two scores; its last epoch always has one.
+        count: Operations per sample of a network's training, for the history; None leaves them out.
     """
 
     def __init__(
         self,
+        options: Options,
+        setting: Setting,
         train_loader: Iterable[Any],
         val_loader: Iterable[Any] | None,
-        setting: Setting,
         history: History,
         state: MergeState,
         stop: StopRequests,
         processes: Processes,
-        execution: Execution,
         bar: Progress,
-        callback: Callable[[EpochRecord], object] | None,
-        val_every: int = 1,
+        count: Callable[[nn.Module], float] | None = None,
     ) -> None:
-        self.train_loader, self.val_loader, self.setting = train_loader, val_loader, setting
-        self.history, self.state, self.stop, self.bar, self.callback = history, state, stop, bar, callback
-        self.processes, self.accumulate = processes, execution.accumulate
-        self.val_every, self._stage_epochs = val_every, 0
-        self._run = Steps(setting, execution, processes, bar)
+        self.options, self.train_loader, self.val_loader, self.setting = options, train_loader, val_loader, setting
+        self.history, self.state, self.stop, self.bar, self.count = history, state, stop, bar, count
+        self.processes, self._stage_epochs = processes, 0
+        self._run = Steps(setting, options, processes, bar)
+
+    def resume(self) -> None:
+        """Goes on from the last checkpoint, where that is asked for and there is one."""
+        if self.options.resume:
+            self.state.load()
 
     def score(self, border: str, network: nn.Module, known: Score | None = None) -> None:
         """Scores a network at a border between stages, where there is validation data.
@@ -87,7 +89,11 @@ class Trainer:
         if not has_statistics(network):
             return
         with self.state.aside(), self.setting.precision(), self._run.recalibration(), self.processes.watched():
-            recalibrate(network, self._samples(ENOUGH_SAMPLES))
+            samples = self._samples(network, ENOUGH_SAMPLES)
+            if isinstance(network, Stack):
+                network.recalibrate(samples)
+            else:
+                recalibrate(network, samples)
         self.processes.share_buffers(network)
 
     def own_random_numbers(self) -> None:
@@ -113,7 +119,7 @@ class Trainer:
                 self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
         self._run.end_stage()
 
-    def epoch(self, stage: Stage, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> None:
+    def epoch(self, stage: Stage, network: Any, optimizers: list[Optimizer], lam: GateWeight | None) -> None:
         """Trains one epoch; with a weight of the gates, the network is a big student.
 
         Raises:
@@ -121,7 +127,7 @@ class Trainer:
             ProcessLostError: Another process of the merge ended.
         """
         epoch, lr = len(self.history.stage(stage)) + 1, optimizers[0].param_groups[0]["lr"]
-        linked = network.linked if isinstance(network, BigStudent) else None
+        linked = None if lam is None else network.linked
         sampler = getattr(self.train_loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):  # it shuffles by the number of the epoch alone
             sampler.set_epoch(len(self.history.epochs))
@@ -137,7 +143,7 @@ class Trainer:
                     raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
                 random = random_states(self.setting.device)
                 score = tally.score(self.processes)
-                scored = epoch % self.val_every == 0 or epoch == self._stage_epochs
+                scored = epoch % self.options.val_every == 0 or epoch == self._stage_epochs
                 ended = f"after epoch {epoch} of the {stage} stage"
                 val = self._evaluate(network, ended, lr) if scored and self.val_loader is not None else None
                 rate = self.processes.sum([tally.rate()])[0]
@@ -154,25 +160,26 @@ class Trainer:
             lr=lr,
             lam=None if lam is None else lam.lam,
             gate_loss=None if lam is None else tally.mean("gate_loss"),
-            open_probability=open_probabilities(network) if isinstance(network, BigStudent) else None,
+            open_probability=None if lam is None else open_probabilities(network),
             linked=linked,
+            operations=None if self.count is None else self.count(network),
         )
         self.history.epochs.append(record)
         self.bar.end_epoch(record)
-        if self.callback is not None and self.processes.is_first:
-            self.callback(record)
+        if self.options.callback is not None and self.processes.is_first:
+            self.options.callback(record)
 
     @property
     def steps(self) -> int | None:
         """Optimizer steps in an epoch, where the loader has a length."""
-        return -(-len(self.train_loader) // self.accumulate) if isinstance(self.train_loader, Sized) else None
+        return -(-len(self.train_loader) // self.options.accumulate) if isinstance(self.train_loader, Sized) else None
 
     def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None, tally: Tally) -> None:
         network.train()
         with self._run.of_epoch(network, optimizers, lam) as step:
             for batches in self._steps(tally):
                 step(batches, tally)
-                if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.accumulate) == 0:
+                if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.options.accumulate) == 0:
                     self._pause(tally)
         if self.processes.size > 1:
             self._pause(tally)
@@ -182,15 +189,15 @@ class Trainer:
     def _steps(self, tally: Tally) -> Iterator[list[Any]]:
         """The epoch's batches that are left, as many at a time as make a step."""
         batches = self.setting.batches(self._stoppable(self.state.batches(tally)))
-        while step := list(islice(batches, self.accumulate)):
+        while step := list(islice(batches, self.options.accumulate)):
             yield step
 
-    def _samples(self, count: int) -> Iterator[Any]:
+    def _samples(self, network: nn.Module, count: int) -> Iterator[Any]:
         """Batches of so many training samples, or of all there are; processes that sync read so many together."""
         sharing = self.processes.size if self._run.syncs else 1
         for inputs, target in self.setting.batches(self._stoppable(iter(self.train_loader))):
             yield inputs, target
-            count -= sharing * len(inputs[0])
+            count -= sharing * samples_in(network, inputs)
             (left,) = self.processes.most(count) if self._run.syncs else (count,)
             if left <= 0:
                 return

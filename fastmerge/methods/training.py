@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastmerge.evaluation import Criterion, Setting
+from fastmerge.evaluation import Criterion
 from fastmerge.history import History
-from fastmerge.merging.execution import Execution
-from fastmerge.merging.plan import MergePlan
-from fastmerge.merging.progress import Progress
-from fastmerge.merging.stages import finetune
-from fastmerge.merging.state import MergeState
-from fastmerge.merging.trainer import Trainer
+from fastmerge.merging.api import train_by
+from fastmerge.merging.options import Options
 from fastmerge.methods.cost import unwatched
-from fastmerge.processes import Processes
-from fastmerge.resuming.stop_requests import StopRequests
 
 
 def train(
@@ -45,28 +39,19 @@ def train(
         milestones: epochs after which the learning rate is divided by ten; None is at two thirds.
         criterion: ``criterion(output, target)``, a mean over the batch.
     """
-    plan = MergePlan(
-        merge_epochs=1,
+    options = Options(
         finetune_epochs=epochs,
-        link_at=0.0,
-        lr=lr,
+        finetune_lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
-        gate_lr=None,
-        lam_start=0.0,
-        lam_step=None,
-        finetune_lr=None,
         milestones=milestones,
+        criterion=criterion,
+        progress=False,
     )
-    device = next(network.parameters()).device
-    setting, processes, history = Setting(device, criterion), Processes(device), History(1)
-    state = MergeState(None, 0.0, device, batches, history, processes)
-    with unwatched() as meter, torch.enable_grad(), StopRequests(enabled=False) as stop, Progress(False) as bar:
-        trainer = Trainer(batches, None, setting, history, state, stop, processes, Execution(), bar, None)
-        finetune(network.requires_grad_(True), plan, None, trainer)
+    with unwatched() as meter, torch.enable_grad():
+        history = train_by(options, network.requires_grad_(True), batches)
         if meter is not None:
             meter.add_training(network, batches, epochs)
-    network.eval()
     return history
 
 

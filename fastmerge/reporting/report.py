@@ -8,7 +8,7 @@ from typing import Any
 from fastmerge.files import atomic
 from fastmerge.reporting.plots import save_plots
 from fastmerge.reporting.results import read, read_merge
-from fastmerge.reporting.tables import borders_table, caption, groups_table, results_table
+from fastmerge.reporting.tables import borders_table, caption, differences_table, groups_table, results_table
 
 _TITLES = {
     "strategies": "Strategies",
@@ -31,9 +31,14 @@ def write_report(out: str | Path) -> str:
     if (out / "history.json").is_file() and not (out / "results.json").is_file():
         return _merge_report(out)
     results, history = read(out)
-    tables = [results_table(results, markdown=True), caption(results)]
-    _write(out, results["recipe"], tables, save_plots(out, history, results), results)
-    return f"{results_table(results)}\n\n{caption(results)}"
+    tables = [
+        results_table(results, markdown=True),
+        caption(results),
+        differences_table(results, markdown=True),
+    ]
+    _write(out, results["recipe"], [part for part in tables if part], save_plots(out, history, results), results)
+    shown = [results_table(results), differences_table(results), caption(results)]
+    return "\n\n".join(part for part in shown if part)
 
 
 def _merge_report(out: Path) -> str:

@@ -69,7 +69,7 @@ def results_table(results: dict[str, Any], *, markdown: bool = False) -> str:
     summaries = {name: summarise(strategy["values"]) for name, strategy in strategies.items()}
     papers = {name: paper_mean(recipe, name) for name in strategies}
     best = _best(results["metric"])(summaries.values())
-    header = ["strategy", "epochs", "n", "min", "max", "median", "mean", "std"]
+    header = ["strategy", "epochs", *_cost(strategies, "cost"), "n", "min", "max", "median", "mean", "std"]
     if any(paper is not None for paper in papers.values()):
         header.append("paper's mean")
     rows = []
@@ -77,9 +77,39 @@ def results_table(results: dict[str, Any], *, markdown: bool = False) -> str:
         mean = _number(summary.mean)
         emphasised = f"**{mean}**" if markdown and summary is best else mean
         numbers = [_number(value) for value in (summary.min, summary.max, summary.median)]
-        row = [name, f"{strategies[name]['epochs']:g}", str(summary.n), *numbers, emphasised, _number(summary.std)]
+        cost = _cost(strategies, f"{strategies[name].get('cost', 0):.0f}")
+        epochs = f"{strategies[name]['epochs']:g}"
+        row = [name, epochs, *cost, str(summary.n), *numbers, emphasised, _number(summary.std)]
         rows.append(([*row, _number(papers[name])])[: len(header)])
     return table(header, rows, markdown=markdown)
+
+
+def _cost(strategies: dict[str, Any], cell: str) -> list[str]:
+    """The cell of the column for cost, in a run that counted it."""
+    return [cell] if all("cost" in strategy for strategy in strategies.values()) else []
+
+
+def differences_table(results: dict[str, Any], *, markdown: bool = False) -> str:
+    """The first strategy less each other one, replicate by replicate: mean and standard error; empty where there is none.
+
+    Strategies of one run start from the same teachers and read the same data, so that chance which they share drops out.
+
+    Args:
+        results: As ``results.read`` returns it.
+        markdown: Markdown for a file, else plain text for a terminal.
+    """
+    strategies = results["strategies"]
+    first, *others = strategies
+    if not others or not _cost(strategies, ""):  # runs that counted no cost were not paired
+        return ""
+    rows = []
+    for other in others:
+        pairs = zip(strategies[first]["values"], strategies[other]["values"], strict=False)
+        differences = [one - two for one, two in pairs if math.isfinite(one) and math.isfinite(two)]
+        summary = summarise(differences)
+        error = summary.std / math.sqrt(summary.n) if summary.n > 1 else math.nan
+        rows.append([f"{first} - {other}", str(summary.n), f"{summary.mean:+.4f}", _number(error)])
+    return table(["paired difference", "n", "mean", "standard error"], rows, markdown=markdown)
 
 
 def borders_table(history: dict[str, Any], *, markdown: bool = False) -> str:
@@ -111,6 +141,8 @@ def caption(results: dict[str, Any]) -> str:
     diverged = {name: summarise(strategy["values"]).diverged for name, strategy in strategies.items()}
     lost = ", ".join(f"{count} of {name}" for name, count in diverged.items() if count)
     sentences = [f"{metric}. Seconds for all replicates: {seconds}."]
+    if _cost(strategies, ""):
+        sentences.append("Cost is in epochs of one network, by counted operations.")
     budget = results["config"].get("budget", 1)
     if budget != 1 and any(paper_mean(results["recipe"], name) is not None for name in strategies):
         sentences.append(f"This run had {budget:.2g} of the paper's epochs.")

@@ -1,0 +1,1 @@
+"""Experiments: recipes, the strategies that they compare, and what runs them."""

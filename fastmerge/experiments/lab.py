@@ -1,0 +1,351 @@
+"""What a strategy works with: networks of some replicates, trained, merged, scored and chosen together."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.evaluation import evaluate
+from fastmerge.experiments.place import Loaders, Place
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.seeds import seed_for
+from fastmerge.history import EpochRecord, History, Score
+from fastmerge.merging.api import merge_by, train_by
+from fastmerge.merging.options import Options, Plan
+from fastmerge.methods.cost import step_operations
+from fastmerge.resuming.fingerprint import fingerprint
+from fastmerge.stack import Stack
+
+Note = Callable[[dict[str, Any]], object]
+_EACH = ("networks", "values", "curves", "histories")  # of a column, an entry per replicate
+Curve = list[tuple[int, dict[str, float]]]
+
+
+@dataclass
+class Column:
+    """One network of each replicate, and what it took to get there.
+
+    Attributes:
+        networks: in the order of the replicates; None for one that diverged.
+        values: the recipe's metric on the test data; NaN for one that diverged.
+        curves: for each replicate, figures by epoch, counting the epochs of all networks so far.
+        histories: of the last stage of training.
+        epochs: of all networks so far.
+        cost: the same in epochs of one teacher, by counted operations.
+        seconds: of training, of all networks so far.
+    """
+
+    networks: list[nn.Module | None]
+    values: list[float]
+    curves: list[Curve] = field(default_factory=list)
+    histories: list[History | None] = field(default_factory=list)
+    epochs: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+    def only(self, rows: Sequence[int]) -> Column:
+        """Some of its replicates, by their positions."""
+        each: Any = {name: [getattr(self, name)[row] for row in rows] for name in _EACH}
+        return replace(self, **each)
+
+    def spread(self, rows: Sequence[int], count: int) -> Column:
+        """Its replicates at their positions among more; those between have diverged."""
+        places = dict(zip(rows, range(len(rows)), strict=True))
+        return replace(
+            self,
+            networks=[self.networks[places[row]] if row in places else None for row in range(count)],
+            values=[self.values[places[row]] if row in places else math.nan for row in range(count)],
+            curves=[self.curves[places[row]] if row in places else [] for row in range(count)],
+            histories=[self.histories[places[row]] if row in places else None for row in range(count)],
+        )
+
+
+def joined(parts: Sequence[Column]) -> Column:
+    """Columns of other replicates as one."""
+    each: Any = {name: [value for part in parts for value in getattr(part, name)] for name in _EACH}
+    cost, seconds = max(part.cost for part in parts), sum(part.seconds for part in parts)
+    return replace(parts[0], **each, cost=cost, seconds=seconds)
+
+
+class Operations:
+    """Counts the operations of a network's forward and backward pass per sample, once for each set of shapes.
+
+    Args:
+        example: two samples, on the CPU, where the counting is done.
+    """
+
+    def __init__(self, example: Tensor) -> None:
+        self.example = example
+        self._found: dict[Any, float] = {}
+
+    def __call__(self, network: nn.Module) -> float:
+        key = (type(network), tuple(parameter.shape for parameter in network.parameters()))
+        if key not in self._found:
+            one = network.network(0) if isinstance(network, Stack) else copy.deepcopy(network)
+            count = step_operations(one.cpu().float(), [(self.example, None)])
+            self._found[key] = count / len(self.example)
+        return self._found[key]
+
+
+class Lab:
+    """Trains networks for the strategies of an experiment.
+
+    Within a replicate all strategies see the same teachers, order of the data and test samples, so that their differences
+    are paired.
+
+    Args:
+        place: where and what networks train.
+        replicates: their numbers in the run; more than one for a recipe in memory alone, which train as one stack.
+        name: of the strategy, for the log.
+        note: told of every epoch.
+        operations: counts; None makes one.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        replicates: Sequence[int],
+        name: str,
+        note: Note | None = None,
+        operations: Operations | None = None,
+    ) -> None:
+        self.place, self.replicates, self.name, self.note = place, tuple(replicates), name, note
+        self.recipe: Recipe = place.recipe
+        self.operations = Operations(place.example) if operations is None else operations
+        self._lost: set[int] = set()
+
+    def only(self, rows: Sequence[int]) -> Lab:
+        """The same for some of the replicates, by their positions."""
+        return type(self)(self.place, [self.replicates[row] for row in rows], self.name, self.note, self.operations)
+
+    def fresh(self, number: int = 0, width: int = 1) -> list[nn.Module]:
+        """A network with weights of its own for each replicate; the same number gives the same network again."""
+        networks = []
+        for replicate in self.replicates:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_for(self.place.seed, "weights", replicate, number, width))
+                networks.append(self.recipe.make_network(self.place.classes, width).to(self.place.device))
+        return networks
+
+    def train(
+        self,
+        networks: Sequence[nn.Module],
+        plan: Plan,
+        stage: str = "training",
+        number: int = 0,
+        after: Sequence[Column] = (),
+        **options: Any,
+    ) -> Column:
+        """Trains one network of each replicate as usual.
+
+        Args:
+            networks: fresh ones, or what a method has made of others. They are changed.
+            plan: how long, at which learning rates.
+            stage: its name in the log.
+            number: among networks of its kind: networks of one number read their data in one order.
+            after: what the networks were made of, whose epochs and cost count too.
+            options: others than the recipe's, such as ``criterion``.
+        """
+        network = self.together(networks)
+        loaders = self.loaders("after" if after else "fresh", number)
+        path = (stage, self.replicates[0], number)
+        given = self._given(replace(self.recipe.training(plan), **options), path, stage, number)
+        try:
+            history = train_by(
+                given,
+                network,
+                loaders.train,
+                loaders.test,
+                processes=self.place.processes,
+                also=self._also,
+                count=self.operations,
+                title=" ".join(map(str, path)),
+            )
+        except FloatingPointError as error:
+            return self._diverged(error)
+        return self._column(network, history, after)
+
+    def merge(self, teachers: Sequence[Column], stage: str = "student", **options: Any) -> Column:
+        """Merges teachers and fine-tunes the student, as :func:`fastmerge.merge` does.
+
+        Args:
+            teachers: a column for each.
+            stage: names its checkpoints.
+            options: others than the recipe's.
+        """
+        chosen = replace(self.recipe.merge, **options)
+        if chosen.compact_at is not None and len(self.replicates) > 1:  # they come to differ in size
+            rows = range(len(self.replicates))
+            return joined([self.only([r]).merge([t.only([r]) for t in teachers], stage, **options) for r in rows])
+        loaders = self.loaders("after")
+        path = (stage, self.replicates[0], 0)
+        try:
+            student, history = merge_by(
+                self._given(chosen, path, None, 0),
+                [self.together([n for n in teacher.networks if n is not None]) for teacher in teachers],
+                loaders.train,
+                loaders.test,
+                processes=self.place.processes,
+                also=self._also,
+                count=self.operations,
+            )
+        except FloatingPointError as error:
+            return self._diverged(error)
+        return self._column(student, history, teachers)
+
+    def best(self, columns: Sequence[Column]) -> Column:
+        """The network of each replicate that is the best on the training data that was held out; of equals, by the loss."""
+        scores = [self.scores(column.networks, self.loaders("held out").held_out) for column in columns]
+        rows = range(len(self.replicates))
+
+        def rank(row: int, number: int) -> tuple[float, float]:
+            score = scores[number][row]
+            loss = score.loss if math.isfinite(score.loss) else math.inf
+            by_accuracy = self.recipe.metric == "test_accuracy" and score.accuracy is not None and math.isfinite(loss)
+            return (-score.accuracy if by_accuracy else loss), loss
+
+        chosen = [columns[min(range(len(columns)), key=partial(rank, row))] for row in rows]
+        every = len(columns)
+        return Column(
+            networks=[column.networks[row] for row, column in zip(rows, chosen, strict=True)],
+            values=[column.values[row] for row, column in zip(rows, chosen, strict=True)],
+            curves=[
+                [(every * epoch, figures) for epoch, figures in column.curves[row]]
+                for row, column in zip(rows, chosen, strict=True)
+            ],
+            histories=[column.histories[row] for row, column in zip(rows, chosen, strict=True)],
+            epochs=sum(column.epochs for column in columns),
+            cost=sum(column.cost for column in columns),
+            seconds=sum(column.seconds for column in columns),
+        )
+
+    def scores(self, networks: Sequence[nn.Module | None], loader: Any) -> list[Score]:
+        """How good a network of each replicate is, on a loader of :meth:`loaders`; infinitely bad where there is none."""
+        known = [network for network in networks if network is not None]
+        if len(known) < len(networks):
+            return [Score(math.inf, -math.inf)] * len(networks)
+        network = self.place.setting.place(self.together(known))
+        score = evaluate(network, loader, self.place.setting, processes=self.place.processes)
+        if not isinstance(network, Stack):
+            return [score]
+        each = score.accuracy or [None] * len(networks)
+        return [Score(loss, accuracy) for loss, accuracy in zip(score.loss, each, strict=True)]
+
+    def loaders(self, order: str, number: int = 0) -> Loaders:
+        """What one network of each replicate reads; of a stack, batches (R, N, ...)."""
+        return self.place.loaders(self.replicates, order, number)
+
+    def together(self, networks: Sequence[nn.Module]) -> nn.Module:
+        """A network of each replicate as what trains: a stack, for a recipe in memory."""
+        if self.recipe.in_memory:
+            return Stack(networks)
+        (network,) = networks
+        return network
+
+    @cached_property
+    def _also(self) -> dict[str, Any]:
+        if self.place.dataset is None:
+            return {}
+        return {"replicates": list(self.replicates), "data": fingerprint(vars(self.place.dataset[0]))}
+
+    @cached_property
+    def _unit(self) -> float:
+        """Operations of a teacher per sample."""
+        return self.operations(self.recipe.make_network(self.place.classes, 1))
+
+    def _given(self, options: Options, path: Sequence[int | str], stage: str | None, number: int) -> Options:
+        def tell(record: EpochRecord) -> None:
+            self._look(record)
+            if self.note is not None:
+                self.note(self._noted(record, stage or record.stage, number))
+
+        return self.place.placed(options, path, callback=tell)
+
+    def _look(self, record: EpochRecord) -> None:
+        losses = record.train.loss if isinstance(record.train.loss, list) else [record.train.loss]
+        for replicate, loss in zip(self.replicates, losses, strict=True):
+            if not math.isfinite(loss) and replicate not in self._lost:
+                self._lost.add(replicate)
+                warnings.warn(
+                    f"{self.recipe.name}, {self.name}: the loss of replicate {replicate} is no longer finite after epoch "
+                    f"{record.epoch}; the learning rate {record.lr:g} may be too high",
+                    stacklevel=2,
+                )
+
+    def _noted(self, record: EpochRecord, stage: str, number: int) -> dict[str, Any]:
+        values: dict[str, Any] = {"strategy": self.name, "replicates": list(self.replicates), "stage": stage}
+        values |= {"network": number, "epoch": record.epoch, "lr": record.lr, "train_loss": _listed(record.train.loss)}
+        if record.val is not None:
+            values["test_loss"] = _listed(record.val.loss)
+            if record.val.accuracy is not None:
+                values["test_accuracy"] = _listed(record.val.accuracy)
+        if record.stage == "merge":
+            values |= {"gate_loss": _listed(record.gate_loss), "open_probability": record.open_probability}
+            values |= {"linked": record.linked} | ({} if record.lam is None else {"lam": record.lam})
+        return values | {"images_per_second": record.images_per_second}
+
+    def _diverged(self, error: FloatingPointError) -> Column:
+        warnings.warn(f"{self.recipe.name}, {self.name}, replicate {self.replicates[0]}: {error}", stacklevel=3)
+        count = len(self.replicates)
+        return Column([None] * count, [math.nan] * count, [[] for _ in range(count)], [None] * count)
+
+    def _column(self, network: nn.Module, history: History, before: Sequence[Column]) -> Column:
+        """What a training came to, after others."""
+        stacked = isinstance(network, Stack)
+        count = len(self.replicates)
+        networks: list[Any] = network.networks() if isinstance(network, Stack) else [network]
+        histories = history.parts(count) if stacked else [history]
+        first = sum(column.epochs for column in before)
+        operations = sum(record.operations or 0.0 for record in history.epochs)
+        values = [self._value(each) for each in histories]
+        samples = self.place.samples[0] * count
+        return Column(
+            networks=[n if math.isfinite(value) else None for n, value in zip(networks, values, strict=True)],
+            values=values,
+            curves=[
+                [*_mean_curve([column.curves[row] for column in before]), *_curve(each, first, self.recipe.metric)]
+                for row, each in enumerate(histories)
+            ],
+            histories=list(histories),
+            epochs=first + len(history.epochs),
+            cost=sum(column.cost for column in before) + operations / self._unit,
+            seconds=sum(column.seconds for column in before)
+            + sum(samples / record.images_per_second for record in history.epochs),
+        )
+
+    def _value(self, history: History) -> float:
+        score = history.epochs[-1].val
+        assert score is not None  # the last epoch of a stage is always scored
+        value = score.loss if self.recipe.metric == "test_loss" else score.accuracy
+        return float(value) if value is not None and math.isfinite(score.loss) else math.nan
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _curve(history: History, first: int, metric: str) -> Curve:
+    found = []
+    for number, record in enumerate(history.epochs, start=1):
+        if record.val is not None:
+            figures = {"train_loss": record.train.loss, "test_loss": record.val.loss}
+            if record.val.accuracy is not None:
+                figures["test_accuracy"] = record.val.accuracy
+            found.append((first + number, figures))
+    return found
+
+
+def _mean_curve(curves: Sequence[Curve]) -> Iterator[tuple[int, dict[str, float]]]:
+    """Networks side by side: the mean of their figures, at the sum of their epochs."""
+    for each in zip(*curves, strict=False):
+        names = each[0][1]
+        figures = {name: sum(values[name] for _, values in each) / len(each) for name in names}
+        yield sum(epoch for epoch, _ in each), figures

@@ -1,0 +1,301 @@
+"""Every option of a merge, once: its default, its range, its help, and whether a checkpoint must have been made with it.
+
+The arguments of :func:`fastmerge.merge`, the flags of the command line, the checks before the first epoch, what a checkpoint
+is compared by and what recipes choose all follow from the fields of :class:`Options`.
+"""
+
+# ruff: noqa: RUF009
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from fastmerge.big_student import BigStudent
+from fastmerge.evaluation import Criterion
+from fastmerge.gate_budget import GateBudget
+from fastmerge.history import EpochRecord
+from fastmerge.processes import Processes
+from fastmerge.schedules import GATE_MOMENTUM, GateWeight, QuadraticLambda, fitting_gate_lr, fitting_lam_step
+from fastmerge.stack import BigStack
+
+GateSchedule = Literal["quadratic", "budget"]
+CompactAt = float | Literal["settled"] | None
+Schedule = Callable[[Optimizer], LRScheduler]
+
+_WARM_FROM = 1e-4
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long a stage trains, and at which learning rates.
+
+    Attributes:
+        epochs: passes over the training data.
+        lr: learning rate, after the warm-up.
+        milestones: epochs after which it is divided by ten.
+        warmup: epochs in which it rises, linearly from 0.0001.
+    """
+
+    epochs: int
+    lr: float
+    milestones: Sequence[int] = ()
+    warmup: int = 0
+
+    def scaled(self, budget: float) -> Plan:
+        """A fraction of it; milestones move along, a warm-up of less than half an epoch goes."""
+        epochs = max(1, round(self.epochs * budget))
+        factor = epochs / self.epochs
+        milestones = tuple(max(1, round(value * factor)) for value in self.milestones)
+        return replace(self, epochs=epochs, milestones=milestones, warmup=round(self.warmup * factor))
+
+    def factor(self, epoch: int) -> float:
+        """The learning rate in an epoch, counted from 0, over :attr:`lr`."""
+        if epoch < self.warmup:
+            return (_WARM_FROM + (self.lr - _WARM_FROM) * epoch / self.warmup) / self.lr
+        return float(0.1 ** sum(epoch >= milestone for milestone in self.milestones))
+
+    def schedule(self, optimizer: Optimizer) -> LRScheduler:
+        """The scheduler of an optimizer that begins with :attr:`lr`, stepped once an epoch."""
+        return LambdaLR(optimizer, self.factor)
+
+
+def option(
+    default: Any,
+    what: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    choices: Sequence[Any] | None = None,
+    compared: bool = True,
+    flag: Any = None,
+    words: dict[str, Any] | None = None,
+    varies: bool = False,
+) -> Any:
+    """A field of :class:`Options`.
+
+    Args:
+        default: of Python and of the command line.
+        what: it is, for the help; an error says it too.
+        least, above, most, choices: its range, for numbers that are not None. ``least`` of an int asks for a whole number.
+        compared: whether a merge may go on only with the same.
+        flag: the type of its value on the command line; bool for a switch; None for no flag.
+        words: more arguments of argparse's ``add_argument``.
+        varies: whether ``fastmerge run`` lets it differ from the recipe's.
+    """
+    metadata = {"what": what, "least": least, "above": above, "most": most, "choices": choices, "compared": compared}
+    return field(default=default, metadata=metadata | {"flag": flag, "words": words or {}, "varies": varies})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of :func:`fastmerge.merge`, which explains them.
+
+    Raises:
+        ValueError: One is out of range; the message names it.
+    """
+
+    merge_epochs: int = option(30, "epochs of the big student", least=1, flag=int)
+    finetune_epochs: int = option(30, "epochs of the student", least=0, flag=int)
+    link_at: float = option(
+        0.0, "the fraction of the merge stage before linking; 1 never", least=0.0, most=1.0, flag=float, varies=True
+    )
+    lr: float = option(0.01, "learning rate of the weights", above=0.0, flag=float)
+    momentum: float = option(0.9, "momentum of the weights' SGD", least=0.0, flag=float)
+    weight_decay: float = option(0.0, "weight decay of the weights' SGD", least=0.0, flag=float)
+    gate_lr: float | None = option(
+        None, "learning rate of the gates; by itself 0.2, more in a short stage", above=0.0, flag=float
+    )
+    lam_start: float = option(0.01, "weight of the gate loss at first", least=0.0, flag=float)
+    lam_step: float | None = option(
+        None, "growth of that weight per epoch; by itself what fits the length of the stage", least=0.0, flag=float
+    )
+    gate_schedule: GateSchedule = option(
+        "quadratic",
+        "what brings gates to 1/T: λ, or a budget that steers itself",
+        choices=("quadratic", "budget"),
+        flag=str,
+        varies=True,
+    )
+    finetune_lr: float | None = option(
+        None, "learning rate of the fine-tuning; by itself that of the merge", above=0.0, flag=float
+    )
+    milestones: Sequence[int] | None = option(
+        None, "epochs of the fine-tuning after which lr is divided by ten; by itself two thirds", flag=list
+    )
+    warmup: int = option(0, "epochs of the fine-tuning in which lr rises to its value", least=0, flag=int)
+    schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)
+    criterion: Criterion = option(cross_entropy, "the loss")
+    device: torch.device | str | None = option(None, "where to train", compared=False)
+    autocast: torch.dtype | None = option(None, "dtype of mixed precision")
+    channels_last: bool = option(False, "channels-last layout", flag=bool)
+    cuda_graph: bool | None = option(None, "whether steps are captured as a CUDA graph", compared=False)
+    seed: int | None = option(None, "seed that makes the merge repeatable", least=0, flag=int)
+    progress: bool | None = option(None, "whether to show a progress bar", compared=False)
+    callback: Callable[[EpochRecord], object] | None = option(None, "called after every epoch", compared=False)
+    checkpoint_dir: str | Path | None = option(None, "where checkpoints go", compared=False)
+    checkpoint_seconds: float = option(300.0, "least seconds between two checkpoints", compared=False)
+    resume: bool = option(False, "whether to go on from a checkpoint", compared=False)
+    accumulate: int = option(
+        1, "parts in which the images of a step are read, for small cards", least=1, compared=False, flag=int
+    )
+    compact_at: CompactAt = option(
+        None,
+        "the fraction of the merge stage after which closed channels are dropped, or 'settled'; by itself never",
+        flag=float,
+        varies=True,
+    )
+    merge_milestones: Sequence[int] | None = option(
+        None, "epochs of the merge stage after which lr is divided by ten", flag=list
+    )
+    val_every: int = option(1, "epochs between two scores on the validation data", least=1, compared=False, flag=int)
+    compile: bool = option(False, "run networks under torch.compile, where that works", compared=False, flag=bool)
+    sync_batch_norm: bool = option(False, "BatchNorm over the images of all processes", flag=bool)
+    recalibrate: bool = option(
+        True,
+        "whether BatchNorm's statistics are estimated anew after compression",
+        flag=bool,
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            check(each, getattr(self, each.name))
+        at = self.compact_at
+        if at not in (None, "settled") and (
+            isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= 1
+        ):
+            raise ValueError(f"merge needs compact_at, {_what('compact_at')}, in 0..1, 'settled' or None; got {at!r}")
+
+    def check_device(self, device: torch.device, processes: Processes) -> None:
+        """Raises where steps can't run as is asked for.
+
+        Raises:
+            ValueError: A CUDA graph is wanted where there can be none.
+        """
+        if not self.cuda_graph:
+            return
+        if device.type != "cuda":
+            raise ValueError(f"cuda_graph=True needs a CUDA device; got {device}")
+        if processes.size > 1 or self.accumulate > 1:
+            raise ValueError(
+                f"cuda_graph=True needs one process and accumulate=1; got {processes.size} processes and "
+                f"accumulate={self.accumulate}"
+            )
+
+    def compared(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with, as JSON values: functions and dtypes by their names."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.metadata["compared"]}
+
+    def compacts_after(self, epochs: int) -> bool:
+        """Whether candidates are dropped when so many epochs of the merge stage are over."""
+        if self.compact_at is None or epochs == self.merge_epochs:  # then everything is compressed anyway
+            return False
+        return self.compact_at == "settled" or epochs >= self.compact_at * self.merge_epochs
+
+    @property
+    def merge_plan(self) -> Plan:
+        """Of the merge stage."""
+        return Plan(epochs=self.merge_epochs, lr=self.lr, milestones=tuple(self.merge_milestones or ()))
+
+    @property
+    def finetune_plan(self) -> Plan:
+        """Of the fine-tuning."""
+        usual = [max(1, round(self.finetune_epochs * 2 / 3))]
+        return Plan(
+            epochs=self.finetune_epochs,
+            lr=self.lr if self.finetune_lr is None else self.finetune_lr,
+            milestones=tuple(usual if self.milestones is None else self.milestones),
+            warmup=self.warmup,
+        )
+
+    def fitted(self, big: BigStudent | BigStack, steps: int | None) -> Options:
+        """The same with a ``gate_lr`` and a ``lam_step``: those chosen, or those that fit this network and stage.
+
+        Args:
+            big: The network.
+            steps: Of an epoch, or None where that is not known.
+        """
+        in_all = None if steps is None else self.merge_epochs * steps
+        gate_lr = fitting_gate_lr(in_all) if self.gate_lr is None else self.gate_lr
+        lam_step = self.lam_step
+        if lam_step is None and self.gate_schedule == "quadratic":
+            widest = big.num_teachers * max(group.size for group in big.groups)
+            lam_step = fitting_lam_step(self.merge_epochs, in_all, widest, self.lam_start, gate_lr)
+        return replace(self, gate_lr=gate_lr, lam_step=lam_step)
+
+    def gate_weight(self, steps: int | None) -> GateWeight:
+        """What weighs the gates in the merge stage, of fitted options.
+
+        Raises:
+            ValueError: A budget has to know how many steps there are, and the loader has no length.
+        """
+        if self.gate_schedule == "quadratic":
+            assert self.lam_step is not None
+            return QuadraticLambda(self.lam_start, self.lam_step)
+        if steps is None:
+            raise ValueError(
+                "gate_schedule='budget' needs a train_loader with a length, to arrive in time; this one has none"
+            )
+        assert self.gate_lr is not None
+        return GateBudget(self.merge_epochs * steps, gate_lr=self.gate_lr)
+
+    def weight_optimizer(self, network: Any, lr: float) -> Optimizer:
+        """Of a network's weights, or of a big student's without its gates."""
+        big = isinstance(network, (BigStudent, BigStack))
+        parameters = network.weight_parameters() if big else network.parameters()
+        return SGD(parameters, lr, self.momentum, weight_decay=self.weight_decay)
+
+    def gate_optimizer(self, big: BigStudent | BigStack) -> Optimizer:
+        """Of the gates."""
+        assert self.gate_lr is not None
+        return SGD(big.gate_parameters(), self.gate_lr, GATE_MOMENTUM)
+
+
+def check(each: Field[Any], value: Any) -> None:
+    """Checks a value against the range of its field.
+
+    Raises:
+        ValueError: It is outside.
+    """
+    facts = each.metadata
+    name, what = f"merge needs {each.name}", facts["what"].partition(";")[0]
+    if value is None or (isinstance(value, str) and facts["choices"] is None):
+        return
+    if facts["choices"] is not None:
+        if value not in facts["choices"]:
+            raise ValueError(f"{name}, {what}: {' or '.join(map(str, facts['choices']))}; got {value!r}")
+        return
+    least, above, most = facts["least"], facts["above"], facts["most"]
+    if isinstance(least, int):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}, {what}, a whole number of at least {least}; got {value!r}")
+        return
+    if (least is None and above is None) or isinstance(value, torch.Tensor):
+        return
+    low = least is not None and value < least
+    if not abs(value) <= _LARGEST or low or (above is not None and value <= above) or (most is not None and value > most):
+        bound = f"above {above:g}" if least is None else f"of at least {least:g}"
+        bound = bound if most is None else f"in {least:g}..{most:g}"
+        raise ValueError(f"{name}, {what}, a finite number {bound}; got {value}")
+
+
+def _what(name: str) -> str:
+    (found,) = (each for each in fields(Options) if each.name == name)
+    return str(found.metadata["what"]).partition(", or")[0]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (type(None), bool, int, float)):
+        return value
+    return getattr(value, "__qualname__", str(value))

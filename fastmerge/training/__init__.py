@@ -1,1 +1,0 @@
-"""Training many replicates of small networks at once, and the strategies that are compared at equal epochs."""
