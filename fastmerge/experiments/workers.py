@@ -171,10 +171,10 @@ def _in_processes(jobs: Sequence[Job], workers: int, bar: Bar) -> dict[str, Any]
                 can_run = [job for job in waiting if all(name in results for name in job.needs)]
                 for job in can_run[: workers - len(running)]:
                     waiting.remove(job)
-                    connection, process = idle.pop() if idle else _started()
+                    pipe, process = idle.pop() if idle else _started()
                     # As bytes, by value: multiprocessing would put tensors into /dev/shm, which containers keep small.
-                    connection.send_bytes(pickle.dumps((job, [pickle.loads(results[name]) for name in job.needs])))
-                    running[connection] = (job, process)
+                    pipe.send_bytes(pickle.dumps((job, [pickle.loads(results[name]) for name in job.needs])))
+                    running[pipe] = (job, process)
                 ready = wait(list(running), timeout=0.5)
                 stop.raise_if_any()  # a process may have ended for the signal that came to this one
                 for connection in ready:
