@@ -203,15 +203,14 @@ def _found(
     chunks = [tuple(range(start, min(start + size, replicates))) for start in range(0, replicates, size)]
     counts = {name: STRATEGIES[name].teachers(recipe) for name in strategies}
     jobs = [job for chunk in chunks for job in _jobs(place, chunk, counts)]
-    if recipe.in_memory and place.device.type == "cpu":
+    if recipe.in_memory:
+        workers = workers if place.device.type == "cpu" else 1
         results = _shared_out(jobs, chunks, workers, progress, place.samples[0], note)
-    elif split is None:
-        results = run_jobs(jobs, 1, False, note=note)
     else:
         results = {}
         for job in jobs:
             part: Part = job.arguments
-            if part.strategy is None and part.number < recipe.teachers:
+            if split is not None and part.strategy is None and part.number < recipe.teachers:
                 if part.number == 0:
                     results |= _side_by_side(place, part.replicates, split, note)
                 continue
