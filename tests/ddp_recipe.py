@@ -17,7 +17,7 @@ from fastmerge import HardConcrete
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.experiments import lab
 from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.recipes import resnet18_imagewoof
 from fastmerge.experiments.run import run as run_recipe
 from fastmerge.merging.trainer import Trainer
 
@@ -29,7 +29,7 @@ def network(classes: int, width: int) -> nn.Module:
 
 def recipe(**changes: Any) -> Recipe:
     """Two teachers of four epochs, two epochs of the merge, two of fine-tuning; three steps each."""
-    base = RECIPES["resnet18-imagewoof"]()
+    base = resnet18_imagewoof()
     small = replace(
         base, make_network=network, image_size=16, batch_size=4, augmentation=Augmentation(shift=1), held_out=1 / 3
     )

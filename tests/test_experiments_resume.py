@@ -47,10 +47,10 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(whole, tmp_path):
     # An epoch is told of before its last checkpoint is written, and a step that was done is not done again.
     for epochs, path, where in [
         (3, "teacher-0-0", ("finetune", 2, 3)),
-        (4, "teacher-0-1", ("finetune", 2, 3)),
-        (9, "one-0-0", ("finetune", 6, 3)),
-        (8, "student-0-0", ("merge", 1, 3)),
-        (2, "student-0-0", ("finetune", 0, 3)),
+        (4, "teacher-0-1", ("finetune", 1, 3)),
+        (9, "one-0-0", ("finetune", 5, 3)),
+        (8, "student-0-0", ("merge", 0, 3)),
+        (3, "student-0-0", ("finetune", 0, 3)),
     ]:
         assert_killed(train, tmp_path, epochs)
         assert places(tmp_path)[path] == where

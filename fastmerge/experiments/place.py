@@ -91,7 +91,7 @@ class Place:
             self.images("check")
             return self
         given = {"loader": self.loader != "auto", "autocast": self.autocast is not None, **self.steps}
-        if wrong := [name for name, value in given.items() if value not in (None, False, 1)]:
+        if wrong := [name for name, value in given.items() if value is True or value not in (None, False, 1)]:
             raise ValueError(
                 f"recipe {recipe.name} trains stacks of networks in float32 on data in memory; it takes no "
                 f"{', '.join(f'--{name}'.replace('_', '-') for name in wrong)}"

@@ -104,7 +104,7 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         resume=resume,
         progress=progress,
-        steps={name: value for name, value in steps.items() if value not in (False, 1, None)},
+        steps={name: value for name, value in steps.items() if value is True or value not in (False, 1, None)},
     )
     if teachers_in_parallel and recipe.in_memory:
         raise ValueError(f"recipe {recipe.name} trains stacks of networks; it takes no --teachers-in-parallel")

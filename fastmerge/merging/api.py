@@ -53,6 +53,7 @@ def merge(
     gate_schedule: GateSchedule = "quadratic",
     finetune_lr: float | None = None,
     milestones: Sequence[int] | None = None,
+    warmup: int = 0,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     criterion: Criterion = cross_entropy,
     device: torch.device | str | None = None,
@@ -110,6 +111,7 @@ def merge(
             group to 1/T by a :class:`~fastmerge.GateBudget` and needs no λ, but a loader with a length.
         finetune_lr: Learning rate at the start of the fine-tuning; None is ``lr``.
         milestones: Epochs of the fine-tuning after which the learning rate is divided by ten; None is at two thirds.
+        warmup: Epochs of the fine-tuning in which the learning rate rises to its value, linearly from 0.0001.
         schedule: Makes a learning rate scheduler for the fine-tuning, stepped once an epoch, in place of milestones.
             It is tried out before the first epoch, on an optimizer of nothing.
         criterion: ``criterion(output, target)``, the mean over a batch.
@@ -189,7 +191,7 @@ def merge_by(
         check_device(options.device, teachers[0]), options.criterion, options.autocast, options.channels_last
     )
     history = History(len(teachers))
-    same = fingerprints(teachers) | (also or {})
+    same = (also or {}) | fingerprints(teachers)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count) as trainer:
         check_processes(trainer.processes, train_loader, teachers)
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)
@@ -220,7 +222,7 @@ def train_by(
         title: of the progress bar.
     """
     setting = Setting(check_device(options.device, network), options.criterion, options.autocast, options.channels_last)
-    same = fingerprints([network]) | (also or {})
+    same = (also or {}) | fingerprints([network])
     setting.place(network)
     history = History(1)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count, title) as trainer:
