@@ -282,7 +282,12 @@ def check(each: Field[Any], value: Any) -> None:
     if (least is None and above is None) or isinstance(value, torch.Tensor):
         return
     low = least is not None and value < least
-    if not abs(value) <= _LARGEST or low or (above is not None and value <= above) or (most is not None and value > most):
+    if (
+        not abs(value) <= _LARGEST
+        or low
+        or (above is not None and value <= above)
+        or (most is not None and value > most)
+    ):
         bound = f"above {above:g}" if least is None else f"of at least {least:g}"
         bound = bound if most is None else f"in {least:g}..{most:g}"
         raise ValueError(f"{name}, {what}, a finite number {bound}; got {value}")
