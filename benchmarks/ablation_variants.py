@@ -22,8 +22,8 @@ Edit = Callable[[nn.Module, BigStudent, Iterable[Any]], None]
 class OneDrawPerBatch(BigStudent):
     """A big student whose gates are drawn once for a whole batch."""
 
-    def _draw_gates(self, inputs: Sequence[Any]) -> Tensor:
-        return super()._draw_gates([inputs[0][:1], *inputs[1:]])
+    def _draw_gates(self, inputs: Sequence[Any], *how: Any) -> Tensor:
+        return super()._draw_gates([inputs[0][:1], *inputs[1:]], *how)
 
 
 @dataclass(frozen=True)

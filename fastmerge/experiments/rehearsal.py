@@ -48,8 +48,6 @@ def estimate_run(
     """
     check_strategies(strategies, replicates, place.seed)
     recipe = place.recipe
-    if recipe.in_memory:
-        raise ValueError(f"{recipe.name} has its data in memory; --dry-run is for recipes that read images")
     loaders = place.images("check", planned=processes)
     found = Estimate(reading=time_reading(loaders.train, place.setting))
     devices = [place.device] if place.device.type == "cuda" else []
