@@ -109,8 +109,8 @@ class BigStudent(GatedNetwork):
         gives the student that it would have given. At least n candidates of every group stay.
 
         A group is left whole where the network's code might count on its number of channels: a view or chunk, a grouped
-        convolution, a constant or parameter outside layers. Until :meth:`link`, and where streams are concatenated, every
-        teacher keeps as many candidates as the one with the most.
+        convolution, a constant, or a parameter outside layers and normalisations. Until :meth:`link`, and where streams are
+        concatenated or layer-normed, every teacher keeps as many candidates as the one with the most.
 
         Call it between two steps, as often as you like; compile, wrap in DistributedDataParallel or capture a CUDA graph
         anew afterwards. :meth:`open_gates` then opens the gates that are left.

@@ -33,6 +33,7 @@ SOME = [
     "squeezenet",
     "mlp",
     "token_mlp",
+    "written_attention",
 ]
 
 
@@ -98,6 +99,18 @@ def test_linked_networks_lose_every_closed_channel(name: str, count: int) -> Non
         assert done.left[group.name] == max(group.size, -(-count * group.size // 2))
     weights = [layer.weight for layer in big._layers]
     assert all(weight.numel() * weight.element_size() == weight.untyped_storage().nbytes() for weight in weights)
+
+
+@pytest.mark.parametrize(("name", "group"), [("layer_norm", "2"), ("written_attention", "embed")])
+def test_layer_normed_streams_lose_as_many_of_each_teacher(name: str, group: str) -> None:
+    big, x = merged(name, link=True, count=3)
+    close_gates(big)
+    expected = big.eval()(*x)
+    assert group not in big.compact(multiple=1).whole
+    size = next(g.size for g in big.groups if g.name == group)
+    counts = torch.bincount(big.gates[group].candidates // size, minlength=3)
+    assert bool((counts == counts[0]).all() and counts[0] < size)
+    assert relative_error(big(*x).detach(), expected.detach()) <= 1e-9
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])

@@ -222,7 +222,7 @@ class StandardisedInSteps(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         mean = self.weight.mean(dim=1, keepdim=True).mean(dim=2, keepdim=True).mean(dim=3, keepdim=True)
         weight = self.weight - mean
-        deviation = weight.view(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+        deviation = weight.reshape(weight.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
         return F.conv2d(x, weight / deviation.expand_as(weight), self.bias)
 
 

@@ -68,11 +68,10 @@ class _Grouping:
                 if layer.call.bias is not None:
                     tensors[layer.call.bias] = (0, units(layer.outputs))
             norm, geometry = layer.call.norm, layer.call.geometry
-            if norm is not None and norm.dim in ((0,) if layer.call.groups > 1 else (0, 1)):  # norms of channels
-                tensors[norm.magnitude] = (
-                    norm.dim,
-                    units(layer.outputs if norm.dim == geometry.out_dim else layer.inputs),
-                )
+            if norm is not None:
+                of = layer.outputs if norm.dim == geometry.out_dim else layer.inputs
+                by_channel = norm.dim in ((0,) if layer.call.groups > 1 else (0, 1))
+                tensors[norm.magnitude] = (norm.dim, units(of)) if by_channel else (None, units(layer.outputs[:1]))
         return ChannelGroups(
             named,
             {w: units(layer.inputs) for w, layer in layers.items()},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from fastmerge.channels.aten import is_size, op_name
+from fastmerge.channels.aten import LAYER_NORMS, is_size, op_name
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
@@ -95,6 +95,10 @@ class _Walk:
             carried |= self._groups_of_its_own(node)
             if self.analysis.tensor_name(str(node.target)) in self.analysis.held:
                 return  # a wide module's, which is cut as its channels are
+            if carried and (place := self._place_of(node)) is not None:  # each teacher's own, cut where it is read
+                self.places[node] = place
+                self.found.even.update(carried)
+                return
         shape = self.analysis.shapes.get((self.mode, node.name))
         norm = self.analysis.norms[self.mode].get(node)
         if norm is not None:
@@ -103,6 +107,10 @@ class _Walk:
                 self.places[node] = place
                 self.found.even.update(carried if norm.momentum is None else ())
                 return
+        elif op_name(node) in {*LAYER_NORMS, "embedding"} and shape is not None and self._is_by_channel(node):
+            self.places[node] = Placement(len(shape) - 1, shape[-1], len(shape))
+            self.found.even.update(carried)  # run per stream
+            return
         elif node.op != "get_attr":
             operands = {source: self.places[source] for source in node.all_input_nodes if source in self.places}
             call = joined_call(node, operands, shape, self.num_teachers)
@@ -112,6 +120,26 @@ class _Walk:
                     self.found.even.update(carried)
                 return
         self._leave_whole(carried, f"passes {_describe(node)}, which may count on the number of channels")
+
+    def _place_of(self, node: fx.Node) -> Placement | None:
+        """Where the channels lie in a parameter or buffer, if it can be cut along them."""
+        name = self.analysis.tensor_name(str(node.target))
+        dim, units = self.analysis.groups.tensors[name]
+        if dim not in (0, 1) or name in self.analysis.averaged:
+            return None
+        return Placement(dim, len(units.group), len(node.meta["shape"]))
+
+    def _is_by_channel(self, node: fx.Node) -> bool:
+        """Whether an embedding, or a layer normalisation by gates, has its channels in the last dimension and nowhere else."""
+        if op_name(node) == "embedding":
+            place = self.places.get(node.args[0])  # type: ignore[arg-type]
+            return place is not None and place.dim == place.rank - 1
+        units = self.analysis.groups.reads.get((self.mode, node.name))
+        x, *parameters = (self.places.get(source) for source in node.all_input_nodes if not is_size(source))
+        last = x is not None and x.dim == x.rank - 1
+        return (
+            last and units is not None and units.has_groups and all(p is not None and p.rank == 1 for p in parameters)
+        )
 
     def _groups_of_its_own(self, node: fx.Node) -> set[int]:
         """The groups along which a parameter or buffer lies."""

@@ -94,6 +94,13 @@ class Shrinking:
         for name, place in layout.side_by_side.items():
             if name in groups.tensors and groups.tensors[name][0] is not None:
                 self._add(tensors[place], Move(self._stay(groups.tensors[name][1])))
+        for name, places in layout.per_teacher.items():
+            dim, units = groups.tensors.get(name, (None, None))
+            if dim in (0, 1) and units is not None:
+                before_left, after_left = before.is_left(units), after.is_left(units)
+                for place, old, new in zip(places, before_left, after_left, strict=True):
+                    index = None if torch.equal(old, new) else new[old].nonzero().flatten()
+                    self._add(tensors[place], Move(index) if dim == 0 else Move(None, index))
         for name, gate in gates.items():
             assert isinstance(gate, HardConcrete)
             stays = torch.isin(before.candidates[name], after.candidates[name])
