@@ -20,7 +20,6 @@ from fastmerge.evaluation import Setting, evaluate
 from fastmerge.lock_step import Family
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.repair import restore_statistics
-from fastmerge.methods.training import Distillation
 from fastmerge.methods.zipit import zipped
 from small_task import VAL, X, Y, train_teachers
 from teachers import make_teachers, relative_error
@@ -200,15 +199,6 @@ def test_distill_learns_what_the_teachers_say(start: int | None) -> None:
     assert far[0] < 0.8 * far[1 if start == 0 else 2]
     for teacher, state in zip(teachers, before, strict=True):
         assert all(torch.equal(tensor, state[key]) for key, tensor in teacher.state_dict().items())
-
-
-def test_distillation_is_hintons_loss() -> None:
-    output, soft, labels = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    p, q = (soft / 2).softmax(1), (output / 2).softmax(1)
-    expected = 0.3 * 4 * (p * (p.log() - q.log())).sum(1).mean() + 0.7 * nn.functional.cross_entropy(output, labels)
-    assert torch.allclose(Distillation(2.0, 0.3)(output, [soft, labels]), expected)
-    with pytest.raises(ValueError, match="temperature above 0 and a weight"):
-        Distillation(0.0, 0.5)
 
 
 def test_soup_leaves_out_what_does_not_help() -> None:

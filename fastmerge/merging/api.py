@@ -73,6 +73,8 @@ def merge(
     compile: bool = False,
     sync_batch_norm: bool = False,
     recalibrate: bool = True,
+    distill: float = 0.0,
+    temperature: float = 2.0,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -148,6 +150,10 @@ def merge(
         recalibrate: Whether the student's BatchNorm statistics are estimated anew after compression, on some thousand training
             samples (:func:`fastmerge.recalibrate`), which the paper does not. Fine-tuning does so anyway; what it saves is
             the accuracy of a student with few epochs of it or none.
+        distill: Weight w of what the teachers say together in the fine-tuning's loss, ``(1 - w) · criterion + w · τ² KL``,
+            from their mean logits; 0 leaves them out. For classifiers of one output. An epoch of the fine-tuning then takes
+            a forward pass of each teacher more.
+        temperature: τ, of both softmaxes.
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.
@@ -208,6 +214,7 @@ def train_by(
     train_loader: Iterable[Any],
     val_loader: Iterable[Any] | None = None,
     *,
+    teachers: Sequence[nn.Module] = (),
     processes: Processes | None = None,
     also: dict[str, Any] | None = None,
     count: Callable[[nn.Module], float] | None = None,
@@ -219,6 +226,7 @@ def train_by(
         options: of a merge, whose fine-tuning says how.
         network: fresh or trained.
         train_loader, val_loader, processes, also, count: as :func:`merge_by`'s.
+        teachers: to learn from, by the options' ``distill`` and ``temperature``.
         title: of the progress bar.
     """
     setting = Setting(check_device(options.device, network), options.criterion, options.autocast, options.channels_last)
@@ -227,7 +235,7 @@ def train_by(
     history = History(1)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count, title) as trainer:
         trainer.resume()
-        finetune(network, options, trainer)
+        finetune(network, options, trainer, teachers)
     network.eval()
     return history
 

@@ -132,6 +132,17 @@ class Options:
     milestones: Sequence[int] | None = option(
         None, "epochs of the fine-tuning after which lr is divided by ten; by itself two thirds", flag=list
     )
+    distill: float = option(
+        0.0,
+        "weight of what the teachers say in the fine-tuning's loss, beside the labels",
+        least=0.0,
+        most=1.0,
+        flag=float,
+        varies=True,
+    )
+    temperature: float = option(
+        2.0, "temperature of the softmax by which they say it", above=0.0, flag=float, varies=True
+    )
     warmup: int = option(0, "epochs of the fine-tuning in which lr rises to its value", least=0, flag=int)
     schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)
     criterion: Criterion = option(cross_entropy, "the loss")

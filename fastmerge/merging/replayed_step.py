@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.sgd import sgd
 
 from fastmerge.evaluation import Setting
+from fastmerge.merging.distillation import TaughtSetting
 from fastmerge.merging.graphed_step import CudaGraphs, Graphed, prepare_momentum
 from fastmerge.replay import replayed
 from fastmerge.schedules import GateWeight
@@ -84,7 +85,8 @@ class ReplayedStep:
         """Trains all networks on a batch each; returns their losses, (R,), "loss" and, of big students, "gate_loss"."""
         run = self._update if self._graphed is None else self._graphed
         terms = () if self.lam is None else self.lam.terms(self.setting.device)
-        results = run(*inputs, target, *self._rates, *terms)
+        answers = (self.setting.answers(inputs),) if isinstance(self.setting, TaughtSetting) else ()
+        results = run(*inputs, target, *answers, *self._rates, *terms)
         if self.lam is None:
             return {"loss": results[0]}
         self.lam.end_step(results[2] if len(results) > 2 else None)
@@ -108,14 +110,17 @@ class ReplayedStep:
 
     def _gradients(self, batch: int, terms: tuple[Tensor, ...]) -> Callable[..., list[Tensor]]:
         """A function of all tensors, the batch and the weight of the gates that returns gradients and losses."""
-        network, criterion = _Weighed(self.stack.skeleton, self.lam), self.setting.criterion
+        network, setting = _Weighed(self.stack.skeleton, self.lam), self.setting
+        taught = int(isinstance(setting, TaughtSetting))  # what the teachers say comes after the target
         self.stack.skeleton.train(self.stack.training)
 
         def loss_of_one(parameters: Any, buffers: Any, shared: Any, *given: Tensor) -> Any:
             tensors = {f"network.{name}": value for name, value in (parameters | buffers | shared).items()}
-            *inputs, target = given[:batch]
+            *inputs, target = given[: batch - taught]
             output, *weighed = functional_call(network, tensors, tuple(inputs), {"terms": given[batch:]})
-            loss = criterion(output, target)
+            loss = setting.criterion(output, target)
+            if isinstance(setting, TaughtSetting):
+                loss = setting.blended(output, loss, given[batch - 1])
             if not weighed:
                 return loss, [loss.detach()]
             weighted, *rest = weighed

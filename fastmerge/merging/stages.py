@@ -39,7 +39,7 @@ def train_student(teachers: Sequence[nn.Module], examples: Any, options: Options
             trainer.recalibrate(student)
         trainer.score("compressed", student)
     trainer.processes.check_same("student after compression", fingerprint(student))
-    finetune(student, options, trainer)
+    finetune(student, options, trainer, teachers)
     history = trainer.history
     known = history.stage("finetune")[-1].val if options.finetune_epochs else history.borders.get("compressed")
     trainer.score("student", student, known)
@@ -106,9 +106,11 @@ def _warn(found: Sequence[str], trainer: Trainer) -> None:
         warnings.warn(warning, stacklevel=6)
 
 
-def finetune(student: nn.Module, options: Options, trainer: Trainer) -> None:
-    """Trains the student as usual."""
+def finetune(student: nn.Module, options: Options, trainer: Trainer, teachers: Sequence[nn.Module] = ()) -> None:
+    """Trains the student as usual, or with teachers beside the labels."""
     plan = options.finetune_plan
+    if teachers and options.distill:
+        trainer.teach(teachers)
     optimizer = options.weight_optimizer(student, plan.lr)
     scheduler = (plan.schedule if options.schedule is None else options.schedule)(optimizer)
     parts = {"optimizer": optimizer, "scheduler": scheduler}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, samples_in
 from fastmerge.history import EpochRecord, History, Score, Stage
+from fastmerge.merging.distillation import TaughtSetting
 from fastmerge.merging.divergence import blame_scoring, blame_training
 from fastmerge.merging.gate_report import open_probabilities
 from fastmerge.merging.options import Options
@@ -96,6 +97,12 @@ class Trainer:
                 recalibrate(network, samples)
         self.processes.share_buffers(network)
 
+    def teach(self, teachers: Sequence[nn.Module]) -> None:
+        """Lets networks learn from teachers from here on, as the options say."""
+        options = self.options
+        self.setting = TaughtSetting.of(self.setting, teachers, options.distill, options.temperature)
+        self._run.setting = self.setting
+
     def own_random_numbers(self) -> None:
         """Gives every process but the first a random state of its own, so that each draws other gates."""
         if not self.processes.is_first:
@@ -162,12 +169,19 @@ class Trainer:
             gate_loss=None if lam is None else tally.mean("gate_loss"),
             open_probability=None if lam is None else open_probabilities(network),
             linked=linked,
-            operations=None if self.count is None else self.count(network),
+            operations=self._operations(network),
         )
         self.history.epochs.append(record)
         self.bar.end_epoch(record)
         if self.options.callback is not None and self.processes.is_first:
             self.options.callback(record)
+
+    def _operations(self, network: nn.Module) -> float | None:
+        """Per sample; of teachers the forward pass alone, a third of both."""
+        if self.count is None:
+            return None
+        teachers = self.setting.teachers if isinstance(self.setting, TaughtSetting) else ()
+        return self.count(network) + sum(self.count(teacher) for teacher in teachers) / 3
 
     @property
     def steps(self) -> int | None:

@@ -81,6 +81,10 @@ class Meter:
         if epochs:
             self.operations += epochs * step_operations(network, batches) * steps_of(batches)
 
+    def add_forward(self, network: nn.Module, batches: Iterable[Any], epochs: float) -> None:
+        """Adds what forward passes over the data take."""
+        self.operations += epochs * step_operations(network, batches, backward=False) * steps_of(batches)
+
     def epochs(self, teacher: nn.Module, batches: Iterable[Any]) -> float:
         """The operations in epochs of training a teacher on these batches."""
         return self.operations / (step_operations(teacher, batches) * steps_of(batches)) if self.operations else 0.0
@@ -107,17 +111,17 @@ def unwatched() -> Iterator[Meter | None]:
         yield meter
 
 
-def step_operations(network: nn.Module, batches: Iterable[Any]) -> float:
-    """Operations of a training step on the first batch, forward and backward."""
-    clone = copy.deepcopy(network).train().requires_grad_(True)
+def step_operations(network: nn.Module, batches: Iterable[Any], *, backward: bool = True) -> float:
+    """Operations of a training step on the first batch, or of its forward pass alone."""
+    clone = copy.deepcopy(network).train().requires_grad_(backward)
     device = next(clone.parameters()).device
     devices = [device] if device.type == "cuda" else []
+    inputs, _ = next(iter(batches))
+    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     with torch.random.fork_rng(devices), torch.enable_grad(), _Counting() as counter:
-        inputs, _ = next(iter(batches))  # what makes targets counts, too
-        inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         outputs = pytree.tree_leaves(clone(*(x.to(device) for x in inputs)))
-        sums = [y.sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad]
-        torch.autograd.backward(sums)
+        if backward:
+            torch.autograd.backward([y.sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad])
     return float(counter.operations)
 
 

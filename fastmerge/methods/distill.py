@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Criterion
 from fastmerge.methods.registry import register
-from fastmerge.methods.training import Distillation, SoftTargets, train
+from fastmerge.methods.training import train
 
 
 @register(
@@ -51,19 +51,20 @@ def distill(
     """
     if start is not None and not 0 <= start < len(teachers):
         raise ValueError(f"distill starts with a teacher, 0 to {len(teachers) - 1}, or with None; got {start}")
-    goal = Distillation(temperature, weight, criterion)
     student = copy.deepcopy(teachers[start or 0])
     if start is None:
         reset(student)
-    fixed = [copy.deepcopy(teacher).eval() for teacher in teachers]
     train(
         student,
-        SoftTargets(batches, fixed),
+        batches,
         epochs=epochs,
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
-        criterion=goal,
+        criterion=criterion,
+        teachers=teachers,
+        distill=weight,
+        temperature=temperature,
     )
     return student
 

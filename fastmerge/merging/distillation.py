@@ -1,0 +1,77 @@
+"""Knowledge distillation: a network learns what its teachers say together, beside the labels.
+
+Source: G. Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from fastmerge.evaluation import Setting
+from fastmerge.stack import Stack
+
+
+def divergence(output: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """``τ² KL(softmax(wanted / τ) ‖ softmax(output / τ))``, a mean over the samples (and positions) of logits (N, K, ...)."""
+    target, given = (wanted / temperature).log_softmax(1), (output / temperature).log_softmax(1)
+    each = (target.exp() * (target - given)).sum(1)
+    return each.mean() * temperature**2
+
+
+@dataclass(frozen=True)
+class TaughtSetting(Setting):
+    """A setting in which networks in training mode learn from teachers: ``(1 − w) · criterion + w · divergence``.
+
+    Attributes:
+        teachers: In eval mode; the mean of their logits is what they say.
+        weight: w, in 0..1.
+        temperature: τ.
+    """
+
+    teachers: tuple[nn.Module, ...] = ()
+    weight: float = 0.5
+    temperature: float = 2.0
+
+    @classmethod
+    def of(cls, setting: Setting, teachers: Sequence[nn.Module], weight: float, temperature: float) -> TaughtSetting:
+        """A setting with teachers, which are copied."""
+        fixed = [setting.place(copy.deepcopy(teacher)).eval().requires_grad_(False) for teacher in teachers]
+        own = (setting.device, setting.criterion, setting.autocast, setting.channels_last)
+        return cls(*own, tuple(fixed), weight, temperature)
+
+    @torch.no_grad()
+    def answers(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The mean of the teachers' logits.
+
+        Raises:
+            ValueError: Their output is not one tensor of logits.
+        """
+        with self.precision():
+            said = [teacher(*inputs) for teacher in self.teachers]
+        for output in said:
+            if not isinstance(output, Tensor) or output.dim() < 2:
+                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(
+                    f"distillation needs networks with one output, logits (N, K); got {got}. Merge with distill=0"
+                )
+        return torch.stack(said).mean(0)
+
+    def blended(self, output: Tensor, loss: Tensor, answers: Tensor) -> Tensor:
+        """The criterion's loss of one network and what the teachers say, as one loss."""
+        return (1 - self.weight) * loss + self.weight * divergence(output, answers, self.temperature)
+
+    def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
+        """Runs network and criterion; in training mode the loss is that of the teachers, too."""
+        output, loss = super().apply(network, inputs, target)
+        if not network.training:
+            return output, loss
+        with self.precision():
+            blended = vmap(self.blended) if isinstance(network, Stack) else self.blended
+            return output, blended(output, loss, self.answers(inputs))
