@@ -41,7 +41,7 @@ def test_the_command_line_has_the_flags_of_the_options() -> None:
             assert f"--{each.name.replace('_', '-')}" in found[each.name].option_strings
             assert each.metadata["what"] in (found[each.name].help or "").replace("%%", "%")
     varying = {each.name for each in fields(Options) if each.metadata["varies"]}
-    assert varying == {"link_at", "gate_schedule", "compact_at"} == varying & set(flags(run))
+    assert varying == {"link_at", "gate_schedule", "compact_at", "distill", "temperature"} == varying & set(flags(run))
 
 
 def test_a_checkpoint_is_compared_by_what_changes_the_result() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastmerge.channels.groups import Axis, ChannelGroups
 
@@ -48,7 +49,16 @@ def combine(networks: Sequence[nn.Module], groups: ChannelGroups, places: Places
         networks: of one architecture.
         groups: their channel groups.
         places: one place for each candidate that counts; each place needs a candidate.
+
+    Raises:
+        ValueError: a weight is computed from others, so that a part of these is not a part of it.
     """
+    for path, module in networks[0].named_modules():
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"channels are combined where weights are parameters; those of layer '{path}' are computed. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it in every teacher"
+            )
     result = copy.deepcopy(networks[0])
     tensors = [{**dict(n.named_parameters()), **dict(n.named_buffers())} for n in (result, *networks)]
     shares = {name: _shares(each) for name, each in places.items()}
