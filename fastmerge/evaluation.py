@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -193,6 +194,39 @@ class Tally:
         return Score(self.mean("loss"), self.mean("accuracy") if "accuracy" in self._sums else None)
 
 
+class Measured:
+    """Metrics of a pass over data.
+
+    Args:
+        metrics: by name.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        self.metrics = metrics
+        self._sums = {name: 0.0 for name, metric in metrics.items() if not hasattr(metric, "update")}
+        self._samples = 0
+        for name in metrics.keys() - self._sums.keys():
+            metrics[name].reset()
+
+    def add(self, output: Any, target: Any, samples: int) -> None:
+        """Adds a batch."""
+        self._samples += samples
+        for name, metric in self.metrics.items():
+            if name in self._sums:
+                self._sums[name] += samples * float(metric(output, target))
+            else:
+                metric.update(output, target)
+
+    def values(self, processes: Processes | None) -> dict[str, float] | None:
+        """What they came to; None where there are none."""
+        if not self.metrics:
+            return None
+        totals = [float(self._samples), *self._sums.values()]
+        samples, *sums = totals if processes is None else processes.sum(totals)
+        means = dict(zip(self._sums, (value / samples for value in sums), strict=True))
+        return {name: means[name] if name in means else float(self.metrics[name].compute()) for name in self.metrics}
+
+
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
@@ -200,6 +234,7 @@ def evaluate(
     setting: Setting,
     after_step: Callable[[], object] | None = None,
     processes: Processes | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Score:
     """Scores a network in eval mode; its mode is restored.
 
@@ -209,6 +244,8 @@ def evaluate(
         setting: Criterion and the like.
         after_step: Called after every batch; what it raises ends the evaluation.
         processes: That share the data; however unevenly, every sample counts once.
+        metrics: What else to measure, by name: functions of (output, target), whose mean over the samples counts, or
+            objects with ``update``, ``compute`` and ``reset``, which are told of all batches of their own process.
 
     Raises:
         NotFiniteError: As ``Tally.add``, in all processes.
@@ -216,19 +253,20 @@ def evaluate(
     mode = network.training
     network.eval()
     try:
-        tally = Tally()
+        tally, measured = Tally(), Measured(metrics or {})
         whole = contextlib.nullcontext() if processes is None else processes.together(NotFiniteError)
         with whole:
             try:
                 for inputs, target in setting.batches(loader):
                     output, loss = setting.apply(network, inputs, target)
                     tally.add(output, target, samples_in(network, inputs), loss=loss)
+                    measured.add(output, target, samples_in(network, inputs))
                     if after_step is not None:
                         after_step()
                 tally.read()
             except NotFiniteError as error:
                 raise NotFiniteError(*error.args, _has_finite_inputs(loader, setting, error.args[0])) from None
-        return tally.score(processes)
+        return dataclasses.replace(tally.score(processes), metrics=measured.values(processes))
     finally:
         network.train(mode)
 

@@ -11,13 +11,14 @@ Stage = Literal["merge", "finetune"]
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of the criterion over a data set, and accuracy in 0..1, None where the targets are no classes.
+    """Mean of the criterion over a data set, accuracy in 0..1, None where the targets are no classes, and other metrics.
 
     Of a stack of networks, a list with one for each; so are the other figures of a history.
     """
 
     loss: Any
     accuracy: Any = None
+    metrics: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from fastmerge.merging.checks import (
     check_checkpoints,
     check_device,
     check_loader,
+    check_metrics,
+    check_optimizer,
     check_processes,
     check_schedule,
     check_teachers,
@@ -55,6 +57,10 @@ def merge(
     milestones: Sequence[int] | None = None,
     warmup: int = 0,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    optimizer: Callable[..., Optimizer] | None = None,
+    clip_norm: float | None = None,
+    ema: float | None = None,
+    metrics: Mapping[str, Any] | None = None,
     criterion: Criterion = cross_entropy,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
@@ -116,6 +122,15 @@ def merge(
         warmup: Epochs of the fine-tuning in which the learning rate rises to its value, linearly from 0.0001.
         schedule: Makes a learning rate scheduler for the fine-tuning, stepped once an epoch, in place of milestones.
             It is tried out before the first epoch, on an optimizer of nothing.
+        optimizer: ``optimizer(parameters)`` makes the optimizer of the weights, in both stages, in place of SGD, such as
+            ``functools.partial(torch.optim.AdamW, lr=1e-3)``; lr, momentum and weight decay are then its own. Milestones and
+            the like scale its learning rates. Gates keep theirs.
+        clip_norm: Gradients of the weights whose norm is above it are scaled down to it, in both stages.
+        ema: Decay of a moving average over the weights of the fine-tuning, in 0..1: it is what is scored, and what the
+            student becomes.
+        metrics: What else is measured on the validation data, by name: functions ``f(output, target)`` whose mean over the
+            samples counts, or objects with ``update(output, target)``, ``compute()`` and ``reset()`` such as torchmetrics'.
+            ``history`` has them as ``score.metrics``.
         criterion: ``criterion(output, target)``, the mean over a batch.
         device: Where to train; None is where the first teacher is.
         autocast: Dtype for ``torch.autocast``; None for none. float16 uses a gradient scaler.
@@ -126,8 +141,8 @@ def merge(
             keeps the memory of a step for itself, beside what eager steps such as an epoch's last take.
         seed: Makes the merge repeatable; the caller's random state is restored. None draws from the caller's.
         progress: Whether to show a progress bar on stderr; None shows it on a terminal.
-        callback: Called with the record of each epoch. What it raises ends the merge. After a crash an epoch may be
-            repeated, and its record come again.
+        callback: Called with the record of each epoch. Where it returns True, the stage ends with that epoch. What it raises
+            ends the merge. After a crash an epoch may be repeated, and its record come again.
         checkpoint_dir: A directory for this merge's checkpoints, at the end of each stage and in between; the last two
             stay. Random changes of the data are repeated where they come from torch's, Python's or NumPy's generators of
             this process or a DataLoader's processes that start anew each epoch (``persistent_workers=False``).
@@ -192,6 +207,8 @@ def merge_by(
         count: operations per sample of a network's training, for the history.
     """
     teachers = check_teachers(teachers)
+    check_optimizer(options.optimizer)
+    check_metrics(options.metrics)
     check_schedule(options.schedule, options.finetune_epochs, options.finetune_plan.lr, options.momentum)
     setting = Setting(
         check_device(options.device, teachers[0]), options.criterion, options.autocast, options.channels_last

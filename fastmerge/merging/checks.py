@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -76,6 +76,41 @@ def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: 
             f"{what} failed ({type(error).__name__}: {error}). Arguments go in by functools.partial or a lambda; a scheduler "
             "that needs a loss, such as ReduceLROnPlateau, can't be used"
         ) from error
+
+
+def check_optimizer(make: Callable[..., Optimizer] | None) -> None:
+    """Makes an optimizer of a throw-away parameter.
+
+    Raises:
+        ValueError: it can't be made of parameters alone, or is none.
+    """
+    if make is None:
+        return
+    try:
+        made = make([nn.Parameter(torch.zeros(1))])
+    except Exception as error:  # whatever the user's function raises
+        raise ValueError(
+            "merge needs an optimizer, a function of parameters that makes an optimizer, such as "
+            f"functools.partial(torch.optim.AdamW, lr=1e-3); it failed ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(made, Optimizer):
+        raise ValueError(
+            f"merge needs an optimizer, a function that makes an optimizer; it made a {type(made).__name__}"
+        )
+
+
+def check_metrics(metrics: Any) -> None:
+    """Raises a TypeError where metrics are not functions or objects by name."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"merge needs metrics by name, such as {{'top5': f}}; got a {type(metrics).__name__}")
+    for name, metric in metrics.items():
+        if not callable(metric) and not all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+            raise TypeError(
+                f"merge needs metrics that are functions of (output, target) or have update, compute and reset; "
+                f"{name!r} is a {type(metric).__name__}"
+            )
 
 
 def check_processes(processes: Processes, train_loader: Iterable[Any], teachers: Sequence[nn.Module]) -> None:

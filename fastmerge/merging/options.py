@@ -8,7 +8,7 @@ is compared by and what recipes choose all follow from the fields of :class:`Opt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +145,14 @@ class Options:
     )
     warmup: int = option(0, "epochs of the fine-tuning in which lr rises to its value", least=0, flag=int)
     schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)
+    optimizer: Callable[..., Optimizer] | None = option(None, "maker of the weights' optimizer, in place of SGD")
+    clip_norm: float | None = option(
+        None, "largest norm of the weights' gradients; by itself any", above=0.0, flag=float
+    )
+    ema: float | None = option(
+        None, "decay of the moving average that the student becomes; by itself none", above=0.0, most=1.0
+    )
+    metrics: Mapping[str, Any] | None = option(None, "what else validation measures", compared=False)
     criterion: Criterion = option(cross_entropy, "the loss")
     device: torch.device | str | None = option(None, "where to train", compared=False)
     autocast: torch.dtype | None = option(None, "dtype of mixed precision")
@@ -263,6 +271,8 @@ class Options:
         """Of a network's weights, or of a big student's without its gates."""
         big = isinstance(network, (BigStudent, BigStack))
         parameters = network.weight_parameters() if big else network.parameters()
+        if self.optimizer is not None:
+            return self.optimizer(parameters)
         return SGD(parameters, lr, self.momentum, weight_decay=self.weight_decay)
 
     def gate_optimizer(self, big: BigStudent | BigStack) -> Optimizer:

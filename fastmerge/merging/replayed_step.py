@@ -30,6 +30,7 @@ class ReplayedStep:
         setting: criterion.
         lam: the weight of the gates, or None.
         graphs: how to capture; None: as the device says. Tests give their own.
+        clip_norm: largest norm of the gradients of each network's parameters in the first optimizer, or None.
 
     Attributes:
         shapes: of the parameters, for which it is.
@@ -42,7 +43,9 @@ class ReplayedStep:
         setting: Setting,
         lam: GateWeight | None,
         graphs: Any = None,
+        clip_norm: float | None = None,
     ) -> None:
+        self.clip_norm = clip_norm
         if setting.autocast is not None:
             raise ValueError(f"stacked networks train without autocast; got {setting.autocast}")
         self.stack, self.optimizers, self.setting, self.lam = stack, optimizers, setting, lam
@@ -104,6 +107,9 @@ class ReplayedStep:
             self._replays[shapes] = replayed(function, *given, replicates=len(self.stack))
         results = self._replays[shapes](*given)
         count = len(self._names)
+        if self.clip_norm is not None:
+            first = [index for o, _, indices, _ in self._groups if o is self.optimizers[0] for index in indices]
+            _clip([results[index] for index in first], self.clip_norm)
         for (optimizer, group, indices, buffers), rate in zip(self._groups, rates, strict=True):
             _step(optimizer, group, [results[index] for index in indices], buffers, rate)
         return results[count:]
@@ -135,6 +141,14 @@ class ReplayedStep:
             return [*(found[name].contiguous() for name in self._names), *losses]
 
         return gradients
+
+
+def _clip(gradients: list[Tensor], most: float) -> None:
+    """Scales each network's gradients, (R, ...), down to a norm, as ``clip_grad_norm_`` does."""
+    norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
+    factors = (most / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 def _step(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.channels.groups import choice_warning
@@ -82,15 +85,15 @@ def learn_importance(big: BigStudent | BigStack, options: Options, trainer: Trai
     few = choice_warning(big.groups)
     trainer.history.warnings = [few] if few else []
     _warn(trainer.history.warnings, trainer)
-    lam = options.gate_weight(trainer.steps)
+    lam, rates = options.gate_weight(trainer.steps), [group["lr"] for group in optimizer.param_groups]
     before = open_probabilities(big)
     lam_step = options.lam_step if options.gate_schedule == "quadratic" else None
     parts = {"optimizer": optimizer, "gate optimizer": gate_optimizer, "lambda": lam}
     for epoch in trainer.epochs("merge", plan.epochs, big, parts):
         if not big.linked and epoch >= options.link_at * plan.epochs:
             big.link(optimizer=optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr * plan.factor(epoch)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * plan.factor(epoch)
         trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
         lam.end_epoch()
         if options.compacts_after(epoch + 1):
@@ -112,11 +115,21 @@ def finetune(student: nn.Module, options: Options, trainer: Trainer, teachers: S
     if teachers and options.distill:
         trainer.teach(teachers)
     optimizer = options.weight_optimizer(student, plan.lr)
+    plan = replace(plan, lr=optimizer.param_groups[0]["lr"])
     scheduler = (plan.schedule if options.schedule is None else options.schedule)(optimizer)
-    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
+    average = None
+    if options.ema is not None:
+        parts["average"] = average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+        trainer.after_step = partial(average.update_parameters, student)
     for _ in trainer.epochs("finetune", plan.epochs, student, parts):
-        trainer.epoch("finetune", student, [optimizer], None)
+        trainer.epoch("finetune", student, [optimizer], None, None if average is None else average.module)
         with quietly(
             "Detected call of .lr_scheduler.step"
         ):  # an epoch that a checkpoint goes on with may have no step left
             scheduler.step()
+    trainer.after_step = None
+    if average is not None and average.n_averaged:
+        with torch.no_grad():
+            for own, mean in zip(student.parameters(), average.module.parameters(), strict=True):
+                own.copy_(mean)

@@ -83,17 +83,18 @@ class MergeState:
         """The stage in which the loaded checkpoint goes on."""
         return None if self._loaded is None else self._loaded["stage"]
 
-    def begin(self, stage: Stage, network: nn.Module, parts: dict[str, Any]) -> int:
+    def begin(self, stage: Stage, network: nn.Module, parts: dict[str, Any], total: int) -> int:
         """Begins a stage, from the loaded checkpoint where it is of this stage; returns how many epochs are done.
 
         Args:
             stage: Which.
             network: Trained in it.
             parts: What else changes with it, by name: optimizers, λ, a scheduler, all with ``state_dict``.
+            total: Epochs of the stage; all of them count as done where it was ended early.
         """
         self.network: Any = network
         self.parts = parts
-        self._now = {"stage": stage, "epoch": 0}
+        self._now = {"stage": stage, "epoch": 0, "ended": False}
         loaded = self._loaded
         if loaded is None or loaded["stage"] != stage:
             return 0
@@ -111,7 +112,8 @@ class MergeState:
             mine = self._mine(loaded)
             self._resume_loader(mine["random"], mine["loader"])
             self._loaded = None
-        return int(loaded["epoch"])
+        self._now["ended"] = loaded["ended"]
+        return total if loaded["ended"] else int(loaded["epoch"])
 
     def batches(self, tally: Tally) -> Iterator[Any]:
         """The epoch's batches that are left, with the tally and the random states as they were."""
@@ -146,10 +148,10 @@ class MergeState:
         """Whether it is time for a checkpoint."""
         return self.snapshots is not None and time.monotonic() - self._saved_at >= self.seconds
 
-    def end_epoch(self, epoch: int, last: bool) -> None:
-        """Counts an epoch, and writes a checkpoint where it is time or the stage ends."""
-        self._now["epoch"] = epoch
-        (due,) = self.processes.most(self.is_due() or last)
+    def end_epoch(self, epoch: int, last: bool, ended: bool = False) -> None:
+        """Counts an epoch, and writes a checkpoint where it is time or the stage ends, by itself or before its time."""
+        self._now |= {"epoch": epoch, "ended": ended}
+        (due,) = self.processes.most(self.is_due() or last or ended)
         if due:
             self.save(random_states(self.device))
 

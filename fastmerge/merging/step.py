@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
@@ -68,6 +69,7 @@ class MergeStep:
         setting: criterion, autocast.
         scaler: of the losses; disabled where there is nothing to scale.
         lam: the weight of the gates, or None.
+        clip_norm: largest norm of the gradients of the first optimizer's parameters, or None.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class MergeStep:
         setting: Setting,
         scaler: torch.amp.GradScaler,
         lam: GateWeight | None,
+        clip_norm: float | None = None,
     ) -> None:
+        self.clip_norm = clip_norm
         self.network, self.optimizers, self.setting, self.scaler, self.lam = network, optimizers, setting, scaler, lam
 
     def __call__(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -107,6 +111,7 @@ class MergeStep:
             self.network, self.network, inputs, target, self.setting, self.lam, terms
         )
         self.scaler.scale(whole).backward()
+        clip_gradients(self.scaler, self.optimizers[0], self.clip_norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -121,6 +126,13 @@ class MergeStep:
     def terms(self) -> tuple[Tensor, ...]:
         """The weight of the gates in the present step, as tensors on the device; of a budget, after its first step."""
         return () if self.lam is None else self.lam.terms(self.setting.device)
+
+
+def clip_gradients(scaler: torch.amp.GradScaler, optimizer: Optimizer, norm: float | None) -> None:
+    """Scales the gradients of an optimizer's parameters down to a norm, where theirs is above it."""
+    if norm is not None:
+        scaler.unscale_(optimizer)
+        clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
 
 
 def _detached(value: Any) -> Any:

@@ -18,7 +18,7 @@ from fastmerge.merging.graphed_step import GraphedStep
 from fastmerge.merging.options import Options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.replayed_step import ReplayedStep
-from fastmerge.merging.step import MergeStep, losses
+from fastmerge.merging.step import MergeStep, clip_gradients, losses
 from fastmerge.processes import Processes, without_averaging
 from fastmerge.schedules import GateWeight
 from fastmerge.stack import Stack
@@ -96,7 +96,7 @@ class Steps:
         """The step of a stack, traced anew where its shapes have changed."""
         shapes = [parameter.shape for parameter in stack.parameters()]
         if self._replay is None or self._replay.shapes != shapes:
-            self._replay = ReplayedStep(stack, optimizers, self.setting, lam)
+            self._replay = ReplayedStep(stack, optimizers, self.setting, lam, clip_norm=self.options.clip_norm)
         self._replay.renew()
         return self._replay
 
@@ -124,6 +124,7 @@ class Steps:
             with without_averaging(model, number < len(batches)):
                 output, each, open_now = self.compiler.run(part)
             self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
+        clip_gradients(self.scaler, optimizers[0], self.options.clip_norm)
         for optimizer in optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -150,7 +151,9 @@ class Steps:
         if wanted is False or not single or self.setting.device.type != "cuda":
             return None
         if self._graph is None:
-            self._graph = GraphedStep(MergeStep(network, optimizers, self.setting, self.scaler, lam), wanted)
+            self._graph = GraphedStep(
+                MergeStep(network, optimizers, self.setting, self.scaler, lam, self.options.clip_norm), wanted
+            )
         self._graph.renew()
         return self._graph
 

@@ -63,7 +63,8 @@ class Trainer:
     ) -> None:
         self.options, self.train_loader, self.val_loader, self.setting = options, train_loader, val_loader, setting
         self.history, self.state, self.stop, self.bar, self.count = history, state, stop, bar, count
-        self.processes, self._stage_epochs = processes, 0
+        self.processes, self._stage_epochs, self._ended = processes, 0, False
+        self.after_step: Callable[[], object] | None = None
         self._run = Steps(setting, options, processes, bar)
 
     def resume(self) -> None:
@@ -117,17 +118,34 @@ class Trainer:
             network: Trained in it.
             parts: What else changes with it: optimizers, λ, a scheduler.
         """
-        done = self.state.begin(stage, network, {**parts, "scaler": self._run.scaler})
+        done = self.state.begin(stage, network, {**parts, "scaler": self._run.scaler}, total)
         self.bar.start(stage, total, self.train_loader, done)
         self._stage_epochs = total
         for epoch in range(done, total):
+            self._ended = False
             yield epoch
             with self._whereabouts():
-                self.state.end_epoch(epoch + 1, last=epoch + 1 == total)
+                self.state.end_epoch(epoch + 1, last=epoch + 1 == total, ended=self._ended)
+            if self._ended:
+                break
         self._run.end_stage()
 
-    def epoch(self, stage: Stage, network: Any, optimizers: list[Optimizer], lam: GateWeight | None) -> None:
+    def epoch(
+        self,
+        stage: Stage,
+        network: Any,
+        optimizers: list[Optimizer],
+        lam: GateWeight | None,
+        scored_as: nn.Module | None = None,
+    ) -> None:
         """Trains one epoch; with a weight of the gates, the network is a big student.
+
+        Args:
+            stage: Which.
+            network: Is trained.
+            optimizers: Of its parameters.
+            lam: The weight of the gates, or None.
+            scored_as: The network that is scored in its place, such as its moving average.
 
         Raises:
             FloatingPointError: A loss became NaN or Inf; the message says where and what is likely to blame.
@@ -152,7 +170,9 @@ class Trainer:
                 score = tally.score(self.processes)
                 scored = epoch % self.options.val_every == 0 or epoch == self._stage_epochs
                 ended = f"after epoch {epoch} of the {stage} stage"
-                val = self._evaluate(network, ended, lr) if scored and self.val_loader is not None else None
+                val = (
+                    self._evaluate(scored_as or network, ended, lr) if scored and self.val_loader is not None else None
+                )
                 rate = self.processes.sum([tally.rate()])[0]
         except Interrupted:
             tally.read()
@@ -173,8 +193,8 @@ class Trainer:
         )
         self.history.epochs.append(record)
         self.bar.end_epoch(record)
-        if self.options.callback is not None and self.processes.is_first:
-            self.options.callback(record)
+        ends = self.options.callback is not None and self.processes.is_first and self.options.callback(record) is True
+        self._ended = bool(self.processes.most(ends)[0])
 
     def _operations(self, network: nn.Module) -> float | None:
         """Per sample; of teachers the forward pass alone, a third of both."""
@@ -193,6 +213,8 @@ class Trainer:
         with self._run.of_epoch(network, optimizers, lam) as step:
             for batches in self._steps(tally):
                 step(batches, tally)
+                if self.after_step is not None:
+                    self.after_step()
                 if self.processes.size == 1 or tally.steps_begun % (_AGREE_EVERY * self.options.accumulate) == 0:
                     self._pause(tally)
         if self.processes.size > 1:
@@ -249,9 +271,9 @@ class Trainer:
         assert self.val_loader is not None
         alone = self.processes.size == 1  # several processes stop together, between steps
         after_step = self.stop.raise_if_any if alone else None
-        loader, setting, processes = self.val_loader, self.setting, self.processes
+        loader, setting, processes, metrics = self.val_loader, self.setting, self.processes, self.options.metrics
         try:
-            return self._run.compiler.run(lambda: evaluate(network, loader, setting, after_step, processes))
+            return self._run.compiler.run(lambda: evaluate(network, loader, setting, after_step, processes, metrics))
         except NotFiniteError as error:
             blame = blame_scoring(error, whose, lr, setting.autocast)
             raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
