@@ -89,14 +89,10 @@ def test_the_student_is_the_moving_average(trained: list[nn.Module], monkeypatch
         epoch = trainer.epoch
 
         def watched(stage: Any, network: Any, optimizers: Any, *rest: Any) -> None:
-            step = optimizers[0].step
-
-            def stepped(*arguments: Any, **more: Any) -> Any:
-                done = step(*arguments, **more)
+            def note(*_: Any) -> None:
                 steps.append({name: value.detach().clone() for name, value in network.named_parameters()})
-                return done
 
-            optimizers[0].step = stepped
+            optimizers[0].register_step_post_hook(note)
             epoch(stage, network, optimizers, *rest)
 
         trainer.epoch = watched

@@ -310,7 +310,7 @@ def check(each: Field[Any], value: Any) -> None:
         or (most is not None and value > most)
     ):
         bound = f"above {above:g}" if least is None else f"of at least {least:g}"
-        bound = bound if most is None else f"in {least:g}..{most:g}"
+        bound = bound if most is None else f"in {above if least is None else least:g}..{most:g}"
         raise ValueError(f"{name}, {what}, a finite number {bound}; got {value}")
 
 
