@@ -108,8 +108,8 @@ class ReplayedStep:
         results = self._replays[shapes](*given)
         count = len(self._names)
         if self.clip_norm is not None:
-            first = [index for o, _, indices, _ in self._groups if o is self.optimizers[0] for index in indices]
-            _clip([results[index] for index in first], self.clip_norm)
+            weights = [index for o, _, indices, _ in self._groups if o is self.optimizers[0] for index in indices]
+            _clip([results[index] for index in weights], self.clip_norm)
         for (optimizer, group, indices, buffers), rate in zip(self._groups, rates, strict=True):
             _step(optimizer, group, [results[index] for index in indices], buffers, rate)
         return results[count:]
