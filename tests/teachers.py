@@ -193,11 +193,14 @@ def select_gates(
         recalibrate: fit running statistics to what is left, for deep networks, which go dead without.
     """
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(20):
+    for trial in range(20):
         opened = {}
+        whole = torch.randint(big.num_teachers, (1,), generator=generator)
         for name, gate in big.gates.items():
             candidates = gate.loc.numel()
             chosen = torch.randperm(candidates, generator=generator)[: candidates // big.num_teachers]
+            if trial >= 10 and candidates == big.num_teachers:  # streams of different teachers are dead until linked
+                chosen = whole
             gate.loc.fill_(-OPEN)
             gate.loc[chosen] = OPEN
             opened[name] = chosen.sort().values
