@@ -110,10 +110,10 @@ def calibrate(model: nn.Module, inputs: Sequence[Tensor], batches: int = 3) -> N
             model(*(x + 0.3 * torch.randn_like(x) if x.is_floating_point() else x for x in inputs))
 
 
-def perturb_buffers(model: nn.Module) -> None:
-    """Moves every floating point buffer a little, so that no two teachers agree on one."""
+def perturb_buffers(model: nn.Module, named: str = "") -> None:
+    """Moves every floating point buffer, or those with a part of the name, a little, so that no two teachers agree on one."""
     for name, buffer in model.named_buffers():
-        if not buffer.is_floating_point():
+        if not buffer.is_floating_point() or named not in name:
             continue
         buffer.mul_(torch.empty_like(buffer).uniform_(0.8, 1.25))
         if "mean" in name:
@@ -207,7 +207,7 @@ def select_gates(
         if recalibrate:
             with torch.random.fork_rng():
                 calibrate(big, inputs, batches=1)
-                perturb_buffers(big)
+                perturb_buffers(big, "running_")  # its own constants belong together
                 settle(big, inputs)
         if depends_on_input(big.eval()(*inputs)):
             return opened
@@ -260,7 +260,7 @@ def check_exact(make: Make, x: Sequence[Tensor], dtype: torch.dtype, count: int)
         assert relative_error(big(*x), expected) <= TOLERANCE[dtype]
     before = copy_state(big)
     select_gates(big, x, recalibrate=True)
-    assert relative_error(big.compress()(*x), big(*x)) <= TOLERANCE[dtype]
+    assert relative_error(big.predictions(big.compress()(*x)), big.predictions(big(*x))) <= TOLERANCE[dtype]
     big.load_state_dict(before)
     del before
     big.link()
@@ -269,7 +269,7 @@ def check_exact(make: Make, x: Sequence[Tensor], dtype: torch.dtype, count: int)
     disturb_weights(big, scale=0.1)
     select_gates(big, x, seed=1, recalibrate=True)
     student = big.compress()
-    assert relative_error(student(*x), big(*x)) <= TOLERANCE[dtype]
+    assert relative_error(big.predictions(student(*x)), big.predictions(big(*x))) <= TOLERANCE[dtype]
     assert type(student) is type(teachers[0])
     for teacher, state in zip(teachers, states, strict=True):
         assert all(torch.equal(tensor, state[key]) for key, tensor in teacher.state_dict().items())
