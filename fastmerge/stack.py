@@ -87,7 +87,7 @@ class Stack(nn.Module):
         tensors = [tensor for kind in self.kinds for tensor in kind.values()]
         if self.training or torch.is_grad_enabled():
             return self._run(len(inputs), *tensors, *inputs)[0]
-        key = (*(value.shape for value in inputs), *self._mode())
+        key = (*(value.shape for value in inputs), self.mode)
         if key not in self._replays:
             count = len(inputs)
             self._replays[key] = replayed(lambda *t: self._run(count, *t), *tensors, *inputs, replicates=len(self))
@@ -109,9 +109,10 @@ class Stack(nn.Module):
         of_all: Any = vmap(one, dims, randomness="different")
         return [of_all(*self.unflatten(tensors[:-count]), *tensors[-count:])]
 
-    def _mode(self) -> tuple[Any, ...]:
-        """What else than shapes a replayed forward depends on."""
-        return ()
+    @property
+    def mode(self) -> Any:
+        """What else than shapes a traced forward depends on."""
+        return None
 
     def _fill(self, networks: Sequence[nn.Module]) -> None:
         """Takes the values of the networks, into the skeleton's own parameters."""
@@ -204,7 +205,8 @@ class BigStack(Stack):
         """The students of all."""
         return Stack([big.compress(in_place=True) for big in self.networks()])
 
-    def _mode(self) -> tuple[Any, ...]:
+    @property
+    def mode(self) -> tuple[bool, bool]:
         return self.skeleton._gates_open, self.linked
 
     def _each(self, act: Callable[..., Any], optimizers: Sequence[Optimizer]) -> list[Any]:

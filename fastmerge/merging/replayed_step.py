@@ -78,7 +78,8 @@ class ReplayedStep:
             self._rates: list[Any] = rates
             return
         self._rates = [torch.full((), rate, device=self.setting.device) for rate in rates]
-        lie = [t.data_ptr() for t in [*self._tensors, *(b for *_, each in self._groups for b in each if b is not None)]]
+        held = [*self._tensors, *(b for *_, each in self._groups for b in each if b is not None)]
+        lie = [self.stack.mode, *(tensor.data_ptr() for tensor in held)]
         if lie != self._lie:
             self._lie = lie
             self._graphed.forget()
@@ -101,11 +102,11 @@ class ReplayedStep:
         batch, rates = arguments[:first], arguments[first : first + len(self._rates)]
         terms = arguments[first + len(self._rates) :]
         given = (*self._tensors, *batch, *terms)
-        shapes = tuple(value.shape for value in batch)
-        if shapes not in self._replays:
+        key = self.stack.mode, *(value.shape for value in batch)
+        if key not in self._replays:
             function = self._gradients(len(batch), terms)
-            self._replays[shapes] = replayed(function, *given, replicates=len(self.stack))
-        results = self._replays[shapes](*given)
+            self._replays[key] = replayed(function, *given, replicates=len(self.stack))
+        results = self._replays[key](*given)
         count = len(self._names)
         if self.clip_norm is not None:
             weights = [index for o, _, indices, _ in self._groups if o is self.optimizers[0] for index in indices]

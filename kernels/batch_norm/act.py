@@ -438,9 +438,12 @@ def _reason(
 ) -> str | None:
     """``_why_not``, after a look at whether the arguments fit one another; remembered for all that look alike."""
     reason = _why_not_here(xs[0], is_direct)
-    if reason is not None or not is_direct:
+    if reason is not None:
         _check(call, xs, vectors, residuals, gate)
-        return reason or _why_not(xs, vectors, residuals, call.activation, gate, call.window)
+        return reason
+    if not is_direct:
+        _check(call, xs, vectors, residuals, gate)
+        return _why_not(xs, vectors, residuals, call.activation, gate, call.window)
     tensors = [None if t is None else (t.shape, t.dtype, t.device) for t in (*xs, gate, *vectors, *(residuals or ()))]
     layouts = [x.stride() for x in xs] if call.on_cpu else ()
     key = call, cpu._batch_norm is None, *tensors, *layouts
