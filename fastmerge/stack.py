@@ -126,7 +126,7 @@ class Stack(nn.Module):
         self._replays.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_replays": {}}
+        return self.__dict__ | {"_replays": {}, "_compiled_call_impl": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         clone = type(self).__new__(type(self))

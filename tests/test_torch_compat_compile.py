@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 from collections.abc import Iterator
 
@@ -86,6 +87,17 @@ def test_two_compiled_steps_draw_anew() -> None:
     big, x = merge("lenet", linked=False).train(), BY_NAME["lenet"].inputs(4)
     compiled = torch.compile(big, backend="aot_eager", fullgraph=True)
     assert not torch.equal(compiled(*x), compiled(*x))
+
+
+def test_a_copy_of_a_compiled_one_is_itself() -> None:
+    """Not what was compiled for the first one; pickled, it loads without it."""
+    big, x = merge("lenet", linked=True), BY_NAME["lenet"].inputs(4, seed=8)
+    big.eval().compile(backend="eager")
+    before = big(*x)
+    for clone in (copy.deepcopy(big), pickle.loads(pickle.dumps(big))):
+        disturb_weights(clone, scale=0.5)
+        assert relative_error(clone(*x), before) > 1e-2
+    torch.testing.assert_close(big(*x), before)
 
 
 def test_batch_sizes_change() -> None:

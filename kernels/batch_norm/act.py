@@ -378,8 +378,6 @@ def why_not_fused(
 
 def _why_not_here(x: Tensor, is_direct: bool) -> str | None:
     """What speaks against the fused operation in how a call is made, rather than in its arguments."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "custom operators don't run under the transforms of torch.func"
     if not _holds_kernels(x):
         if x.device.type != "cpu":
             return f"x is on {x.device.type}, neither on a CUDA device nor on a CPU"
@@ -387,6 +385,8 @@ def _why_not_here(x: Tensor, is_direct: bool) -> str | None:
             return "the call is traced, which on a CPU sees plain PyTorch"
         if forward_ad._current_level >= 0:
             return "there is no forward-mode derivative"
+    if torch._C._functorch.maybe_current_level() is not None:  # last: torch.compile breaks the graph at it
+        return "custom operators don't run under the transforms of torch.func"
     return None
 
 
@@ -438,12 +438,9 @@ def _reason(
 ) -> str | None:
     """``_why_not``, after a look at whether the arguments fit one another; remembered for all that look alike."""
     reason = _why_not_here(xs[0], is_direct)
-    if reason is not None:
+    if reason is not None or not is_direct:
         _check(call, xs, vectors, residuals, gate)
-        return reason
-    if not is_direct:
-        _check(call, xs, vectors, residuals, gate)
-        return _why_not(xs, vectors, residuals, call.activation, gate, call.window)
+        return reason or _why_not(xs, vectors, residuals, call.activation, gate, call.window)
     tensors = [None if t is None else (t.shape, t.dtype, t.device) for t in (*xs, gate, *vectors, *(residuals or ()))]
     layouts = [x.stride() for x in xs] if call.on_cpu else ()
     key = call, cpu._batch_norm is None, *tensors, *layouts
