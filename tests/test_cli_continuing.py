@@ -53,7 +53,7 @@ def running(*words: str) -> Iterator[subprocess.Popen]:
     with subprocess.Popen(command, **out, env=_environment(), start_new_session=True) as process:
         try:
             while not (Path("out/log.jsonl").is_file() and Path("out/log.jsonl").stat().st_size):
-                assert process.poll() is None
+                assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.05)
             yield process
         finally:
@@ -82,9 +82,12 @@ def test_sigterm_exits_with_143_and_the_line_it_prints_goes_on(place):  # noqa: 
     assert list(Path("out/checkpoints").glob("*.safetensors"))
 
 
-def test_sigterm_to_all_processes_of_a_run_is_one(tree):
+@pytest.mark.parametrize("loader", ["torch", "device", "dali"])
+def test_sigterm_to_all_processes_of_a_run_is_one(tree, loader):
     """As SLURM, systemd and timeout send it: to the processes that read images, too."""
-    with running(*tree) as process:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    with running(*tree, "--loader", loader, "--augmentation", "none") as process:
         os.killpg(process.pid, signal.SIGTERM)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 143

@@ -163,5 +163,6 @@ STEPS = ("accumulate", "compile", "sync_batch_norm")
 
 def chosen(options: argparse.Namespace, varying: bool = False) -> dict[str, Any]:
     """The options of a merge that have flags, as they were given."""
-    names = [each.name for each in fields(Options) if each.metadata["varies"] or not varying]
+    flagged = [each for each in fields(Options) if each.metadata["flag"] is not None]
+    names = [each.name for each in flagged if each.metadata["varies"] or not varying]
     return {name: getattr(options, name) for name in names if hasattr(options, name)}

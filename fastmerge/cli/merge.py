@@ -140,6 +140,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
             val_loader=loaders.val,
             **given | {"progress": False if options.quiet else None, "callback": note},
             checkpoint_dir=options.out / continuing.CHECKPOINTS,
+            checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
         )
     left_out = processes.joined(loaders.bad_images.found)
