@@ -121,11 +121,27 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "lam_step": 4.0,
         "gate_schedule": "budget",
         "finetune_lr": 0.04,
+        "clip_norm": 2.0,
+        "distill": 0.5,
+        "temperature": 3.0,
+        "val_every": 2,
+        "warmup": 1,
         "seed": 7,
         "device": "cpu",
     }
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--milestones", "1", "3", "--autocast", "bfloat16", "--channels-last", "--batch-size", "5"]
+    words += [
+        "--milestones",
+        "1",
+        "3",
+        "--merge-milestones",
+        "2",
+        "--autocast",
+        "bfloat16",
+        "--channels-last",
+        "--batch-size",
+        "5",
+    ]
     words += ["--checkpoint-seconds", "7", "--resume", "--accumulate", "5"]
     words += ["--compile", "--sync-batch-norm", "--no-recalibrate"]
     seen = {}
@@ -136,9 +152,16 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
 
     monkeypatch.setattr("fastmerge.cli.merge.merge", record)
     assert main([*arguments(), *words]) == 130
-    rest = {"milestones": [1, 3], "autocast": torch.bfloat16, "channels_last": True, "progress": False, "sizes": [1, 1]}
+    rest = {
+        "milestones": [1, 3],
+        "merge_milestones": [2],
+        "autocast": torch.bfloat16,
+        "channels_last": True,
+        "progress": False,
+        "sizes": [1, 1],
+    }
     rest |= {"checkpoint_seconds": 7, "checkpoint_dir": Path("out/checkpoints"), "resume": True, "accumulate": 5}
-    rest |= {"compile": True, "sync_batch_norm": True, "cuda_graph": None, "recalibrate": False}
+    rest |= {"compile": True, "sync_batch_norm": True, "recalibrate": False}
     assert callable(seen.pop("callback"))
     assert seen == given | rest
 
@@ -212,8 +235,8 @@ BAD = [
     ({"data": ["b.pt"]}, [], "b.pt"),
     ({"data": ["."]}, [], "a tree needs train/<class>/<image> and val/<class>/<image>"),
     ({"out": ["b.pt"]}, [], "b.pt"),
-    ({}, ["--link-at", "2"], "link_at, the fraction of the merge stage before linking, in 0..1; got 2"),
-    ({}, ["--lr", "-1"], "finite lr above 0; got -1"),
+    ({}, ["--link-at", "2"], "link_at, the fraction of the merge stage before linking, a finite number in 0..1; got 2"),
+    ({}, ["--lr", "-1"], "lr, learning rate of the weights, a finite number above 0; got -1"),
     ({}, ["--device", "abacus"], "can't use device abacus"),
     ({}, ["--image-size", "9"], "the images of data.npz are 6 high"),
 ]
