@@ -89,6 +89,7 @@ def test_the_metadata_asks_for_lower_bounds(wheel: zipfile.ZipFile) -> None:
         "numpy",
         "safetensors",
         "torch",
+        "scipy",
         "tqdm",
         "triton",
     }
