@@ -287,9 +287,9 @@ def trained_by_graph(big, budget, monkeypatch, eager=False, **how):
     """A stack of one big student after three epochs of 42 samples, its losses, and the stand-in for the device."""
     found = []
 
-    def made(*arguments):
+    def made(*arguments, **named):
         graphs = None if eager else Graphs(**how)
-        step = ReplayedStep(*arguments, graphs)
+        step = ReplayedStep(*arguments, graphs, **named)
         if graphs is not None:
             graphs.step = step
         found.append(graphs)
