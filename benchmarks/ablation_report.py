@@ -26,7 +26,9 @@ chance looks like. What only changes the compressed student, or drops channels l
 and is compared with that run. *compressed* is the same before fine-tuning. *P[g > 0]* is the range over channel groups and
 replicates at the end of the merge stage, which is to be 1/2.
 
-Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills."""
+Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills. The figures are
+as of commit c98732e and before, when digits and LeNet were trained by a loop of their own, in which `link()` restarted the
+momentum; they have not been measured again since all recipes run `merge()`'s own stages."""
 
 _SHORT = "What each choice changes of the student after fine-tuning."
 
