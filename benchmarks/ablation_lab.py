@@ -16,7 +16,7 @@ from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.run import teacher
 from fastmerge.experiments.seeds import seed_for
-from fastmerge.history import History
+from fastmerge.history import EpochRecord, History
 from fastmerge.merging.api import trainer_for
 from fastmerge.merging.stages import finetune, learn_importance
 from fastmerge.merging.trainer import Trainer
@@ -112,13 +112,16 @@ class Ablation:
         return [(inputs[row], targets[row]) for inputs, targets in batches]
 
     def _train(self, options: Any, stage: str, draws: int, work: Callable[[Trainer], object]) -> None:
+        def tell(record: EpochRecord) -> None:  # without an answer: True would end the stage
+            self.epoch(len(self.replicates))
+
         loaders = self.place.loaders(self.replicates, f"{stage} {draws}")
         given = replace(
             options,
             device=self.place.device,
             seed=self._seed("draws", stage, self.replicates[0], draws),
             progress=False,
-            callback=lambda record: self.epoch(len(self.replicates)),
+            callback=tell,
         )
         history, setting = History(self.recipe.teachers), self.place.setting
         with trainer_for(given, setting, loaders.train, None, history, self.place.processes, {}, None) as trainer:

@@ -16,6 +16,20 @@ from fastmerge.evaluation import Criterion
 from fastmerge.merging.options import Options, Plan
 from fastmerge.schedules import PAPERS_GATE_LR, scaled_lam_step
 
+# Options of the merge stage and of what a student learns from its teachers.
+_OF_MERGES = {
+    "link_at",
+    "gate_lr",
+    "lam_start",
+    "lam_step",
+    "gate_schedule",
+    "compact_at",
+    "merge_milestones",
+    "recalibrate",
+    "distill",
+    "temperature",
+}
+
 
 class LoadData(Protocol):
     """Gives a data set.
@@ -171,9 +185,13 @@ class Recipe:
         return replace(self, merge=replace(self.merge, **changes), batch_size=size)
 
     def training(self, plan: Plan) -> Options:
-        """How a network trains by itself: the fine-tuning of a merge of this plan."""
+        """How a network trains by itself: the fine-tuning of a merge of this plan.
+
+        What concerns gates and students alone is left at its default: checkpoints of such networks don't depend on it.
+        """
         return replace(
             self.merge,
+            **{each.name: each.default for each in fields(Options) if each.name in _OF_MERGES},
             finetune_epochs=plan.epochs,
             finetune_lr=plan.lr,
             milestones=tuple(plan.milestones),
