@@ -27,7 +27,12 @@ def assert_close(found: dict[str, Any], alone: dict[str, Any]) -> None:
     assert ours["kept"] == theirs["kept"]
     for epoch, other in zip(ours["epochs"], theirs["epochs"], strict=True):
         for score in ("train", "val"):
-            assert epoch[score] == {name: pytest.approx(value, rel=1e-5) for name, value in other[score].items()}
+            assert epoch[score] == near(other[score])
+
+
+def near(score: dict[str, Any]) -> dict[str, Any]:
+    """What a score must be, up to rounding; what is None must be None."""
+    return {name: value if value is None else pytest.approx(value, rel=1e-5) for name, value in score.items()}
 
 
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
@@ -81,7 +86,8 @@ def test_nan_in_one_process_ends_all_with_the_same_error(training):
         assert found[0].startswith("FloatingPointError: the loss became nan in step 3 of epoch 1 of the merge stage")
     else:
         said = (
-            "FloatingPointError: the validation loss after epoch 1 of the merge stage became nan in batch 1; look for"
+            "FloatingPointError: the validation loss after epoch 1 of the merge stage became nan in batch 1, "
+            "whose inputs are finite now: the learning rate 0.05 may be too high"
         )
         assert found[0].startswith(said)
 
