@@ -56,9 +56,17 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def slowed(recipe: Recipe) -> Recipe:
+    """Steps of two images would make ResNet-18 diverge at the rates of the paper's batches."""
+    plans = {
+        name: replace(getattr(recipe, name), lr=0.01) for name in ("teacher", "long", "third") if getattr(recipe, name)
+    }
+    return replace(recipe, merge=replace(recipe.merge, lr=0.01, finetune_lr=0.01), **plans)
+
+
 def test_from_the_command_line_to_the_files(recipe, tree, tmp_path, monkeypatch, capsys) -> None:
     """With the recipe's own network, on images that are small."""
-    monkeypatch.setitem(RECIPES, recipe.name, lambda: shrunk(recipe))
+    monkeypatch.setitem(RECIPES, recipe.name, lambda: slowed(shrunk(recipe)))
     words = ["--data", str(tree), "--budget", "0.001", "--replicates", "1", "--out", str(tmp_path), "--quiet"]
     assert main(["run", recipe.name, *words, "--device", "cpu", "--loader", "torch", "--workers", "1"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
