@@ -138,7 +138,7 @@ class WideLayer(nn.Module):
         Returns:
             The T streams, or one joined or shared tensor, in a tuple.
         """
-        if weight is not None and len(weight) > 1 and len(values) > 1 and not join:  # cut for streams
+        if weight is not None and len(weight) > 1 and len(values) > 1 and not (join or self.linked):  # cut for streams
             return convolve_streams(self.geometry, values, weight, bias)
         weight, bias = own(self, weight, bias)
         if self.wiring.has_off_diagonal and not self.linked:
