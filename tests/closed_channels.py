@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
 
@@ -26,24 +27,25 @@ def change_closed_channels(
     changed = []
     for t, teacher in enumerate(copy.deepcopy(list(teachers))):
         tensors = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
-        transposed = {
-            f"{n}.weight" for n, m in teacher.named_modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)
-        }
-        grouped = {f"{n}.weight" for n, m in teacher.named_modules() if getattr(m, "groups", 1) != 1}
+        normed = {name: module for name, module in teacher.named_modules() if is_parametrized(module, "weight")}
+        weights = {f"{name}.parametrizations.weight.original1": module.weight for name, module in normed.items()}
+        tensors |= weights  # that a layer computes with; the magnitudes follow when it is put back
+        magnitudes = {f"{name}.parametrizations.weight.original0" for name in normed}
 
         def closed(units: AxisUnits, teacher: int = t) -> Tensor:
             return torch.from_numpy(_closed(units, groups, opened, teacher))
 
-        for name in groups.inputs.keys() - grouped:
-            out_dim = 1 if name in transposed else 0
+        for name in groups.inputs.keys() - groups.tensors.keys():  # all but grouped ones
+            out_dim = 1 if name in groups.transposed else 0
             _randomise(tensors[name], out_dim, closed(groups.outputs[name]))
             _randomise(tensors[name], 1 - out_dim, closed(groups.inputs[name]))
-            bias = tensors.get(name.removesuffix("weight") + "bias") if name.endswith("weight") else None
-            if bias is not None:
-                _randomise(bias, 0, closed(groups.outputs[name]))
+            if name in groups.biases:
+                _randomise(tensors[groups.biases[name]], 0, closed(groups.outputs[name]))
         for name, (dim, units) in groups.tensors.items():
-            if dim is not None and tensors[name].is_floating_point():
+            if dim is not None and name not in magnitudes and tensors[name].is_floating_point():
                 _randomise(tensors[name], dim, closed(units))
+        for module, weight in zip(normed.values(), weights.values(), strict=True):
+            module.weight = weight
         changed.append(teacher)
     return changed
 

@@ -33,12 +33,14 @@ def permute(
     result = copy.deepcopy(network)
     tensors = {**dict(result.named_parameters()), **dict(result.named_buffers())}
     for axis in groups.axes():
+        if axis.dim is None:  # one entry of a unit's, or what all units share, has no order
+            continue
         index = np.arange(len(axis.units.group))
         for number in np.unique(axis.units.group):
             if int(number) in orders:
                 places = axis.units.places(int(number), groups[int(number)].size)
                 index[places] = places[orders[int(number)]]
-        if axis.dim is not None and not np.array_equal(index, np.arange(len(index))):
+        if not np.array_equal(index, np.arange(len(index))):
             tensor = tensors[axis.tensor]
             tensor.copy_(tensor.index_select(axis.dim, torch.from_numpy(index).to(tensor.device)))
     return result
