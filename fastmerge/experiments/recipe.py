@@ -189,9 +189,10 @@ class Recipe:
 
         What concerns gates and students alone is left at its default: checkpoints of such networks don't depend on it.
         """
+        defaults: dict[str, Any] = {each.name: each.default for each in fields(Options) if each.name in _OF_MERGES}
         return replace(
             self.merge,
-            **{each.name: each.default for each in fields(Options) if each.name in _OF_MERGES},
+            **defaults,
             finetune_epochs=plan.epochs,
             finetune_lr=plan.lr,
             milestones=tuple(plan.milestones),
