@@ -85,7 +85,7 @@ def test_the_student_is_the_moving_average(trained: list[nn.Module], monkeypatch
     steps: list[dict[str, Tensor]] = []
     finetune = stages.finetune
 
-    def spy(student: nn.Module, options: Options, trainer: Any) -> None:
+    def spy(student: nn.Module, options: Options, trainer: Any, teachers: Any) -> None:
         epoch = trainer.epoch
 
         def watched(stage: Any, network: Any, optimizers: Any, *rest: Any) -> None:
@@ -96,7 +96,7 @@ def test_the_student_is_the_moving_average(trained: list[nn.Module], monkeypatch
             epoch(stage, network, optimizers, *rest)
 
         trainer.epoch = watched
-        finetune(student, options, trainer)
+        finetune(student, options, trainer, teachers)
 
     monkeypatch.setattr(stages, "finetune", spy)
     student, history = run(trained, ema=0.5)
