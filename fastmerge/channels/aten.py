@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +132,18 @@ def is_size(node: fx.Node) -> bool:
     name = op_name(node)
     python = node.op == "call_function" and not isinstance(node.target, torch._ops.OperatorBase)
     return name.startswith("sym_") or (python and node.target is not operator.getitem)
+
+
+def reduced_dims(dim: int | Sequence[int] | None, rank: int) -> list[int]:
+    """The dimensions that a reduction of a tensor of so many is along: all of them where none is named."""
+    dims = [dim] if isinstance(dim, int) else dim or range(rank)
+    return [d % rank for d in dims]
+
+
+def correction_of(arguments: Mapping[str, Any]) -> float:
+    """What a variance's or deviation's divisor is less than the number of elements, from its bound arguments."""
+    correction = arguments.get("correction", int(arguments.get("unbiased", True)))
+    return 1 if correction is None else correction
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fastmerge.channels.aten import RESHAPES, bind, is_pointwise, is_size, op_name, writes_in_place
+from fastmerge.channels.aten import RESHAPES, bind, is_pointwise, is_size, op_name, reduced_dims, writes_in_place
 from fastmerge.channels.tracing import tensor_at
 
 REDUCTIONS = {"mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"}
@@ -191,8 +191,7 @@ class _Reader:
 
     def _reduction(self, arguments: Mapping[str, Any], source: fx.Node) -> Axes:
         axes = self.axes[source]
-        dims = arguments.get("dim")
-        dims = {d % len(axes) for d in ([dims] if isinstance(dims, int) else dims or range(len(axes)))}
+        dims = reduced_dims(arguments.get("dim"), len(axes))
         if arguments.get("ord", arguments.get("p", 2)) != 2 or arguments.get("dtype") is not None:
             raise _NotByRows
         self._check_reduced(source, dims)

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastmerge.channels.aten import reduced_dims
 from fastmerge.channels.record import NO_ID, IdRun, compact
 
 
@@ -21,10 +22,8 @@ def pool(run: IdRun, name: str, x: Tensor, outs: list[Any]) -> list[Tensor]:
 
 def reduce(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
     x: Tensor = run.ids[args[0]]
-    dim = argument(func, "dim", args, kwargs)
-    dims = list(range(x.dim())) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
+    dims = reduced_dims(argument(func, "dim", args, kwargs), x.dim())
     keep = bool(argument(func, "keepdim", args, kwargs))
-    dims = [d % x.dim() for d in dims]
     first = x.amax(dim=dims, keepdim=True)
     _unite_with(run, name, first, x)
     if not keep:

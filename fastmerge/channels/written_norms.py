@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastmerge.channels.aten import bind, has_effects, op_name, writes_in_place
+from fastmerge.channels.aten import bind, correction_of, has_effects, op_name, writes_in_place
 
 _TINY = 1e-24  # instead of a least norm of 1e-12
 
@@ -109,11 +109,14 @@ def _by_square_root(x: fx.Node, scale: fx.Node, inverse: bool) -> _Norm | None:
     source = x if centred is None else centred[0]
     if op_name(mean) == "var" or (not op_name(mean) and op_name(_first(mean)) == "var_mean" and mean.args[1] == 0):
         of = mean if op_name(mean) else _first(mean)
-        a, dim = bind(of), _one_dim(of)
-        correction: Any = a.get("correction", int(a.get("unbiased", True)))
-        if correction != 0 or centred is None or dim is None or dim != centred[1] or of.args[0] not in (x, source):
+        if (
+            centred is None
+            or _one_dim(of) != centred[1]
+            or correction_of(bind(of)) != 0
+            or of.args[0] not in (x, source)
+        ):
             return None
-        return _Norm(source, dim, float(eps), True)
+        return _Norm(source, centred[1], float(eps), True)
     dim = _one_dim(mean) if op_name(mean) == "mean" else None
     if dim is None or not _is_square(_first(mean), x):
         return None

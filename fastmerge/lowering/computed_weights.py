@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastmerge.channels.aten import bind, is_pointwise, op_name
+from fastmerge.channels.aten import bind, correction_of, is_pointwise, op_name, reduced_dims
 from fastmerge.channels.computed_weights import KEPT, REDUCTIONS, Axes, RowProgram
 from fastmerge.wide.computed_weights import joined_weight, spread, weighted_norm, weighted_reduction
 
@@ -81,15 +81,12 @@ class _Rows:
 
     def _reduction(self, node: fx.Node, name: str) -> fx.Node:
         arguments, source = bind(node), node.all_input_nodes[0]
-        rank = len(self.program.axes[source])
-        dims = arguments.get("dim")
-        dims = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
+        dims = sorted(reduced_dims(arguments.get("dim"), len(self.program.axes[source])))
         weights = self._weights(source, dims)
         if weights is None:
             return self._same(node)
-        correction: Any = arguments.get("correction", int(arguments.get("unbiased", True)))
-        correction = 1 if correction is None else correction
-        args = (name, self.values[source], weights, dims, bool(arguments.get("keepdim", False)), correction)
+        keeps = bool(arguments.get("keepdim", False))
+        args = (name, self.values[source], weights, dims, keeps, correction_of(arguments))
         return self.graph.call_function(weighted_reduction, args)
 
     def _norm(self, a: Mapping[str, Any], name: str) -> fx.Node:
