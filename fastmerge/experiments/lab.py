@@ -51,6 +51,11 @@ class Column:
     cost: float = 0.0
     seconds: float = 0.0
 
+    @classmethod
+    def lost(cls, count: int) -> Column:
+        """Of so many replicates, all of which have diverged."""
+        return cls([None] * count, [math.nan] * count, [[] for _ in range(count)], [None] * count)
+
     def only(self, rows: Sequence[int]) -> Column:
         """Some of its replicates, by their positions."""
         each: Any = {name: [getattr(self, name)[row] for row in rows] for name in _EACH}
@@ -294,8 +299,7 @@ class Lab:
 
     def _diverged(self, error: FloatingPointError) -> Column:
         warnings.warn(f"{self.recipe.name}, {self.name}, replicate {self.replicates[0]}: {error}", stacklevel=3)
-        count = len(self.replicates)
-        return Column([None] * count, [math.nan] * count, [[] for _ in range(count)], [None] * count)
+        return Column.lost(len(self.replicates))
 
     def _column(self, network: nn.Module, history: History, before: Sequence[Column]) -> Column:
         """What a training came to, after others."""

@@ -182,7 +182,7 @@ def follow(lab: Lab, name: str, teachers: Sequence[Column]) -> Column:
     count = len(lab.replicates)
     rows = [row for row in range(count) if all(math.isfinite(column.values[row]) for column in teachers)]
     if not rows:
-        return Column([None] * count, [math.nan] * count, [[] for _ in range(count)], [None] * count)
+        return Column.lost(count)
     if len(rows) == count:
         return STRATEGIES[name].run(lab, teachers)
     return STRATEGIES[name].run(lab.only(rows), [column.only(rows) for column in teachers]).spread(rows, count)
