@@ -144,8 +144,7 @@ class GatedNetwork(nn.Module):
         return f"{self.num_teachers} teachers, {len(self.groups)} channel groups, {linked}{fused}"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_compiled_call_impl", None)  # as nn.Module does
+        state: dict[str, Any] = super().__getstate__()
         state["_programs"] = state["_other_programs"] = (
             None  # compiled from the template's code, and again after loading
         )
@@ -159,7 +158,7 @@ class GatedNetwork(nn.Module):
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
-        clone.__dict__["_compiled_call_impl"] = None  # it would run this network, not the copy
+        clone.__dict__.pop("_compiled_call_impl", None)  # it would run this network, not the copy
         return clone
 
     def open_state(self) -> tuple[Tensor, Tensor]:

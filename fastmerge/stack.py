@@ -114,6 +114,11 @@ class Stack(nn.Module):
         """What else than shapes a traced forward depends on."""
         return None
 
+    @property
+    def form(self) -> tuple[Any, list[torch.Size]]:
+        """What a traced training step depends on: the mode, and the shapes of the parameters."""
+        return self.mode, [parameter.shape for parameter in self.parameters()]
+
     def _fill(self, networks: Sequence[nn.Module]) -> None:
         """Takes the values of the networks, into the skeleton's own parameters."""
         parameters = _stacked([dict(network.named_parameters()) for network in networks])
@@ -126,7 +131,8 @@ class Stack(nn.Module):
         self._replays.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_replays": {}, "_compiled_call_impl": None}
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_replays": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         clone = type(self).__new__(type(self))

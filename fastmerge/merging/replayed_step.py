@@ -33,7 +33,7 @@ class ReplayedStep:
         clip_norm: largest norm of the gradients of each network's parameters in the first optimizer, or None.
 
     Attributes:
-        shapes: of the parameters, for which it is.
+        form: of the stack, for which it is.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ReplayedStep:
         if setting.autocast is not None:
             raise ValueError(f"stacked networks train without autocast; got {setting.autocast}")
         self.stack, self.optimizers, self.setting, self.lam = stack, optimizers, setting, lam
-        self.shapes = [parameter.shape for parameter in stack.parameters()]
+        self.form = stack.form
         if graphs is None and setting.device.type == "cuda":
             graphs = CudaGraphs(setting.device)
         self._graphed = None if graphs is None else Graphed(self._update, graphs)
@@ -78,8 +78,7 @@ class ReplayedStep:
             self._rates: list[Any] = rates
             return
         self._rates = [torch.full((), rate, device=self.setting.device) for rate in rates]
-        held = [*self._tensors, *(b for *_, each in self._groups for b in each if b is not None)]
-        lie = [self.stack.mode, *(tensor.data_ptr() for tensor in held)]
+        lie = [t.data_ptr() for t in [*self._tensors, *(b for *_, each in self._groups for b in each if b is not None)]]
         if lie != self._lie:
             self._lie = lie
             self._graphed.forget()
@@ -102,11 +101,11 @@ class ReplayedStep:
         batch, rates = arguments[:first], arguments[first : first + len(self._rates)]
         terms = arguments[first + len(self._rates) :]
         given = (*self._tensors, *batch, *terms)
-        key = self.stack.mode, *(value.shape for value in batch)
-        if key not in self._replays:
+        shapes = tuple(value.shape for value in batch)
+        if shapes not in self._replays:
             function = self._gradients(len(batch), terms)
-            self._replays[key] = replayed(function, *given, replicates=len(self.stack))
-        results = self._replays[key](*given)
+            self._replays[shapes] = replayed(function, *given, replicates=len(self.stack))
+        results = self._replays[shapes](*given)
         count = len(self._names)
         if self.clip_norm is not None:
             weights = [index for o, _, indices, _ in self._groups if o is self.optimizers[0] for index in indices]

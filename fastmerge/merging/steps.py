@@ -93,9 +93,8 @@ class Steps:
         self.bar.step(tally, fresh=tally.add(None, None, inputs[0].shape[1], **step(inputs, target)))
 
     def _replay_of(self, stack: Stack, optimizers: list[Optimizer], lam: GateWeight | None) -> ReplayedStep:
-        """The step of a stack, traced anew where its shapes have changed."""
-        shapes = [parameter.shape for parameter in stack.parameters()]
-        if self._replay is None or self._replay.shapes != shapes:
+        """The step of a stack, traced anew where linking or compaction have changed the stack."""
+        if self._replay is None or self._replay.form != stack.form:
             self._replay = ReplayedStep(stack, optimizers, self.setting, lam, clip_norm=self.options.clip_norm)
         self._replay.renew()
         return self._replay
