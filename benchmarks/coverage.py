@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the teachers and the measure of error
 
 import torchvision_networks as vision  # noqa: E402
 from library_networks import NETWORKS  # noqa: E402
-from teachers import disturb_weights, make_batch, make_teachers, mean_output, relative_error, select_gates  # noqa: E402
+from teachers import exactness, make_batch, make_teachers, mean_output  # noqa: E402
 
 BATCH = 4
 COPIES = 11  # of a teacher's weights in memory at the most: two teachers, what tracing copies, block-diagonal and dense
@@ -79,20 +79,7 @@ def measure(name: str) -> dict[str, Any]:
         expected = mean_output(teachers, inputs)
         del teachers
         gc.collect()
-        opened, compressed = [], []
-        for linked in (False, True):
-            if linked:
-                big.link()
-            with big.open_gates():
-                opened.append(relative_error(big.eval()(*inputs), expected))
-            statistics = {name: buffer.clone() for name, buffer in big.named_buffers()}
-            if linked:
-                disturb_weights(big, scale=0.1)
-            select_gates(big, inputs, seed=int(linked), recalibrate=True)
-            kept = big.compress()(*inputs)
-            compressed.append(relative_error(big.predictions(kept), big.predictions(big(*inputs))))
-            for name, buffer in big.named_buffers():
-                buffer.copy_(statistics[name])
+        opened, compressed = exactness(big, inputs, expected)
     result["open_error"], result["compress_error"] = max(opened), max(compressed)
     result["commit"] = environment()["commit"]
     return result
