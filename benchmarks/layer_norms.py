@@ -28,7 +28,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -37,6 +36,8 @@ from fastmerge.channels import rules
 from fastmerge.data.arrays import load_npz
 from fastmerge.environment import environment
 from fastmerge.files import atomic
+from fastmerge.merging.distillation import divergence
+from fastmerge.methods.cost import step_operations
 from fastmerge.reporting.tables import table
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results" / "layer-norms.json"
@@ -92,7 +93,8 @@ class Replicate:
     ) -> None:
         (self.x, self.y), self.val, self.test = images
         self.make, self.unit, self.batch, self.seed = make, unit, batch, seed
-        self.plain = operations(make(), self.x[:8])
+        self.few = [(self.x[:8], None)]  # to count operations on
+        self.plain = step_operations(make(), self.few)
 
     def epochs(self, budget: float, cost: float = 1.0) -> int:
         """Epochs that a budget in units U buys, at a cost relative to one network's."""
@@ -133,10 +135,7 @@ class Replicate:
             if teachers is not None:
                 with torch.no_grad():
                     mean = torch.stack([t(x) for t in teachers]).mean(0)
-                soft = F.kl_div(
-                    (out / TEMPERATURE).log_softmax(1), (mean / TEMPERATURE).softmax(1), reduction="batchmean"
-                )
-                loss = (loss + TEMPERATURE**2 * soft) / 2
+                loss = (loss + divergence(out, mean, TEMPERATURE)) / 2
             if gates is not None:
                 loss = loss + gates.loss(model)  # type: ignore[arg-type]
             for optimizer in optimizers:
@@ -157,16 +156,14 @@ class Replicate:
         """A merge stage of a third of a unit, linked after a quarter of it; the rest of 2 U to fine-tuning."""
         big = fastmerge.BigStudent(*teachers, example_inputs=self.x[:2])
         epochs = self.epochs(1 / 3)
-        free = {"channels": sum(g.channels * g.size for g in big.groups)}
-        free["with a choice"] = sum(g.channels * g.size for g in big.groups if g.size > 1)
         costs = {}
 
         def link(step: int, steps: int, optimizer: torch.optim.Optimizer) -> None:
             if step == 0:
-                costs["unlinked"] = operations(big, self.x[:8]) / self.plain
+                costs["unlinked"] = step_operations(big, self.few) / self.plain
             if step == steps // 4:
                 big.link(optimizer)
-                costs["linked"] = operations(big, self.x[:8]) / self.plain
+                costs["linked"] = step_operations(big, self.few) / self.plain
 
         budget = fastmerge.GateBudget(epochs * (len(self.x) // self.batch))
         self.train(big, epochs, "merge", each_step=link, gates=budget)
@@ -177,7 +174,7 @@ class Replicate:
         left = (2 * self.unit - spent) / self.unit
         cost = 1 + len(teachers) / 3 if distil else 1.0
         self.train(student, self.epochs(left, cost), "finetune", teachers if distil else None)
-        return student, {**at_once, **{f"cost {k}": v for k, v in costs.items()}, "merge epochs": epochs, **free}
+        return student, {**at_once, **{f"cost {k}": v for k, v in costs.items()}, "merge epochs": epochs}
 
     def results(self) -> dict[str, Any]:
         """Accuracies on test images by strategy."""
@@ -211,16 +208,6 @@ def hash_of(*parts: object) -> int:
     for byte in repr(parts).encode():
         number = (number * 257 + byte) % (2**31 - 1)
     return number
-
-
-def operations(model: nn.Module, x: Tensor) -> float:
-    """Multiplications and additions of a forward and backward pass."""
-    training = model.training
-    with FlopCounterMode(display=False) as counter:
-        model.train()(x).sum().backward()
-    model.zero_grad()
-    model.train(training)
-    return counter.get_total_flops()
 
 
 def accuracy(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> float:
