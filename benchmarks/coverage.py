@@ -71,10 +71,7 @@ def measure(name: str) -> dict[str, Any]:
         return {"parameters": parameters, "reason": str(error)}
     result["seconds"] = time.perf_counter() - start
     result["groups"] = len(big.groups)
-    channels = [group.size * group.channels for group in big.groups]
-    result["without_choice"] = sum(n for n, group in zip(channels, big.groups, strict=True) if group.size == 1) / max(
-        1, sum(channels)
-    )
+    result["without_choice"] = big.groups.choice.fixed_share
     with torch.no_grad():
         expected = mean_output(teachers, inputs)
         del teachers

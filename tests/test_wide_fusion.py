@@ -39,6 +39,17 @@ def without_patterns(patch: pytest.MonkeyPatch, big: fastmerge.BigStudent) -> fa
     return other
 
 
+def assert_as_plain(patch: pytest.MonkeyPatch, big: fastmerge.BigStudent, x: tuple[Tensor, ...]) -> None:
+    """Fused or not, in streams or joined, in both modes, it computes what a program without patterns does."""
+    plain = without_patterns(patch, big)
+    for joined in (False, True):
+        for training in (True, False):
+            expected = run(plain.train(training), x, joined)
+            for fused in (False, True):
+                big.fused = fused
+                assert_close(run(big.train(training), x, joined), expected)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("architecture", PATTERNED, ids=lambda a: a.name)
 def test_fused_equals_plain(architecture: Architecture, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,13 +236,7 @@ def test_what_is_taken_as_a_pattern(name: str, monkeypatch: pytest.MonkeyPatch) 
     first = big.norms()[0]
     assert first.fused == expected
     assert bool(first.reason) == (not expected)
-    plain = without_patterns(monkeypatch, big)
-    for joined in (False, True):
-        for training in (True, False):
-            expected_values = run(plain.train(training), x, joined)
-            for fused in (False, True):
-                big.fused = fused
-                assert_close(run(big.train(training), x, joined), expected_values)
+    assert_as_plain(monkeypatch, big, x)
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -297,13 +302,7 @@ def test_activations(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(found.reason) == (not fused)
     (prelu,) = (k for k, (activation, _) in enumerate(ACTIVATIONS) if isinstance(activation, nn.PReLU))
     assert norms[prelu].reason == "the activation after it is prelu, which no fused operation includes"
-    plain = without_patterns(monkeypatch, big)
-    for joined in (False, True):
-        for training in (True, False):
-            expected = run(plain.train(training), x, joined)
-            for fused in (False, True):
-                big.fused = fused
-                assert_close(run(big.train(training), x, joined), expected)
+    assert_as_plain(monkeypatch, big, x)
 
 
 REASONS: dict[type[nn.Module], str] = {

@@ -28,6 +28,11 @@ class Loaders(NamedTuple):
     held_out: Any
 
 
+def asked_for(options: dict[str, Any]) -> dict[str, Any]:
+    """Those options that were not left at what changes nothing: off, one, or none."""
+    return {name: value for name, value in options.items() if value is True or value not in (None, False, 1)}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and how a run's networks train.
@@ -91,7 +96,7 @@ class Place:
             self.images("check")
             return self
         given = {"loader": self.loader != "auto", "autocast": self.autocast is not None, **self.steps}
-        if wrong := [name for name, value in given.items() if value is True or value not in (None, False, 1)]:
+        if wrong := asked_for(given):
             raise ValueError(
                 f"recipe {recipe.name} trains stacks of networks in float32 on data in memory; it takes no "
                 f"{', '.join(f'--{name}'.replace('_', '-') for name in wrong)}"

@@ -16,7 +16,7 @@ import torch
 from fastmerge.checkpoints import save_weights
 from fastmerge.environment import environment
 from fastmerge.experiments.lab import Column, Lab
-from fastmerge.experiments.place import Place
+from fastmerge.experiments.place import Place, asked_for
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.experiments.workers import Job, run_jobs
@@ -104,7 +104,7 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         resume=resume,
         progress=progress,
-        steps={name: value for name, value in steps.items() if value is True or value not in (False, 1, None)},
+        steps=asked_for(steps),
     )
     if teachers_in_parallel and recipe.in_memory:
         raise ValueError(f"recipe {recipe.name} trains stacks of networks; it takes no --teachers-in-parallel")
