@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -329,6 +330,25 @@ def test_a_worker_that_is_killed_is_said_to_be(tree, monkeypatch):
     monkeypatch.setattr(TreeBatches, "__getitem__", read)
     with pytest.raises(ReaderLostError, match=r"images ended: .*; where memory is short, take fewer"):
         whole(make(tree, "torch", workers=1).train)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["never-told", "told-later"])
+@pytest.mark.parametrize("error", [ConnectionRefusedError, EOFError])
+def test_a_worker_that_dies_while_it_hands_over_is_said_to_be(tree, monkeypatch, error, told):
+    """For a moment its sockets are closed and it still counts as alive."""
+
+    def connect(sharer, ident):
+        if told:
+            (child,) = multiprocessing.active_children()
+            threading.Timer(0.5, child.kill).start()
+        raise error
+
+    monkeypatch.setattr("multiprocessing.resource_sharer._ResourceSharer.get_connection", connect)
+    monkeypatch.setattr(torch_loader, "_UNTIL_TOLD", 30.0 if told else 0.0)
+    loader = make(tree, "torch", workers=1).train
+    reason = "DataLoader worker .* killed" if told else "while it handed over a batch"
+    with pytest.raises(ReaderLostError, match=f"^a process that reads images ended.*{reason}"):
+        whole(loader)
 
 
 @pytest.mark.parametrize("queue", [False, True])

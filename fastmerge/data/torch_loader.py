@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
@@ -141,7 +142,7 @@ class TorchLoader(EpochLoader):
         with _signals_held():  # a worker that has hardly begun has them from here
             batches = iter(self._loader)
         while True:
-            with readers_watched():
+            with readers_watched(), _handover_watched():
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -193,6 +194,16 @@ def _check_shared_memory(workers: int, batch_bytes: int) -> None:
         )
 
 
+@contextmanager
+def _handover_watched() -> Iterator[None]:
+    """A worker that dies while it hands over a batch: its sockets are closed a moment before the system tells of its end."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        time.sleep(_UNTIL_TOLD)  # here PyTorch raises what became of it, once it is told
+        raise ReaderLostError("a process that reads images ended while it handed over a batch") from error
+
+
 def _share(batch: Any) -> Any:
     """Puts a batch where another process can read it: later, in the queue's thread, a failure would be lost, and waited for."""
     if get_worker_info() is not None:
@@ -221,6 +232,7 @@ def _end(error: Exception, batch: object) -> None:
     os._exit(1)
 
 
+_UNTIL_TOLD = 1.0
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
