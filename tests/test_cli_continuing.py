@@ -122,6 +122,8 @@ def test_a_second_run_is_kept_out_until_the_first_is_dead(place, capsys):  # noq
             assert error.endswith("; wait for its end, or choose another --out\n")
             assert error.count("\n") == 1
         assert Path("out/command.json").read_bytes() == before
+        while len(log_of("out")) < 2:  # then the first epoch's checkpoint is written
+            time.sleep(0.05)
         first.kill()
         first.wait()
         assert main(["merge", "--out", "out", "--resume", "--merge-epochs", "3"]) == 2
