@@ -86,6 +86,7 @@ ZOO = [
     Architecture("inplace_relu", plain.InplaceReLU),
     Architecture("relu_statement", plain.ReLUStatement),
     Architecture("prelu", plain.prelu),
+    Architecture("one_value_for_all", plain.OneValueForAll),
     Architecture("convolution_1d", plain.convolution_1d, (2, 20)),
     Architecture("convolution_3d", plain.convolution_3d, (2, 6, 6, 6)),
     Architecture("transposed", plain.transposed, (4, 4, 4)),

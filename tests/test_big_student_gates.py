@@ -330,3 +330,48 @@ def test_what_a_closed_gate_hides_does_not_matter(architecture: Architecture) ->
         gate.loc.fill_(-OPEN)
         gate.loc[opened[name]] = OPEN
     assert relative_error(other(*x), expected) <= 1e-9
+
+
+class Scaled(nn.Module):
+    """One value for all channels, which are 1, and identity layers after it: the output tells it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.scale, self.read = nn.Linear(2, C), nn.Parameter(torch.ones(())), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.read(F.relu(self.write(x)) * self.scale)
+        return out
+
+
+@pytest.mark.parametrize("kept_of_first", [0, 1, C // 2, C])
+@torch.no_grad()
+def test_one_value_for_all_channels_is_the_mean_over_those_kept(kept_of_first: int) -> None:
+    teachers = [Scaled().double() for _ in range(2)]
+    for t, teacher in enumerate(teachers):
+        for layer, weight, bias in ((teacher.write, torch.zeros(C, 2), 1.0), (teacher.read, torch.eye(C), 0.0)):
+            layer.weight.copy_(weight)
+            layer.bias.fill_(bias)
+        teacher.scale.fill_(2.0 + t)
+    x = torch.randn(N, 2, dtype=torch.float64)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x).train()
+    with big.open_gates():
+        torch.testing.assert_close(big(x), torch.full((N, C), 2.5, dtype=torch.float64))
+    (gate,) = big.gates.values()
+    gate.loc.fill_(-OPEN)
+    gate.loc[:kept_of_first] = gate.loc[C : 2 * C - kept_of_first] = OPEN
+    expected = (2.0 * kept_of_first + 3.0 * (C - kept_of_first)) / C
+    places = torch.arange(C)
+    readers = ((places < kept_of_first).double() + (places < C - kept_of_first)) / 2
+    torch.testing.assert_close(big(x), (expected * readers).expand(N, C))
+    assert big.compress().scale.item() == pytest.approx(expected, rel=1e-12)
+
+
+class ScalesItsOutputToo(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_one_value_for_hidden_channels_and_the_output_is_refused() -> None:
+    with pytest.raises(ValueError, match="'scale' acts both on hidden channels and on the network's output"):
+        fastmerge.BigStudent(ScalesItsOutputToo(), ScalesItsOutputToo(), example_inputs=torch.randn(N, 2))

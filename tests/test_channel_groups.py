@@ -13,6 +13,7 @@ from torch import nn
 import fastmerge
 import torchvision_networks as vision
 from architectures import BY_NAME, ZOO, Architecture
+from teachers import check_exact, make_batch
 
 ACTIVATIONS = [
     "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish RReLU ReLU ReLU6 SELU SiLU Sigmoid",
@@ -36,6 +37,7 @@ PER_CHANNEL: dict[str, nn.Module] = {
     "instance_norm": nn.InstanceNorm2d(6, affine=True),
     "group_norm": nn.GroupNorm(6, 6),
     "prelu": nn.PReLU(6),
+    "prelu of one slope": nn.PReLU(),
     "depthwise": nn.Conv2d(6, 6, 3, groups=6),
     "circular": nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="circular"),
     "shuffle": nn.ChannelShuffle(2),
@@ -79,7 +81,7 @@ def test_layers_that_work_channel_by_channel_keep_channels_apart(name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Softmax2d(), nn.LocalResponseNorm(3), nn.PReLU(), nn.GroupNorm(1, 6)], ids=lambda m: type(m).__name__
+    "layer", [nn.Softmax2d(), nn.LocalResponseNorm(3), nn.GroupNorm(1, 6)], ids=lambda m: type(m).__name__
 )
 def test_what_mixes_channels_is_kept_from_one_teacher(layer: nn.Module) -> None:
     assert sizes(between_convolutions(layer)) == Counter([1])
@@ -134,6 +136,29 @@ def test_parts_that_are_treated_differently_are_different_groups() -> None:
     assert sorted(g.size for g in pooled if "conv1" in g.producers) == [4, 4]
     activated = fastmerge.channel_groups(BY_NAME["two_activations"].make(), torch.randn(2, 3, 8, 8))
     assert sorted(g.size for g in activated) == [3, 4]
+
+
+def test_one_value_for_all_channels_ties_none() -> None:
+    groups = fastmerge.channel_groups(BY_NAME["one_value_for_all"].make(), torch.randn(2, 3, 8, 8))
+    assert [group.size for group in groups] == [6, 5]
+    assert not groups.kept_whole
+
+
+class ReadsItsSlope(nn.Module):
+    """One parameter is the slope of a layer and a channel that the next one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.slope, self.second = nn.Linear(4, 6), nn.Parameter(torch.ones(1)), nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.leaky_relu(self.first(x)) * self.slope
+        return self.second(torch.cat([x, self.slope.expand(x.shape[0], 1)], dim=1))  # type: ignore[no-any-return]
+
+
+def test_a_value_that_is_a_channel_too_is_kept_with_what_it_acts_on() -> None:
+    big = check_exact(ReadsItsSlope, (make_batch(6, (4,)),), torch.float64, 2)
+    assert [group.size for group in big.groups] == [1]
 
 
 def test_gated_linear_unit_pairs_its_halves() -> None:

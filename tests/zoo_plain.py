@@ -136,6 +136,28 @@ def prelu() -> nn.Sequential:
     )
 
 
+class OneValueForAll(nn.Module):
+    """Parameters and a buffer of one element, each for all channels: a slope, ReZero's weight, a pooling's power, a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.reduce, self.head = nn.Conv2d(6, 5, 3), nn.Linear(5, 4)
+        self.slope = nn.PReLU()
+        self.weight = nn.Parameter(torch.tensor(0.3))
+        self.power = nn.Parameter(torch.full((1, 1, 1, 1), 3.0))
+        self.temperature = nn.Parameter(torch.ones(1))
+        self.register_buffer("scale", torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.slope(self.stem(x))
+        x = x + self.weight * self.slope(self.inner(x))
+        x = self.reduce(x) * self.scale
+        power = 1 + F.softplus(self.power)
+        x = x.abs().clamp(min=1e-4).pow(power).mean((2, 3), keepdim=True).pow(1 / power)
+        return self.head(x.flatten(1)) * self.temperature
+
+
 def convolution_1d() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv1d(2, 6, 5, padding=2, bias=False),

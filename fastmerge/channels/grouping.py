@@ -7,14 +7,16 @@ group*: one gate vector, n places, T·n candidates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import nn
 
-from fastmerge.channels.groups import AxisUnits, ChannelGroup, ChannelGroups
+from fastmerge.channels.groups import SHARED, AxisUnits, ChannelGroup, ChannelGroups
 from fastmerge.channels.kinds import kinds
 from fastmerge.channels.labels import connected, occurrence
 from fastmerge.channels.record import IdRecord
-from fastmerge.channels.signatures import axis_of, settle_tensors, signatures
+from fastmerge.channels.signatures import axis_of, settle_scalars, settle_tensors, signatures
 
 _ATTRIBUTES = set(dir(nn.ModuleDict()))
 
@@ -34,9 +36,15 @@ class _Grouping:
     def __init__(self, record: IdRecord) -> None:
         self.record = record
         settle_tensors(record)
+        self.scalars: dict[str, np.ndarray] = {}
+        if record.scalars:
+            unit = connected(record.count, record.united + record.tied)
+            self.scalars = settle_scalars(record, kinds(record, unit), unit)
         self.channel = connected(record.count, record.united)
         self.unit = connected(record.count, record.united + record.tied)
         self.kind = kinds(record, self.unit)
+        own = [int(self.unit[int(record.tensors[name].flatten()[0])]) for name in self.scalars]
+        self.kind[np.isin(self.unit, own)] = SHARED
 
     def _along(self, name: str) -> np.ndarray:
         return np.asarray(self.record.tensors[name].reshape(-1).numpy())
@@ -61,6 +69,7 @@ class _Grouping:
         single = [number for number, found in enumerate(named) if found.size == 1]
         layers = self.record.layers
         tensors = {n: (axis_of(ids.numpy()), units(self._along(n))) for n, ids in self.record.tensors.items()}
+        tensors |= {n: (None, _all_of(np.unique(group[ids]), named)) for n, ids in self.scalars.items()}
         for weight, layer in layers.items():
             if layer.call.groups > 1:  # whole blocks, so that only the weight's first dimension is chosen among
                 transposed = layer.call.geometry.kind == "conv_transpose"
@@ -106,6 +115,12 @@ class _Grouping:
             name = _free_name(written[0].replace(".", "_"), {other.name for other in groups})
             groups.append(ChannelGroup(name, size, total // size, tuple(written), tuple(consumers[g])))
         return groups
+
+
+def _all_of(numbers: np.ndarray, groups: Sequence[ChannelGroup]) -> AxisUnits:
+    """The places of whole groups, one after another."""
+    sizes = [groups[number].size for number in numbers]
+    return AxisUnits(np.repeat(numbers, sizes), np.concatenate([np.arange(size) for size in sizes]))
 
 
 def _free_name(stem: str, taken: set[str]) -> str:

@@ -90,8 +90,8 @@ class Axis(NamedTuple):
 
     Attributes:
         tensor: name of the parameter or buffer.
-        dim: the dimension; None: the tensor as a whole belongs to one unit.
-        units: of its entries; of a tensor as a whole, one.
+        dim: the dimension; None: the tensor as a whole belongs to one unit, or is one value that acts on several.
+        units: of its entries; of a tensor as a whole, those that it belongs to or acts on.
         reads: whether it is a dimension along which a layer reads channels; else the tensor's entries are the channels' own.
     """
 
@@ -111,7 +111,8 @@ class ChannelGroups:
         groups: the groups, in the order of the network.
         inputs: per layer (by weight name) the units its input dimension reads.
         outputs: per layer the units its output dimension writes.
-        tensors: per other parameter or buffer its units and the dimension they lie along; None: kept as a whole.
+        tensors: per other parameter or buffer its units and the dimension they lie along; None: kept as a whole, or one value
+            that acts on all units that there are.
         reads: per (mode, node name) of a layer call, the units it reads.
         sample_dims: per (mode, node name) of a layer call, the dimension along which the samples lie in what it reads.
         fast_samples: (mode, node name) pairs of those where the samples are the faster index of that dimension.
@@ -154,6 +155,11 @@ class ChannelGroups:
                 yield Axis(bias, 0, units)
         for name, (dim, units) in self.tensors.items():
             yield Axis(name, dim, units)
+
+    def acts_on_several(self, name: str) -> bool:
+        """Whether a parameter or buffer is one value that acts on several units, such as the one slope of a PReLU."""
+        dim, units = self.tensors.get(name, (0, None))
+        return dim is None and units is not None and len(units.group) > 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ChannelGroups:
         return self  # nobody changes them

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmerge.channels.aten import LAYER_NORMS, MOVEMENTS, PRODUCTS, RESHAPES, SAME, is_pointwise, op_name
+from fastmerge.channels.aten import (
+    LAYER_NORMS,
+    MOVEMENTS,
+    NORMS,
+    PRODUCTS,
+    RESHAPES,
+    SAME,
+    is_pointwise,
+    may_alias,
+    op_name,
+    writes_in_place,
+)
 from fastmerge.channels.layer_calls import LayerCall, layer_calls, parameter_names, weight_nodes
 from fastmerge.channels.outputs import predictions
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
@@ -326,17 +337,36 @@ def _element_ids(record: IdRecord, traced: TracedNetwork, called: set[str]) -> d
     root = traced.root
     nodes = [node for graph in traced.graphs.values() for node in graph.nodes if op_name(node) == "embedding"]
     embeddings = {str(node.args[0].target) for node in nodes if isinstance(node.args[0], fx.Node)}
+    changed = changed_tensors(traced)
     ids = {}
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         if name in called or not tensor.is_floating_point() or not tensor.numel() or name.startswith(f"{CONSTANT}."):
             continue
-        if name in embeddings:
+        if tensor.numel() == 1 and name not in changed:
+            ids[name] = record.scalar().view(tensor.shape)
+        elif name in embeddings:
             ids[name] = record.new_ids(tensor.shape[-1]).expand(tensor.shape)
         elif tensor.numel() <= _MOST_ELEMENTS:
             ids[name] = record.new_ids(tensor.numel()).view(tensor.shape)
         else:
             ids[name] = record.new_ids(1).expand(tensor.shape)
     return ids
+
+
+def changed_tensors(traced: TracedNetwork) -> set[str]:
+    """Names of the parameters and buffers that a forward changes, itself or through a view."""
+    found = set()
+    for graph in traced.graphs.values():
+        for tensor in graph.nodes:
+            waiting = [tensor] if tensor.op == "get_attr" else []
+            while waiting:
+                value = waiting.pop()
+                for user in value.users:
+                    if op_name(user) in NORMS or (writes_in_place(user) and user.args[0] is value):
+                        found.add(str(tensor.target))
+                    elif may_alias(user):
+                        waiting.append(user)
+    return found
 
 
 def _used(traced: TracedNetwork, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

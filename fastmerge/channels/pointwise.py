@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,34 @@ def pointwise(run: IdRun, name: str, args: Any, kwargs: Any, out: Any) -> Comput
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     found = [(t, ids) for t in tensors if (ids := run.find(t)) is not None]
     hidden = [(t, ids) for t, ids in found if not run.record.is_constant(ids)] or found
-    operands = [ids.expand(shape) for _, ids in hidden]
-    result = torch.tensor(NO_ID).expand(shape)
-    for operand in operands:
-        a, b = compact(result, operand)
-        _unite_pairwise(run, name, a, b)
-        result = torch.maximum(a, b).expand(shape)
+    every = [ids.expand(shape) for _, ids in hidden]
+    scalars = [ids for ids in every if run.record.is_scalar(ids)]
+    operands = [ids for ids in every if not run.record.is_scalar(ids)]
+    result = _united(run, name, operands, torch.tensor(NO_ID).expand(shape))
+    if scalars and not (operands and _acts_on_channels(run, scalars, result)):
+        operands, result = every, _united(run, name, scalars, result)
     for t in tensors:
         if not any(t is other for other, _ in hidden) and t not in run.noise and t.numel() > 1:
             _fixed_positions(run, t, result)
     return Computed(result, operands)
+
+
+def _united(run: IdRun, name: str, operands: Sequence[Tensor], result: Tensor) -> Tensor:
+    """The ids of what meets, all of one shape."""
+    for operand in operands:
+        a, b = compact(result, operand)
+        _unite_pairwise(run, name, a, b)
+        result = torch.maximum(a, b).expand(result.shape)
+    return result
+
+
+def _acts_on_channels(run: IdRun, scalars: Sequence[Tensor], ids: Tensor) -> bool:
+    """Whether tensors of one element act on several channels and nothing else, which is noted: it makes them none."""
+    met = torch.unique(compact(ids))
+    if len(met) < 2 or bool(run.record.constant_ids(met).any()):
+        return False
+    run.record.scalars += [(int(compact(scalar)), met.numpy()) for scalar in scalars]
+    return True
 
 
 def _unite_pairwise(run: IdRun, name: str, a: Tensor, b: Tensor) -> None:

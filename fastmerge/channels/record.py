@@ -80,6 +80,7 @@ class IdRecord:
         fast_samples: (mode, node name) pairs of those where the samples are the faster index of that dimension.
         normalised: by (mode, node name) of a layer normalisation, the ids of the channels it reads.
         without_channels: names of tensors that no dimension of channels was found in, so that one teacher's are kept whole.
+        scalars: (id of a tensor of one element, ids of several channels that it acts on, each in its own place).
         count: ids issued so far.
     """
 
@@ -99,14 +100,17 @@ class IdRecord:
     fast_samples: set[tuple[str, str]] = field(default_factory=set)
     normalised: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     without_channels: list[str] = field(default_factory=list)
+    scalars: list[tuple[int, np.ndarray]] = field(default_factory=list)
     count: int = 0
     _constant: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
+    _scalar: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
 
     def new_ids(self, n: int) -> Tensor:
         """n fresh ids."""
         self.count += n
         if self.count > len(self._constant):
-            self._constant = torch.cat([self._constant, torch.zeros(max(self.count, 1024), dtype=torch.bool)])
+            more = torch.zeros(max(self.count, 1024), dtype=torch.bool)
+            self._constant, self._scalar = torch.cat([self._constant, more]), torch.cat([self._scalar, more])
         return torch.arange(self.count - n, self.count)
 
     def constant(self, label: str, n: int) -> Tensor:
@@ -116,6 +120,17 @@ class IdRecord:
         self.inputs.append(ids.numpy())
         self.positions += [(label, i) for i in ids.tolist()]
         return ids
+
+    def scalar(self) -> Tensor:
+        """An id for a tensor of one element."""
+        ids = self.new_ids(1)
+        self._scalar[ids] = True
+        return ids
+
+    @property
+    def scalar_ids(self) -> np.ndarray:
+        """Which ids are those of tensors of one element, or of what is computed from nothing else: bool."""
+        return self._scalar[: self.count].numpy()
 
     def issue(self, label: str, ids: Tensor, sources: Sequence[Tensor] = (), known: bool = True) -> Tensor:
         """Fresh ids in the place of others that they are united with: the same channels, another value.
@@ -135,6 +150,8 @@ class IdRecord:
         real = old != NO_ID
         if known and all(self.is_constant(operand) for operand in (ids, *sources)):
             self._constant[fresh[torch.from_numpy(real)]] = True
+        if known and all(self.is_scalar(operand) for operand in (ids, *sources)):
+            self._scalar[fresh] = True
         operands = [other.reshape(-1).numpy()[first][real] for other in others]
         self.issues.append(Issue(label, fresh.numpy()[real], operands, known))
         self.united.append((old[real], fresh.numpy()[real]))
@@ -147,6 +164,11 @@ class IdRecord:
     def constant_ids(self, ids: Tensor) -> Tensor:
         """Which of some ids are so, padding included: bool, of their shape."""
         return self._constant[ids] | (ids == NO_ID)
+
+    def is_scalar(self, ids: Tensor) -> bool:
+        """Whether ids are those of tensors of one element alone, or of what is computed from nothing else."""
+        small = compact(ids)
+        return small.numel() == 1 and bool(small != NO_ID) and bool(self._scalar[small])
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Says that ids meeting in one number are one channel. ``a`` and ``b`` broadcast."""

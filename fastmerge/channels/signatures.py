@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmerge.channels.labels import connected, mix, occurrence
 from fastmerge.channels.record import NO_ID, IdRecord, compact
+from fastmerge.problems import Problem, UnmergeableError
 
 
 def signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
@@ -62,6 +63,46 @@ def settle_tensors(record: IdRecord) -> None:
             record.without_channels.append(name)
             record.tensors[name] = ids[(slice(0, 1),) * ids.dim()]
         waiting = {name: ids for name, ids in record.tensors.items() if sum(size > 1 for size in ids.shape) > 1}
+
+
+def settle_scalars(record: IdRecord, kind: np.ndarray, unit: np.ndarray) -> dict[str, np.ndarray]:
+    """Finds the tensors of one element that act on channels to choose among and are no channel themselves.
+
+    One that is a channel, too, or acts on the network's output alone becomes one with all that it acts on.
+
+    Args:
+        record: of a run on ids.
+        kind: per id, of ``kinds``.
+        unit: per id the unit it belongs to.
+
+    Returns:
+        By name of the tensor the ids that it acts on.
+
+    Raises:
+        ValueError: naming the tensor, if it acts on hidden channels and on the network's output.
+    """
+    met: dict[int, list[np.ndarray]] = {}
+    for scalar, ids in record.scalars:
+        met.setdefault(int(unit[scalar]), []).append(ids)
+    alone = np.bincount(unit, minlength=record.count) == np.bincount(unit, record.scalar_ids, minlength=record.count)
+    alone[unit[np.concatenate([layer.inputs for layer in record.layers.values()] or [unit[:0]])]] = False
+    names = {int(unit[int(ids)]): name for name, ids in record.tensors.items() if ids.numel() == 1}
+    found = {}
+    for own, several in met.items():
+        ids = np.unique(np.concatenate(several))
+        hidden = kind[ids] == 0
+        if hidden.any() and not hidden.all():
+            what = (
+                f"'{names[own]}' acts both on hidden channels and on the network's output, which is the teachers' mean"
+            )
+            raise UnmergeableError(Problem(what, "Use a parameter of its own for each", names[own]))
+        if alone[own] and hidden.all():
+            found[own] = ids
+        else:
+            record.united.append((np.full(len(ids), own), ids))
+    return {
+        name: found[own] for name, ids in record.tensors.items() if (own := int(unit[int(ids.flatten()[0])])) in found
+    }
 
 
 def mixing_tensors(record: IdRecord) -> set[str]:

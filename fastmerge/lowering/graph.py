@@ -25,7 +25,7 @@ from fastmerge.lowering.patterns import Lowered
 from fastmerge.lowering.values import JoinedValue, Memory, Value, Values, nodes_of
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.computed_weights import column_weights
-from fastmerge.wide.layer_norm import gated_layer_norm, tied_linear
+from fastmerge.wide.layer_norm import gated_layer_norm, gated_scalars, tied_linear
 from fastmerge.wide.network import attach_gate
 from fastmerge.wide.population import Population
 
@@ -219,7 +219,14 @@ class _Lowering:
             return [self.graph.call_module(target, (t,)) for t in range(self.num_teachers)]
         if not self.analysis.is_stateful(node):
             return self.graph.get_attr(f"{target}.mean" if averaged else target)
-        return [self.graph.get_attr(f"{target}.teacher{t}") for t in range(self.num_teachers)]
+        own = [self.graph.get_attr(f"{target}.teacher{t}") for t in range(self.num_teachers)]
+        name = self.analysis.tensor_name(target)
+        if not self.analysis.groups.acts_on_several(name):
+            return own
+        _, units = self.analysis.groups.tensors[name]
+        gate = self.graph.get_attr(self._gate(node, target, units, -1))
+        args = (self.gates, tuple(own), self.num_teachers * len(units.group))
+        return self.values.parts(self.graph.call_function(gated_scalars, args, {"gate": gate}))
 
     def _layer_norm(self, node: fx.Node, source: fx.Node) -> Value:
         """A layer normalisation whose statistics weigh the channels of all streams by their gates."""

@@ -94,7 +94,7 @@ def _moved(
         index[where] = torch.where(to[:, None] >= 0, where[to.clamp(min=0)], -1)
         share[where] = (to >= 0).double()[:, None] if axis.reads else shares[group.name][t][:, None]
     if axis.dim is None:
-        return tensor * float(share[0])
+        return tensor * float(share.mean())
     valid = (index >= 0).nonzero().flatten()
     scale = share[valid].to(tensor).view([-1 if d == axis.dim else 1 for d in range(tensor.dim())])
     if len(valid) == length and torch.equal(index, torch.arange(length)):

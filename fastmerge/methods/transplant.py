@@ -57,7 +57,11 @@ def magnitudes(teachers: Sequence[nn.Module], groups: ChannelGroups) -> dict[str
             values = tensors[axis.tensor].double().square() * share**2
             for number in np.unique(axis.units.group[axis.units.group >= 0]):
                 group = groups[int(number)]
-                rows = values[None] if axis.dim is None else values.movedim(axis.dim, 0)
+                rows = (
+                    values.expand(len(axis.units.group), *values.shape)
+                    if axis.dim is None
+                    else values.movedim(axis.dim, 0)
+                )
                 places = torch.from_numpy(axis.units.places(int(number), group.size)).to(values.device)
                 found[group.name][t] += rows[places].flatten(1).sum(1).cpu()
     return found

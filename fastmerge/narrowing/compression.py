@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
-from fastmerge.narrowing.cuts import BlockSelection, Cut, Joined, OneTeachers, Part, Selection, Sums, Whole
+from fastmerge.narrowing.cuts import (
+    BlockSelection,
+    Cut,
+    Joined,
+    OneTeachers,
+    Part,
+    Selection,
+    Sums,
+    WeightedMean,
+    Whole,
+)
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
 from fastmerge.wide.population import Population
@@ -168,6 +178,9 @@ class Compressor:
             return OneTeachers(0)
         dim, units = self.groups.tensors[name]
         sources = _sources(units, self.groups, self.kept)
+        if self.groups.acts_on_several(name):
+            counts = torch.bincount(sources.teacher, minlength=len(parts))
+            return WeightedMean(counts.double() / len(sources.teacher))
         if dim is None:
             return OneTeachers(int(sources.teacher[0]))
         return Joined(self._positions(units, sources), dim)

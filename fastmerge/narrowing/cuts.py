@@ -76,6 +76,21 @@ class OneTeachers(Cut):
 
 
 @dataclass(frozen=True)
+class WeightedMean(Cut):
+    """The mean of the teachers' tensors.
+
+    Attributes:
+        shares: float64 (T,), of each teacher, 1 in all.
+    """
+
+    shares: Tensor
+
+    def copy(self, sources: Sequence[Tensor]) -> Tensor:
+        parts = [source.detach() * share for source, share in zip(sources, self.shares.tolist(), strict=True)]
+        return torch.stack(parts).sum(0)
+
+
+@dataclass(frozen=True)
 class Sums:
     """Entries that are the sum of all teachers'.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from fastmerge.channels.aten import LAYER_NORMS, is_size, op_name
+from fastmerge.channels.aten import LAYER_NORMS, is_pointwise, is_size, op_name
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
@@ -92,6 +92,8 @@ class _Walk:
     def _operation(self, node: fx.Node) -> None:
         carried = self.carried[node]
         if node.op == "get_attr":
+            if self.analysis.groups.acts_on_several(self.analysis.tensor_name(str(node.target))):
+                return  # as many values however many channels are left
             carried |= self._groups_of_its_own(node)
             if self.analysis.tensor_name(str(node.target)) in self.analysis.held:
                 return  # a wide module's, which is cut as its channels are
@@ -119,7 +121,24 @@ class _Walk:
                 if call.call is not None and call.call[0] is concatenate_joined:
                     self.found.even.update(carried)
                 return
+            if shape is not None and (place := self._broadcast(node, operands, shape)) is not None:
+                self.places[node] = place
+                self.found.even.update(carried)  # run per stream
+                return
         self._leave_whole(carried, f"passes {_describe(node)}, which may count on the number of channels")
+
+    def _broadcast(self, node: fx.Node, operands: dict[fx.Node, Placement], shape: tuple[int, ...]) -> Placement | None:
+        """Where the channels lie in what an operation makes element by element of tensors of several ranks; None if not so."""
+        from_the_right = {place.rank - place.dim for place in operands.values()}
+        if not is_pointwise(op_name(node)) or len(from_the_right) != 1:
+            return None
+        (back,) = from_the_right
+        for source in node.all_input_nodes:
+            if source not in operands and not is_size(source):
+                other = self.analysis.shapes.get((self.mode, source.name))
+                if self.carried[source] or other is None or (len(other) >= back and other[-back] != 1):
+                    return None
+        return Placement(len(shape) - back, shape[-back], len(shape))
 
     def _place_of(self, node: fx.Node) -> Placement | None:
         """Where the channels lie in a parameter or buffer, if it can be cut along them."""

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmerge.channels.aten import NORMS, op_name, writes_in_place
 from fastmerge.channels.code_key import code_key
 from fastmerge.channels.examples import Inputs, example_arguments, two_samples
 from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroups
-from fastmerge.channels.ids import run_on_ids
+from fastmerge.channels.ids import changed_tensors, run_on_ids
 from fastmerge.channels.outputs import Name, predictions
 from fastmerge.channels.signatures import mixing_tensors
 from fastmerge.channels.tracing import TracedNetwork, flat_inputs, trace
@@ -155,7 +154,7 @@ def _read_once(
             leaves = [x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x for x in leaves]
         record = run_on_ids(traced, leaves, predicted)
         groups = group_channels(record)
-        constant = (common & mixing_tensors(record)) - _changed(traced)
+        constant = (common & mixing_tensors(record)) - changed_tensors(traced)
         if constant:  # that would keep what it meets from one teacher as a whole
             other = run_on_ids(traced, leaves, predicted, constant)
             others = group_channels(other)
@@ -169,17 +168,6 @@ def _read_once(
         return known
     _KNOWN.move_to_end(key)
     return known[0].with_root(copy.deepcopy(teacher)), *known[1:]
-
-
-def _changed(traced: TracedNetwork) -> set[str]:
-    """Names of buffers that a forward changes."""
-    nodes = [
-        node
-        for graph in traced.graphs.values()
-        for node in graph.nodes
-        if writes_in_place(node) or op_name(node) in NORMS
-    ]
-    return {str(source.target) for node in nodes for source in node.all_input_nodes if source.op == "get_attr"}
 
 
 def code_errors(traced: TracedNetwork, teachers: Mapping[int, nn.Module], inputs: Inputs) -> Iterator[UnmergeableError]:

@@ -1,4 +1,4 @@
-"""Layer normalisation of T streams, with statistics weighted by the gates, and a last layer that an embedding shares.
+"""What the gates weigh in T streams: layer normalisation, one value for many channels, a last layer that an embedding shares.
 
 With open gates a normalisation is each teacher's own; with the gates of as many channels as one teacher has at 1 and the others
 at 0, it is the student's. In between, as gates close, each stream's statistics come more and more from the others' channels.
@@ -97,6 +97,34 @@ def tied_linear(
         return total / len(streams)
     scale = len(streams) * (gates.sum(1, keepdim=True) / size).clamp_min(1 / size)
     return total / gate.shaped(scale, total)
+
+
+def gated_scalars(
+    gates: Tensor | None, scalars: Sequence[Tensor], size: int, *, gate: GateStreams
+) -> tuple[Tensor, ...]:
+    """One value for all channels, such as the slope of a PReLU: each teacher's own with open gates, else more and more one.
+
+    Teacher t's is the mean of all teachers', that of s weighted by the sum of the gates of its channels times ``a_ts`` as in
+    :func:`gated_layer_norm`. With n of T·n channels kept it is the mean by how many are kept of each teacher, the
+    student's. One value serves a whole batch, so the gates are the means over its samples.
+
+    Args:
+        gates: (N or 1, all streams' channels), or None for open gates.
+        scalars: T tensors of one element.
+        size: T·n, the channels of all teachers before any was dropped, which count as closed.
+        gate: the module that knows which gate belongs to which channel.
+
+    Returns:
+        T tensors like the scalars.
+    """
+    if gates is None:
+        return tuple(scalars)
+    values = torch.stack(list(scalars))
+    totals = torch.stack([own.mean(0).sum() for own in gate.columns(gates, joined=False)])
+    own = torch.eye(len(scalars), dtype=totals.dtype, device=totals.device)
+    weights = totals * (own + coupling_of(totals.sum(), size, len(scalars)) * (1 - own))
+    shares = weights / weights.sum(1, keepdim=True).clamp_min(_LEAST)
+    return (shares.to(values.dtype) @ values.flatten()).view_as(values).unbind()
 
 
 def coupling_of(total: Tensor, size: int, count: int) -> Tensor:
