@@ -27,6 +27,7 @@ from fastmerge.narrowing.shrinking import Shrinking
 from fastmerge.narrowing.spent import spend
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
+from fastmerge.wide.heads import SeparateHeads
 from fastmerge.wide.population import Population
 
 
@@ -50,6 +51,10 @@ class BigStudent(GatedNetwork):
         outputs: which outputs are predictions, whose mean the big student gives and the student keeps: keys, attributes or
             positions, or tuples that lead to nested ones. None: those that no parameter follows. The others, such as feature
             maps, are the teachers' mean too with open gates, but may be anything in the student.
+        heads: what becomes of the teachers' outputs. "average": their mean. "concatenate", for teachers of different label sets,
+            whose last layers may differ in their number of classes: each teacher's own, side by side in the teachers' order,
+            so that the student is a network of the teachers' class with K_1 + … + K_T classes. "separate": a tuple of T such
+            parts; the student is then a :class:`~fastmerge.wide.heads.SeparateHeads` around that network.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
             eval and in training mode; large networks are compressed once per class and shape in a process.
 
@@ -218,7 +223,7 @@ class BigStudent(GatedNetwork):
                 channel j of teacher t.
 
         Returns:
-            A network of the teachers' class, in this network's mode, dtype and device, with all parameters trainable.
+            A network of the teachers' class (with ``heads="separate"``, within a module that splits its output), in this network's mode, dtype and device, with all parameters trainable.
 
         Raises:
             ValueError: a gate is NaN, ``keep`` is not n candidates of each group that it names, the optimizer is not this
@@ -231,6 +236,7 @@ class BigStudent(GatedNetwork):
         compressor = Compressor(self.network, self._blueprint.layout, self.groups, kept, self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         template, training, like = self._blueprint.template, self.training, next(self.gates.parameters())
+        heads, parts = self.heads, self._blueprint.parts
         try:
             with torch.no_grad():
                 student = template.build(compressor.cut_all(in_place), like)
@@ -239,6 +245,8 @@ class BigStudent(GatedNetwork):
         finally:
             if in_place:
                 spend(self)
+        if heads == "separate" and parts is not None:
+            student = SeparateHeads(student, parts)
         return student.train().train(training)  # what a network keeps of its own for evaluation it makes anew
 
     def _check_gates(self, method: str, given: Collection[str] = ()) -> None:

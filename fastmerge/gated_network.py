@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from fastmerge.self_check import check_exact
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
 from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, given_gates, make_gates
+from fastmerge.wide.heads import Parts
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import attach_missing
 from fastmerge.wide.norms import WideBatchNorm
@@ -43,6 +44,7 @@ class GatedNetwork(nn.Module):
         teachers: two or more networks of one architecture.
         example_inputs: what their forward takes, or None to infer it.
         outputs: names of the outputs that are predictions, or None for those that no parameter follows.
+        heads: what becomes of the teachers' outputs: their mean, or each teacher's own, in one tensor or in a tuple.
         verify: whether to compare it with the teachers, and with what it compresses to.
 
     Attributes:
@@ -57,10 +59,12 @@ class GatedNetwork(nn.Module):
         *teachers: nn.Module,
         example_inputs: Any = None,
         outputs: Sequence[Name] | None = None,
+        heads: str = "average",
         verify: bool = True,
     ) -> None:
         super().__init__()
-        self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs, outputs)
+        self.heads = heads
+        self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs, outputs, heads)
         self.groups: ChannelGroups = self._blueprint.groups
         self.num_teachers = len(teachers)
         self.gates = make_gates(self.groups, self.num_teachers, next(teachers[0].parameters()))
@@ -90,7 +94,8 @@ class GatedNetwork(nn.Module):
         matrix = None if self._gates_open and not gates else self._draw_gates(flat, gates)
         each = matrix is None and self._blueprint.each and not self._is_compacted
         way = "train" if self.training else "eval", each, self.linked
-        return self._programs_for(flat).run(way, self.network, matrix, flat)
+        output = self._programs_for(flat).run(way, self.network, matrix, flat)
+        return output if self.heads != "separate" else self._parts.split(output, way[0])
 
     @contextmanager
     def open_gates(self) -> Iterator[Self]:
@@ -125,8 +130,18 @@ class GatedNetwork(nn.Module):
 
     def predictions(self, output: Any) -> list[Any]:
         """Picks the predictions from an output of this network, a teacher or the student, run in this network's mode."""
-        predicted = self._blueprint.predicted["train" if self.training else "eval"]
+        mode = "train" if self.training else "eval"
+        predicted: Collection[int] = self._blueprint.predicted[mode]
+        if self.heads == "separate":
+            count = self._blueprint.traced.out_specs[mode].num_leaves
+            predicted = self._parts.positions(self._blueprint.predicted[mode], count, mode)
         return [leaf for k, leaf in enumerate(pytree.tree_leaves(output)) if k in predicted]
+
+    @property
+    def _parts(self) -> Parts:
+        parts = self._blueprint.parts
+        assert parts is not None
+        return parts
 
     def norms(self) -> tuple[NormUse, ...]:
         """For each call of a normalisation in the training forward, what runs in one operation with it, or why nothing does."""

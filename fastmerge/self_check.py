@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmerge.channels.examples import Inputs
 from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
+from fastmerge.wide.heads import concatenated
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _ALONE = 0.05  # tolerance of a network that runs in one of the two precisions only
@@ -144,12 +145,26 @@ class _Trial:
     def big(self) -> Any:
         big = self._given[1]
         if self.rebuilt:
-            return type(big)(*self.teachers, example_inputs=self.inputs, verify=False)
-        cast = copy.deepcopy(big)._apply(lambda t: _cast(t, self.dtype))
+            return self._joined(
+                type(big)(
+                    *self.teachers,
+                    example_inputs=self.inputs,
+                    outputs=big._blueprint.outputs,
+                    heads=big.heads,
+                    verify=False,
+                )
+            )
+        cast = self._joined(copy.deepcopy(big)._apply(lambda t: _cast(t, self.dtype)))
         cast._blueprint.dtype = (
             self.dtype
         )  # the graphs as they are: what their code does in another precision is tried later
         return cast
+
+    @staticmethod
+    def _joined(big: Any) -> Any:
+        """The big student with its outputs in one tensor."""
+        big.heads = "concatenate" if big.heads == "separate" else big.heads
+        return big
 
     def tolerance(self, comparison: Comparison, own: torch.dtype) -> float:
         """The largest error that is none; a mean of weights has the rounding of their own precision."""
@@ -162,13 +177,14 @@ class _Trial:
         pairs = []
         for mode in ("eval", "training"):
             outputs = [self._expected(teacher.train(mode == "training")) for teacher in self.teachers]
-            means = {
-                path: torch.stack([output[path] for output in outputs]).mean(0)
+            with self.big.train(mode == "training").open_gates():
+                actual = self._run(self.big)
+            expected = {
+                path: concatenated([output[path] for output in outputs], actual.get(path))
                 for path in outputs[0]
                 if all(path in output for output in outputs)
             }
-            with self.big.train(mode == "training").open_gates():
-                pairs += _pairs(mode, self._run(self.big), means)
+            pairs += _pairs(mode, actual, expected)
         return pairs
 
     def hard_gates(self) -> list[_Pair]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from fastmerge.merging.checks import (
     check_schedule,
     check_teachers,
 )
+from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.options import CompactAt, GateSchedule, Options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.stages import finetune, train_student
@@ -36,6 +37,7 @@ from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
 from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.stack import Stack
+from fastmerge.wide.heads import SeparateHeads
 
 
 def merge(
@@ -81,6 +83,8 @@ def merge(
     recalibrate: bool = True,
     distill: float = 0.0,
     temperature: float = 2.0,
+    heads: Literal["average", "concatenate", "separate"] = "average",
+    all_classes: bool = False,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -99,7 +103,8 @@ def merge(
     Args:
         teachers: Two or more trained networks of one architecture.
         train_loader: Yields (input, target) batches, once over the data per ``iter``. A tuple of tensors in place of
-            the input goes to a network of several inputs.
+            the input goes to a network of several inputs. With ``heads``, a list of loaders, one per teacher, of whose
+            batches each step takes one each; or one whose targets count the classes of all teachers through.
         val_loader: The same for validation: scored after epochs (see ``val_every``) and at the borders of the
             stages.
         merge_epochs: Length of the merge stage, at least 1.
@@ -169,6 +174,13 @@ def merge(
             from their mean logits; 0 leaves them out. For classifiers of one output. An epoch of the fine-tuning then takes
             a forward pass of each teacher more.
         temperature: τ, of both softmaxes.
+        heads: "concatenate" merges teachers of different label sets, whose last layers may differ in their number of classes,
+            into a student with the classes of all, side by side in the teachers' order; "separate" lets it give a tuple of
+            them (see :class:`BigStudent`). Each sample then trains its own teacher's part of the output, and ``distill``
+            weighs the mean over the other parts of how far they are from what their teachers say. The accuracy is that over
+            all classes; ``score.metrics`` has that among the classes of each sample's own teacher, as "own part" and, for
+            the samples of teacher t, "part t". A teacher by itself is not scored: it is "part t" of the open big student.
+        all_classes: With ``heads``, whether each sample is trained among the classes of all teachers instead.
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.
@@ -210,6 +222,11 @@ def merge_by(
     check_optimizer(options.optimizer)
     check_metrics(options.metrics)
     check_schedule(options.schedule, options.finetune_epochs, options.finetune_plan.lr, options.momentum)
+    parts = None
+    if options.heads != "average":
+        options, teachers, train_loader, val_loader, parts = with_label_sets(
+            options, teachers, train_loader, val_loader
+        )
     setting = Setting(
         check_device(options.device, teachers[0]), options.criterion, options.autocast, options.channels_last
     )
@@ -222,6 +239,8 @@ def merge_by(
             check_loader("val_loader", val_loader, teachers[0], setting)
         trainer.resume()
         student = train_student(teachers, _examples(inputs, teachers[0]), options, trainer)
+    if options.heads == "separate" and parts is not None:
+        student = SeparateHeads(student, parts)
     return student, history
 
 

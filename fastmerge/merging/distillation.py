@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fastmerge.evaluation import Setting
+from fastmerge.merging.label_sets import LabelSets, PartCriterion
 from fastmerge.stack import Stack
 
 
@@ -23,6 +24,15 @@ def divergence(output: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     target, given = (wanted / temperature).log_softmax(1), (output / temperature).log_softmax(1)
     each = (target.exp() * (target - given)).sum(1)
     return each.mean() * temperature**2
+
+
+def foreign_divergence(output: Tensor, wanted: Tensor, target: Tensor, sets: LabelSets, temperature: float) -> Tensor:
+    """:func:`divergence` of each teacher's part of the logits, a mean over the parts that are not the sample's own."""
+    owner, total = sets.owner_of(target), output.new_zeros(())
+    for number, part in enumerate(sets.slices):
+        said, given = (wanted[:, part] / temperature).log_softmax(1), (output[:, part] / temperature).log_softmax(1)
+        total = total + ((said.exp() * (said - given)).sum(1) * (owner != number)).mean()
+    return total * temperature**2 / (len(sets.sizes) - 1)
 
 
 @dataclass(frozen=True)
@@ -73,5 +83,9 @@ class TaughtSetting(Setting):
         if not network.training:
             return output, loss
         with self.precision():
+            if isinstance(self.criterion, PartCriterion):
+                sets, answers = self.criterion.sets, self.answers(inputs)
+                foreign = foreign_divergence(output, answers, target, sets, self.temperature)
+                return output, (1 - self.weight) * loss + self.weight * foreign
             blended = vmap(self.blended) if isinstance(network, Stack) else self.blended
             return output, blended(output, loss, self.answers(inputs))

@@ -25,6 +25,7 @@ from fastmerge.history import EpochRecord
 from fastmerge.processes import Processes
 from fastmerge.schedules import GATE_MOMENTUM, GateWeight, QuadraticLambda, fitting_gate_lr, fitting_lam_step
 from fastmerge.stack import BigStack
+from fastmerge.wide.heads import HEADS
 
 GateSchedule = Literal["quadratic", "budget"]
 CompactAt = float | Literal["settled"] | None
@@ -143,6 +144,15 @@ class Options:
     temperature: float = option(
         2.0, "temperature of the softmax by which they say it", above=0.0, flag=float, varies=True
     )
+    heads: Literal["average", "concatenate", "separate"] = option(
+        "average",
+        "what becomes of the teachers' outputs: their mean, or each teacher's own classes, in one tensor or apart",
+        choices=HEADS,
+        flag=str,
+    )
+    all_classes: bool = option(
+        False, "with heads side by side, train each sample among the classes of all teachers", flag=bool
+    )
     warmup: int = option(0, "epochs of the fine-tuning in which lr rises to its value", least=0, flag=int)
     schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)
     optimizer: Callable[..., Optimizer] | None = option(None, "maker of the weights' optimizer, in place of SGD")
@@ -193,6 +203,8 @@ class Options:
             isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= 1
         ):
             raise ValueError(f"merge needs compact_at, {_what('compact_at')}, in 0..1, 'settled' or None; got {at!r}")
+        if self.all_classes and self.heads == "average":
+            raise ValueError('all_classes goes with heads="concatenate" or "separate"')
 
     def check_device(self, device: torch.device, processes: Processes) -> None:
         """Raises where steps can't run as is asked for.

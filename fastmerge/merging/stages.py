@@ -52,7 +52,7 @@ def train_student(teachers: Sequence[nn.Module], examples: Any, options: Options
 def _merged(teachers: Sequence[nn.Module], examples: Any, options: Options, trainer: Trainer) -> nn.Module:
     """Everything up to the compressed student."""
     place = trainer.setting.place
-    if trainer.val_loader is not None and trainer.state.stage is None:
+    if trainer.val_loader is not None and trainer.state.stage is None and options.heads == "average":
         for index, teacher in enumerate(teachers):
             trainer.score(f"teacher {index}", place(copy.deepcopy(teacher)))
     big = place(widened(teachers, examples))

@@ -153,9 +153,10 @@ class Trainer:
         """
         epoch, lr = len(self.history.stage(stage)) + 1, optimizers[0].param_groups[0]["lr"]
         linked = None if lam is None else network.linked
-        sampler = getattr(self.train_loader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):  # it shuffles by the number of the epoch alone
-            sampler.set_epoch(len(self.history.epochs))
+        for loader in getattr(self.train_loader, "loaders", [self.train_loader]):
+            sampler = getattr(loader, "sampler", None)
+            if isinstance(sampler, DistributedSampler):  # it shuffles by the number of the epoch alone
+                sampler.set_epoch(len(self.history.epochs))
         # several processes read their losses together, since all must know where one came upon NaN
         tally = Tally() if self.processes.size == 1 else Tally(every=sys.maxsize)
         random = None

@@ -21,9 +21,10 @@ from fastmerge.channels.outputs import Name, predictions
 from fastmerge.channels.signatures import mixing_tensors
 from fastmerge.channels.tracing import TracedNetwork, flat_inputs, trace
 from fastmerge.isolation import ONE_THREAD
-from fastmerge.problems import Problem, UnmergeableError
-from fastmerge.validation import check_teachers, code_difference, same_graphs
+from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
+from fastmerge.validation import check_teachers, code_difference, same_graphs, teacher_errors
 from fastmerge.wide.analysis import Analysis
+from fastmerge.wide.heads import HEADS, Parts, find_heads, find_parts, joined
 from fastmerge.wide.network import Layout, build_network
 from fastmerge.wide.template import StudentTemplate
 
@@ -42,6 +43,7 @@ class Blueprint:
         outputs: which the user named, if any.
         dtype: of the teachers.
         common: names of buffers that are the same in all teachers.
+        parts: where each teacher's outputs lie in the output, where they do not give their mean.
     """
 
     template: StudentTemplate
@@ -53,6 +55,7 @@ class Blueprint:
     outputs: Sequence[Name] | None
     dtype: torch.dtype
     common: frozenset[str]
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         self._takes_tensors = bool(self.traced.in_spec == pytree.tree_structure((tuple(self.traced.inputs), {})))
@@ -186,8 +189,44 @@ def code_errors(traced: TracedNetwork, teachers: Mapping[int, nn.Module], inputs
                 yield error
 
 
+def join_heads(
+    teachers: Sequence[nn.Module], example_inputs: Any = None, outputs: Sequence[Name] | None = None
+) -> tuple[list[nn.Module], Parts]:
+    """Networks with the outputs of all teachers, whose mean output is every teacher's own side by side.
+
+    Teacher t of K_t classes gets a last layer of K_1 + … + K_T outputs: its own rows, T times as large, among zeros. All other
+    tensors are the teachers' own, not copies. Any method that merges networks of one architecture takes the result.
+
+    Args:
+        teachers: two or more, of one architecture but for the number of classes.
+        example_inputs, outputs: as :class:`~fastmerge.BigStudent`'s.
+
+    Returns:
+        The networks, in the teachers' order, and where their parts lie in the output.
+
+    Raises:
+        TypeError: a teacher is no network, or they are of different classes.
+        ValueError: the last layers can't grow, or something else differs, naming the layer.
+    """
+    for error in teacher_errors(teachers):  # what would make the search for last layers fail
+        if isinstance(error, WrongTeacherError) or len(teachers) < 2:
+            raise error
+    inputs = example_arguments(teachers[0], example_inputs)
+    traced, groups, nonlinear, _ = read_network(teachers[0], inputs, outputs)
+    heads = find_heads(Analysis(traced, groups), nonlinear, teachers)
+    networks = joined(teachers, heads)
+    check_teachers(networks)
+    try:
+        whole, *_ = read_network(networks[0], inputs, outputs)
+    except ValueError as error:
+        raise ValueError(
+            f"heads= needs code that takes any number of classes; with {sum(heads[0].sizes)} of them: {error}"
+        ) from error
+    return networks, find_parts(traced, whole, heads)
+
+
 def build(
-    teachers: Sequence[nn.Module], example_inputs: Any, outputs: Sequence[Name] | None = None
+    teachers: Sequence[nn.Module], example_inputs: Any, outputs: Sequence[Name] | None = None, heads: str = "average"
 ) -> tuple[Blueprint, Analysis, nn.Module, Inputs]:
     """Finds out all about networks that are to be one big student.
 
@@ -195,6 +234,7 @@ def build(
         teachers: two or more networks.
         example_inputs: what the user gave, if anything.
         outputs: which outputs are predictions; see ``channels.outputs.predictions``.
+        heads: one of :data:`~fastmerge.wide.heads.HEADS`.
 
     Returns:
         The blueprint, the first teacher's analysis, the wide modules, and the inputs that the teachers were run on.
@@ -203,6 +243,11 @@ def build(
         TypeError: if a teacher is no network, or they are of different classes.
         ValueError: if they can't be merged, naming the layer and what is needed.
     """
+    if heads not in HEADS:
+        raise ValueError(f"BigStudent needs heads of {', '.join(map(repr, HEADS))}; got {heads!r}")
+    parts = None
+    if heads != "average":
+        teachers, parts = join_heads(teachers, example_inputs, outputs)
     check_teachers(teachers)
     inputs, common = example_arguments(teachers[0], example_inputs), common_buffers(teachers)
     traced, groups, nonlinear, predicted = read_network(teachers[0], inputs, outputs, common)
@@ -212,10 +257,10 @@ def build(
         what = f"{type(teachers[0]).__name__} has no hidden channels to choose among: there is nothing to merge"
         raise UnmergeableError(Problem(what))
     analysis = Analysis(traced, groups)
-    analysis.each = analysis.needs_each(nonlinear)
+    analysis.each = parts is None and analysis.needs_each(nonlinear)
     network, layout = build_network(analysis, teachers)
     template = StudentTemplate(teachers[0], layout)
     template.strip(traced.root)
     dtype = next(teachers[0].parameters()).dtype
-    blueprint = Blueprint(template, traced, groups, layout, analysis.each, predicted, outputs, dtype, common)
+    blueprint = Blueprint(template, traced, groups, layout, analysis.each, predicted, outputs, dtype, common, parts)
     return blueprint, analysis, network, inputs

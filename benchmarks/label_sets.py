@@ -1,0 +1,345 @@
+"""Merging two teachers of disjoint classes, as paired trials at equal cost beside other uses of it.
+
+``python -m benchmarks.label_sets FOLDER`` reads FOLDER/mnist.npz (``train_images, train_labels, test_images, test_labels``), writes
+one record per replicate to benchmarks/results/experiments/label-sets.json and goes on where it was stopped.
+
+A replicate halves the ten classes by chance and trains one teacher on each half. All that follows begins with these teachers,
+has the same images and costs what both teachers together cost, half as much again: B = 3/2 of the teachers' cost in all. Joint
+training from fresh weights has all of B; one teacher that is trained on has what the other teacher would have cost, too. Costs
+are counted operations of forward and backward passes.
+
+Training is of each sample among the classes of its own half (*own*) or among all (*all*); both are done by all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fastmerge
+from benchmarks.layer_norms import error, hash_of
+from fastmerge import methods
+from fastmerge.data.arrays import load_npz
+from fastmerge.environment import environment
+from fastmerge.files import atomic
+from fastmerge.merging.label_sets import LabelSets, PartCriterion
+from fastmerge.methods.cost import step_operations
+from fastmerge.networks.lenet import LeNet
+from fastmerge.reporting.tables import table
+from fastmerge.wide.blueprint import join_heads
+
+OUT = Path(__file__).resolve().parent / "results" / "experiments" / "label-sets.json"
+BATCH = 50  # images per step; half as many for a teacher, which sees half of the images
+RATE, DECAY = 0.05, 5e-4
+LINK_AT, DISTILL = 0.25, 0.5
+Data = tuple[Tensor, Tensor]
+
+
+def network(classes: int) -> nn.Module:
+    """A LeNet for 28×28 images with 4 and 8 channels, 32 and 24 units."""
+    return LeNet(1, 28, classes, channels=(4, 8), units=(32, 24))
+
+
+class Shuffled:
+    """Batches of images in another order in each pass."""
+
+    def __init__(self, data: Data, batch: int, seed: int) -> None:
+        self.data, self.batch = data, batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.data[1]) // self.batch
+
+    def __iter__(self) -> Iterator[Data]:
+        order = torch.randperm(len(self.data[1]), generator=self.generator)
+        for index in order[: len(self) * self.batch].split(self.batch):
+            yield self.data[0][index], self.data[1][index]
+
+
+class Replicate:
+    """Two teachers of disjoint halves of the classes, and what is made of them.
+
+    Args:
+        train, test: images (N, 1, 28, 28) and classes 0..9.
+        images: training images of each half.
+        epochs: of a teacher, over its half.
+        merge_epochs: of the merge stage, over both.
+        seed: of everything.
+    """
+
+    def __init__(self, train: Data, test: Data, images: int, epochs: int, merge_epochs: int, seed: int) -> None:
+        self.seed, self.epochs, self.merge_epochs = seed, epochs, merge_epochs
+        generator = torch.Generator().manual_seed(hash_of(seed, "halves"))
+        self.classes = torch.randperm(10, generator=generator).tolist()  # in the student's order
+        place = torch.tensor(self.classes).argsort()
+        self.sets = LabelSets((5, 5))
+        self.halves: list[Data] = []
+        x, y = train[0], place[train[1]]
+        for number in range(2):
+            own = (y // 5 == number).nonzero().flatten()
+            own = own[torch.randperm(len(own), generator=generator)[:images]]
+            self.halves.append((x[own], y[own] - 5 * number))
+        self.joint = torch.cat([h[0] for h in self.halves]), torch.cat([self.halves[0][1], self.halves[1][1] + 5])
+        self.test = test[0], place[test[1]]
+
+    def new(self, classes: int, name: str) -> nn.Module:
+        torch.manual_seed(hash_of(self.seed, "weights", name))
+        return network(classes)
+
+    def loader(self, data: Data, name: str, batch: int = BATCH) -> Shuffled:
+        return Shuffled(data, batch, hash_of(self.seed, "order", name))
+
+    def trained(self, model: nn.Module, epochs: int, name: str, own: bool, **options: Any) -> nn.Module:
+        """Trains on the images of both halves."""
+        torch.manual_seed(hash_of(self.seed, name))
+        criterion = PartCriterion(cross_entropy, self.sets, all_classes=not own)
+        loader = self.loader(self.joint, "joint")
+        methods.train(model, loader, epochs=epochs, lr=RATE, weight_decay=DECAY, criterion=criterion, **options)
+        return model
+
+    @torch.no_grad()
+    def score(self, model: nn.Module) -> dict[str, float]:
+        """Accuracies on test images: among the classes of each image's half, and among all."""
+        x, y = self.test
+        logits = torch.cat([model.eval()(part) for part in x.split(500)])
+        own = self.sets.own_logits(logits, y).argmax(1) == y
+        per_task = [float(own[y // 5 == number].float().mean()) for number in range(2)]
+        return {"task": fmean(per_task), "all": float((logits.argmax(1) == y).float().mean())}
+
+    def results(self) -> dict[str, Any]:
+        """Scores by strategy."""
+        teachers = []
+        for number, half in enumerate(self.halves):
+            teacher = self.new(5, f"teacher {number}")
+            methods.train(
+                teacher,
+                self.loader(half, f"half {number}", BATCH // 2),
+                epochs=self.epochs,
+                lr=RATE,
+                weight_decay=DECAY,
+            )
+            teachers.append(teacher)
+        joined, _ = join_heads(teachers, self.joint[0][:2])
+        left = self.epochs // 2  # epochs over both halves of one network, that cost what one teacher did
+        found: dict[str, Any] = {"ensemble": self.score(methods.ensemble(joined))}
+        notes: dict[str, Any] = {}
+        for own in (True, False):
+            kind = "own" if own else "all"
+            found[f"joint, {kind}"] = self.score(self.trained(self.new(10, "joint"), 3 * left, "joint", own))
+            found[f"one on, {kind}"] = self.score(self.trained(self.extended(teachers[0]), 2 * left, "on", own))
+            for name in ("average", "rebasin", "zipit"):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    made = methods.apply(name, joined, self.loader(self.joint, "samples")).network
+                notes[name] = self.score(made)
+                found[f"{name}, {kind}"] = self.score(self.trained(made, left, name, own))
+            for distill in (0.0, DISTILL):
+                name = f"merged{' + distil' if distill else ''}, {kind}"
+                found[name], notes[name] = self.merged(teachers, distill, own, left)
+        return {"seed": self.seed, "classes": self.classes, "scores": found, "notes": notes}
+
+    @torch.no_grad()
+    def extended(self, teacher: nn.Module) -> nn.Module:
+        """A network of ten classes with a teacher's weights, and fresh rows of the last layer for the other five."""
+        model, own = self.new(10, "extended"), teacher.state_dict()
+        for name, tensor in model.state_dict().items():
+            tensor[: len(own[name])] = own[name]
+        return model
+
+    def merged(
+        self, teachers: Sequence[nn.Module], distill: float, own: bool, left: int
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """A merge of so many epochs of one network's cost."""
+        plain = step_operations(network(10), [(self.joint[0][:8], None)])
+        big = fastmerge.BigStudent(*teachers, example_inputs=self.joint[0][:2], heads="concatenate")
+        costs = [step_operations(big, [(self.joint[0][:8], None)]) / plain]
+        big.link()
+        costs.append(step_operations(big, [(self.joint[0][:8], None)]) / plain)
+        spent = self.merge_epochs * (LINK_AT * costs[0] + (1 - LINK_AT) * costs[1])
+        epochs = max(1, round((left - spent) / (1 + (len(teachers) / 3 if distill else 0))))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of gates that have not settled
+            student, history = fastmerge.merge(
+                teachers,
+                [self.loader(half, f"half {number}", BATCH // 2) for number, half in enumerate(self.halves)],
+                val_loader=[[self.test_of(number)] for number in range(2)],
+                val_every=10_000,
+                merge_epochs=self.merge_epochs,
+                finetune_epochs=epochs,
+                link_at=LINK_AT,
+                lr=RATE,
+                weight_decay=DECAY,
+                gate_schedule="budget",
+                heads="concatenate",
+                all_classes=not own,
+                distill=distill,
+                seed=hash_of(self.seed, "merge"),
+                progress=False,
+            )
+        at = history.borders["compressed"]
+        once = {"task": (at.metrics or {})["own part"], "all": at.accuracy}
+        return self.score(student), {**once, "finetune epochs": epochs, "costs": costs}
+
+    def test_of(self, number: int) -> Data:
+        own = self.test[1] // 5 == number
+        return self.test[0][own], self.test[1][own] - 5 * number
+
+
+WHAT = {
+    "ensemble": "both teachers side by side, each for its own half (twice the size)",
+    "joint": "one network, trained on all from fresh weights",
+    "one on": "one teacher, trained on with all",
+    "average": "`average`, then trained",
+    "rebasin": "`rebasin`, then trained",
+    "zipit": "`zipit`, then trained",
+    "merged": "merged",
+    "merged + distil": "merged, distilled into the other half's classes",
+}
+BASE = "merged"
+
+
+def page(measured: dict[str, Any]) -> str:
+    """docs/label-sets.md from the records."""
+    records = measured["replicates"]
+    first, n = records[0], len(records)
+    parts = [INTRODUCTION, conclusion(records)]
+    for kind, title in (
+        ("own", "Trained among the classes of each image's half"),
+        ("all", "Trained among all classes"),
+    ):
+        rows = []
+        for strategy, what in WHAT.items():
+            key = strategy if strategy == "ensemble" else f"{strategy}, {kind}"
+            once = [note for r in records if (note := r["notes"].get(key, r["notes"].get(strategy)))]
+            cells = []
+            for score in ("task", "all"):
+                cells += [_mean(values(records, key, score)), _gap(records, key, f"{BASE}, {kind}", score)]
+            cells.append(
+                f"{100 * fmean(note['task'] for note in once):.1f} / {100 * fmean(note['all'] for note in once):.1f}"
+                if once
+                else ""
+            )
+            rows.append([what, *cells])
+        header = ["", "per task, %", "difference", "over all classes, %", "difference", "at once"]
+        parts += [f"## {title}", table(header, rows, markdown=True)]
+    costs = first["notes"][f"{BASE}, own"]["costs"]
+    parts.append(
+        f"{network.__doc__} {n} replicates of MNIST, {first['images']:,} training images of each half of the classes, which are "
+        f"drawn anew for each; {first['epochs']} epochs for a teacher. A merge stage of {first['merge_epochs']} epochs, of "
+        f"{costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards; distillation weighs {DISTILL:g}. "
+        "*per task* is the mean over both halves of the accuracy among five classes, *over all classes* among ten. *difference* is "
+        f"the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, ± its standard error. *at once* is "
+        "both accuracies before fine-tuning. CIFAR-100 has not been tried."
+    )
+    made = measured["environment"]
+    parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """# Teachers of different label sets
+
+`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on different classes: their last
+layers may differ in the number of classes, all other layers may not. The student is of the teachers' class with
+K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order, and loads strictly into a network built with so many classes. With
+open gates each part of the output is its teacher's own logits, exactly.
+
+```python
+student, history = fastmerge.merge([t1, t2], [loader1, loader2], heads="concatenate")
+```
+
+Each step takes a batch of each teacher's loader, whose targets are its own classes; one loader for all gives targets that count
+all classes through. A sample trains its own teacher's part of the output; `distill=w` also draws the other parts to what their
+teachers say of it, in the fine-tuning; `all_classes=True` trains it among all classes instead. `heads="separate"` lets the
+student return a tuple of the parts. On the command line: `fastmerge merge --heads concatenate --data a/ --data b/ ...`. Networks
+that end with a softmax over all classes can't be merged this way: let them return logits.
+
+Other methods merge such teachers too: `networks, parts = fastmerge.wide.blueprint.join_heads([t1, t2])` gives networks of one
+architecture whose mean output is both teachers' side by side."""
+
+
+def values(records: Sequence[dict[str, Any]], strategy: str, score: str) -> list[float]:
+    return [100 * record["scores"][strategy][score] for record in records]
+
+
+def _mean(found: Sequence[float]) -> str:
+    return f"{fmean(found):.2f} ± {error(found):.2f}"
+
+
+def gaps(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str) -> list[float]:
+    return [a - b for a, b in zip(values(records, strategy, score), values(records, base, score), strict=True)]
+
+
+def _gap(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str) -> str:
+    return "" if strategy == base else _signed(gaps(records, strategy, base, score))
+
+
+def _signed(found: Sequence[float]) -> str:
+    return f"{fmean(found):+.2f} ± {error(found):.2f}"
+
+
+def conclusion(records: Sequence[dict[str, Any]]) -> str:
+    """Where the merge does not help, and where it does: strategies that differ by more than two standard errors."""
+    sentences = []
+    for kind, how in (("own", "trained among their own half's classes"), ("all", "trained among all classes")):
+        base, score = f"{BASE}, {kind}", "task" if kind == "own" else "all"
+        sorted_out: dict[str, list[str]] = {"better": [], "like it": [], "worse": []}
+        for strategy, what in WHAT.items():
+            if strategy in (BASE, "ensemble"):
+                continue
+            found = gaps(records, f"{strategy}, {kind}", base, score)
+            sure = abs(fmean(found)) > 2 * error(found)
+            verdict = "like it" if not sure else "better" if fmean(found) > 0 else "worse"
+            sorted_out[verdict].append(f"{what} ({_signed(found)})")
+        measure = "per task" if score == "task" else "over all classes"
+        said = "; ".join(f"{verdict}: {', '.join(found)}" for verdict, found in sorted_out.items() if found)
+        sentences.append(f"* {how.capitalize()}, accuracy {measure}, beside *{WHAT[BASE]}*: {said}.")
+    return (
+        "What helps at equal cost, and what does not (in points, by more than two standard errors or not):\n\n"
+        + "\n".join(sentences)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=1000, help="training images of each half (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=60, help="of a teacher (%(default)s)")
+    parser.add_argument("--merge-epochs", type=int, default=5, help="of the merge stage (%(default)s)")
+    parser.add_argument("--replicates", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    arrays = load_npz(options.folder / "mnist.npz")
+    as_images = partial(_images, mean=0.1307, std=0.3081)
+    train = as_images(arrays.train_images), torch.from_numpy(arrays.train_labels)
+    test = as_images(arrays.test_images), torch.from_numpy(arrays.test_labels)
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {"replicates": []}
+    for seed in range(options.replicates):
+        if any(record["seed"] == seed for record in kept["replicates"]):
+            continue
+        record = Replicate(train, test, options.images, options.epochs, options.merge_epochs, seed).results()
+        kept["replicates"].append(
+            record | {"images": options.images, "epochs": options.epochs, "merge_epochs": options.merge_epochs}
+        )
+        kept["environment"] = environment()
+        with atomic(options.out) as path:
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+        print(seed, {k: (round(v["task"], 4), round(v["all"], 4)) for k, v in record["scores"].items()}, flush=True)
+
+
+def _images(images: Any, mean: float, std: float) -> Tensor:
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+if __name__ == "__main__":
+    main()
