@@ -1,7 +1,7 @@
 """Merging two teachers of disjoint classes, as paired trials at equal cost beside other uses of it.
 
-``python -m benchmarks.label_sets FOLDER`` reads FOLDER/mnist.npz (``train_images, train_labels, test_images, test_labels``), writes
-one record per replicate to benchmarks/results/experiments/label-sets.json and goes on where it was stopped.
+``python -m benchmarks.label_sets FOLDER`` reads FOLDER/mnist.npz (``train_images, train_labels, test_images, test_labels``),
+writes one record per replicate to benchmarks/results/experiments/label-sets.json and goes on where it was stopped.
 
 A replicate halves the ten classes by chance and trains one teacher on each half. All that follows begins with these teachers,
 has the same images and costs what both teachers together cost, half as much again: B = 3/2 of the teachers' cost in all. Joint
@@ -234,12 +234,12 @@ def page(measured: dict[str, Any]) -> str:
         parts += [f"## {title}", table(header, rows, markdown=True)]
     costs = first["notes"][f"{BASE}, own"]["costs"]
     parts.append(
-        f"{network.__doc__} {n} replicates of MNIST, {first['images']:,} training images of each half of the classes, which are "
-        f"drawn anew for each; {first['epochs']} epochs for a teacher. A merge stage of {first['merge_epochs']} epochs, of "
-        f"{costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards; distillation weighs {DISTILL:g}. "
-        "*per task* is the mean over both halves of the accuracy among five classes, *over all classes* among ten. *difference* is "
-        f"the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, ± its standard error. *at once* is "
-        "both accuracies before fine-tuning. CIFAR-100 has not been tried."
+        f"{network.__doc__} {n} replicates of MNIST, {first['images']:,} training images of each half of the classes, "
+        f"which are drawn anew for each; {first['epochs']} epochs for a teacher. A merge stage of {first['merge_epochs']} "
+        f"epochs, of {costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards; distillation weighs "
+        f"{DISTILL:g}. *per task* is the mean over both halves of the accuracy among five classes, *over all classes* among "
+        f"ten. *difference* is the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, ± its "
+        "standard error. *at once* is both accuracies before fine-tuning. CIFAR-100 has not been tried."
     )
     made = measured["environment"]
     parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
@@ -248,23 +248,23 @@ def page(measured: dict[str, Any]) -> str:
 
 INTRODUCTION = """# Teachers of different label sets
 
-`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on different classes: their last
-layers may differ in the number of classes, all other layers may not. The student is of the teachers' class with
-K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order, and loads strictly into a network built with so many classes. With
-open gates each part of the output is its teacher's own logits, exactly.
+`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on different classes: their
+last layers may differ in the number of classes, all other layers may not. The student is of the teachers' class with
+K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order, and loads strictly into a network built with so many classes.
+With open gates each part of the output is its teacher's own logits, exactly.
 
 ```python
 student, history = fastmerge.merge([t1, t2], [loader1, loader2], heads="concatenate")
 ```
 
-Each step takes a batch of each teacher's loader, whose targets are its own classes; one loader for all gives targets that count
-all classes through. A sample trains its own teacher's part of the output; `distill=w` also draws the other parts to what their
-teachers say of it, in the fine-tuning; `all_classes=True` trains it among all classes instead. `heads="separate"` lets the
-student return a tuple of the parts. On the command line: `fastmerge merge --heads concatenate --data a/ --data b/ ...`. Networks
-that end with a softmax over all classes can't be merged this way: let them return logits.
+Each step takes a batch of each teacher's loader, whose targets are its own classes; one loader for all gives targets that
+count all classes through. A sample trains its own teacher's part of the output. `distill=w` also draws the other parts to
+what their teachers say of it, in the fine-tuning. `all_classes=True` trains it among all classes instead. `heads="separate"`
+lets the student return a tuple of the parts. On the command line: `fastmerge merge --heads concatenate --data a/ --data b/`.
+Networks that end with a softmax over all classes can't be merged this way: let them return logits.
 
-Other methods merge such teachers too: `networks, parts = fastmerge.wide.blueprint.join_heads([t1, t2])` gives networks of one
-architecture whose mean output is both teachers' side by side."""
+Other methods merge such teachers too: `networks, parts = fastmerge.wide.blueprint.join_heads([t1, t2])` gives networks of
+one architecture whose mean output is both teachers' side by side."""
 
 
 def values(records: Sequence[dict[str, Any]], strategy: str, score: str) -> list[float]:

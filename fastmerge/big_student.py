@@ -51,10 +51,10 @@ class BigStudent(GatedNetwork):
         outputs: which outputs are predictions, whose mean the big student gives and the student keeps: keys, attributes or
             positions, or tuples that lead to nested ones. None: those that no parameter follows. The others, such as feature
             maps, are the teachers' mean too with open gates, but may be anything in the student.
-        heads: what becomes of the teachers' outputs. "average": their mean. "concatenate", for teachers of different label sets,
-            whose last layers may differ in their number of classes: each teacher's own, side by side in the teachers' order,
-            so that the student is a network of the teachers' class with K_1 + … + K_T classes. "separate": a tuple of T such
-            parts; the student is then a :class:`~fastmerge.wide.heads.SeparateHeads` around that network.
+        heads: what becomes of the teachers' outputs. "average": their mean. "concatenate", for teachers of different label
+            sets, whose last layers may differ in their number of classes: each teacher's own, side by side in the teachers'
+            order, so that the student is a network of the teachers' class with K_1 + … + K_T classes. "separate": a tuple of
+            T such parts; the student is then a :class:`~fastmerge.wide.heads.SeparateHeads` around that network.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
             eval and in training mode; large networks are compressed once per class and shape in a process.
 
@@ -223,7 +223,8 @@ class BigStudent(GatedNetwork):
                 channel j of teacher t.
 
         Returns:
-            A network of the teachers' class (with ``heads="separate"``, within a module that splits its output), in this network's mode, dtype and device, with all parameters trainable.
+            A network of the teachers' class, in this network's mode, dtype and device, with all parameters trainable; with
+            ``heads="separate"`` within a module that splits its output.
 
         Raises:
             ValueError: a gate is NaN, ``keep`` is not n candidates of each group that it names, the optimizer is not this

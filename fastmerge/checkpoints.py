@@ -68,10 +68,8 @@ def build_network(name: str, **arguments: Any) -> nn.Module:
         ValueError: There is no such model, module or factory, or it does not take these arguments.
         TypeError: What the factory returns is not a module.
     """
-    if name.startswith(TIMM):
-        factory = _timm_factory(name)
-    else:
-        factory = _own_factory(name) if ":" in name else _torchvision_factory(name)
+    find = _timm_factory if name.startswith(TIMM) else own_factory if ":" in name else _torchvision_factory
+    factory = find(name)
     if name in ("googlenet", "inception_v3"):
         arguments = {"init_weights": False} | arguments  # their scipy initialisation takes a minute and warns
     try:
@@ -117,7 +115,8 @@ def _timm_factory(name: str) -> Callable[..., Any]:
     return functools.partial(timm.create_model, model)
 
 
-def _own_factory(name: str) -> Callable[..., Any]:
+def own_factory(name: str) -> Callable[..., Any]:
+    """The class or function that ``module:factory`` names."""
     module_name, _, path = name.partition(":")
     with _current_directory_on_path():
         try:

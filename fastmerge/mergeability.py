@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fastmerge.channels.tracing import TracedNetwork, module_path
 from fastmerge.isolation import quietly
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.validation import differences, kind_of, same_teachers, teacher_errors
-from fastmerge.wide.blueprint import code_errors, common_buffers, read_network
+from fastmerge.wide.blueprint import code_errors, common_buffers, join_heads, read_network
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,11 @@ class Report:
 
 
 def check(
-    *teachers: nn.Module, example_inputs: Any = None, outputs: Sequence[Name] | None = None, verify: bool = True
+    *teachers: nn.Module,
+    example_inputs: Any = None,
+    outputs: Sequence[Name] | None = None,
+    heads: str = "average",
+    verify: bool = True,
 ) -> Report:
     """Says whether networks can be merged, with every reason why not, and how much there is to choose.
 
@@ -102,8 +106,16 @@ def check(
         teachers: the networks, as :class:`~fastmerge.BigStudent` takes them.
         example_inputs: what their forward takes; needed only where it can't be inferred.
         outputs: which outputs are predictions.
+        heads: what becomes of the teachers' outputs, as :class:`~fastmerge.BigStudent` takes it.
         verify: whether to compare what is built with the networks.
     """
+    if heads != "average":
+        try:
+            teachers = tuple(join_heads(teachers, example_inputs, outputs)[0])
+        except (ValueError, TypeError) as error:
+            whole = check(*teachers, example_inputs=example_inputs, outputs=outputs, verify=False)
+            found = error.problems if isinstance(error, UnmergeableError) else (Problem(str(error)),)
+            return replace(whole, problems=(*found, *(p for p in whole.problems if p not in found)))
     problems = [problem for error in teacher_errors(teachers) for problem in error.problems]
     networks = {number: teacher for number, teacher in enumerate(teachers) if isinstance(teacher, nn.Module)}
     if not networks:

@@ -160,6 +160,11 @@ class _Trial:
         )  # the graphs as they are: what their code does in another precision is tried later
         return cast
 
+    @property
+    def aim(self) -> str:
+        """What the big student must be."""
+        return "the mean of its teachers" if self._given[1].heads == "average" else "its teachers side by side"
+
     @staticmethod
     def _joined(big: Any) -> Any:
         """The big student with its outputs in one tensor."""
@@ -308,7 +313,7 @@ def _problem(pair: _Pair, trial: _Trial, against_teachers: bool) -> Problem:
     name, output = type(trial.teachers[0]).__name__, f"output{pair.path}" if pair.path else "output"
     if against_teachers:
         return Problem(
-            f"{name} can't be merged: the big student would not be the mean of its teachers. In {pair.mode} mode its {output} "
+            f"{name} can't be merged: the big student would not be {trial.aim}. In {pair.mode} mode its {output} "
             f"{problem}.{where} Something in the network's code does not show when it is recorded: a question about a tensor's "
             "type, an option that differs between the teachers, a tensor that two modules share",
             "Write it in another way; BigStudent(..., verify=False) skips this check",

@@ -17,6 +17,7 @@ from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, ten
 from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
 
 _ONE_ARCHITECTURE = "Pass networks that were made in the same way"
+_OR_HEADS = '; where last layers are of different classes, pass heads="concatenate"'
 
 _HOOK_REMEDIES = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
@@ -238,7 +239,9 @@ def _tensor_differences(module: nn.Module, other: nn.Module, name: str, number: 
                 continue  # said already
             if a.shape != b.shape:
                 what = f"{full} is {tuple(a.shape)} in teacher 0 and {tuple(b.shape)} in teacher {number}"
-                yield _error(f"BigStudent needs teachers of one architecture; {what}", _ONE_ARCHITECTURE, full)
+                longer = a.dim() == b.dim() and sum(m != n for m, n in zip(a.shape, b.shape, strict=True)) == 1
+                remedy = _ONE_ARCHITECTURE + (_OR_HEADS if longer else "")
+                yield _error(f"BigStudent needs teachers of one architecture; {what}", remedy, full)
             elif a.dtype != b.dtype:
                 what = f"BigStudent needs teachers of one dtype; {full} is {a.dtype} and {b.dtype}"
                 yield _error(what, f"call to({a.dtype}) on teacher {number}", full)

@@ -161,7 +161,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "sizes": [1, 1],
     }
     rest |= {"checkpoint_seconds": 7, "checkpoint_dir": Path("out/checkpoints"), "resume": True, "accumulate": 5}
-    rest |= {"compile": True, "sync_batch_norm": True, "recalibrate": False}
+    rest |= {"compile": True, "sync_batch_norm": True, "recalibrate": False, "heads": "average", "all_classes": False}
     assert callable(seen.pop("callback"))
     assert seen == given | rest
 
@@ -273,3 +273,26 @@ def test_a_divergence_is_a_failure_and_no_bad_input(place, capsys):
     assert main([*arguments(), "--lr", "1e30"]) == 1
     assert "the loss became" in capsys.readouterr().err
     assert not Path("out/student.safetensors").exists()
+
+
+def test_teachers_of_different_label_sets(place, capsys):
+    """Each with its own data, and a number of classes that follows from it."""
+    random = np.random.default_rng(1)
+    images = {name: random.integers(0, 256, (40, 6, 6), np.uint8) for name in ("train_images", "test_images")}
+    labels = {name: np.arange(40) % 2 for name in ("train_labels", "test_labels")}
+    np.savez(place / "two.npz", **images, **labels)
+    save_weights(make(2), place / "two.safetensors")
+    both = {"teachers": ["a.safetensors", "two.safetensors"], "heads": ["concatenate"]}
+    assert main([*arguments(**both), "--data", "two.npz"]) == 0
+    student = make(5)
+    student.load_state_dict(load_file("out/student.safetensors"))
+    history = json.loads((place / "out/history.json").read_text())
+    assert history["config"]["data"] == ["data.npz", "two.npz"]
+    assert set(history["borders"]["student"]["metrics"]) == {"own part", "part 0", "part 1"}
+    capsys.readouterr()
+    asked = ["--heads", "concatenate", "--classes", "3", "2", "--input", "1", "6", "6"]
+    assert main(["check", "--model", MODEL, "--teachers", *both["teachers"], *asked]) == 0
+    assert main([*arguments(**both, out=["dry"]), "--data", "two.npz", "--dry-run"]) == 0
+    assert "merge, linked" in capsys.readouterr().out
+    assert main([*arguments(out=["other"]), "--data", "two.npz"]) == 2
+    assert "with --heads concatenate or separate once for each teacher" in capsys.readouterr().err

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastmerge.checkpoints import TIMM, build_network, load_weights
+from fastmerge.checkpoints import TIMM, build_network, load_weights, own_factory
 from fastmerge.merging.options import Options
 
 
@@ -94,27 +95,49 @@ def add_teachers(add: Callable[..., object]) -> None:
         metavar="FILE",
         help="two or more checkpoints, or hf-hub:OWNER/NAME",
     )
+    add(
+        "--classes",
+        nargs="+",
+        type=integer(1),
+        metavar="N",
+        help="classes of each teacher, where --heads keeps them apart; by itself those of its --data",
+    )
     add("--ema", action="store_true", help="take the moving averages of the teachers' weights from their checkpoints")
 
 
-def load_teachers(options: argparse.Namespace, classes: int | None = None) -> list[nn.Module]:
+def load_teachers(options: argparse.Namespace, classes: Sequence[int] | int | None = None) -> list[nn.Module]:
     """The networks that options name.
 
     Args:
         options: of the command.
-        classes: of a torchvision or timm model, unless its arguments say so.
+        classes: of a torchvision or timm model, unless its arguments say so; or of each teacher, which a model of your own
+            takes too, as ``num_classes`` or ``classes``.
 
     Raises:
         ValueError, TypeError, OSError: see :func:`~fastmerge.checkpoints.build_network` and ``load_weights``.
     """
-    arguments = dict(options.model_args)
-    if classes is not None and (":" not in options.model or options.model.startswith(TIMM)):
-        arguments = {"num_classes": classes} | arguments
+    given = options.classes or classes
+    each = list(given) if isinstance(given, Sequence) else [given] * len(options.teachers)
+    if len(each) != len(options.teachers):
+        raise ValueError(
+            f"one number of classes is needed per teacher; got {len(each)} for {len(options.teachers)} teachers"
+        )
+    is_own = ":" in options.model and not options.model.startswith(TIMM)
+    name = (
+        _name_of_classes(options.model) if is_own and isinstance(given, Sequence) else None if is_own else "num_classes"
+    )
     teachers = []
-    for path in options.teachers:
-        teachers.append(build_network(options.model, **arguments))
+    for path, count in zip(options.teachers, each, strict=True):
+        arguments = {} if name is None or count is None else {name: count}
+        teachers.append(build_network(options.model, **arguments | dict(options.model_args)))
         load_weights(teachers[-1], path, options.ema)
     return teachers
+
+
+def _name_of_classes(model: str) -> str | None:
+    """What a factory of one's own calls its number of classes, if it takes one."""
+    parameters = inspect.signature(own_factory(model)).parameters
+    return next((name for name in ("num_classes", "classes") if name in parameters), None)
 
 
 def add_options(add: Callable[..., None], varying: bool = False) -> None:

@@ -54,7 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge merge``."""
     add = continuing.adder(parser)
     add_teachers(add)
-    add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
+    add(
+        "--data",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="image tree or .npz; with --heads, once for each teacher",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
     add(
         "--method",
@@ -83,6 +90,7 @@ def command(options: argparse.Namespace) -> None:
     if options.method != "gates":
         if options.resume or options.dry_run:
             raise ValueError(f"--method {options.method} takes no --resume or --dry-run: it has no checkpoints")
+        (options.data,) = _one_or_each(options, 1)
         compare.run(options, [options.method], options.merge_epochs, save_as="student.safetensors")
         return
     device, processes = join_processes(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -103,57 +111,81 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         return
     check_device(device, nn.Identity())
     size = options.processes if options.dry_run else processes.size
-    images = checked_images(options) if options.dry_run else ""
-    loaders = image_loaders(
-        options.data,
-        share_of(options.batch_size, size, options.accumulate),
-        image_size=options.image_size,
-        augmentation=options.augmentation,
-        loader=options.loader,
-        device=device,
-        channels_last=options.channels_last,
-        seed=options.seed or 0,
-        workers=options.workers,
-        on_bad_image=options.on_bad_image,
-        mean=options.mean,
-        std=options.std,
-        shard=processes.rank,
-        shards=size,
-    )
-    teachers = load_teachers(options, loaders.classes)
+    paths = _one_or_each(options, 1 if options.heads == "average" else len(options.teachers))
+    images = "\n".join(checked_images(options, path) for path in paths) if options.dry_run else ""
+    each = [
+        image_loaders(
+            path,
+            share_of(options.batch_size, size * len(paths), options.accumulate),
+            image_size=options.image_size,
+            augmentation=options.augmentation,
+            loader=options.loader,
+            device=device,
+            channels_last=options.channels_last,
+            seed=options.seed or 0,
+            workers=options.workers,
+            on_bad_image=options.on_bad_image,
+            mean=options.mean,
+            std=options.std,
+            shard=processes.rank,
+            shards=size,
+        )
+        for path in paths
+    ]
+    why = "\n".join(dict.fromkeys(loaders.why for loaders in each))
+    train, val = [loaders.train for loaders in each], [loaders.val for loaders in each]
+    classes = [loaders.classes for loaders in each]
+    teachers = load_teachers(options, classes if len(classes) > 1 else classes[0])
+    one = len(each) == 1
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     given: dict[str, Any] = chosen(options) | {"device": device, "autocast": autocast}
     if options.dry_run:
         setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
-        found = estimate(teachers, loaders.train, loaders.val, setting, Options(**given), options.val_every)
-        print(plan(options, images, loaders.why, found))
+        found = estimate(
+            teachers, train[0] if one else train, val[0] if one else val, setting, Options(**given), options.val_every
+        )
+        print(plan(options, images, why, found))
         return
     with contextlib.ExitStack() as closing:
         note = None
         if processes.is_first:
-            print(loaders.why)
+            print(why)
             log = EpochLog(options.out / "log.jsonl", ("stage", "epoch"), options.resume, _board(options))
             note = _noting(closing.enter_context(contextlib.closing(log)), options.merge_epochs)
         student, history = merge(
             teachers,
-            loaders.train,
-            val_loader=loaders.val,
+            train[0] if one else train,
+            val_loader=val[0] if one else val,
             **given | {"progress": False if options.quiet else None, "callback": note},
             checkpoint_dir=options.out / continuing.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
         )
-    left_out = processes.joined(loaders.bad_images.found)
+    left_out = processes.joined({k: v for loaders in each for k, v in loaders.bad_images.found.items()})
     if not processes.is_first:
         return
     save_weights(student, options.out / "student.safetensors")
     config = continuing.config(options) | {"device": device, "processes": processes.size}
+    config["data"] = paths[0] if one else paths
     config |= {"images_left_out": len(left_out)} if left_out else {}
     more = {"left_out": left_out, "config": config, "environment": environment()}
     write_json(options.out / "history.json", history.to_dict() | more)
     print(write_report(options.out))
     print(f"\nstudent.safetensors, history.json, log.jsonl, report.md and plots in {options.out}")
     continuing.finish(options)
+
+
+def _one_or_each(options: argparse.Namespace, count: int) -> list[Path]:
+    """The paths of the data: one, whose classes then count those of all teachers through, or one per teacher.
+
+    Raises:
+        ValueError: There are others than one or ``count``.
+    """
+    paths: list[Path] = options.data
+    if len(paths) not in (1, count):
+        per = "--data once, or with --heads concatenate or separate once for each teacher"
+        raise ValueError(f"fastmerge merge needs {per}; got it {len(paths)} times for {len(options.teachers)} teachers")
+    return paths
 
 
 def _board(options: argparse.Namespace) -> Path | None:

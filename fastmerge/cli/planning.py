@@ -67,7 +67,7 @@ def check_planning(options: argparse.Namespace, processes: Processes) -> None:
         pass
 
 
-def checked_images(options: argparse.Namespace) -> str:
+def checked_images(options: argparse.Namespace, path: Path) -> str:
     """What the check of the images found, in a sentence with a list of those that can't be read; empty for arrays.
 
     Raises:
@@ -75,12 +75,12 @@ def checked_images(options: argparse.Namespace) -> str:
     """
     check: Check = options.check_images or "headers"
     workers = options.workers or None
-    found = checked_with_bar(options.data, check, workers, on_bad_image=options.on_bad_image, quiet=options.quiet)
+    found = checked_with_bar(path, check, workers, on_bad_image=options.on_bad_image, quiet=options.quiet)
     if found is None:
         return ""
     if check == "whole":
         return str(found)
-    whole = f"damage within files is found by: fastmerge data check {shlex.quote(str(options.data))}"
+    whole = f"damage within files is found by: fastmerge data check {shlex.quote(str(path))}"
     return f"{found}\n{whole} (or --check-images whole)"
 
 

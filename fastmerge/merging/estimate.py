@@ -17,6 +17,7 @@ from torch.optim import SGD
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers
+from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.options import Options
 
 _TIMED = 3
@@ -84,8 +85,8 @@ class Estimate:
 
 def estimate(
     teachers: Sequence[nn.Module],
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any] | None,
+    train_loader: Any,
+    val_loader: Any,
     setting: Setting,
     plan: Options,
     val_every: int = 1,
@@ -98,6 +99,9 @@ def estimate(
         TypeError, ValueError: As :func:`fastmerge.merge`.
     """
     teachers = check_teachers(teachers)
+    if plan.heads != "average":
+        plan, teachers, train_loader, val_loader, _ = with_label_sets(plan, teachers, train_loader, val_loader)
+        setting = replace(setting, criterion=plan.criterion)
     devices = [setting.device] if setting.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)

@@ -5,7 +5,7 @@ Classes are counted through, in the teachers' order: class k of teacher t is cla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -211,10 +211,11 @@ def with_label_sets(
     each = {name: loader for name, loader in loaders.items() if _is_one_per_teacher(name, loader, len(teachers))}
     for name, its in each.items():
         for number, loader in enumerate(its):
-            if not isinstance(loader, Sized):
-                raise TypeError(
-                    f"merge needs loaders with a length where there is one per teacher; {name}[{number}] has none"
-                )
+            try:
+                len(loader)
+            except TypeError:
+                what = f"merge needs loaders with a length where there is one per teacher; {name}[{number}] has none"
+                raise TypeError(what) from None
             check_loader(f"{name}[{number}]", loader, teachers[number], setting)
     inputs, _ = next(iter(train_loader[0] if "train_loader" in each else train_loader))
     device = check_device(None, teachers[0])
