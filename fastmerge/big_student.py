@@ -29,6 +29,7 @@ from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.heads import SeparateHeads
 from fastmerge.wide.population import Population
+from fastmerge.wide.widths import check_widths
 
 
 class BigStudent(GatedNetwork):
@@ -55,6 +56,10 @@ class BigStudent(GatedNetwork):
             sets, whose last layers may differ in their number of classes: each teacher's own, side by side in the teachers'
             order, so that the student is a network of the teachers' class with K_1 + … + K_T classes. "separate": a tuple of
             T such parts; the student is then a :class:`~fastmerge.wide.heads.SeparateHeads` around that network.
+        keep: how many channels the student has, as a fraction of a teacher's in 1/4..T, or such fractions, or numbers of
+            channels, by name of the channel group; None: as many as a teacher. Only groups of whose number of channels the
+            network's code takes any can differ. The student then is a network of the teachers' class, whose layers are of
+            other widths, as one is that its constructor builds at these widths.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
             eval and in training mode; large networks are compressed once per class and shape in a process.
 
@@ -138,9 +143,15 @@ class BigStudent(GatedNetwork):
         multiple = fitting_multiple(next(self.gates.parameters()).device) if multiple is None else multiple
         analysis = self._blueprint.analyse()
         shrinkable = find_shrinkable(analysis, self.network, self._population)
-        after, done = choose(self._population, self.gates, shrinkable, self.linked, threshold, settled, multiple)
+        after, done = choose(
+            self._population, self.gates, shrinkable, self.linked, threshold, settled, multiple, self.widths
+        )
         self._shrink_to(after, [o for o in (optimizer, gate_optimizer) if o is not None], analysis)
         return done
+
+    def _check_widths(self, analysis: Analysis) -> None:
+        if not self.is_of_teachers_widths:
+            check_widths(analysis, self.widths, find_shrinkable(analysis, self.network, self._population).whole)
 
     def _check_compacted(self, analysis: Analysis) -> None:
         full = {g: self.num_teachers * group.size for g, group in enumerate(self.groups)}
@@ -162,6 +173,8 @@ class BigStudent(GatedNetwork):
     def gate_loss(self, open_now: Tensor | None = None) -> Tensor:
         """``sum over groups of (1/T - mean of P[g > 0])²``, a 0-d tensor; zero when each group is on course to keep 1/T.
 
+        With ``keep``, each group has its own part of the candidates in place of 1/T.
+
         Args:
             open_now: the means, (..., G), where they are known; see :meth:`open_state`.
         """
@@ -173,7 +186,7 @@ class BigStudent(GatedNetwork):
                 stacklevel=2,
             )
         open_now = self.group_means(self.open_candidates()) if open_now is None else open_now
-        return (open_now - 1 / self.num_teachers).square().sum(-1)
+        return (open_now - self.shares(open_now)).square().sum(-1)
 
     def open_probabilities(self) -> dict[str, Tensor]:
         """Per group the mean of P[g > 0] over all T·n candidates, those dropped counting as closed: 0-d tensors."""
@@ -198,7 +211,7 @@ class BigStudent(GatedNetwork):
             ValueError: a gate is NaN.
         """
         self._check_gates("keep")
-        return kept_candidates(self.groups, self.gates)
+        return kept_candidates(self.widths, self.gates)
 
     def compress(
         self,
@@ -207,7 +220,7 @@ class BigStudent(GatedNetwork):
         in_place: bool = False,
         keep: Mapping[str, Tensor | Sequence[int]] | None = None,
     ) -> Any:
-        """Keeps the n most open candidates of every group and drops the gates.
+        """Keeps the n most open candidates of every group, or as many as ``keep`` said, and drops the gates.
 
         The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0. Its BatchNorms
         have this network's statistics, of inputs that all gates let through: before fine-tuning, and where there is none,
@@ -230,10 +243,10 @@ class BigStudent(GatedNetwork):
             ValueError: a gate is NaN, ``keep`` is not n candidates of each group that it names, the optimizer is not this
                 network's, or its state can't be cut; nothing has changed then.
         """
-        given = checked_candidates(self.groups, self.num_teachers, self.gates, keep or {})
+        given = checked_candidates(self.groups, self.num_teachers, self.gates, self.widths, keep or {})
         self._check_gates("compress", given)
         self._warn_of_gates(given)
-        kept = kept_candidates(self.groups, self.gates) | given
+        kept = kept_candidates(self.widths, self.gates) | given
         compressor = Compressor(self.network, self._blueprint.layout, self.groups, kept, self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         template, training, like = self._blueprint.template, self.training, next(self.gates.parameters())
@@ -268,7 +281,8 @@ class BigStudent(GatedNetwork):
             {name: value for name, value in zip(self.gates, values, strict=True) if name not in given}
             for values in (means, spreads)
         )
-        found = unsettled(mean, spread, 1 / self.num_teachers)
+        whole = {group.name: self.num_teachers * group.size for group in self.groups}
+        found = unsettled(mean, spread, {name: width / whole[name] for name, width in self.widths.items()})
         if found:
             warnings.warn(
                 f"compress() chooses by gates that have not settled: {'. '.join(found.values())}. Train on with "
@@ -302,7 +316,7 @@ class BigStudent(GatedNetwork):
         """
         analysis = self._blueprint.analyse()
         shrinkable = find_shrinkable(analysis, self.network, self._population)
-        after = checked_choice(self._population, candidates, shrinkable, self.linked or link)
+        after = checked_choice(self._population, candidates, shrinkable, self.linked or link, self.widths)
         if link:
             self.link()
         self._shrink_to(after, [], analysis)

@@ -60,7 +60,7 @@ class GateBudget:
         self.done = 0
         self.multipliers: Tensor | None = None
         self.starts: Tensor | None = None
-        self.goal = 0.0
+        self.goal: Tensor | float = 0.0
         self._answer: Tensor | None = None  # a, per group
         self._now: Tensor | None = None  # P of the last loss
 
@@ -116,7 +116,7 @@ class GateBudget:
             sizes = [big.num_teachers * group.size for group in big.groups]
             rate = self.gate_lr / (1 - self.momentum)
             self._answer = rate / torch.tensor(sizes, dtype=torch.float32, device=open_now.device)
-            self.goal = 1 / big.num_teachers
+            self.goal = big.shares(open_now)
         if self.multipliers is None or self.starts is None:
             self.starts = open_now.detach().float()
             self.multipliers = torch.zeros_like(self.starts)

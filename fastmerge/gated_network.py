@@ -27,6 +27,7 @@ from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import attach_missing
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
+from fastmerge.wide.widths import Keep, student_widths
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11
@@ -45,6 +46,7 @@ class GatedNetwork(nn.Module):
         example_inputs: what their forward takes, or None to infer it.
         outputs: names of the outputs that are predictions, or None for those that no parameter follows.
         heads: what becomes of the teachers' outputs: their mean, or each teacher's own, in one tensor or in a tuple.
+        keep: how many channels of each group the student has, where not as many as a teacher.
         verify: whether to compare it with the teachers, and with what it compresses to.
 
     Attributes:
@@ -60,6 +62,7 @@ class GatedNetwork(nn.Module):
         example_inputs: Any = None,
         outputs: Sequence[Name] | None = None,
         heads: str = "average",
+        keep: Keep = None,
         verify: bool = True,
     ) -> None:
         super().__init__()
@@ -67,11 +70,13 @@ class GatedNetwork(nn.Module):
         self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs, outputs, heads)
         self.groups: ChannelGroups = self._blueprint.groups
         self.num_teachers = len(teachers)
+        self.widths = student_widths(self.groups, self.num_teachers, keep)
         self.gates = make_gates(self.groups, self.num_teachers, next(teachers[0].parameters()))
         self._linked = False
         self._gates_open = False
         self._fused: bool | str = "auto"
         self._lower(analysis)
+        self._check_widths(analysis)
         self.train(teachers[0].training)
         if verify:
             check_exact(teachers, self, inputs)
@@ -236,6 +241,21 @@ class GatedNetwork(nn.Module):
                 self._other_programs[key] = others
             return others
         return self._other_programs[key]
+
+    def _check_widths(self, analysis: Analysis) -> None:
+        """Raises a ValueError if the student is to have numbers of channels that the code does not take."""
+
+    @property
+    def is_of_teachers_widths(self) -> bool:
+        """Whether the student has as many channels as a teacher everywhere."""
+        return all(self.widths[group.name] == group.size for group in self.groups)
+
+    def shares(self, like: Tensor) -> Tensor | float:
+        """The part of all candidates that the student keeps: 1/T, or per group, (G,), where it has others' widths."""
+        if self.is_of_teachers_widths:
+            return 1 / self.num_teachers
+        kept = [self.widths[group.name] / (self.num_teachers * group.size) for group in self.groups]
+        return torch.tensor(kept, dtype=like.dtype, device=like.device)
 
     def _check_compacted(self, analysis: Analysis) -> None:
         """Raises a ValueError if the code for inputs of another shape might count on channels that were dropped."""

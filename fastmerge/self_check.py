@@ -28,7 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmerge.channels.examples import Inputs
 from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
-from fastmerge.wide.heads import concatenated
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _ALONE = 0.05  # tolerance of a network that runs in one of the two precisions only
@@ -61,7 +60,7 @@ def check_exact(teachers: Sequence[nn.Module], big: Any, example_inputs: Inputs)
     if size > _SMALL and own != torch.float64:
         trials.insert(0, _Trial(teachers, big, inputs, torch.float32))
     shapes = [[name, tuple(p.shape)] for name, p in teachers[0].named_parameters()] + [_shape(x) for x in leaves]
-    known = (type(teachers[0]), repr(teachers[0]), str(shapes), len(teachers))
+    known = (type(teachers[0]), repr(teachers[0]), str(shapes), len(teachers), big.heads, tuple(big.widths.values()))
     with undisturbed([*teachers[0].parameters(), *leaves]):
         _compare(trials, _Trial.open_gates, own)
         if size <= _SMALL or known not in _CHECKED:
@@ -151,6 +150,7 @@ class _Trial:
                     example_inputs=self.inputs,
                     outputs=big._blueprint.outputs,
                     heads=big.heads,
+                    keep=None if big.is_of_teachers_widths else big.widths,
                     verify=False,
                 )
             )
@@ -184,8 +184,9 @@ class _Trial:
             outputs = [self._expected(teacher.train(mode == "training")) for teacher in self.teachers]
             with self.big.train(mode == "training").open_gates():
                 actual = self._run(self.big)
+            together = _mean if self.big.heads == "average" else _side_by_side
             expected = {
-                path: concatenated([output[path] for output in outputs], actual.get(path))
+                path: together([output[path] for output in outputs], actual.get(path))
                 for path in outputs[0]
                 if all(path in output for output in outputs)
             }
@@ -327,6 +328,17 @@ def _problem(pair: _Pair, trial: _Trial, against_teachers: bool) -> Problem:
     )
 
 
+def _side_by_side(outputs: Sequence[Tensor], like: Tensor | None) -> Tensor:
+    """The teachers' outputs along the dimension in which a big student's differs; their mean where none does."""
+    shape = outputs[0].shape if like is None or like.dim() != outputs[0].dim() else like.shape
+    dims = [d for d, size in enumerate(shape) if any(size != output.shape[d] for output in outputs)]
+    return torch.cat(list(outputs), dims[0]) if dims else _mean(outputs)
+
+
+def _mean(outputs: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
+    return torch.stack(list(outputs)).mean(0)
+
+
 def _pairs(mode: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[_Pair]:
     return [_Pair(mode, path, actual.get(path), value) for path, value in expected.items()]
 
@@ -395,8 +407,8 @@ def _disturb(big: Any, seed: int) -> None:
         if not parameter.is_contiguous():
             parameter.copy_(flat.view_as(parameter))
         values = values.roll(int(torch.randint(len(values), (), generator=generator)))
-    for gate in big.gates.values():
-        chosen = torch.randperm(len(gate.loc), generator=generator)[: len(gate.loc) // big.num_teachers]
+    for name, gate in big.gates.items():
+        chosen = torch.randperm(len(gate.loc), generator=generator)[: big.widths[name]]
         gate.loc.fill_(-_OPEN)
         gate.loc[chosen.to(gate.loc.device)] = _OPEN
 

@@ -166,6 +166,9 @@ class BigStack(Stack):
     def linked(self) -> bool:
         return self.skeleton.linked
 
+    def shares(self, like: Tensor) -> Tensor | float:
+        return self.skeleton.shares(like)
+
     def gate_parameters(self) -> Iterator[nn.Parameter]:
         return self.skeleton.gate_parameters()
 

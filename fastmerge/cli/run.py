@@ -155,7 +155,7 @@ def _plan(options: argparse.Namespace, recipe: Recipe, device: str) -> str:
         steps={name: getattr(options, name) for name in STEPS},
     )
     place.check_data()
-    images = checked_images(options)
+    images = checked_images(options, options.data)
     loaders, found = estimate_run(place, options.strategy, replicates=options.replicates, processes=options.processes)
     return plan(options, images, loaders.why, found)
 

@@ -22,7 +22,10 @@ class UnsettledGatesWarning(UserWarning):
 
 
 def unsettled(
-    means: Mapping[str, float], spreads: Mapping[str, float], target: float, still: Collection[str] = ()
+    means: Mapping[str, float],
+    spreads: Mapping[str, float],
+    target: float | Mapping[str, float],
+    still: Collection[str] = (),
 ) -> dict[str, str]:
     """Says which channel groups' gates do not tell which 1/T of the channels are needed.
 
@@ -32,24 +35,23 @@ def unsettled(
     Args:
         means: mean P[g > 0] by group.
         spreads: mean 4 P (1 - P) by group.
-        target: 1/T.
+        target: 1/T, or by group the part of the candidates that is kept.
         still: groups whose means are left alone, as something else is said of them.
 
     Returns:
         A sentence for each of "above", "below" (1/T) and "undecided" that there is.
     """
-    above = [name for name in means if name not in still and means[name] > target + _NEAR]
-    below = [name for name in means if name not in still and means[name] < target - _NEAR]
+    targets = target if isinstance(target, Mapping) else dict.fromkeys(means, target)
+    above = [name for name in means if name not in still and means[name] > targets[name] + _NEAR]
+    below = [name for name in means if name not in still and means[name] < targets[name] - _NEAR]
+    common = set(targets.values())
+    aim = f"1/T = {common.pop():.2f}" if len(common) == 1 else "the part that is kept"
     undecided = [name for name in spreads if spreads[name] > _UNDECIDED]
     found = {}
     if above:
-        found["above"] = (
-            f"P[g>0] is above 1/T = {target:.2f} in {listed(above, means)}; compression cuts channels in use"
-        )
+        found["above"] = f"P[g>0] is above {aim} in {listed(above, means)}; compression cuts channels in use"
     if below:
-        found["below"] = (
-            f"P[g>0] is below 1/T = {target:.2f} in {listed(below, means)}; compression keeps closed channels"
-        )
+        found["below"] = f"P[g>0] is below {aim} in {listed(below, means)}; compression keeps closed channels"
     if undecided:
         found["undecided"] = (
             f"P[g>0] is neither 0 nor 1, with a mean 4 P (1 - P) above {_UNDECIDED:g}, in {listed(undecided, spreads)}; "
@@ -103,11 +105,13 @@ def choose(
     threshold: float,
     settled: bool,
     multiple: int,
+    widths: Mapping[str, int],
 ) -> tuple[Population, Compaction]:
     """Who stays.
 
     A candidate is closed for good if its deterministic gate is 0 and ``P[g > 0] < threshold``. Of those, the most open ones
-    stay where fewer than n would be left, where each teacher must keep as many as any other, and up to a round number.
+    stay where fewer than the student has would be left, where each teacher must keep as many as any other, and up to a round
+    number.
 
     Args:
         population: who is there.
@@ -117,6 +121,7 @@ def choose(
         threshold: see above.
         settled: leave groups alone of which a candidate is neither closed nor at ``P[g > 0] > 1 - threshold``.
         multiple: of which the number of those who stay, or of each teacher's, is a multiple where there are so many.
+        widths: channels of the student, by name of the group.
 
     Raises:
         ValueError: a number is out of range.
@@ -142,7 +147,7 @@ def choose(
             else:
                 even = number in shrinkable.even or not linked
                 teacher = candidates // group.size if even else torch.zeros_like(candidates)
-                least = -(-group.size // (population.num_teachers if even else 1))
+                least = -(-widths[group.name] // (population.num_teachers if even else 1))
                 count = max(least, int(torch.bincount(teacher[~closed], minlength=1).max()))
                 stays = _top_of_each(loc, teacher, -(-count // multiple) * multiple)
         left[group.name] = candidates[stays]
@@ -151,7 +156,11 @@ def choose(
 
 
 def checked_choice(
-    before: Population, candidates: Mapping[str, Tensor], shrinkable: Shrinkable, linked: bool
+    before: Population,
+    candidates: Mapping[str, Tensor],
+    shrinkable: Shrinkable,
+    linked: bool,
+    widths: Mapping[str, int],
 ) -> Population:
     """A population of candidates that :func:`choose` could have chosen.
 
@@ -173,8 +182,8 @@ def checked_choice(
             raise ValueError(f"group '{group.name}' can't lose channels: it {shrinkable.whole[number]}")
         counts = torch.bincount(new // group.size, minlength=before.num_teachers)
         even = number in shrinkable.even or not linked
-        if len(new) < group.size or (even and bool((counts != counts[0]).any())):
-            needed = f"{group.size} or more{' and as many of each teacher' if even else ''}"
+        if len(new) < widths[group.name] or (even and bool((counts != counts[0]).any())):
+            needed = f"{widths[group.name]} or more{' and as many of each teacher' if even else ''}"
             raise ValueError(f"group '{group.name}' needs {needed}; got {counts.tolist()} candidates of each teacher")
     if unknown := candidates.keys() - before.candidates.keys():
         raise ValueError(f"there is no channel group of the name {sorted(unknown)}")

@@ -25,6 +25,7 @@ from fastmerge.narrowing.cuts import (
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import Layout
 from fastmerge.wide.population import Population
+from fastmerge.wide.widths import runs
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class _Sources:
 
 
 def _sources(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> _Sources:
-    """Fills each place of a dimension with the indices of the candidate that was kept for it, in order."""
+    """Fills each place of a dimension with the indices of the candidate that was kept for it, in order.
+
+    Where other numbers of candidates are kept than a teacher has channels, the dimension is that much shorter or longer.
+    """
+    if any(len(kept[group.name]) != group.size for group in groups):
+        return _resized(units, groups, kept)
     teacher = np.zeros(len(units.group), dtype=np.int64)
     index = np.arange(len(units.group))
     for number in np.unique(units.group[units.group >= 0]):
@@ -58,6 +64,20 @@ def _sources(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]
         teacher[by_place] = (candidates // group.size)[:, None]
         index[by_place] = by_place[candidates % group.size]
     return _Sources(torch.from_numpy(teacher), torch.from_numpy(index), torch.from_numpy(units.group < 0))
+
+
+def _resized(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> _Sources:
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for number, start, end in runs(units):
+        index = torch.arange(start, end)
+        if number < 0:
+            parts.append((torch.zeros_like(index), index, torch.ones_like(index, dtype=torch.bool)))
+            continue
+        size, candidates = groups[number].size, kept[groups[number].name].cpu()
+        chosen = index.view(size, -1)[candidates % size]
+        teacher = (candidates // size)[:, None].expand_as(chosen).flatten()
+        parts.append((teacher, chosen.flatten(), torch.zeros_like(teacher, dtype=torch.bool)))
+    return _Sources(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 class Compressor:

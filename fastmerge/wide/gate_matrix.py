@@ -39,29 +39,29 @@ def draw_gates(gates: Sequence[HardConcrete], samples: int | None, with_ones: bo
     return torch.cat([drawn, drawn.new_ones(drawn.shape[0], 1)], dim=1) if with_ones else drawn
 
 
-def kept_candidates(groups: ChannelGroups, gates: nn.ModuleDict) -> dict[str, Tensor]:
-    """Per group the n candidates whose gates are the most open, ascending; ties go to the lower index.
+def kept_candidates(widths: Mapping[str, int], gates: nn.ModuleDict) -> dict[str, Tensor]:
+    """Per group the candidates whose gates are the most open, ascending, as many as given; ties go to the lower index.
 
     Returns:
-        int64 (n,) per group name; candidate t·n + j is channel j of teacher t.
+        int64 (width,) per group name; candidate t·n + j is channel j of teacher t.
     """
     kept = {}
-    for group in groups:
-        gate = gates[group.name]
+    for name, width in widths.items():
+        gate = gates[name]
         assert isinstance(gate, HardConcrete)
         order = torch.sort(gate.loc.detach(), descending=True, stable=True).indices
-        top = order[: group.size].sort().values
-        kept[group.name] = top if gate.candidates is None else gate.candidates[top]
+        top = order[:width].sort().values
+        kept[name] = top if gate.candidates is None else gate.candidates[top]
     return kept
 
 
 def checked_candidates(
-    groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict, keep: Mapping[str, Any]
+    groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict, widths: Mapping[str, int], keep: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The candidates that a user wants to keep, ascending, by name of the group.
 
     Raises:
-        ValueError: a name is no group's, or what is given are not n of its candidates.
+        ValueError: a name is no group's, or what is given are not as many of its candidates as the student has.
     """
     kept = {}
     for name, given in keep.items():
@@ -74,13 +74,13 @@ def checked_candidates(
         integer = chosen.dim() == 1 and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
         if (
             not integer
-            or len(chosen.unique()) != group.size
-            or len(chosen) != group.size
+            or len(chosen.unique()) != widths[name]
+            or len(chosen) != widths[name]
             or not torch.isin(chosen, every).all()
         ):
             left = "" if gate.candidates is None else " that compact() has left"
             raise ValueError(
-                f"keep needs {group.size} candidates of group '{name}', different numbers from 0 to "
+                f"keep needs {widths[name]} candidates of group '{name}', different numbers from 0 to "
                 f"{num_teachers * group.size - 1}{left} (t·n + j is channel j of teacher t); got {given}"
             )
         kept[name] = chosen.long().sort().values

@@ -76,7 +76,8 @@ class Parts:
 
     def positions(self, wanted: frozenset[int], count: int, mode: str) -> list[int]:
         """Where some of so many flat outputs lie among those of :meth:`split`."""
-        found, at = [], 0
+        found: list[int] = []
+        at = 0
         for position in range(count):
             part = self.outputs[mode].get(position)
             length = 1 if part is None else len(part.sizes)
@@ -252,19 +253,3 @@ def _parts_of(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head],
 def _shapes(traced: TracedNetwork, mode: str) -> list[tuple[int, ...] | None]:
     returned: Any = next(node for node in traced.graphs[mode].nodes if node.op == "output").args[0]
     return [getattr(node, "meta", {}).get("shape") for node in returned]
-
-
-def concatenated(outputs: Sequence[Tensor], like: Tensor | None) -> Tensor:
-    """What a network with the outputs of all teachers must give: theirs side by side, or the mean of what has no parts.
-
-    Args:
-        outputs: each teacher's.
-        like: what it gives, of which the shape counts.
-    """
-    alike = all(output.shape == outputs[0].shape for output in outputs)
-    if alike and (like is None or like.shape == outputs[0].shape):
-        return torch.stack(list(outputs)).mean(0)
-    if like is None or like.dim() != outputs[0].dim():
-        return torch.cat(list(outputs), min(1, outputs[0].dim() - 1))
-    dim = next((d for d, size in enumerate(like.shape) if size != outputs[0].shape[d]), 1)
-    return torch.cat(list(outputs), dim)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from fastmerge.wide.network import Layout
 
@@ -53,8 +55,30 @@ class StudentTemplate:
         """
         student = copy.deepcopy(self.skeleton)
         names = _names(student)
+        resized = any(t.shape != tensors[name].shape for t, name in names.items() if name in tensors)
         _replace(student, {t: tensors[name] if name in tensors else _like(t, like) for t, name in names.items()})
+        if resized:
+            for module in student.modules():
+                _fit(module)
         return student
+
+
+def _fit(module: nn.Module) -> None:
+    """Has a layer say of itself what its tensors are."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, _ConvNd) and module.groups == 1:
+        first, second = weight.shape[:2]
+        module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
+    elif isinstance(module, _NormBase):
+        module.num_features = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
 
 
 def _names(module: nn.Module) -> dict[Tensor, str]:

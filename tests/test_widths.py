@@ -1,0 +1,138 @@
+"""Students of other widths than their teachers."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastmerge
+from architectures import BY_NAME
+from fastmerge.narrowing.closing import UnsettledGatesWarning
+from fastmerge.networks.lenet import LeNet
+from fastmerge.networks.resnet_cifar import ResNetCifar
+from teachers import OPEN, TOLERANCE, calibrate, disturb_weights, make_batch, make_teachers, relative_error
+
+
+def open_some(big: fastmerge.BigStudent, seed: int = 0) -> None:
+    """As many gates of every group as the student has channels, by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, gate in big.gates.items():
+        gate.loc.fill_(-OPEN)
+        gate.loc[torch.randperm(len(gate.loc), generator=generator)[: big.widths[name]]] = OPEN
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize(
+    "name", ["mlp", "resnet_projected_shortcut", "densenet", "vgg", "convolution_1d", "resnet_odd_widths"]
+)
+@torch.no_grad()
+def test_compress_is_exact_at_any_width(name: str, keep: float) -> None:
+    architecture = BY_NAME[name]
+    x = architecture.inputs(6)
+    teachers = make_teachers(architecture.make, x, 3)
+    big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=keep)
+    for linked in (False, True):
+        if linked:
+            big.link()
+            disturb_weights(big, scale=0.1)
+        open_some(big)
+        calibrate(big, x, batches=1)
+        big.eval()
+        expected = big(*x)
+        student = big.compress()
+        assert type(student) is type(teachers[0])
+        assert relative_error(student(*x), expected) <= TOLERANCE[torch.float64]
+    for group in big.groups:
+        wanted = group.size if group.size == 1 else max(1, round(keep * group.size))
+        assert big.widths[group.name] == wanted == len(big.keep()[group.name])
+
+
+@torch.no_grad()
+def test_it_is_as_the_class_builds_it_at_that_width() -> None:
+    x = make_batch(4, (3, 16, 16))
+    teachers = make_teachers(lambda: ResNetCifar(1, 5, width=1), (x,), 2)
+    big = fastmerge.BigStudent(*teachers, keep=2.0)
+    for gate in big.gates.values():
+        gate.loc.fill_(OPEN)
+    student = big.compress()
+    built = ResNetCifar(1, 5, width=2).double().eval()
+    built.load_state_dict(student.state_dict(), strict=True)
+    assert torch.equal(built(x), student(x))
+    assert repr(student) == repr(built)
+    with big.open_gates():  # all channels stay, so that it is the mean
+        assert relative_error(student(x), big(x)) <= TOLERANCE[torch.float64]
+    by_group = fastmerge.BigStudent(*teachers, keep={big.groups[0].name: 0.5, big.groups[1].name: 12})
+    assert [by_group.widths[group.name] for group in by_group.groups][:3] == [8, 12, big.groups[2].size]
+
+
+def test_training_compaction_state_and_optimizer_know_the_width() -> None:
+    x = make_batch(8, (3, 12, 12))
+    teachers = make_teachers(lambda: LeNet(3, 12, 4, kernel_size=3, channels=(4, 8), units=(8, 8)), (x,), 2)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x, keep=0.5).train()
+    with torch.no_grad():
+        for gate in big.gates.values():  # P[g > 0] is a quarter of all candidates', as is wanted
+            gate.loc.fill_(-OPEN)
+            gate.loc[: len(gate.loc) // 4] = OPEN
+    assert float(big.gate_loss().detach()) == pytest.approx(0, abs=1e-6)
+    budget = fastmerge.GateBudget(10)
+    assert float(budget.loss(big).detach()) == pytest.approx(0, abs=1e-4)
+    assert budget.goal.tolist() == [0.25] * len(big.groups)
+    optimizer = torch.optim.SGD(big.parameters(), 0.01, momentum=0.9)
+    big.link(optimizer)
+    nn.functional.cross_entropy(big(x), torch.arange(8) % 4).backward()
+    optimizer.step()
+    big.eval()
+    before = big(x).detach()
+    done = big.compact(optimizer, multiple=1)
+    assert done.left == big.widths
+    other = fastmerge.BigStudent(*teachers, example_inputs=x, keep=0.5)
+    other.load_state_dict(big.state_dict())
+    assert relative_error(other(x).detach(), before) <= TOLERANCE[torch.float64]
+    student = big.compress(optimizer)
+    assert relative_error(student(x).detach(), before) <= TOLERANCE[torch.float64]
+    assert all(state["momentum_buffer"].shape == p.shape for p, state in optimizer.state.items())
+    assert student.conv2.in_channels == 2
+
+
+def test_candidates_can_be_given() -> None:
+    teachers = make_teachers(
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), (make_batch(4, (3,)),), 2
+    )
+    big = fastmerge.BigStudent(*teachers, keep=0.5)
+    (name,) = big.widths
+    with pytest.raises(ValueError, match="needs 4 candidates of group"):
+        big.compress(keep={name: range(8)})
+    with pytest.warns(UnsettledGatesWarning, match="above 1/T = 0.25|neither 0 nor 1"):
+        big.compress()
+    student = big.compress(keep={name: [1, 3, 9, 15]})
+    assert torch.equal(student[0].weight[3], teachers[1][0].weight[7])
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        (0.2, r"in 0.25..2, or a number of them; group '0' has 8, so 2..16; got 0.2"),
+        (2.5, r"2..16; got 2.5"),
+        ({"0": 17}, r"2..16; got 17"),
+        ({"0": "half"}, r"2..16; got 'half'"),
+        ({"nowhere": 0.5}, r"keep needs names of channel groups; got 'nowhere', known are 0"),
+    ],
+)
+def test_widths_out_of_range_are_refused(keep, says: str) -> None:
+    teachers = [nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2)]
+    with pytest.raises(ValueError, match=says):
+        fastmerge.BigStudent(*teachers, keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mobilenet", "passes the grouped convolution"),
+        ("layer_norm", "is read by 'layer_norm', which depends on the number of channels"),
+        ("group_norm", "which may count on the number of channels"),
+    ],
+)
+def test_networks_that_count_on_their_widths_are_refused(name: str, says: str) -> None:
+    architecture = BY_NAME[name]
+    teachers = make_teachers(architecture.make, architecture.inputs(6), 2)
+    with pytest.raises(ValueError, match=f"keep can't give group '.*' .* channels in place of .*{says}"):
+        fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=0.5)
