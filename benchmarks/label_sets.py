@@ -281,11 +281,12 @@ def gaps(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str
 
 
 def _gap(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str) -> str:
-    return "" if strategy == base else _signed(gaps(records, strategy, base, score))
+    return "" if strategy == base else gaps_text(gaps(records, strategy, base, score))
 
 
-def _signed(found: Sequence[float]) -> str:
-    return f"{fmean(found):+.2f} ± {error(found):.2f}"
+def gaps_text(found: Sequence[float]) -> str:
+    """A mean difference with its sign and standard error; empty without any."""
+    return "" if not found else f"{fmean(found):+.2f} ± {error(found):.2f}"
 
 
 def conclusion(records: Sequence[dict[str, Any]]) -> str:
@@ -300,7 +301,7 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
             found = gaps(records, f"{strategy}, {kind}", base, score)
             sure = abs(fmean(found)) > 2 * error(found)
             verdict = "like it" if not sure else "better" if fmean(found) > 0 else "worse"
-            sorted_out[verdict].append(f"{what} ({_signed(found)})")
+            sorted_out[verdict].append(f"{what} ({gaps_text(found)})")
         measure = "per task" if score == "task" else "over all classes"
         said = "; ".join(f"{verdict}: {', '.join(found)}" for verdict, found in sorted_out.items() if found)
         sentences.append(f"* {how.capitalize()}, accuracy {measure}, beside *{WHAT[BASE]}*: {said}.")

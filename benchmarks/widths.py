@@ -1,0 +1,232 @@
+"""Merges into students of several widths, as paired trials beside pruned teachers and fresh networks of these widths.
+
+``python -m benchmarks.widths`` trains on scikit-learn's digits, writes one record per replicate to
+benchmarks/results/experiments/widths.json and goes on where it was stopped.
+
+Each strategy has 3 E epochs in all: a merge two teachers of E, and a merge stage and a fine-tuning that together cost E,
+counted by operations of the teachers' network; a pruned teacher E, and 2 E after pruning; a fresh network 3 E. Epochs of
+narrower and wider networks count as others do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastmerge
+from benchmarks.label_sets import Data, Shuffled, gaps_text
+from benchmarks.layer_norms import accuracy, error, hash_of
+from fastmerge import methods
+from fastmerge.data.digits import load_digits
+from fastmerge.environment import environment
+from fastmerge.files import atomic
+from fastmerge.methods.cost import step_operations
+from fastmerge.networks.lenet import LeNet
+from fastmerge.reporting.tables import table
+
+OUT = Path(__file__).resolve().parent / "results" / "experiments" / "widths.json"
+WIDTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
+CHANNELS, UNITS = (4, 8), (16, 16)
+BATCH, RATE, LINK_AT = 60, 0.02, 0.25
+
+
+def network(width: float = 1.0) -> nn.Module:
+    """A LeNet for 8×8 images with 4 and 8 channels, 16 and 16 units."""
+    first, second, third, fourth = (max(1, round(width * size)) for size in (*CHANNELS, *UNITS))
+    return LeNet(1, 8, 10, kernel_size=3, channels=(first, second), units=(third, fourth))
+
+
+class Replicate:
+    """Two teachers of one seed, and networks of several widths.
+
+    Args:
+        train, test: images (N, 1, 8, 8) and digits.
+        epochs: E, of a teacher.
+        merge_epochs: of a merge stage.
+        seed: of everything.
+    """
+
+    def __init__(self, train: Data, test: Data, epochs: int, merge_epochs: int, seed: int) -> None:
+        self.train_data, self.test, self.seed = train, test, seed
+        self.epochs, self.merge_epochs = epochs, merge_epochs
+
+    def trained(self, model: nn.Module, epochs: int, name: str) -> nn.Module:
+        torch.manual_seed(hash_of(self.seed, name))
+        loader = Shuffled(self.train_data, BATCH, hash_of(self.seed, "order", name))
+        methods.train(model, loader, epochs=epochs, lr=RATE)
+        return model
+
+    def fresh(self, name: str, width: float = 1.0) -> nn.Module:
+        torch.manual_seed(hash_of(self.seed, "weights", name))
+        return network(width)
+
+    def results(self) -> dict[str, Any]:
+        """Accuracies on test images by strategy and width."""
+        teachers = [self.trained(self.fresh(f"{t}"), self.epochs, f"teacher {t}") for t in range(2)]
+        found: dict[str, dict[str, float]] = {"merged": {}, "pruned": {}, "fresh": {}}
+        for width in WIDTHS:
+            key = f"{width:g}"
+            found["merged"][key] = accuracy(self.merged(teachers, width), self.test)
+            if width <= 1:
+                pruned = self.trained(pruned_to(teachers, width), 2 * self.epochs, "prune")
+                found["pruned"][key] = accuracy(pruned, self.test)
+            whole = self.trained(self.fresh("fresh", width), 3 * self.epochs, "fresh")
+            found["fresh"][key] = accuracy(whole, self.test)
+        return {"seed": self.seed, "teachers": [accuracy(t, self.test) for t in teachers], "accuracy": found}
+
+    def merged(self, teachers: Sequence[nn.Module], width: float) -> nn.Module:
+        """A merge stage with gates that a budget steers, compression to the width, and a fine-tuning."""
+        torch.manual_seed(hash_of(self.seed, "merge"))
+        loader = Shuffled(self.train_data, BATCH, hash_of(self.seed, "order", "merge"))
+        few = [(self.train_data[0][:8], None)]
+        plain = step_operations(teachers[0], few)
+        big = fastmerge.BigStudent(*teachers, example_inputs=self.train_data[0][:2], keep=width).train()
+        budget = fastmerge.GateBudget(self.merge_epochs * len(loader))
+        optimizer = torch.optim.SGD(big.weight_parameters(), RATE, momentum=0.9)
+        gate_optimizer = torch.optim.SGD(big.gate_parameters(), budget.gate_lr, budget.momentum)
+        spent = 0.0
+        for epoch in range(self.merge_epochs):
+            if epoch >= LINK_AT * self.merge_epochs and not big.linked:
+                big.link(optimizer)
+            spent += step_operations(big, few) / plain
+            for x, y in loader:
+                loss = nn.functional.cross_entropy(big(x), y) + budget.loss(big)
+                optimizer.zero_grad()
+                gate_optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                gate_optimizer.step()
+                budget.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of gates that have not settled
+            student = big.compress()
+        return self.trained(student, max(1, round(self.epochs - spent)), "finetune")
+
+
+@torch.no_grad()
+def pruned_to(teachers: Sequence[nn.Module], width: float) -> nn.Module:
+    """The first teacher with the channels of the largest norms of what is read of them times what they read."""
+    big = fastmerge.BigStudent(*teachers, keep=width, example_inputs=torch.zeros(2, 1, 8, 8), verify=False)
+    layers = list(dict(teachers[0].named_modules()).values())[1:]
+    keep = {}
+    for group, (writes, reads) in zip(big.groups, pairwise(layers), strict=True):
+        own = writes.weight.flatten(1).norm(dim=1)
+        read = reads.weight.flatten(2) if reads.weight.dim() > 2 else reads.weight.unflatten(1, (group.size, -1))
+        keep[group.name] = (own * read.transpose(0, 1).flatten(1).norm(dim=1)).topk(big.widths[group.name]).indices
+    student = big.compress(keep=keep)
+    student.fc3.weight *= len(teachers)  # of the mean, only this teacher's part is there
+    student.fc3.bias.copy_(teachers[0].fc3.bias)
+    return student
+
+
+WHAT = {"merged": "merged", "pruned": "one teacher, pruned", "fresh": "fresh network"}
+
+
+def page(measured: dict[str, Any]) -> str:
+    """docs/widths.md from the records."""
+    records = measured["replicates"]
+    first = records[0]
+    rows = []
+    for width in WIDTHS:
+        key, cells = f"{width:g}", []
+        for strategy in WHAT:
+            values = [100 * r["accuracy"][strategy][key] for r in records if key in r["accuracy"][strategy]]
+            cells.append(f"{fmean(values):.2f} ± {error(values):.2f}" if values else "")
+        for strategy in ("pruned", "fresh"):
+            cells.append(gaps_text(_gaps(records, strategy, key)))
+        rows.append([key, *cells])
+    header = ["width", *WHAT.values(), "merged less pruned", "merged less fresh"]
+    teachers = [100 * value for record in records for value in record["teachers"]]
+    made = measured["environment"]
+    parts = [
+        INTRODUCTION,
+        conclusion(records),
+        table(header, rows, markdown=True),
+        f"Test accuracy in %, ± its standard error; differences within a replicate. {network.__doc__} Digits of scikit-learn, "
+        f"n = {len(records)}, E = {first['epochs']} epochs, a merge stage of {first['merge_epochs']}. Each strategy has 3 E "
+        "epochs: a merge two teachers of E, and a merge stage and a fine-tuning that together cost E; a pruned teacher E, and "
+        f"2 E after pruning by norms; a fresh network 3 E. A teacher has {fmean(teachers):.2f}. Networks with BatchNorm have "
+        "not been tried.",
+        f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}. Written by `make docs` from "
+        "benchmarks/results/experiments/widths.json, which `python -m benchmarks.widths` fills.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """# Students of other widths
+
+`BigStudent(t1, t2, keep=0.5)` learns to keep half as many channels as a teacher has, `keep=1.5` half as many again: any
+fraction from 1/4 to T. `keep={name: width}` says it by channel group, as a fraction or a number of channels; the other groups
+keep a teacher's width. The gate loss, `GateBudget`, `compact()` and `compress()` follow.
+
+```python
+big = fastmerge.BigStudent(t1, t2, keep=0.5)
+...                     # train weights and gates, as always
+student = big.compress()
+```
+
+The student is of the teachers' class, with narrower or wider layers: a network that the class's constructor builds at these
+widths loads its weights strictly. Groups whose number of channels the network's code may count on are refused by name: a view
+with a number in it, grouped and depthwise convolutions, LayerNorm and GroupNorm."""
+
+
+def _gaps(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
+    pairs = [(r["accuracy"]["merged"][key], r["accuracy"][strategy].get(key)) for r in records]
+    return [100 * (a - b) for a, b in pairs if b is not None]
+
+
+def conclusion(records: Sequence[dict[str, Any]]) -> str:
+    """At which widths a merge is ahead, or behind, by more than two standard errors."""
+    sentences = []
+    for strategy in ("pruned", "fresh"):
+        verdicts: dict[str, list[str]] = {"behind": [], "not to be told apart": [], "ahead": []}
+        for width in WIDTHS:
+            found = _gaps(records, strategy, f"{width:g}")
+            if found:
+                sure = abs(fmean(found)) > 2 * error(found)
+                verdict = "not to be told apart" if not sure else "ahead" if fmean(found) > 0 else "behind"
+                verdicts[verdict].append(f"{width:g}")
+        said = "; ".join(f"{verdict} at {', '.join(found)}" for verdict, found in verdicts.items() if found)
+        sentences.append(f"* Beside *{WHAT[strategy]}* of the same width, a merge is {said}.")
+    return "At equal epochs, by more than two standard errors or not:\n\n" + "\n".join(sentences)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=60, help="E, of a teacher (%(default)s)")
+    parser.add_argument("--merge-epochs", type=int, default=8, help="of a merge stage (%(default)s)")
+    parser.add_argument("--replicates", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    arrays = load_digits()
+    data = [
+        (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 240 * 2 - 0.6, torch.from_numpy(labels))
+        for images, labels in (
+            (arrays.train_images, arrays.train_labels),
+            (arrays.test_images, arrays.test_labels),
+        )
+    ]
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {"replicates": []}
+    for seed in range(options.replicates):
+        if any(record["seed"] == seed for record in kept["replicates"]):
+            continue
+        record = Replicate(data[0], data[1], options.epochs, options.merge_epochs, seed).results()
+        kept["replicates"].append(record | {"epochs": options.epochs, "merge_epochs": options.merge_epochs})
+        kept["environment"] = environment()
+        with atomic(options.out) as path:
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+        print(seed, record["teachers"], record["accuracy"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
