@@ -36,7 +36,6 @@ from fastmerge.merging.label_sets import LabelSets, PartCriterion
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks.lenet import LeNet
 from fastmerge.reporting.tables import table
-from fastmerge.wide.blueprint import join_heads
 
 OUT = Path(__file__).resolve().parent / "results" / "experiments" / "label-sets.json"
 BATCH = 50  # images per step; half as many for a teacher, which sees half of the images
@@ -79,6 +78,7 @@ class Replicate:
 
     def __init__(self, train: Data, test: Data, images: int, epochs: int, merge_epochs: int, seed: int) -> None:
         self.seed, self.epochs, self.merge_epochs = seed, epochs, merge_epochs
+        self._costs: list[float] = []
         generator = torch.Generator().manual_seed(hash_of(seed, "halves"))
         self.classes = torch.randperm(10, generator=generator).tolist()  # in the student's order
         place = torch.tensor(self.classes).argsort()
@@ -130,7 +130,7 @@ class Replicate:
                 weight_decay=DECAY,
             )
             teachers.append(teacher)
-        joined, _ = join_heads(teachers, self.joint[0][:2])
+        joined, _ = methods.join_heads(teachers, self.joint[0][:2])
         left = self.epochs // 2  # epochs over both halves of one network, that cost what one teacher did
         found: dict[str, Any] = {"ensemble": self.score(methods.ensemble(joined))}
         notes: dict[str, Any] = {}
@@ -161,11 +161,7 @@ class Replicate:
         self, teachers: Sequence[nn.Module], distill: float, own: bool, left: int
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """A merge of so many epochs of one network's cost."""
-        plain = step_operations(network(10), [(self.joint[0][:8], None)])
-        big = fastmerge.BigStudent(*teachers, example_inputs=self.joint[0][:2], heads="concatenate")
-        costs = [step_operations(big, [(self.joint[0][:8], None)]) / plain]
-        big.link()
-        costs.append(step_operations(big, [(self.joint[0][:8], None)]) / plain)
+        costs = self.costs(teachers)
         spent = self.merge_epochs * (LINK_AT * costs[0] + (1 - LINK_AT) * costs[1])
         epochs = max(1, round((left - spent) / (1 + (len(teachers) / 3 if distill else 0))))
         with warnings.catch_warnings():
@@ -190,6 +186,16 @@ class Replicate:
         at = history.borders["compressed"]
         once = {"task": (at.metrics or {})["own part"], "all": at.accuracy}
         return self.score(student), {**once, "finetune epochs": epochs, "costs": costs}
+
+    def costs(self, teachers: Sequence[nn.Module]) -> list[float]:
+        """Of an epoch of the merge stage before and after linking, in epochs of one network."""
+        if not self._costs:
+            few = [(self.joint[0][:8], None)]
+            big = fastmerge.BigStudent(*teachers, example_inputs=self.joint[0][:2], heads="concatenate")
+            self._costs.append(step_operations(big, few) / step_operations(network(10), few))
+            big.link()
+            self._costs.append(step_operations(big, few) / step_operations(network(10), few))
+        return self._costs
 
     def test_of(self, number: int) -> Data:
         own = self.test[1] // 5 == number
@@ -264,8 +270,8 @@ what their teachers say of it, in the fine-tuning. `all_classes=True` trains it 
 lets the student return a tuple of the parts. On the command line: `fastmerge merge --heads concatenate --data a/ --data b/`.
 Networks that end with a softmax over all classes can't be merged this way: let them return logits.
 
-Other methods merge such teachers too: `networks, parts = fastmerge.wide.blueprint.join_heads([t1, t2])` gives networks of
-one architecture whose mean output is both teachers' side by side."""
+Other methods merge such teachers too: `networks, parts = fastmerge.methods.join_heads([t1, t2])` gives networks of one
+architecture whose mean output is both teachers' side by side."""
 
 
 def values(records: Sequence[dict[str, Any]], strategy: str, score: str) -> list[float]:

@@ -19,6 +19,7 @@ from fastmerge.methods.soup import soup
 from fastmerge.methods.training import train
 from fastmerge.methods.transplant import largest, transplant
 from fastmerge.methods.zipit import zipit
+from fastmerge.wide.blueprint import join_heads
 
 __all__ = [
     "METHODS",
@@ -34,6 +35,7 @@ __all__ = [
     "ensemble",
     "family_of",
     "gates",
+    "join_heads",
     "largest",
     "own_places",
     "places_of_kept",

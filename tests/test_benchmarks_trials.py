@@ -1,0 +1,52 @@
+"""Trials of label sets and widths: a small replicate of each runs, and its page says where a merge does not help."""
+
+import copy
+import re
+
+import torch
+
+from benchmarks import label_sets, widths
+from fastmerge.environment import environment
+
+
+def _images(side: int, count: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(count) % 10
+    x = torch.randn(count, 1, side, side, generator=generator) * 0.1
+    x[torch.arange(count), 0, 2 + y // 5, 2 + y % 5] += 3
+    return x, y
+
+
+def test_label_sets() -> None:
+    data = _images(28)
+    record = label_sets.Replicate(data, data, images=100, epochs=2, merge_epochs=1, seed=0).results()
+    assert set(record["scores"]) == {
+        "ensemble",
+        *(f"{name}, {kind}" for name in label_sets.WHAT if name != "ensemble" for kind in ("own", "all")),
+    }
+    record |= {"images": 100, "epochs": 2, "merge_epochs": 1}
+    better, worse = copy.deepcopy(record), copy.deepcopy(record)
+    for one, by in ((better, 0.5), (worse, 0.501)):
+        one["scores"]["merged, own"]["task"] = one["scores"]["joint, own"]["task"] + by
+    page = label_sets.page({"replicates": [better, worse], "environment": environment()})
+    assert re.search(r"worse: .*one network, trained on all from fresh weights \(-50.05 ± 0.05\)", page)
+    assert page.count("\n| merged ") == 2
+
+
+def test_widths() -> None:
+    train, test = _images(8), _images(8, 100)
+    record = widths.Replicate(train, test, epochs=1, merge_epochs=1, seed=0).results()
+    assert set(record["accuracy"]["merged"]) == {f"{width:g}" for width in widths.WIDTHS}
+    record |= {"epochs": 1, "merge_epochs": 1}
+    for key in record["accuracy"]["merged"]:
+        record["accuracy"]["merged"][key] = record["accuracy"]["fresh"][key] - 0.1
+    page = widths.page({"replicates": [record, copy.deepcopy(record)], "environment": environment()})
+    assert "Beside *fresh network* of the same width, a merge is behind at 0.25, 0.5, 1, 1.5, 2." in page
+
+
+def test_a_pruned_teacher_of_full_width_is_the_teacher() -> None:
+    torch.manual_seed(0)
+    teachers = [widths.network() for _ in range(2)]
+    x = _images(8, 10)[0]
+    assert torch.allclose(widths.pruned_to(teachers, 1.0)(x), teachers[0](x), atol=1e-5)
+    assert widths.pruned_to(teachers, 0.5).fc2.weight.shape == (8, 8)
