@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link
 from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.narrowing.shrinking import Shrinking
 from fastmerge.narrowing.spent import spend
+from fastmerge.narrowing.traced_student import TracedStudent, runs_at_its_width
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.heads import SeparateHeads
@@ -59,7 +61,8 @@ class BigStudent(GatedNetwork):
         keep: how many channels the student has, as a fraction of a teacher's in 1/4..T, or such fractions, or numbers of
             channels, by name of the channel group; None: as many as a teacher. Only groups of whose number of channels the
             network's code takes any can differ. The student then is a network of the teachers' class, whose layers are of
-            other widths, as one is that its constructor builds at these widths.
+            other widths, as one is that its constructor builds at these widths; where the class's code has a teacher's width
+            in it (``x.view(-1, 400)``), a :class:`~fastmerge.narrowing.traced_student.TracedStudent` of the same names.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
             eval and in training mode; large networks are compressed once per class and shape in a process.
 
@@ -151,7 +154,8 @@ class BigStudent(GatedNetwork):
 
     def _check_widths(self, analysis: Analysis) -> None:
         if not self.is_of_teachers_widths:
-            check_widths(analysis, self.widths, find_shrinkable(analysis, self.network, self._population).whole)
+            shrinkable = find_shrinkable(analysis, self.network, self._population, views_follow=True)
+            check_widths(analysis, self.widths, shrinkable.whole)
 
     def _check_compacted(self, analysis: Analysis) -> None:
         full = {g: self.num_teachers * group.size for g, group in enumerate(self.groups)}
@@ -250,10 +254,17 @@ class BigStudent(GatedNetwork):
         compressor = Compressor(self.network, self._blueprint.layout, self.groups, kept, self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         template, training, like = self._blueprint.template, self.training, next(self.gates.parameters())
-        heads, parts = self.heads, self._blueprint.parts
+        heads, parts, traced, resized = (
+            self.heads,
+            self._blueprint.parts,
+            self._blueprint.traced,
+            not self.is_of_teachers_widths,
+        )
         try:
             with torch.no_grad():
                 student = template.build(compressor.cut_all(in_place), like)
+                if resized and not runs_at_its_width(copy.deepcopy(student), traced):
+                    student = TracedStudent(student, traced)
                 if carrier is not None:
                     carrier.carry(student)
         finally:

@@ -5,6 +5,7 @@ A list of what is known to be so; whatever is not on it runs per stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,6 +139,17 @@ def _flattening_view(node: fx.Node, place: Placement, shape: Shape) -> JoinedCal
     if not isinstance(sizes[0], fx.Node) or op_name(sizes[0]) != "sym_size" or sizes[1] != -1:
         return None
     return JoinedCall(Placement(1, shape[1], 2), may_alias=True, call=(torch.flatten, (1,)))
+
+
+def is_flattening(node: fx.Node) -> bool:
+    """Whether an operation is ``x.flatten(1)``, written as a view that may have the number of channels in it."""
+    sizes = node.args[1] if op_name(node) in RESHAPES and len(node.args) > 1 else None
+    before = node.args[0].meta.get("shape") if node.args and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or before is None or len(before) < 2:
+        return False
+    shape = (before[0], math.prod(before[1:]))
+    is_batch = sizes[0] == -1 or (isinstance(sizes[0], fx.Node) and op_name(sizes[0]) == "sym_size")
+    return is_batch and sizes[1] in (-1, shape[1]) and node.meta.get("shape") == shape
 
 
 def _reduction(node: fx.Node, place: Placement, shape: Shape) -> JoinedCall | None:

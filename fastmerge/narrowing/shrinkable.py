@@ -15,7 +15,7 @@ from fastmerge.channels.aten import LAYER_NORMS, is_pointwise, is_size, op_name
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
-from fastmerge.lowering.channelwise import Placement, joined_call
+from fastmerge.lowering.channelwise import JoinedCall, Placement, is_flattening, joined_call
 from fastmerge.lowering.graph import stays_joined
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.population import Population
@@ -35,26 +35,29 @@ class Shrinkable:
     even: set[int] = field(default_factory=set)
 
 
-def find_shrinkable(analysis: Analysis, network: nn.Module, population: Population) -> Shrinkable:
+def find_shrinkable(
+    analysis: Analysis, network: nn.Module, population: Population, views_follow: bool = False
+) -> Shrinkable:
     """Follows every group's channels through both graphs.
 
     Args:
         analysis: of the first teacher.
         network: the wide modules.
         population: the channels that are left.
+        views_follow: whether a view that flattens, with a number of channels in it, is taken for one without.
     """
     found = Shrinkable()
     for mode in analysis.traced.graphs:
-        _Walk(analysis, mode, population.num_teachers, found).run()
+        _Walk(analysis, mode, population.num_teachers, found, views_follow).run()
         if not stays_joined(analysis, network, mode, population):
             found.even.update(range(len(analysis.groups)))
     return found
 
 
 class _Walk:
-    def __init__(self, analysis: Analysis, mode: str, num_teachers: int, found: Shrinkable) -> None:
+    def __init__(self, analysis: Analysis, mode: str, num_teachers: int, found: Shrinkable, views_follow: bool) -> None:
         self.analysis, self.mode = analysis, mode
-        self.num_teachers, self.found = num_teachers, found
+        self.num_teachers, self.found, self.views_follow = num_teachers, found, views_follow
         self.streams = analysis.streams(mode)
         self.places: dict[fx.Node, Placement] = {}
         self.carried: dict[fx.Node, set[int]] = {}  # groups whose channels a value holds, or whose number it tells
@@ -116,6 +119,9 @@ class _Walk:
         elif node.op != "get_attr":
             operands = {source: self.places[source] for source in node.all_input_nodes if source in self.places}
             call = joined_call(node, operands, shape, self.num_teachers)
+            if call is None and self.views_follow and is_flattening(node) and shape is not None:
+                place = self.places.get(node.args[0])  # type: ignore[arg-type]
+                call = JoinedCall(Placement(1, shape[1], 2)) if place is not None and place.dim == 1 else None
             if call is not None:
                 self.places[node] = call.placement
                 if call.call is not None and call.call[0] is concatenate_joined:

@@ -1,0 +1,101 @@
+"""A student as its traced graphs, where its class's code counts on the teachers' widths."""
+
+from __future__ import annotations
+
+import linecache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.isolation import undisturbed
+from fastmerge.lowering.channelwise import is_flattening
+
+
+class TracedStudent(nn.Module):
+    """Runs a network's traced operations over tensors of other widths, by the names that the network's own have.
+
+    Args:
+        network: of the teachers' class, with the tensors; its own code is not run.
+        traced: the graphs of a teacher.
+    """
+
+    def __init__(self, network: nn.Module, traced: TracedNetwork) -> None:
+        super().__init__()
+        for name, module in [*network.named_children(), *traced.with_root(nn.Module()).root.named_children()]:
+            self.add_module(name, module)
+        for name, parameter in network.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in network.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self.class_name, self._traced = type(network).__name__, traced.with_root(nn.Module())
+        self.training = network.training
+        self._compile()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network gives; inputs are of the structure that it was traced with."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._traced.in_spec:
+            raise TypeError(
+                f"{self.class_name} was traced with inputs of the structure {self._traced.in_spec}; got {spec}"
+            )
+        mode = "train" if self.training else "eval"
+        outputs = self._forwards[mode](self, *leaves)
+        out_spec = self._traced.out_specs[mode]
+        return outputs[0] if out_spec.is_leaf() else pytree.tree_unflatten(outputs, out_spec)
+
+    def extra_repr(self) -> str:
+        return f"{self.class_name}, traced"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {key: value for key, value in state.items() if key != "_forwards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile()
+
+    def _compile(self) -> None:
+        self._forwards = {mode: _function(self._flexible(mode), mode) for mode in self._traced.graphs}
+
+    def _flexible(self, mode: str) -> fx.Graph:
+        """A graph whose views have no number of channels in them."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        for node in self._traced.graphs[mode].nodes:
+            if is_flattening(node):
+                copied[node] = graph.call_function(torch.flatten, (copied[node.args[0]], 1))  # type: ignore[index]
+            else:
+                copied[node] = graph.node_copy(node, copied.__getitem__)
+        return graph
+
+
+def runs_at_its_width(network: nn.Module, traced: TracedNetwork) -> bool:
+    """Whether a network's own code takes the widths of its tensors, on inputs of the shapes it was traced with."""
+    like = next(network.parameters())
+    inputs = [torch.zeros_like(x, device=like.device) if isinstance(x, Tensor) else x for x in traced.inputs]
+    tensors = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
+    args, kwargs = pytree.tree_unflatten(inputs, traced.in_spec)
+    with undisturbed([*network.parameters(), *tensors]):
+        for mode in traced.graphs:
+            try:
+                output = network.train(mode == "train")(*args, **kwargs)
+            except Exception:  # whatever the user's forward raises
+                return False
+            returned: Any = next(node for node in traced.graphs[mode].nodes if node.op == "output").args[0]
+            shapes = [getattr(node, "meta", {}).get("shape") for node in returned]
+            found = [tuple(y.shape) if isinstance(y, Tensor) else None for y in pytree.tree_leaves(output)]
+            if found != shapes:
+                return False
+    return True
+
+
+def _function(graph: fx.Graph, mode: str) -> Any:
+    code = graph.python_code("self")
+    filename = f"<fastmerge {mode} forward of a traced student {id(graph)}>"
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    return namespace["forward"]
