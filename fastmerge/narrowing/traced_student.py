@@ -66,7 +66,7 @@ class TracedStudent(nn.Module):
         copied: dict[fx.Node, fx.Node] = {}
         for node in self._traced.graphs[mode].nodes:
             if is_flattening(node):
-                copied[node] = graph.call_function(torch.flatten, (copied[node.args[0]], 1))  # type: ignore[index]
+                copied[node] = graph.call_function(torch.flatten, (copied[node.args[0]], 1))
             else:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
         return graph
