@@ -24,12 +24,14 @@ class GatesAlone:
     """What a budget sees of a big student."""
 
     open_state, open_candidates = GatedNetwork.open_state, GatedNetwork.open_candidates
+    shares, is_of_teachers_widths = GatedNetwork.shares, GatedNetwork.is_of_teachers_widths
 
     def __init__(self, sizes: list[int], teachers: int) -> None:
         self.gates = nn.ModuleDict({f"g{i}": fastmerge.HardConcrete(teachers * size) for i, size in enumerate(sizes)})
         self._gate_modules = tuple(self.gates.values())
         self.groups = [SimpleNamespace(name=f"g{i}", size=size) for i, size in enumerate(sizes)]
         self.num_teachers = teachers
+        self.widths = {group.name: group.size for group in self.groups}
         counts = [teachers * size for size in sizes]
         self.group_means = GroupMeans(counts, counts)
 
