@@ -7,12 +7,15 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmerge import methods
+from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import evaluate
 from fastmerge.experiments.place import Loaders, Place
 from fastmerge.experiments.recipe import Recipe
@@ -21,6 +24,8 @@ from fastmerge.history import EpochRecord, History, Score
 from fastmerge.merging.api import merge_by, train_by
 from fastmerge.merging.options import Options, Plan
 from fastmerge.methods.cost import step_operations
+from fastmerge.methods.training import DISTILL
+from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.resuming.fingerprint import fingerprint
 from fastmerge.stack import Stack
 
@@ -142,24 +147,40 @@ class Lab:
 
     def train(
         self,
-        networks: Sequence[nn.Module],
+        networks: Sequence[nn.Module | None],
         plan: Plan,
         stage: str = "training",
         number: int = 0,
         after: Sequence[Column] = (),
+        teachers: Sequence[Column] = (),
         **options: Any,
     ) -> Column:
         """Trains one network of each replicate as usual.
 
         Args:
-            networks: fresh ones, or what a method has made of others. They are changed.
+            networks: fresh ones, or what a method has made of others. They are not changed.
             plan: how long, at which learning rates.
             stage: its name in the log.
             number: among networks of its kind: networks of one number read their data in one order.
             after: what the networks were made of, whose epochs and cost count too.
+            teachers: to learn from, beside the labels.
             options: others than the recipe's, such as ``criterion``.
         """
-        network = self.together(networks)
+        rows = [row for row, network in enumerate(networks) if network is not None]
+        known = [network for network in networks if network is not None]
+        if not rows:
+            return Column.lost(len(networks))
+        if len(rows) < len(networks):  # the others go on
+            before, taught = ([column.only(rows) for column in columns] for columns in (after, teachers))
+            part = self.only(rows)
+            trained = part.train(known, plan, stage, number, before, taught, **options)
+            return trained.spread(rows, len(networks))
+        network = copy.deepcopy(self.together(known))
+        if teachers:
+            options = {
+                "distill": self.recipe.merge.distill or DISTILL,
+                "temperature": self.recipe.merge.temperature,
+            } | options
         loaders = self.loaders("after" if after else "fresh", number)
         path = (stage, self.replicates[0], number)
         given = self._given(replace(self.recipe.training(plan), **options), path, stage, number)
@@ -169,6 +190,7 @@ class Lab:
                 network,
                 loaders.train,
                 loaders.test,
+                teachers=[self._of(column) for column in teachers],
                 processes=self.place.processes,
                 also=self._also,
                 count=self.operations,
@@ -195,7 +217,7 @@ class Lab:
         try:
             student, history = merge_by(
                 self._given(chosen, path, None, 0),
-                [self.together([n for n in teacher.networks if n is not None]) for teacher in teachers],
+                [self._of(teacher) for teacher in teachers],
                 loaders.train,
                 loaders.test,
                 processes=self.place.processes,
@@ -206,18 +228,121 @@ class Lab:
             return self._diverged(error)
         return self._column(student, history, teachers)
 
+    def merge_for(self, teachers: Sequence[Column], stage: str, **options: Any) -> Column:
+        """:meth:`merge`, with as many epochs of fine-tuning as bring it to the cost of the recipe's one long network.
+
+        Args:
+            teachers: a column for each.
+            stage: names its checkpoints.
+            options: others than the recipe's.
+
+        Raises:
+            ValueError: the merge stage alone costs as much.
+        """
+        chosen = replace(self.recipe.merge, **options)
+        big: Any = self._big(len(teachers))
+        linked = sum(epoch >= chosen.link_at * chosen.merge_epochs for epoch in range(chosen.merge_epochs))
+        cost = sum(column.cost for column in teachers)
+        cost += (chosen.merge_epochs - linked) * self.operations(big) / self._unit
+        if linked:
+            big.link()
+            cost += linked * self.operations(big) / self._unit
+        plan = self._plan(cost, len(teachers) if chosen.distill else 0)
+        lengths = {"finetune_epochs": plan.epochs, "milestones": tuple(plan.milestones), "warmup": plan.warmup}
+        return self.merge(teachers, stage, **options | lengths)
+
+    def apply(self, method: str, teachers: Sequence[Column], **options: Any) -> Column:
+        """What a method of :mod:`fastmerge.methods` makes of each replicate's teachers, as it is.
+
+        Args:
+            method: its name.
+            teachers: a column for each.
+            options: of the method.
+
+        Raises:
+            ValueError: several processes train a network together; each has only its share of the samples.
+        """
+        if self.place.processes.size > 1:
+            raise ValueError(f"strategies by method {method} run in one process; leave out torchrun, or the strategy")
+        train = self.loaders("samples").train
+        each = [train]
+        if self.recipe.in_memory:
+            epoch = list(train)
+            each = [[(inputs[row], target[row]) for inputs, target in epoch] for row in range(len(self.replicates))]
+        made = [
+            methods.apply(method, networks, batches, **options)
+            for *networks, batches in zip(*(column.networks for column in teachers), each, strict=True)
+        ]
+        return self.scored(
+            [one.network for one in made],
+            teachers,
+            cost=max(one.cost for one in made),
+            seconds=sum(one.seconds for one in made),
+        )
+
+    def scored(
+        self, networks: Sequence[nn.Module | None], after: Sequence[Column], cost: float = 0.0, seconds: float = 0.0
+    ) -> Column:
+        """Networks that were made of others without training, scored on the test data.
+
+        Args:
+            networks: one for each replicate.
+            after: what they were made of, whose epochs and cost count too.
+            cost: of making them.
+            seconds: likewise.
+        """
+        epochs = sum(column.epochs for column in after)
+        scores = self.scores(networks, self.loaders("test").test)
+        values = [float(each.loss if self.recipe.metric == "test_loss" else each.accuracy) for each in scores]
+        histories = [History(len(after), borders={"compressed": score}) for score in scores]
+        figures = [
+            {"test_loss": s.loss} | ({} if s.accuracy is None else {"test_accuracy": s.accuracy}) for s in scores
+        ]
+        return Column(
+            networks=list(networks),
+            values=values,
+            curves=[[(epochs, each)] for each in figures],
+            histories=list(histories),
+            epochs=epochs,
+            cost=sum(column.cost for column in after) + cost,
+            seconds=sum(column.seconds for column in after) + seconds,
+        )
+
+    def finetuned(self, start: Column, stage: str, teachers: Sequence[Column] = (), **options: Any) -> Column:
+        """Trains on for what is left of the cost of the recipe's one long network.
+
+        Args:
+            start: what was made so far.
+            stage: names its checkpoints.
+            teachers: to learn from, beside the labels.
+            options: others than the recipe's.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        plan = self._plan(start.cost, len(teachers))
+        column = self.train(start.networks, plan, stage, after=[start], teachers=teachers, **options)
+        for history, before in zip(column.histories, start.histories, strict=True):
+            if history is not None and before is not None and "compressed" in before.borders:
+                history.borders.setdefault("compressed", before.borders["compressed"])
+        return column
+
+    def recalibrated(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
+        """A network of each replicate with BatchNorm's statistics estimated anew on its training data; they are changed."""
+        if not has_statistics(networks[0]):
+            return list(networks)
+        network, train = self.place.setting.place(self.together(networks)), self.loaders("recalibrate").train
+        batches = islice(self.place.setting.batches(train), -(-ENOUGH_SAMPLES // self.recipe.batch_size))
+        if not isinstance(network, Stack):
+            recalibrate(network, batches)
+            return [network]
+        network.recalibrate(batches)
+        return list(network.networks())
+
     def best(self, columns: Sequence[Column]) -> Column:
         """The network of each replicate that is the best on the training data that was held out; of equals, by the loss."""
-        scores = [self.scores(column.networks, self.loaders("held out").held_out) for column in columns]
-        rows = range(len(self.replicates))
-
-        def rank(row: int, number: int) -> tuple[float, float]:
-            score = scores[number][row]
-            loss = score.loss if math.isfinite(score.loss) else math.inf
-            by_accuracy = self.recipe.metric == "test_accuracy" and score.accuracy is not None and math.isfinite(loss)
-            return (-score.accuracy if by_accuracy else loss), loss
-
-        chosen = [columns[min(range(len(columns)), key=partial(rank, row))] for row in rows]
+        ranks, rows = [self.ranks(column) for column in columns], range(len(self.replicates))
+        chosen = [columns[min((each[row], number) for number, each in enumerate(ranks))[1]] for row in rows]
         every = len(columns)
         return Column(
             networks=[column.networks[row] for row, column in zip(rows, chosen, strict=True)],
@@ -231,6 +356,16 @@ class Lab:
             cost=sum(column.cost for column in columns),
             seconds=sum(column.seconds for column in columns),
         )
+
+    def ranks(self, column: Column) -> list[tuple[float, float]]:
+        """How bad the network of each replicate is on the training data that was held out: by the metric, then the loss."""
+
+        def rank(score: Score) -> tuple[float, float]:
+            loss = score.loss if math.isfinite(score.loss) else math.inf
+            by_accuracy = self.recipe.metric == "test_accuracy" and score.accuracy is not None and math.isfinite(loss)
+            return (-score.accuracy if by_accuracy else loss), loss
+
+        return [rank(score) for score in self.scores(column.networks, self.loaders("held out").held_out)]
 
     def scores(self, networks: Sequence[nn.Module | None], loader: Any) -> list[Score]:
         """How good a network of each replicate is, on a loader of :meth:`loaders`; infinitely bad where there is none."""
@@ -254,6 +389,34 @@ class Lab:
             return Stack(networks)
         (network,) = networks
         return network
+
+    def _of(self, column: Column) -> nn.Module:
+        return self.together([network for network in column.networks if network is not None])
+
+    def _big(self, count: int) -> nn.Module:
+        """A big student of fresh teachers."""
+        fresh = [self.recipe.make_network(self.place.classes, 1) for _ in range(count)]
+        return BigStudent(*fresh, example_inputs=self.place.example, verify=False)
+
+    def _plan(self, spent: float, taught: int) -> Plan:
+        """Fine-tuning, as the recipe's, of as many epochs as bring a cost to that of the recipe's one long network.
+
+        Args:
+            spent: the cost so far.
+            taught: how many teachers are asked, each for a third of its training's operations.
+        """
+        asked = taught / 3
+        if self.recipe.in_memory and self.recipe.augment is None:  # once
+            left = int(self.recipe.epochs - spent - asked + 1e-6)
+        else:
+            left = int((self.recipe.epochs - spent) / (1 + asked) + 1e-6)
+        if left < 1:
+            raise ValueError(
+                f"{self.recipe.name}, {self.name}: nothing is left to fine-tune for; {spent:.1f} of the cost of "
+                f"{self.recipe.epochs} epochs are spent"
+            )
+        plan = self.recipe.merge.finetune_plan
+        return plan.scaled(left / plan.epochs)
 
     @cached_property
     def _also(self) -> dict[str, Any]:

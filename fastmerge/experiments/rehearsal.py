@@ -71,20 +71,22 @@ class Rehearsal(Lab):
     """
 
     def __init__(self, place: Place, name: str, loaders: ImageLoaders, found: Estimate, times: int) -> None:
-        super().__init__(place, [0], name, operations=lambda network: 0.0)  # type: ignore[arg-type]
+        super().__init__(place, [0], name)
         self.images, self.found, self.times = loaders, found, times
 
     def train(
         self,
-        networks: Sequence[nn.Module],
+        networks: Sequence[nn.Module | None],
         plan: Plan,
         stage: str = "training",
         number: int = 0,
         after: Sequence[Column] = (),
+        teachers: Sequence[Column] = (),
         **options: Any,
     ) -> Column:
-        """Times a training."""
+        """Times a training; without what teachers say, which takes the time of their forward passes more."""
         (network,) = networks
+        assert network is not None
         train, val, setting = self.images.train, self.images.val, self.place.setting
         check_loader("train_loader", train, network, setting)
         check_loader("val_loader", val, network, setting)
@@ -93,7 +95,8 @@ class Rehearsal(Lab):
         looks = scores(plan.epochs, self.recipe.test_every)
         part.parts += time_validation("validation", looks, network, val, setting)
         part.kept = _KEPT * checkpoint_bytes(network)
-        return self._add(part, networks)
+        cost = plan.epochs * (self.operations(network) / self._unit + len(teachers) / 3)
+        return self._add(part, network, after, plan.epochs, cost)
 
     def merge(self, teachers: Sequence[Column], stage: str = "student", **options: Any) -> Column:
         """Times a merge."""
@@ -101,14 +104,34 @@ class Rehearsal(Lab):
         chosen = replace(self.recipe.merge, **options)
         train, val = self.images.train, self.images.val
         part = estimate(networks, train, val, self.place.setting, chosen, self.recipe.test_every)
-        return self._add(part, networks[:1])
+        return self._add(part, networks[0], teachers, chosen.merge_epochs + chosen.finetune_epochs, 0.0)
 
     def best(self, columns: Sequence[Column]) -> Column:
-        """The first."""
-        return columns[0]
+        """The first, after all."""
+        return self.scored(columns[0].networks, columns)
 
-    def _add(self, part: Estimate, networks: Sequence[nn.Module]) -> Column:
+    def ranks(self, column: Column) -> list[tuple[float, float]]:
+        """None is better than another."""
+        return [(0.0, 0.0)]
+
+    def apply(self, method: str, teachers: Sequence[Column], **options: Any) -> Column:
+        """The first teacher: what methods take is not timed."""
+        return self.scored(teachers[0].networks, teachers)
+
+    def recalibrated(self, networks: Sequence[nn.Module]) -> list[nn.Module]:
+        """The networks."""
+        return list(networks)
+
+    def scored(
+        self, networks: Sequence[nn.Module | None], after: Sequence[Column], cost: float = 0.0, seconds: float = 0.0
+    ) -> Column:
+        """The networks, which are not scored."""
+        epochs, spent = (sum(getattr(column, name) for column in after) for name in ("epochs", "cost"))
+        return Column(list(networks), [math.nan], [[]], [None], epochs, spent + cost)
+
+    def _add(self, part: Estimate, network: nn.Module, after: Sequence[Column], epochs: int, cost: float) -> Column:
         for each in part.parts:
             self.found.add(replace(each, name=f"{self.name}: {each.name}", epochs=self.times * each.epochs))
         self.found.kept += self.times * part.kept
-        return Column(list(networks), [math.nan])
+        column = self.scored([network], after, cost)
+        return replace(column, epochs=column.epochs + epochs)

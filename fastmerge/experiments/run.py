@@ -109,6 +109,8 @@ def run(
     if teachers_in_parallel and recipe.in_memory:
         raise ValueError(f"recipe {recipe.name} trains stacks of networks; it takes no --teachers-in-parallel")
     place = place.opened_here()
+    if not place.classes and (wrong := [name for name in strategies if STRATEGIES[name].classifies]):
+        raise ValueError(f"{recipe.name} has no classes; strategies {', '.join(wrong)} are for classifiers alone")
     images = place.opened.get("made")
     if images is not None and place.processes.is_first:
         LOG.info("%s", images.why)
@@ -301,8 +303,11 @@ def _summary(recipe: Recipe, name: str, columns: Sequence[Column]) -> dict[str, 
     if not np.isfinite(values).any():
         raise FloatingPointError(f"{recipe.name}: every replicate of {name} diverged; a learning rate may be too high")
     whole = max(columns, key=lambda column: column.epochs)
+    at_once = [_at_once(history, recipe) for column in columns for history in column.histories]
     return {
         "values": values,
+        "losses": [curve[-1][1]["test_loss"] if curve else math.nan for column in columns for curve in column.curves],
+        **({"at_once": at_once} if any(value is not None for value in at_once) else {}),
         "epochs": whole.epochs,
         "cost": round(max(column.cost for column in columns), 2),
         "seconds": round(sum(column.seconds for column in columns), 2),
@@ -380,6 +385,11 @@ def _history(recipe: Recipe, found: dict[str, list[Column]]) -> dict[str, Any]:
 
 def _opened(history: History | None, epoch: int, group: str) -> float:
     return math.nan if history is None else (history.stage("merge")[epoch].open_probability or {})[group]
+
+
+def _at_once(history: History | None, recipe: Recipe) -> Any:
+    """How good a merged network was before its fine-tuning; None where there is none."""
+    return None if history is None or "compressed" not in history.borders else _border(history, "compressed", recipe)
 
 
 def _border(history: History | None, name: str, recipe: Recipe) -> Any:

@@ -43,11 +43,27 @@ class StackedBatches:
         self.batch_size = min(batch_size, self.samples)
         per_step = 4 * len(orders) * self.batch_size * math.prod(data.train_inputs.shape[1:])
         self._steps_at_once = max(1, _CHUNK_BYTES // per_step)  # few large gathers, yet no copy of the whole data set
+        self._said: Tensor | None = None
+
+    def ask(self, answers: Callable[[tuple[Tensor, ...]], Tensor]) -> bool:
+        """From here on targets are (targets, what each network's teachers say of the same samples).
+
+        Args:
+            answers: of inputs (R, n, ...), (R, n, K). Asked once about every sample.
+
+        Returns:
+            False where samples change at random, so that nothing was asked.
+        """
+        if self.augment is not None:
+            return False
+        parts = self.data.normalise(self.data.train_inputs).split(self.batch_size)
+        self._said = torch.cat([answers((x.expand(len(self.orders), *x.shape).contiguous(),)) for x in parts], 1)
+        return True
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         """One epoch: every network sees every sample once."""
         order = torch.stack([torch.randperm(self.samples, generator=generator) for generator in self.orders])
         whole = self.samples // self.batch_size
@@ -70,13 +86,17 @@ class StackedBatches:
         if self.noise is not None:
             self.noise.set_state(state["noise"])
 
-    def _gather(self, order: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _gather(self, order: Tensor, steps: int) -> Iterator[tuple[Tensor, Any]]:
         index = order.view(len(order), steps, -1).transpose(0, 1).to(self.data.train_inputs.device)  # (steps, R, N)
         inputs = self.data.train_inputs[index]
         if self.augment is not None:
             assert self.noise is not None
             inputs = self.augment(inputs.flatten(0, 2), self.noise).view(inputs.shape)
-        return zip(self.data.normalise(inputs).unbind(), self.data.train_targets[index].unbind(), strict=True)
+        batches = zip(self.data.normalise(inputs).unbind(), self.data.train_targets[index].unbind(), strict=True)
+        if self._said is None:
+            return batches
+        said = self._said[torch.arange(len(order), device=index.device)[:, None], index]
+        return ((x, (target, each)) for (x, target), each in zip(batches, said, strict=True))
 
 
 class SameForAll:

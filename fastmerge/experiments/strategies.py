@@ -1,4 +1,7 @@
-"""Strategies at equal epochs: each is one function, of a lab and the teachers that it starts from.
+"""Strategies at equal epochs, or at equal cost: each is one function, of a lab and the teachers that it starts from.
+
+`student`, `paper`, `bo3`, `one` and their like have equal epochs. All others have equal cost: what they make of the teachers is
+fine-tuned for as long as brings their counted operations to those of `one` and `bo3`; ensembles are what they are.
 
 To add one, write a function here, or in a module that is imported before the run, and decorate it:
 
@@ -12,9 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any
 
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from fastmerge import methods
 from fastmerge.experiments.lab import Column, Lab
 from fastmerge.experiments.recipe import Recipe
+from fastmerge.methods.training import DISTILL
+from fastmerge.schedules import scaled_lam_step
 
 Work = Callable[[Lab, Sequence[Column]], Column]
 
@@ -27,22 +38,27 @@ class Strategy:
         name: as on the command line.
         run: does it, for the replicates of a lab; given so many teachers, a column each.
         teachers: how many of the run's teachers, which strategies share, it starts from.
+        classifies: whether networks must be classifiers.
     """
 
     name: str
     run: Work
     teachers: Callable[[Recipe], int]
+    classifies: bool = False
 
 
 STRATEGIES: dict[str, Strategy] = {}
 
 
-def strategy(name: str, teachers: int | Callable[[Recipe], int] | None = None) -> Callable[[Work], Work]:
+def strategy(
+    name: str, teachers: int | Callable[[Recipe], int] | None = None, classifies: bool = False
+) -> Callable[[Work], Work]:
     """Registers a function as a strategy.
 
     Args:
         name: as on the command line.
         teachers: how many it starts from, or a function of the recipe that says so; None is the recipe's own number.
+        classifies: whether networks must be classifiers.
     """
 
     def count(recipe: Recipe) -> int:
@@ -51,7 +67,7 @@ def strategy(name: str, teachers: int | Callable[[Recipe], int] | None = None) -
         return teachers if isinstance(teachers, int) else teachers(recipe)
 
     def register(run: Work) -> Work:
-        STRATEGIES[name] = Strategy(name, run, count)
+        STRATEGIES[name] = Strategy(name, run, count, classifies)
         return run
 
     return register
@@ -89,3 +105,125 @@ def one_big(lab: Lab, teachers: Sequence[Column]) -> Column:
 
 def _three(lab: Lab, stage: str, width: int) -> list[Column]:
     return [lab.train(lab.fresh(number, width), lab.recipe.best_of, stage, number) for number in range(3)]
+
+
+@strategy("paper")
+def paper(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """Merges the teachers as the paper does, whatever the recipe's own options are."""
+    return lab.merge(teachers, "paper", **vars(lab.recipe.varied(paper=True).merge))
+
+
+def short(recipe: Recipe) -> dict[str, Any]:
+    """Options of a merge stage a third as long as the recipe's, linked after a quarter; λ ends where the recipe's does."""
+    whole = recipe.merge
+    plan = whole.merge_plan.scaled(1 / 3)
+    step = whole.lam_step
+    if step is not None:
+        step = scaled_lam_step(whole.lam_start, step, whole.merge_epochs, plan.epochs)
+    return {
+        "merge_epochs": plan.epochs,
+        "merge_milestones": tuple(plan.milestones) or None,
+        "lam_step": step,
+        "link_at": 0.25,
+    }
+
+
+@strategy("ours", classifies=True)
+def ours(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """Merges the teachers at equal cost: a short merge stage, and fine-tuning in which the student learns from them, too."""
+    return lab.merge_for(teachers, "ours", **short(lab.recipe), distill=DISTILL)
+
+
+@strategy("ours-plain")
+def ours_without_distillation(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """The same without learning from the teachers."""
+    return lab.merge_for(teachers, "ours-plain", **short(lab.recipe), distill=0.0)
+
+
+@strategy("ours-3", teachers=0, classifies=True)
+def ours_of_three(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """Ours, of three teachers that have trained two thirds as long."""
+    plan = lab.recipe.teacher.scaled(lab.recipe.teachers / 3)
+    three = [lab.train(lab.fresh(number), plan, "short teacher", number) for number in range(3)]
+    return lab.merge_for(three, "ours-3", **short(lab.recipe), distill=DISTILL)
+
+
+@strategy("one-cosine", teachers=0)
+def one_cosine(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """One network for all epochs, with a cosine, and the weight decay that is the best for held-out data.
+
+    It is the best of three in the mean over the replicates; the cost is that of one training.
+    """
+    long = lab.recipe.long
+    cosine = partial(CosineAnnealingLR, T_max=long.epochs)
+    columns = [
+        lab.train(lab.fresh(), long, f"one-cosine {decay:g}", schedule=cosine, weight_decay=decay)
+        for decay in (lab.recipe.merge.weight_decay, 5e-4, 2e-3)
+    ]
+    means = [fmean(rank for rank, _ in lab.ranks(column)) for column in columns]
+    return columns[means.index(min(means))]
+
+
+@strategy("restart")
+def restart(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """The teacher that is the best for held-out data, trained on from the full learning rate."""
+    return lab.finetuned(lab.best(teachers), "restart")
+
+
+@strategy("cyclic-swa", teachers=1)
+def cyclic_swa(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """One network in four cycles of the learning rate, and the mean of its weights at their ends, for the same cost.
+
+    Source: P. Izmailov et al., Averaging weights leads to wider optima (arXiv 1803.05407).
+    """
+    left = lab.recipe.epochs - teachers[0].epochs
+    whole = lab.recipe.merge.finetune_plan
+    lengths = [left * (n + 1) // 4 - left * n // 4 for n in range(4)]
+    last, ends = teachers[0], list[Column]()
+    for number, length in enumerate(lengths):
+        last = lab.train(last.networks, whole.scaled(length / whole.epochs), "cycle", number, [last])
+        ends.append(last)
+    if any(network is None for network in last.networks):  # where a cycle diverged there is no mean
+        return last
+    networks = [methods.average(each) for each in zip(*(end.networks for end in ends), strict=True)]
+    return lab.scored(lab.recalibrated(networks), [last])
+
+
+@strategy("distill", classifies=True)
+def distilled(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """The first teacher learns what all say."""
+    start = lab.scored(teachers[0].networks, teachers)
+    return lab.finetuned(start, "distill", teachers)
+
+
+@strategy("distill-fresh", classifies=True)
+def distilled_afresh(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """A fresh network learns what the teachers say."""
+    start = lab.scored(lab.fresh(len(teachers)), teachers)
+    return lab.finetuned(start, "distill-fresh", teachers)
+
+
+@strategy("ensemble")
+def ensemble(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """The teachers side by side: not one network, but the ceiling for those made of them."""
+    return lab.apply("ensemble", teachers)
+
+
+@strategy("ensemble-3", teachers=3)
+def ensemble_of_three(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """Three networks side by side."""
+    return lab.apply("ensemble", teachers)
+
+
+def _by(method: str) -> None:
+    @strategy(method)
+    def then_finetuned(lab: Lab, teachers: Sequence[Column]) -> Column:
+        return lab.finetuned(lab.apply(method, teachers), method)
+
+    @strategy(f"{method}-distill", classifies=True)
+    def then_taught(lab: Lab, teachers: Sequence[Column]) -> Column:
+        return lab.finetuned(lab.apply(method, teachers), f"{method}-distill", teachers)
+
+
+for _method in ("average", "rebasin", "repair", "zipit", "transplant", "reconstruct"):
+    _by(_method)

@@ -43,11 +43,13 @@ class TaughtSetting(Setting):
         teachers: In eval mode; the mean of their logits is what they say.
         weight: w, in 0..1.
         temperature: τ.
+        told: Whether batches bring what the teachers say: their targets are [target, logits] in training.
     """
 
     teachers: tuple[nn.Module, ...] = ()
     weight: float = 0.5
     temperature: float = 2.0
+    told: bool = False
 
     @classmethod
     def of(cls, setting: Setting, teachers: Sequence[nn.Module], weight: float, temperature: float) -> TaughtSetting:
@@ -73,19 +75,27 @@ class TaughtSetting(Setting):
                 )
         return torch.stack(said).mean(0)
 
+    def heard(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
+        """A training batch's own target, and what the teachers say of it."""
+        if self.told:
+            target, said = target
+            return target, said
+        return target, self.answers(inputs)
+
     def blended(self, output: Tensor, loss: Tensor, answers: Tensor) -> Tensor:
         """The criterion's loss of one network and what the teachers say, as one loss."""
         return (1 - self.weight) * loss + self.weight * divergence(output, answers, self.temperature)
 
     def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
         """Runs network and criterion; in training mode the loss is that of the teachers, too."""
-        output, loss = super().apply(network, inputs, target)
         if not network.training:
-            return output, loss
+            return super().apply(network, inputs, target)
+        target, said = self.heard(inputs, target)
+        output, loss = super().apply(network, inputs, target)
         with self.precision():
             if isinstance(self.criterion, PartCriterion):
                 sets, answers = self.criterion.sets, self.answers(inputs)
                 foreign = foreign_divergence(output, answers, target, sets, self.temperature)
                 return output, (1 - self.weight) * loss + self.weight * foreign
             blended = vmap(self.blended) if isinstance(network, Stack) else self.blended
-            return output, blended(output, loss, self.answers(inputs))
+            return output, blended(output, loss, said)

@@ -88,7 +88,9 @@ class ReplayedStep:
         """Trains all networks on a batch each; returns their losses, (R,), "loss" and, of big students, "gate_loss"."""
         run = self._update if self._graphed is None else self._graphed
         terms = () if self.lam is None else self.lam.terms(self.setting.device)
-        answers = (self.setting.answers(inputs),) if isinstance(self.setting, TaughtSetting) else ()
+        answers: list[Any] = []
+        if isinstance(self.setting, TaughtSetting):
+            target, *answers = self.setting.heard(inputs, target)
         results = run(*inputs, target, *answers, *self._rates, *terms)
         if self.lam is None:
             return {"loss": results[0]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -99,9 +100,15 @@ class Trainer:
         self.processes.share_buffers(network)
 
     def teach(self, teachers: Sequence[nn.Module]) -> None:
-        """Lets networks learn from teachers from here on, as the options say."""
+        """Lets networks learn from teachers from here on, as the options say.
+
+        A loader whose samples never change asks them once, by ``loader.ask(answers)``, and brings what they say from then on.
+        """
         options = self.options
         self.setting = TaughtSetting.of(self.setting, teachers, options.distill, options.temperature)
+        ask = getattr(self.train_loader, "ask", None)
+        if ask is not None and ask(self.setting.answers):
+            self.setting = dataclasses.replace(self.setting, told=True)
         self._run.setting = self.setting
 
     def own_random_numbers(self) -> None:
@@ -190,18 +197,19 @@ class Trainer:
             gate_loss=None if lam is None else tally.mean("gate_loss"),
             open_probability=None if lam is None else open_probabilities(network),
             linked=linked,
-            operations=self._operations(network),
+            operations=self._operations(network, epoch),
         )
         self.history.epochs.append(record)
         self.bar.end_epoch(record)
         ends = self.options.callback is not None and self.processes.is_first and self.options.callback(record) is True
         self._ended = bool(self.processes.most(ends)[0])
 
-    def _operations(self, network: nn.Module) -> float | None:
-        """Per sample; of teachers the forward pass alone, a third of both."""
+    def _operations(self, network: nn.Module, epoch: int) -> float | None:
+        """Per sample; of teachers the forward pass alone, a third of both, in the first epoch where they are asked once."""
         if self.count is None:
             return None
-        teachers = self.setting.teachers if isinstance(self.setting, TaughtSetting) else ()
+        taught = isinstance(self.setting, TaughtSetting) and (epoch == 1 or not self.setting.told)
+        teachers = self.setting.teachers if isinstance(self.setting, TaughtSetting) and taught else ()
         return self.count(network) + sum(self.count(teacher) for teacher in teachers) / 3
 
     @property

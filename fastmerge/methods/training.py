@@ -15,6 +15,8 @@ from fastmerge.merging.api import train_by
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import unwatched
 
+DISTILL = 0.5  # weight of what teachers say, where they are asked
+
 
 def train(
     network: nn.Module,
@@ -27,7 +29,7 @@ def train(
     milestones: Sequence[int] | None = None,
     criterion: Criterion = cross_entropy,
     teachers: Sequence[nn.Module] = (),
-    distill: float = 0.5,
+    distill: float = DISTILL,
     temperature: float = 2.0,
 ) -> History:
     """Trains a network in place, as merges fine-tune their students.

@@ -47,19 +47,22 @@ class ResNetCifar(nn.Module):
         blocks: n, blocks of each stage.
         num_classes: outputs.
         width: multiplies the channels of every hidden layer.
+        channels: of the first stage, before ``width``; the others have twice and four times as many.
 
     Raises:
-        ValueError: if ``blocks``, ``num_classes`` or ``width`` is below 1.
+        ValueError: if one of them is below 1.
 
     Source: K. He et al., "Deep residual learning for image recognition" (2016), section 4.2; Pašen & Boža, "Merging of
     neural networks", section 3.3.
     """
 
-    def __init__(self, blocks: int = 3, num_classes: int = 100, width: int = 1) -> None:
+    def __init__(self, blocks: int = 3, num_classes: int = 100, width: int = 1, channels: int = 16) -> None:
         super().__init__()
-        if min(blocks, num_classes, width) < 1:
-            raise ValueError(f"ResNetCifar needs positive numbers; got {blocks=}, {num_classes=}, {width=}")
-        first, second, third = (channels * width for channels in (16, 32, 64))
+        if min(blocks, num_classes, width, channels) < 1:
+            raise ValueError(
+                f"ResNetCifar needs positive numbers; got {blocks=}, {num_classes=}, {width=}, {channels=}"
+            )
+        first, second, third = (factor * channels * width for factor in (1, 2, 4))
         self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU(inplace=True)

@@ -1,0 +1,297 @@
+"""Is merging worth what it costs? Every strategy at equal cost, on data sets that a CPU can train.
+
+``python -m benchmarks.evidence DATA`` or ``make evidence DATA=folder``
+
+The folder holds mnist.npz, imagewoof28.npz (as ``fastmerge data`` writes it, 28 pixels a side) and cifar100.npz; parts whose
+file is missing are left out. Each part is one run of fastmerge's strategies: within a replicate all start from the same
+teachers. A part that is finished is kept, in docs/results/evidence/PART.json; one that was stopped goes on from its
+checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.evidence_report import RESULTS
+from fastmerge.data.arrays import ImageArrays, load_npz
+from fastmerge.data.augmentation import flip_and_shift
+from fastmerge.data.dataset import Dataset, image_dataset
+from fastmerge.data.decoding import OnBadImage
+from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import digits
+from fastmerge.experiments.run import run
+from fastmerge.experiments.strategies import short, strategy
+from fastmerge.merging.options import Options, Plan
+from fastmerge.methods.training import DISTILL
+from fastmerge.networks.lenet import LeNet
+from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.reporting.results import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+AT_EQUAL_COST = [
+    *("ours", "one", "one-cosine", "bo3", "restart", "cyclic-swa", "distill", "distill-fresh"),
+    *("average", "rebasin", "repair", "zipit", "transplant", "reconstruct"),
+    *("rebasin-distill", "repair-distill", "zipit-distill", "transplant-distill", "reconstruct-distill"),
+    *("ours-plain", "ours-3", "ensemble", "ensemble-3"),
+]
+AT_EQUAL_EPOCHS = ["paper", "student", "choice: distill", "choice: link late", "choice: third", "choice: all"]
+
+
+def _choice(name: str, choose: Callable[[Recipe], dict[str, Any]]) -> None:
+    """A merge at equal epochs that differs from the recipe's in one choice."""
+
+    @strategy(f"choice: {name}", classifies=True)
+    def chosen(lab: Lab, teachers: Sequence[Column]) -> Column:
+        return lab.merge(teachers, f"choice-{name.replace(' ', '-')}", **choose(lab.recipe))
+
+
+def _third(recipe: Recipe) -> dict[str, Any]:
+    """The merge stage a third as long, and the rest of its epochs to fine-tuning."""
+    options = {name: value for name, value in short(recipe).items() if name != "link_at"}
+    whole, saved = recipe.merge.finetune_plan, recipe.merge.merge_epochs - options["merge_epochs"]
+    plan = whole.scaled((whole.epochs + saved) / whole.epochs)
+    return options | {"finetune_epochs": plan.epochs, "milestones": tuple(plan.milestones)}
+
+
+_choice("distill", lambda recipe: {"distill": DISTILL})
+_choice("link late", lambda recipe: {"link_at": 0.25})
+_choice("third", _third)
+_choice("all", lambda recipe: _third(recipe) | {"link_at": 0.25, "distill": DISTILL})
+
+
+def recipe_of(
+    name: str,
+    make_network: Callable[[int, int], nn.Module],
+    load_data: Callable[[Path | None, int, OnBadImage], Dataset],
+    unit: int,
+    batch_size: int,
+    **more: Any,
+) -> Recipe:
+    """An experiment in the form of the paper's: teachers of 2U epochs, a merge stage of U, fine-tuning of U, in all 6U."""
+    lr = 0.02
+    return Recipe(
+        name=name,
+        make_network=make_network,
+        load_data=load_data,
+        teacher=Plan(epochs=2 * unit, lr=lr, milestones=(round(4 / 3 * unit),)),
+        long=Plan(epochs=6 * unit, lr=lr, milestones=(5 * unit,)),
+        merge=Options(
+            merge_epochs=unit, finetune_epochs=unit, milestones=(round(2 / 3 * unit),), lr=lr, lam_step=45 / unit
+        ),
+        batch_size=batch_size,
+        test_every=2 * unit,
+        source="our own",
+        **more,
+    )
+
+
+def subset(arrays: ImageArrays, train: int, test: int, classes: int | None = None) -> ImageArrays:
+    """A balanced part of the training images and a random one of the test images, the same in every run."""
+    classes, random = classes or arrays.classes, np.random.default_rng(0)
+    drawn = [random.permutation(np.flatnonzero(arrays.train_labels == c))[: train // classes] for c in range(classes)]
+    chosen, known = np.concatenate(drawn), np.flatnonzero(arrays.test_labels < classes)
+    tested = np.sort(random.permutation(known)[:test])
+    return replace(
+        arrays,
+        train_images=arrays.train_images[chosen],
+        train_labels=arrays.train_labels[chosen],
+        test_images=arrays.test_images[tested],
+        test_labels=arrays.test_labels[tested],
+    )
+
+
+def halved(arrays: ImageArrays) -> ImageArrays:
+    """Half as high and as wide, by means of 2×2 pixels."""
+
+    def pooled(images: np.ndarray) -> np.ndarray:
+        means = F.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float(), 2).round()
+        return means.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    return replace(arrays, train_images=pooled(arrays.train_images), test_images=pooled(arrays.test_images))
+
+
+class NormedLeNet(LeNet):
+    """LeNet with a BatchNorm after each convolution."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.norm1, self.norm2 = nn.BatchNorm2d(self.conv1.out_channels), nn.BatchNorm2d(self.conv2.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, in_channels, image_size, image_size) to logits (N, classes)."""
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
+
+
+class SmallViT(nn.Module):
+    """A vision transformer: patches of 4×4 pixels, 48 channels, three heads, four blocks.
+
+    Args:
+        classes: outputs.
+        width: multiplies the channels and heads.
+        size: height and width of the images.
+    """
+
+    def __init__(self, classes: int = 10, width: int = 1, size: int = 32) -> None:
+        super().__init__()
+        channels = 48 * width
+        self.patches = nn.Conv2d(3, channels, 4, stride=4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (size // 4) ** 2, channels))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                channels, 3 * width, 2 * channels, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(4)
+        )
+        self.norm = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, 3, size, size) to logits (N, classes)."""
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def _mnist_network(classes: int, width: int) -> nn.Module:
+    return LeNet(1, 14, classes, width, kernel_size=3, channels=(4, 8), units=(24, 24))
+
+
+def _mnist_data(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
+    return image_dataset(subset(halved(load_npz(str(path))), 1000, 4000))
+
+
+def _woof_network(classes: int, width: int) -> nn.Module:
+    return NormedLeNet(3, 28, classes, width)
+
+
+def _woof_data(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
+    return image_dataset(subset(load_npz(str(path)), 2000, 2000))
+
+
+def _resnet(classes: int, width: int) -> nn.Module:
+    return ResNetCifar(3, classes, width, channels=8)
+
+
+def _vit(classes: int, width: int) -> nn.Module:
+    return SmallViT(classes, width)
+
+
+def _cifar_data(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
+    """The first 20 classes of CIFAR-100, 100 images of each, and their 2,000 test images."""
+    return image_dataset(subset(load_npz(str(path)), 2000, 2000, classes=20))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set and network.
+
+    Attributes:
+        what: for the page.
+        recipe: makes its recipe.
+        replicates: of every strategy.
+        minutes: that one core takes.
+        data: what the file of its images is called in the folder; None for none.
+    """
+
+    what: str
+    recipe: Callable[[], Recipe]
+    replicates: int
+    minutes: int
+    data: str | None = None
+
+
+PARTS = {
+    "digits": Part(
+        "scikit-learn's digits, 1,080 images of 8×8, small LeNet", lambda: replace(digits(), stack=12), 24, 20
+    ),
+    "mnist1k": Part(
+        "900 images of MNIST at 14×14, LeNet",
+        lambda: recipe_of("mnist1k", _mnist_network, _mnist_data, 20, 50, stack=10),
+        20,
+        40,
+        "mnist.npz",
+    ),
+    "imagewoof28": Part(
+        "1,800 images of Imagewoof at 28×28, LeNet with BatchNorm",
+        lambda: recipe_of("imagewoof28", _woof_network, _woof_data, 10, 50, stack=6, augment=flip_and_shift),
+        6,
+        60,
+        "imagewoof28.npz",
+    ),
+    "resnet20": Part(
+        "1,800 images of 20 classes of CIFAR-100, ResNet-20 with 8, 16 and 32 channels",
+        lambda: recipe_of("resnet20", _resnet, _cifar_data, 10, 50, stack=4, augment=flip_and_shift),
+        8,
+        600,
+        "cifar100.npz",
+    ),
+    "vit": Part(
+        "1,800 images of 20 classes of CIFAR-100, a small vision transformer",
+        lambda: recipe_of("vit", _vit, _cifar_data, 10, 50, stack=4, augment=flip_and_shift),
+        8,
+        600,
+        "cifar100.npz",
+    ),
+}
+
+
+def measure(name: str, folder: Path | None, results: Path = RESULTS, work: Path = ROOT / "runs" / "evidence") -> None:
+    """Runs a part, from its checkpoints if there are any, and writes what came of it.
+
+    Args:
+        name: of the part.
+        folder: of the images.
+        results: where NAME.json goes.
+        work: where checkpoints are while it runs.
+    """
+    part = PARTS[name]
+    checkpoints, started = work / name, time.perf_counter()
+    found = run(
+        part.recipe(),
+        [*AT_EQUAL_COST, *AT_EQUAL_EPOCHS],
+        replicates=part.replicates,
+        data_path=None if part.data is None or folder is None else folder / part.data,
+        workers=1,
+        checkpoint_dir=checkpoints,
+        resume=checkpoints.is_dir(),
+    )
+    minutes = round((time.perf_counter() - started) / 60, 1)
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / f"{name}.json", found | {"what": part.what, "minutes": minutes})
+    print(f"{name}: {minutes} minutes", flush=True)
+
+
+def main() -> None:
+    """Runs what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", help="the folder of the images")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of them; default all")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.parts:
+        part = PARTS[name]
+        if (RESULTS / f"{name}.json").exists():
+            print(f"{name}: done before, docs/results/evidence/{name}.json")
+        elif part.data is not None and (options.data is None or not (options.data / part.data).exists()):
+            print(f"{name}: left out; it needs {part.data} in the folder of the images")
+        else:
+            print(f"{name}: about {part.minutes} minutes", flush=True)
+            measure(name, options.data)
+
+
+if __name__ == "__main__":
+    main()
