@@ -10,7 +10,7 @@ READY := $(VENV)/fastmerge.stamp
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ptx test-newest test-gpu lint format soak fuzz sanitize bench bench-smoke bench-data bench-check gpu coverage \
+.PHONY: help setup demo test test-slow test-ptx test-newest test-gpu lint format soak fuzz sanitize bench bench-smoke bench-data bench-check gpu evidence coverage \
     coverage-zoo docs docs-site clean
 
 help: ## what there is to make
@@ -111,6 +111,10 @@ GPU_PYTHON ?= $(if $(wildcard $(READY)),$(BIN)/python,$(or $(PYTHON),python3))
 gpu: ## on a GPU machine, what needs one, into OUT=folder; GPU_OPTIONS="--plan first" is the most important, in nine minutes
 	@test -n "$(OUT)" || { echo "gpu needs OUT=folder for the results" >&2; exit 2; }
 	$(GPU_PYTHON) -m benchmarks.gpu_session $(OUT) $(GPU_OPTIONS)
+
+evidence: $(READY) ## every way to merge at equal cost, on DATA=folder, hours; docs/evidence.md. What is done is kept; EVIDENCE_OPTIONS="--parts digits"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence $(DATA) $(EVIDENCE_OPTIONS)
+	$(BIN)/python docs/render.py
 
 coverage: $(READY) ## docs/coverage.md: which torchvision networks merge, and how exactly
 	$(BIN)/python -m benchmarks.coverage

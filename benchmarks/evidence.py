@@ -227,8 +227,8 @@ PARTS = {
     ),
     "imagewoof28": Part(
         "1,800 images of Imagewoof at 28×28, LeNet with BatchNorm",
-        lambda: recipe_of("imagewoof28", _woof_network, _woof_data, 10, 50, stack=6, augment=flip_and_shift),
-        6,
+        lambda: recipe_of("imagewoof28", _woof_network, _woof_data, 10, 50, stack=5, augment=flip_and_shift),
+        5,
         60,
         "imagewoof28.npz",
     ),
@@ -249,17 +249,10 @@ PARTS = {
 }
 
 
-def measure(name: str, folder: Path | None, results: Path = RESULTS, work: Path = ROOT / "runs" / "evidence") -> None:
-    """Runs a part, from its checkpoints if there are any, and writes what came of it.
-
-    Args:
-        name: of the part.
-        folder: of the images.
-        results: where NAME.json goes.
-        work: where checkpoints are while it runs.
-    """
+def measure(name: str, folder: Path | None) -> None:
+    """Runs a part on the folder's images, from its checkpoints if there are any, and writes what came of it."""
     part = PARTS[name]
-    checkpoints, started = work / name, time.perf_counter()
+    checkpoints, started = ROOT / "runs" / "evidence" / name, time.perf_counter()
     found = run(
         part.recipe(),
         [*AT_EQUAL_COST, *AT_EQUAL_EPOCHS],
@@ -270,8 +263,8 @@ def measure(name: str, folder: Path | None, results: Path = RESULTS, work: Path 
         resume=checkpoints.is_dir(),
     )
     minutes = round((time.perf_counter() - started) / 60, 1)
-    results.mkdir(parents=True, exist_ok=True)
-    write_json(results / f"{name}.json", found | {"what": part.what, "minutes": minutes})
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"{name}.json", found | {"what": part.what, "minutes": minutes})
     print(f"{name}: {minutes} minutes", flush=True)
 
 

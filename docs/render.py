@@ -1,11 +1,11 @@
 """Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md,
-ablations.md and layer-norms.md are made whole. In every other page what stands
+ablations.md, evidence.md and layer-norms.md are made whole. In every other page what stands
 between one of these lines and ``<!-- end -->`` is made anew:
 
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
-* ``<!-- summary -->``: one row for each of these files;
+* ``<!-- evidence -->``: one row for each file of docs/results/evidence;
 * ``<!-- coverage -->``: a summary of docs/coverage.json;
 * ``<!-- benchmarks -->``: the targets, with the results in benchmarks/results;
 * ``<!-- loaders -->`` and ``<!-- hours -->``: the loaders' figures there, and how long ImageNet takes by them.
@@ -23,22 +23,16 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
 
-from benchmarks import ablation_report, hours, layer_norms, loader_tables, report  # noqa: E402
+from benchmarks import ablation_report, evidence_report, hours, layer_norms, loader_tables, report  # noqa: E402
 from fastmerge.reporting.results import read  # noqa: E402
-from fastmerge.reporting.tables import caption, results_table, summarise, table  # noqa: E402
+from fastmerge.reporting.tables import caption, results_table  # noqa: E402
 
 README = DOCS.parent / "README.md"
 BENCHMARKS = DOCS / "benchmarks.md"
 ABLATIONS = DOCS / "ablations.md"
 COVERAGE = DOCS / "coverage.md"
-RECIPES = {
-    "sine": ("sine, 1-100-1 network", "test loss (lower is better)"),
-    "digits": ("digits, small LeNet", "test accuracy"),
-    "lenet-imagewoof": ("Imagewoof 28×28, LeNet", "test accuracy"),
-    "resnet20-cifar100": ("500 images of CIFAR-100, ResNet-20", "test accuracy"),
-}
 _BLOCK = re.compile(
-    r"(<!-- (results: (?P<name>[\w-]+)|summary|coverage|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results: (?P<name>[\w-]+)|evidence|coverage|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -50,8 +44,8 @@ def rendered(text: str) -> str:
 def _content(kind: str, name: str | None) -> str:
     if name is not None:
         return _results(DOCS / "results" / name)
-    if kind == "summary":
-        return _summary()
+    if kind == "evidence":
+        return evidence_report.summary(evidence_report.load())
     if kind == "coverage":
         return _coverage()
     make = {"loaders": loader_tables.tables, "hours": hours.tables, "benchmarks": report.readme}[kind]
@@ -63,24 +57,6 @@ def _results(run: Path) -> str:
     made = results["environment"]
     where = f"{made['cpu']['name']}, {made['cpu']['cores']} cores, Python {made['python']}, PyTorch {made['torch']}"
     return f"{results_table(results, markdown=True)}\n\n{caption(results)} {where}."
-
-
-def _summary() -> str:
-    """One row per recipe: each strategy's mean over its replicates, the best in bold."""
-    strategies = {"student": "student", "bo3": "best of three", "one": "one"}
-    header = ["", *strategies.values(), "replicates", "epochs"]
-    rows = []
-    for recipe, (what, measured) in RECIPES.items():
-        results, _ = read(DOCS / "results" / recipe)
-        found = {name: summarise(results["strategies"][name]["values"]) for name in strategies}
-        best = (min if results["metric"] == "test_loss" else max)(summary.mean for summary in found.values())
-        cells = [f"{summary.mean:.4f} ± {summary.std / summary.n**0.5:.4f}" for summary in found.values()]
-        cells = [f"**{c}**" if s.mean == best else c for c, s in zip(cells, found.values(), strict=True)]
-        used = results["strategies"]["student"]
-        rows.append([f"{what}, {measured}", *cells, str(len(used["values"])), f"{used['epochs']:g}"])
-    return (
-        f"{table(header, rows, markdown=True)}\n\nMean ± its standard error over replicates, measured on two CPU cores."
-    )
 
 
 def _coverage() -> str:
@@ -109,6 +85,7 @@ def main() -> None:
     files = {
         BENCHMARKS: report.page(report.load()),
         ABLATIONS: ablation_report.page(ablation_report.load()),
+        DOCS / "evidence.md": evidence_report.page(evidence_report.load()),
         DOCS / "layer-norms.md": layer_norms.page(json.loads(layer_norms.OUT.read_text(encoding="utf-8"))),
     }
     pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}

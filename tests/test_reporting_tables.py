@@ -4,8 +4,9 @@ import math
 from statistics import mean, stdev
 
 import pytest
+from scipy import stats
 
-from fastmerge.reporting.tables import caption, differences_table, results_table, summarise, table
+from fastmerge.reporting.tables import caption, differences_table, holm, paired, results_table, summarise, table
 
 VALUES = [0.07, 0.08, 0.12]
 
@@ -72,10 +73,27 @@ def test_differences_are_of_the_same_replicates_and_costs_stand_beside_the_epoch
     }
     both = results(recipe="digits", metric="test_accuracy", strategies=strategies)
     rows = differences_table(both).splitlines()
-    assert rows[-1].split() == ["student", "-", "one", "3", "+0.2000", "0.0577"]
+    assert rows[-1].split() == ["student", "-", "one", "3", "+0.2000", "0.0577", "0.074"]
     assert results_table(both).splitlines()[2].split()[:4] == ["student", "6", "8", "3"]
     assert "Cost is in epochs of one network" in caption(both)
     del strategies["one"]["cost"]  # an older run, whose strategies had teachers of their own
     assert differences_table(both) == ""
     assert results_table(both).splitlines()[2].split()[:3] == ["student", "6", "3"]
     assert differences_table(results(strategies={"one": strategies["student"]})) == ""
+
+
+def test_differences_are_tested_in_pairs():
+    one, other = [0.5, 0.7, math.nan, 0.9, 0.8], [0.4, 0.5, 0.1, 0.6, math.inf]
+    found = paired(one, other)
+    assert (found.n, found.mean) == (3, pytest.approx(0.2))
+    assert found.p == pytest.approx(stats.ttest_rel([0.5, 0.7, 0.9], [0.4, 0.5, 0.6]).pvalue)
+    assert paired(one, one).p == 1.0
+    assert paired([1.0, 2.0], [0.0, 1.0]).p == 0.0
+    assert math.isnan(paired([1.0], [0.5]).p)
+
+
+def test_many_comparisons_are_corrected_as_holm_does():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, math.nan, 0.6])[::2] == [1.0, 1.0]
+    assert math.isnan(holm([0.9, math.nan])[1])
+    assert holm([]) == []

@@ -167,7 +167,8 @@ class Recipe:
 
         Args:
             paper: takes the paper's: linked from the start, quadratic λ, gates that learn as slowly in a short stage as in
-                a long one, no channels dropped before compression, BatchNorm's statistics as compression gives them.
+                a long one, no channels dropped before compression, BatchNorm's statistics as compression gives them,
+                students that learn from labels alone.
             batch_size: samples per step; of all processes together where they share a network. Learning rates stay.
             options: of :class:`Options`; None is the recipe's own.
 
@@ -179,6 +180,7 @@ class Recipe:
             raise ValueError(f"the paper's setting has its own {', '.join(options)}; leave them out, or --paper")
         if paper:
             changes = {"link_at": 0.0, "gate_schedule": "quadratic", "compact_at": None, "recalibrate": False}
+            changes |= {"distill": 0.0}
             if self.merge.gate_lr is None:
                 changes["gate_lr"] = PAPERS_GATE_LR
         size = self.batch_size if batch_size is None else batch_size
