@@ -179,7 +179,7 @@ def _woof_network(classes: int, width: int) -> nn.Module:
 
 
 def _woof_data(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
-    return image_dataset(subset(load_npz(str(path)), 2000, 2000))
+    return image_dataset(subset(load_npz(str(path)), 1000, 2000))
 
 
 def _resnet(classes: int, width: int) -> nn.Module:
@@ -226,10 +226,10 @@ PARTS = {
         "mnist.npz",
     ),
     "imagewoof28": Part(
-        "1,800 images of Imagewoof at 28×28, LeNet with BatchNorm",
+        "900 images of Imagewoof at 28×28, LeNet with BatchNorm",
         lambda: recipe_of("imagewoof28", _woof_network, _woof_data, 10, 50, stack=5, augment=flip_and_shift),
         5,
-        60,
+        30,
         "imagewoof28.npz",
     ),
     "resnet20": Part(

@@ -1,4 +1,4 @@
-"""Train strategies at equal epochs and compare them: the paper's experiments, and a quick one on digits.
+"""Train strategies at equal epochs or equal cost and compare them: the paper's experiments, and a quick one on digits.
 
 DIR gets results.json, history.json, log.jsonl, the students as safetensors, report.md and plots.
 

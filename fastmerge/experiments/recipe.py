@@ -45,7 +45,7 @@ class LoadData(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every choice of one experiment; strategies are compared at equal epochs.
+    """Every choice of one experiment; strategies are compared at equal epochs or at equal cost.
 
     A recipe either loads a data set that stays in memory, and trains its replicates as stacks, or it reads images by
     loaders, and trains one network after another.

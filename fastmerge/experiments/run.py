@@ -51,7 +51,7 @@ def run(
     teachers_in_parallel: bool = False,
     **steps: Any,
 ) -> dict[str, Any]:
-    """Trains strategies at equal epochs and writes what came of them.
+    """Trains strategies at equal epochs, or at equal cost, and writes what came of them.
 
     Within a replicate all strategies start from the same teachers, read their data in the same order and are tested on the
     same samples, so that their differences are paired. On the CPU, recipes in memory train in processes of their own, so a
