@@ -61,6 +61,20 @@ def test_a_recipe_is_planned_and_nothing_is_trained(recipe, tmp_path, capsys) ->
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_strategies_at_equal_cost_are_planned(recipe, capsys) -> None:
+    """With as many epochs as the cost leaves; what methods take beside their fine-tuning is not timed."""
+    assert main([*recipe, "--strategy", "restart,cyclic-swa,distill,repair,one-cosine"]) == 0
+    trained = [row[:2] for row in table(capsys.readouterr().out) if row[0].endswith(": training")]
+    assert trained == [
+        ("teachers: training", 24),
+        ("restart: training", 12),
+        ("cyclic-swa: training", 24),
+        ("distill: training", 6),  # each epoch asks two teachers
+        ("repair: training", 12),
+        ("one-cosine: training", 108),
+    ]
+
+
 def test_every_image_is_looked_at(recipe, tmp_path, capsys) -> None:
     """One that no timed step comes by."""
     large = write_tree(tmp_path / "tree", train_ant=6, train_cat=6, val_ant=4, val_cat=40)
