@@ -219,10 +219,10 @@ def page(measured: dict[str, Any]) -> str:
     """docs/label-sets.md from the records."""
     records = measured["replicates"]
     first, n = records[0], len(records)
-    parts = [INTRODUCTION, conclusion(records)]
+    parts = ["# Teachers of different label sets", conclusion(records), INTRODUCTION]
     for kind, title in (
-        ("own", "Trained among the classes of each image's half"),
         ("all", "Trained among all classes"),
+        ("own", "Trained among the classes of each image's half"),
     ):
         rows = []
         for strategy, what in WHAT.items():
@@ -242,23 +242,24 @@ def page(measured: dict[str, Any]) -> str:
     costs = first["notes"][f"{BASE}, own"]["costs"]
     parts.append(
         f"{network.__doc__} {n} replicates of MNIST, {first['images']:,} training images of each half of the classes, "
-        f"which are drawn anew for each; {first['epochs']} epochs for a teacher. A merge stage of {first['merge_epochs']} "
-        f"epochs, of {costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards; distillation weighs "
-        f"{DISTILL:g}. *per task* is the mean over both halves of the accuracy among five classes, *over all classes* among "
-        f"ten. *difference* is the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, ± its "
-        "standard error. *at once* is both accuracies before fine-tuning. CIFAR-100 has not been tried."
+        f"which are drawn anew for each; {first['epochs']} epochs for a teacher. Of the cost of three such trainings a merge "
+        "and other methods have one after both teachers', one teacher that is trained on has two, a fresh network three. A "
+        "merge stage of "
+        f"{first['merge_epochs']} epochs, of {costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards; "
+        f"distillation weighs {DISTILL:g}. *per task* is the mean over both halves of the accuracy among five classes, *over "
+        f"all classes* among ten. *difference* is the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in "
+        "points, ± its standard error. *at once* is both accuracies before fine-tuning, of a merge after its merge stage. "
+        "CIFAR-100 has not been tried."
     )
     made = measured["environment"]
     parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
     return "\n\n".join(parts) + "\n"
 
 
-INTRODUCTION = """# Teachers of different label sets
-
-`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on different classes: their
-last layers may differ in the number of classes, all other layers may not. The student is of the teachers' class with
-K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order, and loads strictly into a network built with so many classes.
-With open gates each part of the output is its teacher's own logits, exactly.
+INTRODUCTION = """`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on
+different classes: their last layers may differ in the number of classes, all other layers may not. The student is of the
+teachers' class with K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order, and loads strictly into a network built
+with so many classes. With open gates each part of the output is its teacher's own logits, exactly.
 
 ```python
 student, history = fastmerge.merge([t1, t2], [loader1, loader2], heads="concatenate")
@@ -296,24 +297,23 @@ def gaps_text(found: Sequence[float]) -> str:
 
 
 def conclusion(records: Sequence[dict[str, Any]]) -> str:
-    """Where the merge does not help, and where it does: strategies that differ by more than two standard errors."""
+    """Where the merge does not help, then where it does: strategies that differ by more than two standard errors."""
     sentences = []
-    for kind, how in (("own", "trained among their own half's classes"), ("all", "trained among all classes")):
-        base, score = f"{BASE}, {kind}", "task" if kind == "own" else "all"
-        sorted_out: dict[str, list[str]] = {"better": [], "like it": [], "worse": []}
+    for kind, how, score in (("all", "all classes", "all"), ("own", "the classes of each image's half", "task")):
+        verdicts: dict[str, list[str]] = {"better": [], "not to be told apart": [], "worse": []}
         for strategy, what in WHAT.items():
             if strategy in (BASE, "ensemble"):
                 continue
-            found = gaps(records, f"{strategy}, {kind}", base, score)
+            found = gaps(records, f"{strategy}, {kind}", f"{BASE}, {kind}", score)
             sure = abs(fmean(found)) > 2 * error(found)
-            verdict = "like it" if not sure else "better" if fmean(found) > 0 else "worse"
-            sorted_out[verdict].append(f"{what} ({gaps_text(found)})")
+            verdict = "not to be told apart" if not sure else "better" if fmean(found) > 0 else "worse"
+            verdicts[verdict].append(f"{what} ({gaps_text(found)})")
         measure = "per task" if score == "task" else "over all classes"
-        said = "; ".join(f"{verdict}: {', '.join(found)}" for verdict, found in sorted_out.items() if found)
-        sentences.append(f"* {how.capitalize()}, accuracy {measure}, beside *{WHAT[BASE]}*: {said}.")
+        said = "; ".join(f"**{verdict}**: {', '.join(found)}" for verdict, found in verdicts.items() if found)
+        sentences.append(f"* Trained among {how}, accuracy {measure}: {said}.")
     return (
-        "What helps at equal cost, and what does not (in points, by more than two standard errors or not):\n\n"
-        + "\n".join(sentences)
+        "Where a merge does not help, first. Other uses of the same cost, beside *merged*, in points, by more than two "
+        "standard errors or not:\n\n" + "\n".join(sentences)
     )
 
 

@@ -148,8 +148,9 @@ def page(measured: dict[str, Any]) -> str:
     teachers = [100 * value for record in records for value in record["teachers"]]
     made = measured["environment"]
     parts = [
-        INTRODUCTION,
+        "# Students of other widths",
         conclusion(records),
+        INTRODUCTION,
         table(header, rows, markdown=True),
         f"Test accuracy in %, ± its standard error; differences within a replicate. {network.__doc__} Digits of scikit-learn, "
         f"n = {len(records)}, E = {first['epochs']} epochs, a merge stage of {first['merge_epochs']}. Each strategy has 3 E "
@@ -162,11 +163,9 @@ def page(measured: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-INTRODUCTION = """# Students of other widths
-
-`BigStudent(t1, t2, keep=0.5)` learns to keep half as many channels as a teacher has, `keep=1.5` half as many again: any
-fraction from 1/4 to T. `keep={name: width}` says it by channel group, as a fraction or a number of channels; the other groups
-keep a teacher's width. The gate loss, `GateBudget`, `compact()` and `compress()` follow.
+INTRODUCTION = """`BigStudent(t1, t2, keep=0.5)` learns to keep half as many channels as a teacher has, `keep=1.5` half as
+many again: any fraction from 1/4 to T. `keep={name: width}` says it by channel group, as a fraction or a number of channels;
+the other groups keep a teacher's width. The gate loss, `GateBudget`, `compact()` and `compress()` follow.
 
 ```python
 big = fastmerge.BigStudent(t1, t2, keep=0.5)
@@ -175,8 +174,9 @@ student = big.compress()
 ```
 
 The student is of the teachers' class, with narrower or wider layers: a network that the class's constructor builds at these
-widths loads its weights strictly. Groups whose number of channels the network's code may count on are refused by name: a view
-with a number in it, grouped and depthwise convolutions, LayerNorm and GroupNorm."""
+widths loads its weights strictly. Where the class's code has a width in it, such as `x.view(-1, 400)`, the student is the
+traced network under the same names. Groups whose number of channels an operation counts on are refused by name: grouped and
+depthwise convolutions, LayerNorm, GroupNorm. `merge()` takes no `keep`: train the big student in a loop of your own."""
 
 
 def _gaps(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
@@ -197,7 +197,8 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
                 verdicts[verdict].append(f"{width:g}")
         said = "; ".join(f"{verdict} at {', '.join(found)}" for verdict, found in verdicts.items() if found)
         sentences.append(f"* Beside *{WHAT[strategy]}* of the same width, a merge is {said}.")
-    return "At equal epochs, by more than two standard errors or not:\n\n" + "\n".join(sentences)
+    start = "Where a merge does not help, first. At equal epochs, by more than two standard errors or not:"
+    return f"{start}\n\n" + "\n".join(sentences)
 
 
 def main() -> None:

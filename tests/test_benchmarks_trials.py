@@ -29,8 +29,9 @@ def test_label_sets() -> None:
     for one, by in ((better, 0.5), (worse, 0.501)):
         one["scores"]["merged, own"]["task"] = one["scores"]["joint, own"]["task"] + by
     page = label_sets.page({"replicates": [better, worse], "environment": environment()})
-    assert re.search(r"worse: .*one network, trained on all from fresh weights \(-50.05 ± 0.05\)", page)
+    assert re.search(r"\*\*worse\*\*: .*one network, trained on all from fresh weights \(-50.05 ± 0.05\)", page)
     assert page.count("\n| merged ") == 2
+    assert page.index("does not help") < page.index("heads=")
 
 
 def test_widths() -> None:

@@ -338,6 +338,8 @@ def test_merge_says_what_does_not_fit(task) -> None:
         fastmerge.merge(teachers, [*data, data[0]], **OPTIONS)
     with pytest.raises(ValueError, match=r"train_loader\[1\] has targets 0..2; the teachers have 2 classes"):
         fastmerge.merge(teachers, [data[0], data[0]], **OPTIONS)
+    with pytest.raises(ValueError, match=r"train_loader has targets 5..9; the teachers have 5 classes"):
+        fastmerge.merge(teachers, [(torch.zeros(2, 4), torch.tensor([5, 9]))], **OPTIONS)
     with pytest.raises(TypeError, match=r"train_loader\[1\] has none"):
         fastmerge.merge(teachers, [data[0], torch.utils.data.DataLoader(Endless(), 4)], **OPTIONS)
     with pytest.raises(ValueError, match="all_classes goes with heads"):

@@ -8,6 +8,8 @@ programs (DistributedDataParallel, torch.compile, Lightning, timm) write them. D
 train/<class>/<image> and val/<class>/<image>, one with CIFAR's pickles, or an .npz of uint8 arrays train_images,
 train_labels, test_images and test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots.
 
+Teachers of different classes: fastmerge merge --heads concatenate --teachers a.pt b.pt --data a/ --data b/ ...
+
 Killed or interrupted, it goes on with: fastmerge merge --out DIR --resume
 Several GPUs: torchrun --nproc-per-node 8 -m fastmerge merge ... with the same options; --batch-size is that of all together.
 """

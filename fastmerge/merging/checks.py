@@ -164,7 +164,7 @@ def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: 
             output, target = tree_map(lambda value: value[0] if isinstance(value, Tensor) else value, (output, target))
         if setting.criterion is cross_entropy and has_classes(output, target):
             # a batch may show some of the classes alone; our own loaders know all
-            _check_classes(name, loader.labels if isinstance(loader, EpochLoader) else target, output.shape[1])
+            check_classes(name, loader.labels if isinstance(loader, EpochLoader) else target, output.shape[1])
         try:
             with setting.precision():
                 loss = setting.criterion(output, target)
@@ -202,7 +202,8 @@ def _first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], 
     return inputs, target
 
 
-def _check_classes(name: str, target: Tensor, classes: int) -> None:
+def check_classes(name: str, target: Tensor, classes: int) -> None:
+    """Raises a ValueError where targets are not among so many classes."""
     counted = target[target != -100]  # cross_entropy's ignore_index
     if counted.numel() and (counted.min() < 0 or counted.max() >= classes):
         low, high = int(counted.min()), int(counted.max())

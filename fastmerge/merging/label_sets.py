@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.channels.outputs import Name
 from fastmerge.evaluation import Criterion, Setting, has_classes
-from fastmerge.merging.checks import check_device, check_loader
+from fastmerge.merging.checks import check_classes, check_device, check_loader
 from fastmerge.merging.loader_state import loader_state, restore_loader_state
 from fastmerge.merging.options import Options
 from fastmerge.stack import Stack
@@ -227,6 +227,11 @@ def with_label_sets(
             "merge with heads= needs networks with one output, logits (N, K); build a BigStudent for others"
         )
     sets = LabelSets(found.pop().sizes)
+    for name, loader in loaders.items():
+        if loader is not None and name not in each:
+            target = next(iter(loader))[1]
+            if isinstance(target, Tensor):
+                check_classes(name, target, sum(sets.sizes))
     for name, its in each.items():
         loaders[name] = TeachersLoader(its, sets, together=name == "train_loader")
     metrics = {"own part": PartAccuracy(sets)}
