@@ -18,7 +18,11 @@ OTHERS = sorted(name for name in vision.names() if name not in {*vision.FAMILIES
 
 
 # What runs alone in training: a random factor for each sample, of stochastic depth, stands between norm and add.
-NOT_FUSED = {"efficientnet_b0": {"followed by mul, which no fused operation includes": 9}}
+NOT_FUSED = {
+    "efficientnet_b0": {"followed by mul, which no fused operation includes": 9},
+    "efficientnet": {"followed by mul, which no fused operation includes": 1},
+    "efficientnet_v2": {"followed by mul, which no fused operation includes": 1},
+}
 
 
 def check(name: str, dtype: torch.dtype, count: int) -> fastmerge.BigStudent:
@@ -33,6 +37,19 @@ def test_family(name: str) -> None:
     """Exact, and all BatchNorms fused with what follows."""
     big = check(name, torch.float64, count=2)
     assert Counter(norm.reason for norm in big.norms() if not norm.fused) == NOT_FUSED.get(name, {})
+
+
+@pytest.mark.parametrize("name", vision.small_convolutional())
+def test_family_of_fewer_layers(name: str) -> None:
+    x = (make_batch(4, (3, 32, 32)),)
+    big = check_exact(vision.small_convolutional()[name], x, torch.float64, count=2)
+    assert Counter(norm.reason for norm in big.norms() if not norm.fused) == NOT_FUSED.get(name, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", vision.LARGE)
+def test_large_family(name: str) -> None:
+    test_family(name)
 
 
 @pytest.mark.parametrize("name", vision.small_transformers())
