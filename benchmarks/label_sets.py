@@ -249,7 +249,7 @@ def page(measured: dict[str, Any]) -> str:
         f"distillation weighs {DISTILL:g}. *per task* is the mean over both halves of the accuracy among five classes, *over "
         f"all classes* among ten. *difference* is the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in "
         "points, ± its standard error. *at once* is both accuracies before fine-tuning, of a merge after its merge stage. "
-        "CIFAR-100 has not been tried."
+        "Learning rates were chosen on a replicate that is not among these. CIFAR-100 has not been tried."
     )
     made = measured["environment"]
     parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")

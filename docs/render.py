@@ -1,7 +1,7 @@
 """Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md,
-ablations.md, evidence.md and layer-norms.md are made whole. In every other page what stands
+ablations.md, evidence.md, layer-norms.md and label-sets.md are made whole. In every other page what stands
 between one of these lines and ``<!-- end -->`` is made anew:
 
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
@@ -23,7 +23,15 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
 
-from benchmarks import ablation_report, evidence_report, hours, layer_norms, loader_tables, report  # noqa: E402
+from benchmarks import (  # noqa: E402
+    ablation_report,
+    evidence_report,
+    hours,
+    label_sets,
+    layer_norms,
+    loader_tables,
+    report,
+)
 from fastmerge.reporting.results import read  # noqa: E402
 from fastmerge.reporting.tables import caption, results_table  # noqa: E402
 
@@ -87,6 +95,7 @@ def main() -> None:
         ABLATIONS: ablation_report.page(ablation_report.load()),
         DOCS / "evidence.md": evidence_report.page(evidence_report.load()),
         DOCS / "layer-norms.md": layer_norms.page(json.loads(layer_norms.OUT.read_text(encoding="utf-8"))),
+        DOCS / "label-sets.md": label_sets.page(json.loads(label_sets.OUT.read_text(encoding="utf-8"))),
     }
     pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}
     files |= {page: rendered(page.read_text(encoding="utf-8")) for page in sorted(pages)}
