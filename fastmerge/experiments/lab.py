@@ -473,7 +473,7 @@ class Lab:
         first = sum(column.epochs for column in before)
         operations = sum(record.operations or 0.0 for record in history.epochs)
         values = [self._value(each) for each in histories]
-        samples = self.place.samples[0] * count
+        samples = self.place.samples[0]  # of each network, as the history's rate is
         return Column(
             networks=[n if math.isfinite(value) else None for n, value in zip(networks, values, strict=True)],
             values=values,
