@@ -290,6 +290,9 @@ def test_teachers_of_different_label_sets(place, capsys):
     assert history["config"]["data"] == ["data.npz", "two.npz"]
     assert set(history["borders"]["student"]["metrics"]) == {"own part", "part 0", "part 1"}
     capsys.readouterr()
+    assert main([*arguments(**both | {"heads": ["separate"], "out": ["apart"]}), "--data", "two.npz"]) == 0
+    student.load_state_dict(load_file("apart/student.safetensors"))
+    capsys.readouterr()
     asked = ["--heads", "concatenate", "--classes", "3", "2", "--input", "1", "6", "6"]
     assert main(["check", "--model", MODEL, "--teachers", *both["teachers"], *asked]) == 0
     assert main([*arguments(**both, out=["dry"]), "--data", "two.npz", "--dry-run"]) == 0

@@ -48,6 +48,7 @@ from fastmerge.processes import Processes, share_of
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write_json
+from fastmerge.wide.heads import SeparateHeads
 
 SUMMARY = "merge your own trained networks"
 
@@ -166,7 +167,8 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
     left_out = processes.joined({k: v for loaders in each for k, v in loaders.bad_images.found.items()})
     if not processes.is_first:
         return
-    save_weights(student, options.out / "student.safetensors")
+    network = student.network if isinstance(student, SeparateHeads) else student  # of the teachers' class
+    save_weights(network, options.out / "student.safetensors")
     config = continuing.config(options) | {"device": device, "processes": processes.size}
     config["data"] = paths[0] if one else paths
     config |= {"images_left_out": len(left_out)} if left_out else {}
