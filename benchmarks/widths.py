@@ -53,9 +53,13 @@ class Replicate:
         epochs: E, of a teacher.
         merge_epochs: of a merge stage.
         seed: of everything.
+        widths: of students, in those of a teacher.
     """
 
-    def __init__(self, train: Data, test: Data, epochs: int, merge_epochs: int, seed: int) -> None:
+    def __init__(
+        self, train: Data, test: Data, epochs: int, merge_epochs: int, seed: int, widths: Sequence[float] = WIDTHS
+    ) -> None:
+        self.widths = widths
         self.train_data, self.test, self.seed = train, test, seed
         self.epochs, self.merge_epochs = epochs, merge_epochs
 
@@ -73,7 +77,7 @@ class Replicate:
         """Accuracies on test images by strategy and width."""
         teachers = [self.trained(self.fresh(f"{t}"), self.epochs, f"teacher {t}") for t in range(2)]
         found: dict[str, dict[str, float]] = {"merged": {}, "pruned": {}, "fresh": {}}
-        for width in WIDTHS:
+        for width in self.widths:
             key = f"{width:g}"
             found["merged"][key] = accuracy(self.merged(teachers, width), self.test)
             if width <= 1:
@@ -136,8 +140,8 @@ def page(measured: dict[str, Any]) -> str:
     records = measured["replicates"]
     first = records[0]
     rows = []
-    for width in WIDTHS:
-        key, cells = f"{width:g}", []
+    for key in first["accuracy"]["merged"]:
+        cells = []
         for strategy in WHAT:
             values = [100 * r["accuracy"][strategy][key] for r in records if key in r["accuracy"][strategy]]
             cells.append(f"{fmean(values):.2f} ± {error(values):.2f}" if values else "")
@@ -189,12 +193,12 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
     sentences = []
     for strategy in ("pruned", "fresh"):
         verdicts: dict[str, list[str]] = {"behind": [], "not to be told apart": [], "ahead": []}
-        for width in WIDTHS:
-            found = _gaps(records, strategy, f"{width:g}")
+        for key in records[0]["accuracy"]["merged"]:
+            found = _gaps(records, strategy, key)
             if found:
                 sure = abs(fmean(found)) > 2 * error(found)
                 verdict = "not to be told apart" if not sure else "ahead" if fmean(found) > 0 else "behind"
-                verdicts[verdict].append(f"{width:g}")
+                verdicts[verdict].append(key)
         said = "; ".join(f"{verdict} at {', '.join(found)}" for verdict, found in verdicts.items() if found)
         sentences.append(f"* Beside *{WHAT[strategy]}* of the same width, a merge is {said}.")
     start = "Where a merge does not help, first. At equal epochs, by more than two standard errors or not:"
@@ -205,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60, help="E, of a teacher (%(default)s)")
     parser.add_argument("--merge-epochs", type=int, default=8, help="of a merge stage (%(default)s)")
+    parser.add_argument("--widths", type=float, nargs="+", default=WIDTHS, help="in those of a teacher")
     parser.add_argument("--replicates", type=int, default=8)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -221,7 +226,7 @@ def main() -> None:
     for seed in range(options.replicates):
         if any(record["seed"] == seed for record in kept["replicates"]):
             continue
-        record = Replicate(data[0], data[1], options.epochs, options.merge_epochs, seed).results()
+        record = Replicate(data[0], data[1], options.epochs, options.merge_epochs, seed, options.widths).results()
         kept["replicates"].append(record | {"epochs": options.epochs, "merge_epochs": options.merge_epochs})
         kept["environment"] = environment()
         with atomic(options.out) as path:
