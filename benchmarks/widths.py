@@ -138,6 +138,10 @@ WHAT = {"merged": "merged", "pruned": "one teacher, pruned", "fresh": "fresh net
 def page(measured: dict[str, Any]) -> str:
     """docs/widths.md from the records."""
     records = measured["replicates"]
+    title = "# Students of other widths"
+    if not records:
+        missing = "What merging brings at other widths has not been measured; `python -m benchmarks.widths` does so."
+        return f"{title}\n\n{missing}\n\n{INTRODUCTION}\n"
     first = records[0]
     rows = []
     for key in first["accuracy"]["merged"]:
@@ -152,7 +156,7 @@ def page(measured: dict[str, Any]) -> str:
     teachers = [100 * value for record in records for value in record["teachers"]]
     made = measured["environment"]
     parts = [
-        "# Students of other widths",
+        title,
         conclusion(records),
         INTRODUCTION,
         table(header, rows, markdown=True),
@@ -205,6 +209,11 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
     return f"{start}\n\n" + "\n".join(sentences)
 
 
+def load(path: Path = OUT) -> dict[str, Any]:
+    """The records, none where nothing was measured."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"replicates": []}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60, help="E, of a teacher (%(default)s)")
@@ -222,7 +231,7 @@ def main() -> None:
             (arrays.test_images, arrays.test_labels),
         )
     ]
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {"replicates": []}
+    kept = load(options.out)
     for seed in range(options.replicates):
         if any(record["seed"] == seed for record in kept["replicates"]):
             continue

@@ -1,7 +1,7 @@
 """Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md,
-ablations.md, evidence.md, layer-norms.md and label-sets.md are made whole. In every other page what stands
+ablations.md, evidence.md, layer-norms.md, label-sets.md and widths.md are made whole. In every other page what stands
 between one of these lines and ``<!-- end -->`` is made anew:
 
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     layer_norms,
     loader_tables,
     report,
+    widths,
 )
 from fastmerge.reporting.results import read  # noqa: E402
 from fastmerge.reporting.tables import caption, results_table  # noqa: E402
@@ -96,6 +97,7 @@ def main() -> None:
         DOCS / "evidence.md": evidence_report.page(evidence_report.load()),
         DOCS / "layer-norms.md": layer_norms.page(json.loads(layer_norms.OUT.read_text(encoding="utf-8"))),
         DOCS / "label-sets.md": label_sets.page(json.loads(label_sets.OUT.read_text(encoding="utf-8"))),
+        DOCS / "widths.md": widths.page(widths.load()),
     }
     pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}
     files |= {page: rendered(page.read_text(encoding="utf-8")) for page in sorted(pages)}
