@@ -34,7 +34,7 @@ from benchmarks import (  # noqa: E402
     widths,
 )
 from fastmerge.reporting.results import read  # noqa: E402
-from fastmerge.reporting.tables import caption, results_table  # noqa: E402
+from fastmerge.reporting.tables import caption, differences_table, results_table  # noqa: E402
 
 README = DOCS.parent / "README.md"
 BENCHMARKS = DOCS / "benchmarks.md"
@@ -65,7 +65,8 @@ def _results(run: Path) -> str:
     results, _ = read(run)
     made = results["environment"]
     where = f"{made['cpu']['name']}, {made['cpu']['cores']} cores, Python {made['python']}, PyTorch {made['torch']}"
-    return f"{results_table(results, markdown=True)}\n\n{caption(results)} {where}."
+    tables = [results_table(results, markdown=True), differences_table(results, markdown=True)]
+    return "\n\n".join([*filter(None, tables), f"{caption(results)} {where}."])
 
 
 def _coverage() -> str:
