@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("no_gate_warnings")
 
 
 def longer(**changes) -> Recipe:
-    """Of 48 epochs, so that a merge stage of a third leaves something to count."""
-    recipe = images_recipe().scaled(4)
+    """Of 24 epochs, so that a merge leaves something to fine-tune for."""
+    recipe = images_recipe().scaled(2)
     return replace(recipe, **{"test_every": 100} | changes)
 
 
@@ -57,8 +57,8 @@ def test_all_spend_what_one_long_network_does(taught, name: str) -> None:
     column = follow(taught, name)
     assert len(column.values) == 2
     assert all(math.isfinite(value) for value in column.values)
-    assert 47 - 1e-6 <= column.cost <= 48 + 1e-6
-    assert column.epochs <= 48
+    assert 23 - 1e-6 <= column.cost <= 24 + 1e-6
+    assert column.epochs <= 24
     for each, state in zip(taught[1], before, strict=True):  # which other strategies start from
         assert all(torch.equal(tensor, state[key]) for key, tensor in each.networks[0].state_dict().items())
 
@@ -69,14 +69,14 @@ def test_the_cost_is_what_was_counted_while_it_trained(taught) -> None:
     column = lab.train(
         teachers[0].networks, Plan(epochs=4, lr=0.1), "counted", after=teachers[:1], teachers=teachers[:2]
     )
-    assert column.cost == pytest.approx(16 + 4 + 2 / 3)
+    assert column.cost == pytest.approx(8 + 4 + 2 / 3)
     changing = a_lab(longer(augment=lambda images, noise: images))
     again = [teacher(changing, number) for number in range(2)]
     column = changing.train(again[0].networks, Plan(epochs=4, lr=0.1), "counted", after=again[:1], teachers=again)
-    assert column.cost == pytest.approx(16 + 4 * (1 + 2 / 3))
+    assert column.cost == pytest.approx(8 + 4 * (1 + 2 / 3))
     column = STRATEGIES["distill"].run(changing, again)
-    assert 48 - 5 / 3 < column.cost <= 48 + 1e-6
-    assert column.epochs == 32 + 9
+    assert 24 - 5 / 3 < column.cost <= 24 + 1e-6
+    assert column.epochs == 16 + 4
 
 
 def test_asked_once_or_at_every_step_networks_learn_the_same(taught) -> None:
@@ -98,7 +98,7 @@ def test_a_methods_network_is_the_methods(taught) -> None:
     """Straight away, replicate by replicate, before it is fine-tuned; reports have its score."""
     lab, teachers = taught
     column = lab.apply("transplant", teachers[:2])
-    assert column.epochs == 32 < column.cost < 32.1  # by a forward pass of two samples each, for the channel groups
+    assert column.epochs == 16 < column.cost < 16.1  # by a forward pass of two samples each, for the channel groups
     example = [(torch.zeros(2, 1, 8, 8), torch.zeros(2))]
     for row, network in enumerate(column.networks):
         expected = methods.transplant([each.networks[row] for each in teachers[:2]], example)
@@ -106,19 +106,19 @@ def test_a_methods_network_is_the_methods(taught) -> None:
     tuned = follow(taught, "transplant")
     scores = [history.borders["compressed"] for history in tuned.histories]
     assert [score.accuracy for score in scores] == column.values
-    assert tuned.curves[0][0] == (32, {"test_loss": scores[0].loss, "test_accuracy": column.values[0]})
+    assert tuned.curves[0][0] == (16, {"test_loss": scores[0].loss, "test_accuracy": column.values[0]})
 
 
 def test_an_ensemble_is_the_mean_of_its_networks(taught) -> None:
     lab, teachers = taught
     column = follow(taught, "ensemble-3")
-    assert column.cost == 48
+    assert column.cost == 24
     data = lab.place.dataset[0]
     x = data.normalise(data.test_inputs)
     for row, value in enumerate(column.values):
         mean = torch.stack([each.networks[row].eval()(x) for each in teachers]).mean(0)
         assert value == pytest.approx((mean.argmax(1) == data.test_targets).double().mean().item())
-    assert follow(taught, "ensemble").cost == 32
+    assert follow(taught, "ensemble").cost == 16
 
 
 def test_the_paper_is_the_papers_whatever_the_recipe_says(monkeypatch) -> None:
@@ -162,7 +162,7 @@ def test_averaged_snapshots_get_statistics_of_their_own() -> None:
     for network in column.networks:
         mean = network.conv(x).mean((0, 2, 3))
         torch.testing.assert_close(network.norm.running_mean, mean, rtol=0.05, atol=0.05)
-    assert column.cost == 48
+    assert column.cost == 24
 
 
 def test_a_replicate_that_diverges_in_the_middle_is_left_out(taught) -> None:
@@ -179,7 +179,7 @@ def test_a_replicate_that_diverges_in_the_middle_is_left_out(taught) -> None:
 def test_a_merge_that_would_cost_too_much_is_refused(taught) -> None:
     lab, teachers = taught
     with pytest.raises(
-        ValueError, match=r"columns, test: nothing is left to fine-tune for; .* of the cost of 48 epochs"
+        ValueError, match=r"columns, test: nothing is left to fine-tune for; .* of the cost of 24 epochs"
     ):
         lab.merge_for(teachers[:2], "dear", merge_epochs=20)
 
