@@ -110,9 +110,9 @@ _CHOICES_ARE = """\
 `student` is the recipe's merge at the paper's epochs, whose cost is above 6U. Each row changes it in one choice, and shows
 the row less `student`, in points of test accuracy and in test loss.
 
-Learning from the teachers lowers the test loss clearly, and is never worse in accuracy; linking late and a short merge stage cost
-less and lose nothing that could be seen. `merge(distill=0.5, link_at=0.25)` asks for them. They are not the defaults
-yet: all of this is of small networks that have converged, and where [teachers had not](layer-norms.md), distillation did not help."""
+Learning from the teachers lowers the test loss clearly and loses no accuracy that could be seen; nor do linking late and a
+short merge stage, which cost less. `merge(distill=0.5, link_at=0.25)` asks for them. They are not the defaults yet: all
+of this is of small networks that have converged, and where [teachers had not](layer-norms.md), distillation did not help."""
 
 
 def _others() -> list[str]:
