@@ -216,13 +216,13 @@ class Part:
 
 PARTS = {
     "digits": Part(
-        "scikit-learn's digits, 1,080 images of 8×8, small LeNet", lambda: replace(digits(), stack=12), 24, 20
+        "scikit-learn's digits, 1,080 images of 8×8, small LeNet", lambda: replace(digits(), stack=12), 24, 25
     ),
     "mnist1k": Part(
         "900 images of MNIST at 14×14, LeNet",
         lambda: recipe_of("mnist1k", _mnist_network, _mnist_data, 20, 50, stack=10),
         20,
-        40,
+        35,
         "mnist.npz",
     ),
     "imagewoof28": Part(

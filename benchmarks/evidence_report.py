@@ -17,7 +17,7 @@ SURE = 0.05
 MEANINGS = {
     "ours": "two teachers; a merge stage a third as long as the paper's, linked after a quarter; the student learns from both",
     "ours-plain": "the same without learning from the teachers",
-    "ours-3": "ours, of three teachers that have trained two thirds as long",
+    "ours-3": "ours, of three teachers that train two thirds as long, in a merge stage half as long",
     "one": "one network all along",
     "one-cosine": "the same with a cosine, and of three weight decays the best by held-out data, at the cost of one",
     "bo3": "the best of three networks, by held-out data",
