@@ -229,7 +229,7 @@ PARTS = {
         "900 images of Imagewoof at 28×28, LeNet with BatchNorm",
         lambda: recipe_of("imagewoof28", _woof_network, _woof_data, 10, 50, stack=5, augment=flip_and_shift),
         5,
-        30,
+        45,
         "imagewoof28.npz",
     ),
     "resnet20": Part(
