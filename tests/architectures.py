@@ -123,6 +123,7 @@ ZOO = [
     Architecture("rms_norm", attention.rms_normed, (5,)),
     Architecture("vision_transformer", attention.PatchTransformer),
     Architecture("written_attention", attention.WrittenAttention, (6, 5)),
+    Architecture("cosine_attention", attention.CosineAttention, (6, 5)),
     Architecture("channels_last_blocks", attention.ChannelsLastBlocks),
     Architecture("written_norms", attention.WrittenNorms),
 ]

@@ -171,7 +171,9 @@ NETWORKS: dict[str, LibraryNetwork] = {
     },
     **{
         f"segmentation_models_pytorch/{architecture}-{encoder}": LibraryNetwork(
-            "segmentation_models_pytorch", partial(_segmentation, architecture, encoder), partial(_images, 64)
+            "segmentation_models_pytorch",
+            partial(_segmentation, architecture, encoder),
+            partial(_images, 128 if architecture == "pan" else 64),  # whose pyramid pools the last map three times
         )
         for architecture, encoder in [*((a, "resnet18") for a in _SEGMENTATION), *(("unet", e) for e in _ENCODERS)]
     },

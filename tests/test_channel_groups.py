@@ -212,7 +212,7 @@ def test_names_are_unique_and_readable(architecture: Architecture) -> None:
     assert len(set(names)) == len(names)
     assert all(name and "." not in name for name in names)
     assert all(group.size >= 1 and group.producers and group.consumers for group in groups)
-    owners = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    owners = {name for name, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]}
     assert all(name in owners for group in groups for name in (*group.producers, *group.consumers))
     assert len(groups) == len(list(groups)) == len(groups.groups)
     nn.ModuleDict({name: nn.Identity() for name in names})
@@ -266,6 +266,37 @@ def test_written_norms_and_computed_weights_leave_channels_apart(name: str, size
     found = fastmerge.channel_groups(architecture.make().double(), architecture.inputs(2))
     assert {group.name: group.size for group in found} == sizes
     assert not found.kept_whole
+
+
+def test_heads_of_cosine_attention_are_chosen_among_as_streams_are() -> None:
+    groups = fastmerge.channel_groups(
+        BY_NAME["cosine_attention"].make().double(), BY_NAME["cosine_attention"].inputs(2)
+    )
+    assert {group.name: (group.size, group.channels) for group in groups} == {
+        "embed": (12, 1),
+        "qkv_weight": (3, 12),
+        "table": (1, 1),
+        "positions_0": (7, 1),
+    }
+    assert groups.kept_whole == [("table", "its use")]
+
+
+class BiasedConvolution(nn.Module):
+    """A convolution's bias is computed from a parameter, and no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.randn(6, 3, 3, 3)), nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.conv2d(x, self.weight, self.shift.tanh())
+        return self.head(x.relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_computed_bias_leaves_its_layer_a_layer() -> None:
+    big = check_exact(BiasedConvolution, (make_batch(6, (3, 8, 8)),), torch.float64, 2)
+    assert [group.size for group in big.groups] == [6]
 
 
 def test_layers_may_be_named_like_methods() -> None:

@@ -56,6 +56,33 @@ class WrittenAttention(nn.Module):
         return self.head(x.mean(1))
 
 
+class CosineAttention(nn.Module):
+    """Swin v2's: queries and keys of length one, a scale per head, keys without a bias, positions from a table by an MLP."""
+
+    table: Tensor
+
+    def __init__(self, width: int = 12, heads: int = 3, tokens: int = 6) -> None:
+        super().__init__()
+        self.heads, self.embed = heads, nn.Linear(5, width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.full((heads, 1, 1), 2.0))
+        self.positions = nn.Sequential(nn.Linear(2, 7), nn.ReLU(), nn.Linear(7, heads, bias=False))
+        self.register_buffer("table", torch.randn(tokens, tokens, 2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        n, s, width = x.shape
+        bias = self.qkv.bias.clone()
+        bias[width : 2 * width].zero_()
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(n, s, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        weights = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.scale.clamp(max=4.0).exp()
+        weights = (weights + 3 * self.positions(self.table).permute(2, 0, 1).sigmoid()).softmax(-1)
+        x = x + self.norm(self.out((weights @ v).transpose(1, 2).reshape(n, s, width)))
+        return self.head(x.mean(1))
+
+
 class ChannelsLastBlocks(nn.Module):
     """ConvNeXt's block: depthwise convolution, layer normalisation with channels last, a learned scale."""
 

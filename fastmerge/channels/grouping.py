@@ -16,7 +16,7 @@ from fastmerge.channels.groups import SHARED, AxisUnits, ChannelGroup, ChannelGr
 from fastmerge.channels.kinds import kinds
 from fastmerge.channels.labels import connected, occurrence
 from fastmerge.channels.record import IdRecord
-from fastmerge.channels.signatures import axis_of, settle_scalars, settle_tensors, signatures
+from fastmerge.channels.signatures import axis_of, settle_norms, settle_scalars, settle_tensors, signatures
 
 _ATTRIBUTES = set(dir(nn.ModuleDict()))
 
@@ -36,6 +36,7 @@ class _Grouping:
     def __init__(self, record: IdRecord) -> None:
         self.record = record
         settle_tensors(record)
+        settle_norms(record)
         self.scalars: dict[str, np.ndarray] = {}
         if record.scalars:
             unit = connected(record.count, record.united + record.tied)

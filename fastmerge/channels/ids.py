@@ -231,7 +231,7 @@ def _find_samples(traced: TracedNetwork, record: IdRecord) -> None:
         is_open = traced.is_open[mode]
         for node in graph.nodes:
             key = (mode, node.name)
-            if key not in record.reads and key not in record.normalised:
+            if not any(key in found for found in (record.reads, record.normalised, record.normalised_apart)):
                 continue
             source = node.args[1 if op_name(node) == "addmm" else 0]
             shape, dims = source.meta["shape"], source.meta["sample_dims"]

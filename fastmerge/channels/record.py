@@ -79,6 +79,7 @@ class IdRecord:
         sample_dims: by (mode, node name) of a layer call, the dimension of what it reads along which the samples lie.
         fast_samples: (mode, node name) pairs of those where the samples are the faster index of that dimension.
         normalised: by (mode, node name) of a layer normalisation, the ids of the channels it reads.
+        normalised_apart: likewise all ids that one without parameters reads, where they differ from position to position.
         without_channels: names of tensors that no dimension of channels was found in, so that one teacher's are kept whole.
         scalars: (id of a tensor of one element, ids of several channels that it acts on, each in its own place).
         count: ids issued so far.
@@ -99,6 +100,7 @@ class IdRecord:
     sample_dims: dict[tuple[str, str], int] = field(default_factory=dict)
     fast_samples: set[tuple[str, str]] = field(default_factory=set)
     normalised: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    normalised_apart: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     without_channels: list[str] = field(default_factory=list)
     scalars: list[tuple[int, np.ndarray]] = field(default_factory=list)
     count: int = 0

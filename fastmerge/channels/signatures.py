@@ -65,6 +65,20 @@ def settle_tensors(record: IdRecord) -> None:
         waiting = {name: ids for name, ids in record.tensors.items() if sum(size > 1 for size in ids.shape) > 1}
 
 
+def settle_norms(record: IdRecord) -> None:
+    """Tells normalisations over channels from those within each position, such as of each head's query, which is kept whole."""
+    if not record.normalised_apart:
+        return
+    label = torch.from_numpy(connected(record.count, record.united))
+    for call, ids in record.normalised_apart.items():
+        small = compact(ids)
+        channels = label[small].flatten(0, -2)
+        if bool((channels != channels[:1]).any()):
+            record.tie(small[..., :1], small)
+        elif len(channels[0].unique()) > 1:
+            record.normalised[call] = small.flatten(0, -2)[0].numpy()
+
+
 def settle_scalars(record: IdRecord, kind: np.ndarray, unit: np.ndarray) -> dict[str, np.ndarray]:
     """Finds the tensors of one element that act on channels to choose among and are no channel themselves.
 

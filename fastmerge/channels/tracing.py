@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from fastmerge import isolation
 from fastmerge.channels.aten import bind, has_effects, op_name
+from fastmerge.channels.computed_biases import part_computed_biases
 from fastmerge.channels.written_norms import recognise_norms
 from fastmerge.isolation import exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
@@ -309,6 +310,7 @@ def _cleaned(program: Any, traced: TracedNetwork, calls: Mapping[str, str]) -> f
         new.meta = _metadata(node, calls)
         copied[node] = new
     recognise_norms(graph)
+    part_computed_biases(graph)
     return graph
 
 
