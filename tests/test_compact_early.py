@@ -113,6 +113,71 @@ def test_layer_normed_streams_lose_as_many_of_each_teacher(name: str, group: str
     assert relative_error(big(*x).detach(), expected.detach()) <= 1e-9
 
 
+class Tokens(nn.Module):
+    """A residual stream with a class token and learned positions, moved about by code that doesn't name its width."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, width, 4, stride=4), nn.Linear(width, 4)
+        self.token, self.positions = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 5, width))
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 10), nn.Linear(10, width)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
+        x = x + self.scale * self.down(torch.relu(self.up(self.norm(x))))
+        out: Tensor = self.head(x[:, 0] + x.roll(1, dims=1).mean(1))
+        return out
+
+
+class NamesItsWidth(Tokens):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).reshape(x.shape[0], 8, 4).transpose(1, 2)
+        out: Tensor = self.head(self.down(torch.relu(self.up(self.norm(x)))).mean(1) + x.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
+def test_streams_with_positions_lose_channels(link: bool, count: int) -> None:
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    big = fastmerge.BigStudent(*make_teachers(Tokens, (x,), count), example_inputs=x, verify=False)
+    if link:
+        big.link()
+    close_gates(big)
+    expected, student = big.eval()(x), big.compress().state_dict()
+    optimizer = Adam(big.weight_parameters(), lr=0.0)
+    big(x).sum().backward()
+    optimizer.step()
+    done = big.compact(optimizer, multiple=1)
+    assert not done.whole
+    assert all(done.dropped.values())
+    places = [p for name, p in big.named_parameters() if "positions" in name]
+    assert {p.shape for p in places} == {(1, 5, done.left["patches"] // count)}
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in places)
+    assert relative_error(big(x).detach(), expected.detach()) <= 1e-9
+    assert same(big.compress().state_dict(), student)
+
+
+def test_streams_whose_width_the_code_names_are_left_whole() -> None:
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    big = fastmerge.BigStudent(*make_teachers(NamesItsWidth, (x,), 2), example_inputs=x, verify=False)
+    close_gates(big)
+    assert "reshape" in big.compact(multiple=1).whole["patches"]
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "channels_last_blocks", "one_value_for_all", "channel_scale"])
+def test_depthwise_convolutions_scales_and_single_values_go_with_their_channels(name: str) -> None:
+    big, x = merged(name, link=True)
+    close_gates(big)
+    expected = big.eval()(*x)
+    done = big.compact(multiple=1)
+    assert not done.whole
+    assert all(done.dropped.values())
+    assert relative_error(big(*x).detach(), expected.detach()) <= 1e-9
+
+
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 def test_layers_print_the_channels_that_are_there(link: bool) -> None:
     big, _ = merged("mlp", link)

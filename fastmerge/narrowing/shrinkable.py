@@ -7,17 +7,21 @@ them or names their number: such groups are left whole.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
-from fastmerge.channels.aten import LAYER_NORMS, is_pointwise, is_size, op_name
+from fastmerge.channels.aten import LAYER_NORMS, MOVEMENTS, RESHAPES, is_pointwise, is_size, op_name, writes_in_place
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
 from fastmerge.lowering.channelwise import JoinedCall, Placement, is_flattening, joined_call
 from fastmerge.lowering.graph import stays_joined
 from fastmerge.wide.analysis import Analysis
+from fastmerge.wide.grouped import is_depthwise
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import concatenate_joined
 
@@ -84,6 +88,11 @@ class _Walk:
         writes = _groups_of(self.analysis.groups.outputs[call.weight])
         place, shape = self.places.get(call.input), self.analysis.shapes.get((self.mode, node.name))
         dim = call.geometry.channel_dim
+        by_channel = call.is_plain and is_depthwise(call.groups, call.operand.meta["shape"])
+        if by_channel and self.analysis.is_wide(self.mode, node) and place is not None and place.dim == dim:
+            self.places[node] = place
+            self.found.even.update(self.carried[node] | writes)
+            return
         if call.groups > 1:
             self._leave_whole(self.carried[node] | reads | writes, f"passes the grouped convolution '{call.name}'")
         elif reads and (place is None or place.dim != dim % place.rank):
@@ -127,7 +136,8 @@ class _Walk:
                 if call.call is not None and call.call[0] is concatenate_joined:
                     self.found.even.update(carried)
                 return
-            if shape is not None and (place := self._broadcast(node, operands, shape)) is not None:
+            place = None if shape is None else self._broadcast(node, operands, shape) or self._moved(node, operands)
+            if place is not None:
                 self.places[node] = place
                 self.found.even.update(carried)  # run per stream
                 return
@@ -146,11 +156,51 @@ class _Walk:
                     return None
         return Placement(len(shape) - back, shape[-back], len(shape))
 
+    def _moved(self, node: fx.Node, operands: dict[fx.Node, Placement]) -> Placement | None:
+        """Where an operation that moves values leaves the channels, tried with fewer of them; None if it names their number."""
+        if len(operands) != 1 or op_name(node) not in {*MOVEMENTS, *RESHAPES, "flatten"} or writes_in_place(node):
+            return None
+        ((source, place),) = operands.items()
+        numbers = torch.arange(math.prod(self.analysis.shapes[self.mode, source.name]))
+        numbers = numbers.view(self.analysis.shapes[self.mode, source.name])
+        found = set()
+        for left in (torch.arange(0, place.channels, 2), torch.arange(place.channels - 1)):
+            try:
+                whole, part = (
+                    node.target(*(x if a is source else self._number(a) for a in node.args), **node.kwargs)  # type: ignore[operator]
+                    for x in (numbers, numbers.index_select(place.dim, left))
+                )
+            except (RuntimeError, IndexError, TypeError, ValueError):
+                return None
+            if not isinstance(whole, Tensor) or whole.dim() != part.dim():
+                return None
+            dims = [d for d in range(whole.dim()) if whole.shape[d] == place.channels and part.shape[d] == len(left)]
+            found.add(next((d for d in dims if torch.equal(whole.index_select(d, left), part)), None))
+        dim = found.pop()
+        return None if found or dim is None else Placement(dim, place.channels, whole.dim())
+
+    def _number(self, argument: Any) -> Any:
+        """An argument with sizes in the place of the nodes that compute them.
+
+        Raises:
+            ValueError: one is a tensor.
+        """
+        if isinstance(argument, (list, tuple)):
+            return [self._number(a) for a in argument]
+        if not isinstance(argument, fx.Node):
+            return argument
+        if op_name(argument) == "sym_size":
+            source, dim = argument.args
+            return self.analysis.shapes[self.mode, source.name][dim]  # type: ignore[union-attr,index]
+        if not is_size(argument):
+            raise ValueError(f"{argument} is a tensor")
+        return argument.target(*map(self._number, argument.args))  # type: ignore[operator]
+
     def _place_of(self, node: fx.Node) -> Placement | None:
         """Where the channels lie in a parameter or buffer, if it can be cut along them."""
         name = self.analysis.tensor_name(str(node.target))
         dim, units = self.analysis.groups.tensors[name]
-        if dim not in (0, 1) or name in self.analysis.averaged:
+        if dim is None or name in self.analysis.averaged:
             return None
         return Placement(dim, len(units.group), len(node.meta["shape"]))
 

@@ -27,17 +27,23 @@ class Move:
         rows: int64, ascending, along dimension 0; None for all.
         columns: int64, ascending, along dimension 1; None for all. Of a tensor of T blocks of rows (T, columns), each
             teacher's own.
+        further: int64, ascending, along a dimension after these, and which; it is copied.
     """
 
     rows: Tensor | None
     columns: Tensor | None = None
+    further: tuple[int, Tensor] | None = None
 
     @property
     def is_nothing(self) -> bool:
-        return self.rows is None and self.columns is None
+        return self.rows is None and self.columns is None and self.further is None
 
     def apply(self, tensor: Tensor) -> None:
         """Shrinks a tensor; the object stays. Memory that something else uses too is left to it, and the tensor copied."""
+        if self.further is not None:
+            dim, index = self.further
+            set_data(tensor, tensor.detach().index_select(dim, index.to(tensor.device)))
+            return
         if not is_compactable(tensor):
             set_data(tensor, tensor.detach().clone())
         rows = torch.arange(tensor.shape[0]) if self.rows is None else self.rows
@@ -96,11 +102,13 @@ class Shrinking:
                 self._add(tensors[place], Move(self._stay(groups.tensors[name][1])))
         for name, places in layout.per_teacher.items():
             dim, units = groups.tensors.get(name, (None, None))
-            if dim in (0, 1) and units is not None:
+            if dim is not None and units is not None:
                 before_left, after_left = before.is_left(units), after.is_left(units)
                 for place, old, new in zip(places, before_left, after_left, strict=True):
-                    index = None if torch.equal(old, new) else new[old].nonzero().flatten()
-                    self._add(tensors[place], Move(index) if dim == 0 else Move(None, index))
+                    if not torch.equal(old, new):
+                        index = new[old].nonzero().flatten()
+                        moves = Move(index), Move(None, index), Move(None, None, (dim, index))
+                        self._add(tensors[place], moves[min(dim, 2)])
         for name, gate in gates.items():
             assert isinstance(gate, HardConcrete)
             stays = torch.isin(before.candidates[name], after.candidates[name])

@@ -12,6 +12,11 @@ from fastmerge.wide.convolve import convolve, convolve_streams
 from fastmerge.wide.weights import Weight, own, whole_of
 
 
+def is_depthwise(groups: int, shape: Sequence[int]) -> bool:
+    """Whether each channel has a filter of its own and nothing else."""
+    return groups == shape[0] and shape[1] == 1
+
+
 class GroupedLayer(nn.Module):
     """The teachers' grouped convolutions as one of T times the groups, teacher by teacher.
 
@@ -26,9 +31,15 @@ class GroupedLayer(nn.Module):
         self, geometry: Geometry, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
     ) -> None:
         super().__init__()
-        self.geometry, self.groups, self.num_teachers = geometry, groups, len(weights)
+        self.geometry, self._groups, self.num_teachers = geometry, groups, len(weights)
+        self.is_depthwise = is_depthwise(groups, weights[0].shape)
         self.weight = nn.Parameter(torch.cat(list(weights)))
         self.bias = None if biases is None else nn.Parameter(torch.cat(list(biases)))
+
+    @property
+    def groups(self) -> int:
+        """Of one teacher: of a depthwise convolution as many as it has channels left."""
+        return self.weight.shape[0] // self.num_teachers if self.is_depthwise else self._groups
 
     def forward(self, *values: Tensor, weight: Weight | None = None, bias: Weight | None = None) -> tuple[Tensor, ...]:
         """Applies the layer to T streams, each with its own weights, or to one joined tensor.
