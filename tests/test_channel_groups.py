@@ -281,6 +281,30 @@ def test_heads_of_cosine_attention_are_chosen_among_as_streams_are() -> None:
     assert groups.kept_whole == [("table", "its use")]
 
 
+class Windows(nn.Module):
+    """Attention with a learned bias for each head and distance, as in Swin, which ``scaled_dot_product_attention`` adds."""
+
+    def __init__(self, width: int = 12, heads: int = 3, tokens: int = 4) -> None:
+        super().__init__()
+        self.heads, self.embed, self.head = heads, nn.Linear(5, width), nn.Linear(width, 4)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.table = nn.Parameter(torch.randn(2 * tokens - 1, heads))
+        self.register_buffer("distance", torch.arange(tokens)[:, None] - torch.arange(tokens) + tokens - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).relu()
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        bias = self.table[self.distance].permute(2, 0, 1)[None]
+        x = nn.functional.scaled_dot_product_attention(q, k, v, bias)
+        return self.head(x.transpose(1, 2).flatten(2).mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_learned_bias_of_attention_goes_with_its_head() -> None:
+    big = check_exact(Windows, (make_batch(6, (4, 5)),), torch.float64, 2)
+    assert sorted(group.size for group in big.groups) == [3, 12]
+    assert not big.groups.kept_whole
+
+
 class BiasedConvolution(nn.Module):
     """A convolution's bias is computed from a parameter, and no layer's."""
 

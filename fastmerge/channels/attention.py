@@ -19,8 +19,10 @@ def attention(run: IdRun, func: Any, args: Any, kwargs: Any, out: Tensor) -> Com
         known = [ids for ids in (query, key, value, mask) if ids is not None]
         return [run.record.collapse(known, run.where(), "attention").expand(out.shape)]
     head = query[..., :1, :1]
-    for operand in (query, key, value, mask):
-        if operand is None or run.record.is_constant(operand):
+    if mask is not None and not run.record.is_constant(mask):
+        run.record.unite(head, mask)  # is added to the products, as in attention written out
+    for operand in (query, key, value):
+        if run.record.is_constant(operand):
             continue
         if operand.dim() > 2 and operand.shape[-3] not in (
             1,
