@@ -22,7 +22,7 @@ def part_computed_biases(graph: fx.Graph) -> None:
         if not isinstance(bias, fx.Node) or bias.op == "get_attr" or bias in from_input:
             continue
         _, spatial_dims = LAYERS[op_name(node)]
-        node.replace_input_with(bias, None)  # type: ignore[arg-type]
+        node.replace_input_with(bias, None)
         users = list(node.users)
         with graph.inserting_before(node.next):
             if spatial_dims:
