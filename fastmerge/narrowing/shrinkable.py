@@ -88,7 +88,8 @@ class _Walk:
         writes = _groups_of(self.analysis.groups.outputs[call.weight])
         place, shape = self.places.get(call.input), self.analysis.shapes.get((self.mode, node.name))
         dim = call.geometry.channel_dim
-        by_channel = call.is_plain and is_depthwise(call.groups, call.operand.meta["shape"])
+        # a student of another width keeps the number of groups that its class names, which compact() needs not
+        by_channel = call.is_plain and not self.views_follow and is_depthwise(call.groups, call.operand.meta["shape"])
         if by_channel and self.analysis.is_wide(self.mode, node) and place is not None and place.dim == dim:
             self.places[node] = place
             self.found.even.update(self.carried[node] | writes)
