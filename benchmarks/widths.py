@@ -177,7 +177,7 @@ the other groups keep a teacher's width. The gate loss, `GateBudget`, `compact()
 
 ```python
 big = fastmerge.BigStudent(t1, t2, keep=0.5)
-...                     # train weights and gates, as always
+...  # train weights and gates, as always
 student = big.compress()
 ```
 
