@@ -137,6 +137,9 @@ def _checked_keep(name: str, keep: Tensor, tensor: Tensor, dim: int) -> Tensor:
     if not isinstance(keep, Tensor) or keep.dtype != torch.int64:
         kind = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
         raise TypeError(f"compact_ needs an int64 tensor of indices as {name}; it got {kind}")
+    if keep.layout != torch.strided or keep.is_meta:
+        what = "one on the meta device, without values" if keep.is_meta else f"one of layout {keep.layout}"
+        raise TypeError(f"compact_ needs a plain tensor of indices as {name}; it got {what}")
     if keep.dim() != 1:
         raise ValueError(f"compact_ needs {name} of one dimension; it has shape {tuple(keep.shape)}")
     if dim >= tensor.dim():

@@ -183,22 +183,25 @@ class Processes:
         return found
 
 
-def share_of(batch_size: int, processes: int, accumulate: int = 1) -> int:
+def share_of(batch_size: int, processes: int, accumulate: int = 1, sets: int = 1) -> int:
     """Images of each process in each part of a step.
 
     Args:
         batch_size: Images in the step, of all processes together.
         processes: How many there are.
         accumulate: Parts of the step.
+        sets: Data sets that each part has equally many images of.
 
     Raises:
         ValueError: They can't be shared out evenly.
     """
-    share, rest = divmod(batch_size, processes * accumulate)
+    shares = processes * accumulate * sets
+    share, rest = divmod(batch_size, shares)
     if rest or not share:
+        of_sets = f" of {sets} data sets" if sets > 1 else ""
         raise ValueError(
             f"a batch of {batch_size} can't be shared out evenly to {processes} processes times {accumulate} "
-            f"accumulated batches; it needs a multiple of {processes * accumulate}"
+            f"accumulated batches{of_sets}; it needs a multiple of {shares}"
         )
     return share
 

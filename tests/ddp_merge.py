@@ -197,6 +197,18 @@ def shown(rank: int, size: int) -> str:
     return error.getvalue()
 
 
+def other_teachers(rank: int, size: int) -> Any:
+    """Each process has its own."""
+
+    def make() -> nn.Module:
+        network = Net()
+        with torch.no_grad():
+            next(network.parameters()).add_(rank)
+        return network
+
+    return run(rank, size, make=make)
+
+
 def uneven(rank: int, size: int) -> Any:
     return run(rank, size, train=batches(BATCH * STEPS, BATCH, 0, 1)[: STEPS - rank])
 

@@ -325,13 +325,13 @@ class WritesParts(nn.Module):
 
 
 class Blocks(Base):
-    """Parts of its code run without gradients, or in another precision."""
+    """Parts of its code run without gradients, or in another precision; it asks a weight for its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             centre = x.mean(0, keepdim=True)
         with torch.autocast("cpu", enabled=False):
-            features = self.features(x - centre)
+            features = self.features((x - centre).to(self.trunk.weight.dtype))
         return self.head(features)
 
 

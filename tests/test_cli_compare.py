@@ -11,6 +11,7 @@ from torch import nn
 from fastmerge import methods
 from fastmerge.checkpoints import load_weights
 from fastmerge.cli import main
+from fastmerge.files import held
 from fastmerge.methods.comparison import compare
 from small_task import VAL, train_loader, train_teachers
 
@@ -82,14 +83,49 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     assert main(["merge", *words]) == 0
     load_weights(make(), place / "out" / "student.safetensors")
     assert "| reconstruct" in (place / "out" / "compare.md").read_text()
-    assert main(["merge", *words, "--dry-run"]) == 2
-    assert "--method reconstruct takes no --resume or --dry-run" in capsys.readouterr().err
+    for given, named in (
+        (["--dry-run"], "--dry-run"),
+        (["--autocast", "bfloat16", "--resume"], "--resume, --autocast"),
+    ):
+        assert main(["merge", *words, *given]) == 2
+        assert f"--method reconstruct takes no {named}, which" in capsys.readouterr().err
 
 
 def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None:
     assert main(arguments("average,glue")) == 2
     assert "there is no method 'glue'" in capsys.readouterr().err
     assert not (place / "out" / "compare.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--teachers a.pt", "merge needs at least two teachers; got 1"),
+        ("--data five.npz", "train_loader has targets 0..4; the teachers have 3 classes, 0..2"),
+        ("--device meta", "can't use device meta: it holds no values"),
+        ("--lr nan", "a finite number above 0; got nan"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_anything_is_run(place: Path, capsys, more: str, message: str) -> None:
+    arrays = dict(np.load("data.npz"))
+    np.savez("five.npz", **arrays | {"train_labels": np.arange(48) % 5})
+    assert main([*arguments("average"), *more.split()]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert (printed.err.count("\n"), printed.out) == (1, "")
+
+
+def test_a_run_that_can_go_on_keeps_its_files(place: Path, capsys) -> None:
+    """Its student would be another's, beside its own history."""
+    out = place / "out"
+    out.mkdir()
+    with held(out / ".lock"):
+        assert main(arguments("average")) == 2
+        assert "out is in use by another run, " in capsys.readouterr().err
+    (out / "command.json").write_text('{"words": ["merge"], "finished": true}')
+    assert main(arguments("average")) == 2
+    assert "out holds a run of fastmerge merge or run, whose files stay; choose another" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "command.json"]
 
 
 def test_a_method_that_fails_leaves_the_others_their_rows() -> None:

@@ -9,6 +9,7 @@ import time
 import warnings
 
 import pytest
+import torch
 
 from fastmerge import cli
 from fastmerge.cli import arguments, main
@@ -123,6 +124,17 @@ def test_debug_shows_where(monkeypatch, capsys):
 def test_exit_codes(monkeypatch, error, code):
     monkeypatch.setattr(cli.info, "command", raising(error))
     assert main(["info"]) == code
+
+
+def test_too_little_memory_is_a_line(tmp_path, capsys):
+    for name in ("a", "b"):
+        torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / f"{name}.pt")
+    teachers = ["--teachers", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    model = ["--model", "torch.nn:Linear", "--model-args", "in_features=2", "out_features=2"]
+    assert main(["check", *model, *teachers, "--input", str(10**9), str(10**9)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastmerge: error: there is not enough memory: can't allocate memory: ")
+    assert error.count("\n") == 1
 
 
 def test_our_own_faults_are_not_hidden(monkeypatch):

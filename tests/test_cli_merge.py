@@ -299,3 +299,8 @@ def test_teachers_of_different_label_sets(place, capsys):
     assert "merge, linked" in capsys.readouterr().out
     assert main([*arguments(out=["other"]), "--data", "two.npz"]) == 2
     assert "with --heads concatenate or separate once for each teacher" in capsys.readouterr().err
+    assert main([*arguments(**both, data=["two.npz"]), "--data", "data.npz", "--resume"]) == 2
+    assert "of a run with --data data.npz two.npz, not two.npz data.npz; go on without" in capsys.readouterr().err
+    assert main([*arguments(**both, out=["other"]), "--data", "two.npz", "--batch-size", "1"]) == 2
+    said = "a batch of 1 can't be shared out evenly to 1 processes times 1 accumulated batches of 2 data sets"
+    assert said in capsys.readouterr().err

@@ -24,6 +24,7 @@ def tree(tmp_path):
     write(tmp_path / "val" / "cat" / "1.png", (0, 255, 0, 128), mode="RGBA")
     write(tmp_path / "val" / "ant" / "1.png", 100, mode="L")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train-notes.tar").write_bytes(b"mine")  # beside the tree, and none of it
     return tmp_path
 
 

@@ -351,6 +351,16 @@ def test_a_worker_that_dies_while_it_hands_over_is_said_to_be(tree, monkeypatch,
         whole(loader)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_reading_raises_is_no_lost_worker(tree, monkeypatch, workers):
+    def read(self, key):
+        raise EOFError("of a file")
+
+    monkeypatch.setattr(TreeBatches, "__getitem__", read)
+    with pytest.raises(EOFError, match="of a file"):
+        whole(make(tree, "torch", workers=workers).train)
+
+
 @pytest.mark.parametrize("queue", [False, True])
 def test_a_worker_that_has_no_shared_memory_is_an_error(tree, monkeypatch, queue):
     """Where the queue's thread fails to hand a batch over, it drops the batch: both processes would wait for ever."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ddp_merge
-from ddp_merge import diverging, draws, interrupted, merged, normed, shown, uneven
+from ddp_merge import diverging, draws, interrupted, merged, normed, other_teachers, shown, uneven
 from gloo import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -76,6 +76,11 @@ def test_processes_with_unequal_loaders_are_refused():
     assert set(found.values()) == {
         "ValueError: processes that merge together need equally many batches each; they have [4, 3]"
     }
+
+
+def test_processes_with_unequal_teachers_are_refused():
+    (found,) = set(together(2, other_teachers).values())
+    assert found.startswith("ValueError: all processes must have the same teacher 0; they have ")
 
 
 @pytest.mark.parametrize("training", [True, False])

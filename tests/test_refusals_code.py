@@ -101,6 +101,8 @@ def test_an_input_that_is_no_tensor(x: object) -> None:
     big = fastmerge.BigStudent(resnet(), resnet(), example_inputs=IMAGES)
     with pytest.raises(TypeError, match=f"BigStudent needs a tensor to run on; got {type(x).__name__}"):
         big(x)
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        big()
 
 
 class Optional(nn.Module):

@@ -105,9 +105,17 @@ def resized(align_corners: bool) -> nn.Module:
     return conv_network(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=align_corners))
 
 
-def test_an_option_that_differs_unseen() -> None:
-    message = refusal(resized(False), resized(True))
-    assert "compute 'upsample_bilinear2d' differently" in message
+def averaged(divisor: int | None) -> nn.Module:
+    return conv_network(nn.AvgPool2d(2, divisor_override=divisor))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "operation"),
+    [(resized(False), resized(True), "upsample_bilinear2d"), (averaged(None), averaged(3), "avg_pool2d")],
+    ids=["align_corners", "divisor_override"],
+)
+def test_an_option_that_differs_unseen(first: nn.Module, second: nn.Module, operation: str) -> None:
+    assert f"compute '{operation}' differently" in refusal(first, second)
 
 
 class Unrecorded(nn.Module):

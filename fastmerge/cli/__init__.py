@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
-        with _plain_messages(), readers_watched():
+        with _plain_messages(), readers_watched(), _memory_watched():
             status = options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
     except KeyboardInterrupt as error:
         if is_first:
@@ -93,6 +93,18 @@ def _plain_messages() -> Iterator[None]:
     finally:
         log.handlers = handlers
         log.setLevel(level)
+
+
+@contextmanager
+def _memory_watched() -> Iterator[None]:
+    """PyTorch has an error of its own for a GPU without memory, and none for a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, found, what = str(error).partition("DefaultCPUAllocator: ")
+        if not found:
+            raise
+        raise MemoryError(f"there is not enough memory: {what}") from error
 
 
 class _Lines(logging.Handler):

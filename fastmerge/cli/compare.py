@@ -17,16 +17,21 @@ import torch
 from torch import nn
 
 from fastmerge.checkpoints import save_weights
+from fastmerge.cli import continuing
 from fastmerge.cli.arguments import add_teachers, integer, load_teachers, names
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
+from fastmerge.merging.checks import check_device
 from fastmerge.methods import METHODS
 from fastmerge.methods.comparison import Row, compare
 from fastmerge.reporting.comparison import comparison_table, write_comparison
 from fastmerge.reporting.results import write_json
 
 SUMMARY = "compare methods on your own trained networks"
+# What is read of the options of fastmerge merge, which may name a method, too.
+READS = {"model", "model_args", "teachers", "classes", "ema", "data", "out", "finetune_epochs", "batch_size", "lr"}
+READS |= {"momentum", "weight_decay", "image_size", "augmentation", "mean", "std", "device", "seed"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +69,17 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_a
         methods: names.
         epochs: of those that train.
         save_as: what the file of a method's network is called, with the method's name for ``{}``.
+
+    Raises:
+        ValueError: DIR holds a run of another command, or one is at work there.
     """
+    with continuing.apart(options.out):
+        _run(options, methods, epochs, save_as)
+
+
+def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_as: str) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device, nn.Identity())
     loaders = image_loaders(
         options.data,
         options.batch_size,
@@ -77,7 +91,6 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_a
         std=options.std,
     )
     teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
-    options.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
 
     def note(row: Row, network: nn.Module | None) -> None:

@@ -93,9 +93,10 @@ def complete(
         for name, value in given.items():
             default, _, flag = options.table[name]
             if name not in _FREE and value != before.get(name, default):
+                then_, now = (_said(each) for each in (before.get(name, default), value))
                 raise ValueError(
-                    f"{directory} is of a run with {flag} {before.get(name, default)}, not {value}; go on without "
-                    f"{flag}, or begin another run in another --out"
+                    f"{directory} is of a run with {flag} {then_}, not {now}; go on without {flag}, or begin another "
+                    "run in another --out"
                 )
         given = before | given
     missing = [flag for name, (_, required, flag) in options.table.items() if required and name not in given]
@@ -125,6 +126,20 @@ def alone(options: argparse.Namespace, processes: Processes) -> Iterator[None]:
         problem = processes.from_first(problem)
         if problem is not None:
             raise problem
+        yield
+
+
+@contextlib.contextmanager
+def apart(out: Path) -> Iterator[None]:
+    """Makes DIR for a command that can't go on, and keeps other commands out of it until the block ends.
+
+    Raises:
+        ValueError: Another run is in DIR, or a run that can go on was, whose files would be replaced.
+        OSError: DIR can't be written to.
+    """
+    with _hold(out):
+        if (out / _COMMAND).exists():
+            raise ValueError(f"{out} holds a run of fastmerge merge or run, whose files stay; choose another --out")
         yield
 
 
@@ -205,6 +220,12 @@ def finish(options: argparse.Namespace) -> None:
     shutil.rmtree(options.out / CHECKPOINTS, ignore_errors=True)
 
 
+def chosen_beyond(options: argparse.Namespace, taken: set[str]) -> list[str]:
+    """Flags of options that are not as they are by default, but for some."""
+    table = options.table.items()
+    return [flag for name, (usual, _, flag) in table if name not in taken and getattr(options, name) != usual]
+
+
 def config(options: argparse.Namespace) -> dict[str, Any]:
     """The options that tell what was done."""
     return {name: getattr(options, name) for name in options.table if name == "device" or name not in _FREE}
@@ -244,6 +265,11 @@ def _noted(directory: Path) -> dict[str, Any]:
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in options.table if (value := getattr(options, name, None)) is not None}
+
+
+def _said(value: Any) -> str:
+    """An option's value as it is written."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _directory(given: dict[str, Any]) -> Path | None:

@@ -91,8 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> None:
     """Merges, writes the student and its history, and prints the scores."""
     if options.method != "gates":
-        if options.resume or options.dry_run:
-            raise ValueError(f"--method {options.method} takes no --resume or --dry-run: it has no checkpoints")
+        others = continuing.chosen_beyond(options, compare.READS | {"method", "merge_epochs", "quiet"})
+        if others:
+            raise ValueError(f"--method {options.method} takes no {', '.join(others)}, which are of the gates' merges")
         (options.data,) = _one_or_each(options, 1)
         compare.run(options, [options.method], options.merge_epochs, save_as="student.safetensors")
         return
@@ -119,7 +120,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
     each = [
         image_loaders(
             path,
-            share_of(options.batch_size, size * len(paths), options.accumulate),
+            share_of(options.batch_size, size, options.accumulate, len(paths)),
             image_size=options.image_size,
             augmentation=options.augmentation,
             loader=options.loader,

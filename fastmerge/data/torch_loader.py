@@ -142,7 +142,7 @@ class TorchLoader(EpochLoader):
         with _signals_held():  # a worker that has hardly begun has them from here
             batches = iter(self._loader)
         while True:
-            with readers_watched(), _handover_watched():
+            with readers_watched(), _handover_watched(self._workers):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -195,11 +195,13 @@ def _check_shared_memory(workers: int, batch_bytes: int) -> None:
 
 
 @contextmanager
-def _handover_watched() -> Iterator[None]:
+def _handover_watched(workers: int) -> Iterator[None]:
     """A worker that dies while it hands over a batch: its sockets are closed a moment before the system tells of its end."""
     try:
         yield
     except (ConnectionError, EOFError) as error:
+        if not workers or str(error).startswith("Caught "):  # what reading itself raised, here or in a worker
+            raise
         time.sleep(_UNTIL_TOLD)  # here PyTorch raises what became of it, once it is told
         raise ReaderLostError("a process that reads images ended while it handed over a batch") from error
 

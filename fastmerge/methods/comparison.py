@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
+from fastmerge.merging.checks import check_device, check_loader, check_teachers
+from fastmerge.merging.options import Options
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.registry import METHODS, apply, checked
 from fastmerge.methods.training import train
@@ -84,14 +86,19 @@ def compare(
         callback: called with each row when it is known, and its network: the fine-tuned one, where there is one.
 
     Raises:
-        ValueError: there is no such method or option; before anything is run.
+        ValueError, TypeError: there is no such method or option, there are fewer than two teachers, or they or the criterion
+            can't work with the data; before anything is run.
     """
+    teachers = check_teachers(teachers)
+    Options(finetune_epochs=finetune_epochs, finetune_lr=lr, momentum=momentum, weight_decay=weight_decay)
     given = {name: dict((options or {}).get(name, {})) for name in methods}
     common = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "criterion": criterion}
     for name, own in given.items():
         known = checked(name, own).options
         given[name] = {key: value for key, value in common.items() if key in known} | own
-    setting = Setting(next(teachers[0].parameters()).device, criterion)
+    setting = Setting(check_device(None, teachers[0]), criterion)
+    check_loader("train_loader", train_loader, teachers[0], setting)
+    check_loader("val_loader", val_loader, teachers[0], setting)
     devices = [setting.device] if setting.device.type == "cuda" else []
     rows = []
 
