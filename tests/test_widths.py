@@ -159,3 +159,22 @@ def test_networks_that_count_on_their_widths_are_refused(name: str, says: str) -
     teachers = make_teachers(architecture.make, architecture.inputs(6), 2)
     with pytest.raises(ValueError, match=f"keep can't give group '.*' .* channels in place of .*{says}"):
         fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=0.5)
+
+
+def test_a_value_for_all_channels_is_exact_up_to_a_teachers_width() -> None:
+    """The slope of a PReLU: the mean by how many channels are kept of each teacher, if at most n are."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 8), nn.PReLU(init=float(torch.rand(()))), nn.Linear(8, 2))
+
+    x = make_batch(6, (3,))
+    teachers = make_teachers(make, (x,), 2)
+    big = fastmerge.BigStudent(*teachers, keep=0.5)
+    with pytest.raises(ValueError, match=r"keep can't give group '0' 12 channels .*: it shares '1\.weight'"):
+        fastmerge.BigStudent(*teachers, keep=1.5)
+    big.link()
+    with torch.no_grad():
+        big.gates["0"].loc.fill_(-40.0)[[0, 9, 10, 12]] = 40.0
+        student = big.eval().compress()
+        assert relative_error(student.eval()(x), big(x)) <= TOLERANCE[torch.float64]
+    assert student[1].weight.item() == pytest.approx((teachers[0][1].weight + 3 * teachers[1][1].weight).item() / 4)

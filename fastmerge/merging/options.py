@@ -111,7 +111,7 @@ class Options:
         0.0, "the fraction of the merge stage before linking; 1 never", least=0.0, most=1.0, flag=float, varies=True
     )
     lr: float = option(0.01, "learning rate of the weights", above=0.0, flag=float)
-    momentum: float = option(0.9, "momentum of the weights' SGD", least=0.0, flag=float)
+    momentum: float = option(0.9, "momentum of the weights' SGD", least=0.0, most=1.0, flag=float)
     weight_decay: float = option(0.0, "weight decay of the weights' SGD", least=0.0, flag=float)
     gate_lr: float | None = option(
         None, "learning rate of the gates; by itself 0.2, more in a short stage", above=0.0, flag=float

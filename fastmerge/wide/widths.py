@@ -74,7 +74,12 @@ def check_widths(analysis: Analysis, widths: Mapping[str, int], whole: Mapping[i
                 why.setdefault(int(number), f"is read by {kind}, which depends on the number of channels")
     for axis in groups.axes():
         for number in np.unique(axis.units.group[axis.units.group >= 0]):
-            if not _lies_in_runs(axis.units, int(number), groups[int(number)].size):
+            wider = widths[groups[int(number)].name] > groups[int(number)].size
+            if wider and groups.acts_on_several(axis.tensor):
+                why.setdefault(
+                    int(number), f"shares '{axis.tensor}', which is one student's only at a teacher's width or less"
+                )
+            elif not _lies_in_runs(axis.units, int(number), groups[int(number)].size):
                 why.setdefault(
                     int(number), f"lies in '{axis.tensor}' in an order that another number of channels does not have"
                 )
