@@ -69,11 +69,6 @@ def test_every_other_network(name: str) -> None:
     check(name, torch.float64, count=2)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
-def test_family_in_float32(name: str) -> None:
-    check(name, torch.float32, count=2)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*vision.FAMILIES, *vision.LARGE])
 def test_every_family_in_float32(name: str) -> None:

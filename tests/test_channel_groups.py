@@ -344,7 +344,10 @@ def channels_last(value: torch.Tensor | nn.Module) -> Any:
 IMAGES = [a for a in ZOO if any(x.dim() == 4 for x in a.inputs(1)) and a.name != "lenet"]
 
 
-@pytest.mark.parametrize("architecture", IMAGES, ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, id=a.name, marks=pytest.mark.slow if number % 4 else ()) for number, a in enumerate(IMAGES)],
+)
 def test_channels_last_has_the_same_groups(architecture: Architecture) -> None:
     network, inputs = architecture.make().double(), architecture.inputs(2)
     expected = str(fastmerge.channel_groups(network, example_inputs=inputs))

@@ -220,10 +220,10 @@ def test_strategies_are_paired_and_a_new_one_is_a_function():
     seen = {}
     try:
 
-        @registered("restart", teachers=1)
+        @registered("restart again", teachers=1)
         def restart(its, teachers):
-            seen["restart"] = teachers[0].networks
-            return its.train(teachers[0].networks, Plan(epochs=8, lr=0.01), "restart", after=teachers)
+            seen["restart again"] = teachers[0].networks
+            return its.train(teachers[0].networks, Plan(epochs=8, lr=0.01), "restart again", after=teachers)
 
         @registered("look", teachers=2)
         def look(its, teachers):
@@ -231,18 +231,18 @@ def test_strategies_are_paired_and_a_new_one_is_a_function():
             return its.best(teachers)
 
         told = []
-        results = run_quietly(points_recipe(), ["restart", "look"], replicates=2, note=told.append)["strategies"]
+        results = run_quietly(points_recipe(), ["restart again", "look"], replicates=2, note=told.append)["strategies"]
     finally:
-        for name in ("restart", "look"):
+        for name in ("restart again", "look"):
             STRATEGIES.pop(name, None)
-    assert seen["restart"] is seen["look"][0]
+    assert seen["restart again"] is seen["look"][0]
     assert {(each["strategy"], each["stage"], each["network"]) for each in told} == {
         ("teachers", "teacher", 0),
         ("teachers", "teacher", 1),
-        ("restart", "restart", 0),
+        ("restart again", "restart again", 0),
     }
     assert {name: (each["epochs"], each["cost"]) for name, each in results.items()} == {
-        "restart": (12, 12),
+        "restart again": (12, 12),
         "look": (8, 8),
     }
     assert all(len(each["values"]) == 2 for each in results.values())

@@ -84,7 +84,7 @@ def test_results_have_the_names_of_the_jobs_and_jobs_wait_for_what_they_need(wor
     assert len(told) == 48
     printed = capfd.readouterr().err
     assert "48/48" in printed
-    assert re.search(r"last: long run 12, (\d+ samples/s, )?[\d.]+ GiB", printed)
+    assert re.search(r"(last|job 0): long run 12, (\d+ samples/s, )?[\d.]+ GiB", printed)
     assert not multiprocessing.active_children()
 
 
