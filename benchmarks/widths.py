@@ -184,7 +184,8 @@ student = big.compress()
 The student is of the teachers' class, with narrower or wider layers: a network that the class's constructor builds at these
 widths loads its weights strictly. Where the class's code has a width in it, such as `x.view(-1, 400)`, the student is the
 traced network under the same names. Groups whose number of channels an operation counts on are refused by name: grouped and
-depthwise convolutions, LayerNorm, GroupNorm. `merge()` takes no `keep`: train the big student in a loop of your own."""
+depthwise convolutions, LayerNorm, GroupNorm; above a teacher's width also one value for all channels, such as the slope of a
+PReLU. `merge()` takes no `keep`: train the big student in a loop of your own."""
 
 
 def _gaps(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
