@@ -187,7 +187,7 @@ class _Tensors:
             gc.freeze()
         living = {key: tensor for key, known in self._known.items() if (tensor := known()) is not None}
         self._known = {key: self._known[key] for key in living}
-        storages = [tensor.untyped_storage() for tensor in living.values()]
+        storages = [tensor.untyped_storage() for tensor in living.values() if tensor.layout == torch.strided]
         return {(storage.data_ptr(), storage.nbytes()) for storage in storages if storage.nbytes()}
 
 
