@@ -39,9 +39,9 @@ def predictions(traced: TracedNetwork, names: Sequence[Name] | None = None) -> d
 
 
 def _of_mode(traced: TracedNetwork, mode: str, names: Sequence[Name] | None) -> set[int]:
-    returned = next(node for node in traced.graphs[mode].nodes if node.op == "output").args[0]
-    assert isinstance(returned, (tuple, list))
-    nodes = {k: node for k, node in enumerate(returned) if isinstance(node, fx.Node) and "shape" in node.meta}
+    nodes = {
+        k: node for k, node in enumerate(traced.outputs(mode)) if isinstance(node, fx.Node) and "shape" in node.meta
+    }
     if names is None:
         followed = _followed(traced, mode)
         last = {k for k, node in nodes.items() if node not in followed}

@@ -66,6 +66,19 @@ class TracedNetwork:
         """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`."""
         return {"module": self.root, "graph": self.graphs[mode]}
 
+    def outputs(self, mode: str) -> list[Any]:
+        """What one mode's graph returns: nodes, and values that are no result of an operation."""
+        return list(next(node for node in self.graphs[mode].nodes if node.op == "output").args[0])
+
+    def structured(self, outputs: Sequence[Any], mode: str) -> Any:
+        """Flat outputs in the structure that the network returns them in."""
+        spec = self.out_specs[mode]
+        return outputs[0] if spec.is_leaf() else pytree.tree_unflatten(outputs, spec)
+
+    def output_shapes(self, mode: str) -> list[tuple[int, ...] | None]:
+        """The shape of each flat output, None of what is no tensor."""
+        return [getattr(node, "meta", {}).get("shape") for node in self.outputs(mode)]
+
     @property
     def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """Per (mode, node name) the shape of a value that is a tensor."""

@@ -11,7 +11,6 @@ from itertools import product
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fastmerge.lowering.channelwise import changes_reshaped
 from fastmerge.lowering.fusion import NormUse
@@ -84,8 +83,7 @@ class Programs:
             outputs = forward(network, gates, *inputs)
         else:
             outputs = to_contiguous(forward(network, gates, *to_channels_last(inputs)))
-        spec = self._traced.out_specs[key[0]]
-        return outputs[0] if spec.is_leaf() else pytree.tree_unflatten(outputs, spec)
+        return self._traced.structured(outputs, key[0])
 
 
 def _hand_out_gates(graph: fx.Graph, network: nn.Module) -> None:
@@ -136,9 +134,14 @@ def _compiled(
     graph, norms = lower(analysis, network, mode, population, each, joined)
     _hand_out_gates(graph, network)
     _hand_out_weights(graph, network, 1 if joined else population.num_teachers)
+    return Program(function_of(graph, f"{mode} forward of {type(analysis.traced.root).__name__}"), tuple(norms))
+
+
+def function_of(graph: fx.Graph, what: str) -> Callable[..., Any]:
+    """A graph as a function of the root and its inputs, whose code tracebacks show under what it is."""
     code = graph.python_code("self")
-    filename = f"<fastmerge {mode} forward of {type(analysis.traced.root).__name__} {id(graph)}>"
+    filename = f"<fastmerge {what} {id(graph)}>"
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    return Program(namespace["forward"], tuple(norms))
+    return namespace["forward"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils import _pytree as pytree
 from fastmerge.channels.tracing import TracedNetwork
 from fastmerge.isolation import undisturbed
 from fastmerge.lowering.channelwise import is_flattening
+from fastmerge.lowering.programs import function_of
 
 
 class TracedStudent(nn.Module):
@@ -42,9 +42,7 @@ class TracedStudent(nn.Module):
                 f"{self.class_name} was traced with inputs of the structure {self._traced.in_spec}; got {spec}"
             )
         mode = "train" if self.training else "eval"
-        outputs = self._forwards[mode](self, *leaves)
-        out_spec = self._traced.out_specs[mode]
-        return outputs[0] if out_spec.is_leaf() else pytree.tree_unflatten(outputs, out_spec)
+        return self._traced.structured(self._forwards[mode](self, *leaves), mode)
 
     def extra_repr(self) -> str:
         return f"{self.class_name}, traced"
@@ -58,7 +56,10 @@ class TracedStudent(nn.Module):
         self._compile()
 
     def _compile(self) -> None:
-        self._forwards = {mode: _function(self._flexible(mode), mode) for mode in self._traced.graphs}
+        self._forwards = {
+            mode: function_of(self._flexible(mode), f"{mode} forward of a traced student")
+            for mode in self._traced.graphs
+        }
 
     def _flexible(self, mode: str) -> fx.Graph:
         """A graph whose views have no number of channels in them."""
@@ -84,18 +85,7 @@ def runs_at_its_width(network: nn.Module, traced: TracedNetwork) -> bool:
                 output = network.train(mode == "train")(*args, **kwargs)
             except Exception:  # whatever the user's forward raises
                 return False
-            returned: Any = next(node for node in traced.graphs[mode].nodes if node.op == "output").args[0]
-            shapes = [getattr(node, "meta", {}).get("shape") for node in returned]
             found = [tuple(y.shape) if isinstance(y, Tensor) else None for y in pytree.tree_leaves(output)]
-            if found != shapes:
+            if found != traced.output_shapes(mode):
                 return False
     return True
-
-
-def _function(graph: fx.Graph, mode: str) -> Any:
-    code = graph.python_code("self")
-    filename = f"<fastmerge {mode} forward of a traced student {id(graph)}>"
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    return namespace["forward"]

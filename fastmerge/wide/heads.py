@@ -235,7 +235,7 @@ def find_parts(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head]
 
 def _parts_of(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head], mode: str) -> dict[int, Part]:
     found = {}
-    for position, (own, all_of) in enumerate(zip(_shapes(first, mode), _shapes(whole, mode), strict=True)):
+    for position, (own, all_of) in enumerate(zip(first.output_shapes(mode), whole.output_shapes(mode), strict=True)):
         if own is None or all_of is None or own == all_of:
             continue
         dims = [d for d, (a, b) in enumerate(zip(own, all_of, strict=True)) if a != b]
@@ -248,8 +248,3 @@ def _parts_of(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head],
             )
         found[position] = Part(dims[0], fitting.pop())
     return found
-
-
-def _shapes(traced: TracedNetwork, mode: str) -> list[tuple[int, ...] | None]:
-    returned: Any = next(node for node in traced.graphs[mode].nodes if node.op == "output").args[0]
-    return [getattr(node, "meta", {}).get("shape") for node in returned]
