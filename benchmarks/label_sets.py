@@ -14,9 +14,8 @@ Training is of each sample among the classes of its own half (*own*) or among al
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -27,11 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastmerge
-from benchmarks.layer_norms import error, hash_of
+from benchmarks.trials import Data, Shuffled, gaps_text, hash_of, mean_text, measure_missing, verdict_of
 from fastmerge import methods
 from fastmerge.data.arrays import load_npz
-from fastmerge.environment import environment
-from fastmerge.files import atomic
 from fastmerge.merging.label_sets import LabelSets, PartCriterion
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks.lenet import LeNet
@@ -41,28 +38,11 @@ OUT = Path(__file__).resolve().parent / "results" / "experiments" / "label-sets.
 BATCH = 50  # images per step; half as many for a teacher, which sees half of the images
 RATE, RATE_ON, DECAY = 0.02, 0.01, 5e-4  # the second: of what begins with trained weights
 LINK_AT, DISTILL = 0.25, 0.5
-Data = tuple[Tensor, Tensor]
 
 
 def network(classes: int) -> nn.Module:
     """A LeNet for 28×28 images with 4 and 8 channels, 32 and 24 units."""
     return LeNet(1, 28, classes, channels=(4, 8), units=(32, 24))
-
-
-class Shuffled:
-    """Batches of images in another order in each pass."""
-
-    def __init__(self, data: Data, batch: int, seed: int) -> None:
-        self.data, self.batch = data, batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.data[1]) // self.batch
-
-    def __iter__(self) -> Iterator[Data]:
-        order = torch.randperm(len(self.data[1]), generator=self.generator)
-        for index in order[: len(self) * self.batch].split(self.batch):
-            yield self.data[0][index], self.data[1][index]
 
 
 class Replicate:
@@ -230,7 +210,7 @@ def page(measured: dict[str, Any]) -> str:
             once = [note for r in records if (note := r["notes"].get(key, r["notes"].get(strategy)))]
             cells = []
             for score in ("task", "all"):
-                cells += [_mean(values(records, key, score)), _gap(records, key, f"{BASE}, {kind}", score)]
+                cells += [mean_text(values(records, key, score)), _gap(records, key, f"{BASE}, {kind}", score)]
             cells.append(
                 f"{100 * fmean(note['task'] for note in once):.1f} / {100 * fmean(note['all'] for note in once):.1f}"
                 if once
@@ -279,21 +259,12 @@ def values(records: Sequence[dict[str, Any]], strategy: str, score: str) -> list
     return [100 * record["scores"][strategy][score] for record in records]
 
 
-def _mean(found: Sequence[float]) -> str:
-    return f"{fmean(found):.2f} ± {error(found):.2f}"
-
-
 def gaps(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str) -> list[float]:
     return [a - b for a, b in zip(values(records, strategy, score), values(records, base, score), strict=True)]
 
 
 def _gap(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str) -> str:
     return "" if strategy == base else gaps_text(gaps(records, strategy, base, score))
-
-
-def gaps_text(found: Sequence[float]) -> str:
-    """A mean difference with its sign and standard error; empty without any."""
-    return "" if not found else f"{fmean(found):+.2f} ± {error(found):.2f}"
 
 
 def conclusion(records: Sequence[dict[str, Any]]) -> str:
@@ -305,9 +276,7 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
             if strategy in (BASE, "ensemble"):
                 continue
             found = gaps(records, f"{strategy}, {kind}", f"{BASE}, {kind}", score)
-            sure = abs(fmean(found)) > 2 * error(found)
-            verdict = "not to be told apart" if not sure else "better" if fmean(found) > 0 else "worse"
-            verdicts[verdict].append(f"{what} ({gaps_text(found)})")
+            verdicts[verdict_of(found, "better", "worse")].append(f"{what} ({gaps_text(found)})")
         measure = "per task" if score == "task" else "over all classes"
         said = "; ".join(f"**{verdict}**: {', '.join(found)}" for verdict, found in verdicts.items() if found)
         sentences.append(f"* Trained among {how}, accuracy {measure}: {said}.")
@@ -331,18 +300,15 @@ def main() -> None:
     as_images = partial(_images, mean=0.1307, std=0.3081)
     train = as_images(arrays.train_images), torch.from_numpy(arrays.train_labels)
     test = as_images(arrays.test_images), torch.from_numpy(arrays.test_labels)
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {"replicates": []}
-    for seed in range(1, options.replicates + 1):  # 0 was looked at to choose rates
-        if any(record["seed"] == seed for record in kept["replicates"]):
-            continue
-        record = Replicate(train, test, options.images, options.epochs, options.merge_epochs, seed).results()
-        kept["replicates"].append(
-            record | {"images": options.images, "epochs": options.epochs, "merge_epochs": options.merge_epochs}
-        )
-        kept["environment"] = environment()
-        with atomic(options.out) as path:
-            path.write_text(json.dumps(kept, indent=1) + "\n")
-        print(seed, {k: (round(v["task"], 4), round(v["all"], 4)) for k, v in record["scores"].items()}, flush=True)
+    planned = {"images": options.images, "epochs": options.epochs, "merge_epochs": options.merge_epochs}
+
+    def measure(seed: int) -> dict[str, Any]:
+        return Replicate(train, test, **planned, seed=seed).results() | planned
+
+    seeds = range(1, options.replicates + 1)  # 0 was looked at to choose rates
+    for record in measure_missing(options.out, seeds, measure):
+        scores = {k: (round(v["task"], 4), round(v["all"], 4)) for k, v in record["scores"].items()}
+        print(record["seed"], scores, flush=True)
 
 
 def _images(images: Any, mean: float, std: float) -> Tensor:

@@ -18,10 +18,10 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
@@ -32,6 +32,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer
 
 import fastmerge
+from benchmarks.trials import accuracy, gaps_text, hash_of, mean_text
 from fastmerge.channels import rules
 from fastmerge.data.arrays import load_npz
 from fastmerge.environment import environment
@@ -202,22 +203,6 @@ class Replicate:
         return {"seed": self.seed, "accuracy": found, "notes": notes}
 
 
-def hash_of(*parts: object) -> int:
-    """A seed that depends on nothing but its parts."""
-    number = 0
-    for byte in repr(parts).encode():
-        number = (number * 257 + byte) % (2**31 - 1)
-    return number
-
-
-def accuracy(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> float:
-    with torch.no_grad():
-        right = sum(
-            (model(x).argmax(1) == y).sum() for x, y in zip(data[0].split(500), data[1].split(500), strict=True)
-        )
-    return float(right) / len(data[1])
-
-
 WHAT = {
     "teacher": "one teacher (a third of the cost)",
     "one": "one network, trained all along",
@@ -257,8 +242,8 @@ def page(measured: dict[str, Any]) -> str:
             rows.append(
                 [
                     what,
-                    f"{fmean(values):.2f} ± {error(values):.2f}",
-                    "" if strategy == "weighted" else f"{fmean(gaps):+.2f} ± {error(gaps):.2f}",
+                    mean_text(values),
+                    "" if strategy == "weighted" else gaps_text(gaps),
                     f"{100 * fmean(notes):.2f}" if notes else "",
                 ]
             )
@@ -274,11 +259,6 @@ def page(measured: dict[str, Any]) -> str:
     made = measured["environment"]
     parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
     return "\n\n".join(parts) + "\n"
-
-
-def error(values: Sequence[float]) -> float:
-    """The standard error of a mean."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def load(path: Path, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

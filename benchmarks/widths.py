@@ -11,7 +11,6 @@ narrower and wider networks count as others do.
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,12 +22,18 @@ import torch
 from torch import nn
 
 import fastmerge
-from benchmarks.label_sets import Data, Shuffled, gaps_text
-from benchmarks.layer_norms import accuracy, error, hash_of
+from benchmarks.trials import (
+    Data,
+    Shuffled,
+    accuracy,
+    gaps_text,
+    hash_of,
+    mean_text,
+    measure_missing,
+    verdict_of,
+)
 from fastmerge import methods
 from fastmerge.data.digits import load_digits
-from fastmerge.environment import environment
-from fastmerge.files import atomic
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks.lenet import LeNet
 from fastmerge.reporting.tables import table
@@ -148,7 +153,7 @@ def page(measured: dict[str, Any]) -> str:
         cells = []
         for strategy in WHAT:
             values = [100 * r["accuracy"][strategy][key] for r in records if key in r["accuracy"][strategy]]
-            cells.append(f"{fmean(values):.2f} ± {error(values):.2f}" if values else "")
+            cells.append(mean_text(values))
         for strategy in ("pruned", "fresh"):
             cells.append(gaps_text(_gaps(records, strategy, key)))
         rows.append([key, *cells])
@@ -201,18 +206,11 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
         for key in records[0]["accuracy"]["merged"]:
             found = _gaps(records, strategy, key)
             if found:
-                sure = abs(fmean(found)) > 2 * error(found)
-                verdict = "not to be told apart" if not sure else "ahead" if fmean(found) > 0 else "behind"
-                verdicts[verdict].append(key)
+                verdicts[verdict_of(found, "ahead", "behind")].append(key)
         said = "; ".join(f"{verdict} at {', '.join(found)}" for verdict, found in verdicts.items() if found)
         sentences.append(f"* Beside *{WHAT[strategy]}* of the same width, a merge is {said}.")
     start = "Where a merge does not help, first. At equal epochs, by more than two standard errors or not:"
     return f"{start}\n\n" + "\n".join(sentences)
-
-
-def load(path: Path = OUT) -> dict[str, Any]:
-    """The records, none where nothing was measured."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {"replicates": []}
 
 
 def main() -> None:
@@ -232,16 +230,13 @@ def main() -> None:
             (arrays.test_images, arrays.test_labels),
         )
     ]
-    kept = load(options.out)
-    for seed in range(options.replicates):
-        if any(record["seed"] == seed for record in kept["replicates"]):
-            continue
-        record = Replicate(data[0], data[1], options.epochs, options.merge_epochs, seed, options.widths).results()
-        kept["replicates"].append(record | {"epochs": options.epochs, "merge_epochs": options.merge_epochs})
-        kept["environment"] = environment()
-        with atomic(options.out) as path:
-            path.write_text(json.dumps(kept, indent=1) + "\n")
-        print(seed, record["teachers"], record["accuracy"], flush=True)
+    planned = {"epochs": options.epochs, "merge_epochs": options.merge_epochs}
+
+    def measure(seed: int) -> dict[str, Any]:
+        return Replicate(data[0], data[1], **planned, seed=seed, widths=options.widths).results() | planned
+
+    for record in measure_missing(options.out, range(options.replicates), measure):
+        print(record["seed"], record["teachers"], record["accuracy"], flush=True)
 
 
 if __name__ == "__main__":

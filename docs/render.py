@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     layer_norms,
     loader_tables,
     report,
+    trials,
     widths,
 )
 from fastmerge.reporting.results import read  # noqa: E402
@@ -97,8 +98,8 @@ def main() -> None:
         ABLATIONS: ablation_report.page(ablation_report.load()),
         DOCS / "evidence.md": evidence_report.page(evidence_report.load()),
         DOCS / "layer-norms.md": layer_norms.page(json.loads(layer_norms.OUT.read_text(encoding="utf-8"))),
-        DOCS / "label-sets.md": label_sets.page(json.loads(label_sets.OUT.read_text(encoding="utf-8"))),
-        DOCS / "widths.md": widths.page(widths.load()),
+        DOCS / "label-sets.md": label_sets.page(trials.load_records(label_sets.OUT)),
+        DOCS / "widths.md": widths.page(trials.load_records(widths.OUT)),
     }
     pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}
     files |= {page: rendered(page.read_text(encoding="utf-8")) for page in sorted(pages)}

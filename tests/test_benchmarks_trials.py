@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from benchmarks import label_sets, widths
+from benchmarks import label_sets, trials, widths
 from fastmerge.environment import environment
 
 
@@ -52,3 +52,11 @@ def test_a_pruned_teacher_of_full_width_is_the_teacher() -> None:
     x = _images(8, 10)[0]
     assert torch.allclose(widths.pruned_to(teachers, 1.0)(x), teachers[0](x), atol=1e-5)
     assert widths.pruned_to(teachers, 0.5).fc2.weight.shape == (8, 8)
+
+
+def test_records_that_are_there_are_not_measured_again(tmp_path) -> None:
+    path = tmp_path / "records.json"
+    assert list(trials.measure_missing(path, range(2), lambda seed: {"seed": seed})) == [{"seed": 0}, {"seed": 1}]
+    assert list(trials.measure_missing(path, range(3), lambda seed: {"seed": seed})) == [{"seed": 2}]
+    assert [record["seed"] for record in trials.load_records(path)["replicates"]] == [0, 1, 2]
+    assert trials.verdict_of([1.0], "ahead", "behind") == "not to be told apart"
