@@ -94,31 +94,27 @@ class Replicate:
 
     def merged(self, teachers: Sequence[nn.Module], width: float) -> nn.Module:
         """A merge stage with gates that a budget steers, compression to the width, and a fine-tuning."""
-        torch.manual_seed(hash_of(self.seed, "merge"))
-        loader = Shuffled(self.train_data, BATCH, hash_of(self.seed, "order", "merge"))
         few = [(self.train_data[0][:8], None)]
-        plain = step_operations(teachers[0], few)
-        big = fastmerge.BigStudent(*teachers, example_inputs=self.train_data[0][:2], keep=width).train()
-        budget = fastmerge.GateBudget(self.merge_epochs * len(loader))
-        optimizer = torch.optim.SGD(big.weight_parameters(), RATE, momentum=0.9)
-        gate_optimizer = torch.optim.SGD(big.gate_parameters(), budget.gate_lr, budget.momentum)
-        spent = 0.0
-        for epoch in range(self.merge_epochs):
-            if epoch >= LINK_AT * self.merge_epochs and not big.linked:
-                big.link(optimizer)
-            spent += step_operations(big, few) / plain
-            for x, y in loader:
-                loss = nn.functional.cross_entropy(big(x), y) + budget.loss(big)
-                optimizer.zero_grad()
-                gate_optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                gate_optimizer.step()
-                budget.step()
+        big = fastmerge.BigStudent(*teachers, example_inputs=self.train_data[0][:2], keep=width)
+        apart = step_operations(big, few)
+        big.link()
+        before = sum(epoch < LINK_AT * self.merge_epochs for epoch in range(self.merge_epochs))
+        spent = before * apart + (self.merge_epochs - before) * step_operations(big, few)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of gates that have not settled
-            student = big.compress()
-        return self.trained(student, max(1, round(self.epochs - spent)), "finetune")
+            student, _ = fastmerge.merge(
+                teachers,
+                Shuffled(self.train_data, BATCH, hash_of(self.seed, "order", "merge")),
+                keep=width,
+                merge_epochs=self.merge_epochs,
+                finetune_epochs=max(1, round(self.epochs - spent / step_operations(teachers[0], few))),
+                link_at=LINK_AT,
+                lr=RATE,
+                gate_schedule="budget",
+                seed=hash_of(self.seed, "merge"),
+                progress=False,
+            )
+        return student
 
 
 @torch.no_grad()
@@ -181,16 +177,16 @@ many again: any fraction from 1/4 to T. `keep={name: width}` says it by channel 
 the other groups keep a teacher's width. The gate loss, `GateBudget`, `compact()` and `compress()` follow.
 
 ```python
-big = fastmerge.BigStudent(t1, t2, keep=0.5)
-...  # train weights and gates, as always
-student = big.compress()
+student, history = fastmerge.merge([t1, t2], loader, keep=0.5)
 ```
+
+On the command line: `fastmerge merge --keep 0.5`, or `--keep conv1=0.5,layer2=96` by channel group.
 
 The student is of the teachers' class, with narrower or wider layers: a network that the class's constructor builds at these
 widths loads its weights strictly. Where the class's code has a width in it, such as `x.view(-1, 400)`, the student is the
 traced network under the same names. Groups whose number of channels an operation counts on are refused by name: grouped and
 depthwise convolutions, LayerNorm, GroupNorm; above a teacher's width also one value for all channels, such as the slope of a
-PReLU. `merge()` takes no `keep`: train the big student in a loop of your own."""
+PReLU."""
 
 
 def _gaps(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:

@@ -159,6 +159,10 @@ class BigStack(Stack):
         return self.skeleton.gates
 
     @property
+    def widths(self) -> dict[str, int]:
+        return self.skeleton.widths
+
+    @property
     def group_means(self) -> Any:
         return self.skeleton.group_means
 

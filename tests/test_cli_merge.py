@@ -124,6 +124,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "clip_norm": 2.0,
         "distill": 0.5,
         "temperature": 3.0,
+        "keep": 0.5,
         "val_every": 2,
         "warmup": 1,
         "seed": 7,

@@ -121,7 +121,9 @@ def test_both_stages_train_in_training_mode_whatever_mode_the_teachers_are_in(te
 
 def test_origins_count_the_teachers_of_the_kept_channels():
     kept = {"a": torch.tensor([0, 2, 3, 11]), "b": torch.tensor([2])}
-    assert origins(SimpleNamespace(num_teachers=3, keep=lambda: kept)) == {"a": [3, 0, 1], "b": [0, 0, 1]}
+    groups = [SimpleNamespace(name="a", size=4), SimpleNamespace(name="b", size=1)]
+    big = SimpleNamespace(num_teachers=3, groups=groups, keep=lambda: kept)
+    assert origins(big) == {"a": [3, 0, 1], "b": [0, 0, 1]}
 
 
 def test_a_seed_repeats_the_merge_and_leaves_the_callers_random_state(teachers):

@@ -1,5 +1,6 @@
 """Students of other widths than their teachers."""
 
+import argparse
 import copy
 import pickle
 
@@ -9,6 +10,8 @@ from torch import nn
 
 import fastmerge
 from architectures import BY_NAME
+from fastmerge.cli.arguments import keep
+from fastmerge.history import EpochRecord
 from fastmerge.narrowing.closing import UnsettledGatesWarning
 from fastmerge.narrowing.traced_student import TracedStudent
 from fastmerge.networks.lenet import LeNet
@@ -178,3 +181,46 @@ def test_a_value_for_all_channels_is_exact_up_to_a_teachers_width() -> None:
         student = big.eval().compress()
         assert relative_error(student.eval()(x), big(x)) <= TOLERANCE[torch.float64]
     assert student[1].weight.item() == pytest.approx((teachers[0][1].weight + 3 * teachers[1][1].weight).item() / 4)
+
+
+@pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+def test_a_merge_to_other_widths_goes_on_in_its_fine_tuning(tmp_path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 6, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24, 2),
+        )
+
+    torch.manual_seed(0)
+    teachers = [make() for _ in range(2)]
+    loader = [(torch.randn(8, 1, 6, 6), torch.arange(8) % 2) for _ in range(2)]
+    options = {"keep": {"0": 0.5, "3": 9}, "merge_epochs": 2, "finetune_epochs": 2, "seed": 0, "progress": False}
+    expected, history = fastmerge.merge(teachers, loader, **options)
+    assert expected[0].out_channels == 2
+    assert expected[3].weight.shape == (9, 2, 3, 3)
+    assert [sum(history.kept[name]) for name in ("0", "3")] == [2, 9]
+
+    def stop(record: EpochRecord) -> None:
+        if record.stage == "finetune":
+            raise RuntimeError("stopped")
+
+    kept = {"checkpoint_dir": tmp_path, "checkpoint_seconds": 0.0}
+    with pytest.raises(RuntimeError, match="stopped"):
+        fastmerge.merge(teachers, loader, **options, **kept, callback=stop)
+    student, _ = fastmerge.merge(teachers, loader, **options, **kept, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"keep needs a fraction of a teacher's channels in 0\.25\.\.2"):
+        fastmerge.merge(teachers, loader, keep=3.0)
+
+
+def test_the_command_line_takes_widths() -> None:
+    assert keep("0.5") == 0.5
+    assert keep("conv1=0.5, layer1_0=12") == {"conv1": 0.5, "layer1_0": 12}
+    for text in ("half", "conv1=half", "0.5,0.5"):
+        with pytest.raises(argparse.ArgumentTypeError, match="needs a fraction, or NAME=X"):
+            keep(text)

@@ -83,6 +83,19 @@ def compact_at(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"needs a fraction of the merge stage or 'settled'; got {text!r}") from None
 
 
+def keep(text: str) -> float | dict[str, float]:
+    """A fraction, or fractions and numbers of channels by name of the channel group."""
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.strip().rpartition("=") for part in text.split(",")]
+        return {name: int(value) if value.isdecimal() else float(value) for name, _, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"needs a fraction, or NAME=X for channel groups separated by commas; got {text!r}"
+        ) from None
+
+
 def add_teachers(add: Callable[..., object]) -> None:
     """Adds the options that name teachers, which :func:`load_teachers` reads."""
     add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:factory of your own")
@@ -162,13 +175,16 @@ def add_options(add: Callable[..., None], varying: bool = False) -> None:
         add(f"--{each.name.replace('_', '-')}", default=default, **words)
 
 
+_TYPES = {"compact_at": compact_at, "keep": keep}
+
+
 def _parsed(name: str, facts: Any) -> dict[str, Any]:
     if facts["choices"] is not None:
         return {"choices": facts["choices"], "metavar": None}
     if facts["flag"] is list:
         return {"nargs": "*", "type": integer(1)}
-    if name == "compact_at":
-        return {"type": compact_at}
+    if name in _TYPES:
+        return {"type": _TYPES[name]}
     return {"type": integer(facts["least"]) if facts["flag"] is int else float}
 
 

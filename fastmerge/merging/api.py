@@ -38,6 +38,7 @@ from fastmerge.resuming.snapshots import Snapshots
 from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.stack import Stack
 from fastmerge.wide.heads import SeparateHeads
+from fastmerge.wide.widths import Keep
 
 
 def merge(
@@ -85,6 +86,7 @@ def merge(
     temperature: float = 2.0,
     heads: Literal["average", "concatenate", "separate"] = "average",
     all_classes: bool = False,
+    keep: Keep = None,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -181,6 +183,8 @@ def merge(
             all classes; ``score.metrics`` has that among the classes of each sample's own teacher, as "own part" and, for
             the samples of teacher t, "part t". A teacher by itself is not scored: it is "part t" of the open big student.
         all_classes: With ``heads``, whether each sample is trained among the classes of all teachers instead.
+        keep: How many channels the student has, as a fraction of a teacher's, or by name of the channel group; None is as
+            many as a teacher (see :class:`BigStudent`).
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.

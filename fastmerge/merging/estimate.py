@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.options import Options
+from fastmerge.merging.stages import blank_student, widened
 
 _TIMED = 3
 
@@ -109,7 +109,8 @@ def estimate(
             check_loader("val_loader", val_loader, teachers[0], setting)
         where = next(teachers[0].parameters()).device
         examples = tuple(value[:2].to(where) for value in inputs)
-        big = setting.place(BigStudent(*teachers, example_inputs=examples[0] if len(examples) == 1 else examples))
+        given = examples[0] if len(examples) == 1 else examples
+        big = setting.place(widened(teachers, given, plan))
         linked = sum(epoch >= plan.link_at * plan.merge_epochs for epoch in range(plan.merge_epochs))
         found = Estimate(reading=time_reading(train_loader, setting))
         if linked < plan.merge_epochs:
@@ -122,7 +123,7 @@ def estimate(
         found.parts += time_validation("validation of the big student", scored, big, val_loader, setting)
         found.kept = 3 * checkpoint_bytes(big)  # two, and one that is being written
         del big
-        student = setting.place(copy.deepcopy(teachers[0])).requires_grad_(True)
+        student = setting.place(blank_student(teachers, given, plan)).requires_grad_(True)
         found.parts.append(time_training("fine-tune", plan.finetune_epochs, student, train_loader, setting))
         scored = scores(plan.finetune_epochs, val_every)
         found.parts += time_validation("validation of the student", scored, student, val_loader, setting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
@@ -20,12 +21,14 @@ def open_probabilities(big: BigStudent | BigStack) -> dict[str, Any]:
     return {name: mean.tolist() for name, mean in big.open_probabilities().items()}
 
 
-def gate_warnings(before: dict[str, Any], after: dict[str, Any], target: float, lam_step: float | None) -> list[str]:
-    """Says which channel groups' mean P[g > 0] did not move in the merge stage, or did not arrive near 1/T.
+def gate_warnings(
+    before: dict[str, Any], after: dict[str, Any], target: float | Mapping[str, float], lam_step: float | None
+) -> list[str]:
+    """Says which channel groups' mean P[g > 0] did not move in the merge stage, or did not arrive where they should.
 
     Args:
         before, after: Mean P[g > 0] by group, before and after the stage.
-        target: 1/T.
+        target: 1/T, or by group the part of the candidates that is kept.
         lam_step: What there is to change; None for a budget that steers itself.
     """
     sizes = {len(value) for value in after.values() if isinstance(value, list)}
@@ -59,7 +62,8 @@ def origins(big: BigStudent | BigStack) -> Any:
     """Counts, for each channel group, how many of the kept channels came from each teacher; for a stack, of each in a list."""
     if isinstance(big, BigStack):
         return [origins(network) for network in big.networks()]
+    kept = big.keep()
     return {
-        name: torch.bincount(keep.cpu() // len(keep), minlength=big.num_teachers).tolist()
-        for name, keep in big.keep().items()
+        group.name: torch.bincount(kept[group.name].cpu() // group.size, minlength=big.num_teachers).tolist()
+        for group in big.groups
     }

@@ -26,6 +26,7 @@ from fastmerge.processes import Processes
 from fastmerge.schedules import GATE_MOMENTUM, GateWeight, QuadraticLambda, fitting_gate_lr, fitting_lam_step
 from fastmerge.stack import BigStack
 from fastmerge.wide.heads import HEADS
+from fastmerge.wide.widths import Keep
 
 GateSchedule = Literal["quadratic", "budget"]
 CompactAt = float | Literal["settled"] | None
@@ -152,6 +153,11 @@ class Options:
     )
     all_classes: bool = option(
         False, "with heads side by side, train each sample among the classes of all teachers", flag=bool
+    )
+    keep: Keep = option(
+        None,
+        "channels of the student, as a fraction of a teacher's, or NAME=X,NAME=X by channel group; by itself as many",
+        flag=float,
     )
     warmup: int = option(0, "epochs of the fine-tuning in which lr rises to its value", least=0, flag=int)
     schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)

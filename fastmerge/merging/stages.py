@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ def train_student(teachers: Sequence[nn.Module], examples: Any, options: Options
     """
     place = trainer.setting.place
     if trainer.state.stage == "finetune":  # a checkpoint has the weights; of the teacher only the network is needed
-        student = place(copy.deepcopy(teachers[0])).requires_grad_(True)
+        student = place(blank_student(teachers, examples, options)).requires_grad_(True)
     else:
         student = place(_merged(teachers, examples, options, trainer))
         if options.recalibrate:
@@ -55,7 +55,7 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, options: Options, trai
     if trainer.val_loader is not None and trainer.state.stage is None and options.heads == "average":
         for index, teacher in enumerate(teachers):
             trainer.score(f"teacher {index}", place(copy.deepcopy(teacher)))
-    big = place(widened(teachers, examples))
+    big = place(widened(teachers, examples, options))
     trainer.own_random_numbers()
     if trainer.state.stage is None:
         with big.open_gates():
@@ -67,12 +67,27 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, options: Options, trai
         return big.compress(in_place=True)  # the memory of both is worth more to the fine-tuning
 
 
-def widened(teachers: Sequence[nn.Module], examples: Any) -> Any:
+def widened(teachers: Sequence[nn.Module], examples: Any, options: Options) -> Any:
     """The big student of some teachers; of stacks of teachers, the stack of their big students."""
     if not isinstance(teachers[0], Stack):
-        return BigStudent(*teachers, example_inputs=examples)
-    columns = [teacher.networks() for teacher in teachers if isinstance(teacher, Stack)]
-    return BigStack([BigStudent(*each, example_inputs=examples) for each in zip(*columns, strict=True)])
+        return BigStudent(*teachers, example_inputs=examples, keep=options.keep)
+    return BigStack([BigStudent(*each, example_inputs=examples, keep=options.keep) for each in _columns(teachers)])
+
+
+def _columns(stacks: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
+    """The teachers of each replicate."""
+    return zip(*[stack.networks() for stack in stacks if isinstance(stack, Stack)], strict=True)
+
+
+def blank_student(teachers: Sequence[nn.Module], examples: Any, options: Options) -> nn.Module:
+    """A network of the student's shapes, whose weights are still to come."""
+    if options.keep is None:
+        return copy.deepcopy(teachers[0])
+    students = []
+    for each in _columns(teachers) if isinstance(teachers[0], Stack) else [teachers]:
+        big = BigStudent(*each, example_inputs=examples, keep=options.keep, verify=False)
+        students.append(big.compress(in_place=True, keep={name: range(width) for name, width in big.widths.items()}))
+    return Stack(students) if isinstance(teachers[0], Stack) else students[0]
 
 
 def learn_importance(big: BigStudent | BigStack, options: Options, trainer: Trainer) -> None:
@@ -99,7 +114,8 @@ def learn_importance(big: BigStudent | BigStack, options: Options, trainer: Trai
         if options.compacts_after(epoch + 1):
             done = big.compact(optimizer, gate_optimizer, settled=options.compact_at == "settled")
             trainer.history.compactions.append({"epoch": epoch + 1, **asdict(done)})
-    found = gate_warnings(before, open_probabilities(big), 1 / big.num_teachers, lam_step) + undecided_warnings(big)
+    shares = {group.name: big.widths[group.name] / (big.num_teachers * group.size) for group in big.groups}
+    found = gate_warnings(before, open_probabilities(big), shares, lam_step) + undecided_warnings(big)
     trainer.history.warnings += found
     _warn(found, trainer)
 
