@@ -73,7 +73,7 @@ soak: $(READY) ## random kills, full disks and damaged files against every comma
 
 FUZZ_EXAMPLES ?= 2000
 fuzz: $(READY) ## FUZZ_EXAMPLES=2000 damaged or random inputs for each reader of files and for the C++ extension
-	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(TEST) tests/test_fuzz.py
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(TEST) tests/parts/test_fuzz.py
 
 # The sanitizers' runtime must be the first library of the process, so Python starts with it preloaded. Leaks are not looked
 # for: the interpreter and torch leave plenty at exit.
@@ -85,8 +85,8 @@ sanitize: $(READY) ## the extensions' tests under the address and undefined-beha
 	for library in compaction batch_norm; do nm -D $(SANITIZED)/fastmerge/_$$library*.so | grep -q __asan_init || exit 1; done
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PYTHONPATH=$(SANITIZED) $(TEST) -p no:cacheprovider --override-ini pythonpath=$(SANITIZED) \
-	        --capture=sys -k "not peak_of_memory and not compiled_it" tests/test_compaction*.py tests/test_kernels_batch_norm_cpu.py \
-	        tests/test_fuzz.py::test_compaction_of_any_tensor tests/test_fuzz.py::test_compaction_of_nonsense
+	        --capture=sys -k "not peak_of_memory and not compiled_it" tests/parts/test_compaction*.py tests/parts/test_kernels_batch_norm_cpu.py \
+	        tests/parts/test_fuzz.py::test_compaction_of_any_tensor tests/parts/test_fuzz.py::test_compaction_of_nonsense
 
 NEW ?= runs/benchmarks.json
 bench: $(READY) ## the benchmarks that this machine can run, as JSON in runs/

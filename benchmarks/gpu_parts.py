@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_GATES, _NORMS, _COMPACTION = (f"tests/test_kernels_{name}_gpu.py" for name in ("gate", "batch_norm", "compact"))
-_CONVOLUTIONS, _LAYOUTS = (f"tests/test_kernels_block_conv{name}_gpu.py" for name in ("", "_layouts"))
-_WIDE, _GRAPHED, _DATA = (f"tests/test_{name}_gpu.py" for name in ("wide", "graphed_step", "data"))
+_GATES, _NORMS, _COMPACTION = (f"tests/parts/test_kernels_{name}_gpu.py" for name in ("gate", "batch_norm", "compact"))
+_CONVOLUTIONS, _LAYOUTS = (f"tests/parts/test_kernels_block_conv{name}_gpu.py" for name in ("", "_layouts"))
+_WIDE, _GRAPHED, _DATA = (f"tests/parts/test_{name}_gpu.py" for name in ("wide", "graphed_step", "data"))
 # The smallest tests of each family of kernels, and of CUDA graphs.
 FAMILIES = {
     "gates": (_GATES, "against_float64"),
@@ -214,12 +214,14 @@ def _other_tests() -> list[Part]:
 def _elsewhere() -> list[str]:
     """The other files that have GPU tests among their tests."""
     files = [
-        f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").glob("*/test_*.py"))
+        if "mark.gpu" in path.read_text()
     ]
     return [
         file
         for file in files
-        if file not in (*_KERNELS, _WIDE, _GRAPHED, _DATA, "tests/test_benchmarks_gpu_session.py")
+        if file not in (*_KERNELS, _WIDE, _GRAPHED, _DATA, "tests/parts/test_benchmarks_gpu_session.py")
     ]
 
 

@@ -51,7 +51,7 @@ def _failures(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for part in parts:
             for event in part["events"]:
                 if event["kind"] == "end" and event["outcome"] == wanted:
-                    where = event["name"].removeprefix("tests/")
+                    where = event["name"].removeprefix("tests/").removeprefix("parts/")
                     yield f"{wanted.upper()} {where}: {event['says']}"[:_LINE]
 
 

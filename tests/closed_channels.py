@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastmerge.channels.groups import AxisUnits, ChannelGroups
+from fastmerge import ChannelGroups
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def change_closed_channels(
         tensors |= weights  # that a layer computes with; the magnitudes follow when it is put back
         magnitudes = {f"{name}.parametrizations.weight.original0" for name in normed}
 
-        def closed(units: AxisUnits, teacher: int = t) -> Tensor:
+        def closed(units: Any, teacher: int = t) -> Tensor:
             return torch.from_numpy(_closed(units, groups, opened, teacher))
 
         for name in groups.inputs.keys() - groups.tensors.keys():  # all but grouped ones
@@ -50,7 +51,7 @@ def change_closed_channels(
     return changed
 
 
-def _closed(units: AxisUnits, groups: ChannelGroups, opened: Mapping[str, Tensor], teacher: int) -> np.ndarray:
+def _closed(units: Any, groups: ChannelGroups, opened: Mapping[str, Tensor], teacher: int) -> np.ndarray:
     result = np.zeros(len(units.group), dtype=bool)
     for i, (number, place) in enumerate(zip(units.group.tolist(), units.place.tolist(), strict=True)):
         if number >= 0:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from cli_files import place, tree  # noqa: F401 (fixtures)
 from fastmerge.wide import blueprint
 
 try:

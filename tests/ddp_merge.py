@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -218,3 +219,21 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 KILL = signal.SIGKILL
+
+
+def assert_close(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    for name, value in found["student"].items():
+        torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(alone["student"][name]), **TOLERANCE)
+    ours, theirs = found["history"], alone["history"]
+    assert ours["kept"] == theirs["kept"]
+    for epoch, other in zip(ours["epochs"], theirs["epochs"], strict=True):
+        for score in ("train", "val"):
+            assert epoch[score] == near(other[score])
+
+
+def near(score: dict[str, Any]) -> dict[str, Any]:
+    """What a score must be, up to rounding; what is None must be None."""
+    return {name: value if value is None else pytest.approx(value, rel=1e-5) for name, value in score.items()}
+
+
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}

@@ -97,7 +97,7 @@ def choose_for_trees(trees: tuple[ImageTree, ImageTree], asked: str, choice: Cho
             raise ImportError("loader='dali' needs NVIDIA DALI: pip install 'fastmerge[dali]'")
         if choice.dtype is torch.bfloat16:
             raise ValueError("loader='dali' gives float32 or float16; got dtype=torch.bfloat16")
-    # DALI's decoding on a GPU has not been seen to be right yet: that takes a run of tests/test_data_gpu.py with DALI there.
+    # DALI's decoding on a GPU has not been seen to be right yet: tests/parts/test_data_gpu.py shows it, where DALI is.
     if asked == "dali" or (asked == "auto" and dali_is_there() and choice.dtype is not torch.bfloat16 and not on_gpu):
         where = f"the GPU {choice.device}" if on_gpu else f"the CPU, in {_count(max(1, choice.workers), 'thread')}"
         return "dali", f"{files} image files are decoded on {where}"

@@ -1,0 +1,276 @@
+"""BigStudent is exact for every network of the zoo: the mean of the teachers, and the network it compresses to."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+import fastmerge
+from architectures import BY_NAME, ZOO, Architecture
+from fastmerge.methods import combine, places_of_kept
+from teachers import (
+    TOLERANCE,
+    copy_state,
+    disturb_weights,
+    make_teachers,
+    mean_output,
+    relative_error,
+    select_gates,
+    set_gates,
+)
+
+every_architecture = pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
+BATCH = 6
+
+
+@cache
+def teachers_of(name: str, dtype: torch.dtype = torch.float64, count: int = 3) -> tuple[nn.Module, ...]:
+    """Teachers to share between tests, which must leave them as they are."""
+    architecture = BY_NAME[name]
+    return tuple(make_teachers(architecture.make, architecture.inputs(BATCH), count, dtype))
+
+
+def merge(architecture: Architecture, count: int = 3, dtype: torch.dtype = torch.float64) -> fastmerge.BigStudent:
+    """Does not check itself, as the tests here do it; in float32 it does, which must not take rounding for a fault."""
+    return fastmerge.BigStudent(
+        *teachers_of(architecture.name, dtype, count),
+        example_inputs=architecture.inputs(2, dtype=dtype),
+        verify=dtype == torch.float32,
+    )
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@torch.no_grad()
+def test_open_gates_give_the_mean_of_the_teachers(architecture: Architecture, dtype: torch.dtype) -> None:
+    big, x = merge(architecture, dtype=dtype), architecture.inputs(BATCH, seed=10, dtype=dtype)
+    expected = mean_output(teachers_of(architecture.name, dtype), x)
+    assert not big.linked
+    with big.open_gates():
+        assert relative_error(big(*x), expected) <= TOLERANCE[dtype]
+    big.link()
+    assert big.linked
+    with big.open_gates():
+        assert relative_error(big(*x), expected) <= TOLERANCE[dtype]
+
+
+@every_architecture
+@pytest.mark.parametrize("count", [2, 3])
+@torch.no_grad()
+def test_compress_gives_the_network_with_the_kept_gates_open(architecture: Architecture, count: int) -> None:
+    big, x = merge(architecture, count), architecture.inputs(BATCH, seed=10)
+    for seed, change in enumerate((lambda: None, big.link, lambda: disturb_weights(big, scale=0.3))):
+        change()
+        opened = select_gates(big, x, seed)
+        kept = big.keep()
+        assert kept.keys() == opened.keys() == dict(big.gates).keys()
+        assert all(torch.equal(kept[name], opened[name]) for name in opened)
+        assert relative_error(big.compress()(*x), big(*x)) <= 1e-9
+
+
+@cache
+def big_of(name: str) -> fastmerge.BigStudent:
+    """A big student of two teachers to share between tests, which must leave its weights as they are."""
+    return merge(BY_NAME[name], count=2)
+
+
+def shuffled(groups: fastmerge.ChannelGroups) -> dict[str, Tensor]:
+    """A random order for each group, never its own."""
+    generator = torch.Generator().manual_seed(0)
+    orders = {group.name: torch.randperm(group.size, generator=generator) for group in groups}
+    return {name: order.flip(0) if torch.equal(order, order.sort().values) else order for name, order in orders.items()}
+
+
+@every_architecture
+@torch.no_grad()
+def test_permuted_networks_compute_the_same(architecture: Architecture) -> None:
+    teacher, x, groups = (
+        teachers_of(architecture.name)[0],
+        architecture.inputs(BATCH, seed=10),
+        big_of(architecture.name).groups,
+    )
+    orders = shuffled(groups)
+    permuted = fastmerge.permute(teacher, groups, orders)
+    assert relative_error(permuted(*x), teacher(*x)) < 1e-12
+    if any(group.size > 1 for group in groups):
+        assert any(not torch.equal(a, b) for a, b in zip(teacher.parameters(), permuted.parameters(), strict=True))
+    found, moved = fastmerge.activations(teacher, x), fastmerge.activations(permuted, x)
+    assert found.keys() == moved.keys()
+    for name, values in found.items():
+        assert (moved[name] - values[orders[name]]).abs().max() < 1e-9, name
+    back = fastmerge.permute(permuted, groups, {name: order.argsort() for name, order in orders.items()})
+    assert_same_state(back.state_dict(), copy_state(teacher))
+
+
+@every_architecture
+def test_axes_name_every_tensor_that_the_forward_uses(architecture: Architecture) -> None:
+    teacher, axes = teachers_of(architecture.name)[0], list(big_of(architecture.name).groups.axes())
+    tensors = {**dict(teacher.named_parameters()), **dict(teacher.named_buffers())}
+    assert {axis.tensor for axis in axes} >= {name for name, _ in teacher.named_parameters()}
+    assert len({(axis.tensor, axis.dim) for axis in axes}) == len(axes)
+    for axis in axes:
+        assert axis.dim is None or len(axis.units.group) == tensors[axis.tensor].shape[axis.dim], axis.tensor
+
+
+@every_architecture
+@torch.no_grad()
+def test_candidates_can_be_kept_and_gates_be_set_by_hand(architecture: Architecture) -> None:
+    big, x = big_of(architecture.name), architecture.inputs(BATCH, seed=10)
+    kept = select_gates(big, x, seed=1)
+    gates, expected, student = (
+        {name: gate.mean() for name, gate in big.gates.items()},
+        big(*x),
+        big.compress().state_dict(),
+    )
+    set_gates(big, 1.0)
+    assert relative_error(big(*x, gates=gates), expected) < 1e-12
+    assert_same_state(big.compress(keep=kept).state_dict(), student)
+    places = places_of_kept(big.groups, 2, kept)
+    if any("parametrizations" in name for name in student):
+        with pytest.raises(ValueError, match="channels are combined where weights are parameters"):
+            combine(teachers_of(architecture.name)[:2], big.groups, places)
+        return
+    for name, tensor in combine(teachers_of(architecture.name)[:2], big.groups, places).state_dict().items():
+        assert torch.allclose(tensor, student[name], rtol=0, atol=1e-14), name
+
+
+@every_architecture
+@torch.no_grad()
+def test_compress_is_exact_in_float32(architecture: Architecture) -> None:
+    big, x = merge(architecture, dtype=torch.float32), architecture.inputs(BATCH, seed=10, dtype=torch.float32)
+    big.link()
+    disturb_weights(big, scale=0.05)
+    select_gates(big, x, seed=3)
+    assert relative_error(big.compress()(*x), big(*x)) <= 1e-4
+
+
+@every_architecture
+def test_teachers_are_unchanged_and_unshared(architecture: Architecture) -> None:
+    teachers = copy.deepcopy(teachers_of(architecture.name))
+    before = [copy_state(teacher) for teacher in teachers]
+    modes = [[module.training for module in teacher.modules()] for teacher in teachers]
+    big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2))
+    big.link()
+    big.train()
+    train_briefly(big, architecture.inputs(BATCH))
+    student = big.compress()
+    with torch.no_grad():
+        for tensor in [*big.parameters(), *student.parameters()]:
+            tensor.add_(1)
+    for teacher, state, mode in zip(teachers, before, modes, strict=True):
+        assert_same_state(teacher.state_dict(), state)
+        assert [module.training for module in teacher.modules()] == mode
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@every_architecture
+@torch.no_grad()
+def test_student_is_of_the_teachers_class_and_loads_into_it(architecture: Architecture) -> None:
+    first = teachers_of(architecture.name)[0]
+    big, x = merge(architecture), architecture.inputs(BATCH, seed=10)
+    select_gates(big, x, seed=4)
+    student = big.compress()
+    assert type(student) is type(first)
+    assert [(n, type_before_parametrizations(module)) for n, module in student.named_modules()] == [
+        (n, type_before_parametrizations(module)) for n, module in first.named_modules()
+    ]
+    assert [name for name, _ in student.named_parameters()] == [name for name, _ in first.named_parameters()]
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in student.parameters())
+    receiver = copy.deepcopy(first)
+    receiver.load_state_dict(student.state_dict(), strict=True)
+    assert relative_error(receiver(*x), student(*x)) == 0
+
+
+@every_architecture
+@torch.no_grad()
+def test_compress_leaves_the_big_student_usable(architecture: Architecture) -> None:
+    big, x = merge(architecture), architecture.inputs(BATCH, seed=10)
+    before, state = big(*x), copy_state(big)
+    student = big.compress()
+    for tensor in [*student.parameters(), *student.buffers()]:
+        if tensor.is_floating_point():
+            tensor.add_(1)
+    assert_same_state(big.state_dict(), state)
+    assert relative_error(big(*x), before) == 0
+
+
+@pytest.mark.parametrize("architecture", [a for a in ZOO if not a.stochastic], ids=lambda a: a.name)
+@torch.no_grad()
+def test_training_mode_is_the_mean_of_the_teachers_in_training_mode(architecture: Architecture) -> None:
+    """Batch statistics are each teacher's own, and its running statistics move as they would alone."""
+    x, fresh = architecture.inputs(BATCH, seed=11), architecture.inputs(BATCH, seed=12)
+    teachers = [teacher.train() for teacher in copy.deepcopy(teachers_of(architecture.name))]
+    big = merge(architecture).train()
+    for link in (lambda: None, big.link):
+        link()
+        with big.open_gates():
+            assert relative_error(big(*x), mean_output(teachers, x)) <= 1e-9
+    for teacher in teachers:
+        teacher.eval()
+    big.eval()
+    with big.open_gates():
+        assert relative_error(big(*fresh), mean_output(teachers, fresh)) <= 1e-9
+
+
+@every_architecture
+def test_gradients_reach_every_parameter_and_input_gradients_are_the_mean(architecture: Architecture) -> None:
+    teachers = teachers_of(architecture.name)
+    big, x = merge(architecture), [value.requires_grad_() for value in architecture.inputs(BATCH, seed=13)]
+    expected = torch.autograd.grad(total(mean_output(teachers, x)), x)
+    for link in (lambda: None, big.link):
+        link()
+        with big.open_gates():
+            actual = torch.autograd.grad(total(big(*x)), x)
+        assert all((a - e).norm() <= 1e-9 * e.norm() for a, e in zip(actual, expected, strict=True))
+    big.train()
+    (total(big(*x)) + big.gate_loss()).backward()
+    missing = [name for name, parameter in big.named_parameters() if parameter.grad is None]
+    assert not missing
+    assert all(torch.isfinite(parameter.grad).all() for parameter in big.parameters() if parameter.grad is not None)
+
+
+def test_untouched_gates_do_not_change_between_calls_in_eval_mode() -> None:
+    architecture = BY_NAME["resnet_projected_shortcut"]
+    big, x = merge(architecture), architecture.inputs(BATCH)
+    assert torch.equal(big(*x), big(*x))
+
+
+def test_eval_mode_multiplies_by_the_mean_gate() -> None:
+    """A network of one hidden layer, by hand."""
+    architecture = BY_NAME["sine_mlp"]
+    teachers, big = teachers_of("sine_mlp"), merge(architecture)
+    (x,) = architecture.inputs(BATCH)
+    (gate,) = big.gates.values()
+    set_gates(big, 0.3)
+    with torch.no_grad():
+        gate.loc.add_(torch.randn(60, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        weights = gate.mean().view(3, 20)
+        outputs = [t[2](torch.relu(t[0](x)) * w) for t, w in zip(teachers, weights, strict=True)]
+        assert relative_error(big(x), torch.stack(outputs).mean(0)) <= 1e-9
+
+
+def train_briefly(big: fastmerge.BigStudent, x: tuple[Tensor, ...]) -> None:
+    optimizer = torch.optim.SGD(big.parameters(), lr=1e-3)
+    loss = total(big(*x)) + big.gate_loss()
+    loss.backward()
+    optimizer.step()
+
+
+def total(output: object) -> Tensor:
+    """A number that depends on every element of an output, in a way that doesn't vanish."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return sum(
+        ((leaf + 0.1).square() * torch.linspace(0.5, 1.5, leaf.numel(), dtype=leaf.dtype).view_as(leaf)).mean()
+        for leaf in leaves
+    )
+
+
+def assert_same_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    different = [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])]
+    assert not different

@@ -1,0 +1,103 @@
+"""The script of the evidence: its parts, what it keeps, and the page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import evidence, evidence_report
+from fastmerge.experiments.strategies import STRATEGIES
+from tiny_recipes import images_recipe
+
+pytestmark = pytest.mark.usefixtures("no_gate_warnings")
+
+
+@pytest.mark.parametrize("name", evidence.PARTS)
+def test_each_part_is_a_recipe_in_the_form_of_the_papers(name: str) -> None:
+    part = evidence.PARTS[name]
+    recipe = part.recipe()
+    unit = recipe.merge.merge_epochs
+    assert recipe.epochs == 6 * unit == 3 * recipe.teacher.epochs
+    assert part.replicates >= (12 if name in ("digits", "mnist1k") else 5)
+    size = {"digits": (1, 8), "mnist1k": (1, 14), "imagewoof28": (3, 28)}.get(name, (3, 32))
+    for width in (1, 2):
+        network = recipe.make_network(10, width)
+        assert network(torch.zeros(2, size[0], size[1], size[1])).shape == (2, 10)
+    assert set(evidence.AT_EQUAL_COST + evidence.AT_EQUAL_EPOCHS) <= set(STRATEGIES)
+
+
+def test_a_part_of_the_images_is_balanced_and_the_same_every_time(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    images, labels = random.integers(0, 255, (80, 28, 28), np.uint8), np.arange(80) % 4
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    data = evidence.load_npz(tmp_path / "a.npz")
+    chosen = evidence.subset(data, 12, 10, classes=3)
+    assert np.bincount(chosen.train_labels).tolist() == [4, 4, 4]
+    assert len(chosen.test_labels) == 10
+    assert chosen.test_labels.max() < 3
+    assert np.array_equal(evidence.subset(data, 12, 10, classes=3).train_images, chosen.train_images)
+    small = evidence.halved(data)
+    assert small.train_images.shape == (80, 14, 14, 1)
+    assert small.test_images[0, 3, 2, 0] == round(images[0, 6:8, 4:6].mean())
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A part of seconds, and the folder where results go."""
+    recipe = replace(images_recipe(), stack=2)
+    monkeypatch.setattr(evidence, "PARTS", {"tiny": evidence.Part("columns", lambda: recipe, 2, 1)})
+    monkeypatch.setattr(evidence, "AT_EQUAL_COST", ["one", "ensemble"])
+    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["choice: third"])
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    return tmp_path / "results"
+
+
+def test_what_is_done_is_kept_and_what_has_no_images_is_left_out(tiny, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["evidence"])
+    evidence.main()
+    found = json.loads((tiny / "tiny.json").read_text())
+    assert list(found["strategies"]) == ["one", "ensemble", "choice: third"]
+    assert all(len(each["values"]) == len(each["losses"]) == 2 for each in found["strategies"].values())
+    assert found["strategies"]["choice: third"]["epochs"] == found["strategies"]["one"]["epochs"] == 12
+    assert capsys.readouterr().out.startswith("tiny: about 1 minutes\ntiny: ")
+    before = (tiny / "tiny.json").read_bytes()
+    evidence.PARTS["other"] = replace(evidence.PARTS["tiny"], data="other.npz")
+    evidence.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "tiny: done before, docs/results/evidence/tiny.json",
+        "other: left out; it needs other.npz in the folder of the images",
+    ]
+    assert (tiny / "tiny.json").read_bytes() == before
+
+
+def results(**values: list[float]) -> dict:
+    strategies = {
+        name: {"values": each, "losses": [1 - v for v in each], "epochs": 6, "cost": 6.0, "seconds": 1}
+        for name, each in values.items()
+    }
+    config = {"test_samples": 1000, "batch_size": 5, "replicates": 4, "teacher": {"lr": 0.1}}
+    made = {"cpu": {"name": "a CPU"}, "torch": "2"}
+    config |= {"merge": {"merge_epochs": 1}}
+    return {"strategies": strategies, "config": config, "environment": made, "what": "toys", "minutes": 3.2}
+
+
+def test_the_page_begins_with_where_ours_is_not_ahead() -> None:
+    better = {"one": [0.4, 0.41, 0.39, 0.4], "restart": [0.5, 0.7, 0.5, 0.5], "ensemble": [0.9, 0.91, 0.92, 0.9]}
+    page = evidence_report.page(
+        {"toys": results(ours=[0.6, 0.6, 0.6, 0.61], student=[0.5] * 4, paper=[0.4] * 4, **better)}
+    )
+    _, first, lines, second, ahead = page.split("\n\n")[:5]
+    assert first.startswith("**Where ours is not ahead**, at equal cost")
+    assert lines.splitlines()[0].startswith("* toys: behind `ensemble` -30.50 ± 0.")
+    assert lines.splitlines()[1] == "* toys: no sure difference from `restart` +5.25 ± 5.09."
+    assert second == "**Where it is:**"
+    assert ahead.startswith("* toys: ahead of `one` +20.25 ± 0.")
+    assert "| paper" in page
+    assert "toys; 1,000 test images" in page

@@ -1,0 +1,319 @@
+"""Each method to make one network of several, against what its paper says of it."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fastmerge
+from architectures import BY_NAME, ZOO, Architecture
+from fastmerge import methods
+from fastmerge.evaluation import Setting, evaluate
+from fastmerge.lock_step import Family
+from fastmerge.methods.cost import Meter
+from fastmerge.methods.repair import restore_statistics
+from fastmerge.methods.zipit import zipped
+from small_task import VAL, X, Y, train_teachers
+from teachers import make_teachers, relative_error
+
+NETWORKS = ("lenet", "resnet_projected_shortcut", "vision_transformer")  # no channel of theirs is 0 on all samples
+
+
+@cache
+def teachers_of(name: str) -> tuple[nn.Module, ...]:
+    architecture = BY_NAME[name]
+    teachers = tuple(make_teachers(architecture.make, architecture.inputs(6), 3))
+    if name == "lenet":  # no channel may be 0 on all samples: it could be any other
+        for teacher in teachers:
+            for layer, least in ((teacher.fc1, 20.0), (teacher.fc2, 200.0)):
+                nn.init.uniform_(layer.bias, least, 2 * least)
+    return teachers
+
+
+def batches_of(name: str, samples: int = 24) -> list[tuple[Tensor, Tensor]]:
+    (x,) = BY_NAME[name].inputs(samples, seed=3)
+    return [(x, torch.zeros(samples, dtype=torch.long))]
+
+
+@cache
+def trained() -> list[nn.Module]:
+    return list(train_teachers())
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    return [(X[i : i + 64], Y[i : i + 64]) for i in range(0, 256, 64)]
+
+
+def shuffled(network: nn.Module, name: str, seed: int = 0) -> nn.Module:
+    groups = Family.of([network], BY_NAME[name].inputs(2)).groups  # traced once for all tests
+    generator = torch.Generator().manual_seed(seed)
+    orders = {group.name: torch.randperm(group.size, generator=generator) for group in groups}
+    return fastmerge.permute(network, groups, orders)
+
+
+def assert_equal(network: nn.Module, expected: nn.Module) -> None:
+    for (name, a), b in zip(network.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rebasin_of_a_permuted_network_is_the_network(name: str, by: str) -> None:
+    teacher = teachers_of(name)[0]
+    merged = methods.rebasin([teacher, shuffled(teacher, name)], batches_of(name, 200), by=by)
+    assert_equal(merged, teacher)
+
+
+def test_rebasin_matches_three_networks() -> None:
+    teacher = teachers_of("lenet")[0]
+    several = [teacher, shuffled(teacher, "lenet", 1), shuffled(teacher, "lenet", 2)]
+    merged, (x,) = methods.rebasin(several, batches_of("lenet")), BY_NAME["lenet"].inputs(6)
+    with torch.no_grad():
+        assert relative_error(merged(x), teacher(x)) < 1e-12
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_zipit_of_a_permuted_network_is_the_network(name: str) -> None:
+    teacher = teachers_of(name)[0]
+    merged = methods.zipit([teacher, shuffled(teacher, name)], batches_of(name))
+    statistics = {n for n, _ in teacher.named_buffers()}  # are taken anew, on the samples
+    for (key, a), b in zip(merged.state_dict().items(), teacher.state_dict().values(), strict=True):
+        assert key in statistics or torch.equal(a, b), key
+
+
+def test_zipit_merges_within_a_network_too() -> None:
+    first, other = (copy.deepcopy(teacher) for teacher in teachers_of("lenet")[:2])
+    with torch.no_grad():  # channels 0 and 1 of the first say the same
+        first.conv1.weight[1], first.conv1.bias[1] = first.conv1.weight[0], first.conv1.bias[0]
+    merged = methods.zipit([first, other], batches_of("lenet", 200), within=1.0)
+    assert torch.equal(merged.conv1.weight[0], first.conv1.weight[0])
+    apart = methods.zipit([first, other], batches_of("lenet", 200), within=0.0)
+    assert not torch.equal(apart.conv1.weight[0], first.conv1.weight[0])
+
+
+def test_zipped_keeps_to_its_budget_and_merges_the_most_alike_first() -> None:
+    alike = torch.tensor([[1, 0.9, 0.5, 0.1], [0.9, 1, 0.2, 0.6], [0.5, 0.2, 1, 0.8], [0.1, 0.6, 0.8, 1]])
+    assert zipped(alike, 2, 0.3, 1.0).tolist() == [[0, 0], [1, 1]]  # 0 and 1, then 2 and 3
+    assert zipped(alike, 2, 0.3, 0.0).tolist() == [[0, 1], [0, 1]]  # of different networks: 1 and 3, then 0 and 2
+
+
+@pytest.mark.parametrize("name", NETWORKS[:2])
+def test_repair_restores_means_and_deviations_of_channels(name: str) -> None:
+    teachers, data = teachers_of(name)[:2], batches_of(name, 200)
+    merged = methods.average(teachers)
+    family = Family.of(teachers, data[0][0])
+    before, wanted = moments(family, [merged]), moments(family, teachers)
+    restore_statistics(merged, teachers, family)
+    after = moments(family, [merged])
+    assert wanted.keys() == after.keys()
+    assert max((before[key] - wanted[key]).abs().max() for key in wanted) > 0.05
+    for key, value in wanted.items():
+        assert (after[key] - value).abs().max() < 1e-9, key
+    assert_equal(methods.repair(teachers, data, by=None, samples=200), merged)
+
+
+def moments(family: Family, networks: list[nn.Module]) -> dict[str, Tensor]:
+    """Means and deviations of what layers and BatchNorms write, by name of the node, averaged over networks."""
+    found = {}
+    for moment in family.run(networks):
+        named = str(moment.node.target)
+        norm = "batch_norm" in named
+        if norm or (
+            moment.call is not None and not any("batch_norm" in str(user.target) for user in moment.node.users)
+        ):
+            if moment.call is not None and (family.groups.outputs[moment.call.weight].group < 0).any():
+                continue
+            dim = 1 if norm else moment.call.geometry.channel_dim
+            flat = [y.movedim(dim, 0).flatten(1) for y in moment.compute()]
+            both = [torch.stack([y.mean(1), y.std(1, correction=0)]) for y in flat]
+            found[moment.node.name] = torch.stack(both).mean(0)
+    return found
+
+
+def test_transplant_follows_its_papers_rule_on_an_mlp() -> None:
+    """Both networks side by side, the last layer's weights halved; of each hidden layer the neurons with the largest sums of
+    squares of weights in and out stay."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2)]
+    (a1, a2, a3), (b1, b2, b3) = ([net[i].weight.detach() for i in (0, 2, 4)] for net in nets)
+    w1, w2, w3 = torch.cat([a1, b1]), torch.block_diag(a2, b2), torch.cat([a3, b3], 1) / 2
+    c1, c2 = (torch.cat([net[i].bias.detach() for net in nets]) for i in (0, 2))
+    top1 = (w1.square().sum(1) + w2.square().sum(0)).topk(6).indices.sort().values
+    top2 = (w2.square().sum(1) + w3.square().sum(0)).topk(5).indices.sort().values
+    fused = methods.transplant(nets, [(torch.randn(2, 4), torch.zeros(2))])
+    assert torch.equal(fused[0].weight, w1[top1])
+    assert torch.equal(fused[0].bias, c1[top1])
+    assert torch.equal(fused[2].weight, w2[top2][:, top1])
+    assert torch.equal(fused[2].bias, c2[top2])
+    assert torch.allclose(fused[4].weight, w3[:, top2], rtol=0, atol=1e-8)
+    assert torch.allclose(fused[4].bias, (nets[0][4].bias + nets[1][4].bias) / 2, rtol=0, atol=1e-7)
+    assert 0 < (top1 < 6).sum() < 6  # of both
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_reconstruct_of_a_permuted_network_computes_the_same(name: str) -> None:
+    teacher, data = teachers_of(name)[0], batches_of(name, 200)
+    merged = methods.reconstruct([teacher, shuffled(teacher, name)], data, samples=200, ridge=1e-12)
+    x = data[0][0]
+    with torch.no_grad():
+        assert relative_error(merged(x), teacher(x)) < 1e-4
+
+
+def test_reconstruct_is_nearer_to_the_teachers_mean_than_other_one_shot_merges() -> None:
+    teachers, data = trained(), batches()
+    x = VAL[0][0]
+    with torch.no_grad():
+        mean = methods.ensemble(teachers)(x)
+        errors = {
+            name: (methods.apply(name, teachers[:2], data).network(x) - mean).square().mean().item()
+            for name in ("reconstruct", "average", "transplant", "rebasin")
+        }
+    assert min(errors, key=lambda name: errors[name]) == "reconstruct"
+    assert errors["reconstruct"] < 0.5 * errors["transplant"]
+
+
+def loss_of(network: nn.Module) -> float:
+    return evaluate(network, VAL, Setting(torch.device("cpu"), nn.functional.cross_entropy)).loss
+
+
+@pytest.mark.parametrize("start", [0, None])
+def test_distill_learns_what_the_teachers_say(start: int | None) -> None:
+    teachers = trained()[:2]
+    before = [copy.deepcopy(teacher.state_dict()) for teacher in teachers]
+    torch.manual_seed(0)
+    student = methods.distill(teachers, batches(), epochs=8, start=start, lr=0.05, weight=1.0, temperature=1.0)
+    x = X[:256]
+    with torch.no_grad():
+        wanted = methods.ensemble(teachers)(x).softmax(1)
+        far = [
+            (net(x).softmax(1) - wanted).square().mean() for net in (student, teachers[0], type(teachers[0])().eval())
+        ]
+    assert far[0] < 0.8 * far[1 if start == 0 else 2]
+    for teacher, state in zip(teachers, before, strict=True):
+        assert all(torch.equal(tensor, state[key]) for key, tensor in teacher.state_dict().items())
+
+
+def test_soup_leaves_out_what_does_not_help() -> None:
+    *_, far, best = sorted(trained(), key=loss_of, reverse=True)
+    assert_equal(methods.soup([far, best, copy.deepcopy(best)], batches(), held_out=VAL), best)
+
+
+def test_gates_are_a_method_like_the_others() -> None:
+    teachers = trained()[:2]
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=r"P\[g>0\]"):
+        outcome = methods.apply("gates", teachers, batches(), epochs=3, lr=0.01)
+    assert type(outcome.network) is type(teachers[0])
+    assert 3 * 2 < outcome.cost < 3 * 4.5  # linked from the start, an epoch costs up to four of a network
+
+
+def test_costs_are_in_epochs_of_a_teacher() -> None:
+    teachers = trained()[:2]
+    with Meter() as meter, torch.no_grad():
+        teachers[0](X[:256])
+    forward = meter.epochs(teachers[0], batches())
+    assert 0.3 < forward < 0.5  # the first layer's inputs need no gradients
+    assert methods.apply("average", teachers, batches()).cost == 0
+    assert methods.apply("distill", teachers, batches(), epochs=3).cost == pytest.approx(3 + 3 * 2 * forward)
+    outcome = methods.apply("repair", teachers, batches(), by=None, samples=256)
+    assert (
+        3 * forward < outcome.cost < 5 * forward
+    )  # of two teachers and the student, whose layers run again when changed
+    assert outcome.seconds > 0
+    assert outcome.memory is None or outcome.memory >= 0
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_every_method_takes_three_teachers_and_leaves_them_alone(name: str) -> None:
+    teachers = trained()
+    before = [copy.deepcopy(teacher.state_dict()) for teacher in teachers]
+    options = {"epochs": 1} if methods.METHODS[name].needs == "training" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of gates, in so short a stage
+        network = methods.apply(name, teachers, batches(), **options).network
+    with torch.no_grad():
+        assert network(X[:4]).isfinite().all()
+    if methods.METHODS[name].one_network:
+        assert type(network) is type(teachers[0])
+        teachers[0].load_state_dict(copy.deepcopy(network.state_dict()))
+        teachers[0].load_state_dict(before[0])
+    for teacher, state in zip(teachers, before, strict=True):
+        assert all(torch.equal(tensor, state[key]) for key, tensor in teacher.state_dict().items())
+    assert methods.METHODS[name].summary.endswith(".")
+
+
+def test_methods_by_name() -> None:
+    with pytest.raises(ValueError, match="there is no method 'glue'; there are average, distill"):
+        methods.apply("glue", trained(), batches())
+    with pytest.raises(ValueError, match="method 'rebasin' has no option again; it has by, samples, seed"):
+        methods.apply("rebasin", trained(), batches(), again=1)
+    with pytest.raises(ValueError, match="there is a method 'average' already"):
+        methods.register("average", needs="weights", source="")(lambda teachers, batches: teachers[0])
+    for function, wrong in ((methods.rebasin, {"by": "names"}), (methods.reconstruct, {"keep": "all"})):
+        with pytest.raises(ValueError, match=repr(next(iter(wrong.values())))):
+            function(trained(), batches(), **wrong)
+    with pytest.raises(ValueError, match="the loader is empty"):
+        methods.zipit(trained(), [])
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+
+
+def test_the_docs_example_of_a_method_runs() -> None:
+    *_, block = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(block.splitlines()) <= 40
+    t1, t2 = trained()[:2]
+    names = {"t1": t1, "t2": t2, "train_loader": batches()}
+    try:
+        exec(block, names)
+        network = names["outcome"].network
+    finally:
+        methods.METHODS.pop("lively", None)
+    spread = torch.cat([fastmerge.activations(t, X[:256])["hidden"].std(1) for t in (t1, t2)])
+    rows = torch.cat([t1.hidden.weight, t2.hidden.weight]).norm(dim=1)[spread.topk(16).indices.sort().values]
+    # columns of the other teacher's channels are 0, so that norms can only fall
+    assert (network.hidden.weight.norm(dim=1) <= rows + 1e-6).all()
+    assert names["outcome"].cost > 0
+
+
+def test_the_docs_list_every_method_with_what_it_needs_and_its_source() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*) \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted((m.name, m.needs, m.source) for m in methods.METHODS.values())
+
+
+def test_own_places_make_the_plain_average() -> None:
+    teachers = teachers_of("resnet_projected_shortcut")
+    groups = fastmerge.channel_groups(teachers[0], BY_NAME["resnet_projected_shortcut"].inputs(2))
+    combined = methods.combine(teachers, groups, methods.own_places(groups, 3)).state_dict()
+    for name, tensor in methods.average(teachers).state_dict().items():
+        assert torch.allclose(tensor, combined[name], rtol=0, atol=1e-14), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
+@torch.no_grad()
+def test_every_network_takes_every_method_without_training(architecture: Architecture) -> None:
+    """Re-Basin finds a permuted copy; the others give networks that run."""
+    x = architecture.inputs(64, seed=3)
+    first, other = make_teachers(architecture.make, architecture.inputs(6), 2)
+    data = [(x, torch.zeros(64))]
+    groups = Family.of([first], x).groups
+    generator = torch.Generator().manual_seed(0)
+    orders = {group.name: torch.randperm(group.size, generator=generator) for group in groups}
+    assert_equal(methods.rebasin([first, fastmerge.permute(first, groups, orders)], data), first)
+    computed = any("parametrizations" in name for name in first.state_dict())
+    for name in ("zipit", "repair", "transplant", "reconstruct", "average", "ensemble"):
+        if computed and name in ("zipit", "transplant", "reconstruct"):
+            with pytest.raises(ValueError, match="channels are combined where weights are parameters"):
+                methods.METHODS[name].function([first, other], data)
+            continue
+        outputs = pytree.tree_leaves(methods.METHODS[name].function([first, other], data)(*x))
+        assert all(y.isfinite().all() for y in outputs), name
