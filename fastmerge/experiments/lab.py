@@ -85,6 +85,11 @@ def joined(parts: Sequence[Column]) -> Column:
     return replace(parts[0], **each, cost=cost, seconds=seconds)
 
 
+def lengths(plan: Plan) -> dict[str, Any]:
+    """Options of a merge whose fine-tuning is as long as a plan."""
+    return {"finetune_epochs": plan.epochs, "milestones": tuple(plan.milestones), "warmup": plan.warmup}
+
+
 class Operations:
     """Counts the operations of a network's forward and backward pass per sample, once for each set of shapes.
 
@@ -131,6 +136,7 @@ class Lab:
         self.recipe: Recipe = place.recipe
         self.operations = Operations(place.example) if operations is None else operations
         self._lost: set[int] = set()
+        self._costs: dict[int, tuple[float, float]] = {}
 
     def only(self, rows: Sequence[int]) -> Lab:
         """The same for some of the replicates, by their positions."""
@@ -200,23 +206,25 @@ class Lab:
             return self._diverged(error)
         return self._column(network, history, after)
 
-    def merge(self, teachers: Sequence[Column], stage: str = "student", **options: Any) -> Column:
+    def merge(self, teachers: Sequence[Column], stage: str = "student", number: int = 0, **options: Any) -> Column:
         """Merges teachers and fine-tunes the student, as :func:`fastmerge.merge` does.
 
         Args:
             teachers: a column for each.
             stage: names its checkpoints.
+            number: among merges of its stage, which read their data in other orders.
             options: others than the recipe's.
         """
         chosen = replace(self.recipe.merge, **options)
         if chosen.compact_at is not None and len(self.replicates) > 1:  # they come to differ in size
             rows = range(len(self.replicates))
-            return joined([self.only([r]).merge([t.only([r]) for t in teachers], stage, **options) for r in rows])
-        loaders = self.loaders("after")
-        path = (stage, self.replicates[0], 0)
+            parts = [self.only([r]).merge([t.only([r]) for t in teachers], stage, number, **options) for r in rows]
+            return joined(parts)
+        loaders = self.loaders("after", number)
+        path = (stage, self.replicates[0], number)
         try:
             student, history = merge_by(
-                self._given(chosen, path, None, 0),
+                self._given(chosen, path, None, number),
                 [self._of(teacher) for teacher in teachers],
                 loaders.train,
                 loaders.test,
@@ -240,16 +248,26 @@ class Lab:
             ValueError: the merge stage alone costs as much.
         """
         chosen = replace(self.recipe.merge, **options)
-        big: Any = self._big(len(teachers))
-        linked = sum(epoch >= chosen.link_at * chosen.merge_epochs for epoch in range(chosen.merge_epochs))
-        cost = sum(column.cost for column in teachers)
-        cost += (chosen.merge_epochs - linked) * self.operations(big) / self._unit
-        if linked:
+        spent = sum(column.cost for column in teachers) + self.merging_cost(len(teachers), **options)
+        plan = self._plan(spent, len(teachers) if chosen.distill else 0)
+        return self.merge(teachers, stage, **options | lengths(plan))
+
+    def costs(self, count: int) -> tuple[float, float]:
+        """Of an epoch of the big student of so many teachers, block-diagonal and linked, in epochs of one teacher."""
+        if count not in self._costs:
+            fresh = [self.recipe.make_network(self.place.classes, 1) for _ in range(count)]
+            big = BigStudent(*fresh, example_inputs=self.place.example, verify=False)
+            apart = self.operations(big) / self._unit
             big.link()
-            cost += linked * self.operations(big) / self._unit
-        plan = self._plan(cost, len(teachers) if chosen.distill else 0)
-        lengths = {"finetune_epochs": plan.epochs, "milestones": tuple(plan.milestones), "warmup": plan.warmup}
-        return self.merge(teachers, stage, **options | lengths)
+            self._costs[count] = (apart, self.operations(big) / self._unit)
+        return self._costs[count]
+
+    def merging_cost(self, count: int, **options: Any) -> float:
+        """Of a merge stage of so many teachers; options are others than the recipe's."""
+        chosen = replace(self.recipe.merge, **options)
+        linked = sum(epoch >= chosen.link_at * chosen.merge_epochs for epoch in range(chosen.merge_epochs))
+        apart, dense = self.costs(count)
+        return (chosen.merge_epochs - linked) * apart + linked * dense
 
     def apply(self, method: str, teachers: Sequence[Column], **options: Any) -> Column:
         """What a method of :mod:`fastmerge.methods` makes of each replicate's teachers, as it is.
@@ -393,30 +411,29 @@ class Lab:
     def _of(self, column: Column) -> nn.Module:
         return self.together([network for network in column.networks if network is not None])
 
-    def _big(self, count: int) -> nn.Module:
-        """A big student of fresh teachers."""
-        fresh = [self.recipe.make_network(self.place.classes, 1) for _ in range(count)]
-        return BigStudent(*fresh, example_inputs=self.place.example, verify=False)
-
-    def _plan(self, spent: float, taught: int) -> Plan:
-        """Fine-tuning, as the recipe's, of as many epochs as bring a cost to that of the recipe's one long network.
+    def left(self, spent: float, taught: int, times: int = 1) -> float:
+        """Epochs of fine-tuning that bring a cost to that of the recipe's one long network.
 
         Args:
             spent: the cost so far.
             taught: how many teachers are asked, each for a third of its training's operations.
+            times: how many networks they are asked for.
         """
         asked = taught / 3
         if self.recipe.in_memory and self.recipe.augment is None:  # once
-            left = int(self.recipe.epochs - spent - asked + 1e-6)
-        else:
-            left = int((self.recipe.epochs - spent) / (1 + asked) + 1e-6)
-        if left < 1:
+            return self.recipe.epochs - spent - times * asked + 1e-6
+        return (self.recipe.epochs - spent) / (1 + asked) + 1e-6
+
+    def _plan(self, spent: float, taught: int) -> Plan:
+        """Fine-tuning, as the recipe's, of what is :meth:`left`."""
+        epochs = int(self.left(spent, taught))
+        if epochs < 1:
             raise ValueError(
                 f"{self.recipe.name}, {self.name}: nothing is left to fine-tune for; {spent:.1f} of the cost of "
                 f"{self.recipe.epochs} epochs are spent"
             )
         plan = self.recipe.merge.finetune_plan
-        return plan.scaled(left / plan.epochs)
+        return plan.scaled(epochs / plan.epochs)
 
     @cached_property
     def _also(self) -> dict[str, Any]:

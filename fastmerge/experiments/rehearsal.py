@@ -98,13 +98,15 @@ class Rehearsal(Lab):
         cost = plan.epochs * (self.operations(network) / self._unit + len(teachers) / 3)
         return self._add(part, network, after, plan.epochs, cost)
 
-    def merge(self, teachers: Sequence[Column], stage: str = "student", **options: Any) -> Column:
+    def merge(self, teachers: Sequence[Column], stage: str = "student", number: int = 0, **options: Any) -> Column:
         """Times a merge."""
         networks = [network for column in teachers for network in column.networks if network is not None]
         chosen = replace(self.recipe.merge, **options)
         train, val = self.images.train, self.images.val
         part = estimate(networks, train, val, self.place.setting, chosen, self.recipe.test_every)
-        return self._add(part, networks[0], teachers, chosen.merge_epochs + chosen.finetune_epochs, 0.0)
+        epoch = 1 + len(teachers) / 3 if chosen.distill else 1.0
+        cost = self.merging_cost(len(teachers), **options) + chosen.finetune_epochs * epoch
+        return self._add(part, networks[0], teachers, chosen.merge_epochs + chosen.finetune_epochs, cost)
 
     def best(self, columns: Sequence[Column]) -> Column:
         """The first, after all."""

@@ -22,7 +22,7 @@ from typing import Any
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from fastmerge import methods
-from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.lab import Column, Lab, lengths
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.methods.training import DISTILL
 from fastmerge.schedules import scaled_lam_step
@@ -140,12 +140,46 @@ def ours_without_distillation(lab: Lab, teachers: Sequence[Column]) -> Column:
     return lab.merge_for(teachers, "ours-plain", **short(lab.recipe), distill=0.0)
 
 
-@strategy("ours-3", teachers=0, classifies=True)
-def ours_of_three(lab: Lab, teachers: Sequence[Column]) -> Column:
-    """Ours, of three teachers that have trained two thirds as long; its epochs cost more, so that it has half as many."""
-    plan = lab.recipe.teacher.scaled(lab.recipe.teachers / 3)
-    three = [lab.train(lab.fresh(number), plan, "short teacher", number) for number in range(3)]
-    return lab.merge_for(three, "ours-3", **short(lab.recipe, 1 / 6), distill=DISTILL)
+def short_teachers(lab: Lab, count: int) -> list[Column]:
+    """So many teachers that share the epochs of the recipe's: the more they are, the shorter each trains."""
+    plan = lab.recipe.teacher.scaled(lab.recipe.teachers / count)
+    return [lab.train(lab.fresh(number), plan, "short teacher", number) for number in range(count)]
+
+
+def merged_at_once(lab: Lab, count: int) -> Column:
+    """Ours, of so many short teachers, in a merge stage that is shorter the more it costs."""
+    two, many = ((apart + 3 * linked) / 4 for apart, linked in map(lab.costs, (2, count)))
+    stage = short(lab.recipe, two / many / 3)
+    return lab.merge_for(short_teachers(lab, count), f"ours-{count}", **stage, distill=DISTILL)
+
+
+def merged_by_pairs(lab: Lab, count: int) -> Column:
+    """Ours, of so many short teachers, a power of two: pairs are merged, and pairs of these, until one is left.
+
+    All merge stages together are as long as the one of two teachers. Of what is left for fine-tuning, the last student gets
+    half, and those before it share the other half.
+    """
+    columns, name, merges = short_teachers(lab, count), f"recursive-{count}", count - 1
+    options = {**short(lab.recipe, 1 / 3 / merges), "distill": DISTILL}
+    spent = sum(column.cost for column in columns) + merges * lab.merging_cost(2, **options)
+    whole = lab.recipe.merge.finetune_plan
+    plan = whole.scaled(lab.left(spent, 2, merges) / 2 / (merges - 1) / whole.epochs)
+    while len(columns) > 2:
+        stage, pairs = f"{name}-{len(columns)}", zip(columns[::2], columns[1::2], strict=True)
+        columns = [lab.merge(pair, stage, number, **options, **lengths(plan)) for number, pair in enumerate(pairs)]
+    return lab.merge_for(columns, name, **options)
+
+
+def _of_many(name: str, work: Callable[[Lab, int], Column], count: int) -> None:
+    @strategy(name, teachers=0, classifies=True)
+    def merged(lab: Lab, teachers: Sequence[Column]) -> Column:
+        return work(lab, count)
+
+
+for _count in (3, 4, 8):
+    _of_many(f"ours-{_count}", merged_at_once, _count)
+for _count in (4, 8):
+    _of_many(f"recursive-{_count}", merged_by_pairs, _count)
 
 
 @strategy("one-cosine", teachers=0)

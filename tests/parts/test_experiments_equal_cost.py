@@ -63,6 +63,41 @@ def test_all_spend_what_one_long_network_does(taught, name: str) -> None:
         assert all(torch.equal(tensor, state[key]) for key, tensor in each.networks[0].state_dict().items())
 
 
+def test_many_teachers_share_what_two_have(monkeypatch) -> None:
+    """Teachers are shorter the more they are, the merge stage of all at once too; pairs are merged with pairs."""
+    lab, seen = a_lab(longer().scaled(2), (0,)), []
+    merge, train = Lab.merge, Lab.train
+
+    def merging(self, teachers, stage="student", number=0, **options) -> Column:
+        column = merge(self, teachers, stage, number, **options)
+        seen.append((stage, number, len(teachers), options["merge_epochs"], options["finetune_epochs"]))
+        return column
+
+    def training(self, networks, plan, stage="training", *others, **options) -> Column:
+        seen.append((stage, plan.epochs))
+        return train(self, networks, plan, stage, *others, **options)
+
+    monkeypatch.setattr(Lab, "merge", merging)
+    monkeypatch.setattr(Lab, "train", training)
+    column = STRATEGIES["recursive-4"].run(lab, [])
+    assert 47 - 1e-6 <= column.cost <= 48 + 1e-6
+    assert seen[:4] == [("short teacher", 8)] * 4
+    (one, other), last = seen[4:6], seen[6]
+    assert one[:4] == ("recursive-4-4", 0, 2, 1)
+    assert other[:4] == ("recursive-4-4", 1, 2, 1)
+    assert last[:4] == ("recursive-4", 0, 2, 1)
+    assert one[4] == other[4]
+    assert abs(last[4] - 2 * one[4]) <= 2
+    assert column.epochs == 4 * 8 + 3 + 2 * one[4] + last[4]
+    seen.clear()
+    costs = [lab.merging_cost(count, merge_epochs=4, link_at=0.25) for count in (2, 3, 8)]
+    assert costs[0] < costs[1] < costs[2]
+    column = STRATEGIES["ours-8"].run(lab, [])
+    assert 47 - 1e-6 <= column.cost <= 48 + 1e-6
+    assert seen[:8] == [("short teacher", 4)] * 8
+    assert seen[8][:4] == ("ours-8", 0, 8, 1)
+
+
 def test_the_cost_is_what_was_counted_while_it_trained(taught) -> None:
     """Teachers that are asked once take a forward pass each; where images change at random, one an epoch."""
     lab, teachers = taught
