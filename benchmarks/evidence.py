@@ -4,25 +4,28 @@
 
 The folder holds mnist.npz, imagewoof28.npz (as ``fastmerge data`` writes it, 28 pixels a side) and cifar100.npz; parts whose
 file is missing are left out. Each part is one run of fastmerge's strategies: within a replicate all start from the same
-teachers. A part that is finished is kept, in docs/results/evidence/PART.json; one that was stopped goes on from its
-checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the files.
+teachers. A part that is finished is kept, in docs/results/evidence/PART.json, and gets the strategies that it lacks; one
+that was stopped goes on from its checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the files.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.evidence_report import RESULTS
+from benchmarks.evidence_report import OWN, RESULTS
+from fastmerge.big_student import BigStudent
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.augmentation import flip_and_shift
 from fastmerge.data.dataset import Dataset, image_dataset
@@ -32,8 +35,10 @@ from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.recipes import digits
 from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import short, strategy
+from fastmerge.merging import stages
 from fastmerge.merging.options import Options, Plan
 from fastmerge.methods.training import DISTILL
+from fastmerge.methods.transplant import magnitudes
 from fastmerge.networks.lenet import LeNet
 from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.reporting.results import write_json
@@ -45,7 +50,10 @@ AT_EQUAL_COST = [
     *("rebasin-distill", "repair-distill", "zipit-distill", "transplant-distill", "reconstruct-distill"),
     *("ours-plain", "ours-3", "ensemble", "ensemble-3"),
 ]
-AT_EQUAL_EPOCHS = ["paper", "student", "choice: distill", "choice: link late", "choice: third", "choice: all"]
+AT_EQUAL_EPOCHS = [
+    *("paper", OWN, "choice: distill", "choice: link late", "choice: third", "choice: all"),
+    *("choice: magnitude", "choice: magnitude, strong"),
+]
 
 
 def _choice(name: str, choose: Callable[[Recipe], dict[str, Any]]) -> None:
@@ -68,6 +76,41 @@ _choice("distill", lambda recipe: {"distill": DISTILL})
 _choice("link late", lambda recipe: {"link_at": 0.25})
 _choice("third", _third)
 _choice("all", lambda recipe: _third(recipe) | {"link_at": 0.25, "distill": DISTILL})
+
+
+class ByMagnitude(BigStudent):
+    """A big student whose gates begin the more open the larger the weights of their channels are.
+
+    ``loc`` gets ``strength`` times by how many standard deviations the logarithm of a channel's magnitude, as in Neuron
+    Transplantation, is above the mean of its group.
+    """
+
+    strength = 0.5
+
+    def __init__(self, *teachers: nn.Module, **options: Any) -> None:
+        super().__init__(*teachers, **options)
+        for name, each in magnitudes(teachers, self.groups).items():
+            sizes = each.flatten().clamp(min=1e-30).log()
+            gate: Any = self.gates[name]
+            with torch.no_grad():
+                gate.loc += self.strength * ((sizes - sizes.mean()) / sizes.std().clamp(min=1e-6)).to(gate.loc)
+
+
+class ByMagnitudeStrongly(ByMagnitude):
+    """The same, twice as much."""
+
+    strength = 1.0
+
+
+def _beginning(name: str, big: type[BigStudent]) -> None:
+    @strategy(f"choice: {name}")
+    def begun(lab: Lab, teachers: Sequence[Column]) -> Column:
+        with patch.object(stages, "BigStudent", big):
+            return lab.merge(teachers, f"choice-{name.replace(', ', '-')}")
+
+
+_beginning("magnitude", ByMagnitude)
+_beginning("magnitude, strong", ByMagnitudeStrongly)
 
 
 def recipe_of(
@@ -249,22 +292,47 @@ PARTS = {
 }
 
 
+def missing(name: str) -> list[str]:
+    """Strategies that a part's file lacks."""
+    known = _kept(name)["strategies"]
+    return [each for each in (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS) if each not in known]
+
+
+def _kept(name: str) -> dict[str, Any]:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"strategies": {}}
+
+
 def measure(name: str, folder: Path | None) -> None:
-    """Runs a part on the folder's images, from its checkpoints if there are any, and writes what came of it."""
-    part = PARTS[name]
+    """Runs what a part lacks on the folder's images, from its checkpoints if there are any, and writes what came of it.
+
+    Raises:
+        ValueError: A part can't be added to, since this machine or code gives other values.
+    """
+    part, kept = PARTS[name], _kept(name)
     checkpoints, started = ROOT / "runs" / "evidence" / name, time.perf_counter()
+    again = [OWN] if kept["strategies"] else []  # what is added has the same teachers if this has the same values
     found = run(
         part.recipe(),
-        [*AT_EQUAL_COST, *AT_EQUAL_EPOCHS],
+        [*again, *(each for each in missing(name) if each not in again)],
         replicates=part.replicates,
         data_path=None if part.data is None or folder is None else folder / part.data,
         workers=1,
         checkpoint_dir=checkpoints,
         resume=checkpoints.is_dir(),
     )
-    minutes = round((time.perf_counter() - started) / 60, 1)
+    for each in again:
+        if found["strategies"][each]["values"] != kept["strategies"][each]["values"]:
+            raise ValueError(
+                f"{name}: {each} has other values here than in its file; move it away, and measure all anew"
+            )
+    minutes = round((time.perf_counter() - started) / 60 + kept.get("minutes", 0), 1)
+    for each in found["strategies"].values():
+        del each["seconds"]  # others used the machine, too
+    strategies = {**kept["strategies"], **{k: v for k, v in found["strategies"].items() if k not in again}}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / f"{name}.json", found | {"what": part.what, "minutes": minutes})
+    whole = {**found, **kept, "strategies": strategies, "what": part.what, "minutes": minutes}
+    write_json(RESULTS / f"{name}.json", whole)
     print(f"{name}: {minutes} minutes", flush=True)
 
 
@@ -277,7 +345,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in options.parts:
         part = PARTS[name]
-        if (RESULTS / f"{name}.json").exists():
+        if not missing(name):
             print(f"{name}: done before, docs/results/evidence/{name}.json")
         elif part.data is not None and (options.data is None or not (options.data / part.data).exists()):
             print(f"{name}: left out; it needs {part.data} in the folder of the images")

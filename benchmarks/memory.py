@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.steps import Step
+from fastmerge.methods.cost import kept_for_backward
 
 
 def activation_bytes(step: Step) -> int:
@@ -23,18 +23,7 @@ def activation_bytes(step: Step) -> int:
         after = torch.cuda.memory_allocated()
         step.backward(loss)
         return after - before
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*step.tensors(), step.x, step.target]}
-    saved: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_for_backward([*step.tensors(), step.x, step.target]) as saved:
         loss = step.forward()
     step.backward(loss)
     return sum(saved.values())

@@ -44,6 +44,7 @@ from fastmerge.merging.checks import check_device
 from fastmerge.merging.estimate import estimate
 from fastmerge.merging.options import Options
 from fastmerge.methods import METHODS
+from fastmerge.methods.cost import predict
 from fastmerge.processes import Processes, share_of
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
@@ -143,17 +144,20 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
     one = len(each) == 1
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     given: dict[str, Any] = chosen(options) | {"device": device, "autocast": autocast}
+    setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
+    cost = None
+    if processes.is_first and not options.resume:
+        cost = predict(teachers, train[0] if one else train, setting, Options(**given))
     if options.dry_run:
-        setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
         found = estimate(
             teachers, train[0] if one else train, val[0] if one else val, setting, Options(**given), options.val_every
         )
-        print(plan(options, images, why, found))
+        print(f"{plan(options, images, why, found)}\n{cost}")
         return
     with contextlib.ExitStack() as closing:
         note = None
         if processes.is_first:
-            print(why)
+            print("\n".join(map(str, filter(None, (why, cost)))))
             log = EpochLog(options.out / "log.jsonl", ("stage", "epoch"), options.resume, _board(options))
             note = _noting(closing.enter_context(contextlib.closing(log)), options.merge_epochs)
         student, history = merge(

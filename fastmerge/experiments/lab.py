@@ -265,9 +265,8 @@ class Lab:
     def merging_cost(self, count: int, **options: Any) -> float:
         """Of a merge stage of so many teachers; options are others than the recipe's."""
         chosen = replace(self.recipe.merge, **options)
-        linked = sum(epoch >= chosen.link_at * chosen.merge_epochs for epoch in range(chosen.merge_epochs))
-        apart, dense = self.costs(count)
-        return (chosen.merge_epochs - linked) * apart + linked * dense
+        apart, linked = self.costs(count)
+        return (chosen.merge_epochs - chosen.linked_epochs) * apart + chosen.linked_epochs * linked
 
     def apply(self, method: str, teachers: Sequence[Column], **options: Any) -> Column:
         """What a method of :mod:`fastmerge.methods` makes of each replicate's teachers, as it is.

@@ -111,7 +111,7 @@ def estimate(
         examples = tuple(value[:2].to(where) for value in inputs)
         given = examples[0] if len(examples) == 1 else examples
         big = setting.place(widened(teachers, given, plan))
-        linked = sum(epoch >= plan.link_at * plan.merge_epochs for epoch in range(plan.merge_epochs))
+        linked = plan.linked_epochs
         found = Estimate(reading=time_reading(train_loader, setting))
         if linked < plan.merge_epochs:
             epochs = plan.merge_epochs - linked

@@ -239,6 +239,11 @@ class Options:
         return self.compact_at == "settled" or epochs >= self.compact_at * self.merge_epochs
 
     @property
+    def linked_epochs(self) -> int:
+        """Epochs of the merge stage in which the big student is linked."""
+        return sum(epoch >= self.link_at * self.merge_epochs for epoch in range(self.merge_epochs))
+
+    @property
     def merge_plan(self) -> Plan:
         """Of the merge stage."""
         return Plan(epochs=self.merge_epochs, lr=self.lr, milestones=tuple(self.merge_milestones or ()))

@@ -7,6 +7,7 @@ Each method is a file with one function ``method(teachers, batches, **options)``
 from fastmerge.methods.average import average
 from fastmerge.methods.combination import combine, own_places, places_of_kept
 from fastmerge.methods.comparison import Row, compare
+from fastmerge.methods.cost import Prediction, predict
 from fastmerge.methods.distill import distill
 from fastmerge.methods.ensemble import Ensemble, ensemble
 from fastmerge.methods.gates import gates
@@ -26,6 +27,7 @@ __all__ = [
     "Ensemble",
     "Method",
     "Outcome",
+    "Prediction",
     "Row",
     "apply",
     "average",
@@ -39,6 +41,7 @@ __all__ = [
     "largest",
     "own_places",
     "places_of_kept",
+    "predict",
     "rebasin",
     "reconstruct",
     "register",

@@ -1,10 +1,11 @@
-"""What a method costs: counted operations, in epochs of training one teacher, and memory."""
+"""What a method costs, and what a merge will: counted operations, in epochs of training one teacher, and memory."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from fastmerge.big_student import BigStudent
+from fastmerge.evaluation import Setting
+from fastmerge.merging.checks import check_loader, check_teachers
+from fastmerge.merging.label_sets import with_label_sets
+from fastmerge.merging.options import Options
+from fastmerge.merging.stages import blank_student
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -113,21 +121,122 @@ def unwatched() -> Iterator[Meter | None]:
 
 def step_operations(network: nn.Module, batches: Iterable[Any], *, backward: bool = True) -> float:
     """Operations of a training step on the first batch, or of its forward pass alone."""
-    clone = copy.deepcopy(network).train().requires_grad_(backward)
-    device = next(clone.parameters()).device
-    devices = [device] if device.type == "cuda" else []
     inputs, _ = next(iter(batches))
     inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return _counted_step(copy.deepcopy(network), inputs, backward)[0]
+
+
+def _counted_step(network: nn.Module, inputs: Sequence[Tensor], backward: bool = True) -> tuple[float, int]:
+    """Operations of a step, and bytes that its forward pass keeps for the backward; the network is changed."""
+    parameters = list(network.train().requires_grad_(backward).parameters())
+    device = parameters[0].device
+    devices, placed = [device] if device.type == "cuda" else [], [x.to(device) for x in inputs]
     with torch.random.fork_rng(devices), torch.enable_grad(), _Counting() as counter:
-        outputs = pytree.tree_leaves(clone(*(x.to(device) for x in inputs)))
+        with kept_for_backward([*parameters, *placed]) as saved:
+            outputs = pytree.tree_leaves(network(*placed))
         if backward:
             torch.autograd.backward([y.sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad])
-    return float(counter.operations)
+    network.zero_grad()
+    return float(counter.operations), sum(saved.values())
 
 
 def steps_of(batches: Iterable[Any]) -> int:
     """Steps of an epoch."""
     return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+
+
+@contextmanager
+def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Within, gathers the bytes of every storage that autograd saves, by address, but for those of known tensors."""
+    others = {tensor.untyped_storage().data_ptr() for tensor in known}
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            saved[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a merge will cost, beside training one network for as many epochs.
+
+    Attributes:
+        merge_epochs, finetune_epochs: of the stages.
+        epoch: of the merge stage's epochs the cheapest and the dearest, in epochs of training one teacher.
+        merge: the merge stage's cost in epochs of one teacher.
+        finetune: the fine-tuning's, with what teachers are asked.
+        memory: bytes of a step in the merge stage, and of one network's: weights, gradients, momentum, and what the forward
+            pass keeps for the backward.
+        compacts: whether channels are dropped early, so that the merge stage may cost less.
+    """
+
+    merge_epochs: int
+    finetune_epochs: int
+    epoch: tuple[float, float]
+    merge: float
+    finetune: float
+    memory: tuple[int, int]
+    compacts: bool = False
+
+    def __str__(self) -> str:
+        plain, cost = self.merge_epochs + self.finetune_epochs, self.merge + self.finetune
+        low, high = (f"{each:.1f}" for each in self.epoch)
+        big, one = (f"{each / 2**20:.0f} MiB" for each in self.memory)
+        return (
+            f"cost: {'at most ' if self.compacts else ''}{cost:.0f} epochs of training one network, by counted operations "
+            f"({self.merge_epochs} of merging at {low if low == high else f'{low} to {high}'} each, {self.finetune_epochs} of "
+            f"fine-tuning at {self.finetune / max(1, self.finetune_epochs):.1f}); a plain run as long costs {plain}. "
+            f"A step takes about {big}, of one network {one}"
+        )
+
+
+def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, plan: Options) -> Prediction:
+    """Counts what :func:`fastmerge.merge` will take, from two samples on the CPU; nothing is changed or trained.
+
+    Raises:
+        TypeError, ValueError: As :func:`fastmerge.merge`.
+    """
+    teachers = check_teachers(teachers)
+    if plan.heads != "average":
+        plan, teachers, train_loader, _, _ = with_label_sets(plan, teachers, train_loader, None)
+        setting = replace(setting, criterion=plan.criterion)
+    with torch.random.fork_rng([setting.device] if setting.device.type == "cuda" else []):
+        inputs = check_loader("train_loader", train_loader, teachers[0], setting)
+        few = tuple(value[:2].cpu() for value in inputs)
+        own = [copy.deepcopy(teacher).cpu().float() for teacher in teachers]
+        example = few[0] if len(few) == 1 else few
+        big = BigStudent(*own, example_inputs=example, keep=plan.keep, verify=False)
+
+        def step(network: nn.Module) -> tuple[float, int]:
+            operations, kept = _counted_step(network, few)
+            weights = sum(each.nbytes for each in network.parameters())
+            return operations, 3 * weights + kept * len(inputs[0]) // len(few[0])
+
+        unit, one = step(own[0])
+        student = 1.0 if plan.keep is None else step(blank_student(own, example, plan))[0] / unit
+        operations, memory = step(big)
+        costs = [operations / unit] * (plan.merge_epochs - plan.linked_epochs)
+        if plan.linked_epochs:
+            big.link()
+            operations, memory = step(big)
+            costs += [operations / unit] * plan.linked_epochs
+    asked = len(teachers) / 3 if plan.distill else 0.0
+    return Prediction(
+        plan.merge_epochs,
+        plan.finetune_epochs,
+        epoch=(min(costs), max(costs)),
+        merge=sum(costs),
+        finetune=plan.finetune_epochs * (student + asked),
+        memory=(memory, one),
+        compacts=plan.compact_at is not None,
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Criterion
 from fastmerge.merging import merge
+from fastmerge.merging.options import Options
 from fastmerge.methods.cost import Meter, unwatched
 from fastmerge.methods.registry import register
 from fastmerge.methods.samples import family_of
@@ -61,7 +62,7 @@ def gates(
 def _add(meter: Meter, teachers: Sequence[nn.Module], batches: Iterable[Any], epochs: int, link_at: float) -> None:
     inputs = family_of(teachers, batches).inputs
     big = BigStudent(*teachers, example_inputs=inputs, verify=False)
-    linked = sum(epoch >= link_at * epochs for epoch in range(epochs))
+    linked = Options(merge_epochs=epochs, link_at=link_at).linked_epochs
     meter.add_training(big, batches, epochs - linked)
     big.link()
     meter.add_training(big, batches, linked)

@@ -24,6 +24,9 @@ def test_two_checkpoints_become_a_student(place, capsys):
     student.load_state_dict(load_file("out/student.safetensors"))
 
     printed = capsys.readouterr().out
+    assert re.search(
+        r"^cost: \d+ epochs of training one network, .*; a plain run as long costs 3\. A step", printed, re.M
+    )
     rows = [line.split("  ")[0].strip() for line in printed.splitlines()]
     names = "teacher 0", "teacher 1", "big student, gates open", "big student", "compressed", "student"
     assert [row for row in rows if row in names] == list(names)

@@ -196,6 +196,9 @@ def test_a_merge_with_several_processes(place, capsys) -> None:
     printed = capsys.readouterr().out
     assert table(printed)[0] == ("merge, linked", 2, 3)  # 24 of 49 images in eights
     assert " with 2 processes, and up to " in printed
+    assert re.match(
+        r"cost: \d+ epochs of training one network, by counted operations \(2 of ", printed.splitlines()[-1]
+    )
 
 
 def test_recipes_over_loaders_train_on_the_gpu_where_there_is_one(recipe, monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from architectures import BY_NAME, ZOO, Architecture
 from fastmerge import methods
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.lock_step import Family
-from fastmerge.methods.cost import Meter
+from fastmerge.merging.api import merge_by
+from fastmerge.merging.options import Options
+from fastmerge.methods.cost import Meter, step_operations
 from fastmerge.methods.repair import restore_statistics
 from fastmerge.methods.zipit import zipped
 from small_task import VAL, X, Y, train_teachers
@@ -213,6 +216,43 @@ def test_gates_are_a_method_like_the_others() -> None:
         outcome = methods.apply("gates", teachers, batches(), epochs=3, lr=0.01)
     assert type(outcome.network) is type(teachers[0])
     assert 3 * 2 < outcome.cost < 3 * 4.5  # linked from the start, an epoch costs up to four of a network
+
+
+def test_what_a_merge_will_cost_is_what_it_costs() -> None:
+    """Counted beforehand, from two samples, and while it trains; nothing is changed."""
+    teachers, random = trained()[:2], torch.get_rng_state()
+    before = copy.deepcopy([teacher.state_dict() for teacher in teachers])
+    setting = Setting(torch.device("cpu"), nn.functional.cross_entropy)
+    chosen = Options(merge_epochs=4, finetune_epochs=3, link_at=0.5, distill=0.5)
+    found = methods.predict(teachers, batches(), setting, chosen)
+    assert torch.equal(torch.get_rng_state(), random)
+    few = [(X[:2], None)]
+    unit = step_operations(teachers[0], few)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gates don't arrive in so short a stage
+        _, history = merge_by(chosen, teachers, batches(), count=lambda network: step_operations(network, few) / unit)
+    costs = [record.operations for record in history.epochs]
+    assert found.merge == pytest.approx(sum(costs[:4]))
+    assert found.epoch == pytest.approx((costs[0], costs[3]))
+    assert found.epoch[0] < found.epoch[1]
+    assert found.finetune == pytest.approx(3 * (1 + 2 / 3))
+    assert sum(costs[4:]) == pytest.approx(3 + 2)  # the same: teachers are asked in every epoch
+    big = fastmerge.BigStudent(*teachers, example_inputs=X[:2])
+    big.link()
+    weights = [3 * sum(parameter.nbytes for parameter in network.parameters()) for network in (big, teachers[0])]
+    half = methods.predict(teachers, [(x[:32], y[:32]) for x, y in batches()], setting, chosen)
+    for whole, less, fixed in zip(found.memory, half.memory, weights, strict=True):
+        assert whole - fixed == pytest.approx(2 * (less - fixed), rel=0.01)  # what the forward keeps, by samples
+        assert less > fixed
+    narrow = methods.predict(teachers, batches(), setting, replace(chosen, keep=0.5))
+    assert narrow.merge == found.merge
+    assert 2 < narrow.finetune < found.finetune - 1
+    assert str(found).startswith(
+        f"cost: {found.merge + 5:.0f} epochs of training one network, by counted operations (4 of "
+    )
+    assert "; a plain run as long costs 7. A step takes about " in str(found)
+    for teacher, state in zip(teachers, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
 
 
 def test_costs_are_in_epochs_of_a_teacher() -> None:
