@@ -43,6 +43,8 @@ _CHOICES = {
     "choice: link late": "and linked after a quarter of the merge stage",
     "choice: third": "and the merge stage a third as long, its other epochs to fine-tuning",
     "choice: all": "all three",
+    "choice: magnitude": "gates that begin the more open the larger their channel's weights are",
+    "choice: magnitude, strong": "the same, twice as much",
 }
 
 _SETTING = """\
@@ -112,7 +114,10 @@ the row less `student`, in points of test accuracy and in test loss.
 
 Learning from the teachers lowers the test loss clearly and loses no accuracy that could be seen; nor do linking late and a
 short merge stage, which cost less. `merge(distill=0.5, link_at=0.25)` asks for them. They are not the defaults yet: all
-of this is of small networks that have converged, and where [teachers had not](layer-norms.md), distillation did not help."""
+of this is of small networks that have converged, and where [teachers had not](layer-norms.md), distillation did not help.
+
+Gates that begin the more open the larger their channels' weights are make no difference that could be seen, and with twice
+the strength the loss is rather higher: the library's gates begin alike, as the paper's do."""
 
 
 def _others() -> list[str]:

@@ -188,7 +188,7 @@ class Prediction:
     def __str__(self) -> str:
         plain, cost = self.merge_epochs + self.finetune_epochs, self.merge + self.finetune
         low, high = (f"{each:.1f}" for each in self.epoch)
-        big, one = (f"{each / 2**20:.0f} MiB" for each in self.memory)
+        big, one = (f"{each / 2**20:.3g} MiB" for each in self.memory)
         return (
             f"cost: {'at most ' if self.compacts else ''}{cost:.0f} epochs of training one network, by counted operations "
             f"({self.merge_epochs} of merging at {low if low == high else f'{low} to {high}'} each, {self.finetune_epochs} of "

@@ -165,7 +165,9 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(place, capsys):
         ("validation of the student", "1", "2"),
     ]
     assert all(float(row[3]) > 0 for row in table)
-    assert re.fullmatch(r"about .*; peak memory \d+\.\d\d GiB", printed[-1])
+    assert re.fullmatch(r"about .*; peak memory \d+\.\d\d GiB", printed[-2])
+    costs = r"cost: 5 epochs of training one network, by .* \(2 of merging at 2\.0 each, 1 of .* costs 3\. A step .*"
+    assert re.fullmatch(costs, printed[-1])
     assert not list(Path("out").iterdir())
     assert main([*arguments(**{"model-args": ["classes=7"]}), "--dry-run"]) == 2
     assert "build the network for 3" in capsys.readouterr().err

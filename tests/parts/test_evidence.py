@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import evidence, evidence_report
 from fastmerge.experiments.strategies import STRATEGIES
+from fastmerge.networks.lenet import LeNet
 from tiny_recipes import images_recipe
 
 pytestmark = pytest.mark.usefixtures("no_gate_warnings")
@@ -75,6 +77,45 @@ def test_what_is_done_is_kept_and_what_has_no_images_is_left_out(tiny, monkeypat
         "other: left out; it needs other.npz in the folder of the images",
     ]
     assert (tiny / "tiny.json").read_bytes() == before
+
+
+def test_a_part_gets_the_strategies_that_it_lacks(tiny, monkeypatch, capsys) -> None:
+    """Where this machine gives the values that its file has; the others stay as they are."""
+    monkeypatch.setattr(sys, "argv", ["evidence"])
+    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["student"])
+    evidence.main()
+    file = tiny / "tiny.json"
+    before = json.loads(file.read_text())
+    shutil.rmtree(tiny.parent / "runs")
+    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["student", "choice: magnitude"])
+    evidence.main()
+    after = json.loads(file.read_text())
+    added = after["strategies"].pop("choice: magnitude")
+    assert after.pop("minutes") >= before.pop("minutes")
+    assert after == before
+    assert (
+        added["values"] != after["strategies"]["student"]["values"]
+        or added["losses"] != before["strategies"]["student"]["losses"]
+    )
+    before["strategies"]["student"]["values"][0] += 0.01
+    file.write_text(json.dumps(before | {"minutes": 1}))
+    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["student", "choice: magnitude"])
+    with pytest.raises(ValueError, match="tiny: student has other values here than in its file"):
+        evidence.main()
+
+
+@torch.no_grad()
+def test_gates_that_begin_by_magnitude() -> None:
+    """Those of channels with larger weights are more open; all are as far around 1 as is asked for."""
+    torch.manual_seed(0)
+    teachers = [LeNet(1, 8, 10, kernel_size=3) for _ in range(2)]
+    teachers[1].conv1.weight[2] *= 10
+    for kind, spread in ((evidence.ByMagnitude, 0.5), (evidence.ByMagnitudeStrongly, 1.0)):
+        big = kind(*teachers, example_inputs=torch.zeros(2, 1, 8, 8))
+        first = big.gates[big.groups[0].name].loc
+        assert int(first.argmax()) == teachers[0].conv1.out_channels + 2
+        assert float(first.mean()) == pytest.approx(1, abs=0.02)
+        assert float(first.std()) == pytest.approx(spread, abs=0.05)
 
 
 def results(**values: list[float]) -> dict:
