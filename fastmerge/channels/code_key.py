@@ -6,6 +6,7 @@ import enum
 import functools
 import hashlib
 import types
+import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -18,8 +19,10 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 _CALLABLES = (type, types.FunctionType, types.BuiltinFunctionType)
 _MAX_DEPTH = 8
 
+Key = tuple[Hashable, tuple[tuple[Any, ...], ...], str]  # of the network, the leaves of its inputs and their structure
 
-def code_key(model: nn.Module, inputs: Any) -> Hashable | None:
+
+def code_key(model: nn.Module, inputs: Any) -> Key | None:
     """A key that networks share which give the same graphs on inputs of the same shapes; None where that can't be told.
 
     It holds the classes of all modules, their attributes, and the shapes, dtypes, devices and ties of their tensors; of tensors
@@ -34,6 +37,19 @@ def code_key(model: nn.Module, inputs: Any) -> Hashable | None:
         return _Key(model).of_model(), tuple(_of_input(leaf) for leaf in leaves), str(spec)
     except _Unknown:
         return None
+
+
+def without_batch(key: Key) -> Key | None:
+    """The same key for all batch sizes of two or more; None of a smaller one."""
+    model, leaves, spec = key
+    shapes = [leaf[0] for leaf in leaves if isinstance(leaf[0], tuple) and leaf[0]]
+    batch = shapes[0][0] if shapes else 0
+    if batch < 2:
+        return None
+    others = tuple(
+        ((), *leaf[0][1:], *leaf[1:]) if leaf[0] in shapes and leaf[0][0] == batch else leaf for leaf in leaves
+    )
+    return model, others, spec
 
 
 class _Unknown(Exception):  # noqa: N818
@@ -80,6 +96,8 @@ class _Key:
             return self._of(value.__func__, depth + 1), self._of(value.__self__, depth + 1)
         if isinstance(value, functools.partial):
             return "partial", self._of((value.func, value.args, value.keywords), depth + 1)
+        if isinstance(value, weakref.ref):  # recurrent layers hold their weights by such ones, too
+            return "reference", self._of(value(), depth + 1)
         if isinstance(value, Mapping):
             items = tuple((self._of(k, depth + 1), self._of(v, depth + 1)) for k, v in value.items())
             return type(value), items
@@ -106,7 +124,7 @@ def _values(tensor: Tensor) -> Hashable:
     return tuple(tensor.shape), tensor.dtype, hashlib.sha256(values).digest()
 
 
-def _of_input(leaf: Any) -> Hashable:
+def _of_input(leaf: Any) -> tuple[Any, ...]:
     if not isinstance(leaf, Tensor):
         return type(leaf), repr(leaf)
     values = None if leaf.is_floating_point() else _values(leaf)

@@ -51,7 +51,8 @@ class TracedNetwork:
         out_specs: structure of the output, per mode.
         inputs: the example inputs, flat; of a tensor its shape, dtype and device alone, on the meta device.
         constants: tensors that the code makes itself, by name below ``constant_tensors``.
-        is_open: per mode whether the batch size is left open; some code fixes it, such as ``len(x)`` of a batch.
+        is_open: per mode whether the graph is that of every batch size; some code fixes it, such as ``len(x)`` of a batch, or
+            does something else with some, such as ``if len(x) > 4``.
     """
 
     root: nn.Module
@@ -141,10 +142,22 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
             traced.graphs[mode] = _cleaned(program, traced, calls)
         traced.out_specs[mode] = program.call_spec.out_spec
         placeholders = (node for node in traced.graphs[mode].nodes if node.op == "placeholder")
-        traced.is_open[mode] = any(node.meta.get("sample_dims") for node in placeholders)
+        traced.is_open[mode] = any(node.meta.get("sample_dims") for node in placeholders) and not _depends_on_batch(
+            program
+        )
     for module, momentum in momenta:
         module.momentum = momentum
     return traced
+
+
+def _depends_on_batch(program: Any) -> bool:
+    """Whether the code took a turn on its way that it would not take with another batch size."""
+    ranges = program.range_constraints.values()
+    twins = r"L\[.*\]\.size\(\)\[0\] == L\[.*\]\.size\(\)\[0\]"
+    turns = (
+        guard for guard in program._guards_code if not re.fullmatch(twins, guard)
+    )  # inputs of one batch size are none
+    return any(turns) or any(r.lower > 2 or r.upper < 1 << 30 for r in ranges)
 
 
 def _described(leaf: Any) -> Any:

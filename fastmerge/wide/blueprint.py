@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmerge.channels.code_key import code_key
+from fastmerge.channels.code_key import code_key, without_batch
 from fastmerge.channels.examples import Inputs, example_arguments, two_samples
 from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroups
@@ -127,9 +127,10 @@ def read_network(
         common: names of buffers that are the same in all teachers; see :func:`common_buffers`.
     """
     code = code_key(teacher, inputs)
-    key = None if code is None else (code, None if outputs is None else tuple(outputs), common)
+    asked = None if outputs is None else tuple(outputs), common
+    keys = [(each, *asked) for each in (code, code and without_batch(code)) if each is not None]
     with ONE_THREAD:
-        return _read_once(teacher, inputs, outputs, common, key)
+        return _read_once(teacher, inputs, outputs, common, keys)
 
 
 def common_buffers(teachers: Sequence[nn.Module]) -> frozenset[str]:
@@ -145,14 +146,16 @@ def common_buffers(teachers: Sequence[nn.Module]) -> frozenset[str]:
 
 
 def _read_once(
-    teacher: nn.Module, inputs: Inputs, outputs: Sequence[Name] | None, common: frozenset[str], key: Hashable | None
+    teacher: nn.Module, inputs: Inputs, outputs: Sequence[Name] | None, common: frozenset[str], keys: Sequence[Hashable]
 ) -> _Known:
-    known = None if key is None else _KNOWN.get(key)
-    if known is None:
+    """``keys``: none, or that of the inputs and, where it is not 1, that of inputs of any other batch size."""
+    key = next((key for key in keys if key in _KNOWN), None)
+    if key is None:
         traced = trace(teacher, inputs)
         predicted = predictions(traced, outputs)
         leaves = pytree.tree_leaves(inputs)
-        if all(traced.is_open[mode] for mode in traced.graphs):  # two samples tell as much as many
+        is_open = all(traced.is_open[mode] for mode in traced.graphs)
+        if is_open:  # two samples tell as much as many
             batch = next(x.shape[0] for x in leaves if isinstance(x, Tensor))
             leaves = [x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x for x in leaves]
         record = run_on_ids(traced, leaves, predicted)
@@ -164,12 +167,13 @@ def _read_once(
             if others.choice.fixed < groups.choice.fixed or constant.intersection(record.without_channels):
                 record, groups = other, others
         known = (traced, groups, record.nonlinear_nodes, predicted)
-        if key is not None:
-            _KNOWN[key] = (traced.with_root(nn.Module()), *known[1:])
+        if keys:
+            _KNOWN[keys[-1] if is_open else keys[0]] = (traced.with_root(nn.Module()), *known[1:])
             while len(_KNOWN) > _MOST_KNOWN:
                 _KNOWN.popitem(last=False)
         return known
     _KNOWN.move_to_end(key)
+    known = _KNOWN[key]
     return known[0].with_root(copy.deepcopy(teacher)), *known[1:]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -238,6 +239,30 @@ def test_empty_and_single_batches_in_eval_mode() -> None:
     big = merge("lenet", linked=False)
     for batch in (0, 1):
         assert big(torch.zeros(batch, 1, 16, 16, dtype=torch.float64)).shape == (batch, 4)
+
+
+class CountsSamples(nn.Module):
+    """Does something else with some batch sizes than with others."""
+
+    def __init__(self, doubles: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.doubles, self.first, self.last = doubles, nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(2 * x if self.doubles(len(x)) else x)
+
+
+@pytest.mark.parametrize("doubles", [lambda n: n > 4, lambda n: n < 5, lambda n: n % 2 == 0, lambda n: n == 7])
+@pytest.mark.parametrize("batch", [2, 3, 7])
+@torch.no_grad()
+def test_code_that_depends_on_the_batch_size(doubles: Callable[[int], bool], batch: int) -> None:
+    teachers = [CountsSamples(doubles).double() for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(batch, 5, dtype=torch.float64)).eval()
+    for other in (batch, 2, 3, 5, 6, 7):
+        x = torch.randn(other, 5, dtype=torch.float64)
+        with big.open_gates():
+            assert relative_error(big(x), mean_output(teachers, (x,))) <= 1e-9
 
 
 def test_other_batch_and_image_sizes_than_the_examples() -> None:
