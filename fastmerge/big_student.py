@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastmerge.gated_network import GatedNetwork
+from fastmerge.narrowing.carrying import carry_over
 from fastmerge.narrowing.closing import (
     Compaction,
     UnsettledGatesWarning,
@@ -23,6 +24,7 @@ from fastmerge.narrowing.closing import (
 from fastmerge.narrowing.compression import Compressor
 from fastmerge.narrowing.loading import candidates_in, is_linked_in
 from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
+from fastmerge.narrowing.parts import activations_read, consecutive_parts
 from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.narrowing.shrinking import Shrinking
 from fastmerge.narrowing.spent import spend
@@ -32,6 +34,8 @@ from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.heads import SeparateHeads
 from fastmerge.wide.population import Population
 from fastmerge.wide.widths import check_widths
+
+_FIXED = 30.0  # a loc from which neither chance nor a gradient moves a gate
 
 
 class BigStudent(GatedNetwork):
@@ -151,6 +155,58 @@ class BigStudent(GatedNetwork):
         )
         self._shrink_to(after, [o for o in (optimizer, gate_optimizer) if o is not None], analysis)
         return done
+
+    def parts(self, count: int) -> list[list[str]]:
+        """Cuts the depth into consecutive parts whose channel groups have about equally many activations.
+
+        Groups that :meth:`compact` can't narrow are of the first part.
+
+        Args:
+            count: how many parts.
+
+        Returns:
+            Names of channel groups for each part; every group is in one.
+
+        Raises:
+            ValueError: there are fewer groups that can lose channels than parts.
+        """
+        analysis = self._blueprint.analyse()
+        whole = find_shrinkable(analysis, self.network, self._population).whole
+        free = [number for number in range(len(self.groups)) if number not in whole]
+        if len(free) < count:
+            why = "".join(f"; '{self.groups[number].name}' {reason}" for number, reason in list(whole.items())[:1])
+            raise ValueError(
+                f"layerwise needs as many channel groups that can be narrowed as parts; this network has {len(free)} of them "
+                f"for {count} parts{why}"
+            )
+        read = activations_read(analysis)
+        parts = [[free[k] for k in part] for part in consecutive_parts([read[number] for number in free], count)]
+        parts[0] = sorted([*parts[0], *whole])
+        return [[self.groups[number].name for number in part] for part in parts]
+
+    @torch.no_grad()
+    def fix(self, kept: Mapping[str, Tensor]) -> None:
+        """Opens the gates of some candidates for good, and closes those of all others in their groups, in training too.
+
+        No gradient moves such gates. :meth:`compact` drops what is closed.
+
+        Args:
+            kept: by name of the group, the candidates.
+        """
+        for name, candidates in kept.items():
+            gate = self._gate(name)
+            every = torch.arange(gate.channels) if gate.candidates is None else gate.candidates.cpu()
+            gate.loc.copy_(torch.where(torch.isin(every, candidates.cpu()), _FIXED, -_FIXED))
+
+    def adopt(self, other: BigStudent) -> None:
+        """Takes the weights and statistics of all candidates that another big student of these teachers has, too.
+
+        Raises:
+            ValueError: one of them is not linked.
+        """
+        if not (self.linked and other.linked):
+            raise ValueError("adopt needs linked big students")
+        carry_over(self._blueprint.layout, (other.network, self.network), (other._population, self._population))
 
     def _check_widths(self, analysis: Analysis) -> None:
         if not self.is_of_teachers_widths:

@@ -87,6 +87,7 @@ def merge(
     heads: Literal["average", "concatenate", "separate"] = "average",
     all_classes: bool = False,
     keep: Keep = None,
+    layerwise: int = 1,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
 
@@ -185,6 +186,12 @@ def merge(
         all_classes: With ``heads``, whether each sample is trained among the classes of all teachers instead.
         keep: How many channels the student has, as a fraction of a teacher's, or by name of the channel group; None is as
             many as a teacher (see :class:`BigStudent`).
+        layerwise: Number K of consecutive parts of the depth whose gates are learned one after another, in 1/K of the merge
+            stage each: only one part at a time has the channels of all teachers, so that a step takes less memory and time,
+            and the student is another (see :mod:`fastmerge.merging.layerwise`, and docs/layerwise.md for what it costs). Where
+            the teachers are on the CPU and ``device`` is a card, no more than one part's big student is ever on the card.
+            ``link_at`` and ``compact_at`` are then fractions of each part, of which all but the first are linked. A callback
+            that returns True ends a part.
 
     Returns:
         (student, history): the student is on ``device``, in eval mode.

@@ -17,6 +17,7 @@ from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.label_sets import with_label_sets
+from fastmerge.merging.layerwise import Parts
 from fastmerge.merging.options import Options
 from fastmerge.merging.stages import blank_student, widened
 
@@ -110,18 +111,24 @@ def estimate(
         where = next(teachers[0].parameters()).device
         examples = tuple(value[:2].to(where) for value in inputs)
         given = examples[0] if len(examples) == 1 else examples
-        big = setting.place(widened(teachers, given, plan))
-        linked = plan.linked_epochs
         found = Estimate(reading=time_reading(train_loader, setting))
-        if linked < plan.merge_epochs:
-            epochs = plan.merge_epochs - linked
-            found.parts.append(time_training("merge, block-diagonal", epochs, big, train_loader, setting))
-        if linked:
-            big.link()
-            found.parts.append(time_training("merge, linked", linked, big, train_loader, setting))
-        scored = scores(plan.merge_epochs, val_every)
-        found.parts += time_validation("validation of the big student", scored, big, val_loader, setting)
-        found.kept = 3 * checkpoint_bytes(big)  # two, and one that is being written
+        parts = Parts(teachers, given, plan) if plan.layerwise > 1 else None
+        for number in range(plan.layerwise):
+            if parts is None:
+                big, each, which = widened(teachers, given, plan), plan, ""
+            else:
+                big, each, which = parts.build(number, {}), parts.options_of(number), f" part {number + 1}"
+            big = setting.place(big)
+            linked = each.linked_epochs
+            if linked < each.merge_epochs:
+                epochs = each.merge_epochs - linked
+                found.parts.append(time_training(f"merge{which}, block-diagonal", epochs, big, train_loader, setting))
+            if linked:
+                big.link()
+                found.parts.append(time_training(f"merge{which}, linked", linked, big, train_loader, setting))
+            scored = scores(each.merge_epochs, val_every)
+            found.parts += time_validation(f"validation of the big student{which}", scored, big, val_loader, setting)
+            found.kept = max(found.kept, 3 * checkpoint_bytes(big))  # two, and one that is being written
         del big
         student = setting.place(blank_student(teachers, given, plan)).requires_grad_(True)
         found.parts.append(time_training("fine-tune", plan.finetune_epochs, student, train_loader, setting))

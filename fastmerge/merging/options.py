@@ -189,6 +189,12 @@ class Options:
         flag=float,
         varies=True,
     )
+    layerwise: int = option(
+        1,
+        "parts of the depth whose gates are learned one after another, in less memory; 1 is all at once",
+        least=1,
+        flag=int,
+    )
     merge_milestones: Sequence[int] | None = option(
         None, "epochs of the merge stage after which lr is divided by ten", flag=list
     )
@@ -209,6 +215,10 @@ class Options:
             isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= 1
         ):
             raise ValueError(f"merge needs compact_at, {_what('compact_at')}, in 0..1, 'settled' or None; got {at!r}")
+        if self.layerwise > self.merge_epochs:
+            raise ValueError(
+                f"layerwise={self.layerwise} needs merge_epochs of at least as many; got {self.merge_epochs}"
+            )
         if self.all_classes and self.heads == "average":
             raise ValueError('all_classes goes with heads="concatenate" or "separate"')
 

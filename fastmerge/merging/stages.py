@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from fastmerge.big_student import BigStudent
 from fastmerge.channels.groups import choice_warning
 from fastmerge.isolation import quietly
 from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins, undecided_warnings
+from fastmerge.merging.layerwise import Parts
 from fastmerge.merging.options import Options
 from fastmerge.merging.trainer import Trainer
 from fastmerge.narrowing.closing import UnsettledGatesWarning
@@ -55,12 +56,16 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, options: Options, trai
     if trainer.val_loader is not None and trainer.state.stage is None and options.heads == "average":
         for index, teacher in enumerate(teachers):
             trainer.score(f"teacher {index}", place(copy.deepcopy(teacher)))
-    big = place(widened(teachers, examples, options))
-    trainer.own_random_numbers()
-    if trainer.state.stage is None:
-        with big.open_gates():
-            trainer.score("big student, gates open", big)
-    learn_importance(big, options.fitted(big, trainer.steps), trainer)
+    if options.layerwise > 1:
+        big = _learned_in_parts(Parts(teachers, examples, options), trainer)
+    else:
+        big = place(widened(teachers, examples, options))
+        trainer.own_random_numbers()
+        if trainer.state.stage is None:
+            with big.open_gates():
+                trainer.score("big student, gates open", big)
+        trainer.history.warnings = []
+        learn_importance(big, options.fitted(big, trainer.steps), trainer)
     trainer.score("big student", big, trainer.history.stage("merge")[-1].val)
     trainer.history.kept = origins(big)
     with quietly(category=UnsettledGatesWarning):  # said already, with what to change
@@ -90,21 +95,55 @@ def blank_student(teachers: Sequence[nn.Module], examples: Any, options: Options
     return Stack(students) if isinstance(teachers[0], Stack) else students[0]
 
 
-def learn_importance(big: BigStudent | BigStack, options: Options, trainer: Trainer) -> None:
-    """The merge stage: trains weights and gates with the loss ``criterion + λ · gate_loss``, or as the budget says."""
+def _learned_in_parts(parts: Parts, trainer: Trainer) -> Any:
+    """The merge stage in parts of the depth: the big student of the last one, whose other gates are fixed."""
+    first, state = trainer.state.saved("merge")
+    start = parts.beginning_with(first)
+    chosen = parts.chosen(state, start)
+    big: Any = None
+    trainer.own_random_numbers()
+    trainer.history.warnings = []
+    for number in range(start, len(parts)):
+        before, big = big, parts.build(number, chosen)
+        if before is not None:
+            big.adopt(before)
+        big = trainer.setting.place(big)
+        del before
+        options, names = parts.options_of(number).fitted(big, trainer.steps), parts.groups[number]
+        learn_importance(big, options, trainer, parts.first(number), names)
+        if not big.linked:
+            big.link()
+        chosen |= {name: kept for name, kept in big.keep().items() if name in names}
+    return big
+
+
+def learn_importance(
+    big: BigStudent | BigStack, options: Options, trainer: Trainer, first: int = 0, names: Collection[str] | None = None
+) -> None:
+    """The merge stage: trains weights and gates with the loss ``criterion + λ · gate_loss``, or as the budget says.
+
+    Args:
+        big: is trained.
+        options: fitted to it.
+        trainer: trains.
+        first: the epoch of the stage, counted from 0, with which this part of it begins.
+        names: of the channel groups whose gates are learned; None: all.
+    """
     plan, optimizer, gate_optimizer = (
         options.merge_plan,
         options.weight_optimizer(big, options.lr),
         options.gate_optimizer(big),
     )
     few = choice_warning(big.groups)
-    trainer.history.warnings = [few] if few else []
-    _warn(trainer.history.warnings, trainer)
+    if few and not first:
+        trainer.history.warnings.append(few)
+        _warn([few], trainer)
     lam, rates = options.gate_weight(trainer.steps), [group["lr"] for group in optimizer.param_groups]
     before = open_probabilities(big)
     lam_step = options.lam_step if options.gate_schedule == "quadratic" else None
     parts = {"optimizer": optimizer, "gate optimizer": gate_optimizer, "lambda": lam}
-    for epoch in trainer.epochs("merge", plan.epochs, big, parts):
+    for now in trainer.epochs("merge", first + plan.epochs, big, parts, first):
+        epoch = now - first
         if not big.linked and epoch >= options.link_at * plan.epochs:
             big.link(optimizer=optimizer)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -113,9 +152,10 @@ def learn_importance(big: BigStudent | BigStack, options: Options, trainer: Trai
         lam.end_epoch()
         if options.compacts_after(epoch + 1):
             done = big.compact(optimizer, gate_optimizer, settled=options.compact_at == "settled")
-            trainer.history.compactions.append({"epoch": epoch + 1, **asdict(done)})
+            trainer.history.compactions.append({"epoch": now + 1, **asdict(done)})
     shares = {group.name: big.widths[group.name] / (big.num_teachers * group.size) for group in big.groups}
-    found = gate_warnings(before, open_probabilities(big), shares, lam_step) + undecided_warnings(big)
+    after = {name: value for name, value in open_probabilities(big).items() if names is None or name in names}
+    found = gate_warnings(before, after, shares, lam_step) + undecided_warnings(big)
     trainer.history.warnings += found
     _warn(found, trainer)
 

@@ -83,7 +83,13 @@ class MergeState:
         """The stage in which the loaded checkpoint goes on."""
         return None if self._loaded is None else self._loaded["stage"]
 
-    def begin(self, stage: Stage, network: nn.Module, parts: dict[str, Any], total: int) -> int:
+    def saved(self, stage: Stage) -> tuple[int, dict[str, Tensor]]:
+        """The network that the loaded checkpoint has of a stage: the epochs before it, and its tensors; 0 and none without."""
+        if self._loaded is None or self._loaded["stage"] != stage:
+            return 0, {}
+        return self._loaded.get("first", 0), self._loaded["network"]
+
+    def begin(self, stage: Stage, network: nn.Module, parts: dict[str, Any], total: int, first: int = 0) -> int:
         """Begins a stage, from the loaded checkpoint where it is of this stage; returns how many epochs are done.
 
         Args:
@@ -91,13 +97,14 @@ class MergeState:
             network: Trained in it.
             parts: What else changes with it, by name: optimizers, λ, a scheduler, all with ``state_dict``.
             total: Epochs of the stage; all of them count as done where it was ended early.
+            first: Those of them before this network's.
         """
         self.network: Any = network
         self.parts = parts
-        self._now = {"stage": stage, "epoch": 0, "ended": False}
+        self._now = {"stage": stage, "epoch": first, "first": first, "ended": False}
         loaded = self._loaded
         if loaded is None or loaded["stage"] != stage:
-            return 0
+            return first
         big: Any = network
         if stage == "merge":
             if loaded["linked"]:

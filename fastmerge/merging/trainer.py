@@ -116,16 +116,19 @@ class Trainer:
         if not self.processes.is_first:
             torch.manual_seed(seed_of_rank(torch.get_rng_state(), self.processes.rank))
 
-    def epochs(self, stage: Stage, total: int, network: nn.Module, parts: dict[str, Any]) -> Iterator[int]:
+    def epochs(
+        self, stage: Stage, total: int, network: nn.Module, parts: dict[str, Any], first: int = 0
+    ) -> Iterator[int]:
         """The epochs of a stage, from 0 on, or those that a checkpoint has left; each is written down when its turn is over.
 
         Args:
             stage: Which.
-            total: All its epochs.
+            total: All its epochs, or those until another network goes on.
             network: Trained in it.
             parts: What else changes with it: optimizers, λ, a scheduler.
+            first: The epochs that another network was trained before.
         """
-        done = self.state.begin(stage, network, {**parts, "scaler": self._run.scaler}, total)
+        done = self.state.begin(stage, network, {**parts, "scaler": self._run.scaler}, total, first)
         self.bar.start(stage, total, self.train_loader, done)
         self._stage_epochs = total
         for epoch in range(done, total):

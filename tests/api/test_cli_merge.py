@@ -74,6 +74,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "distill": 0.5,
         "temperature": 3.0,
         "keep": 0.5,
+        "layerwise": 2,
         "val_every": 2,
         "warmup": 1,
         "seed": 7,

@@ -1,0 +1,162 @@
+"""Merges whose gates are learned in parts of the depth."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastmerge
+from architectures import BY_NAME
+from fastmerge.history import EpochRecord
+from fastmerge.merging.layerwise import Parts
+from fastmerge.merging.options import Options
+from fastmerge.narrowing.parts import consecutive_parts, representatives
+from teachers import OPEN, TOLERANCE, calibrate, disturb_weights, make_teachers, relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
+
+
+def open_some(big: fastmerge.BigStudent, names: list[str]) -> None:
+    """As many gates of some groups as the student has channels, by chance."""
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        loc = big.gates[name].loc
+        loc.fill_(-OPEN)[torch.randperm(len(loc), generator=generator)[: big.widths[name]]] = OPEN
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["residual_mlp", "mobilenet", "densenet", "lenet", "channel_scale", "weight_standardised", "cosine_attention"],
+)
+@torch.no_grad()
+def test_every_part_is_exact(name: str) -> None:
+    architecture = BY_NAME[name]
+    x = architecture.inputs(6)
+    teachers = make_teachers(architecture.make, x, 2)
+    parts = Parts(teachers, architecture.inputs(2), Options(layerwise=2, merge_epochs=4))
+    chosen: dict[str, Any] = {}
+    before = None
+    for number in range(2):
+        big = parts.build(number, chosen)
+        assert {n for n, gate in big.gates.items() if bool((gate.loc.abs() < 2).all())} == set(parts.groups[number])
+        if before is not None:
+            big.adopt(before)
+            assert set(big.state_dict()) == set(before.state_dict())
+            for name in parts.groups[1]:  # with the channels that were there the function must be the same
+                there = candidates(before, name)[before.gates[name].loc > 0]
+                big.gates[name].loc.copy_(torch.where(torch.isin(candidates(big, name), there), OPEN, -OPEN))
+            assert relative_error(big.eval()(*x), before.eval()(*x)) <= TOLERANCE[torch.float64]
+        big.link()
+        disturb_weights(big, scale=0.1)
+        open_some(big, parts.groups[number])
+        calibrate(big.train(), x, batches=1)
+        chosen |= {n: kept for n, kept in big.keep().items() if n in parts.groups[number]}
+        student = big.eval().compress()
+        assert type(student) is type(teachers[0])
+        assert relative_error(student(*x), big(*x)) <= TOLERANCE[torch.float64]
+        before = big
+    assert set(chosen) == {group.name for group in before.groups}
+
+
+def candidates(big: fastmerge.BigStudent, name: str) -> torch.Tensor:
+    left = big.gates[name].candidates
+    return torch.arange(len(big.gates[name].loc)) if left is None else left
+
+
+def make() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)
+    )
+
+
+@pytest.fixture(scope="module")
+def teachers() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [make() for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def loader() -> list[Any]:
+    torch.manual_seed(1)
+    return [(torch.randn(8, 1, 6, 6), torch.arange(8) % 2) for _ in range(3)]
+
+
+OPTIONS: dict[str, Any] = {
+    "layerwise": 2, "merge_epochs": 4, "finetune_epochs": 1, "seed": 0, "progress": False, "lr": 0.05, "link_at": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, {"gate_schedule": "budget", "compact_at": 0.5, "keep": {"0": 3}}])
+def test_a_merge_in_parts_ends_as_if_it_had_not_been_stopped(
+    more: dict[str, Any], teachers: list[nn.Module], loader: list[Any], tmp_path: Path
+) -> None:
+    options = OPTIONS | more
+    expected, whole = fastmerge.merge(teachers, loader, val_loader=loader, **options)
+    assert type(expected) is nn.Sequential
+    merged = whole.stage("merge")
+    assert [record.epoch for record in merged] == [1, 2, 3, 4]
+    assert [record.linked for record in merged] == [False, True, True, True]
+    assert [record.open_probability["3"] for record in merged[:2]] == [0.5, 0.5]  # fixed, as the other one's then
+    share = expected[0].out_channels / 10
+    assert [record.open_probability["0"] for record in merged[2:]] == pytest.approx([share, share])
+    assert "big student, gates open" not in whole.borders
+
+    for calls in (1, 2, 3, 4, 5):  # ended by each of the callback's errors, and once within an epoch
+        directory = tmp_path / str(calls)
+        kept = {"checkpoint_dir": directory, "checkpoint_seconds": 0.0}
+        count = 0
+
+        def stop(record: EpochRecord, calls: int = calls) -> None:
+            nonlocal count
+            count += 1
+            if count == calls:
+                raise RuntimeError("stopped")
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            fastmerge.merge(teachers, loader, val_loader=loader, **options, **kept, callback=stop)
+        student, history = fastmerge.merge(teachers, loader, val_loader=loader, **options, **kept, resume=True)
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
+        assert history.borders == whole.borders
+
+
+def test_a_callback_ends_a_part(teachers: list[nn.Module], loader: list[Any]) -> None:
+    _, history = fastmerge.merge(teachers, loader, **OPTIONS, callback=lambda record: record.epoch == 1)
+    assert [record.linked for record in history.stage("merge")] == [False, True, True]
+
+
+def test_parts_have_about_equally_many_activations() -> None:
+    assert consecutive_parts([4.0, 1, 1, 2, 2], 2) == [range(2), range(2, 5)]
+    assert consecutive_parts([1.0, 1, 1, 9], 3) == [range(2), range(2, 3), range(3, 4)]
+
+
+def test_the_largest_channels_of_each_teacher_stand_for_a_group() -> None:
+    teachers = [nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)) for _ in range(2)]
+    with torch.no_grad():
+        for teacher, large in zip(teachers, ([0, 3], [1, 2]), strict=True):
+            teacher[0].weight[large] *= 100
+    big = fastmerge.BigStudent(*teachers)
+    assert representatives(big.groups, teachers, {"0": 4})["0"].tolist() == [0, 3, 5, 6]
+    assert len(representatives(big.groups, teachers, {"0": 3})["0"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"layerwise": 3},
+            r"as many channel groups that can be narrowed as parts; this network has 2 of them for 3 parts",
+        ),
+        ({"layerwise": 5}, r"layerwise=5 needs merge_epochs of at least as many; got 4"),
+        ({"layerwise": 0}, r"merge needs layerwise, parts of the depth .*of at least 1; got 0"),
+    ],
+)
+def test_what_cannot_be_done_in_parts_is_refused(
+    options: dict[str, Any], says: str, teachers: list[nn.Module], loader: list[Any]
+) -> None:
+    def never(record: EpochRecord) -> None:
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=says):
+        fastmerge.merge(teachers, loader, **OPTIONS | options, callback=never)
