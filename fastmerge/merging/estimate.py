@@ -17,9 +17,9 @@ from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.label_sets import with_label_sets
-from fastmerge.merging.layerwise import Parts
+from fastmerge.merging.layerwise import stage_networks
 from fastmerge.merging.options import Options
-from fastmerge.merging.stages import blank_student, widened
+from fastmerge.merging.stages import blank_student
 
 _TIMED = 3
 
@@ -112,13 +112,8 @@ def estimate(
         examples = tuple(value[:2].to(where) for value in inputs)
         given = examples[0] if len(examples) == 1 else examples
         found = Estimate(reading=time_reading(train_loader, setting))
-        parts = Parts(teachers, given, plan) if plan.layerwise > 1 else None
-        for number in range(plan.layerwise):
-            if parts is None:
-                big, each, which = widened(teachers, given, plan), plan, ""
-            else:
-                big, each, which = parts.build(number, {}), parts.options_of(number), f" part {number + 1}"
-            big = setting.place(big)
+        for which, big, each in stage_networks(teachers, given, plan):
+            setting.place(big)
             linked = each.linked_epochs
             if linked < each.merge_epochs:
                 epochs = each.merge_epochs - linked

@@ -14,7 +14,7 @@ teachers any more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ class Parts:
             more than one part's big student where they are on the CPU.
         examples: what their forward takes.
         options: of the merge.
+        verify: as :class:`BigStudent`'s.
 
     Attributes:
         groups: names of the channel groups of each part.
@@ -43,11 +44,11 @@ class Parts:
         ValueError: there are more parts than channel groups that can be narrowed, or the teachers are stacks.
     """
 
-    def __init__(self, teachers: Sequence[nn.Module], examples: Any, options: Options) -> None:
+    def __init__(self, teachers: Sequence[nn.Module], examples: Any, options: Options, verify: bool = True) -> None:
         if isinstance(teachers[0], Stack):
             raise ValueError("layerwise goes with networks, not with a Stack of replicates; merge them one by one")
         self.teachers, self.examples, self.options = teachers, examples, options
-        big = BigStudent(*teachers, example_inputs=examples, keep=options.keep)
+        big = BigStudent(*teachers, example_inputs=examples, keep=options.keep, verify=verify)
         self.groups = big.parts(options.layerwise)
         self.ends = [round((k + 1) * options.merge_epochs / options.layerwise) for k in range(options.layerwise)]
         self._others = representatives(big.groups, teachers, big.widths)
@@ -102,3 +103,15 @@ def _open(state: Mapping[str, Tensor], name: str) -> Tensor:
     opened = state[f"gates.{name}.loc"] > 0
     candidates = state.get(f"gates.{name}.candidates")
     return opened.nonzero().flatten() if candidates is None else candidates[opened]
+
+
+def stage_networks(
+    teachers: Sequence[nn.Module], examples: Any, options: Options, verify: bool = True
+) -> Iterator[tuple[str, BigStudent, Options]]:
+    """The big students that a merge stage trains one after another, as they are at first: a name, each, its own options."""
+    if options.layerwise == 1:
+        yield "", BigStudent(*teachers, example_inputs=examples, keep=options.keep, verify=verify), options
+        return
+    parts = Parts(teachers, examples, options, verify)
+    for number in range(len(parts)):
+        yield f" part {number + 1}", parts.build(number, {}), parts.options_of(number)

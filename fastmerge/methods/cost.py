@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.label_sets import with_label_sets
+from fastmerge.merging.layerwise import stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.merging.stages import blank_student
 
@@ -212,7 +212,6 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
         few = tuple(value[:2].cpu() for value in inputs)
         own = [copy.deepcopy(teacher).cpu().float() for teacher in teachers]
         example = few[0] if len(few) == 1 else few
-        big = BigStudent(*own, example_inputs=example, keep=plan.keep, verify=False)
 
         def step(network: nn.Module) -> tuple[float, int]:
             operations, kept = _counted_step(network, few)
@@ -221,12 +220,14 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
 
         unit, one = step(own[0])
         student = 1.0 if plan.keep is None else step(blank_student(own, example, plan))[0] / unit
-        operations, memory = step(big)
-        costs = [operations / unit] * (plan.merge_epochs - plan.linked_epochs)
-        if plan.linked_epochs:
-            big.link()
-            operations, memory = step(big)
-            costs += [operations / unit] * plan.linked_epochs
+        costs, memory = [], 0
+        for _, big, each in stage_networks(own, example, plan, verify=False):
+            for epochs in (each.merge_epochs - each.linked_epochs, each.linked_epochs):
+                if epochs:
+                    operations, kept = step(big)
+                    costs += [operations / unit] * epochs
+                    memory = max(memory, kept)
+                big.link()
     asked = len(teachers) / 3 if plan.distill else 0.0
     return Prediction(
         plan.merge_epochs,

@@ -9,9 +9,12 @@ from torch import nn
 
 import fastmerge
 from architectures import BY_NAME
+from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord
+from fastmerge.merging.estimate import estimate
 from fastmerge.merging.layerwise import Parts
 from fastmerge.merging.options import Options
+from fastmerge.methods.cost import predict
 from fastmerge.narrowing.parts import consecutive_parts, representatives
 from teachers import OPEN, TOLERANCE, calibrate, disturb_weights, make_teachers, relative_error
 
@@ -168,3 +171,17 @@ def test_what_cannot_be_done_in_parts_is_refused(
 
     with pytest.raises(ValueError, match=says):
         fastmerge.merge(teachers, loader, **OPTIONS | options, callback=never)
+
+
+def test_parts_are_counted_and_timed(teachers: list[nn.Module], loader: list[Any]) -> None:
+    setting = Setting(torch.device("cpu"), nn.functional.cross_entropy)
+    plans = [Options(merge_epochs=4, finetune_epochs=1, layerwise=parts) for parts in (1, 2)]
+    whole, parts = (predict(teachers, loader, setting, plan) for plan in plans)
+    assert parts.memory[0] < whole.memory[0]
+    assert parts.merge < whole.merge
+    found = estimate(teachers, loader, None, setting, plans[1])
+    assert [(part.name, part.epochs) for part in found.parts] == [
+        ("merge part 1, linked", 2),
+        ("merge part 2, linked", 2),
+        ("fine-tune", 1),
+    ]
