@@ -148,6 +148,9 @@ TARGETS = [
     _compress("compress, resnet18 cpu"),
     _cpu("resnet20 32px batch 128 fp32"),
     _cpu("resnet18 64px batch 16 fp32"),
+    Target(
+        "merges in a stack, distilled / from labels", "merges in a stack, * cpu", who.DISTILLED, who.FROM_LABELS, 1.3
+    ),
     *_launches("resnet18 224px batch 256 bf16", "block-diagonal", who.UNLINKED, 480, 592, 1.15),
     *_launches("resnet18 224px batch 256 bf16", "dense (linked)", who.LINKED, 280, 592, 1.0),
     *_launches("resnet20 32px batch 128 bf16", "block-diagonal", who.UNLINKED, 420, 624, 1.15),

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 1 where the work failed (it diverged, memory ran out) or a check found something bad, 2 for bad
         input, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    words = compare.as_run(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:

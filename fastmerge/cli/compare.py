@@ -4,6 +4,12 @@
 
 Each method gets the same teachers and data; its network is scored at once and again after the same fine-tuning. DIR gets
 compare.json, compare.md, compare.png and each network as NAME.safetensors. Rows are written as they come.
+
+On a recipe, which trains teachers of its own, n times, and compares at equal cost, in pairs:
+
+  fastmerge compare digits --methods gates,repair,zipit --replicates 12
+
+is ``fastmerge run digits --strategy ours-plain,repair,zipit --replicates 12``, whose options it takes.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ from fastmerge.cli.arguments import add_teachers, integer, load_teachers, names
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
+from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.merging.checks import check_device
 from fastmerge.methods import METHODS
 from fastmerge.methods.comparison import Row, compare
@@ -32,6 +40,34 @@ SUMMARY = "compare methods on your own trained networks"
 # What is read of the options of fastmerge merge, which may name a method, too.
 READS = {"model", "model_args", "teachers", "classes", "ema", "data", "out", "finetune_epochs", "batch_size", "lr"}
 READS |= {"momentum", "weight_decay", "image_size", "augmentation", "mean", "std", "device", "seed"}
+# The strategy that merges by gates and, as those of the other methods, learns from no teachers; and all methods of a recipe.
+GATES = "ours-plain"
+ON_RECIPES = ("gates", *(name for name in METHODS if name in STRATEGIES))
+
+
+def as_run(words: Sequence[str]) -> list[str]:
+    """What ``fastmerge run`` is told for ``fastmerge compare RECIPE``; other words as they are."""
+    command, *rest = words or [""]
+    if command != "compare" or not rest or rest[0].startswith("-"):
+        return list(words)
+    told = ["run"]
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        before = told[-1] == "--strategy"
+        if flag == "--methods":
+            told += ["--strategy", *([_strategies(value)] if equals else [])]
+        else:
+            told.append(_strategies(word) if before else word)
+    if {"--strategy", "--resume"} & {*told}:
+        return told
+    recipe = RECIPES[rest[0]]() if rest[0] in RECIPES else None
+    classes = recipe is None or recipe.metric == "test_accuracy"
+    usual = [name for name in ON_RECIPES if name == "gates" or classes or not STRATEGIES[name].classifies]
+    return [*told, "--strategy", _strategies(",".join(usual))]
+
+
+def _strategies(methods: str) -> str:
+    return ",".join(GATES if name.strip() == "gates" else name for name in methods.split(","))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -143,7 +143,7 @@ def ours_without_distillation(lab: Lab, teachers: Sequence[Column]) -> Column:
 def short_teachers(lab: Lab, count: int) -> list[Column]:
     """So many teachers that share the epochs of the recipe's: the more they are, the shorter each trains."""
     plan = lab.recipe.teacher.scaled(lab.recipe.teachers / count)
-    return [lab.train(lab.fresh(number), plan, "short teacher", number) for number in range(count)]
+    return [lab.train(lab.fresh(number), plan, f"{lab.name}, teacher", number) for number in range(count)]
 
 
 def merged_at_once(lab: Lab, count: int) -> Column:

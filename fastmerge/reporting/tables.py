@@ -116,7 +116,10 @@ def results_table(results: dict[str, Any], *, markdown: bool = False) -> str:
     summaries = {name: summarise(strategy["values"]) for name, strategy in strategies.items()}
     papers = {name: paper_mean(recipe, name) for name in strategies}
     best = _best(results["metric"])(summaries.values())
+    at_once = any("at_once" in strategy for strategy in strategies.values())
+    losses = results["metric"] != "test_loss" and all("losses" in strategy for strategy in strategies.values())
     header = ["strategy", "epochs", *_cost(strategies, "cost"), "n", "min", "max", "median", "mean", "std"]
+    header += ["at once"] * at_once + ["loss"] * losses
     if any(paper is not None for paper in papers.values()):
         header.append("paper's mean")
     rows = []
@@ -127,6 +130,7 @@ def results_table(results: dict[str, Any], *, markdown: bool = False) -> str:
         cost = _cost(strategies, f"{strategies[name].get('cost', 0):.0f}")
         epochs = f"{strategies[name]['epochs']:g}"
         row = [name, epochs, *cost, str(summary.n), *numbers, emphasised, _number(summary.std)]
+        row += [_mean(strategies[name].get("at_once", []))] * at_once + [_mean(strategies[name].get("losses"))] * losses
         rows.append(([*row, _number(papers[name])])[: len(header)])
     return table(header, rows, markdown=markdown)
 
@@ -194,6 +198,8 @@ def caption(results: dict[str, Any]) -> str:
     sentences = [f"{metric}. Seconds for all replicates: {seconds}."]
     if _cost(strategies, ""):
         sentences.append("Cost is in epochs of one network, by counted operations.")
+    if any("at_once" in strategy for strategy in strategies.values()):
+        sentences.append("At once: before fine-tuning.")
     budget = results["config"].get("budget", 1)
     if budget != 1 and any(paper_mean(results["recipe"], name) is not None for name in strategies):
         sentences.append(f"This run had {budget:.2g} of the paper's epochs.")
@@ -211,6 +217,10 @@ def _best(metric: str) -> Callable[..., Summary]:
         return summary.mean if metric == "test_loss" else -summary.mean
 
     return lambda summaries: min(summaries, key=key)
+
+
+def _mean(values: Sequence[float | None] | None) -> str:
+    return _number(summarise([math.nan if value is None else value for value in values or []]).mean)
 
 
 def _number(value: float | None) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from fastmerge import methods
 from fastmerge.checkpoints import load_weights
 from fastmerge.cli import main
+from fastmerge.cli.compare import as_run
 from fastmerge.files import held
 from fastmerge.methods.comparison import compare
 from small_task import VAL, train_loader, train_teachers
@@ -75,6 +76,52 @@ def test_compare_writes_a_table_a_plot_and_the_networks(place: Path, capsys) -> 
         assert f"\n| {name}" in table
     assert (place / "out" / "compare.png").stat().st_size > 5000
     load_weights(make(), place / "out" / "reconstruct.safetensors")
+
+
+def test_on_a_recipe_methods_are_strategies_of_a_run(tmp_path: Path, capsys) -> None:
+    words = [
+        "compare",
+        "digits",
+        "--methods",
+        "repair,average",
+        "--replicates",
+        "2",
+        "--budget",
+        "0.2",
+        "--workers",
+        "1",
+    ]
+    assert main([*words, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["strategies"]
+    assert list(found) == ["repair", "average"]
+    assert len(found["average"]["at_once"]) == 2
+    assert "repair - average" in shown
+    assert "at once" in shown
+    assert (tmp_path / "out" / "strategies.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("compare digits --methods=gates,zipit --seed 3", "run digits --strategy ours-plain,zipit --seed 3"),
+        ("compare sine", "run sine --strategy ours-plain,average,ensemble,rebasin,transplant,reconstruct,repair,zipit"),
+        ("compare digits --out a --resume", "run digits --out a --resume"),
+        ("compare --model a --methods gates", "compare --model a --methods gates"),
+        ("run digits", "run digits"),
+        ("", ""),
+    ],
+)
+def test_a_recipe_in_place_of_teachers(words: str, expected: str) -> None:
+    assert as_run(words.split()) == expected.split()
+
+
+def test_a_recipe_that_is_not_there(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "digit"])
+    assert "invalid choice: 'digit'" in capsys.readouterr().err
+    assert main(["compare", "digits", "--methods", "soup"]) == 2
+    assert "unknown strategy soup; there are " in capsys.readouterr().err
 
 
 def test_merge_takes_another_method(place: Path, capsys) -> None:

@@ -81,7 +81,7 @@ def test_many_teachers_share_what_two_have(monkeypatch) -> None:
     monkeypatch.setattr(Lab, "train", training)
     column = STRATEGIES["recursive-4"].run(lab, [])
     assert 47 - 1e-6 <= column.cost <= 48 + 1e-6
-    assert seen[:4] == [("short teacher", 8)] * 4
+    assert seen[:4] == [("test, teacher", 8)] * 4
     (one, other), last = seen[4:6], seen[6]
     assert one[:4] == ("recursive-4-4", 0, 2, 1)
     assert other[:4] == ("recursive-4-4", 1, 2, 1)
@@ -94,7 +94,7 @@ def test_many_teachers_share_what_two_have(monkeypatch) -> None:
     assert costs[0] < costs[1] < costs[2]
     column = STRATEGIES["ours-8"].run(lab, [])
     assert 47 - 1e-6 <= column.cost <= 48 + 1e-6
-    assert seen[:8] == [("short teacher", 4)] * 8
+    assert seen[:8] == [("test, teacher", 4)] * 8
     assert seen[8][:4] == ("ours-8", 0, 8, 1)
 
 

@@ -82,6 +82,29 @@ def test_differences_are_of_the_same_replicates_and_costs_stand_beside_the_epoch
     assert differences_table(results(strategies={"one": strategies["student"]})) == ""
 
 
+def test_what_came_before_fine_tuning_and_the_loss_stand_beside_the_accuracy():
+    strategies = {
+        "repair": {
+            "values": [0.5, 0.7],
+            "losses": [0.6, 0.8],
+            "at_once": [0.2, None],
+            "epochs": 6,
+            "cost": 6,
+            "seconds": 1,
+        },
+        "one": {"values": [0.4, 0.5], "losses": [0.9, 1.0], "epochs": 6, "cost": 6, "seconds": 1},
+    }
+    found = results(recipe="digits", metric="test_accuracy", strategies=strategies)
+    header, _, repair, one = results_table(found).splitlines()
+    assert header.split()[-3:] == ["at", "once", "loss"]
+    assert repair.split()[-2:] == ["0.2000", "0.7000"]
+    assert one.split()[-2:] == ["–", "0.9500"]
+    assert caption(found).endswith("At once: before fine-tuning.")
+    strategies["repair"].pop("at_once")
+    assert "at once" not in results_table(found)
+    assert "loss" not in results_table(found | {"metric": "test_loss"})
+
+
 def test_differences_are_tested_in_pairs():
     one, other = [0.5, 0.7, math.nan, 0.9, 0.8], [0.4, 0.5, 0.1, 0.6, math.inf]
     found = paired(one, other)

@@ -1,0 +1,286 @@
+"""Where more teachers stop paying: two to eight at equal cost, at once and pair by pair.
+
+``python -m benchmarks.many_teachers DATA``
+
+Runs parts of benchmarks/evidence.py, one at three times its length too, as docs/results/many-teachers/NAME.json, and draws
+docs/pictures/many-teachers.png; a part that is there is kept, one that was stopped goes on from runs/many-teachers/.
+docs/render.py makes docs/many-teachers.md of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import evidence
+from benchmarks.evidence_report import SURE
+from fastmerge.evaluation import Setting
+from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.place import Place
+from fastmerge.experiments.run import run
+from fastmerge.experiments.strategies import short_teachers, strategy
+from fastmerge.merging.options import Options
+from fastmerge.methods.cost import predict
+from fastmerge.reporting.plots import new_figure, save_figure
+from fastmerge.reporting.results import write_json
+from fastmerge.reporting.tables import holm, paired, probability, summarise, table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PICTURE = ROOT / "docs" / "results" / "many-teachers", ROOT / "docs" / "pictures" / "many-teachers.png"
+COUNTS = (2, 3, 4, 8)
+BASE = "ours"
+
+
+def _side_by_side(count: int) -> None:
+    """The ceiling: short teachers as they are, side by side; less cost, and as many networks."""
+
+    @strategy(f"side by side, {count}", teachers=0)
+    def ensemble(lab: Lab, teachers: Sequence[Column]) -> Column:
+        return lab.apply("ensemble", short_teachers(lab, count))
+
+
+for _count in COUNTS[1:]:
+    _side_by_side(_count)
+
+AT_ONCE = {2: BASE, 3: "ours-3", 4: "ours-4", 8: "ours-8"}
+BY_PAIRS = {2: BASE, 4: "recursive-4", 8: "recursive-8"}
+SIDE_BY_SIDE = {2: "ensemble", **{count: f"side by side, {count}" for count in COUNTS[1:]}}
+LINES = {"at once": AT_ONCE, "pair by pair": BY_PAIRS, "side by side, unmerged": SIDE_BY_SIDE}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the evidence, at some length.
+
+    Attributes:
+        part: its name there.
+        budget: of its epochs.
+        replicates: of every strategy.
+    """
+
+    part: str
+    budget: float
+    replicates: int
+
+
+PARTS = {
+    "digits": Part("digits", 1, 12),
+    "mnist1k": Part("mnist1k", 1, 10),
+    "digits-long": Part("digits", 3, 8),
+}
+
+
+def measure(name: str, folder: Path | None) -> None:
+    """Runs a part and writes what came of it."""
+    part, started = PARTS[name], time.perf_counter()
+    of, checkpoints = evidence.PARTS[part.part], ROOT / "runs" / "many-teachers" / name
+    data = None if of.data is None or folder is None else folder / of.data
+    found = run(
+        of.recipe(),
+        list(dict.fromkeys([*AT_ONCE.values(), *BY_PAIRS.values(), "one", *SIDE_BY_SIDE.values()])),
+        replicates=part.replicates,
+        budget=part.budget,
+        data_path=data,
+        workers=1,
+        checkpoint_dir=checkpoints,
+        resume=checkpoints.is_dir(),
+    )
+    for each in found["strategies"].values():
+        del each["seconds"]  # others used the machine, too
+    minutes = round((time.perf_counter() - started) / 60, 1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"{name}.json", found | {"what": of.what, "minutes": minutes, "merging": _merging(part, data)})
+    print(f"{name}: {minutes} minutes", flush=True)
+
+
+def _merging(part: Part, data: Path | None) -> dict[str, Any]:
+    """What an epoch of the merge stage costs, and the memory of its steps, by the number of teachers."""
+    recipe = evidence.PARTS[part.part].recipe()
+    place = Place(recipe=recipe, data=data, device=torch.device("cpu"), seed=0).opened_here()
+    batch = place.example[:1].expand(recipe.batch_size, *place.example.shape[1:])
+    loader, setting = [(batch, torch.zeros(len(batch), dtype=torch.long))], Setting(place.device, recipe.criterion)
+    found = {}
+    for count in COUNTS:
+        teachers = [recipe.make_network(place.classes, 1) for _ in range(count)]
+        each = predict(teachers, loader, setting, Options(merge_epochs=2, link_at=0.5))
+        found[str(count)] = {
+            "apart": each.epoch[0],
+            "linked": each.epoch[1],
+            "bytes": each.memory[0],
+            "one": each.memory[1],
+        }
+    return found
+
+
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """All results, in the order of the parts."""
+    files = {name: folder / f"{name}.json" for name in PARTS}
+    every = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+    for results in every.values():
+        for each in results["strategies"].values():
+            each["values"] = [math.nan if value is None else value for value in each["values"]]
+    return every
+
+
+def page(every: dict[str, dict[str, Any]]) -> str:
+    """docs/many-teachers.md."""
+    if not every:
+        return f"# Many teachers\n\nNot measured yet; `python -m benchmarks.many_teachers` does so.\n\n{_SETTING}\n"
+    sections = [
+        "# Many teachers",
+        verdict(every),
+        "![Test accuracy by the number of teachers](pictures/many-teachers.png)",
+    ]
+    return "\n\n".join([*sections, _SETTING, *(_section(name, results) for name, results in every.items())]) + "\n"
+
+
+_SETTING = """\
+## How it was measured
+
+All strategies of a part cost the same, by counted operations: 6U epochs of one network. T teachers share the 4U that two of
+2U take, so that each trains for 4U / T. *At once* is one merge of all T, as `ours` in [evidence](evidence.md), whose merge
+stage is the shorter the more its epochs cost. *Pair by pair* merges pairs, and pairs of what comes of them; all its merge
+stages together are as long as the one of two teachers, and the last student gets half of the fine-tuning. What is left of the
+6U after teachers and merge stages is fine-tuning, in which students learn from what they are made of. *Side by side* is the
+mean of the T teachers' outputs, T networks: what there is to merge. Within a replicate all are paired: T teachers are the
+first T of the same networks but for their length. The strategies are `ours`, `ours-3`, `ours-4`, `ours-8`, `recursive-4` and
+`recursive-8` of `fastmerge run RECIPE --strategy`."""
+
+
+def _merged() -> list[str]:
+    """What is compared with two teachers."""
+    return [name for name in dict.fromkeys([*AT_ONCE.values(), *BY_PAIRS.values()]) if name != BASE]
+
+
+def corrected(every: dict[str, dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """P of more teachers against two, by part and strategy, corrected for all of them together."""
+    found = {
+        (part, name): paired(results["strategies"][name]["values"], results["strategies"][BASE]["values"]).p
+        for part, results in every.items()
+        for name in _merged()
+    }
+    return dict(zip(found, holm(list(found.values())), strict=True))
+
+
+def verdict(every: dict[str, dict[str, Any]]) -> str:
+    """Where more than two teachers are ahead, behind, or neither."""
+    sure, lines = corrected(every), []
+    for part, results in every.items():
+        kinds: dict[str, list[str]] = {"behind": [], "ahead": [], "not to be told apart": []}
+        for name in _merged():
+            each = paired(results["strategies"][name]["values"], results["strategies"][BASE]["values"])
+            kind = "not to be told apart" if not sure[part, name] < SURE else "ahead" if each.mean > 0 else "behind"
+            kinds[kind].append(f"`{name}` {_points(each)}")
+        said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        lines.append(f"* {_length(part, results)}: {said}.")
+    start = "More teachers than two, less two teachers at equal cost, in points of test accuracy, ± standard error:"
+    return "\n\n".join([start, "\n".join(lines)])
+
+
+def _length(part: str, results: dict[str, Any]) -> str:
+    return f"{part} (teachers of {results['config']['teacher']['epochs']} epochs where they are two)"
+
+
+def _section(name: str, results: dict[str, Any]) -> str:
+    sure, strategies = corrected({name: results}), results["strategies"]
+    header = ["strategy", "teachers", "of epochs", "epochs", "cost", "at once", "accuracy", "less two teachers", "p"]
+    kinds = {each: (kind, count) for kind, line in LINES.items() for count, each in line.items()}
+    rows, teachers = [], results["config"]["teachers"] * results["config"]["teacher"]["epochs"]
+    for each, strategy_ in strategies.items():
+        accuracy, gap = summarise(strategy_["values"]), paired(strategy_["values"], strategies[BASE]["values"])
+        count = kinds[each][1] if each in kinds else 0
+        p, text = sure.get((name, each), math.nan), "–" if each == BASE else _points(gap)
+        start = (
+            summarise([math.nan if v is None else v for v in strategy_["at_once"]]) if "at_once" in strategy_ else None
+        )
+        rows.append(
+            [
+                each,
+                str(count or "–"),
+                f"{teachers / count:.0f}" if count else "–",
+                f"{strategy_['epochs']:g}",
+                f"{strategy_['cost']:.0f}",
+                f"{100 * start.mean:.1f}" if start else "–",
+                f"{100 * accuracy.mean:.2f} ± {100 * accuracy.std / math.sqrt(accuracy.n):.2f}",
+                f"**{text}**" if p < SURE else text,
+                probability(p),
+            ]
+        )
+    costs = [
+        [
+            count,
+            f"{each['apart']:.1f}",
+            f"{each['linked']:.1f}",
+            f"{each['bytes'] / 2**20:.1f}",
+            f"{each['bytes'] / each['one']:.1f}",
+        ]
+        for count, each in results["merging"].items()
+    ]
+    config, made = results["config"], results["environment"]
+    ran = (
+        f"{results['what']}; U = {config['merge']['merge_epochs']}, n = {config['replicates']}, "
+        f"{config['test_samples']:,} test images. {results['minutes']:.0f} minutes on one core of {made['cpu']['name']} that "
+        f"others used too, PyTorch {made['torch']}. *at once*: before fine-tuning. p is corrected by Holm for this table."
+    )
+    per = (
+        "An epoch of the merge stage, in epochs of one network, and the memory of its steps: weights, gradients, momentum, and "
+        "what the forward pass keeps."
+    )
+    merging = table(["teachers", "block-diagonal", "linked", "MiB, linked", "of one network's"], costs, markdown=True)
+    return "\n\n".join([f"## {name}", ran, table(header, rows, markdown=True), per, merging])
+
+
+def _points(each: Any) -> str:
+    return f"{100 * each.mean:+.2f} ± {100 * each.error:.2f}"
+
+
+def plot(every: dict[str, dict[str, Any]]) -> Any:
+    """Accuracy by the number of teachers, a panel for each part."""
+    figure, first = new_figure(3.6 * len(every), 3.4)
+    first.remove()
+    panels = figure.subplots(1, len(every), squeeze=False)[0]
+    colours = ("#D55E00", "#0072B2", "#999999")
+    for axes, (name, results) in zip(panels, every.items(), strict=True):
+        for (label, line), colour in zip(LINES.items(), colours, strict=True):
+            found = [summarise(results["strategies"][each]["values"]) for each in line.values()]
+            errors = [100 * each.std / math.sqrt(each.n) for each in found]
+            means = [100 * each.mean for each in found]
+            axes.errorbar([math.log2(t) for t in line], means, errors, color=colour, marker="o", capsize=3, label=label)
+        one = summarise(results["strategies"]["one"]["values"])
+        axes.axhline(100 * one.mean, color="#009E73", linestyle="--", linewidth=1, label="one network")
+        axes.set_xticks([math.log2(t) for t in COUNTS], [str(t) for t in COUNTS])
+        axes.set_xlabel("teachers")
+        axes.set_title(name, fontsize="medium")
+    panels[0].set_ylabel("test accuracy, %")
+    panels[0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", help="the folder of the images")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of them; default all")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.parts:
+        data = evidence.PARTS[PARTS[name].part].data
+        if (RESULTS / f"{name}.json").exists():
+            print(f"{name}: done before")
+        elif data is not None and (options.data is None or not (options.data / data).exists()):
+            print(f"{name}: left out; it needs {data} in the folder of the images")
+        else:
+            measure(name, options.data)
+    if every := load():
+        save_figure(plot(every), PICTURE)
+
+
+if __name__ == "__main__":
+    main()
