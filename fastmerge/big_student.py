@@ -24,7 +24,7 @@ from fastmerge.narrowing.closing import (
 from fastmerge.narrowing.compression import Compressor
 from fastmerge.narrowing.loading import candidates_in, is_linked_in
 from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
-from fastmerge.narrowing.parts import activations_read, consecutive_parts
+from fastmerge.narrowing.parts import activations, consecutive_parts
 from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.narrowing.shrinking import Shrinking
 from fastmerge.narrowing.spent import spend
@@ -179,8 +179,8 @@ class BigStudent(GatedNetwork):
                 f"layerwise needs as many channel groups that can be narrowed as parts; this network has {len(free)} of them "
                 f"for {count} parts{why}"
             )
-        read = activations_read(analysis)
-        parts = [[free[k] for k in part] for part in consecutive_parts([read[number] for number in free], count)]
+        sizes = activations(analysis)
+        parts = [[free[k] for k in part] for part in consecutive_parts([sizes[number] for number in free], count)]
         parts[0] = sorted([*parts[0], *whole])
         return [[self.groups[number].name for number in part] for part in parts]
 

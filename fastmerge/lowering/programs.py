@@ -128,12 +128,20 @@ def _hand_out_weights(graph: fx.Graph, network: nn.Module, num_streams: int) -> 
         node.kwargs = {**own, **node.kwargs}
 
 
-def _compiled(
+def lowered(
     analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
-) -> Program:
+) -> tuple[fx.Graph, list[NormUse]]:
+    """The graph of one forward, over the network and ``(gates, *inputs)``, and what became of each normalisation."""
     graph, norms = lower(analysis, network, mode, population, each, joined)
     _hand_out_gates(graph, network)
     _hand_out_weights(graph, network, 1 if joined else population.num_teachers)
+    return graph, norms
+
+
+def _compiled(
+    analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
+) -> Program:
+    graph, norms = lowered(analysis, network, mode, population, each, joined)
     return Program(function_of(graph, f"{mode} forward of {type(analysis.traced.root).__name__}"), tuple(norms))
 
 

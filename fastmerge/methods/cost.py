@@ -123,10 +123,10 @@ def step_operations(network: nn.Module, batches: Iterable[Any], *, backward: boo
     """Operations of a training step on the first batch, or of its forward pass alone."""
     inputs, _ = next(iter(batches))
     inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    return _counted_step(copy.deepcopy(network), inputs, backward)[0]
+    return counted_step(copy.deepcopy(network), inputs, backward)[0]
 
 
-def _counted_step(network: nn.Module, inputs: Sequence[Tensor], backward: bool = True) -> tuple[float, int]:
+def counted_step(network: nn.Module, inputs: Sequence[Tensor], backward: bool = True) -> tuple[float, int]:
     """Operations of a step, and bytes that its forward pass keeps for the backward; the network is changed."""
     parameters = list(network.train().requires_grad_(backward).parameters())
     device = parameters[0].device
@@ -214,7 +214,7 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
         example = few[0] if len(few) == 1 else few
 
         def step(network: nn.Module) -> tuple[float, int]:
-            operations, kept = _counted_step(network, few)
+            operations, kept = counted_step(network, few)
             weights = sum(each.nbytes for each in network.parameters())
             return operations, 3 * weights + kept * len(inputs[0]) // len(few[0])
 

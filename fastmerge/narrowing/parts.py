@@ -14,16 +14,20 @@ from fastmerge.channels.groups import ChannelGroups
 from fastmerge.wide.analysis import Analysis
 
 
-def activations_read(analysis: Analysis) -> list[float]:
-    """Of each channel group, how many of its values layers read in a training forward on the traced inputs."""
+def activations(analysis: Analysis) -> list[float]:
+    """Of each channel group, how many of its values layers read and write in a training forward on the traced inputs."""
     groups = analysis.groups
-    read = np.zeros(len(groups))
+    found = np.zeros(len(groups))
     for node, call in analysis.calls["train"].items():
-        units, shape = groups.reads.get(("train", node.name)), analysis.shapes.get(("train", call.input.name))
-        if units is not None and shape is not None:
-            own = units.group[units.group >= 0]
-            read += np.bincount(own, minlength=len(groups)) / len(units.group) * math.prod(shape)
-    return [float(value) for value in read]
+        for units, value in (
+            (groups.reads.get(("train", node.name)), call.input),
+            (groups.outputs.get(call.weight), node),
+        ):
+            shape = analysis.shapes.get(("train", value.name))
+            if units is not None and shape is not None:
+                own = units.group[units.group >= 0]
+                found += np.bincount(own, minlength=len(groups)) / len(units.group) * math.prod(shape)
+    return [float(value) for value in found]
 
 
 def consecutive_parts(sizes: Sequence[float], count: int) -> list[range]:
