@@ -188,7 +188,8 @@ class BigStudent(GatedNetwork):
     def fix(self, kept: Mapping[str, Tensor]) -> None:
         """Opens the gates of some candidates for good, and closes those of all others in their groups, in training too.
 
-        No gradient moves such gates. :meth:`compact` drops what is closed.
+        No gradient moves such gates, and ``loc`` may not be changed by hand any more. :meth:`compact` drops what is closed;
+        where all that is left of a group is open, nothing is multiplied by its gates any more.
 
         Args:
             kept: by name of the group, the candidates.
@@ -197,6 +198,7 @@ class BigStudent(GatedNetwork):
             gate = self._gate(name)
             every = torch.arange(gate.channels) if gate.candidates is None else gate.candidates.cpu()
             gate.loc.copy_(torch.where(torch.isin(every, candidates.cpu()), _FIXED, -_FIXED))
+            gate.fixed = True
 
     def adopt(self, other: BigStudent) -> None:
         """Takes the weights and statistics of all candidates that another big student of these teachers has, too.

@@ -271,6 +271,8 @@ class GatedNetwork(nn.Module):
         gates, with_ones = self._gate_modules, self._programs.has_ungated_channels
         if not given:
             return draw_gates(gates, x.shape[0] if self.training else None, with_ones)
+        if always := sorted(self._population.open_groups.intersection(given)):
+            raise ValueError(f"gates of group '{always[0]}' are fixed, and can't be given")
         sizes = [gate.channels for gate in gates]
         if self._gates_open:
             drawn = gates[0].loc.new_ones(1, sum(sizes) + int(with_ones))

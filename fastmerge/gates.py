@@ -36,6 +36,7 @@ class HardConcrete(nn.Module):
         loc: parameter of shape (channels,), initialised from N(1, 0.01²). The larger, the more often open.
         candidates: int64 (channels,), which of the gates these are that there were at first; None while all are left. See
             :meth:`BigStudent.compact`.
+        fixed: whether they are fixed for good, by :meth:`BigStudent.fix`: ``loc`` may not be changed by hand any more.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -58,7 +59,7 @@ class HardConcrete(nn.Module):
             raise ValueError(f"HardConcrete needs at least one channel; got {channels}")
         if not (beta > 0 and gamma < 0 and zeta > 1):
             raise ValueError(f"HardConcrete needs beta > 0, gamma < 0 and zeta > 1; got {beta=}, {gamma=}, {zeta=}")
-        self.channels = channels
+        self.channels, self.fixed = channels, False
         self.beta, self.gamma, self.zeta = beta, gamma, zeta
         self.loc = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.register_buffer("candidates", None)

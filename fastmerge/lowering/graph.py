@@ -195,7 +195,7 @@ class _Lowering:
 
     def _gated(self, node: fx.Node, call: LayerCall, value: list[fx.Node] | JoinedValue) -> list[fx.Node] | JoinedValue:
         units = self.analysis.groups.reads[(self.mode, node.name)]
-        if not units.has_groups:
+        if self.population.is_open(units):
             return value
         path = self._gate(node, call.name, units, call.geometry.channel_dim)
         out = self.graph.call_module(path, (self.gates, *nodes_of(value)))

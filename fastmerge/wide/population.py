@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,17 @@ class Population:
         groups: the channel groups.
         num_teachers: T.
         left: int64 ascending candidates t·n + j by name of the group; all T·n of a group that is not there.
+        open_groups: names of groups all of whose gates are 1 for good, so that nothing need be multiplied by them.
     """
 
-    def __init__(self, groups: ChannelGroups, num_teachers: int, left: Mapping[str, Tensor]) -> None:
-        self.groups, self.num_teachers = groups, num_teachers
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        num_teachers: int,
+        left: Mapping[str, Tensor],
+        open_groups: Collection[str] = (),
+    ) -> None:
+        self.groups, self.num_teachers, self.open_groups = groups, num_teachers, frozenset(open_groups)
         every = {group.name: torch.arange(num_teachers * group.size) for group in groups}
         self.candidates: dict[str, Tensor] = {name: left.get(name, all_of).cpu() for name, all_of in every.items()}
         self._rank = torch.cat([_rank(self.candidates[name], len(all_of)) for name, all_of in every.items()])
@@ -32,12 +39,18 @@ class Population:
     @classmethod
     def of(cls, groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict) -> Population:
         """As the gates know it."""
-        left = {}
+        left, open_groups = {}, set()
         for name, gate in gates.items():
             assert isinstance(gate, HardConcrete)
             if gate.candidates is not None:
                 left[name] = gate.candidates
-        return cls(groups, num_teachers, left)
+            if gate.fixed and bool((gate.loc > 0).all()):
+                open_groups.add(name)
+        return cls(groups, num_teachers, left, open_groups)
+
+    def is_open(self, units: AxisUnits) -> bool:
+        """Whether all groups along a dimension, if any, have gates that are 1 for good."""
+        return all(self.groups[int(number)].name in self.open_groups for number in set(units.group[units.group >= 0]))
 
     @property
     def total(self) -> int:

@@ -1,5 +1,6 @@
 """Merges whose gates are learned in parts of the depth."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def test_every_part_is_exact(name: str) -> None:
         calibrate(big.train(), x, batches=1)
         chosen |= {n: kept for n, kept in big.keep().items() if n in parts.groups[number]}
         student = big.eval().compress()
+        fixed = set(big.gates) - set(parts.groups[number])
+        always = big._population.open_groups
+        assert fixed.issuperset(always)
+        assert always == {n for n in fixed if len(candidates(big, n)) == big.widths[n]}  # odd widths leave a closed one
         assert type(student) is type(teachers[0])
         assert relative_error(student(*x), big(*x)) <= TOLERANCE[torch.float64]
         before = big
@@ -74,6 +79,28 @@ def test_every_part_is_exact(name: str) -> None:
 def candidates(big: fastmerge.BigStudent, name: str) -> torch.Tensor:
     left = big.gates[name].candidates
     return torch.arange(len(big.gates[name].loc)) if left is None else left
+
+
+def test_gates_that_are_fixed_open_are_not_multiplied_by() -> None:
+    teachers = [
+        nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)) for _ in range(2)
+    ]
+    big = fastmerge.BigStudent(*teachers)
+    first, second = big.gates
+    assert len(list(big.network.gates_before.children())) == 2
+    big.fix({first: torch.tensor([0, 1, 4, 5])})
+    big.compact()
+    assert len(list(big.network.gates_before.children())) == 1
+    with pytest.raises(ValueError, match=rf"gates of group '{first}' are fixed"):
+        big(torch.ones(1, 2), gates={first: torch.ones(4)})
+    again = pickle.loads(pickle.dumps(big))
+    assert torch.equal(again.eval()(torch.ones(1, 2)), big.eval()(torch.ones(1, 2)))
+    loc = big.gates[first].loc.detach().clone()
+    optimizer = torch.optim.SGD(big.parameters(), 1.0)
+    (big.train()(torch.ones(8, 2)).square().mean() + big.gate_loss()).backward()
+    optimizer.step()
+    assert torch.equal(big.gates[first].loc, loc)
+    assert not torch.equal(big.gates[second].loc, torch.ones(8))
 
 
 def make() -> nn.Module:
