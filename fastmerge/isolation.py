@@ -7,6 +7,7 @@ Two threads that each change and restore them would restore what the other had c
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import threading
 import warnings
@@ -63,7 +64,8 @@ def exporting() -> Iterator[None]:
     """Within it ``torch.export`` switches for this thread alone what it would switch for the whole process.
 
     It replaces ``nn.Module.__call__`` and ``__getattr__``, which give other threads stand-ins for their modules, and tells
-    whoever asks that the process is compiling.
+    whoever asks that the process is compiling. Objects are not searched for garbage meanwhile, since the many that an export
+    makes are hardly any.
     """
     from torch.export import _trace
     from torch.fx import _symbolic_trace
@@ -88,6 +90,9 @@ def exporting() -> Iterator[None]:
 
     with ONE_THREAD, ExitStack() as stack:
         _keep_device_guard()
+        if gc.isenabled():
+            stack.callback(gc.enable)
+            gc.disable()
         stack.callback(setattr, patcher, "patch_method", patch_method)
         # a mask is used whether or not it is causal, but nn.TransformerEncoder asks its values
         stack.callback(setattr, transformer, "_detect_is_causal_mask", transformer._detect_is_causal_mask)

@@ -31,7 +31,10 @@ from fastmerge.problems import Problem, UnmergeableError
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _ALONE = 0.05  # tolerance of a network that runs in one of the two precisions only
-_SMALL = 2**20  # parameters of a teacher up to which float64 costs nothing, and every big student is compressed
+_SMALL = 2**20  # parameters of a teacher up to which every big student is compressed
+_PRECISE = (
+    2**23
+)  # up to which float64 is tried first: it costs less than a second try, where float32's rounding is too large
 _LINKED = 2**28  # parameters up to which the copy that is compressed is linked: 1 GiB
 _OPEN = 40.0  # a loc whose gate is exactly 1, drawn or deterministic
 _CHECKED: set[tuple[Any, ...]] = set()
@@ -57,7 +60,7 @@ def check_exact(teachers: Sequence[nn.Module], big: Any, example_inputs: Inputs)
         _Trial(teachers, big, inputs, torch.float64),
         *(_Trial(teachers, big, inputs, d, True) for d in _TOLERANCE),
     ]
-    if size > _SMALL and own != torch.float64:
+    if size > _PRECISE and own != torch.float64:
         trials.insert(0, _Trial(teachers, big, inputs, torch.float32))
     shapes = [[name, tuple(p.shape)] for name, p in teachers[0].named_parameters()] + [_shape(x) for x in leaves]
     known = (type(teachers[0]), repr(teachers[0]), str(shapes), len(teachers), big.heads, tuple(big.widths.values()))

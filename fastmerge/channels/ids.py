@@ -195,7 +195,7 @@ def run_on_ids(
     inputs = [_input_ids(record, x) for x in tensors]
     parameters = _element_ids(record, traced, {*called, *constants})
     with undisturbed(example_inputs):
-        for mode in ("train", "eval"):
+        for mode in ("train",) if traced.is_one_graph else ("train", "eval"):
             given = [
                 x.clone() if isinstance(x, Tensor) else x for x in example_inputs
             ]  # the code may change them in place
@@ -215,6 +215,8 @@ def run_on_ids(
                 for k, y in enumerate(out)
                 if k in predicted[mode] and isinstance(y, Tensor) and y in run.ids
             ]
+    if traced.is_one_graph:
+        record.holds_in_eval_mode()
     record.tensors = _used(traced, parameters)
     _find_samples(traced, record)
     return record

@@ -189,6 +189,13 @@ class IdRecord:
             self.mixed.append((where, why, ids.numpy()))
         return ids[0] if len(ids) else torch.tensor(NO_ID)
 
+    def holds_in_eval_mode(self) -> None:
+        """Notes for eval mode what was found in training, too."""
+        by_node: tuple[dict[tuple[str, str], Any], ...] = (self.reads, self.normalised, self.normalised_apart)
+        for found in by_node:
+            found.update({("eval", name): ids for (_, name), ids in found.items()})
+        self.nonlinear_nodes |= {("eval", name) for _, name in self.nonlinear_nodes}
+
     @staticmethod
     def _pair(pairs: list[tuple[np.ndarray, np.ndarray]], a: Tensor, b: Tensor) -> None:
         a, b = torch.broadcast_tensors(a, b)

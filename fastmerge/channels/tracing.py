@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import operator
 import os
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 from fastmerge import isolation
 from fastmerge.channels.aten import bind, has_effects, op_name
 from fastmerge.channels.computed_biases import part_computed_biases
+from fastmerge.channels.modes import in_eval_mode, told_in_both
 from fastmerge.channels.written_norms import recognise_norms
 from fastmerge.isolation import exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
@@ -53,6 +55,7 @@ class TracedNetwork:
         constants: tensors that the code makes itself, by name below ``constant_tensors``.
         is_open: per mode whether the graph is that of every batch size; some code fixes it, such as ``len(x)`` of a batch, or
             does something else with some, such as ``if len(x) > 4``.
+        is_one_graph: whether the eval graph is the training graph, but for what normalisations and dropouts are told.
     """
 
     root: nn.Module
@@ -62,6 +65,7 @@ class TracedNetwork:
     inputs: list[Any] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
     is_open: dict[str, bool] = field(default_factory=dict)
+    is_one_graph: bool = False
 
     def in_mode(self, mode: str) -> dict[str, Any]:
         """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`."""
@@ -133,18 +137,24 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
     leaves, in_spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
     traced = TracedNetwork(root, {}, in_spec, {}, [_described(leaf) for leaf in leaves])
     calls: dict[str, str] = {}
+    for module, momentum in momenta:
+        module.momentum = 0.1 if momentum is None else momentum  # a cumulative average reads its counter
+    told, derived = told_in_both(root, inputs), None
     for mode in ("train", "eval"):
-        for module, momentum in momenta:
-            module.momentum = 0.1 if momentum is None else momentum  # a cumulative average reads its counter
         root.train(mode == "train")
         with undisturbed(grad=True):
-            program = _exported(model, root, mode, inputs, calls)
-            traced.graphs[mode] = _cleaned(program, traced, calls)
+            if derived is None:
+                program = _exported(model, root, mode, inputs, calls)
+            source = derived or _unlifted(program)
+            if told is not None and mode == "train":
+                derived = in_eval_mode(source, told)
+            traced.graphs[mode] = _cleaned(source, program.constants, traced, calls)
         traced.out_specs[mode] = program.call_spec.out_spec
         placeholders = (node for node in traced.graphs[mode].nodes if node.op == "placeholder")
         traced.is_open[mode] = any(node.meta.get("sample_dims") for node in placeholders) and not _depends_on_batch(
             program
         )
+    traced.is_one_graph = derived is not None
     for module, momentum in momenta:
         module.momentum = momentum
     return traced
@@ -239,15 +249,30 @@ def _exporting(root: nn.Module, entered: list[str], calls: dict[str, str]) -> It
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         entered.pop()  # after a failure nobody does, and the path says where it was
 
-    handles = []
+    handles, traceback_of = [], fx.proxy.CapturedTraceback
     for module in root.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    fx.proxy.CapturedTraceback = _OwnLine  # type: ignore[assignment, misc]
     try:
         with exporting():
             yield
     finally:
+        fx.proxy.CapturedTraceback = traceback_of  # type: ignore[misc]
         for handle in handles:
             handle.remove()
+
+
+class _OwnLine:
+    """Of the stack that makes a node, the innermost line outside torch alone; to read the others takes long."""
+
+    @classmethod
+    def extract(cls) -> _OwnLine:
+        return cls()
+
+    def summary(self) -> traceback.StackSummary:
+        file, _, line = _caller(sys._getframe(1)).rpartition(":")
+        frames = [traceback.FrameSummary(file, int(line), "forward", lookup_line=False, line="")] if file else []
+        return traceback.StackSummary.from_list(frames)
 
 
 def _line_of(error: BaseException) -> str:
@@ -265,6 +290,7 @@ def _caller(frame: Any) -> str:
     return ""
 
 
+@functools.cache
 def _is_own(file: str) -> bool:
     """Whether a file of code is neither torch's, nor Python's, nor part of tracing."""
     others = (torch.__path__[0], "torch/", __file__, isolation.__file__, "<")
@@ -300,11 +326,21 @@ def _inline_regions(module: fx.GraphModule) -> None:
             raise ValueError(f"'{module_path(node)}' uses {node.target}, which fastmerge can't follow")
 
 
-def _cleaned(program: Any, traced: TracedNetwork, calls: Mapping[str, str]) -> fx.Graph:
-    """The graph of an exported program: what it reads by name, without assertions and identities, with plain metadata."""
-    module = program.module(check_guards=False)
-    _inline_regions(module)
-    source: fx.Graph = module.graph
+def _unlifted(program: Any) -> fx.Graph:
+    """The graph of an exported program, which reads by name the tensors that the code holds."""
+    _inline_regions(program.graph_module)
+    source: fx.Graph = program.graph_module.graph
+    given = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs}
+    for node in source.nodes:
+        if node.op == "placeholder" and given[node.name] is not None:
+            node.op, node.target, node.args = "get_attr", given[node.name], ()
+    return source
+
+
+def _cleaned(
+    source: fx.Graph, constants: Mapping[str, Any], traced: TracedNetwork, calls: Mapping[str, str]
+) -> fx.Graph:
+    """A graph without assertions and identities, with plain metadata; the constants that it reads are put below the root."""
     root = traced.root
     tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
     first = {id(tensor): name for name, tensor in reversed(tensors)}
@@ -324,7 +360,7 @@ def _cleaned(program: Any, traced: TracedNetwork, calls: Mapping[str, str]) -> f
     for node in source.nodes:
         new = graph.node_copy(node, copied.__getitem__)
         if node.op == "get_attr" and node.target not in known:
-            tensor = operator.attrgetter(str(node.target))(module).detach().clone()
+            tensor = constants[str(node.target)].detach().clone()
             name = f"{str(node.target).replace('.', '_')}_{_digest(tensor)}"
             traced.constants[name] = tensor
             _add_constant(root, name, traced.constants[name].clone())

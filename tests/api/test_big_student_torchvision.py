@@ -11,7 +11,7 @@ from torch import nn
 
 import fastmerge
 import torchvision_networks as vision
-from teachers import check_exact, make_batch, make_teachers, mean_output, relative_error
+from teachers import check_exact, make_batch, make_teachers, mean_output, relative_error, select_gates
 
 LARGER_THAN_MEMORY = {"regnet_y_128gf"}  # benchmarks/coverage.py takes it, alone
 OTHERS = sorted(name for name in vision.names() if name not in {*vision.FAMILIES, *vision.LARGE, *LARGER_THAN_MEMORY})
@@ -55,6 +55,23 @@ def test_large_family(name: str) -> None:
 @pytest.mark.parametrize("name", vision.small_transformers())
 def test_small_transformer(name: str) -> None:
     check_exact(vision.small_transformers()[name], (make_batch(4, (3, 32, 32)),), torch.float64, count=2)
+
+
+@torch.no_grad()
+def test_windows_are_others_at_another_image_size() -> None:
+    """With 16 pixels no window is moved, with 36 the image is padded; closed channels that were dropped change neither."""
+    make = partial(vision.small_transformers()["swin_v2"], depths=[2], num_heads=[2])
+    teachers = make_teachers(make, (make_batch(4, (3, 32, 32)),), 2, torch.float64)
+    big = fastmerge.BigStudent(*teachers, example_inputs=make_batch(2, (3, 32, 32)), verify=False)
+    inputs = [(make_batch(4, (3, side, side), seed=side),) for side in (16, 36)]
+    for x in inputs:
+        with big.open_gates():
+            assert relative_error(big(*x), mean_output(teachers, x)) <= 1e-9
+    select_gates(big, inputs[0])
+    for drop in (lambda: None, big.compact):
+        drop()
+        for x in inputs:
+            assert relative_error(big.compress()(*x), big(*x)) <= 1e-9
 
 
 @pytest.mark.slow

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 import fastmerge
 from architectures import BY_NAME
-from teachers import copy_state, disturb_weights, make_teachers, mean_output, relative_error, select_gates, set_gates
+from teachers import (
+    copy_state,
+    disturb_weights,
+    make_batch,
+    make_teachers,
+    mean_output,
+    relative_error,
+    select_gates,
+    set_gates,
+)
 
 NAMES = ["resnet_projected_shortcut", "shufflenet_v2", "unet", "log_softmax", "dict_heads", "functional_parameters"]
 every_network = pytest.mark.parametrize("name", NAMES)
@@ -286,3 +295,34 @@ def test_keyword_inputs() -> None:
     image, vector = inputs("two_inputs")
     assert torch.equal(big(image, vector=vector), big(image, vector))
     assert torch.equal(big(image=image, vector=vector), big(image, vector))
+
+
+class Wrapped(nn.Module):
+    """A network on a torus."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pad, self.last = nn.Conv2d(2, 6, 1), nn.CircularPad2d(1), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.pad(torch.relu(self.first(x))))
+        return x + torch.zeros(len(x), 1, 1, 1, device=x.device)
+
+
+def traced() -> nn.Module:
+    layers = [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten()]
+    return torch.fx.symbolic_trace(nn.Sequential(*layers))
+
+
+@pytest.mark.parametrize("make", [Wrapped, traced])
+@torch.no_grad()
+def test_networks_that_once_were_refused(make: Callable[[], nn.Module]) -> None:
+    """Padding that goes around, tensors that the code makes, and code that torch.fx wrote, of another class each time."""
+    x = (make_batch(4, (2, 7, 7)),)
+    teachers = make_teachers(make, x, 2)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    assert [group.size for group in big.groups] == [6]
+    with big.open_gates():
+        assert relative_error(big(*x), mean_output(teachers, x)) < 1e-9
+    select_gates(big, x)
+    assert relative_error(big.compress()(*x), big(*x)) < 1e-9

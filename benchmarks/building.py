@@ -1,0 +1,74 @@
+"""How long a big student takes to build: CPU seconds of one core, each time in a fresh process, which has traced nothing yet.
+
+Writes benchmarks/results/building.json: per network the samples in the order in which they were taken, the first of all
+networks before the second of any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision import models
+from tqdm import trange
+
+import fastmerge
+from fastmerge.environment import environment
+from fastmerge.files import atomic
+
+# CPU seconds that they may take.
+TARGETS = {"resnet18": 2.0, "timm/mobileone_s0": 8.0, "mobilenet_v2": None, "googlenet": None}
+OUT = Path(__file__).resolve().parent / "results" / "building.json"
+
+
+def _network(name: str) -> torch.nn.Module:
+    if name.startswith("timm/"):
+        import timm
+
+        made: torch.nn.Module = timm.create_model(name.removeprefix("timm/"))
+        return made
+    quick = {"init_weights": False} if name == "googlenet" else {}
+    return models.get_model(name, weights=None, **quick)
+
+
+def measure(name: str) -> float:
+    """CPU seconds in which two networks become a big student that has checked itself; its input is inferred."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    teachers = [_network(name) for _ in range(2)]
+    start = time.process_time()
+    fastmerge.BigStudent(*teachers)
+    return time.process_time() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", metavar="NAME", default=list(TARGETS))
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.json")
+    options = parser.parse_args(arguments)
+    samples: dict[str, list[float]] = {name: [] for name in options.networks}
+    context = multiprocessing.get_context("spawn")
+    for _ in trange(options.rounds):
+        for name, seconds in samples.items():
+            with context.Pool(1, maxtasksperchild=1) as pool:
+                seconds.append(pool.apply(measure, (name,)))
+    networks: dict[str, Any] = {
+        name: {"cpu_seconds": seconds, "median": sorted(seconds)[len(seconds) // 2], "target": TARGETS.get(name)}
+        for name, seconds in samples.items()
+    }
+    with atomic(options.out) as temporary:
+        temporary.write_text(json.dumps({"environment": environment(), "networks": networks}, indent=1) + "\n")
+    for name, of in networks.items():
+        print(f"{name}: {of['median']:.2f} s of CPU, at most {of['target'] or '-'}")
+
+
+if __name__ == "__main__":
+    main()

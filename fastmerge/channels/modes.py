@@ -1,0 +1,152 @@
+"""Whether a network does the same in training and in eval mode, but for what its normalisations and dropouts are told.
+
+Most networks do. Then one export gives the graphs of both modes, which saves half of what takes longest.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fastmerge.channels.aten import op_name
+from fastmerge.channels.code_key import own_functions
+from fastmerge.isolation import undisturbed
+
+# Functions of PyTorch with an argument ``training``, and what they are in a graph, which has it at this place.
+_TOLD: dict[Callable[..., Any], str] = {
+    F.batch_norm: "batch_norm",
+    F.dropout: "dropout",
+    F.dropout1d: "feature_dropout",
+    F.dropout2d: "feature_dropout",
+    F.dropout3d: "feature_dropout",
+}
+_PLACES = {"batch_norm": 5, "dropout": 2, "feature_dropout": 2}
+_SIZES = {"shape", "size", "len", "numel"}
+_COUNTER = "num_batches_tracked"
+_PLAIN = (type(None), bool, int, float, str, slice, type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
+
+Told = list[tuple[str, bool]]
+
+
+def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[Told, Told] | None:
+    """Runs a network in both modes and compares every call of PyTorch, its operands and its options.
+
+    Args:
+        root: the network; it is copied.
+        inputs: what its forward takes.
+
+    Returns:
+        Of training and of eval mode, in the order of the calls, what normalisations and dropouts are told: the name of the
+        operation and whether it is of training. None where more than that differs, or it can't be told.
+    """
+    network, runs = copy.deepcopy(root), []
+    kinds = {kind for module in network.modules() for kind in type(module).__mro__}
+    if any(_asks_for_mode_and_size(function.__code__) for kind in kinds for function in own_functions(kind)):
+        return None  # what it does with another batch size the runs don't show
+    for mode in (True, False):
+        network.train(mode)
+        leaves = pytree.tree_leaves(inputs)
+        with undisturbed(leaves):
+            args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+            run = _Calls(network, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+            try:
+                with run:
+                    output = network(*args, **kwargs)
+                run.calls.append(run.described(output))
+            except _Unknown:
+                return None
+        runs.append(run)
+    training, evaluation = runs
+    return (training.told, evaluation.told) if training.calls == evaluation.calls else None
+
+
+def _asks_for_mode_and_size(code: types.CodeType) -> bool:
+    return "training" in code.co_names and not _SIZES.isdisjoint(code.co_names)
+
+
+class _Unknown(Exception):  # noqa: N818
+    """An operand of which it can't be told whether another one is the same."""
+
+
+class _Calls(TorchFunctionMode):
+    """What a network calls of PyTorch that gives tensors.
+
+    Args:
+        network: whose parameters and buffers are known by their order.
+        inputs: likewise.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known: list[Tensor] = []  # alive, so that no other tensor has the id of one
+        self.numbers: dict[int, int] = {}
+        self.know([*inputs, *network.parameters(), *network.buffers()])
+        self.counters = {id(b) for name, b in network.named_buffers() if name.endswith(_COUNTER)}
+        self.calls: list[Any] = []
+        self.told: Told = []
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        name = _TOLD.get(func)
+        told = given.pop("training", None) if name is not None else None
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        if not made or (args and id(args[0]) in self.counters):
+            return out  # a question about a shape; a batch that is counted
+        self.calls.append((func, self.described((args, given))))
+        if name is not None:
+            self.told.append((name, bool(told)))
+        # dropout that drops nothing gives its input back: another tensor nevertheless
+        self.know(made if name is not None else [x for x in made if id(x) not in self.numbers])
+        return out
+
+    def know(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            self.numbers[id(tensor)] = len(self.known)
+            self.known.append(tensor)
+
+    def described(self, value: Any) -> Any:
+        """A structure of operands in which tensors are the numbers of their order."""
+        leaves, spec = pytree.tree_flatten(value)
+        return [self._leaf(leaf) for leaf in leaves], spec
+
+    def _leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and id(leaf) in self.numbers:
+            return "tensor", self.numbers[id(leaf)], tuple(leaf.shape)
+        if isinstance(leaf, _PLAIN):
+            return type(leaf), repr(leaf)
+        raise _Unknown
+
+
+def in_eval_mode(graph: fx.Graph, told: tuple[Told, Told]) -> fx.Graph | None:
+    """A training graph as one of eval mode; None if its calls are not those that were told something.
+
+    Args:
+        graph: as ``torch.export`` makes it.
+        told: of :func:`told_in_both`.
+    """
+    nodes = [node for node in graph.nodes if op_name(node) in _PLACES]
+    training = [(name := op_name(node), node.args[_PLACES[name]]) for node in nodes]
+    if training != told[0]:
+        return None
+    copied, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied.output(copied.graph_copy(graph, twins))
+    for node, (name, is_training) in zip(nodes, told[1], strict=True):
+        twins[node].update_arg(_PLACES[name], is_training)
+    counters: list[fx.Node] = []
+    for node in copied.nodes:
+        of = node.args[0] if op_name(node) == "add" else node
+        if of in counters or (of is node and str(node.target).endswith(_COUNTER)):
+            counters.append(node)
+    for node in reversed(counters):  # eval mode counts no batches
+        if not node.users:
+            copied.erase_node(node)
+    return copied

@@ -1,0 +1,115 @@
+"""One export gives the graphs of both modes where they differ in nothing but what norms and dropouts are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from architectures import BY_NAME
+from fastmerge.channels import tracing
+from fastmerge.channels.code_key import code_key
+from fastmerge.channels.tracing import TracedNetwork, trace
+
+
+class Net(nn.Module):
+    """Does the same in both modes, but for what a subclass does in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(F.dropout(self.between(self.norm(self.first(x))), 0.3, self.training))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+
+class NormalisedTwice(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(F.relu_(x))
+
+
+class FrozenNorm(Net):
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+class ClampsInEvalMode(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return x if self.training else x.clamp(max=100)
+
+
+class OtherOption(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.1 if self.training else 0.2)
+
+
+class ReadsAfterDropout(Net):
+    """Reads what went into a dropout, which in eval mode is what came out."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training) + x
+
+
+class LargeBatchesInEvalMode(Net):
+    """Does something else with batches that are not tried."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return -x if not self.training and len(x) > 4 else x
+
+
+class OtherOutput(Net):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return (y, y) if self.training else y
+
+
+X = torch.randn(2, 2, 8, 8)
+
+
+def plain(graph: fx.Graph) -> list[Any]:
+    """A graph's nodes by their numbers, with what is known of them."""
+    number = {node: k for k, node in enumerate(graph.nodes)}
+    return [
+        (n.op, n.target if n.op != "placeholder" else "", fx.map_arg((n.args, n.kwargs), lambda a: number[a]), n.meta)
+        for n in graph.nodes
+    ]
+
+
+def exported_twice(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> TracedNetwork:
+    monkeypatch.setattr(tracing, "told_in_both", lambda *_: None)
+    traced = trace(network, ((X,), {}))
+    assert not traced.is_one_graph
+    return traced
+
+
+@pytest.mark.parametrize("kind", [Net, NormalisedTwice, FrozenNorm])
+def test_one_export_gives_what_two_give(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = kind()
+    one = trace(network, ((X,), {}))
+    assert one.is_one_graph
+    two = exported_twice(network, monkeypatch)
+    for mode in ("train", "eval"):
+        assert plain(one.graphs[mode]) == plain(two.graphs[mode]), mode
+    assert (one.is_open, one.out_specs) == (two.is_open, two.out_specs)
+
+
+@pytest.mark.parametrize(
+    "kind", [ClampsInEvalMode, OtherOption, ReadsAfterDropout, LargeBatchesInEvalMode, OtherOutput]
+)
+def test_what_differs_is_exported_twice(kind: type[nn.Module]) -> None:
+    assert not trace(kind(), ((X,), {})).is_one_graph
+
+
+@pytest.mark.parametrize("name", ["recurrent", "recurrent_gru_rnn"])
+def test_recurrent_networks_of_one_code_have_one_key(name: str) -> None:
+    architecture = BY_NAME[name]
+    first, second = (code_key(architecture.make(), (architecture.inputs(2), {})) for _ in range(2))
+    assert first == second is not None
