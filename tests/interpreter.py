@@ -16,11 +16,31 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETING:
+    # Each call of a function in a kernel puts the interpreter in the place of triton.language anew, which takes 40 % of the
+    # time of our kernels: once per module and launch will do.
+    from triton.runtime import interpreter
+
+    _launch, _patch, _patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def _launch_afresh(kernel: Any, *arguments: Any, **options: Any) -> None:
+        _patched.clear()
+        _launch(kernel, *arguments, **options)
+
+    def _patch_once(function: Callable[..., Any]) -> Any:
+        if function.__module__ in _patched:
+            return interpreter._LangPatchScope()
+        _patched.add(function.__module__)
+        return _patch(function)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = _launch_afresh, _patch_once
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:
