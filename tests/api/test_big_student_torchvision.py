@@ -92,7 +92,9 @@ def test_every_family_in_float32(name: str) -> None:
     check(name, torch.float32, count=2)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("googlenet", "mobilenet_v2"))]
+)
 @torch.no_grad()
 def test_example_inputs_are_inferred(name: str) -> None:
     x = (make_batch(4, (3, 64, 64)),)

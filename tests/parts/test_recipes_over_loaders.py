@@ -64,6 +64,11 @@ def slowed(recipe: Recipe) -> Recipe:
     return replace(recipe, merge=replace(recipe.merge, lr=0.01, finetune_lr=0.01), **plans)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    ["resnet20-cifar100", "resnet18-imagewoof", pytest.param("resnet18-imagenet", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_from_the_command_line_to_the_files(recipe, tree, tmp_path, monkeypatch, capsys) -> None:
     """With the recipe's own network, on images that are small."""
     monkeypatch.setitem(RECIPES, recipe.name, lambda: slowed(shrunk(recipe)))
