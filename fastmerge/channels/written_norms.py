@@ -14,6 +14,9 @@ from torch import fx
 
 from fastmerge.channels.aten import bind, correction_of, has_effects, op_name, writes_in_place
 
+BY_WIDTH = (
+    "by_width"  # of a node: whether what it normalises is multiplied by a number that depends on how many channels
+)
 _TINY = 1e-24  # instead of a least norm of 1e-12
 
 
@@ -73,6 +76,7 @@ def _replace(graph: fx.Graph, node: fx.Node, norm: _Norm) -> fx.Node:
             y = call(aten.layer_norm.default, x, size, None, None, norm.eps, meta=swapped)
         else:
             y = call(aten.rms_norm.default, x, size, None, norm.eps, meta=swapped)
+        y.meta[BY_WIDTH] = norm.factor != 1
         y = y if is_last else call(aten.transpose.int, y, norm.dim, rank - 1, meta=meta)
         y = y if norm.factor == 1 else call(aten.mul.Tensor, y, norm.factor, meta=meta)
     node.replace_all_uses_with(y)

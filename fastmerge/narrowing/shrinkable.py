@@ -88,10 +88,12 @@ class _Walk:
         writes = _groups_of(self.analysis.groups.outputs[call.weight])
         place, shape = self.places.get(call.input), self.analysis.shapes.get((self.mode, node.name))
         dim = call.geometry.channel_dim
-        # a student of another width keeps the number of groups that its class names, which compact() needs not
-        by_channel = call.is_plain and not self.views_follow and is_depthwise(call.groups, call.operand.meta["shape"])
+        # a student of another width has as many blocks as places; compact() leaves each teacher's blocks what they are
+        depthwise = is_depthwise(call.groups, call.operand.meta["shape"])
+        by_channel = call.is_plain and (depthwise or (self.views_follow and call.groups > 1 and dim == 1))
+        by_channel = by_channel and call.geometry.kind == "conv" and self.carried[node] == writes
         if by_channel and self.analysis.is_wide(self.mode, node) and place is not None and place.dim == dim:
-            self.places[node] = place
+            self.places[node] = place if depthwise or shape is None else Placement(dim, shape[dim], len(shape))
             self.found.even.update(self.carried[node] | writes)
             return
         if call.groups > 1:
@@ -125,6 +127,9 @@ class _Walk:
         elif op_name(node) in {*LAYER_NORMS, "embedding"} and shape is not None and self._is_by_channel(node):
             self.places[node] = Placement(len(shape) - 1, shape[-1], len(shape))
             self.found.even.update(carried)  # run per stream
+            return
+        elif self.views_follow and op_name(node) == "group_norm" and shape is not None and self._is_normalised(node):
+            self.places[node] = Placement(1, shape[1], len(shape))
             return
         elif node.op != "get_attr":
             operands = {source: self.places[source] for source in node.all_input_nodes if source in self.places}
@@ -216,6 +221,11 @@ class _Walk:
         return (
             last and units is not None and units.has_groups and all(p is not None and p.rank == 1 for p in parameters)
         )
+
+    def _is_normalised(self, node: fx.Node) -> bool:
+        """Whether a group normalisation has its channels in the second dimension; each of its groups is within one place."""
+        place = self.places.get(node.args[0])  # type: ignore[arg-type]
+        return place is not None and place.dim == 1
 
     def _groups_of_its_own(self, node: fx.Node) -> set[int]:
         """The groups along which a parameter or buffer lies."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fastmerge.channels.aten import LAYER_NORMS, LAYERS, bind, op_name
 from fastmerge.channels.tracing import TracedNetwork
 from fastmerge.isolation import undisturbed
 from fastmerge.lowering.channelwise import is_flattening
@@ -69,8 +70,36 @@ class TracedStudent(nn.Module):
             if is_flattening(node):
                 copied[node] = graph.call_function(torch.flatten, (copied[node.args[0]], 1))
             else:
-                copied[node] = graph.node_copy(node, copied.__getitem__)
+                copied[node] = _of_any_width(graph.node_copy(node, copied.__getitem__), node)
         return graph
+
+
+def _of_any_width(new: fx.Node, node: fx.Node) -> fx.Node:
+    """A copied operation that asks its operands for numbers of channels, in place of those of the network that was traced."""
+    graph, name, arguments = new.graph, op_name(node), list(new.args)
+    if name not in {*LAYER_NORMS, "group_norm", *LAYERS} or (name in LAYERS and bind(node).get("groups", 1) == 1):
+        return new
+    with graph.inserting_before(new):
+        if name in LAYER_NORMS:
+            *outer, _ = bind(node)["normalized_shape"]
+            arguments[1] = [*outer, graph.call_function(_size, (arguments[0], -1))]
+        elif name == "group_norm":
+            each = node.args[0].meta["shape"][1] // bind(node)["num_groups"]  # type: ignore[union-attr]
+            arguments[1] = graph.call_function(_blocks, (arguments[0], 1, each))
+        else:
+            rows, groups = bind(node)["weight"].meta["shape"][0], bind(node)["groups"]
+            place = list(bind(node)).index("groups")
+            arguments[place] = graph.call_function(_blocks, (arguments[1], 0, rows // groups))
+    new.args = tuple(arguments)
+    return new
+
+
+def _size(x: Tensor, dim: int) -> int:
+    return x.shape[dim]
+
+
+def _blocks(x: Tensor, dim: int, size: int) -> int:
+    return x.shape[dim] // size
 
 
 def runs_at_its_width(network: nn.Module, traced: TracedNetwork) -> bool:

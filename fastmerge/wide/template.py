@@ -73,6 +73,13 @@ def _fit(module: nn.Module) -> None:
     elif isinstance(module, _ConvNd) and module.groups == 1:
         first, second = weight.shape[:2]
         module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
+    elif isinstance(module, _ConvNd) and not module.transposed:  # blocks of one size, of which there are more or fewer
+        module.groups = module.groups * len(weight) // module.out_channels
+        module.in_channels, module.out_channels = module.groups * weight.shape[1], len(weight)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups, module.num_channels = module.num_groups * len(weight) // module.num_channels, len(weight)
     elif isinstance(module, _NormBase):
         module.num_features = len(weight)
     elif isinstance(module, nn.PReLU):

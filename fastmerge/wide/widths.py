@@ -11,6 +11,7 @@ import numpy as np
 
 from fastmerge.channels.aten import LAYER_NORMS, op_name
 from fastmerge.channels.groups import AxisUnits, ChannelGroups
+from fastmerge.channels.written_norms import BY_WIDTH
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.wide.analysis import Analysis
 
@@ -68,10 +69,14 @@ def check_widths(analysis: Analysis, widths: Mapping[str, int], whole: Mapping[i
         node = next(n for n in analysis.traced.graphs[mode].nodes if n.name == name)
         call = analysis.calls[mode].get(node)
         computed = call is not None and (call.rows is not None or call.is_tied)
-        if op_name(node) in LAYER_NORMS or computed:
-            kind = f"'{op_name(node)}'" if call is None else f"'{call.name}', whose weight is shared or computed"
-            for number in np.unique(units.group[units.group >= 0]):
+        for number in np.unique(units.group[units.group >= 0]):
+            wider = widths[groups[int(number)].name] > groups[int(number)].size
+            if computed or node.meta.get(BY_WIDTH):
+                kind = f"'{op_name(node)}'" if call is None else f"'{call.name}', whose weight is shared or computed"
                 why.setdefault(int(number), f"is read by {kind}, which depends on the number of channels")
+            elif op_name(node) in LAYER_NORMS and wider:
+                kind = f"'{op_name(node)}', whose statistics are one student's only at a teacher's width or less"
+                why.setdefault(int(number), f"is read by {kind}")
     for axis in groups.axes():
         for number in np.unique(axis.units.group[axis.units.group >= 0]):
             wider = widths[groups[int(number)].name] > groups[int(number)].size

@@ -1,11 +1,11 @@
-"""Trials of label sets and widths: a small replicate of each runs, and its page says where a merge does not help."""
+"""Trials of label sets, widths and parts of the depth: a small replicate runs, and the page says where it does not help."""
 
 import copy
 import re
 
 import torch
 
-from benchmarks import label_sets, trials, widths
+from benchmarks import label_sets, layerwise, trials, widths
 from fastmerge.environment import environment
 
 
@@ -44,6 +44,26 @@ def test_widths() -> None:
     assert "has not been measured" in widths.page({"replicates": []})
     page = widths.page({"replicates": [record, copy.deepcopy(record)], "environment": environment()})
     assert "Beside *fresh network* of the same width, a merge is behind at 0.25, 0.5, 1, 1.5, 2." in page
+
+
+def test_parts_of_the_depth() -> None:
+    train, test = _images(8, 100), _images(8, 100)
+    record = layerwise.Replicate(train, test, epochs=1, seed=0).results()
+    assert set(record["merges"]) == set(layerwise.MERGES)
+    costs = [record["merges"][name]["cost"] for name in ("4 parts", "2 parts", "whole")]
+    assert costs == sorted(costs)
+    for name in layerwise.MERGES:
+        record["merges"][name]["student"] = 0.9 if name == "whole" else 0.8
+    records = {"replicates": [record, copy.deepcopy(record)], "environment": environment()}
+    torch.manual_seed(0)
+    counted = layerwise.memory("ResNet-18", lambda: layerwise.network(28), torch.randn(2, 1, 28, 28))
+    page = layerwise.page({"networks": [counted]}, {"digits": records, "mnist": {"replicates": []}})
+    assert "**behind**: 2 parts (-10.00 ± 0.00), 4 parts (-10.00 ± 0.00)" in page
+    assert "on 1,000 images of MNIST has not been measured" in page
+    assert page.index("Where parts lose") < page.index("layerwise=K")
+    peaks = {row[1]: float(row[3]) for row in layerwise.memory_rows(counted)}
+    assert 1 < peaks["`layerwise=4`"] <= peaks["`layerwise=2`"] < peaks["linked"]
+    assert peaks["linked, activation checkpointing"] < peaks["linked"]
 
 
 def test_a_pruned_teacher_of_full_width_is_the_teacher() -> None:

@@ -27,8 +27,18 @@ def open_some(big: fastmerge.BigStudent, seed: int = 0) -> None:
         gate.loc[torch.randperm(len(gate.loc), generator=generator)[: big.widths[name]]] = OPEN
 
 
-@pytest.mark.parametrize("keep", [0.5, 1.5])
-@pytest.mark.parametrize("name", ["mlp", "resnet_projected_shortcut", "densenet", "convolution_1d"])
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        *(
+            (name, keep)
+            for name in ("mlp", "resnet_projected_shortcut", "densenet", "convolution_1d")
+            for keep in (0.5, 1.5)
+        ),
+        *((name, 1.5) for name in ("mobilenet", "depthwise_multiplier", "resnext", "group_norm")),
+        *((name, 0.5) for name in ("mobilenet", "resnext", "layer_norm", "rms_norm", "channels_last_blocks")),
+    ],
+)
 @torch.no_grad()
 def test_compress_is_exact_at_any_width(name: str, keep: float) -> None:
     architecture = BY_NAME[name]
@@ -150,18 +160,53 @@ def test_widths_out_of_range_are_refused(keep, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "keep", "says"),
     [
-        ("mobilenet", "passes the grouped convolution"),
-        ("layer_norm", "is read by 'layer_norm', which depends on the number of channels"),
-        ("group_norm", "which may count on the number of channels"),
+        ("instance_norm", 0.5, "passes 'instance_norm' in 'norm2', which may count on the number of channels"),
+        (
+            "layer_norm",
+            1.5,
+            "is read by 'layer_norm', whose statistics are one student's only at a teacher's width or less",
+        ),
+        ("written_norms", 0.5, "is read by 'rms_norm', which depends on the number of channels"),
+        ("shufflenet_v2", 0.5, "which may count on the number of channels"),
     ],
 )
-def test_networks_that_count_on_their_widths_are_refused(name: str, says: str) -> None:
+def test_networks_that_count_on_their_widths_are_refused(name: str, keep: float, says: str) -> None:
     architecture = BY_NAME[name]
     teachers = make_teachers(architecture.make, architecture.inputs(6), 2)
     with pytest.raises(ValueError, match=f"keep can't give group '.*' .* channels in place of .*{says}"):
-        fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=0.5)
+        fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=keep, verify=False)
+
+
+class Flattened(nn.Module):
+    """A depthwise convolution, a grouped one, a group and a layer normalisation, and a width in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.GroupNorm(4, 8)
+        self.narrow, self.hidden, self.head = nn.Conv2d(8, 4, 3), nn.Linear(64, 12), nn.Linear(12, 4)
+        self.last = nn.LayerNorm(12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.narrow(torch.relu(self.norm(self.grouped(torch.relu(self.depthwise(self.stem(x)))))))
+        return self.head(torch.relu(self.last(self.hidden(torch.relu(x).view(-1, 64)))))
+
+
+@torch.no_grad()
+def test_a_traced_student_has_no_width_in_its_operations() -> None:
+    x = make_batch(6, (3, 6, 6))
+    teachers = make_teachers(Flattened, (x,), 2)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x, keep=0.5)
+    big.link()
+    disturb_weights(big, scale=0.1)
+    open_some(big)
+    student = big.eval().compress()
+    assert isinstance(student, TracedStudent)
+    assert (student.depthwise.groups, student.grouped.groups, student.norm.num_groups) == (4, 2, 2)
+    assert student.last.normalized_shape == (6,)
+    assert relative_error(student(x), big(x)) <= TOLERANCE[torch.float64]
 
 
 def test_a_value_for_all_channels_is_exact_up_to_a_teachers_width() -> None:
