@@ -225,10 +225,10 @@ def test_the_bytes_that_the_docs_name() -> None:
     norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in teachers[0].modules())
     text = " ".join((Path(__file__).parents[2] / "docs" / "scaling.md").read_text().split())
     teacher, apart, linked = (f"{value:.0f} MB" for value in found)
-    assert f"ResNet-18 sends {teacher} a step; the big student {apart} block-diagonal and {linked} linked" in text
+    assert f"ResNet-18 sends {teacher} a step; the big student sends {apart} block-diagonal and {linked} linked" in text
     first, second, third = (f"{2 * value / 1e4 * 1e3:.0f}" for value in found)  # at 10 GB/s, for many processes
-    assert f"{first}, {second} and {third} ms per step" in text
-    assert f"{norms} of them in a ResNet-18, {2 * norms} waits" in text
+    assert f"that takes {first}, {second} and {third} ms" in text
+    assert f"ResNet-18 has {norms} of them: {2 * norms} waits" in text
 
 
 def megabytes(network: torch.nn.Module) -> float:
