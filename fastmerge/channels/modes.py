@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.aten import op_name
 from fastmerge.channels.code_key import own_functions
@@ -61,7 +62,7 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
                 with run:
                     output = network(*args, **kwargs)
                 run.calls.append(run.described(output))
-            except _Unknown:
+            except Exception:  # of what can't be told; what the network itself raises, an export says better
                 return None
         runs.append(run)
     training, evaluation = runs
@@ -70,10 +71,6 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
 
 def _asks_for_mode_and_size(code: types.CodeType) -> bool:
     return "training" in code.co_names and not _SIZES.isdisjoint(code.co_names)
-
-
-class _Unknown(Exception):  # noqa: N818
-    """An operand of which it can't be told whether another one is the same."""
 
 
 class _Calls(TorchFunctionMode):
@@ -86,8 +83,8 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self, network: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.known: list[Tensor] = []  # alive, so that no other tensor has the id of one
-        self.numbers: dict[int, int] = {}
+        self.numbers = WeakIdKeyDictionary()
+        self.count = 0
         self.know([*inputs, *network.parameters(), *network.buffers()])
         self.counters = {id(b) for name, b in network.named_buffers() if name.endswith(_COUNTER)}
         self.calls: list[Any] = []
@@ -105,13 +102,13 @@ class _Calls(TorchFunctionMode):
         if name is not None:
             self.told.append((name, bool(told)))
         # dropout that drops nothing gives its input back: another tensor nevertheless
-        self.know(made if name is not None else [x for x in made if id(x) not in self.numbers])
+        self.know(made if name is not None else [x for x in made if x not in self.numbers])
         return out
 
     def know(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            self.numbers[id(tensor)] = len(self.known)
-            self.known.append(tensor)
+            self.numbers[tensor] = self.count
+            self.count += 1
 
     def described(self, value: Any) -> Any:
         """A structure of operands in which tensors are the numbers of their order."""
@@ -119,11 +116,11 @@ class _Calls(TorchFunctionMode):
         return [self._leaf(leaf) for leaf in leaves], spec
 
     def _leaf(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and id(leaf) in self.numbers:
-            return "tensor", self.numbers[id(leaf)], tuple(leaf.shape)
+        if isinstance(leaf, Tensor) and leaf in self.numbers:
+            return "tensor", self.numbers[leaf], tuple(leaf.shape)
         if isinstance(leaf, _PLAIN):
             return type(leaf), repr(leaf)
-        raise _Unknown
+        raise TypeError(f"whether two operands are the same can't be told of {type(leaf).__name__}")
 
 
 def in_eval_mode(graph: fx.Graph, told: tuple[Told, Told]) -> fx.Graph | None:

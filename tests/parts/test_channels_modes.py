@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from architectures import BY_NAME
 from fastmerge.channels import tracing
 from fastmerge.channels.code_key import code_key
+from fastmerge.channels.modes import told_in_both
 from fastmerge.channels.tracing import TracedNetwork, trace
 
 
@@ -106,6 +108,25 @@ def test_one_export_gives_what_two_give(kind: type[nn.Module], monkeypatch: pyte
 )
 def test_what_differs_is_exported_twice(kind: type[nn.Module]) -> None:
     assert not trace(kind(), ((X,), {})).is_one_graph
+
+
+def test_activations_are_not_held() -> None:
+    """A large batch takes no more memory than its forward does."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Watched(Net):
+        def between(self, x: Tensor) -> Tensor:
+            alive.append(weakref.ref(x))
+            y = x + 1
+            del x
+            return y
+
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            assert alive[-1]() is None
+            return y
+
+    assert told_in_both(Watched(), ((X,), {})) is not None
 
 
 @pytest.mark.parametrize("name", ["recurrent", "recurrent_gru_rnn"])
