@@ -1,4 +1,7 @@
-"""Twenty merges of the digits' LeNet as one stack: from labels alone, and with what the teachers say in the fine-tuning."""
+"""Twenty merges of the digits' LeNet as one stack: from labels alone, and with what the teachers say in the fine-tuning.
+
+Stages are a third as long as the recipe's, so that what is done once in a merge, such as asking the teachers, weighs more.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ REPLICATES, ROUNDS = 20, 5
 @cache
 def teachers() -> tuple[Lab, list[Column]]:
     """Two of each replicate, which have begun to learn."""
-    place = Place(recipe=digits(), data=None, device=torch.device("cpu"), seed=0).opened_here()
+    place = Place(recipe=digits().scaled(1 / 3), data=None, device=torch.device("cpu"), seed=0).opened_here()
     lab = Lab(place, range(REPLICATES), "stack")
     return lab, [lab.train(lab.fresh(number), Plan(epochs=2, lr=0.02), "teacher", number) for number in range(2)]
 

@@ -1,8 +1,8 @@
 """Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md,
-ablations.md, evidence.md, layer-norms.md, label-sets.md, layerwise.md and widths.md are made whole. In every other page what
-stands between one of these lines and ``<!-- end -->`` is made anew:
+ablations.md, evidence.md, layer-norms.md, label-sets.md, layerwise.md, many-teachers.md and widths.md are made whole. In
+every other page what stands between one of these lines and ``<!-- end -->`` is made anew:
 
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
 * ``<!-- evidence -->``: one row for each file of docs/results/evidence;
@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     layer_norms,
     layerwise,
     loader_tables,
+    many_teachers,
     report,
     trials,
     widths,
@@ -101,6 +102,7 @@ def main() -> None:
         DOCS / "layer-norms.md": layer_norms.page(json.loads(layer_norms.OUT.read_text(encoding="utf-8"))),
         DOCS / "label-sets.md": label_sets.page(trials.load_records(label_sets.OUT)),
         DOCS / "layerwise.md": layerwise.page(*layerwise.load()),
+        DOCS / "many-teachers.md": many_teachers.page(many_teachers.load()),
         DOCS / "widths.md": widths.page(trials.load_records(widths.OUT)),
     }
     pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}
