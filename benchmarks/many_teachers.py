@@ -180,9 +180,14 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
             kind = "not to be told apart" if not sure[part, name] < SURE else "ahead" if each.mean > 0 else "behind"
             kinds[kind].append(f"`{name}` {_points(each)}")
         said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-        lines.append(f"* {_length(part, results)}: {said}.")
+        highest = [f"{max(line, key=lambda t: _mean(results, line[t]))} {label}" for label, line in LINES.items()]
+        lines.append(f"* {_length(part, results)}: {said}. The mean is the highest with {', '.join(highest)}.")
     start = "More teachers than two, less two teachers at equal cost, in points of test accuracy, ± standard error:"
     return "\n\n".join([start, "\n".join(lines)])
+
+
+def _mean(results: dict[str, Any], name: str) -> float:
+    return summarise(results["strategies"][name]["values"]).mean
 
 
 def _length(part: str, results: dict[str, Any]) -> str:

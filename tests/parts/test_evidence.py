@@ -138,6 +138,10 @@ def test_the_page_begins_with_where_ours_is_not_ahead() -> None:
     assert first.startswith("**Where ours is not ahead**, at equal cost")
     assert lines.splitlines()[0].startswith("* toys: behind `ensemble` -30.50 ± 0.")
     assert lines.splitlines()[1] == "* toys: no sure difference from `restart` +5.25 ± 5.09."
+    assert lines.splitlines()[2] == (
+        "* toys: with 4 replicates hardly anything is sure after 3 comparisons. Its mean is behind 1 of the 3; one by one, by "
+        "p < 0.05, it is behind `ensemble`, and ahead of `one`."
+    )
     assert second == "**Where it is:**"
     assert ahead.startswith("* toys: ahead of `one` +20.25 ± 0.")
     assert "| paper" in page
