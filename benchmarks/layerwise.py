@@ -11,6 +11,7 @@ by counted operations.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import warnings
 from collections.abc import Sequence
@@ -52,14 +53,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "experiments"
 BATCH, RATE, LINK_AT, MERGE_EPOCHS = 50, 0.02, 0.25, 8
 TASKS = {"digits": "digits of scikit-learn", "mnist": "1,000 images of MNIST"}
 WHOLE = "whole"
-MERGES = {  # parts, and how many times as long a merge stage
-    WHOLE: (1, 1),
-    "2 parts": (2, 1),
-    "4 parts": (4, 1),
-    "2 parts, twice as long": (2, 2),
-    "4 parts, twice as long": (4, 2),
-}
-SEGMENTS = (2, 4, 8, 16, 32)
+MERGES = {WHOLE: 1, "2 parts": 2, "4 parts": 4}
+SEGMENTS = (4, 8, 16)
 IMAGES = {"ResNet-18": 64, "ViT": 64}  # per step, for which memory is counted
 
 
@@ -82,26 +77,23 @@ class Replicate:
 
     def results(self) -> dict[str, Any]:
         """Accuracies of the students on test images, before the fine-tuning and after it, and the merge stages' costs."""
-        teachers = [self.trained(self.fresh(number), f"teacher {number}", 1) for number in range(2)]
-        found = {name: self.merged(teachers, parts, times * MERGE_EPOCHS) for name, (parts, times) in MERGES.items()}
-        fresh = accuracy(self.trained(self.fresh("fresh"), "fresh", 3), self.test)
+        teachers = [self.teacher(number) for number in range(2)]
+        found = {name: self.merged(teachers, parts) for name, parts in MERGES.items()}
         own = [accuracy(teacher, self.test) for teacher in teachers]
-        return {"seed": self.seed, "epochs": self.epochs, "teachers": own, "fresh": fresh, "merges": found}
-
-    def fresh(self, name: object) -> nn.Module:
-        torch.manual_seed(hash_of(self.seed, "weights", name))
-        return network(self.train_data[0].shape[-1])
+        return {"seed": self.seed, "epochs": self.epochs, "teachers": own, "merges": found}
 
     def loader(self, name: str) -> Shuffled:
         return Shuffled(self.train_data, BATCH, hash_of(self.seed, "order", name))
 
-    def trained(self, model: nn.Module, name: str, times: int) -> nn.Module:
-        methods.train(model, self.loader(name), epochs=times * self.epochs, lr=RATE)
+    def teacher(self, number: int) -> nn.Module:
+        torch.manual_seed(hash_of(self.seed, "weights", number))
+        model = network(self.train_data[0].shape[-1])
+        methods.train(model, self.loader(f"teacher {number}"), epochs=self.epochs, lr=RATE)
         return model
 
-    def merged(self, teachers: Sequence[nn.Module], parts: int, merge_epochs: int) -> dict[str, float]:
+    def merged(self, teachers: Sequence[nn.Module], parts: int) -> dict[str, float]:
         """A merge in so many parts, with a fine-tuning of what the merge stage leaves of E epochs."""
-        spent = self.cost(teachers, Options(layerwise=parts, merge_epochs=merge_epochs, link_at=LINK_AT))
+        spent = self.cost(teachers, Options(layerwise=parts, merge_epochs=MERGE_EPOCHS, link_at=LINK_AT))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of gates that have not settled
             student, history = fastmerge.merge(
@@ -110,7 +102,7 @@ class Replicate:
                 val_loader=[self.test],
                 val_every=10_000,
                 layerwise=parts,
-                merge_epochs=merge_epochs,
+                merge_epochs=MERGE_EPOCHS,
                 finetune_epochs=max(1, round(self.epochs - spent)),
                 link_at=LINK_AT,
                 lr=RATE,
@@ -176,27 +168,28 @@ def memory(name: str, make: Any, x: Tensor) -> dict[str, Any]:
         x: two images.
     """
     teachers = [make() for _ in range(2)]
-
-    def counted(network: nn.Module) -> dict[str, Any]:
-        operations, kept = counted_step(network, [x])
-        weights = sum(parameter.nbytes for parameter in network.parameters())
-        found: dict[str, Any] = {"operations": operations, "kept": kept, "weights": weights}
-        if isinstance(network, BigStudent):
-            forward, _ = counted_step(network.requires_grad_(True), [x], backward=False)
-            network.requires_grad_(True)
-            found |= {"forward": forward, "segments": {str(k): Segments(network, k, x).total for k in SEGMENTS}}
-        return found
-
-    found: dict[str, Any] = {"one": counted(make())}
+    found: dict[str, Any] = {"one": _counted(make(), x)}
     for parts in (1, 2, 4):
         options, steps = Options(layerwise=parts, merge_epochs=parts, link_at=1.0), []
         for _, big, _ in stage_networks(teachers, x, options, verify=False):
             if parts == 1:
-                found["block-diagonal"] = [counted(big)]
+                found["block-diagonal"] = [_counted(big, x)]
             big.link()
-            steps.append(counted(big))
+            steps.append(_counted(big, x))
         found[str(parts)] = steps
     return {"network": name, "images": len(x), **found}
+
+
+def _counted(network: nn.Module, x: Tensor) -> dict[str, Any]:
+    operations, kept = counted_step(network, [x])
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    found: dict[str, Any] = {"operations": operations, "kept": kept, "weights": weights}
+    if isinstance(network, BigStudent):
+        forward, _ = counted_step(network, [x], backward=False)
+        network.requires_grad_(True)
+        found |= {"forward": forward, "segments": {str(k): Segments(network, k, x).total for k in SEGMENTS}}
+    gc.collect()  # graphs are cycles, which hold activations
+    return found
 
 
 def networks() -> dict[str, tuple[Any, Tensor]]:
@@ -204,7 +197,7 @@ def networks() -> dict[str, tuple[Any, Tensor]]:
     from torchvision.models import VisionTransformer, resnet18
 
     def vit() -> nn.Module:
-        return VisionTransformer(224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
+        return VisionTransformer(224, 16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768)
 
     images = torch.randn(2, 3, 224, 224)
     return {"ResNet-18": (resnet18, images), "ViT": (vit, images)}
@@ -273,7 +266,7 @@ def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
             f"Two teachers, float32, {IMAGES['ResNet-18']} images of 224 × 224 a step. Counted on a CPU, not measured on a "
             "card: weights, gradients and momentum of SGD, and what autograd keeps of the forward pass; of parts the largest. "
             "Operations of a step are relative to one network's, of parts their mean, all linked; the ViT has 12 blocks of "
-            "width 384. Early compaction starts with the whole big student, whatever it becomes: its peak is the whole's. "
+            "width 192. Early compaction starts with the whole big student, whatever it becomes: its peak is the whole's. "
             "Activation checkpointing is what `torch.utils.checkpoint` would keep with the big student's program in the best "
             f"of {', '.join(map(str, SEGMENTS))} segments, and takes another forward pass; fastmerge has no option for it.",
         ]
@@ -288,16 +281,6 @@ def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
             gap = "" if name == WHOLE else gaps_text(gaps(records, name))
             cost = fmean(r["merges"][name]["cost"] for r in records)
             rows.append([name, mean_text(students), gap, mean_text(at_once), f"{cost:.1f}"])
-        fresh = [100 * r["fresh"] for r in records]
-        rows.append(
-            [
-                "fresh network, 3 E epochs",
-                mean_text(fresh),
-                gaps_text([a - b for a, b in zip(fresh, whole(records), strict=True)]),
-                "",
-                "",
-            ]
-        )
         teachers = [100 * value for r in records for value in r["teachers"]]
         header = ["merge", "student, %", "less whole", "before fine-tuning, %", "merge stage's cost"]
         parts += [
@@ -305,7 +288,7 @@ def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
             table(header, rows, markdown=True),
             f"{network.__doc__} n = {len(records)} replicates, E = {records[0]['epochs']} epochs. A teacher has "
             f"{fmean(teachers):.2f}. Merge stage and fine-tuning together cost E epochs of a teacher, by counted operations; a "
-            f"merge stage has {MERGE_EPOCHS} epochs, or twice as many. Test accuracy ± its standard error; *less whole* is the "
+            f"merge stage has {MERGE_EPOCHS} epochs. Test accuracy ± its standard error; *less whole* is the "
             "difference within a replicate.",
         ]
     made = next((m["environment"] for m in (counted, *measured.values()) if "environment" in m), None)
@@ -349,6 +332,16 @@ def conclusion(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> 
         sentences.append(
             f"* Memory of {found['network']} at the peak, of a whole linked big student's: {', '.join(each)}."
         )
+        rows = [
+            row for row in memory_rows(found)[3:] if "compaction" not in row[1]
+        ]  # without one network, and the linked
+        with_it = min((row for row in rows if "checkpointing" in row[1]), key=lambda row: float(row[3]))
+        without = min((row for row in rows if "checkpointing" not in row[1]), key=lambda row: float(row[3]))
+        sentences.append(
+            f"* The least for {found['network']} by what merge() has: {without[1]}, {without[3]} times one network's memory, at "
+            f"{without[4]} times its operations; with checkpointing, which it has not: {with_it[1].partition(',')[0]}, "
+            f"{with_it[3]} times, at {with_it[4]}."
+        )
     return "Where parts lose, first:\n\n" + "\n".join(sentences)
 
 
@@ -381,7 +374,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("memory", *TASKS))
     parser.add_argument("folder", type=Path, nargs="?", help="with mnist.npz")
-    parser.add_argument("--epochs", type=int, default=45, help="E, of a teacher (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=30, help="E, of a teacher (%(default)s)")
     parser.add_argument(
         "--images", type=int, default=1000, help="training images of MNIST, others in each replicate (%(default)s)"
     )
@@ -389,9 +382,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "memory":
-        found = {"networks": [memory(name, *made) for name, made in networks().items()], "environment": environment()}
-        with atomic(RESULTS / "layerwise-memory.json") as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found: dict[str, Any] = {"networks": [], "environment": environment()}
+        for name, made in networks().items():
+            found["networks"].append(memory(name, *made))
+            with atomic(RESULTS / "layerwise-memory.json") as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
     train, test = _digits() if options.what == "digits" else _mnist(options.folder)
 
