@@ -332,15 +332,18 @@ def conclusion(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> 
         sentences.append(
             f"* Memory of {found['network']} at the peak, of a whole linked big student's: {', '.join(each)}."
         )
-        rows = [
-            row for row in memory_rows(found)[3:] if "compaction" not in row[1]
-        ]  # without one network, and the linked
-        with_it = min((row for row in rows if "checkpointing" in row[1]), key=lambda row: float(row[3]))
-        without = min((row for row in rows if "checkpointing" not in row[1]), key=lambda row: float(row[3]))
+        rows = [row for row in memory_rows(found)[1:] if "compaction" not in row[1]]
+        with_it, without = (
+            min(
+                (row for row in rows if ("checkpointing" in row[1]) == wanted),
+                key=lambda row: (float(row[3]), float(row[4])),
+            )
+            for wanted in (True, False)
+        )
         sentences.append(
-            f"* The least for {found['network']} by what merge() has: {without[1]}, {without[3]} times one network's memory, at "
-            f"{without[4]} times its operations; with checkpointing, which it has not: {with_it[1].partition(',')[0]}, "
-            f"{with_it[3]} times, at {with_it[4]}."
+            f"* The least for {found['network']} by what merge() has: {without[1]}, {without[3]} times one network's memory at "
+            f"{without[4]} times its operations. With activation checkpointing, which merge() has not: "
+            f"{with_it[1].partition(',')[0]}, {with_it[3]} times at {with_it[4]} times."
         )
     return "Where parts lose, first:\n\n" + "\n".join(sentences)
 
