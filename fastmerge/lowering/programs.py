@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 import operator
 from collections.abc import Callable, Sequence
@@ -148,8 +149,42 @@ def _compiled(
 def function_of(graph: fx.Graph, what: str) -> Callable[..., Any]:
     """A graph as a function of the root and its inputs, whose code tracebacks show under what it is."""
     code = graph.python_code("self")
+    source = ast.unparse(_FromModules().visit(ast.parse(code.src)))
     filename = f"<fastmerge {what} {id(graph)}>"
     namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), namespace)
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     return namespace["forward"]
+
+
+class _FromModules(ast.NodeTransformer):
+    """Takes modules on the way to what code reads from ``_modules``: as attributes, nn.Module looks for them in Python."""
+
+    def visit(self, node: ast.AST) -> Any:
+        path = _path(node)
+        if not path:
+            return super().visit(node)
+        way = "".join(f"._modules[{name!r}]" for name in path[:-1])
+        return ast.parse(f"getattr(self{way}, {path[-1]!r})", mode="eval").body
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        path = _path(node.func)
+        if path:
+            node.func = ast.parse("self" + "".join(f"._modules[{name!r}]" for name in path), mode="eval").body
+        else:
+            node.func = self.visit(node.func)
+        return node
+
+
+def _path(node: ast.AST) -> list[str] | None:
+    """The names that lead from ``self`` to what an expression gives, as fx writes it; None for another expression."""
+    if isinstance(node, ast.Name) and node.id == "self":
+        return []
+    if isinstance(node, ast.Attribute):
+        base, name = node.value, node.attr
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+        base, name = node.args[0], ast.literal_eval(node.args[1])
+    else:
+        return None
+    path = _path(base)
+    return None if path is None else [*path, name]

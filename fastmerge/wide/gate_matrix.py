@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.gates import HardConcrete
+from fastmerge.kernels.direct import apply
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
 
 
@@ -139,8 +140,7 @@ def hand_out_gates(gates: Tensor | None, runs: Sequence[Run], indices: Sequence[
         return (None,) * (len(runs) + len(indices))
     if is_traced() or not gates.requires_grad:
         return _cut(gates, runs, indices)
-    pieces: tuple[Any, ...] = _HandOut.apply(gates, tuple(runs), *indices)
-    return pieces
+    return apply(_HandOut, gates, tuple(runs), *indices)
 
 
 def is_traced() -> bool:

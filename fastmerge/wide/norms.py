@@ -160,12 +160,10 @@ class WideBatchNorm(nn.Module):
         gate: GateStreams | None,
         readers: int,
     ) -> tuple[Tensor, ...]:
-        samples, columns = values[0].shape[0], None
-        if gates is not None and gate is not None:
-            (columns,) = gate.columns(gates, joined=True)
-            if columns.shape[0] not in (1, samples):
-                columns = columns.repeat_interleave(samples // columns.shape[0], dim=0)
-        tensors, counters, training = self._tensors(), self.num_batches_tracked, self.training
+        samples, columns = values[0].shape[0], None if gate is None else gates
+        if columns is not None and columns.shape[0] not in (1, samples):
+            columns = columns.repeat_interleave(samples // columns.shape[0], dim=0)
+        tensors, counters, training = self._tensors(), self._buffers["num_batches_tracked"], self.training
         counted = training and counters is not None
         options: dict[str, Any] = {
             "training": training or tensors[2] is None,
@@ -201,8 +199,9 @@ class WideBatchNorm(nn.Module):
 
     def _tensors(self, stream: int = 0, count: int = 1) -> list[Tensor | None]:
         """Weight, bias, running mean and variance: of one of the streams, or of all together."""
-        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
-        return [tensor if tensor is None or count == 1 else tensor.chunk(count)[stream] for tensor in tensors]
+        parameters, buffers = self._parameters, self._buffers  # as attributes, nn.Module looks them up in Python
+        tensors = [parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]]
+        return tensors if count == 1 else [t if t is None else t.chunk(count)[stream] for t in tensors]
 
     def _factors(self) -> list[float]:
         """How much of the batch enters the running statistics, per teacher: as much as of any before for momentum None."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.kernels.batch_norm import joined_of
-from fastmerge.kernels.direct import runs_direct
+from fastmerge.kernels.direct import apply, runs_direct
 
 
 def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, ...]:
@@ -18,8 +18,7 @@ def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, 
     To autograd they are tensors of their own, so that a ReLU in place on one leaves the others' versions alone.
     """
     if joined.requires_grad and runs_direct(joined):
-        streams: tuple[Tensor, ...] = _Split.apply(joined, num_teachers, dim)
-        return streams
+        return apply(_Split, joined, num_teachers, dim)
     return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastmerge.kernels.direct import apply
 from fastmerge.wide.gate_matrix import is_traced
 
 Weight = tuple[Tensor, ...]  # a tensor of all teachers and, where it was cut, each teacher's
@@ -37,11 +38,10 @@ def hand_out_weights(tensors: Sequence[Tensor], parts: Sequence[int]) -> tuple[W
     casts = tuple(dtype is not None and t.dtype != dtype and t.dtype in _CAST for t in tensors)
     if not any(casts) and all(count == 1 for count in cuts):
         return tuple((t,) for t in tensors)
-    found = iter(_HandOut.apply(dtype, casts, cuts, *tensors))
-    handed = []
+    found, handed, at = apply(_HandOut, dtype, casts, cuts, *tensors), [], 0
     for tensor, cast, count in zip(tensors, casts, cuts, strict=True):
-        whole = next(found) if cast else tensor
-        handed.append((whole, *(next(found) for _ in range(count if count > 1 else 0))))
+        start, at = at, at + cast + (count if count > 1 else 0)
+        handed.append(found[start:at] if cast else (tensor, *found[start:at]))
     return tuple(handed)
 
 

@@ -29,15 +29,17 @@ from fastmerge.kernels.batch_norm import cpu, ops, pool_ops
 from fastmerge.kernels.batch_norm.formulas import (
     ACTIVATIONS,
     MAX_WINDOW,
+    Looks,
     Norm,
     batch_norm_act_pool_reference,
     batch_norm_act_reference,
     check,
     gated,
+    looks,
     of_stream,
     pooling_window,
 )
-from fastmerge.kernels.direct import runs_direct
+from fastmerge.kernels.direct import apply, runs_direct
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -73,6 +75,7 @@ def _kernels() -> Any:
     return SimpleNamespace(
         statistics=statistics_triton.statistics,
         normalize=forward_triton.normalize,
+        normalize_batch=forward_triton.normalize_batch,
         gradients=backward_triton.gradients,
         pool=pool_triton.pool,
         pool_gradients=unpool_triton.gradients,
@@ -86,17 +89,15 @@ class _BatchNormAct(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: _Call,
+        running: tuple[Any, Any, Tensor | None],
+        seen: Looks,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
         gate: Tensor | None,
         *streams: Tensor,
     ) -> tuple[Tensor, ...]:
         xs, residual = streams[: call.streams], streams[call.streams :] or None
-        mean: Any = running_mean
-        var: Any = running_var
+        mean, var, batches = running
         peak: Any = ()
         place: Any = ()
         if call.on_cpu:
@@ -107,14 +108,18 @@ class _BatchNormAct(torch.autograd.Function):
         else:
             kernels = _kernels()
             if call.training:
-                changed = [t for t in (mean, var, batches) if t is not None]
-                torch.autograd.graph.increment_version(changed)
-                mean, var = kernels.statistics(xs, mean, var, call.momentum, batches)
+                torch.autograd.graph.increment_version([t for t in running if t is not None])
             norm = Norm(xs, weight, bias, mean, var, residual, gate, call.eps, call.activation)
-            if call.window is None:
-                y = kernels.normalize(norm)
+            if call.training and call.window is None:
+                y, norm = kernels.normalize_batch(norm, call.momentum, batches, seen)
             else:
-                y, peak, place = kernels.pool(norm, call.window, call.keep)
+                if call.training:
+                    mean, var = kernels.statistics(xs, mean, var, call.momentum, batches)
+                    norm = norm._replace(mean=mean, var=var)
+                if call.window is None:
+                    y = kernels.normalize(norm)
+                else:
+                    y, peak, place = kernels.pool(norm, call.window, call.keep)
         if call.keep:
             ctx.call = call
             ctx.set_materialize_grads(False)
@@ -128,7 +133,7 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         count = call.streams
-        _, needs_dweight, needs_dbias, _, _, _, needs_dgate, *needs_streams = ctx.needs_input_grad
+        _, _, _, needs_dweight, needs_dbias, needs_dgate, *needs_streams = ctx.needs_input_grad
         weight, bias, mean, var, gate, *tensors = ctx.saved_tensors
         x, kept = tensors[:count], tensors[count:]
         needs = (any(needs_streams[:count]), needs_dweight, needs_dbias, any(needs_streams[count:]), needs_dgate)
@@ -155,7 +160,7 @@ class _BatchNormAct(torch.autograd.Function):
         dx, dweight, dbias, dresidual, dgate = gradients
         of_streams = [*(dx or [None] * count), *(dresidual or [None] * (len(needs_streams) - count))]
         of_streams = [g if need else None for g, need in zip(of_streams, needs_streams, strict=True)]
-        return None, dweight, dbias, None, None, None, dgate, *of_streams
+        return None, None, None, dweight, dbias, dgate, *of_streams
 
 
 def _per_reader(dy: Sequence[Tensor | None], count: int) -> tuple[Any, Any]:
@@ -303,7 +308,8 @@ def batch_norm_act_streams(
     x, vectors = xs[0], (weight, bias, running_mean, running_var)
     call = _Call(len(xs), training, momentum, eps, activation, window, readers, not _holds_kernels(x), True)
     is_direct = runs_direct(x)
-    reason = _reason(call, is_direct, xs, vectors, residuals, gate)
+    batches = num_batches_tracked if training else None
+    reason, seen = _reason(call, is_direct, xs, vectors, residuals, gate, batches)
     if reason is None and window is not None and call.on_cpu:
         # All but the pooling.
         ys = batch_norm_act_streams(
@@ -317,14 +323,14 @@ def batch_norm_act_streams(
         pooled = [F.max_pool2d(y, window[:2], window[2:4], window[4:]) for y in ys]
         return tuple(gated(y, of_stream(gate, t, len(xs), 1)) for t, y in enumerate(pooled)) * readers
     if reason is None and is_direct:
-        batches = num_batches_tracked if training else None
         if window is not None:
             tensors = (*xs, weight, bias, gate)
             learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             call = call._replace(keep=learns)
-        return _BatchNormAct.apply(call, *vectors, batches, gate, *xs, *(residuals or ()))  # type: ignore[no-any-return]
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+        running = running_mean, running_var, batches
+        return apply(_BatchNormAct, call, running, seen, weight, bias, gate, *xs, *(residuals or ()))
+    if batches is not None:
+        batches.add_(1)
     way = _reference if reason is not None else _operators
     return tuple(way(call, xs, *vectors, residuals, gate)) * readers
 
@@ -435,21 +441,25 @@ def _reason(
     vectors: Sequence[Tensor | None],
     residuals: Sequence[Tensor] | None,
     gate: Tensor | None,
-) -> str | None:
-    """``_why_not``, after a look at whether the arguments fit one another; remembered for all that look alike."""
+    batches: Tensor | None,
+) -> tuple[str | None, Looks]:
+    """``_why_not``, after a look at whether the arguments fit one another; remembered for all that look alike.
+
+    Returns:
+        The reason, and in a direct call the ``looks`` of tensors in the order of ``Norm``, of streams the first, and batches.
+    """
     reason = _why_not_here(xs[0], is_direct)
     if reason is not None or not is_direct:
         _check(call, xs, vectors, residuals, gate)
-        return reason or _why_not(xs, vectors, residuals, call.activation, gate, call.window)
-    tensors = [None if t is None else (t.shape, t.dtype, t.device) for t in (*xs, gate, *vectors, *(residuals or ()))]
-    layouts = [x.stride() for x in xs] if call.on_cpu else ()
-    key = call, cpu._batch_norm is None, *tensors, *layouts
+        return reason or _why_not(xs, vectors, residuals, call.activation, gate, call.window), ()
+    seen = looks(xs[0], *vectors, residuals and residuals[0], gate, batches)
+    key = call, cpu._batch_norm is None, seen, looks(*xs[1:], *(residuals[1:] if residuals else ()))
     if key not in _reasons:
         _check(call, xs, vectors, residuals, gate)
         if len(_reasons) >= 4096:
             _reasons.clear()
         _reasons[key] = _why_not(xs, vectors, residuals, call.activation, gate, call.window)
-    return _reasons[key]
+    return _reasons[key], seen
 
 
 def _check(

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, Room, distance_of, room_like
-from fastmerge.kernels.batch_norm.sums_triton import first_streams, sum_gradients
+from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, looks, room_like
+from fastmerge.kernels.batch_norm.sums_triton import Sums, first_streams, plan_sums, sum_gradients
 from fastmerge.kernels.batch_norm.walk_triton import (
     Launch,
-    Looks,
     affine,
     before_activation,
     channels_of,
@@ -34,9 +33,8 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     gate_stride,
     gate_vector,
     gates_of,
-    in_dtypes_of,
+    in_dtype_of,
     kernel,
-    looks,
     on_meta,
     per_channel,
     plain,
@@ -122,66 +120,63 @@ def input_gradient_kernel(
             write(dx_ptr, dz * scale, at, dx_stride_n, dx_stride_p, dx_stride_c, LAST, VECTOR)
 
 
+class _Plan(NamedTuple):
+    """The two passes, None where not needed; how far the streams of dz are apart; the room for dx."""
+
+    sums: Sums | None
+    input_gradient: Launch | None
+    dz_distance: int
+    dx: Room
+
+
 @tiles.remembered
 def _plan(
-    seen: Looks, streams: int, joined: bool, vector: int, activation: str, eps: float, training: bool
-) -> tuple[Launch, Room]:
-    """The launch for what looks so: first streams of dz and x, vectors, gates; and the room for dx."""
-    dz, x, *vectors, gates = seen
-    check_vectors(*vectors)
-    x_, gate = on_meta(x), gate_like(gates)
-    dx = room_like(x_, streams, x_.shape[1] * x_.stride(1) if joined else None)
-    tensors = (x_, on_meta(dz), x_.new_empty_strided(x_.shape, dx.strides))
-    walk = walk_of(tensors, gate, summing=False, vector=math.gcd(vector, dx.distance))
-    launch = Launch(
-        input_gradient_kernel,
-        (*walk.grid, streams),
-        (float(walk.tiles.n * walk.tiles.p), eps),
-        (*walk.integers, gate_stride(gate)),
-        {
-            "ACTIVATION": activation,
-            "TRAINING": training,
-            **walk.constants,
-            "GATE_VECTOR": gate_vector(gate, x_.shape[1]),
-        },
-    )
-    return launch, dx
-
-
-def input_gradient(
-    dz: Sequence[Tensor],
     seen: Looks,
-    apart: tuple[int, int],
-    norm: Norm,
-    linear: bool,
-    sums: tuple[Tensor, Tensor] | None,
-) -> Sequence[Tensor]:
-    """The second pass, of streams that one launch reaches.
+    streams: int,
+    joined: bool,
+    vector: int,
+    activation: str,
+    eps: float,
+    training: bool,
+    needs: tuple[bool, ...],
+) -> _Plan:
+    """The launches for what looks so; see ``plan_sums``.
 
     Args:
-        dz: gradients before the activation, or of the results.
-        seen: ``looks`` of the first streams of dz and x, of the vectors, and of the gates unless ``linear``.
-        apart: ``distances`` of dz and x.
-        norm: of the forward pass.
-        linear: whether ``dz`` are gradients before the activation; otherwise there is no residual.
-        sums: dbias and dweight; None in evaluation.
-
-    Returns:
-        dx, dense in dtype and layout of ``x``, or slices of one tensor where these are.
-
-    Raises:
-        NotWalkableError: see ``tiles``.
+        joined: whether the streams of x are as far apart as slices of the channels of one tensor.
+        training, needs: see ``gradients``.
     """
-    x, weight, bias, mean, var, _, gate, eps, activation = norm
-    first = x[0]
-    tensors = (dz[0], first, weight, bias, mean, var, None if linear else gate)
-    launch, room_of_dx = _plan(
-        *(seen, len(x), apart[1] == first.shape[1] * first.stride(1), vector_of(*apart)),
-        *("identity" if linear else activation, eps, sums is not None),
+    dy, more, x, *vectors, residual, gates = seen
+    needs_dx, needs_dweight, needs_dbias, needs_dresidual, needs_dgate = needs
+    activates = activation != "identity"
+    needs_dz = (needs_dresidual and (activates or gates is not None or more is not None)) or (
+        needs_dx and (more is not None or (residual is not None and activates))
     )
-    dx = room_of_dx.empty(first.device)
-    launch((*tensors, *(sums or (None, None)), dx[0]), (*apart, room_of_dx.distance))
-    return dx
+    sums, launch, dz_distance = None, None, 0
+    if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
+        sums = plan_sums(seen, streams, vector, activation, eps, needs_dz, needs_dgate)
+    check_vectors(*vectors)
+    x_, dz_ = on_meta(x), on_meta(dy)
+    dx, gate = room_like(x_, streams, x_.shape[1] * x_.stride(1) if joined else None), gate_like(gates)
+    vector = math.gcd(vector, dx.distance)
+    if sums is not None and sums.dz is not None:  # what the second pass reads in place of dy, activation and gates
+        dz_, dz_distance = x_.new_empty_strided(x_.shape, sums.dz.strides), sums.dz.distance
+        vector, activation, gate = math.gcd(vector, dz_distance), "identity", None
+    if needs_dx:
+        walk = walk_of((x_, dz_, x_.new_empty_strided(x_.shape, dx.strides)), gate, summing=False, vector=vector)
+        launch = Launch(
+            input_gradient_kernel,
+            (*walk.grid, streams),
+            (float(walk.tiles.n * walk.tiles.p), eps),
+            (*walk.integers, gate_stride(gate)),
+            {
+                "ACTIVATION": activation,
+                "TRAINING": training,
+                **walk.constants,
+                "GATE_VECTOR": gate_vector(gate, x_.shape[1]),
+            },
+        )
+    return _Plan(sums, launch, dz_distance, dx)
 
 
 def gradients(
@@ -197,37 +192,34 @@ def gradients(
         needs: which of dx, dweight, dbias, dresidual and dgate are wanted.
 
     Returns:
-        Those gradients in the dtypes of what they belong to, None where not wanted; T of dx and of dresidual. dresidual is
-        ``dy`` itself where it equals it.
+        Those gradients in the dtypes of what they belong to, None where not wanted; T of dx and of dresidual. dx is dense in
+        the layout of ``x``, or slices of one tensor where these are. dresidual is ``dy`` itself where it equals it.
     """
-    x, gate = norm.x, norm.gate
-    residual = norm.residual if norm.activates or needs[4] else None
+    if norm.residual is not None and not norm.activates and not needs[4]:
+        norm = norm._replace(residual=None)  # its values change no gradient
+    x, weight, bias, mean, var, residual, gate, eps, activation = norm
     apart = distances(dy, more, x, residual)
     if apart is None:
         return stream_by_stream(
             lambda t: gradients(dy[t : t + 1], more and more[t : t + 1], norm.stream(t), training, needs), len(x)
         )
-    needs_dx, needs_dweight, needs_dbias, needs_dresidual, needs_dgate = needs
-    changed = norm.activates or gate is not None or more is not None
-    needs_dz = changed and (
-        needs_dresidual or (needs_dx and (more is not None or (residual is not None and norm.activates)))
-    )
-    dbias, dweight, dz, dgate, dx = None, None, None, None, None
-    summed = norm if residual is norm.residual else norm._replace(residual=None)
-    seen = looks(*first_streams(dy, more, summed))
+    seen = looks(*first_streams(dy, more, norm))
+    shape, strides, *_ = seen[2]  # type: ignore[misc]
+    joined = apart[2] == shape[1] * strides[1]
     try:
-        if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
-            dbias, dweight, dz, dgate = sum_gradients(dy, more, seen, apart, summed, needs_dz, needs_dgate)
-        if needs_dx:
-            sums = (dbias, dweight) if training else None
-            if dz is None:
-                dx = input_gradient(dy, (seen[0], *seen[2:7], seen[8]), (apart[0], apart[2]), norm, False, sums)
-            else:
-                of_dz = (*looks(dz[0]), *seen[2:7], None)
-                dx = input_gradient(dz, of_dz, (distance_of(dz) or 0, apart[2]), norm, True, sums)
+        plan = _plan(seen, len(x), joined, vector_of(*apart), activation, eps, training, tuple(needs))
     except tiles.NotWalkableError:
         return gradients(tiles.walkable(dy), more and tiles.walkable(more), plain(norm), training, needs)
-    dresidual = (dz if changed else dy) if needs_dresidual else None
-    needed = (needs_dweight, needs_dbias, needs_dgate)
-    dweight, dbias, dgate = in_dtypes_of((norm.weight, norm.bias, gate), (dweight, dbias, dgate), needed)
-    return dx, dweight, dbias, dresidual, dgate
+    dbias, dweight, dz, dgate, dx = None, None, None, None, None
+    if plan.sums is not None:
+        dbias, dweight, dz, dgate = sum_gradients(plan.sums, dy, more, apart, norm)
+    if plan.input_gradient is not None:
+        dx = plan.dx.empty(x[0].device)
+        read, gates, distance = (dy[0], gate, apart[0]) if dz is None else (dz[0], None, plan.dz_distance)
+        sums = (dbias, dweight) if training else (None, None)
+        plan.input_gradient(
+            (read, x[0], weight, bias, mean, var, gates, *sums, dx[0]), (distance, apart[2], plan.dx.distance)
+        )
+    changed = norm.activates or gate is not None or more is not None
+    dresidual = (dz if changed else dy) if needs[3] else None
+    return dx, in_dtype_of(weight, dweight, needs[1]), in_dtype_of(bias, dbias, needs[2]), dresidual, dgate

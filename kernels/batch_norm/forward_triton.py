@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, Room, is_channels_last, room
+from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, is_channels_last, looks, room
+from fastmerge.kernels.batch_norm.statistics_triton import Statistics, plan_statistics, statistics
 from fastmerge.kernels.batch_norm.walk_triton import (
     Launch,
-    Looks,
     activated,
     affine,
     channels_of,
@@ -24,7 +25,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     gate_vector,
     gates_of,
     kernel,
-    looks,
     on_meta,
     plain,
     read,
@@ -133,3 +133,44 @@ def normalize(norm: Norm) -> Sequence[Tensor]:
     y = room_of_y.empty(x[0].device)
     launch((*tensors, y[0]), (*apart, room_of_y.distance))
     return y
+
+
+@tiles.remembered
+def _plan_training(
+    seen: Looks, streams: int, vectors: tuple[int, int], momentum: float, activation: str, eps: float
+) -> tuple[Statistics, Launch, Room]:
+    """The launches of ``normalize_batch`` for what looks so, in the order of ``Norm``, then counters."""
+    x, weight, bias, *running, residual, gates, batches = seen
+    assert x is not None
+    of_batch = plan_statistics((x, *running, batches), streams, vectors[0], momentum)
+    vector = (of_batch.size,), (1,), torch.float32, x[3], True
+    return of_batch, *_plan((x, weight, bias, vector, vector, residual, gates), streams, vectors[1], activation, eps)
+
+
+def normalize_batch(norm: Norm, momentum: float, batches: Tensor | None, seen: Looks) -> tuple[Sequence[Tensor], Norm]:
+    """``normalize`` by the batch's own ``statistics``, found first.
+
+    Args:
+        norm: its mean and variance are the running ones, which are updated, or None.
+        momentum: weight of the new statistics in the running ones.
+        batches: counters that each go up by 1, or None.
+        seen: ``looks`` of the tensors of ``norm``, of streams the first, and of ``batches``.
+
+    Returns:
+        The results, and ``norm`` with the batch's mean and variance.
+    """
+    x, weight, bias, mean, var, residual, gate, eps, activation = norm
+    apart = distances(x, residual)
+    try:
+        if apart is None:
+            raise tiles.NotWalkableError("streams are at different distances")
+        vectors = vector_of(apart[0]), vector_of(*apart)
+        of_batch, launch, room_of_y = _plan_training(seen, len(x), vectors, momentum, activation, eps)
+    except tiles.NotWalkableError:
+        mean, var = statistics(x, mean, var, momentum, batches)
+        norm = norm._replace(mean=mean, var=var)
+        return normalize(norm), norm
+    mean, var = of_batch.run(x[0], apart[0], mean, var, batches)
+    y = room_of_y.empty(x[0].device)
+    launch((x[0], weight, bias, mean, var, residual and residual[0], gate, y[0]), (*apart, room_of_y.distance))
+    return y, Norm(x, weight, bias, mean, var, residual, gate, eps, activation)

@@ -20,10 +20,18 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, Room, distance_of, is_channels_last, pooled_shape, room
+from fastmerge.kernels.batch_norm.formulas import (
+    Looks,
+    Norm,
+    Room,
+    distance_of,
+    is_channels_last,
+    looks,
+    pooled_shape,
+    room,
+)
 from fastmerge.kernels.batch_norm.walk_triton import (
     Launch,
-    Looks,
     activated,
     affine,
     check_vectors,
@@ -31,7 +39,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     gate_stride,
     gate_vector,
     kernel,
-    looks,
     multiple,
     on_meta,
     per_channel,

@@ -20,15 +20,13 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import distance_of, of_stream
+from fastmerge.kernels.batch_norm.formulas import Looks, distance_of, looks, of_stream
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
     Launch,
-    Looks,
     channels_of,
     kernel,
-    looks,
     on_meta,
     read,
     share,
@@ -165,21 +163,36 @@ def merge_statistics_kernel(
                 tl.store(batches_ptr + counter, tl.load(batches_ptr + counter) + 1)
 
 
-class _Plan(NamedTuple):
+class Statistics(NamedTuple):
+    """The launches, into how many parts the first cuts a stream, and the length of the vectors, T·C."""
+
     partial_statistics: Launch
     merge_statistics: Launch
     parts: int
+    size: int
+
+    def run(
+        self, x: Tensor, distance: int, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See ``statistics``; the first stream, and elements from each to the next."""
+        device = x.device
+        partial = torch.empty(2 * self.size * self.parts, dtype=torch.float32, device=device)
+        mean = torch.empty(self.size, dtype=torch.float32, device=device)
+        var = torch.empty(self.size, dtype=torch.float32, device=device)
+        self.partial_statistics((x, partial), (distance,))
+        self.merge_statistics((partial, mean, var, running_mean, running_var, batches))
+        return mean, var
 
 
 @tiles.remembered
-def _plan(seen: Looks, streams: int, vector: int, momentum: float) -> _Plan:
+def plan_statistics(seen: Looks, streams: int, vector: int, momentum: float) -> Statistics:
     """The launches for streams, of which the first looks so, running mean, running variance and counters."""
     x, *running, batches = seen
     x_ = on_meta(x)
     walk = walk_of((x_,), None, summing=True, vector=vector)
     cut = walk.tiles
     strides = [0 if look is None else look[1][0] for look in running]
-    return _Plan(
+    return Statistics(
         Launch(partial_statistics_kernel, (*walk.grid, streams), (), walk.integers, walk.constants),
         Launch(
             merge_statistics_kernel,
@@ -189,6 +202,7 @@ def _plan(seen: Looks, streams: int, vector: int, momentum: float) -> _Plan:
             {"PARTS": MERGE_PARTS, "BLOCK_C": MERGE_C},
         ),
         cut.parts,
+        streams * x_.shape[1],
     )
 
 
@@ -216,13 +230,8 @@ def statistics(
         found = [statistics([own], *running[t], momentum, None if t else batches) for t, own in enumerate(x)]
         return torch.cat([mean for mean, _ in found]), torch.cat([var for _, var in found])
     try:
-        plan = _plan(looks(x[0], running_mean, running_var, batches), count, vector_of(distance), momentum)
+        seen = looks(x[0], running_mean, running_var, batches)
+        plan = plan_statistics(seen, count, vector_of(distance), momentum)
     except tiles.NotWalkableError:
         return statistics(tiles.walkable(x), running_mean, running_var, momentum, batches)
-    size, device = count * x[0].shape[1], x[0].device
-    partial = torch.empty(2 * size * plan.parts, dtype=torch.float32, device=device)
-    mean = torch.empty(size, dtype=torch.float32, device=device)
-    var = torch.empty(size, dtype=torch.float32, device=device)
-    plan.partial_statistics((x[0], partial), (distance,))
-    plan.merge_statistics((partial, mean, var, running_mean, running_var, batches))
-    return mean, var
+    return plan.run(x[0], distance, running_mean, running_var, batches)

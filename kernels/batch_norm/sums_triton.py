@@ -15,12 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, Room, is_channels_last, room
+from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, is_channels_last, room
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
     Launch,
-    Looks,
     activated,
     affine,
     before_activation,
@@ -37,7 +36,6 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     stream_of,
     tile,
     total_per_channel,
-    vector_of,
     walk_of,
     write,
 )
@@ -232,7 +230,9 @@ def _merge_parts(
         tl.store(dgate_ptr + column, tl.sum(dgate, 0)[None, :].to(dgate_ptr.dtype.element_ty), inside_c)
 
 
-class _Plan(NamedTuple):
+class Sums(NamedTuple):
+    """The launches, the room for dz, how the gates' gradient is summed, and programs along N and P, and along P."""
+
     sum_gradients: Launch
     merge_sums: Launch
     dz: Room | None
@@ -242,10 +242,22 @@ class _Plan(NamedTuple):
 
 
 @tiles.remembered
-def _plan(
+def plan_sums(
     seen: Looks, streams: int, vector: int, activation: str, eps: float, needs_dz: bool, needs_dgate: bool
-) -> _Plan:
-    """The launches for what looks so: first streams of dy, more and x, vectors, first stream of the residual, gates."""
+) -> Sums:
+    """The first pass, and the sum of its parts, for what looks so.
+
+    Args:
+        seen: ``looks`` of the ``first_streams``.
+        streams: T.
+        vector: see ``vector_of``.
+        activation, eps: of the forward pass.
+        needs_dz: whether to write the gradient before the activation.
+        needs_dgate: whether to sum the gates' gradient.
+
+    Raises:
+        NotWalkableError: see ``tiles``.
+    """
     dy, more, x, *vectors, residual, gates = seen
     check_vectors(*vectors)
     x_, gate = on_meta(x), gate_like(gates)
@@ -258,7 +270,7 @@ def _plan(
     walk = walk_of(tensors, gate, summing=True, vector=vector if dz is None else math.gcd(vector, dz.distance))
     cut = walk.tiles
     parts_p = cut.parts_p if mode == DGATE_BY_SAMPLE and cut.parts_p > 1 else 0
-    return _Plan(
+    return Sums(
         Launch(
             sum_gradients_kernel,
             (*walk.grid, streams),
@@ -278,39 +290,27 @@ def _plan(
 
 
 def first_streams(dy: Sequence[Tensor], more: Sequence[Tensor] | None, norm: Norm) -> tuple[Tensor | None, ...]:
-    """What the first pass reads, of streams the first."""
+    """What the first pass reads, of streams the first: dy, more, x, vectors, residual, gates."""
     x, weight, bias, mean, var, residual, gate, *_ = norm
     return dy[0], more and more[0], x[0], weight, bias, mean, var, residual and residual[0], gate
 
 
 def sum_gradients(
-    dy: Sequence[Tensor],
-    more: Sequence[Tensor] | None,
-    seen: Looks,
-    apart: tuple[int, ...],
-    norm: Norm,
-    needs_dz: bool,
-    needs_dgate: bool,
+    plan: Sums, dy: Sequence[Tensor], more: Sequence[Tensor] | None, apart: tuple[int, ...], norm: Norm
 ) -> tuple[Tensor, Tensor, Sequence[Tensor] | None, Tensor | None]:
-    """The first pass, and the sum of its parts, of streams that one launch reaches.
+    """Runs ``plan_sums``.
 
     Args:
+        plan: for what these tensors look like.
         dy: gradients of the T results.
         more: further gradients of them, or None.
-        seen: ``looks`` of the ``first_streams``.
         apart: ``distances`` of dy, more, x and residual.
         norm: of the forward pass; or with other tensors in place of ``x``.
-        needs_dz: whether to write the gradient before the activation.
-        needs_dgate: whether to sum the gates' gradient.
 
     Returns:
         dbias and dweight, float32, shape (T·C,); dz in dtype and layout of ``x``, or None; dgate as the gate is, or None.
-
-    Raises:
-        NotWalkableError: see ``tiles``.
     """
     x, gate = norm.x, norm.gate
-    plan = _plan(seen, len(x), vector_of(*apart), norm.activation, norm.eps, needs_dz, needs_dgate)
     device, size = x[0].device, len(x) * x[0].shape[1]
     dz = None if plan.dz is None else plan.dz.empty(device)
     partial = torch.empty(3 * size * plan.parts, dtype=torch.float32, device=device)

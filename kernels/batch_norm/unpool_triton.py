@@ -15,12 +15,11 @@ from typing import Any
 
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, Room, distance_of, room_like
+from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, distance_of, looks, room_like
 from fastmerge.kernels.batch_norm.pool_triton import cut, gate_of, patch, window_constants
-from fastmerge.kernels.batch_norm.sums_triton import first_streams, sum_gradients
+from fastmerge.kernels.batch_norm.sums_triton import first_streams, plan_sums, sum_gradients
 from fastmerge.kernels.batch_norm.walk_triton import (
     Launch,
-    Looks,
     affine,
     before_activation,
     check_vectors,
@@ -28,9 +27,8 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     gate_like,
     gate_stride,
     gate_vector,
-    in_dtypes_of,
+    in_dtype_of,
     kernel,
-    looks,
     multiple,
     on_meta,
     per_channel,
@@ -209,7 +207,7 @@ def gradients(
         Those gradients in the dtypes of what they belong to, None where not wanted; T of dx.
     """
     norm = plain(norm)._replace(x=norm.x)  # the second pass takes x as it lies
-    x, gate = norm.x, norm.gate
+    x = norm.x
     needs_dx, needs_dweight, needs_dbias, needs_dgate = needs
     dy, more = tiles.walkable(dy), more and tiles.walkable(more)
     apart = distances(dy, more, peak, place, x)
@@ -227,9 +225,9 @@ def gradients(
     if (training and needs_dx) or needs_dweight or needs_dbias or needs_dgate or needs_dz:
         pooled = norm._replace(x=peak)
         seen = looks(*first_streams(dy, more, pooled))
-        dbias, dweight, dz, dgate = sum_gradients(
-            dy, more, seen, (of_dy, of_more, of_peak, 0), pooled, needs_dz, needs_dgate
-        )
+        vector = vector_of(of_dy, of_more, of_peak)
+        plan = plan_sums(seen, len(x), vector, norm.activation, norm.eps, needs_dz, needs_dgate)
+        dbias, dweight, dz, dgate = sum_gradients(plan, dy, more, (of_dy, of_more, of_peak, 0), pooled)
         if dz is not None:
             dy, of_dy, norm = dz, distance_of(dz) or 0, norm._replace(activation="identity", gate=None)
     if needs_dx:
@@ -241,5 +239,4 @@ def gradients(
         dx = room_of_dx.empty(x[0].device)
         sums = (dbias, dweight) if training else (None, None)
         launch((*tensors, *sums, dx[0]), (of_dy, of_place, of_x, room_of_dx.distance))
-    needed = (needs_dweight, needs_dbias, needs_dgate)
-    return (dx, *in_dtypes_of((norm.weight, norm.bias, gate), (dweight, dbias, dgate), needed))
+    return dx, in_dtype_of(norm.weight, dweight, needs_dweight), in_dtype_of(norm.bias, dbias, needs_dbias), dgate

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Norm, distance_of
+from fastmerge.kernels.batch_norm.formulas import Look, Norm, distance_of
 from fastmerge.kernels.batch_norm.tiles import MOST_AT_ONCE
 from torch import Tensor
 
@@ -238,20 +238,10 @@ def vector_of(*apart: int) -> int:
     return math.gcd(MOST_AT_ONCE, *apart)
 
 
-# Shape, strides, dtype, and whether it begins on a multiple of 16 bytes: all that a launch depends on of a tensor.
-Look = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
-Looks = tuple[Look | None, ...]
-
-
-def looks(*tensors: Tensor | None) -> Looks:
-    """How tensors look to a launch."""
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-
-
 def on_meta(look: Look | None) -> Tensor:
     """A tensor that looks so, without memory."""
     assert look is not None
-    shape, strides, dtype, _ = look
+    shape, strides, dtype, *_ = look
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
@@ -320,11 +310,8 @@ def stream_by_stream(gradients: Callable[[int], tuple[Any, ...]], count: int) ->
     return tuple(found)
 
 
-def in_dtypes_of(
-    tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients in the dtypes of what they belong to, None where not needed."""
-    return [
-        None if not need or g is None or t is None else g if g.dtype == t.dtype else g.to(t.dtype)
-        for t, g, need in zip(tensors, gradients, needs, strict=True)
-    ]
+def in_dtype_of(tensor: Tensor | None, gradient: Tensor | None, needed: bool) -> Tensor | None:
+    """A gradient in the dtype of what it belongs to, None where not needed."""
+    if tensor is None or gradient is None or not needed:
+        return None
+    return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
