@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,28 +169,42 @@ class _HandOut(torch.autograd.Function):
         nothing = (None,) * (1 + len(ctx.indices))
         if not of_runs and not of_indices:
             return None, *nothing
-        by_run: dict[Run, list[Tensor]] = {}
-        overlapping: list[tuple[Run, Tensor]] = []
-        for run, grad in of_runs:
-            if run not in by_run and any(run[0] < sum(other) and other[0] < sum(run) for other in by_run):
-                overlapping.append((run, grad))
-            else:
-                by_run.setdefault(run, []).append(grad)
-        totals = dict(zip(by_run, _sums([*by_run.values()]), strict=True))
+        equal, gaps, overlapping = _side_by_side(tuple([run for run, _ in of_runs]), ctx.columns)
+        totals = _sums([[of_runs[number][1] for number in numbers] for numbers in equal])
         like = next(grad for grad in gradients if grad is not None)
-        parts, column = [], 0
-        for run in [*sorted(totals), (ctx.columns, 0)]:
-            if run[0] > column:
-                parts.append(like.new_zeros(like.shape[0], run[0] - column))
-            if run in totals:
-                parts.append(totals[run])
-            column = sum(run)
-        total = torch.cat(parts, 1)
-        for (start, count), grad in overlapping:
-            total.narrow(1, start, count).add_(grad)
+        for position, columns in gaps:
+            totals.insert(position, like.new_zeros(like.shape[0], columns))
+        total = torch.cat(totals, 1)
+        for number in overlapping:
+            run, grad = of_runs[number]
+            total.narrow(1, *run).add_(grad)
         for index, grad in of_indices:
             total.index_add_(1, index, grad)
         return total, *nothing
+
+
+@functools.lru_cache(maxsize=256)
+def _side_by_side(runs: tuple[Run, ...], columns: int) -> tuple[list[list[int]], list[tuple[int, int]], list[int]]:
+    """How runs lie in so many columns.
+
+    Returns:
+        Numbers of the runs, equal ones together, from left to right; the gaps between them, as positions in that list once
+        those before are filled, and columns; numbers of the runs that overlap with others.
+    """
+    by_run: dict[Run, list[int]] = {}
+    overlapping = []
+    for number, run in enumerate(runs):
+        if run not in by_run and any(run[0] < sum(other) and other[0] < sum(run) for other in by_run):
+            overlapping.append(number)
+        else:
+            by_run.setdefault(run, []).append(number)
+    gaps, column, position = [], 0, 0
+    for run in [*sorted(by_run), (columns, 0)]:
+        if run[0] > column:
+            gaps.append((position, run[0] - column))
+            position += 1
+        column, position = sum(run), position + 1
+    return [by_run[run] for run in sorted(by_run)], gaps, overlapping
 
 
 def _cut(gates: Tensor, runs: Sequence[Run], indices: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -175,10 +175,9 @@ class Statistics(NamedTuple):
         self, x: Tensor, distance: int, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See ``statistics``; the first stream, and elements from each to the next."""
-        device = x.device
-        partial = torch.empty(2 * self.size * self.parts, dtype=torch.float32, device=device)
-        mean = torch.empty(self.size, dtype=torch.float32, device=device)
-        var = torch.empty(self.size, dtype=torch.float32, device=device)
+        partial = x.new_empty(2 * self.size * self.parts, dtype=torch.float32)
+        mean = x.new_empty(self.size, dtype=torch.float32)
+        var = x.new_empty(self.size, dtype=torch.float32)
         self.partial_statistics((x, partial), (distance,))
         self.merge_statistics((partial, mean, var, running_mean, running_var, batches))
         return mean, var

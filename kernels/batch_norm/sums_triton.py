@@ -311,17 +311,17 @@ def sum_gradients(
         dbias and dweight, float32, shape (T·C,); dz in dtype and layout of ``x``, or None; dgate as the gate is, or None.
     """
     x, gate = norm.x, norm.gate
-    device, size = x[0].device, len(x) * x[0].shape[1]
-    dz = None if plan.dz is None else plan.dz.empty(device)
-    partial = torch.empty(3 * size * plan.parts, dtype=torch.float32, device=device)
-    dbias = torch.empty(size, dtype=torch.float32, device=device)
-    dweight = torch.empty(size, dtype=torch.float32, device=device)
+    first, size = x[0], len(x) * x[0].shape[1]
+    dz = None if plan.dz is None else plan.dz.empty(first.device)
+    partial = first.new_empty(3 * size * plan.parts, dtype=torch.float32)
+    dbias = first.new_empty(size, dtype=torch.float32)
+    dweight = first.new_empty(size, dtype=torch.float32)
     dgate = dgate_parts = None
     if plan.mode != NO_DGATE:
         assert gate is not None
-        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=device)
+        dgate = gate.new_empty(gate.shape)
     if plan.parts_p:
-        dgate_parts = torch.empty(plan.parts_p * x[0].shape[0] * size, dtype=torch.float32, device=device)
+        dgate_parts = first.new_empty(plan.parts_p * first.shape[0] * size, dtype=torch.float32)
     plan.sum_gradients(
         (*first_streams(dy, more, norm), dz and dz[0], dgate if dgate_parts is None else dgate_parts, partial),
         (*apart, plan.dz.distance if plan.dz else 0),
