@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from fastmerge.kernels.batch_norm import act
 from fastmerge.kernels.block_conv import fixed_choice
+from fastmerge.kernels.launch import forget
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -183,7 +184,6 @@ class _Kernel:
 def _triton_without_driver(launched: Callable[[str, int, Sequence[Any]], None]) -> Iterator[None]:
     """Within it, Triton runs up to the point where it would compile a kernel, or call the driver with a compiled one."""
     import triton
-    from fastmerge.kernels.batch_norm import tiles
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -207,7 +207,7 @@ def _triton_without_driver(launched: Callable[[str, int, Sequence[Any]], None]) 
             yield
     finally:
         active._active = before
-        tiles.forget()
+        forget()
         for function in functions:
             function.device_caches.clear()
 

@@ -29,17 +29,16 @@ from fastmerge.kernels.batch_norm import cpu, ops, pool_ops
 from fastmerge.kernels.batch_norm.formulas import (
     ACTIVATIONS,
     MAX_WINDOW,
-    Looks,
     Norm,
     batch_norm_act_pool_reference,
     batch_norm_act_reference,
     check,
     gated,
-    looks,
     of_stream,
     pooling_window,
 )
 from fastmerge.kernels.direct import apply, runs_direct
+from fastmerge.kernels.launch import Looks, looks
 from torch import Tensor
 from torch.autograd import forward_ad
 

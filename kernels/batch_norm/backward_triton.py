@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, looks, room_like
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, room_like
 from fastmerge.kernels.batch_norm.sums_triton import Sums, first_streams, plan_sums, sum_gradients
 from fastmerge.kernels.batch_norm.walk_triton import (
-    Launch,
     affine,
     before_activation,
     channels_of,
@@ -47,6 +46,7 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     walk_of,
     write,
 )
+from fastmerge.kernels.launch import Launch, Looks, looks, remembered
 from torch import Tensor
 
 
@@ -129,7 +129,7 @@ class _Plan(NamedTuple):
     dx: Room
 
 
-@tiles.remembered
+@remembered
 def _plan(
     seen: Looks,
     streams: int,

@@ -266,18 +266,6 @@ def distance_of(streams: Sequence[Tensor]) -> int | None:
     return None if step % itemsize else step // itemsize
 
 
-# Shape, strides, dtype, device, and whether it begins on a multiple of 16 bytes: all that a call depends on of a tensor.
-Look = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool]
-Looks = tuple[Look | None, ...]
-
-
-def looks(*tensors: Tensor | None) -> Looks:
-    """How tensors look to what is remembered of a call."""
-    return tuple(
-        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0) for t in tensors]
-    )
-
-
 def joined_of(streams: Sequence[Tensor], dim: int) -> Tensor | None:
     """The tensor whose slices along a dimension the streams are, or None where there is none."""
     first = streams[0]

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, is_channels_last, looks, room
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, is_channels_last, room
 from fastmerge.kernels.batch_norm.statistics_triton import Statistics, plan_statistics, statistics
 from fastmerge.kernels.batch_norm.walk_triton import (
-    Launch,
     activated,
     affine,
     channels_of,
@@ -35,6 +34,7 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     walk_of,
     write,
 )
+from fastmerge.kernels.launch import Launch, Looks, looks, remembered
 from torch import Tensor
 
 
@@ -100,7 +100,7 @@ def normalize_kernel(
             write(y_ptr, y, at, y_stride_n, y_stride_p, y_stride_c, LAST, VECTOR)
 
 
-@tiles.remembered
+@remembered
 def _plan(seen: Looks, streams: int, vector: int, activation: str, eps: float) -> tuple[Launch, Room]:
     """The launch for what looks so, in the order of ``Norm``, streams by the first; and the room for its results."""
     x, *vectors, residual, gates = seen
@@ -135,7 +135,7 @@ def normalize(norm: Norm) -> Sequence[Tensor]:
     return y
 
 
-@tiles.remembered
+@remembered
 def _plan_training(
     seen: Looks, streams: int, vectors: tuple[int, int], momentum: float, activation: str, eps: float
 ) -> tuple[Statistics, Launch, Room]:

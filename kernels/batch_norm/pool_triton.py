@@ -21,17 +21,14 @@ import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
 from fastmerge.kernels.batch_norm.formulas import (
-    Looks,
     Norm,
     Room,
     distance_of,
     is_channels_last,
-    looks,
     pooled_shape,
     room,
 )
 from fastmerge.kernels.batch_norm.walk_triton import (
-    Launch,
     activated,
     affine,
     check_vectors,
@@ -46,6 +43,7 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     stream_of,
     vector_of,
 )
+from fastmerge.kernels.launch import Launch, Looks, looks, remembered
 from torch import Tensor
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -161,7 +159,7 @@ def pool_kernel(
         tl.store(stream_of(peak_ptr, peak_stride_t, VECTOR) + offset, peak.to(peak_ptr.dtype.element_ty), inside)
 
 
-@tiles.remembered
+@remembered
 def _plan(
     seen: Looks, window: tuple[int, ...], streams: int, vector: int, activation: str, eps: float
 ) -> tuple[Launch, Room, Room]:

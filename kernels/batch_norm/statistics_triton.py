@@ -20,11 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Looks, distance_of, looks, of_stream
+from fastmerge.kernels.batch_norm.formulas import distance_of, of_stream
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
-    Launch,
     channels_of,
     kernel,
     on_meta,
@@ -36,6 +35,7 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     vector_of,
     walk_of,
 )
+from fastmerge.kernels.launch import Launch, Looks, looks, remembered
 from torch import Tensor
 
 
@@ -183,7 +183,7 @@ class Statistics(NamedTuple):
         return mean, var
 
 
-@tiles.remembered
+@remembered
 def plan_statistics(seen: Looks, streams: int, vector: int, momentum: float) -> Statistics:
     """The launches for streams, of which the first looks so, running mean, running variance and counters."""
     x, *running, batches = seen

@@ -14,12 +14,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, is_channels_last, room
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, is_channels_last, room
 from fastmerge.kernels.batch_norm.walk_triton import (
     MERGE_C,
     MERGE_PARTS,
-    Launch,
     activated,
     affine,
     before_activation,
@@ -39,6 +37,7 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     walk_of,
     write,
 )
+from fastmerge.kernels.launch import Launch, Looks, remembered
 from torch import Tensor
 
 # What becomes of the gates' gradient in the summing pass.
@@ -241,7 +240,7 @@ class Sums(NamedTuple):
     parts_p: int
 
 
-@tiles.remembered
+@remembered
 def plan_sums(
     seen: Looks, streams: int, vector: int, activation: str, eps: float, needs_dz: bool, needs_dgate: bool
 ) -> Sums:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from fastmerge.kernels.launch import forget, remembered
 from torch import Tensor
 
 # Elements of a tile, 8 in each of 128 threads: one or two vector loads of each tensor. Larger ones take so many registers in
@@ -95,23 +96,6 @@ class Walk(NamedTuple):
     def constants(self) -> dict[str, int]:
         """The constexpr arguments that every kernel takes."""
         return {**self.tiles.blocks, "LAST": self.last, "VECTOR": self.vector, "STAGES": STAGES}
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-_remembering: list[Any] = []
-
-
-def remembered(function: Function) -> Function:
-    """Keeps what a function finds out about shapes and strides, as long as the constants of this module are the same."""
-    cached = functools.lru_cache(maxsize=4096)(function)
-    _remembering.append(cached)
-    return cached  # type: ignore[return-value]
-
-
-def forget() -> None:
-    """Empties all that is ``remembered``, compiled kernels among it."""
-    for function in _remembering:
-        function.cache_clear()
 
 
 @contextmanager

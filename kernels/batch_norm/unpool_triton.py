@@ -15,11 +15,10 @@ from typing import Any
 
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Looks, Norm, Room, distance_of, looks, room_like
+from fastmerge.kernels.batch_norm.formulas import Norm, Room, distance_of, room_like
 from fastmerge.kernels.batch_norm.pool_triton import cut, gate_of, patch, window_constants
 from fastmerge.kernels.batch_norm.sums_triton import first_streams, plan_sums, sum_gradients
 from fastmerge.kernels.batch_norm.walk_triton import (
-    Launch,
     affine,
     before_activation,
     check_vectors,
@@ -37,6 +36,7 @@ from fastmerge.kernels.batch_norm.walk_triton import (
     stream_of,
     vector_of,
 )
+from fastmerge.kernels.launch import Launch, Looks, looks, remembered
 from torch import Tensor
 
 
@@ -146,7 +146,7 @@ def unpool_kernel(
             tl.store(dx_ptr + h_ * dx_stride_h + w_ * dx_stride_w, (dz * scale).to(dx_ptr.dtype.element_ty), inside)
 
 
-@tiles.remembered
+@remembered
 def _plan(
     seen: Looks,
     window: tuple[int, ...],

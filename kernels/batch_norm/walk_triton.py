@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.batch_norm import tiles
-from fastmerge.kernels.batch_norm.formulas import Look, Norm, distance_of
+from fastmerge.kernels.batch_norm.formulas import Norm, distance_of
 from fastmerge.kernels.batch_norm.tiles import MOST_AT_ONCE
+from fastmerge.kernels.launch import Look
 from torch import Tensor
 
 # Shares and channels that a program which merges shares holds at a time.
@@ -171,60 +172,6 @@ def before_activation(dy, h, ACTIVATION: tl.constexpr):
 def total_per_channel(values):
     """Sums a tile over samples and positions."""
     return tl.sum(tl.sum(values, 0), 0)[None, None, :]
-
-
-class Launch:
-    """A kernel with all of its arguments but the tensors, and how far their streams are apart.
-
-    It is made once for all calls whose ``looks`` are the same. Triton looks at the tensors of the first, and what it compiled
-    runs all later ones.
-
-    Args:
-        function: the kernel. Its parameters come in the order tensors, distances, numbers, integers, constants.
-        grid: three sizes.
-        numbers: floats.
-        integers: sizes and strides.
-        constants: constexprs.
-        warps: of a program.
-    """
-
-    def __init__(
-        self,
-        function: Any,
-        grid: tuple[int, ...],
-        numbers: tuple[float, ...],
-        integers: tuple[int, ...],
-        constants: dict[str, Any],
-        warps: int = 4,
-    ) -> None:
-        self._function, self._grid, self._constants, self._warps = function, grid, constants, warps
-        self._numbers = (*numbers, *integers)
-        self._rest = (*self._numbers, *constants.values())
-        self._compiled: dict[int, Any] = {}
-
-    def __call__(self, tensors: Sequence[Tensor | None], apart: Sequence[int] = ()) -> None:
-        """Launches the kernel.
-
-        Args:
-            tensors: pointers, the first not None; those that the plan hasn't looked at are new.
-            apart: ``distances`` of the tensors of several streams.
-        """
-        first = tensors[0]
-        assert first is not None
-        device = first.get_device()
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self(tensors, apart)
-            return
-        compiled = self._compiled.get(device)
-        if compiled is not None:
-            compiled(*tensors, *apart, *self._rest)
-            return
-        compiled = self._function[self._grid](
-            *tensors, *apart, *self._numbers, **self._constants, num_warps=self._warps
-        )
-        if compiled is not None:  # as it is in the interpreter
-            self._compiled[device] = compiled[self._grid]
 
 
 def distances(*tensors: Sequence[Tensor] | None) -> tuple[int, ...] | None:

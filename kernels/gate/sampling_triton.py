@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmerge.kernels.gate.formulas import UNIFORM_MARGIN, computing_dtype
+from fastmerge.kernels.launch import Launch, Looks, looks, remembered
 from torch import Tensor
 
 # One Philox call yields four numbers; a thread turns them into the gates of four consecutive samples.
@@ -147,15 +148,19 @@ def sample(loc: Tensor, seed: Tensor, n: int, beta: float, gamma: float, zeta: f
     Returns:
         Gates, shape (n, C).
     """
-    channels = loc.shape[0]
-    z = loc.new_empty((n, channels), dtype=dtype)
-    if z.numel() == 0:
-        return z
-    constants = sample_constants(loc.dtype, dtype, beta, gamma, zeta)
-    grid = (triton.cdiv(n, 4 * constants["QUADS"]), triton.cdiv(channels, constants["BLOCK_C"]))
-    with torch.cuda.device_of(loc):
-        sample_kernel[grid](loc.contiguous(), seed.contiguous(), z, n, channels, channels // seed.shape[0], **constants)
+    loc, seed, z = loc.contiguous(), seed.contiguous(), loc.new_empty((n, loc.shape[0]), dtype=dtype)
+    if z.numel() != 0:
+        _plan(looks(loc, seed, z), beta, gamma, zeta)((loc, seed, z))
     return z
+
+
+@remembered
+def _plan(seen: Looks, beta: float, gamma: float, zeta: float) -> Launch:
+    """The launch for loc, seeds and gates that look so."""
+    (_, _, loc_dtype, *_), ((seeds,), *_), ((n, channels), _, z_dtype, *_) = seen  # type: ignore[misc]
+    constants = sample_constants(loc_dtype, z_dtype, beta, gamma, zeta)
+    grid = (triton.cdiv(n, 4 * constants["QUADS"]), triton.cdiv(channels, constants["BLOCK_C"]), 1)
+    return Launch(sample_kernel, grid, (), (n, channels, channels // seeds), constants)
 
 
 def sample_backward_constants(dtype: torch.dtype, beta: float, gamma: float, zeta: float) -> dict[str, Any]:
@@ -184,14 +189,25 @@ def sample_backward(dz: Tensor, z: Tensor, beta: float, gamma: float, zeta: floa
     Returns:
         Gradient of ``loc``, shape (C,), the same bits each time.
     """
-    n, channels = z.shape
+    channels = z.shape[1]
     if z.numel() == 0:
         return z.new_zeros(channels, dtype=dtype)
+    z = z.contiguous()
+    launch, parts, summed = _backward_plan(looks(dz, z), beta, gamma, zeta, dtype)
+    dloc = z.new_empty((parts, channels), dtype=summed)
+    launch((dz, z, dloc))
+    return dloc[0] if parts == 1 else dloc.sum(0).to(dtype)
+
+
+@remembered
+def _backward_plan(
+    seen: Looks, beta: float, gamma: float, zeta: float, dtype: torch.dtype
+) -> tuple[Launch, int, torch.dtype]:
+    """The launch for a gradient and gates that look so; how many parts of the result it leaves, and in which dtype."""
+    (_, strides, *_), ((n, channels), *_) = seen  # type: ignore[misc]
     constants = sample_backward_constants(dtype, beta, gamma, zeta)
     parts = triton.cdiv(n, constants["STEPS"] * constants["BLOCK_N"])
+    grid = (parts, triton.cdiv(channels, constants["BLOCK_C"]), 1)
+    launch = Launch(sample_backward_kernel, grid, (), (n, channels, *strides), constants)
     # One part is the result already; several are summed at full precision.
-    dloc = z.new_empty((parts, channels), dtype=dtype if parts == 1 else computing_dtype(dtype))
-    grid = (parts, triton.cdiv(channels, constants["BLOCK_C"]))
-    with torch.cuda.device_of(z):
-        sample_backward_kernel[grid](dz, z.contiguous(), dloc, n, channels, *dz.stride(), **constants)
-    return dloc[0] if parts == 1 else dloc.sum(0).to(dtype)
+    return launch, parts, dtype if parts == 1 else computing_dtype(dtype)

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastmerge.kernels.batch_norm import tiles
+from fastmerge.kernels.launch import forget
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -91,7 +91,7 @@ def emulated(folder: Path, change: Callable[[str], str] = str) -> Iterator[list[
             driver._active = before
             gc.unfreeze()
             # What was compiled for this device is none of the next one's.
-            tiles.forget()
+            forget()
             for function in [found for found in gc.get_objects() if issubclass(type(found), JITFunction)]:
                 function.device_caches.clear()
 
