@@ -21,6 +21,6 @@ def runs_direct(*tensors: Tensor) -> bool:
     return torch._C._functorch.maybe_current_level() is None and all(type(tensor) in _PLAIN for tensor in tensors)
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply`` of what ``runs_direct``, without its question to each argument whether torch.func made it."""
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[no-any-return,misc]
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]

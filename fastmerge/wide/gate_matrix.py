@@ -141,7 +141,8 @@ def hand_out_gates(gates: Tensor | None, runs: Sequence[Run], indices: Sequence[
         return (None,) * (len(runs) + len(indices))
     if is_traced() or not gates.requires_grad:
         return _cut(gates, runs, indices)
-    return apply(_HandOut, gates, tuple(runs), *indices)
+    pieces: tuple[Any, ...] = apply(_HandOut, gates, tuple(runs), *indices)
+    return pieces
 
 
 def is_traced() -> bool:
@@ -242,7 +243,8 @@ class GroupMeans:
             parts = values.split(self.sizes, -1)
             return torch.stack([part.sum(-1) / whole for part, whole in zip(parts, self.wholes, strict=True)], -1)
         offsets, numbers, wholes = self._constants(values.device)
-        return _SegmentSums.apply(values, offsets, numbers) / wholes
+        sums: Tensor = apply(_SegmentSums, values, offsets, numbers)
+        return sums / wholes
 
     def _constants(self, device: torch.device) -> tuple[Tensor, ...]:
         """Where groups begin, the group of each candidate, and the wholes; on a device from the start, for a graph's sake."""

@@ -18,7 +18,8 @@ def split_streams(joined: Tensor, num_teachers: int, dim: int) -> tuple[Tensor, 
     To autograd they are tensors of their own, so that a ReLU in place on one leaves the others' versions alone.
     """
     if joined.requires_grad and runs_direct(joined):
-        return apply(_Split, joined, num_teachers, dim)
+        streams: tuple[Tensor, ...] = apply(_Split, joined, num_teachers, dim)
+        return streams
     return tuple(torch.unsafe_split(joined, joined.shape[dim] // num_teachers, dim))
 
 

@@ -327,7 +327,9 @@ def batch_norm_act_streams(
             learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
             call = call._replace(keep=learns)
         running = running_mean, running_var, batches
-        return apply(_BatchNormAct, call, running, seen, weight, bias, gate, *xs, *(residuals or ()))
+        tensors = weight, bias, gate, *xs, *(residuals or ())
+        results: tuple[Tensor, ...] = apply(_BatchNormAct, call, running, seen, *tensors)
+        return results
     if batches is not None:
         batches.add_(1)
     way = _reference if reason is not None else _operators
@@ -430,7 +432,7 @@ def _why_not(
     return None
 
 
-_reasons: dict[Any, str | None] = {}
+_reasons: dict[Any, tuple[str | None, Looks]] = {}  # with the first of equal looks, which is found faster again
 
 
 def _reason(
@@ -457,8 +459,8 @@ def _reason(
         _check(call, xs, vectors, residuals, gate)
         if len(_reasons) >= 4096:
             _reasons.clear()
-        _reasons[key] = _why_not(xs, vectors, residuals, call.activation, gate, call.window)
-    return _reasons[key], seen
+        _reasons[key] = _why_not(xs, vectors, residuals, call.activation, gate, call.window), seen
+    return _reasons[key]
 
 
 def _check(

@@ -156,7 +156,7 @@ def sample_gates(
     if _runs_fused(loc):
         seed = torch.randint(_MAX_SEED, (1,), device=loc.device)
         if direct.runs_direct(loc):
-            gates: Tensor = _Sample.apply(loc, seed, n, (beta, gamma, zeta), dtype or loc.dtype)
+            gates: Tensor = direct.apply(_Sample, loc, seed, n, (beta, gamma, zeta), dtype or loc.dtype)
             return gates
         return _sample(loc, seed, n, beta, gamma, zeta, dtype or loc.dtype)
     return sample_gates_reference(loc, n, beta=beta, gamma=gamma, zeta=zeta, dtype=dtype)
