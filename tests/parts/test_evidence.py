@@ -79,9 +79,11 @@ def test_what_is_done_is_kept_and_what_has_no_images_is_left_out(tiny, monkeypat
     assert (tiny / "tiny.json").read_bytes() == before
 
 
+@pytest.mark.slow  # merges three times
 def test_a_part_gets_the_strategies_that_it_lacks(tiny, monkeypatch, capsys) -> None:
     """Where this machine gives the values that its file has; the others stay as they are."""
     monkeypatch.setattr(sys, "argv", ["evidence"])
+    monkeypatch.setattr(evidence, "AT_EQUAL_COST", [])
     monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["student"])
     evidence.main()
     file = tiny / "tiny.json"
