@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.json")
     options = parser.parse_args(arguments)
     samples: dict[str, list[float]] = {name: [] for name in options.networks}
-    context = multiprocessing.get_context("spawn")
     for _ in trange(options.rounds):
         for name, seconds in samples.items():
-            with context.Pool(1, maxtasksperchild=1) as pool:
-                seconds.append(pool.apply(measure, (name,)))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                seconds.append(fresh.submit(measure, name).result())
     networks: dict[str, Any] = {
         name: {"cpu_seconds": seconds, "median": sorted(seconds)[len(seconds) // 2], "target": TARGETS.get(name)}
         for name, seconds in samples.items()
