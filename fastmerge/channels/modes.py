@@ -55,7 +55,7 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
     for mode in (True, False):
         network.train(mode)
         leaves = pytree.tree_leaves(inputs)
-        with undisturbed(leaves):
+        with undisturbed(leaves, grad=True), torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten):
             args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
             run = _Calls(network, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
             try:
@@ -69,12 +69,17 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
     return (training.told, evaluation.told) if training.calls == evaluation.calls else None
 
 
+def _forgotten(saved: Any) -> Any:
+    """In place of what autograd would hold: gradients can be taken, as in an export, but none is."""
+    return None
+
+
 def _asks_for_mode_and_size(code: types.CodeType) -> bool:
     return "training" in code.co_names and not _SIZES.isdisjoint(code.co_names)
 
 
 class _Calls(TorchFunctionMode):
-    """What a network calls of PyTorch that gives tensors.
+    """What a network calls of PyTorch: operations, assignments, and questions about shapes.
 
     Args:
         network: whose parameters and buffers are known by their order.
@@ -95,9 +100,9 @@ class _Calls(TorchFunctionMode):
         name = _TOLD.get(func)
         told = given.pop("training", None) if name is not None else None
         out = func(*args, **(kwargs or {}))
+        if args and id(args[0]) in self.counters:
+            return out
         made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        if not made or (args and id(args[0]) in self.counters):
-            return out  # a question about a shape; a batch that is counted
         self.calls.append((func, self.described((args, given))))
         if name is not None:
             self.told.append((name, bool(told)))

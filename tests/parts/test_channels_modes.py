@@ -67,6 +67,32 @@ class LargeBatchesInEvalMode(Net):
         return -x if not self.training and len(x) > 4 else x
 
 
+class LargeBatchesInAMethodOfEvalMode(Net):
+    """Likewise, where the method that asks for the size does not ask for the mode."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x if self.training else self.negative_if_many(x)
+
+    def negative_if_many(self, x: Tensor) -> Tensor:
+        return -x if len(x) > 4 else x
+
+
+class WritesInTraining(Net):
+    """Changes a tensor by an assignment, which gives none."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            x[:, :1] = 7
+        return x
+
+
+class AsksForGradients(Net):
+    """Does something else where gradients can be taken, as they can in an export."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return -x if self.training and torch.is_grad_enabled() and x.requires_grad else x
+
+
 class OtherOutput(Net):
     def forward(self, x: Tensor) -> Any:
         y = super().forward(x)
@@ -104,7 +130,17 @@ def test_one_export_gives_what_two_give(kind: type[nn.Module], monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "kind", [ClampsInEvalMode, OtherOption, ReadsAfterDropout, LargeBatchesInEvalMode, OtherOutput]
+    "kind",
+    [
+        ClampsInEvalMode,
+        OtherOption,
+        ReadsAfterDropout,
+        LargeBatchesInEvalMode,
+        LargeBatchesInAMethodOfEvalMode,
+        WritesInTraining,
+        AsksForGradients,
+        OtherOutput,
+    ],
 )
 def test_what_differs_is_exported_twice(kind: type[nn.Module]) -> None:
     assert not trace(kind(), ((X,), {})).is_one_graph
@@ -117,7 +153,7 @@ def test_activations_are_not_held() -> None:
     class Watched(Net):
         def between(self, x: Tensor) -> Tensor:
             alive.append(weakref.ref(x))
-            y = x + 1
+            y = x * x  # of which autograd saves the operands
             del x
             return y
 
