@@ -102,7 +102,8 @@ def _learned_in_parts(parts: Parts, trainer: Trainer) -> Any:
     chosen = parts.chosen(state, start)
     big: Any = None
     trainer.own_random_numbers()
-    trainer.history.warnings = []
+    if not start:  # a checkpoint has those of the parts before
+        trainer.history.warnings = []
     for number in range(start, len(parts)):
         before, big = big, parts.build(number, chosen)
         if before is not None:
