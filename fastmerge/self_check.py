@@ -32,9 +32,7 @@ from fastmerge.problems import Problem, UnmergeableError
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _ALONE = 0.05  # tolerance of a network that runs in one of the two precisions only
 _SMALL = 2**20  # parameters of a teacher up to which every big student is compressed
-_PRECISE = (
-    2**23
-)  # up to which float64 is tried first: it costs less than a second try, where float32's rounding is too large
+_PRECISE = 2**23  # up to which float64 is tried first: it costs less than a second try where float32 is too coarse
 _LINKED = 2**28  # parameters up to which the copy that is compressed is linked: 1 GiB
 _OPEN = 40.0  # a loc whose gate is exactly 1, drawn or deterministic
 _CHECKED: set[tuple[Any, ...]] = set()

@@ -14,9 +14,7 @@ from torch import fx
 
 from fastmerge.channels.aten import bind, correction_of, has_effects, op_name, writes_in_place
 
-BY_WIDTH = (
-    "by_width"  # of a node: whether what it normalises is multiplied by a number that depends on how many channels
-)
+BY_WIDTH = "by_width"  # of a node: whether its result is multiplied by a function of the number of channels
 _TINY = 1e-24  # instead of a least norm of 1e-12
 
 

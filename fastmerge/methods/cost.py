@@ -198,7 +198,7 @@ class Prediction:
 
 
 def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, plan: Options) -> Prediction:
-    """Counts what :func:`fastmerge.merge` will take, from two samples on the CPU; nothing is changed or trained.
+    """Counts what :func:`fastmerge.merge` will take, from two samples on the CPU in float32; nothing is changed or trained.
 
     Raises:
         TypeError, ValueError: As :func:`fastmerge.merge`.
@@ -209,7 +209,7 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
         setting = replace(setting, criterion=plan.criterion)
     with torch.random.fork_rng([setting.device] if setting.device.type == "cuda" else []):
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)
-        few = tuple(value[:2].cpu() for value in inputs)
+        few = tuple(x.float() if x.is_floating_point() else x for x in (value[:2].cpu() for value in inputs))
         own = [copy.deepcopy(teacher).cpu().float() for teacher in teachers]
         example = few[0] if len(few) == 1 else few
 

@@ -83,8 +83,8 @@ def test_a_teacher_runs_once_on_the_first_batch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gated_network, "check_exact", lambda *_: None)
     CountedNet.forwards.clear()
     merge([CountedNet().eval() for _ in range(2)], train_loader(), recalibrate=False, **SHORT | {"finetune_epochs": 0})
-    # The first teacher runs in both modes to see whether the inputs fit, and again to compare them, and is traced once for both;
-    # the second is known by then.
+    # The first teacher runs in both modes to see whether the inputs fit, again to compare the modes, and is traced once for
+    # both; the second is known by then.
     assert CountedNet.forwards == {"traced": 1, "run": 2 + 2 + 1}
 
 

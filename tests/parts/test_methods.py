@@ -255,6 +255,14 @@ def test_what_a_merge_will_cost_is_what_it_costs() -> None:
         assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
 
 
+def test_what_a_merge_in_float64_will_cost_is_counted_in_float32() -> None:
+    setting, chosen = Setting(torch.device("cpu"), nn.functional.cross_entropy), Options(merge_epochs=2)
+    teachers = trained()[:2]
+    found = methods.predict(teachers, batches(), setting, chosen)
+    double = [copy.deepcopy(teacher).double() for teacher in teachers]
+    assert methods.predict(double, [(x.double(), y) for x, y in batches()], setting, chosen) == found
+
+
 def test_costs_are_in_epochs_of_a_teacher() -> None:
     teachers = trained()[:2]
     with Meter() as meter, torch.no_grad():
