@@ -26,7 +26,7 @@ def carry_over(layout: Layout, networks: Sequence[nn.Module], populations: Seque
         populations: who is left in them.
     """
     source, target = ({**dict(n.named_parameters()), **dict(n.named_buffers())} for n in networks)
-    groups = populations[0].groups
+    assert [*populations[0].groups] == [*populations[1].groups]
     for name, along in _tensors(layout, networks[0], populations[0]):
         pairs = {dim: _both(populations, units, teacher) for dim, units, teacher in along}
         own, taken = source[name].detach().to(target[name].device), target[name]
@@ -40,7 +40,6 @@ def carry_over(layout: Layout, networks: Sequence[nn.Module], populations: Seque
             into = taken.index_select(first, place.to(taken.device))
             piece = into.index_copy_(second, new.to(taken.device), piece)
         taken.index_copy_(first, place.to(taken.device), piece)
-    assert groups is populations[1].groups
 
 
 def _tensors(layout: Layout, network: nn.Module, population: Population) -> Iterator[tuple[str, list[Along]]]:

@@ -1,5 +1,6 @@
 """Merges whose gates are learned in parts of the depth."""
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def test_a_merge_in_parts_ends_as_if_it_had_not_been_stopped(
         student, history = fastmerge.merge(teachers, loader, val_loader=loader, **options, **kept, resume=True)
         assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
         assert (history.borders, history.warnings) == (whole.borders, whole.warnings)
+
+
+def test_networks_whose_code_is_not_known_again_are_merged_in_parts(teachers: list[nn.Module], loader: list[Any]) -> None:
+    options = OPTIONS | {"merge_epochs": 2}
+    expected, _ = fastmerge.merge(teachers, loader, **options)
+    others = copy.deepcopy(teachers)
+    for teacher in others:
+        teacher.unhashed = range(3)  # each of their big students is traced by itself
+    student, _ = fastmerge.merge(others, loader, **options)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
 
 
 def test_a_callback_ends_a_part(teachers: list[nn.Module], loader: list[Any]) -> None:
