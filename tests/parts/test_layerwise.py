@@ -160,7 +160,9 @@ def test_a_merge_in_parts_ends_as_if_it_had_not_been_stopped(
         assert (history.borders, history.warnings) == (whole.borders, whole.warnings)
 
 
-def test_networks_whose_code_is_not_known_again_are_merged_in_parts(teachers: list[nn.Module], loader: list[Any]) -> None:
+def test_networks_whose_code_is_not_known_again_are_merged_in_parts(
+    teachers: list[nn.Module], loader: list[Any]
+) -> None:
     options = OPTIONS | {"merge_epochs": 2}
     expected, _ = fastmerge.merge(teachers, loader, **options)
     others = copy.deepcopy(teachers)
