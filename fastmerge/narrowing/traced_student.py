@@ -103,18 +103,39 @@ def _blocks(x: Tensor, dim: int, size: int) -> int:
 
 
 def runs_at_its_width(network: nn.Module, traced: TracedNetwork) -> bool:
-    """Whether a network's own code takes the widths of its tensors, on inputs of the shapes it was traced with."""
+    """Whether a network's own code does at the widths of its tensors what was traced, on inputs of the traced shapes."""
     like = next(network.parameters())
-    inputs = [torch.zeros_like(x, device=like.device) if isinstance(x, Tensor) else x for x in traced.inputs]
-    tensors = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
-    args, kwargs = pytree.tree_unflatten(inputs, traced.in_spec)
-    with undisturbed([*network.parameters(), *tensors]):
-        for mode in traced.graphs:
+    inputs = [_filled(x, like) if isinstance(x, Tensor) else x for x in traced.inputs]
+
+    def outputs_of(module: nn.Module, mode: str) -> list[Any]:
+        args, kwargs = pytree.tree_unflatten(
+            [x.clone() if isinstance(x, Tensor) else x for x in inputs], traced.in_spec
+        )
+        torch.default_generator.manual_seed(0)
+        return pytree.tree_leaves(module.train(mode == "train")(*args, **kwargs))
+
+    with undisturbed([*network.parameters(), *(x for x in inputs if isinstance(x, Tensor))]):
+        for mode in ("eval", "train"):
             try:
-                output = network.train(mode == "train")(*args, **kwargs)
+                found = outputs_of(network, mode)
             except Exception:  # whatever the user's forward raises
                 return False
-            found = [tuple(y.shape) if isinstance(y, Tensor) else None for y in pytree.tree_leaves(output)]
-            if found != traced.output_shapes(mode):
+            if [tuple(y.shape) if isinstance(y, Tensor) else None for y in found] != traced.output_shapes(mode):
+                return False
+            # a group normalisation without parameters has as many groups as the code names, at any width
+            if mode == "eval" and not all(map(_is_close, found, outputs_of(TracedStudent(network, traced), mode))):
                 return False
     return True
+
+
+def _filled(x: Tensor, like: Tensor) -> Tensor:
+    """Values for an input that is described: by chance where they may be fractions, else zeros."""
+    if not x.is_floating_point():
+        return torch.zeros_like(x, device=like.device)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(like.device, x.dtype)
+
+
+def _is_close(y: Any, expected: Any) -> bool:
+    if not isinstance(y, Tensor) or not y.is_floating_point() or not bool(expected.isfinite().all()):
+        return True
+    return bool((y - expected).norm() <= torch.finfo(y.dtype).eps ** 0.5 * expected.norm())

@@ -209,6 +209,29 @@ def test_a_traced_student_has_no_width_in_its_operations() -> None:
     assert relative_error(student(x), big(x)) <= TOLERANCE[torch.float64]
 
 
+class NamesItsGroups(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](torch.relu(nn.functional.group_norm(self[0](x), 4)))
+
+
+class WithoutParameters(nn.Sequential):
+    def __init__(self, first: nn.Module, last: nn.Module) -> None:
+        super().__init__(first, nn.GroupNorm(4, 8, affine=False), nn.ReLU(), last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [NamesItsGroups, WithoutParameters])
+def test_code_that_runs_at_another_width_but_does_something_else_is_traced(kind: type[nn.Module]) -> None:
+    """Four groups of one channel each in place of two of two."""
+    x = make_batch(6, (3, 6, 6))
+    teachers = make_teachers(lambda: kind(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)), (x,), 2)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x, keep=0.5)
+    big.link()
+    disturb_weights(big, scale=0.1)
+    open_some(big)
+    assert relative_error(big.eval().compress()(x), big(x)) <= TOLERANCE[torch.float64]
+
+
 def test_a_value_for_all_channels_is_exact_up_to_a_teachers_width() -> None:
     """The slope of a PReLU: the mean by how many channels are kept of each teacher, if at most n are."""
 
