@@ -70,7 +70,7 @@ class GatedNetwork(nn.Module):
         self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs, outputs, heads)
         self.groups: ChannelGroups = self._blueprint.groups
         self.num_teachers = len(teachers)
-        self.widths = student_widths(self.groups, self.num_teachers, keep)
+        self._asked, self.widths = keep, student_widths(self.groups, self.num_teachers, keep)
         self.gates = make_gates(self.groups, self.num_teachers, next(teachers[0].parameters()))
         self._linked = False
         self._gates_open = False

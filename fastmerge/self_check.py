@@ -151,7 +151,7 @@ class _Trial:
                     example_inputs=self.inputs,
                     outputs=big._blueprint.outputs,
                     heads=big.heads,
-                    keep=None if big.is_of_teachers_widths else big.widths,
+                    keep=big._asked,
                     verify=False,
                 )
             )

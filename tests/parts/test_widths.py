@@ -209,6 +209,19 @@ def test_a_traced_student_has_no_width_in_its_operations() -> None:
     assert relative_error(student(x), big(x)) <= TOLERANCE[torch.float64]
 
 
+def test_a_network_of_one_precision_is_checked_at_the_widths_that_were_asked_for() -> None:
+    """Two channels are not twice a teacher's."""
+
+    class InFloat32(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.float())
+
+    torch.manual_seed(0)
+    teachers = [InFloat32(nn.Linear(6, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 3)).float() for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(4, 6, dtype=torch.float32), keep=0.5)
+    assert big.widths == {"0": 2}
+
+
 class NamesItsGroups(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self[1](torch.relu(nn.functional.group_norm(self[0](x), 4)))
