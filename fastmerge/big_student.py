@@ -351,7 +351,8 @@ class BigStudent(GatedNetwork):
             for values in (means, spreads)
         )
         whole = {group.name: self.num_teachers * group.size for group in self.groups}
-        found = unsettled(mean, spread, {name: width / whole[name] for name, width in self.widths.items()})
+        parts = {name: width / whole[name] for name, width in self.widths.items()}
+        found = unsettled(mean, spread, 1 / self.num_teachers if self.is_of_teachers_widths else parts)
         if found:
             warnings.warn(
                 f"compress() chooses by gates that have not settled: {'. '.join(found.values())}. Train on with "

@@ -87,13 +87,17 @@ def keep(text: str) -> float | dict[str, float]:
     """A fraction, or fractions and numbers of channels by name of the channel group."""
     try:
         if "=" not in text:
-            return float(text)
+            return _number(text)
         pairs = [part.strip().rpartition("=") for part in text.split(",")]
-        return {name: int(value) if value.isdecimal() else float(value) for name, _, value in pairs}
+        return {name: _number(value) for name, _, value in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"needs a fraction, or NAME=X for channel groups separated by commas; got {text!r}"
         ) from None
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdecimal() else float(text)
 
 
 def add_teachers(add: Callable[..., object]) -> None:

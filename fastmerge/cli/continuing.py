@@ -100,6 +100,8 @@ def complete(
                 )
         given = before | given
     missing = [flag for name, (_, required, flag) in options.table.items() if required and name not in given]
+    if missing and given.get("resume") and directory is not None:
+        raise ValueError(f"{directory} holds no run to go on with; to begin one there, give {', '.join(missing)}")
     if missing:
         options.parser.error(f"the following arguments are required: {', '.join(missing)}")
     for name, (default, _, _) in options.table.items():

@@ -69,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="where the student goes")
     add(
         "--method",
-        choices=tuple(METHODS),
         default="gates",
-        help="how; default gates, see docs/methods.md for the others",
+        metavar="NAME",
+        help=f"how: {', '.join(METHODS)}, or one that the module of --model registers; default gates",
     )
     add_options(add)
     add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step, of all processes; default 64")

@@ -429,7 +429,7 @@ class Lab:
         if epochs < 1:
             raise ValueError(
                 f"{self.recipe.name}, {self.name}: nothing is left to fine-tune for; {spent:.1f} of the cost of "
-                f"{self.recipe.epochs} epochs are spent"
+                f"{self.recipe.epochs} epochs are spent; more epochs (--budget) leave some"
             )
         plan = self.recipe.merge.finetune_plan
         return plan.scaled(epochs / plan.epochs)

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -254,6 +255,7 @@ def _receive(connection: Connection, process: BaseProcess, job: Job) -> tuple[An
 def _work(connection: Connection) -> None:
     """Runs in the other process."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which who is terminated leaves behind
     StopRequests.ends_by_parent = True
 
     def note(values: dict[str, Any]) -> None:

@@ -154,7 +154,9 @@ def learn_importance(
         if options.compacts_after(epoch + 1):
             done = big.compact(optimizer, gate_optimizer, settled=options.compact_at == "settled")
             trainer.history.compactions.append({"epoch": now + 1, **asdict(done)})
-    shares = {group.name: big.widths[group.name] / (big.num_teachers * group.size) for group in big.groups}
+    shares: float | dict[str, float] = 1 / big.num_teachers
+    if options.keep is not None:
+        shares = {group.name: big.widths[group.name] / (big.num_teachers * group.size) for group in big.groups}
     after = {name: value for name, value in open_probabilities(big).items() if names is None or name in names}
     found = gate_warnings(before, after, shares, lam_step) + undecided_warnings(big)
     trainer.history.warnings += found

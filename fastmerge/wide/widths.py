@@ -39,7 +39,10 @@ def student_widths(groups: ChannelGroups, num_teachers: int, keep: Keep) -> dict
                 f"keep needs names of channel groups; got {unknown[0]!r}, known are {', '.join(groups.names)}"
             )
         return {g.name: _width(g.name, g.size, num_teachers, keep.get(g.name, 1.0)) for g in groups}
-    return {g.name: g.size if g.size == 1 else _width(g.name, g.size, num_teachers, keep or 1.0) for g in groups}
+    return {
+        g.name: g.size if g.size == 1 else _width(g.name, g.size, num_teachers, 1.0 if keep is None else keep)
+        for g in groups
+    }
 
 
 def _width(name: str, size: int, num_teachers: int, value: Any) -> int:
@@ -47,8 +50,9 @@ def _width(name: str, size: int, num_teachers: int, value: Any) -> int:
     is_count = fits and isinstance(value, int) and value > num_teachers
     if not fits or not LEAST <= (value / size if is_count else value) <= num_teachers:
         raise ValueError(
-            f"keep needs a fraction of a teacher's channels in {LEAST:g}..{num_teachers}, or a number of them; group '{name}' "
-            f"has {size}, so {math.ceil(LEAST * size)}..{num_teachers * size}; got {value!r}"
+            f"keep needs a fraction of a teacher's channels in {LEAST:g}..{num_teachers}, or, as a whole number above "
+            f"{num_teachers}, how many; group '{name}' has {size}, so {math.ceil(LEAST * size)}..{num_teachers * size}; "
+            f"got {value!r}"
         )
     return int(value) if is_count else max(1, round(value * size))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fastmerge import methods
@@ -136,6 +137,28 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     ):
         assert main(["merge", *words, *given]) == 2
         assert f"--method reconstruct takes no {named}, which" in capsys.readouterr().err
+
+
+def test_merge_takes_a_method_that_the_models_module_registers(place: Path, capsys) -> None:
+    own = """
+import copy
+from fastmerge.methods import register
+
+@register("first", needs="weights", source="this test")
+def first(teachers, batches):
+    return copy.deepcopy(teachers[0])
+"""
+    (place / "fastmerge_compare_own_net.py").write_text(SOURCE + own)
+    words = arguments("average")[1:-10]
+    words[words.index("--model") + 1] = "fastmerge_compare_own_net:make"
+    words += ["--finetune-epochs", "0", "--batch-size", "16", "--device", "cpu"]
+    try:
+        assert main(["merge", *words, "--method", "second"]) == 2
+        assert "there is no method 'second'" in capsys.readouterr().err
+        assert main(["merge", *words, "--method", "first"]) == 0
+    finally:
+        methods.METHODS.pop("first", None)
+    assert torch.equal(load_file("out/student.safetensors")["0.weight"], torch.load("a.pt")["0.weight"])
 
 
 def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None:

@@ -228,8 +228,10 @@ def test_a_damaged_command_is_named_and_does_without(place, monkeypatch, capsys)
 
 
 def test_resume_needs_options_where_there_is_no_run(capsys, tmp_path):
+    assert main(["merge", "--out", str(tmp_path), "--resume"]) == 2
+    assert f"{tmp_path} holds no run to go on with; to begin one there, give --model, --te" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit_:
-        main(["merge", "--out", str(tmp_path), "--resume"])
+        main(["merge", "--out", str(tmp_path)])
     assert exit_.value.code == 2
     assert "the following arguments are required: --model, --teachers, --data" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from fastmerge.experiments.workers import Bar, Job, run_jobs
 from fastmerge.processes import ProcessLostError
@@ -51,8 +52,17 @@ def save_late(arguments, given, note):
         stop.raise_if_any()
 
 
+def lock_of_bars(arguments, given, note):
+    return type(tqdm.get_lock()).__module__
+
+
 def interrupt(arguments, given, note):
     raise KeyboardInterrupt
+
+
+def test_bars_of_other_processes_hold_no_semaphore_of_the_system():
+    """Who is terminated would leave it behind, and Python warns of it at the end of the run."""
+    assert set(run_jobs(jobs(lock_of_bars), 2, False).values()) == {"_thread"}
 
 
 def test_a_signal_to_all_processes_lets_each_write_a_checkpoint(tmp_path):

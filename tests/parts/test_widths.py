@@ -137,7 +137,7 @@ def test_candidates_can_be_given() -> None:
     (name,) = big.widths
     with pytest.raises(ValueError, match="needs 4 candidates of group"):
         big.compress(keep={name: range(8)})
-    with pytest.warns(UnsettledGatesWarning, match="above 1/T = 0.25|neither 0 nor 1"):
+    with pytest.warns(UnsettledGatesWarning, match="above the part that is kept|neither 0 nor 1"):
         big.compress()
     student = big.compress(keep={name: [1, 3, 9, 15]})
     assert torch.equal(student[0].weight[3], teachers[1][0].weight[7])
@@ -146,7 +146,8 @@ def test_candidates_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("keep", "says"),
     [
-        (0.2, r"in 0.25..2, or a number of them; group '0' has 8, so 2..16; got 0.2"),
+        (0.2, r"in 0.25..2, or, as a whole number above 2, how many; group '0' has 8, so 2..16; got 0.2"),
+        (0, r"2..16; got 0$"),
         (2.5, r"2..16; got 2.5"),
         ({"0": 17}, r"2..16; got 17"),
         ({"0": "half"}, r"2..16; got 'half'"),
@@ -301,6 +302,7 @@ def test_a_merge_to_other_widths_goes_on_in_its_fine_tuning(tmp_path) -> None:
 
 def test_the_command_line_takes_widths() -> None:
     assert keep("0.5") == 0.5
+    assert isinstance(keep("12"), int)
     assert keep("conv1=0.5, layer1_0=12") == {"conv1": 0.5, "layer1_0": 12}
     for text in ("half", "conv1=half", "0.5,0.5"):
         with pytest.raises(argparse.ArgumentTypeError, match="needs a fraction, or NAME=X"):
