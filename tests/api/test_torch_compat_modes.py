@@ -274,6 +274,13 @@ def test_code_that_depends_on_the_batch_size(doubles: Callable[[int], bool], bat
             assert relative_error(big(x), mean_output(teachers, (x,))) <= 1e-9
 
 
+def test_an_example_may_be_a_strided_view() -> None:
+    """Whose strides torch.export asks about."""
+    teachers = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)) for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(4, 1, 4, 4)[::2])
+    assert big._blueprint.traced.is_open == {"train": True, "eval": True}
+
+
 def test_other_batch_and_image_sizes_than_the_examples() -> None:
     big = merge("unet", linked=False)
     teachers = make_teachers(BY_NAME["unet"].make, BY_NAME["unet"].inputs(6), 2)
