@@ -236,9 +236,12 @@ def find_parts(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head]
 def _parts_of(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head], mode: str) -> dict[int, Part]:
     found = {}
     for position, (own, all_of) in enumerate(zip(first.output_shapes(mode), whole.output_shapes(mode), strict=True)):
-        if own is None or all_of is None or own == all_of:
+        if own is None or all_of is None:
             continue
-        dims = [d for d, (a, b) in enumerate(zip(own, all_of, strict=True)) if a != b]
+        samples = whole.outputs(mode)[position].meta["sample_dims"]  # the two may be traced with other numbers of them
+        dims = [d for d, (a, b) in enumerate(zip(own, all_of, strict=True)) if a != b and d not in samples]
+        if not dims:
+            continue
         fitting = {
             h.sizes for h in heads if len(dims) == 1 and (h.sizes[0], sum(h.sizes)) == (own[dims[0]], all_of[dims[0]])
         }

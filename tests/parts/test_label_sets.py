@@ -115,6 +115,9 @@ def test_several_outputs_each_have_their_parts() -> None:
     architecture = BY_NAME["dict_heads"]
     x = architecture.inputs(6)
     teachers = [make_teacher(architecture.make, x, torch.float64, seed) for seed in range(2)]
+    fastmerge.BigStudent(
+        *teachers, example_inputs=architecture.inputs(4), verify=False
+    )  # the teachers' graphs are known, of another batch size
     big = fastmerge.BigStudent(*teachers, example_inputs=x, heads="concatenate")
     outputs = [pytree.tree_leaves(teacher(*x)) for teacher in teachers]
     with big.open_gates():
