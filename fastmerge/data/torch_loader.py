@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -226,7 +228,14 @@ def _begin_worker(worker: int) -> None:
     # doesn't have, for ever.
     gc.freeze()
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+    sys.excepthook = _unless_parent_left
     _leave_signals_to_parent()
+
+
+def _unless_parent_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Says nothing of a connection that ends while a thread of the worker hands a batch over: its parent tells why it ended."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end(error: Exception, batch: object) -> None:

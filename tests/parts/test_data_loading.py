@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -396,9 +397,10 @@ def test_a_signal_to_all_leaves_the_readers_to_their_parent(tree, number, monkey
 
     monkeypatch.setattr(torch_loader, "_begin_worker", begin_late)  # the second has hardly begun when the signal comes
     loader = make(tree, "torch", workers=2).train
+    earlier = {child.pid for child in multiprocessing.active_children()}  # of a test before, which end soon
     batches = iter(loader)
     next(batches)
-    children = multiprocessing.active_children()
+    children = [child for child in multiprocessing.active_children() if child.pid not in earlier]
     assert len(children) == 2
     for child in children:
         subprocess.run(["kill", f"-{int(number)}", str(child.pid)], check=True)
@@ -408,6 +410,19 @@ def test_a_signal_to_all_leaves_the_readers_to_their_parent(tree, number, monkey
         child.terminate()
         child.join(5)
         assert not child.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"), [(ConnectionResetError(), False), (EOFError(), False), (OSError(), True)]
+)
+def test_a_worker_whose_parent_left_says_nothing(error, is_told, monkeypatch, capsys):
+    """multiprocessing's thread, which hands batches over, would print a traceback beside the parent's one line."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for name in ("gc", "Queue", "_leave_signals_to_parent"):
+        monkeypatch.setattr(torch_loader, name, mock.Mock())
+    torch_loader._begin_worker(0)
+    sys.excepthook(type(error), error, None)
+    assert (type(error).__name__ in capsys.readouterr().err) == is_told
 
 
 class Ending:
