@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -336,22 +336,38 @@ def measure(name: str, folder: Path | None) -> None:
     print(f"{name}: {minutes} minutes", flush=True)
 
 
-def main() -> None:
-    """Runs what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(
+    doc: str | None, files: Mapping[str, str | None], is_done: Callable[[str], bool], results: str
+) -> Iterator[tuple[str, Path | None]]:
+    """The parts that the command line asks for and that can be measured, each with the folder of the images.
+
+    Args:
+        doc: of the script, for its help.
+        files: per part what the file of its images is called in the folder; None for none.
+        is_done: whether there is nothing left to measure of a part.
+        results: the folder of the files of parts that are done.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="the folder of the images")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of them; default all")
+    parser.add_argument("--parts", nargs="+", choices=files, default=list(files), help="some of them; default all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.parts:
-        part = PARTS[name]
-        if not missing(name):
-            print(f"{name}: done before, docs/results/evidence/{name}.json")
-        elif part.data is not None and (options.data is None or not (options.data / part.data).exists()):
-            print(f"{name}: left out; it needs {part.data} in the folder of the images")
+        file = files[name]
+        if is_done(name):
+            print(f"{name}: done before, {results}/{name}.json")
+        elif file is not None and (options.data is None or not (options.data / file).exists()):
+            print(f"{name}: left out; it needs {file} in the folder of the images")
         else:
-            print(f"{name}: about {part.minutes} minutes", flush=True)
-            measure(name, options.data)
+            yield name, options.data
+
+
+def main() -> None:
+    """Runs what is not there yet."""
+    files = {name: part.data for name, part in PARTS.items()}
+    for name, folder in asked(__doc__, files, lambda name: not missing(name), "docs/results/evidence"):
+        print(f"{name}: about {PARTS[name].minutes} minutes", flush=True)
+        measure(name, folder)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from fastmerge.data.digits import load_digits
 from fastmerge.environment import environment
 from fastmerge.files import atomic
 from fastmerge.lowering.programs import lowered
-from fastmerge.merging.layerwise import stage_networks
+from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import counted_step, kept_for_backward, step_operations
 from fastmerge.networks.lenet import LeNet
@@ -118,9 +118,7 @@ class Replicate:
         """The merge stage's, in epochs of a teacher."""
         few, spent = [(self.train_data[0][:8], None)], 0.0
         for _, big, each in stage_networks(teachers, self.train_data[0][:2], options, verify=False):
-            for epochs in (each.merge_epochs - each.linked_epochs, each.linked_epochs):
-                spent += epochs * step_operations(big, few) if epochs else 0.0
-                big.link()
+            spent += sum(epochs * step_operations(big, few) for _, epochs in phases(big, each))
         return spent / step_operations(teachers[0], few)
 
 

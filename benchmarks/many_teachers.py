@@ -9,7 +9,6 @@ docs/render.py makes docs/many-teachers.md of the files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -270,19 +269,10 @@ def plot(every: dict[str, dict[str, Any]]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="the folder of the images")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of them; default all")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in options.parts:
-        data = evidence.PARTS[PARTS[name].part].data
-        if (RESULTS / f"{name}.json").exists():
-            print(f"{name}: done before")
-        elif data is not None and (options.data is None or not (options.data / data).exists()):
-            print(f"{name}: left out; it needs {data} in the folder of the images")
-        else:
-            measure(name, options.data)
+    files = {name: evidence.PARTS[part.part].data for name, part in PARTS.items()}
+    done = "docs/results/many-teachers"
+    for name, folder in evidence.asked(__doc__, files, lambda name: (RESULTS / f"{name}.json").exists(), done):
+        measure(name, folder)
     if every := load():
         save_figure(plot(every), PICTURE)
 

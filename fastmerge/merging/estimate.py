@@ -17,7 +17,7 @@ from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.label_sets import with_label_sets
-from fastmerge.merging.layerwise import stage_networks
+from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.merging.stages import blank_student
 
@@ -114,13 +114,8 @@ def estimate(
         found = Estimate(reading=time_reading(train_loader, setting))
         for which, big, each in stage_networks(teachers, given, plan):
             setting.place(big)
-            linked = each.linked_epochs
-            if linked < each.merge_epochs:
-                epochs = each.merge_epochs - linked
-                found.parts.append(time_training(f"merge{which}, block-diagonal", epochs, big, train_loader, setting))
-            if linked:
-                big.link()
-                found.parts.append(time_training(f"merge{which}, linked", linked, big, train_loader, setting))
+            for kind, epochs in phases(big, each):
+                found.parts.append(time_training(f"merge{which}, {kind}", epochs, big, train_loader, setting))
             scored = scores(each.merge_epochs, val_every)
             found.parts += time_validation(f"validation of the big student{which}", scored, big, val_loader, setting)
             found.kept = max(found.kept, 3 * checkpoint_bytes(big))  # two, and one that is being written

@@ -115,3 +115,13 @@ def stage_networks(
     parts = Parts(teachers, examples, options, verify)
     for number in range(len(parts)):
         yield f" part {number + 1}", parts.build(number, {}), parts.options_of(number)
+
+
+def phases(big: BigStudent, options: Options) -> Iterator[tuple[str, int]]:
+    """How many epochs a big student is trained block-diagonal and then linked, as it is while each of the two is told."""
+    apart = options.merge_epochs - options.linked_epochs
+    if apart:
+        yield "block-diagonal", apart
+    if options.linked_epochs:
+        big.link()
+        yield "linked", options.linked_epochs

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from fastmerge.evaluation import Setting
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.label_sets import with_label_sets
-from fastmerge.merging.layerwise import stage_networks
+from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.merging.stages import blank_student
 
@@ -222,12 +222,10 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
         student = 1.0 if plan.keep is None else step(blank_student(own, example, plan))[0] / unit
         costs, memory = [], 0
         for _, big, each in stage_networks(own, example, plan, verify=False):
-            for epochs in (each.merge_epochs - each.linked_epochs, each.linked_epochs):
-                if epochs:
-                    operations, kept = step(big)
-                    costs += [operations / unit] * epochs
-                    memory = max(memory, kept)
-                big.link()
+            for _, epochs in phases(big, each):
+                operations, kept = step(big)
+                costs += [operations / unit] * epochs
+                memory = max(memory, kept)
     asked = len(teachers) / 3 if plan.distill else 0.0
     return Prediction(
         plan.merge_epochs,
