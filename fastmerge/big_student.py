@@ -204,10 +204,12 @@ class BigStudent(GatedNetwork):
         """Takes the weights and statistics of all candidates that another big student of these teachers has, too.
 
         Raises:
-            ValueError: one of them is not linked.
+            ValueError: one of them is not linked, or they are of teachers of different architectures.
         """
         if not (self.linked and other.linked):
             raise ValueError("adopt needs linked big students")
+        if other.num_teachers != self.num_teachers or not other.groups.same_channels(self.groups):
+            raise ValueError("adopt needs a big student of as many teachers, of the same architecture")
         carry_over(self._blueprint.layout, (other.network, self.network), (other._population, self._population))
 
     def _check_widths(self, analysis: Analysis) -> None:

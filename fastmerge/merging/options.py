@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -322,29 +323,30 @@ def check(each: Field[Any], value: Any) -> None:
     """
     facts = each.metadata
     name, what = f"merge needs {each.name}", facts["what"].partition(";")[0]
-    if value is None or (isinstance(value, str) and facts["choices"] is None):
+    least, above, most = facts["least"], facts["above"], facts["most"]
+    if value is None:
         return
     if facts["choices"] is not None:
         if value not in facts["choices"]:
             raise ValueError(f"{name}, {what}: {' or '.join(map(str, facts['choices']))}; got {value!r}")
         return
-    least, above, most = facts["least"], facts["above"], facts["most"]
     if isinstance(least, int):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}, {what}, a whole number of at least {least}; got {value!r}")
         return
     if (least is None and above is None) or isinstance(value, torch.Tensor):
         return
-    low = least is not None and value < least
+    is_number = isinstance(value, Real)
     if (
-        not abs(value) <= _LARGEST
-        or low
+        not is_number
+        or not abs(value) <= _LARGEST
+        or (least is not None and value < least)
         or (above is not None and value <= above)
         or (most is not None and value > most)
     ):
         bound = f"above {above:g}" if least is None else f"of at least {least:g}"
         bound = bound if most is None else f"in {above if least is None else least:g}..{most:g}"
-        raise ValueError(f"{name}, {what}, a finite number {bound}; got {value}")
+        raise ValueError(f"{name}, {what}, a finite number {bound}; got {value!r}")
 
 
 def _what(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cli_files import MODEL, SOURCE, make
 from fastmerge import methods
 from fastmerge.checkpoints import load_weights
 from fastmerge.cli import main
@@ -18,37 +19,10 @@ from fastmerge.methods.comparison import compare
 from small_task import VAL, train_loader, train_teachers
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
-SOURCE = """
-from torch import nn
-
-def make(classes=3):
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, classes))
-"""
-
-
-def make() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A directory with a network's module, teachers a.pt and b.pt, and data.npz."""
-    (tmp_path / "fastmerge_compare_test_net.py").write_text(SOURCE)
-    for name in ("a", "b"):
-        torch.save(make().state_dict(), tmp_path / f"{name}.pt")
-    random = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 48), ("test", 12)):
-        arrays[f"{split}_images"] = random.integers(0, 256, (count, 6, 6), np.uint8)
-        arrays[f"{split}_labels"] = np.arange(count) % 3
-    np.savez(tmp_path / "data.npz", **arrays)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def arguments(names: str) -> list[str]:
-    words = f"compare --model fastmerge_compare_test_net:make --teachers a.pt b.pt --data data.npz --out out --methods {names}"
+    words = f"compare --model {MODEL} --teachers a.safetensors b.pt --data data.npz --out out --methods {names}"
     return f"{words} --epochs 1 --finetune-epochs 1 --batch-size 16 --device cpu".split()
 
 
@@ -158,7 +132,7 @@ def first(teachers, batches):
         assert main(["merge", *words, "--method", "first"]) == 0
     finally:
         methods.METHODS.pop("first", None)
-    assert torch.equal(load_file("out/student.safetensors")["0.weight"], torch.load("a.pt")["0.weight"])
+    assert torch.equal(load_file("out/student.safetensors")["0.weight"], load_file("a.safetensors")["0.weight"])
 
 
 def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None:
@@ -170,7 +144,7 @@ def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--teachers a.pt", "merge needs at least two teachers; got 1"),
+        ("--teachers b.pt", "merge needs at least two teachers; got 1"),
         ("--data five.npz", "train_loader has targets 0..4; the teachers have 3 classes, 0..2"),
         ("--device meta", "can't use device meta: it holds no values"),
         ("--lr nan", "a finite number above 0; got nan"),
@@ -178,7 +152,7 @@ def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None
 )
 def test_what_can_not_work_is_refused_before_anything_is_run(place: Path, capsys, more: str, message: str) -> None:
     arrays = dict(np.load("data.npz"))
-    np.savez("five.npz", **arrays | {"train_labels": np.arange(48) % 5})
+    np.savez("five.npz", **arrays | {"train_labels": np.arange(49) % 5})
     assert main([*arguments("average"), *more.split()]) == 2
     printed = capsys.readouterr()
     assert message in printed.err

@@ -31,6 +31,19 @@ def open_some(big: fastmerge.BigStudent, names: list[str]) -> None:
         loc.fill_(-OPEN)[torch.randperm(len(loc), generator=generator)[: big.widths[name]]] = OPEN
 
 
+def test_only_what_belongs_together_is_adopted() -> None:
+    narrow, wide = (linked(width) for width in (4, 5))
+    with pytest.raises(ValueError, match="as many teachers, of the same architecture"):
+        narrow.adopt(wide)
+
+
+def linked(width: int) -> fastmerge.BigStudent:
+    teachers = [nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2)) for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(2, 3))
+    big.link()
+    return big
+
+
 @pytest.mark.parametrize(
     "name",
     [

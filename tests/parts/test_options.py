@@ -69,6 +69,8 @@ def test_a_checkpoint_is_compared_by_what_changes_the_result() -> None:
         ({"lr": 0.0}, r"lr, learning rate of the weights, a finite number above 0; got 0\.0"),
         ({"lam_step": float("nan")}, "lam_step, .* a finite number of at least 0; got nan"),
         ({"link_at": 1.1}, r"link_at, .* in 0\.\.1; got 1\.1"),
+        ({"link_at": "x"}, r"link_at, .* in 0\.\.1; got 'x'"),
+        ({"layerwise": "2"}, "layerwise, .* a whole number of at least 1; got '2'"),
         ({"gate_schedule": "linear"}, "gate_schedule, .* quadratic or budget; got 'linear'"),
         ({"compact_at": "soon"}, "compact_at, .* 'settled' or None; got 'soon'"),
         ({"accumulate": 0}, "accumulate, .* at least 1; got 0"),
