@@ -19,6 +19,7 @@ from fastmerge.isolation import quietly
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.validation import differences, kind_of, same_teachers, teacher_errors
 from fastmerge.wide.blueprint import code_errors, common_buffers, join_heads, read_network
+from fastmerge.wide.widths import Keep
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def check(
     example_inputs: Any = None,
     outputs: Sequence[Name] | None = None,
     heads: str = "average",
+    keep: Keep = None,
     verify: bool = True,
 ) -> Report:
     """Says whether networks can be merged, with every reason why not, and how much there is to choose.
@@ -107,6 +109,7 @@ def check(
         example_inputs: what their forward takes; needed only where it can't be inferred.
         outputs: which outputs are predictions.
         heads: what becomes of the teachers' outputs, as :class:`~fastmerge.BigStudent` takes it.
+        keep: how many channels the student is to have, as :class:`~fastmerge.BigStudent` takes it.
         verify: whether to compare what is built with the networks.
     """
     if heads != "average":
@@ -132,7 +135,7 @@ def check(
             problems += [problem for error in code_errors(traced, alike, inputs) for problem in error.problems]
         if not problems:
             with quietly():  # of what is noted below
-                BigStudent(*teachers, example_inputs=example_inputs, outputs=outputs, verify=verify)
+                BigStudent(*teachers, example_inputs=example_inputs, outputs=outputs, keep=keep, verify=verify)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the user's code raises

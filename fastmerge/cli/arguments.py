@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -157,16 +157,17 @@ def _name_of_classes(model: str) -> str | None:
     return next((name for name in ("num_classes", "classes") if name in parameters), None)
 
 
-def add_options(add: Callable[..., None], varying: bool = False) -> None:
+def add_options(add: Callable[..., object], varying: bool = False, names: Container[str] | None = None) -> None:
     """Adds a flag for every option of a merge that has one.
 
     Args:
         add: as ``parser.add_argument``.
         varying: whether only those that may differ from a recipe's, whose own values are the defaults then.
+        names: of the options to add; None: all.
     """
     for each in fields(Options):
         facts = each.metadata
-        if facts["flag"] is None or (varying and not facts["varies"]):
+        if facts["flag"] is None or (varying and not facts["varies"]) or (names is not None and each.name not in names):
             continue
         default = None if varying else each.default
         said = "; default the recipe's" if varying else "" if default is None else f"; default {default}"

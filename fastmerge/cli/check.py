@@ -12,9 +12,8 @@ import argparse
 
 import torch
 
-from fastmerge.cli.arguments import add_teachers, integer, load_teachers
+from fastmerge.cli.arguments import add_options, add_teachers, integer, load_teachers
 from fastmerge.mergeability import check
-from fastmerge.wide.heads import HEADS
 
 SUMMARY = "whether networks can be merged, and every reason why not"
 
@@ -29,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="shape of one sample, such as 3 224 224; default fits the first layer",
     )
-    parser.add_argument(
-        "--heads", choices=HEADS, default="average", help="what becomes of the teachers' outputs; default average"
-    )
+    add_options(parser.add_argument, names=("heads", "keep"))
 
 
 def command(options: argparse.Namespace) -> int:
@@ -41,6 +38,6 @@ def command(options: argparse.Namespace) -> int:
     if options.input is not None:
         dtype = next((p.dtype for p in teachers[0].parameters() if p.is_floating_point()), torch.float32)
         inputs = torch.randn(2, *options.input, generator=torch.Generator().manual_seed(0)).to(dtype)
-    report = check(*teachers, example_inputs=inputs, heads=options.heads)
+    report = check(*teachers, example_inputs=inputs, heads=options.heads, keep=options.keep)
     print(report)
     return 0 if report.ok else 1

@@ -224,4 +224,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     capsys.readouterr()
     assert main([*words, "--input", "5", "9", "9"]) == 1
     assert "(2, 5, 9, 9)" in capsys.readouterr().out
+    assert main([*words, "--keep", "0.5"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--keep", "first=0.5"]) == 1
+    assert "keep needs names of channel groups; got 'first'" in capsys.readouterr().out
     assert main([*words, "--model-args", "classes=9"]) == 2
