@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -204,16 +205,18 @@ class Measured:
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         self.metrics = metrics
         self._sums = {name: 0.0 for name, metric in metrics.items() if not hasattr(metric, "update")}
-        self._samples = 0
+        self._samples = dict.fromkeys(self._sums, 0)
         for name in metrics.keys() - self._sums.keys():
             metrics[name].reset()
 
     def add(self, output: Any, target: Any, samples: int) -> None:
         """Adds a batch."""
-        self._samples += samples
         for name, metric in self.metrics.items():
             if name in self._sums:
-                self._sums[name] += samples * float(metric(output, target))
+                found = metric(output, target)
+                value, count = found if isinstance(found, tuple) else (found, samples)
+                self._samples[name] += int(count)
+                self._sums[name] += int(count) * float(value) if count else 0.0
             else:
                 metric.update(output, target)
 
@@ -221,9 +224,10 @@ class Measured:
         """What they came to; None where there are none."""
         if not self.metrics:
             return None
-        totals = [float(self._samples), *self._sums.values()]
-        samples, *sums = totals if processes is None else processes.sum(totals)
-        means = dict(zip(self._sums, (value / samples for value in sums), strict=True))
+        totals = [*map(float, self._samples.values()), *self._sums.values()]
+        totals = totals if processes is None else processes.sum(totals)
+        pairs = zip(totals[len(self._sums) :], totals, strict=False)
+        means = dict(zip(self._sums, (value / n if n else math.nan for value, n in pairs), strict=True))
         return {name: means[name] if name in means else float(self.metrics[name].compute()) for name in self.metrics}
 
 
@@ -244,8 +248,9 @@ def evaluate(
         setting: Criterion and the like.
         after_step: Called after every batch; what it raises ends the evaluation.
         processes: That share the data; however unevenly, every sample counts once.
-        metrics: What else to measure, by name: functions of (output, target), whose mean over the samples counts, or
-            objects with ``update``, ``compute`` and ``reset``, which are told of all batches of their own process.
+        metrics: What else to measure, by name: functions of (output, target), whose mean over the samples counts and which
+            may give (value, samples) where it is one of fewer, or objects with ``update``, ``compute`` and ``reset``, which
+            are told of all batches of their own process.
 
     Raises:
         NotFiniteError: As ``Tally.add``, in all processes.

@@ -28,9 +28,9 @@ EPOCHS = {"merge_epochs": 4, "finetune_epochs": 2, "link_at": 0.5}
 class Net(nn.Module):
     """No BatchNorm, whose statistics would differ between a batch and its parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 3) -> None:
         super().__init__()
-        self.conv, self.hidden, self.head = nn.Conv2d(1, 4, 3), nn.Linear(64, 6), nn.Linear(6, 3)
+        self.conv, self.hidden, self.head = nn.Conv2d(1, 4, 3), nn.Linear(64, 6), nn.Linear(6, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.hidden(self.conv(x).relu().flatten(1)).relu())
@@ -72,10 +72,10 @@ def teachers(make: Callable[[], nn.Module] = Net) -> list[nn.Module]:
     return found
 
 
-def batches(samples: int, size: int, rank: int, parts: int) -> list[tuple[Tensor, Tensor]]:
+def batches(samples: int, size: int, rank: int, parts: int, classes: int = 3) -> list[tuple[Tensor, Tensor]]:
     """A process's share of batches of so many samples."""
     generator = torch.Generator().manual_seed(samples)
-    x, y = torch.randn(samples, 1, 6, 6, generator=generator, dtype=torch.float64), torch.arange(samples) % 3
+    x, y = torch.randn(samples, 1, 6, 6, generator=generator, dtype=torch.float64), torch.arange(samples) % classes
     return [(a[rank::parts], b[rank::parts]) for a, b in zip(x.split(size), y.split(size), strict=True)]
 
 
@@ -107,7 +107,7 @@ def run(rank: int, size: int, directory: Path | None = None, accumulate: int = 1
             return merge(
                 teachers(options.pop("make", Net)),
                 options.pop("train", train),
-                val_loader=validation(rank, size),
+                val_loader=options.pop("val", None) or validation(rank, size),
                 accumulate=accumulate,
                 checkpoint_dir=directory,
                 **{"seed": 3, "progress": False, "lr": 0.05, "resume": directory is not None, **EPOCHS, **options},
@@ -122,6 +122,19 @@ def run(rank: int, size: int, directory: Path | None = None, accumulate: int = 1
 def merged(rank: int, size: int, *arguments: Any, **options: Any) -> dict[str, Any]:
     student, history = run(rank, size, *arguments, **options)
     return {"student": {k: v.numpy() for k, v in student.state_dict().items()}, "history": history.record()}
+
+
+def label_sets(rank: int, size: int, one_loader: bool, **options: Any) -> dict[str, Any]:
+    """A merge of teachers of three classes and of two, of whose images a process has shares; or all as they come."""
+    counts, lengths = (3, 2), (STEPS, STEPS - 1)
+    train = [batches(BATCH * n, BATCH, rank, size, k) for n, k in zip(lengths, counts, strict=True)]
+    val = [batches(n, n, rank, size, k) for n, k in zip((VALIDATION, 1), counts, strict=True)]
+    if one_loader:  # the last process scores no image of the second teacher's
+        (x, y), (x_2, y_2) = (its[0] for its in val)
+        val = [(torch.cat([x, x_2]), torch.cat([y, y_2 + 3]))]
+        train = [(torch.cat([x, z]), torch.cat([y, t + 3])) for (x, y), (z, t) in zip(*train, strict=False)]
+    makes = map(Net, counts)
+    return merged(rank, size, make=lambda: next(makes), train=train, val=val, heads="concatenate", **options)
 
 
 def normed(rank: int, size: int) -> dict[str, Any]:

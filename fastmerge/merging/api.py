@@ -137,8 +137,9 @@ def merge(
         ema: Decay of a moving average over the weights of the fine-tuning, in 0..1: it is what is scored, and what the
             student becomes.
         metrics: What else is measured on the validation data, by name: functions ``f(output, target)`` whose mean over the
-            samples counts, or objects with ``update(output, target)``, ``compute()`` and ``reset()`` such as torchmetrics'.
-            ``history`` has them as ``score.metrics``.
+            samples counts, or which return ``(value, samples)`` where it is one of fewer, or objects with
+            ``update(output, target)``, ``compute()`` and ``reset()`` such as torchmetrics'. ``history`` has them as
+            ``score.metrics``.
         criterion: ``criterion(output, target)``, the mean over a batch.
         device: Where to train; None is where the first teacher is.
         autocast: Dtype for ``torch.autocast``; None for none. float16 uses a gradient scaler.

@@ -107,23 +107,13 @@ class PartAccuracy:
 
     def __init__(self, sets: LabelSets, number: int | None = None) -> None:
         self.sets, self.number = sets, number
-        self.reset()
 
-    def reset(self) -> None:
-        """Begins anew."""
-        self.right = self.samples = 0
-
-    def update(self, output: Tensor, target: Tensor) -> None:
-        """Adds a batch."""
+    def __call__(self, output: Tensor, target: Tensor) -> tuple[float, int]:
+        """The share of a batch, in 0..1, and of how many samples it is; NaN of none."""
         right = self.sets.own_logits(output, target).argmax(1) == target
         if self.number is not None:
             right = right[self.sets.owner_of(target) == self.number]
-        self.right += int(right.sum())
-        self.samples += right.numel()
-
-    def compute(self) -> float:
-        """The share, in 0..1; NaN without samples."""
-        return self.right / self.samples if self.samples else float("nan")
+        return float(right.float().mean()), right.numel()
 
 
 class TeachersLoader:

@@ -1,12 +1,24 @@
 """Several processes that merge together are one with the same batches; when one is lost, the checkpoint is not."""
 
+import functools
 import signal
 import time
 
 import pytest
 
 import ddp_merge
-from ddp_merge import assert_close, diverging, draws, interrupted, merged, normed, other_teachers, shown, uneven
+from ddp_merge import (
+    assert_close,
+    diverging,
+    draws,
+    interrupted,
+    label_sets,
+    merged,
+    normed,
+    other_teachers,
+    shown,
+    uneven,
+)
 from gloo import together
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -25,6 +37,19 @@ def test_processes_are_one_with_the_same_batches(alone, size, accumulate):
         assert isinstance(found[rank], dict), found
         assert_close(found[rank], alone)
         assert all((found[rank]["student"][name] == value).all() for name, value in found[0]["student"].items())
+
+
+@pytest.mark.parametrize(
+    ("one_loader", "options"),
+    [(True, {}), pytest.param(False, {"distill": 0.3}, marks=pytest.mark.slow)],
+)
+def test_processes_merge_teachers_of_different_label_sets_as_one_does(one_loader, options):
+    work = functools.partial(label_sets, one_loader=one_loader, **options)
+    found, alone = together(2, work), work(0, 1)
+    for rank in range(2):
+        assert isinstance(found[rank], dict), found
+        assert_close(found[rank], alone)
+    assert alone["history"]["epochs"][-1]["val"]["metrics"].keys() == {"own part", "part 0", "part 1"}
 
 
 def test_accumulated_batches_are_one(alone):
