@@ -1,12 +1,13 @@
 """Merging two teachers of disjoint classes, as paired trials at equal cost beside other uses of it.
 
-``python -m benchmarks.label_sets FOLDER`` reads FOLDER/mnist.npz (``train_images, train_labels, test_images, test_labels``),
-writes one record per replicate to benchmarks/results/experiments/label-sets.json and goes on where it was stopped.
+``python -m benchmarks.label_sets mnist FOLDER`` and ``cifar100 FOLDER`` read FOLDER/mnist.npz or FOLDER/cifar100.npz
+(``train_images, train_labels, test_images, test_labels``), write one record per replicate to
+benchmarks/results/experiments/label-sets-*.json and go on where they were stopped.
 
-A replicate halves the ten classes by chance and trains one teacher on each half. All that follows begins with these teachers,
-has the same images and costs what both teachers together cost, half as much again: B = 3/2 of the teachers' cost in all. Joint
-training from fresh weights has all of B; one teacher that is trained on has what the other teacher would have cost, too. Costs
-are counted operations of forward and backward passes.
+A replicate halves the task's classes by chance and trains one teacher on each half. All that follows begins with these
+teachers, has the same images and costs what both teachers together cost, half as much again: B = 3/2 of the teachers' cost in
+all. Joint training from fresh weights has all of B; one teacher that is trained on has what the other teacher would have cost,
+too. Costs are counted operations of forward and backward passes.
 
 Training is of each sample among the classes of its own half (*own*) or among all (*all*); both are done by all.
 """
@@ -15,66 +16,132 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy
 
 import fastmerge
-from benchmarks.trials import Data, Shuffled, gaps_text, hash_of, mean_text, measure_missing, verdict_of
+from benchmarks.trials import (
+    Data,
+    Shuffled,
+    gaps_text,
+    hash_of,
+    load_records,
+    mean_text,
+    measure_missing,
+    verdict_of,
+)
 from fastmerge import methods
 from fastmerge.data.arrays import load_npz
 from fastmerge.merging.label_sets import LabelSets, PartCriterion
+from fastmerge.merging.options import Options
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks.lenet import LeNet
+from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.reporting.tables import table
 
-OUT = Path(__file__).resolve().parent / "results" / "experiments" / "label-sets.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "experiments"
 BATCH = 50  # images per step; half as many for a teacher, which sees half of the images
-RATE, RATE_ON, DECAY = 0.02, 0.01, 5e-4  # the second: of what begins with trained weights
-LINK_AT, DISTILL = 0.25, 0.5
+LINK_AT, DISTILL, DECAY = 0.25, 0.5, 5e-4
 
 
-def network(classes: int) -> nn.Module:
+def lenet(classes: int) -> nn.Module:
     """A LeNet for 28×28 images with 4 and 8 channels, 32 and 24 units."""
     return LeNet(1, 28, classes, channels=(4, 8), units=(32, 24))
+
+
+def resnet(classes: int) -> nn.Module:
+    """A ResNet-8 with 8, 16 and 32 channels, one block each."""
+    return ResNetCifar(1, classes, channels=8)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, by which network, and how.
+
+    Attributes:
+        name: of the data set, for the page.
+        network: built for a number of classes.
+        classes: of the data set.
+        half: classes of each teacher; they are drawn from the data set's.
+        images: training images of each teacher.
+        epochs: of a teacher, over its half.
+        merge_epochs: of the merge stage, over both.
+        rate: learning rate of fresh weights.
+        rate_on: of what begins with trained weights.
+        mean, std: of pixels in 0..1.
+        pool: side of the squares of pixels that are averaged.
+        remark: on the page.
+    """
+
+    name: str
+    network: Callable[[int], nn.Module]
+    classes: int
+    half: int
+    images: int
+    epochs: int
+    merge_epochs: int
+    rate: float
+    rate_on: float
+    mean: float
+    std: float
+    pool: int = 1
+    remark: str = ""
+
+
+TASKS = {
+    "mnist": Task("MNIST", lenet, 10, 5, 1000, 60, 5, 0.02, 0.01, 0.1307, 0.3081),
+    "cifar100": Task(
+        *("CIFAR-100", resnet, 100, 10, 1500, 32, 3, 0.4, 0.2, 0.48, 0.27, 2),
+        remark="Images are averaged to 16×16 pixels, and twenty of the hundred classes are drawn for each replicate: "
+        "halves of fifty classes learn next to nothing in the hour of one core that the eight replicates have.",
+    ),
+}
 
 
 class Replicate:
     """Two teachers of disjoint halves of the classes, and what is made of them.
 
     Args:
-        train, test: images (N, 1, 28, 28) and classes 0..9.
-        images: training images of each half.
-        epochs: of a teacher, over its half.
-        merge_epochs: of the merge stage, over both.
+        task: which.
+        train, test: images (N, C, H, W) and classes, of the whole data set.
         seed: of everything.
     """
 
-    def __init__(self, train: Data, test: Data, images: int, epochs: int, merge_epochs: int, seed: int) -> None:
-        self.seed, self.epochs, self.merge_epochs = seed, epochs, merge_epochs
+    def __init__(self, task: Task, train: Data, test: Data, seed: int) -> None:
+        self.task, self.seed = task, seed
         self._costs: list[float] = []
         generator = torch.Generator().manual_seed(hash_of(seed, "halves"))
-        self.classes = torch.randperm(10, generator=generator).tolist()  # in the student's order
-        place = torch.tensor(self.classes).argsort()
-        self.sets = LabelSets((5, 5))
+        self.classes = torch.randperm(task.classes, generator=generator)[
+            : 2 * task.half
+        ].tolist()  # in the student's order
+        self.sets = LabelSets((task.half, task.half))
+        x, y = self.chosen(train)
         self.halves: list[Data] = []
-        x, y = train[0], place[train[1]]
         for number in range(2):
-            own = (y // 5 == number).nonzero().flatten()
-            own = own[torch.randperm(len(own), generator=generator)[:images]]
-            self.halves.append((x[own], y[own] - 5 * number))
-        self.joint = torch.cat([h[0] for h in self.halves]), torch.cat([self.halves[0][1], self.halves[1][1] + 5])
-        self.test = test[0], place[test[1]]
+            own = (y // task.half == number).nonzero().flatten()
+            own = own[torch.randperm(len(own), generator=generator)[: task.images]]
+            self.halves.append((x[own], y[own] - task.half * number))
+        (x, y), (x_2, y_2) = self.halves
+        self.joint = torch.cat([x, x_2]), torch.cat([y, y_2 + task.half])
+        self.test = self.chosen(test)
+
+    def chosen(self, data: Data) -> Data:
+        """The images of the replicate's classes, with these counted in the student's order."""
+        place = torch.full((self.task.classes,), -1)
+        place[self.classes] = torch.arange(len(self.classes))
+        y = place[data[1]]
+        return data[0][y >= 0], y[y >= 0]
 
     def new(self, classes: int, name: str) -> nn.Module:
         torch.manual_seed(hash_of(self.seed, "weights", name))
-        return network(classes)
+        return self.task.network(classes)
 
     def loader(self, data: Data, name: str, batch: int = BATCH) -> Shuffled:
         return Shuffled(data, batch, hash_of(self.seed, "order", name))
@@ -84,7 +151,7 @@ class Replicate:
         torch.manual_seed(hash_of(self.seed, name))
         criterion = PartCriterion(cross_entropy, self.sets, all_classes=not own)
         loader = self.loader(self.joint, "joint")
-        rate = RATE if name == "joint" else RATE_ON
+        rate = self.task.rate if name == "joint" else self.task.rate_on
         methods.train(model, loader, epochs=epochs, lr=rate, weight_decay=DECAY, criterion=criterion)
         return model
 
@@ -94,29 +161,26 @@ class Replicate:
         x, y = self.test
         logits = torch.cat([model.eval()(part) for part in x.split(500)])
         own = self.sets.own_logits(logits, y).argmax(1) == y
-        per_task = [float(own[y // 5 == number].float().mean()) for number in range(2)]
+        per_task = [float(own[y // self.task.half == number].float().mean()) for number in range(2)]
         return {"task": fmean(per_task), "all": float((logits.argmax(1) == y).float().mean())}
 
     def results(self) -> dict[str, Any]:
         """Scores by strategy."""
         teachers = []
         for number, half in enumerate(self.halves):
-            teacher = self.new(5, f"teacher {number}")
-            methods.train(
-                teacher,
-                self.loader(half, f"half {number}", BATCH // 2),
-                epochs=self.epochs,
-                lr=RATE,
-                weight_decay=DECAY,
-            )
+            teacher = self.new(self.task.half, f"teacher {number}")
+            loader = self.loader(half, f"half {number}", BATCH // 2)
+            methods.train(teacher, loader, epochs=self.task.epochs, lr=self.task.rate, weight_decay=DECAY)
             teachers.append(teacher)
         joined, _ = methods.join_heads(teachers, self.joint[0][:2])
-        left = self.epochs // 2  # epochs over both halves of one network, that cost what one teacher did
+        left = self.task.epochs // 2  # epochs over both halves of one network, that cost what one teacher did
         found: dict[str, Any] = {"ensemble": self.score(methods.ensemble(joined))}
         notes: dict[str, Any] = {}
         for own in (True, False):
             kind = "own" if own else "all"
-            found[f"joint, {kind}"] = self.score(self.trained(self.new(10, "joint"), 3 * left, "joint", own))
+            found[f"joint, {kind}"] = self.score(
+                self.trained(self.new(len(self.classes), "joint"), 3 * left, "joint", own)
+            )
             found[f"one on, {kind}"] = self.score(self.trained(self.extended(teachers[0]), 2 * left, "on", own))
             for name in ("average", "rebasin", "zipit"):
                 with warnings.catch_warnings():
@@ -131,18 +195,19 @@ class Replicate:
 
     @torch.no_grad()
     def extended(self, teacher: nn.Module) -> nn.Module:
-        """A network of ten classes with a teacher's weights, and fresh rows of the last layer for the other five."""
-        model, own = self.new(10, "extended"), teacher.state_dict()
+        """A network of all classes with a teacher's weights, and fresh rows of the last layer for the other half."""
+        model, own = self.new(len(self.classes), "extended"), teacher.state_dict()
         for name, tensor in model.state_dict().items():
-            tensor[: len(own[name])] = own[name]
+            tensor[tuple(map(slice, own[name].shape))] = own[name]
         return model
 
     def merged(
         self, teachers: Sequence[nn.Module], distill: float, own: bool, left: int
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """A merge of so many epochs of one network's cost."""
-        costs = self.costs(teachers)
-        spent = self.merge_epochs * (LINK_AT * costs[0] + (1 - LINK_AT) * costs[1])
+        costs, merge_epochs = self.costs(teachers), self.task.merge_epochs
+        linked = Options(merge_epochs=merge_epochs, link_at=LINK_AT).linked_epochs
+        spent = (merge_epochs - linked) * costs[0] + linked * costs[1]
         epochs = max(1, round((left - spent) / (1 + (len(teachers) / 3 if distill else 0))))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of gates that have not settled
@@ -151,10 +216,10 @@ class Replicate:
                 [self.loader(half, f"half {number}", BATCH // 2) for number, half in enumerate(self.halves)],
                 val_loader=[[self.test_of(number)] for number in range(2)],
                 val_every=10_000,
-                merge_epochs=self.merge_epochs,
+                merge_epochs=merge_epochs,
                 finetune_epochs=epochs,
                 link_at=LINK_AT,
-                lr=RATE_ON,
+                lr=self.task.rate_on,
                 weight_decay=DECAY,
                 gate_schedule="budget",
                 heads="concatenate",
@@ -172,14 +237,15 @@ class Replicate:
         if not self._costs:
             few = [(self.joint[0][:8], None)]
             big = fastmerge.BigStudent(*teachers, example_inputs=self.joint[0][:2], heads="concatenate")
-            self._costs.append(step_operations(big, few) / step_operations(network(10), few))
+            one = step_operations(self.task.network(len(self.classes)), few)
+            self._costs.append(step_operations(big, few) / one)
             big.link()
-            self._costs.append(step_operations(big, few) / step_operations(network(10), few))
+            self._costs.append(step_operations(big, few) / one)
         return self._costs
 
     def test_of(self, number: int) -> Data:
-        own = self.test[1] // 5 == number
-        return self.test[0][own], self.test[1][own] - 5 * number
+        own = self.test[1] // self.task.half == number
+        return self.test[0][own], self.test[1][own] - self.task.half * number
 
 
 WHAT = {
@@ -195,14 +261,33 @@ WHAT = {
 BASE = "merged"
 
 
-def page(measured: dict[str, Any]) -> str:
-    """docs/label-sets.md from the records."""
-    records = measured["replicates"]
-    first, n = records[0], len(records)
-    parts = ["# Teachers of different label sets", conclusion(records), INTRODUCTION]
+def page(measured: dict[str, dict[str, Any]]) -> str:
+    """docs/label-sets.md from the records by task."""
+    there = {name: found for name, found in measured.items() if found["replicates"]}
+    parts = [
+        "# Teachers of different label sets",
+        *(conclusion(TASKS[n], found["replicates"]) for n, found in there.items()),
+    ]
+    parts += [INTRODUCTION]
+    for name, found in there.items():
+        parts += _section(TASKS[name], found["replicates"], found["environment"])
+    parts.append(
+        "Costs are counted operations. Of the cost of three trainings of a teacher, a merge and other methods have one after "
+        "both teachers', one teacher that is trained on has two, a fresh network three. *per task* is the mean over both "
+        "halves of the accuracy among their own classes, *over all classes* that among all. *difference* is the row's "
+        f"accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, ± its standard error. *at once* is both "
+        "accuracies before fine-tuning, of a merge after its merge stage. Distillation weighs "
+        f"{DISTILL:g}. Learning rates were chosen on a replicate that is not among these."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(task: Task, records: Sequence[dict[str, Any]], made: dict[str, Any]) -> list[str]:
+    """A task's tables."""
+    parts = []
     for kind, title in (
-        ("all", "Trained among all classes"),
-        ("own", "Trained among the classes of each image's half"),
+        ("all", "trained among all classes"),
+        ("own", "trained among the classes of each image's half"),
     ):
         rows = []
         for strategy, what in WHAT.items():
@@ -218,22 +303,17 @@ def page(measured: dict[str, Any]) -> str:
             )
             rows.append([what, *cells])
         header = ["", "per task, %", "difference", "over all classes, %", "difference", "at once"]
-        parts += [f"## {title}", table(header, rows, markdown=True)]
+        parts += [f"## {task.name}, {title}", table(header, rows, markdown=True)]
+    first = records[0]
     costs = first["notes"][f"{BASE}, own"]["costs"]
     parts.append(
-        f"{network.__doc__} {n} replicates of MNIST, {first['images']:,} training images of each half of the classes, "
-        f"which are drawn anew for each; {first['epochs']} epochs for a teacher. Of the cost of three such trainings a merge "
-        "and other methods have one after both teachers', one teacher that is trained on has two, a fresh network three. A "
-        "merge stage of "
-        f"{first['merge_epochs']} epochs, of {costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards; "
-        f"distillation weighs {DISTILL:g}. *per task* is the mean over both halves of the accuracy among five classes, *over "
-        f"all classes* among ten. *difference* is the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in "
-        "points, ± its standard error. *at once* is both accuracies before fine-tuning, of a merge after its merge stage. "
-        "Learning rates were chosen on a replicate that is not among these. CIFAR-100 has not been tried."
+        f"{task.network.__doc__} {len(records)} replicates of {task.name}, {task.half} classes and {first['images']:,} "
+        f"training images in each half, drawn anew for each; {first['epochs']} epochs for a teacher. A merge stage of "
+        f"{first['merge_epochs']} epochs, of {costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards, and "
+        f"{first['notes'][f'{BASE}, own']['finetune epochs']} epochs of fine-tuning. {task.remark}".strip()
     )
-    made = measured["environment"]
     parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 INTRODUCTION = """`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on
@@ -267,7 +347,7 @@ def _gap(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str
     return "" if strategy == base else gaps_text(gaps(records, strategy, base, score))
 
 
-def conclusion(records: Sequence[dict[str, Any]]) -> str:
+def conclusion(task: Task, records: Sequence[dict[str, Any]]) -> str:
     """Where the merge does not help, then where it does: strategies that differ by more than two standard errors."""
     sentences = []
     for kind, how, score in (("all", "all classes", "all"), ("own", "the classes of each image's half", "task")):
@@ -281,38 +361,42 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
         said = "; ".join(f"**{verdict}**: {', '.join(found)}" for verdict, found in verdicts.items() if found)
         sentences.append(f"* Trained among {how}, accuracy {measure}: {said}.")
     return (
-        "Where a merge does not help, first. Other uses of the same cost, beside *merged*, in points, by more than two "
-        "standard errors or not:\n\n" + "\n".join(sentences)
+        f"Where a merge does not help on {task.name}, first. Other uses of the same cost, beside *merged*, in points, by more "
+        "than two standard errors or not:\n\n" + "\n".join(sentences)
     )
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """What :func:`page` takes: the records by task."""
+    return {name: load_records(RESULTS / f"label-sets-{name}.json") for name in TASKS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=1000, help="training images of each half (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=60, help="of a teacher (%(default)s)")
-    parser.add_argument("--merge-epochs", type=int, default=5, help="of the merge stage (%(default)s)")
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("folder", type=Path, help="with mnist.npz or cifar100.npz")
     parser.add_argument("--replicates", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    arrays = load_npz(options.folder / "mnist.npz")
-    as_images = partial(_images, mean=0.1307, std=0.3081)
-    train = as_images(arrays.train_images), torch.from_numpy(arrays.train_labels)
-    test = as_images(arrays.test_images), torch.from_numpy(arrays.test_labels)
-    planned = {"images": options.images, "epochs": options.epochs, "merge_epochs": options.merge_epochs}
+    task = TASKS[options.task]
+    arrays = load_npz(options.folder / f"{options.task}.npz")
+    train = _images(task, arrays.train_images), torch.from_numpy(arrays.train_labels)
+    test = _images(task, arrays.test_images), torch.from_numpy(arrays.test_labels)
+    planned = {"images": task.images, "epochs": task.epochs, "merge_epochs": task.merge_epochs}
 
     def measure(seed: int) -> dict[str, Any]:
-        return Replicate(train, test, **planned, seed=seed).results() | planned
+        return Replicate(task, train, test, seed).results() | planned
 
     seeds = range(1, options.replicates + 1)  # 0 was looked at to choose rates
-    for record in measure_missing(options.out, seeds, measure):
+    for record in measure_missing(RESULTS / f"label-sets-{options.task}.json", seeds, measure):
         scores = {k: (round(v["task"], 4), round(v["all"], 4)) for k, v in record["scores"].items()}
         print(record["seed"], scores, flush=True)
 
 
-def _images(images: Any, mean: float, std: float) -> Tensor:
-    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+def _images(task: Task, images: Any) -> Tensor:
+    """Images (N, C, H, W) of uint8 ones (N, H, W, C), some at a time."""
+    parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(1000)
+    return torch.cat([(avg_pool2d(part.float(), task.pool) / 255 - task.mean) / task.std for part in parts])
 
 
 if __name__ == "__main__":

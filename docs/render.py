@@ -100,7 +100,7 @@ def main() -> None:
         ABLATIONS: ablation_report.page(ablation_report.load()),
         DOCS / "evidence.md": evidence_report.page(evidence_report.load()),
         DOCS / "layer-norms.md": layer_norms.page(json.loads(layer_norms.OUT.read_text(encoding="utf-8"))),
-        DOCS / "label-sets.md": label_sets.page(trials.load_records(label_sets.OUT)),
+        DOCS / "label-sets.md": label_sets.page(label_sets.load()),
         DOCS / "layerwise.md": layerwise.page(*layerwise.load()),
         DOCS / "many-teachers.md": many_teachers.page(many_teachers.load()),
         DOCS / "widths.md": widths.page(trials.load_records(widths.OUT)),

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import torch
 
@@ -18,17 +19,18 @@ def _images(side: int, count: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_label_sets() -> None:
-    data = _images(28)
-    record = label_sets.Replicate(data, data, images=100, epochs=2, merge_epochs=1, seed=0).results()
+    data, small = _images(28), {"images": 100, "epochs": 2, "merge_epochs": 1}
+    record = label_sets.Replicate(replace(label_sets.TASKS["mnist"], **small), data, data, seed=0).results()
     assert set(record["scores"]) == {
         "ensemble",
         *(f"{name}, {kind}" for name in label_sets.WHAT if name != "ensemble" for kind in ("own", "all")),
     }
-    record |= {"images": 100, "epochs": 2, "merge_epochs": 1}
+    record |= small
     better, worse = copy.deepcopy(record), copy.deepcopy(record)
     for one, by in ((better, 0.5), (worse, 0.501)):
         one["scores"]["merged, own"]["task"] = one["scores"]["joint, own"]["task"] + by
-    page = label_sets.page({"replicates": [better, worse], "environment": environment()})
+    found = {"replicates": [better, worse], "environment": environment()}
+    page = label_sets.page({"mnist": found, "cifar100": {"replicates": []}})
     assert re.search(r"\*\*worse\*\*: .*one network, trained on all from fresh weights \(-50.05 ± 0.05\)", page)
     assert page.count("\n| merged ") == 2
     assert page.index("does not help") < page.index("heads=")
