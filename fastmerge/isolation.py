@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import random
 import threading
 import warnings
@@ -19,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules import transformer
+
+# What says on standard error how an export goes.
+_ANNOUNCING = ("torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils", "torch.export._trace")
 
 ONE_THREAD = threading.RLock()  # whoever changes what holds for the whole process has it for that time
 
@@ -65,7 +69,7 @@ def exporting() -> Iterator[None]:
 
     It replaces ``nn.Module.__call__`` and ``__getattr__``, which give other threads stand-ins for their modules, and tells
     whoever asks that the process is compiling. Objects are not searched for garbage meanwhile, since the many that an export
-    makes are hardly any.
+    makes are hardly any. What an export that fails would print beside its error is not shown: whoever asks for it reports it.
     """
     from torch.export import _trace
     from torch.fx import _symbolic_trace
@@ -99,6 +103,11 @@ def exporting() -> Iterator[None]:
         transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
         stack.callback(setattr, _trace, "_compiling_state_context", switches)
         patcher.patch_method = patch_here  # type: ignore[method-assign, assignment]
+        for logger in map(logging.getLogger, _ANNOUNCING):
+            stack.callback(setattr, logger, "disabled", logger.disabled)
+            logger.disabled = True
+        _trace.print = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+        stack.callback(vars(_trace).pop, "print", None)
         _trace._compiling_state_context = switched_here
         yield
 

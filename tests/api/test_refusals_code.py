@@ -48,7 +48,7 @@ class ThroughNumPy(Branching):
 
 
 @pytest.mark.parametrize("part", [Branching, Counting, Detaching, ThroughNumPy])
-def test_code_that_depends_on_the_data(part: type[Branching]) -> None:
+def test_code_that_depends_on_the_data(part: type[Branching], capfd: pytest.CaptureFixture[str]) -> None:
     teachers = [DataDependent(), DataDependent()]
     for teacher in teachers:
         teacher.branching = part()
@@ -56,6 +56,7 @@ def test_code_that_depends_on_the_data(part: type[Branching]) -> None:
     assert "branching" in message
     assert "can't be traced" in message
     assert "control flow" in message
+    assert capfd.readouterr() == ("", "")
 
 
 def test_channel_groups_refuses_the_same() -> None:
