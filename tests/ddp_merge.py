@@ -128,7 +128,7 @@ def label_sets(rank: int, size: int, one_loader: bool, **options: Any) -> dict[s
     """A merge of teachers of three classes and of two, of whose images a process has shares; or all as they come."""
     counts, lengths = (3, 2), (STEPS, STEPS - 1)
     train = [batches(BATCH * n, BATCH, rank, size, k) for n, k in zip(lengths, counts, strict=True)]
-    val = [batches(n, n, rank, size, k) for n, k in zip((VALIDATION, 1), counts, strict=True)]
+    val = [batches(n, n, rank, size, k) for n, k in zip((VALIDATION, 1 if one_loader else 3), counts, strict=True)]
     if one_loader:  # the last process scores no image of the second teacher's
         (x, y), (x_2, y_2) = (its[0] for its in val)
         val = [(torch.cat([x, x_2]), torch.cat([y, y_2 + 3]))]

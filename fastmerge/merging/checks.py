@@ -135,8 +135,10 @@ def check_checkpoints(snapshots: Snapshots, resume: bool) -> None:
         )
 
 
-def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: Setting) -> tuple[Tensor, ...]:
-    """Runs a teacher and the criterion on the first batch of a loader.
+def check_loader(
+    name: str, loader: Iterable[Any], teacher: nn.Module, setting: Setting, number: int = 0
+) -> tuple[Tensor, ...]:
+    """Runs a teacher, of that number, and the criterion on the first batch of a loader.
 
     Returns:
         The batch's inputs, as the loader gave them.
@@ -177,7 +179,7 @@ def check_loader(name: str, loader: Iterable[Any], teacher: nn.Module, setting: 
         )
     if not loss.isfinite():
         raise ValueError(
-            f"teacher 0's loss on {name}'s first batch is {loss.item()}; look at its weights and the targets"
+            f"teacher {number}'s loss on {name}'s first batch is {loss.item()}; look at its weights and the targets"
         )
     return inputs
 
@@ -199,6 +201,8 @@ def _first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], 
     for value in inputs:
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise TypeError(f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}")
+        if not value.numel():
+            raise ValueError(f"{name}'s first batch has no samples: its input is {_describe(value)}")
     return inputs, target
 
 

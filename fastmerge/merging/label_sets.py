@@ -19,6 +19,7 @@ from fastmerge.evaluation import Criterion, Setting, has_classes
 from fastmerge.merging.checks import check_classes, check_device, check_loader
 from fastmerge.merging.loader_state import loader_state, restore_loader_state
 from fastmerge.merging.options import Options
+from fastmerge.processes import Processes
 from fastmerge.stack import Stack
 from fastmerge.wide.blueprint import join_heads
 from fastmerge.wide.heads import Parts
@@ -95,6 +96,36 @@ class PartCriterion:
                 loss = self.criterion(output.movedim(1, -1)[own][:, part], target[own] - part.start)
                 losses.append(loss * own.sum() / own.numel())
         return torch.stack(losses).sum()
+
+
+class Reached:
+    """Whose classes come among targets.
+
+    Args:
+        sets: of the teachers.
+    """
+
+    def __init__(self, sets: LabelSets) -> None:
+        self.sets = sets
+        self._seen = torch.zeros(0)
+
+    def note(self, target: Tensor) -> None:
+        """Adds a batch, without the device having to tell."""
+        if not len(self._seen):
+            self._seen = torch.zeros(len(self.sets.sizes) + 1, device=target.device)
+        nobody = len(self.sets.sizes)  # whose targets cross_entropy ignores
+        self._seen.index_fill_(0, torch.where(target >= 0, self.sets.owner_of(target), nobody).flatten(), 1)
+
+    def warnings(self, processes: Processes) -> list[str]:
+        """What to say of teachers whose classes came in no process."""
+        seen = processes.most(*self._seen.tolist())
+        return [
+            f"no target in the first epoch was of teacher {number}'s classes, which the targets count as "
+            f"{part.start}..{part.stop - 1}: nothing trains its part of the output; pass a loader per teacher, or targets "
+            "that count the classes of all teachers through"
+            for number, part in enumerate(self.sets.slices)
+            if not seen[number]
+        ]
 
 
 class PartAccuracy:
@@ -206,7 +237,7 @@ def with_label_sets(
             except TypeError:
                 what = f"merge needs loaders with a length where there is one per teacher; {name}[{number}] has none"
                 raise TypeError(what) from None
-            check_loader(f"{name}[{number}]", loader, teachers[number], setting)
+            check_loader(f"{name}[{number}]", loader, teachers[number], setting, number)
     inputs, _ = next(iter(train_loader[0] if "train_loader" in each else train_loader))
     device = check_device(None, teachers[0])
     examples = tuple(x[:2].to(device) for x in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))

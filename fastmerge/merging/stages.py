@@ -17,6 +17,7 @@ from fastmerge.big_student import BigStudent
 from fastmerge.channels.groups import choice_warning
 from fastmerge.isolation import quietly
 from fastmerge.merging.gate_report import gate_warnings, open_probabilities, origins, undecided_warnings
+from fastmerge.merging.label_sets import PartCriterion, Reached
 from fastmerge.merging.layerwise import Parts
 from fastmerge.merging.options import Options
 from fastmerge.merging.trainer import Trainer
@@ -137,7 +138,6 @@ def learn_importance(
     )
     few = choice_warning(big.groups)
     if few and not first:
-        trainer.history.warnings.append(few)
         _warn([few], trainer)
     lam, rates = options.gate_weight(trainer.steps), [group["lr"] for group in optimizer.param_groups]
     before = open_probabilities(big)
@@ -149,7 +149,13 @@ def learn_importance(
             big.link(optimizer=optimizer)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * plan.factor(epoch)
+        if not now and trainer.state.stage is None and isinstance(options.criterion, PartCriterion):  # a whole epoch
+            reached = Reached(options.criterion.sets)
+            trainer.watch = reached.note
         trainer.epoch("merge", big, [optimizer, gate_optimizer], lam)
+        if trainer.watch is not None:
+            trainer.watch = None
+            _warn(reached.warnings(trainer.processes), trainer)
         lam.end_epoch()
         if options.compacts_after(epoch + 1):
             done = big.compact(optimizer, gate_optimizer, settled=options.compact_at == "settled")
@@ -158,12 +164,11 @@ def learn_importance(
     if options.keep is not None:
         shares = {group.name: big.widths[group.name] / (big.num_teachers * group.size) for group in big.groups}
     after = {name: value for name, value in open_probabilities(big).items() if names is None or name in names}
-    found = gate_warnings(before, after, shares, lam_step) + undecided_warnings(big)
-    trainer.history.warnings += found
-    _warn(found, trainer)
+    _warn(gate_warnings(before, after, shares, lam_step) + undecided_warnings(big), trainer)
 
 
 def _warn(found: Sequence[str], trainer: Trainer) -> None:
+    trainer.history.warnings += found
     for warning in found if trainer.processes.is_first else ():
         warnings.warn(warning, stacklevel=6)
 

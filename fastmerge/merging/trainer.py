@@ -66,6 +66,7 @@ class Trainer:
         self.history, self.state, self.stop, self.bar, self.count = history, state, stop, bar, count
         self.processes, self._stage_epochs, self._ended = processes, 0, False
         self.after_step: Callable[[], object] | None = None
+        self.watch: Callable[[Any], object] | None = None  # told of each batch's targets
         self._run = Steps(setting, options, processes, bar)
 
     def resume(self) -> None:
@@ -238,6 +239,9 @@ class Trainer:
         """The epoch's batches that are left, as many at a time as make a step."""
         batches = self.setting.batches(self._stoppable(self.state.batches(tally)))
         while step := list(islice(batches, self.options.accumulate)):
+            if self.watch is not None:
+                for _, target in step:
+                    self.watch(target)
             yield step
 
     def _samples(self, network: nn.Module, count: int) -> Iterator[Any]:

@@ -313,6 +313,16 @@ def test_merge_of_one_loader_whose_targets_say_which(task) -> None:
     teachers, _, both = task
     _, history = fastmerge.merge(teachers, both, val_loader=both, **OPTIONS)
     assert history.borders["student"].metrics["own part"] > 0.85
+    assert not any("no target" in warning for warning in history.warnings)
+
+
+def test_a_merge_says_whose_classes_never_come(task) -> None:
+    teachers, (((x, y), *_), _), _ = task
+    ignored = torch.where(torch.arange(len(y)) % 2 > 0, y, -100)
+    says = r"no target in the first epoch was of teacher 1's classes, which the targets count as 3\.\.4: nothing trains"
+    with pytest.warns(UserWarning, match=says):
+        _, history = fastmerge.merge(teachers, [(x, ignored)], **OPTIONS)
+    assert [bool(re.match(says, warning)) for warning in history.warnings].count(True) == 1
 
 
 def test_a_merge_goes_on_where_it_stopped(task, tmp_path) -> None:
@@ -343,6 +353,9 @@ def test_merge_says_what_does_not_fit(task) -> None:
         fastmerge.merge(teachers, [data[0], data[0]], **OPTIONS)
     with pytest.raises(ValueError, match=r"train_loader has targets 5..9; the teachers have 5 classes"):
         fastmerge.merge(teachers, [(torch.zeros(2, 4), torch.tensor([5, 9]))], **OPTIONS)
+    ignored = [(data[1][0][0], torch.full_like(data[1][0][1], -100))]
+    with pytest.raises(ValueError, match=r"teacher 1's loss on train_loader\[1\]'s first batch is nan"):
+        fastmerge.merge(teachers, [data[0], ignored], **OPTIONS)
     with pytest.raises(TypeError, match=r"train_loader\[1\] has none"):
         fastmerge.merge(teachers, [data[0], torch.utils.data.DataLoader(Endless(), 4)], **OPTIONS)
     with pytest.raises(ValueError, match="all_classes goes with heads"):

@@ -211,6 +211,12 @@ BAD = [
         ValueError,
         r"0-d tensor.*returned \(32,\)",
     ),
+    (
+        "no samples",
+        lambda t: {"val_loader": [(torch.zeros(0, 1, 6, 6), torch.zeros(0).long())]},
+        ValueError,
+        "val_loader's first batch has no samples",
+    ),
     ("nan", lambda t: {"criterion": lambda o, y: o.sum() * torch.nan}, ValueError, "teacher 0's loss on train_loader"),
 ]
 
