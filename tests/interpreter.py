@@ -8,6 +8,7 @@ with TRITON_INTERPRET=1 they run in place, which is how to debug one.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import inspect
@@ -41,6 +42,11 @@ if INTERPRETING:
         return _patch(function)
 
     interpreter.GridExecutor.__call__, interpreter._patch_lang = _launch_afresh, _patch_once
+
+    # Each sum and product of integers is computed once more in 64 bits, for an assertion that only a debugging builder makes.
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:
