@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 
 from fastmerge import split_convolutions
@@ -30,6 +31,14 @@ def test_values_are_equal_bit_by_bit():
         tensors = operands()
         for got, expected in zip(replay(*tensors), gradients(*tensors), strict=True):
             assert torch.equal(got, expected)
+
+
+def test_one_mode_keeps_all_shapes_of_a_trace(monkeypatch):
+    """PyTorch would make one for each operation, and note down the stack of calls each time."""
+    made, begin = [], FakeTensorMode.__init__
+    monkeypatch.setattr(FakeTensorMode, "__init__", lambda self, **options: made.append(self) or begin(self, **options))
+    replayed(gradients, *operands())
+    assert len(made) == 1
 
 
 def test_random_numbers_are_drawn_in_every_call():
