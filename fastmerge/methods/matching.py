@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import Axis, ChannelGroups
@@ -152,4 +151,6 @@ def _rows(tensor: Tensor, dim: int, places: np.ndarray, part: np.ndarray | None)
 
 def _assign(gain: Tensor) -> np.ndarray:
     """Which column each row gets so that the sum is the largest."""
+    from scipy.optimize import linear_sum_assignment  # takes long to import
+
     return np.asarray(linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)[1])

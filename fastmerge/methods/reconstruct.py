@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpstrf
 from torch import Tensor, nn
 
 from fastmerge.channels.aten import bind, op_name
@@ -69,6 +68,8 @@ def pivots(products: Tensor, count: int) -> Tensor:
         products: (T·n, T·n).
         count: how many.
     """
+    from scipy.linalg.lapack import dpstrf  # takes long to import
+
     _, order, _, _ = dpstrf(products.double().cpu().numpy(), tol=0.0)
     chosen = torch.from_numpy(np.asarray(order, dtype=np.int64))[:count] - 1
     return chosen.sort().values

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from fastmerge.reporting.paper import paper_mean
 
 
@@ -64,11 +62,13 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     """The paired difference of two strategies, whose values are in the order of the replicates."""
     pairs = zip(one, other, strict=False)
     summary = summarise([a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b)])
+    from scipy.special import stdtr  # takes long to import
+
     if summary.n < 2:
         return Difference(summary.n, summary.mean, math.nan, math.nan)
     error = summary.std / math.sqrt(summary.n)
     ratio = math.inf if error == 0 else abs(summary.mean) / error
-    p = 1.0 if summary.mean == 0 else 2 * float(student_t.sf(ratio, summary.n - 1))
+    p = 1.0 if summary.mean == 0 else 2 * float(stdtr(summary.n - 1, -ratio))
     return Difference(summary.n, summary.mean, error, p)
 
 

@@ -279,3 +279,14 @@ def test_tiles_of_few_channels_race_for_live_blocks_alone(channels: int) -> None
         assert len(found) > 1
         halves = sizes._replace(weight=(channels, channels, 3, 3))
         assert all(candidate.races for candidate in candidates(live, halves).values())
+
+
+def test_the_compiler_takes_the_device_for_a_constant():
+    """As ``torch.compiler.assume_constant_result`` would mark it, which imports the compiler."""
+
+    @torch.compiler.assume_constant_result
+    def marked():
+        return True
+
+    assert vars(marked)
+    assert vars(marked).items() <= vars(formulas.fetches_boxes).items()
