@@ -326,9 +326,10 @@ student, history = fastmerge.merge([t1, t2], [loader1, loader2], heads="concaten
 ```
 
 Each step takes a batch of each teacher's loader, whose targets are its own classes; one loader for all gives targets that
-count all classes through. A sample trains its own teacher's part of the output. `distill=w` also draws the other parts to
-what their teachers say of it, in the fine-tuning. `all_classes=True` trains it among all classes instead. `heads="separate"`
-lets the student return a tuple of the parts. On the command line: `fastmerge merge --heads concatenate --data a/ --data b/`.
+count all classes through, and a merge warns after its first epoch of teachers whose classes never came. A sample trains its
+own teacher's part of the output. `distill=w` also draws the other parts to what their teachers say of it, in the fine-tuning.
+`all_classes=True` trains it among all classes instead. `heads="separate"` lets the student return a tuple of the parts. On the
+command line: `fastmerge merge --heads concatenate --data a/ --data b/`.
 Networks that end with a softmax over all classes can't be merged this way: let them return logits.
 
 Other methods merge such teachers too: `networks, parts = fastmerge.methods.join_heads([t1, t2])` gives networks of one

@@ -180,7 +180,8 @@ the other groups keep a teacher's width. The gate loss, `GateBudget`, `compact()
 student, history = fastmerge.merge([t1, t2], loader, keep=0.5)
 ```
 
-On the command line: `fastmerge merge --keep 0.5`, or `--keep conv1=0.5,layer2=96` by channel group.
+On the command line: `fastmerge merge --keep 0.5`, or `--keep conv1=0.5,layer2=96` by channel group; `fastmerge check` takes
+it too, and says what stands in the way.
 
 The student is of the teachers' class, with narrower or wider layers: a network that the class's constructor builds at these
 widths loads its weights strictly. Where the class's code has a width in it, such as `x.view(-1, 400)`, the student is the

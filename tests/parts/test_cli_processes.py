@@ -46,18 +46,22 @@ def words(tree: Path, out: Path, loader: str, *more: str) -> list[str]:
     return ["merge", *given, "--merge-epochs", "1", "--finetune-epochs", "1", "--seed", "0", "--quiet", *more]
 
 
-@pytest.mark.parametrize("loader", ["torch", "device"])
-def test_every_validation_image_counts_once(tree: Path, tmp_path: Path, loader: str) -> None:
-    done = together(2, counted, words(tree, tmp_path / "two", loader))
+@pytest.mark.parametrize(
+    ("loader", "sets"), [("torch", 1), ("device", 1), pytest.param("torch", 2, marks=pytest.mark.slow)]
+)
+def test_every_validation_image_counts_once(tree: Path, tmp_path: Path, loader: str, sets: int) -> None:
+    more = ["--heads", "concatenate", "--data", str(tree)] if sets > 1 else []
+    done = together(2, counted, words(tree, tmp_path / "two", loader, *more))
     assert [done[rank][0] for rank in (0, 1)] == [0, 0], done
     assert done[1][1:3] == ("", "")
     assert done[0][1].count(f"loader {loader}: ") == 1
-    *_, alone = counted(0, 1, words(tree, tmp_path / "one", loader))
-    assert sorted(set(alone)) == [9, 12]  # images of validation and of training, in each pass
+    *_, alone = counted(0, 1, words(tree, tmp_path / "one", loader, *more))
+    assert sorted(set(alone)) == [9 * sets, 12 * sets]  # images of validation and of training, in each pass
     assert [sum(each) for each in zip(done[0][3], done[1][3], strict=True)] == alone
     two, one = (json.loads((tmp_path / out / "history.json").read_text()) for out in ("two", "one"))
     assert two["config"]["processes"] == 2
-    for border in ("teacher 0", "teacher 1", "big student, gates open"):
+    teachers = [] if sets > 1 else ["teacher 0", "teacher 1"]  # are not scored alone where their classes differ
+    for border in (*teachers, "big student, gates open"):
         assert two["borders"][border] == near(one["borders"][border]), border
 
 
