@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from architectures import BY_NAME
+from fastmerge import BigStudent
 from fastmerge.channels import tracing
 from fastmerge.channels.code_key import code_key
 from fastmerge.channels.modes import told_in_both
@@ -170,3 +171,23 @@ def test_recurrent_networks_of_one_code_have_one_key(name: str) -> None:
     architecture = BY_NAME[name]
     first, second = (code_key(architecture.make(), (architecture.inputs(2), {})) for _ in range(2))
     assert first == second is not None
+
+
+class Reordering(nn.Module):
+    """Reads its channels in an order that a buffer holds."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor(order))
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.first(x).relu()[:, self.order])
+
+
+def test_networks_that_differ_in_an_integer_of_a_buffer_share_no_groups() -> None:
+    found = []
+    for order in ([0, 1, 2, 3], [0, 0, 2, 2]):
+        big = BigStudent(*(Reordering(order) for _ in range(2)), example_inputs=torch.randn(2, 5))
+        found.append([group.size for group in big.groups])
+    assert found == [[4], [2, 2]]
