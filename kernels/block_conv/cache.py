@@ -9,6 +9,7 @@ warning either.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -41,12 +42,22 @@ def versions() -> str:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
-    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else "none"
+    driver = _driver() if torch.cuda.is_available() else "none"
     cudnn = torch.backends.cudnn.version()
     return (
         f"torch {torch.__version__}, triton {triton}, cuda {torch.version.cuda}, cudnn {cudnn}, driver {driver}, "
         f"kernels {digest.hexdigest()[:12]}"
     )
+
+
+def _driver() -> str:
+    """The version of CUDA that the driver is for, for which PyTorch has no function."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):  # as on Windows, or with a card that is not NVIDIA's
+        return "unknown"
+    return str(version.value)
 
 
 def read_entries() -> dict[str, dict[str, Any]]:

@@ -423,6 +423,11 @@ def test_versions_name_what_matters() -> None:
     assert all(word in versions() for word in ("triton", "cuda", "cudnn", "driver", "kernels"))
 
 
+def test_versions_are_found_where_there_is_a_card() -> None:
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        assert re.search(r"driver (\d+|unknown), ", versions.__wrapped__())
+
+
 @pytest.mark.parametrize(
     "content",
     [
