@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.outputs import Name
 from fastmerge.gates import HardConcrete
-from fastmerge.isolation import ONE_THREAD
+from fastmerge.isolation import ONE_THREAD, without_search
 from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.programs import Programs
@@ -202,6 +202,7 @@ class GatedNetwork(nn.Module):
         loc = loc.to(torch.promote_types(loc.dtype, torch.float32))
         return open_probability(loc, beta=gates[0].beta, gamma=gates[0].gamma, zeta=gates[0].zeta)
 
+    @without_search()
     def _lower(self, analysis: Analysis) -> None:
         self._population = Population.of(self.groups, self.num_teachers, self.gates)
         wholes = [self.num_teachers * group.size for group in self.groups]

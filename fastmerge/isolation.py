@@ -64,18 +64,30 @@ def quietly(message: str = "", category: type[Warning] = Warning, module: str = 
 
 
 @contextmanager
+def without_search() -> Iterator[None]:
+    """Within it objects are not searched for garbage: for what makes many of them, hardly any of which is garbage."""
+    with ONE_THREAD, ExitStack() as stack:
+        if gc.isenabled():
+            stack.callback(gc.enable)
+            gc.disable()
+        yield
+
+
+@contextmanager
 def exporting() -> Iterator[None]:
     """Within it ``torch.export`` switches for this thread alone what it would switch for the whole process.
 
     It replaces ``nn.Module.__call__`` and ``__getattr__``, which give other threads stand-ins for their modules, and tells
-    whoever asks that the process is compiling. Objects are not searched for garbage meanwhile, since the many that an export
-    makes are hardly any. What an export that fails would print beside its error is not shown: whoever asks for it reports it.
+    whoever asks that the process is compiling. What it would note of each tensor's memory takes long, and it does not. What an
+    export that fails would print beside its error is not shown: whoever asks for it reports it.
     """
     from torch.export import _trace
     from torch.fx import _symbolic_trace
+    from torch.fx.experimental import proxy_tensor
 
     patcher, thread = _symbolic_trace._Patcher, threading.get_ident()
     patch_method, switches = patcher.patch_method, _trace._compiling_state_context
+    layout_of = proxy_tensor._extract_tensor_metadata
 
     def patch_here(self: Any, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:
         old = getattr(cls, name)
@@ -86,28 +98,30 @@ def exporting() -> Iterator[None]:
 
         patch_method(self, cls, name, here, deduplicate)
 
+    def layout_elsewhere(*args: Any) -> Any:
+        return None if threading.get_ident() == thread else layout_of(*args)
+
     @contextmanager
     def switched_here() -> Iterator[None]:
         with switches():
             torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = _Here()  # type: ignore[assignment]
             yield
 
-    with ONE_THREAD, ExitStack() as stack:
+    with without_search(), ExitStack() as stack:
         _keep_device_guard()
-        if gc.isenabled():
-            stack.callback(gc.enable)
-            gc.disable()
         stack.callback(setattr, patcher, "patch_method", patch_method)
         # a mask is used whether or not it is causal, but nn.TransformerEncoder asks its values
         stack.callback(setattr, transformer, "_detect_is_causal_mask", transformer._detect_is_causal_mask)
         transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
         stack.callback(setattr, _trace, "_compiling_state_context", switches)
+        stack.callback(setattr, proxy_tensor, "_extract_tensor_metadata", layout_of)
         patcher.patch_method = patch_here  # type: ignore[method-assign, assignment]
         for logger in map(logging.getLogger, _ANNOUNCING):
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
         _trace.print = lambda *args, **kwargs: None  # type: ignore[attr-defined]
         stack.callback(vars(_trace).pop, "print", None)
+        proxy_tensor._extract_tensor_metadata = layout_elsewhere  # type: ignore[assignment]
         _trace._compiling_state_context = switched_here
         yield
 

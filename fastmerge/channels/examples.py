@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastmerge.copies import copied
 from fastmerge.isolation import undisturbed
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,7 +32,7 @@ def example_arguments(model: nn.Module, given: Any = None) -> Inputs:
         TypeError: if what is given holds no tensor.
         ValueError: if nothing is given and it can't be inferred, or the network does not run on what is given.
     """
-    name, root = type(model).__name__, copy.deepcopy(model)
+    name, root = type(model).__name__, copied(model)
     if given is not None:
         register_dataclasses(given)
         inputs = two_samples(_arguments(given))

@@ -5,7 +5,6 @@ Most networks do. Then one export gives the graphs of both modes, which saves ha
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.aten import op_name
 from fastmerge.channels.code_key import own_functions
+from fastmerge.copies import copied
 from fastmerge.isolation import undisturbed
 
 # Functions of PyTorch with an argument ``training``, and what they are in a graph, which has it at this place.
@@ -48,9 +48,8 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
         Of training and of eval mode, in the order of the calls, what normalisations and dropouts are told: the name of the
         operation and whether it is of training. None where more than that differs, or it can't be told.
     """
-    network, runs = copy.deepcopy(root), []
-    kinds = {kind for module in network.modules() for kind in type(module).__mro__}
-    if any(_asks_for_mode_and_size(function.__code__) for kind in kinds for function in own_functions(kind)):
+    network, runs = copied(root), []
+    if any(_asks_for_mode_and_size(code) for code in _reached(network)):
         return None  # what it does with another batch size the runs don't show
     for mode in (True, False):
         network.train(mode)
@@ -72,6 +71,31 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
 def _forgotten(saved: Any) -> Any:
     """In place of what autograd would hold: gradients can be taken, as in an export, but none is."""
     return None
+
+
+def _reached(network: nn.Module) -> set[types.CodeType]:
+    """The code of methods whose names lead there from a forward, or from what Python or a module itself holds or calls."""
+    methods: dict[str, set[types.CodeType]] = {}
+    for kind in {kind for module in network.modules() for kind in type(module).__mro__}:
+        for name, function in own_functions(kind).items():
+            methods.setdefault(name, set()).add(function.__code__)
+    held = (value for module in network.modules() for value in vars(module).values())
+    named = {str(value.__name__) for value in held if isinstance(value, (types.FunctionType, types.MethodType))}
+    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+        named |= methods.keys()
+    waiting = [name for name in methods if name == "forward" or name.startswith("__") or name in named]
+    found: set[types.CodeType] = set()
+    while waiting:
+        for code in methods.pop(waiting.pop(), ()):
+            found.add(code)
+            waiting += _names_in(code) & methods.keys()
+    return found
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """The names that code reads, those that it reads by ``getattr`` too."""
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}.union(*inner)
 
 
 def _asks_for_mode_and_size(code: types.CodeType) -> bool:

@@ -7,7 +7,6 @@ name, every other node is an ATen operation or arithmetic on sizes.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -32,6 +31,7 @@ from fastmerge.channels.aten import bind, has_effects, op_name
 from fastmerge.channels.computed_biases import part_computed_biases
 from fastmerge.channels.modes import in_eval_mode, told_in_both
 from fastmerge.channels.written_norms import recognise_norms
+from fastmerge.copies import copied
 from fastmerge.isolation import exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
@@ -119,7 +119,7 @@ class TracedNetwork:
         self.out_specs = {mode: pytree.tree_structure(tree) for mode, tree in state["out_specs"].items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedNetwork:
-        return dataclasses.replace(self, root=copy.deepcopy(self.root, memo))  # nobody changes a graph
+        return self  # nobody changes it
 
 
 def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> TracedNetwork:
@@ -132,7 +132,7 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
     Raises:
         ValueError: if the code can't be traced, naming the module, the line of code and the reason.
     """
-    root = copy.deepcopy(model)
+    root = copied(model)
     momenta = [(module, module.momentum) for module in root.modules() if isinstance(module, _NormBase)]
     leaves, in_spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
     traced = TracedNetwork(root, {}, in_spec, {}, [_described(leaf) for leaf in leaves])
@@ -514,8 +514,10 @@ def flat_inputs(traced: TracedNetwork, model: nn.Module, args: tuple[Any, ...], 
 
 def tensor_at(root: nn.Module, path: str) -> Tensor:
     """The parameter or buffer at a dotted path."""
-    owner, _, attribute = path.rpartition(".")
-    tensor = getattr(root.get_submodule(owner), attribute)
+    *way, attribute = path.split(".")
+    for name in way:
+        root = root._modules[name]  # type: ignore[assignment]
+    tensor = getattr(root, attribute)
     assert isinstance(tensor, Tensor), path
     return tensor
 

@@ -31,6 +31,7 @@ from fastmerge.wide.streams import concatenate_joined
 Shape = tuple[int, ...]
 _SPATIAL_DIMS = {f"{name}{d}d": d for name in SPATIAL for d in (1, 2, 3)}
 _REDUCTIONS = {"mean", "sum", "amax", "amin"}
+_RESHAPED = {*RESHAPES, "flatten", "unflatten"}
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,13 @@ def is_norm(node: fx.Node) -> bool:
 
 def changes_reshaped(graph: fx.Graph, is_layer: Callable[[fx.Node], bool]) -> bool:
     """Whether an operation in place may reach a tensor through its reshaped view: the layout decides whether that is one."""
-    for changing in graph.nodes:
-        waiting = list(changing.all_input_nodes) if writes_in_place(changing) else []
-        seen = set(waiting)
-        while waiting:
-            node = waiting.pop()
-            if op_name(node) in {*RESHAPES, "flatten", "unflatten"}:
-                return True
-            sources = [] if is_layer(node) else [s for s in node.all_input_nodes if s not in seen]
-            waiting += sources
-            seen.update(sources)
+    reshaped: set[fx.Node] = set()  # what may be such a view, or is computed from one
+    for node in graph.nodes:
+        reads = not reshaped.isdisjoint(node.all_input_nodes)
+        if reads and writes_in_place(node):
+            return True
+        if op_name(node) in _RESHAPED or (reads and not is_layer(node)):
+            reshaped.add(node)
     return False
 
 

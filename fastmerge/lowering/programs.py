@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import linecache
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -147,44 +147,25 @@ def _compiled(
 
 
 def function_of(graph: fx.Graph, what: str) -> Callable[..., Any]:
-    """A graph as a function of the root and its inputs, whose code tracebacks show under what it is."""
+    """A graph as a function of the root and its inputs, whose code tracebacks show under what it is.
+
+    It takes modules on the way to what it reads from ``_modules``: as attributes, nn.Module looks for them in Python.
+    """
+    targets = {node: str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    places: dict[str, str] = {}
+    for number, (node, target) in enumerate(targets.items()):
+        *way, last = target.split(".")
+        owner = "self" + "".join(f"._modules[{name!r}]" for name in way)
+        places[f"self._{number}_"] = (
+            f"getattr({owner}, {last!r})" if node.op == "get_attr" else f"{owner}._modules[{last!r}]"
+        )
+        node.target = f"_{number}_"
     code = graph.python_code("self")
-    source = ast.unparse(_FromModules().visit(ast.parse(code.src)))
+    for node, target in targets.items():
+        node.target = target
+    source = re.sub(r"\bself\._\d+_", lambda found: places[found[0]], code.src)
     filename = f"<fastmerge {what} {id(graph)}>"
     namespace = dict(code.globals)
     exec(compile(source, filename, "exec"), namespace)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     return namespace["forward"]
-
-
-class _FromModules(ast.NodeTransformer):
-    """Takes modules on the way to what code reads from ``_modules``: as attributes, nn.Module looks for them in Python."""
-
-    def visit(self, node: ast.AST) -> Any:
-        path = _path(node)
-        if not path:
-            return super().visit(node)
-        way = "".join(f"._modules[{name!r}]" for name in path[:-1])
-        return ast.parse(f"getattr(self{way}, {path[-1]!r})", mode="eval").body
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        path = _path(node.func)
-        if path:
-            node.func = ast.parse("self" + "".join(f"._modules[{name!r}]" for name in path), mode="eval").body
-        else:
-            node.func = self.visit(node.func)
-        return node
-
-
-def _path(node: ast.AST) -> list[str] | None:
-    """The names that lead from ``self`` to what an expression gives, as fx writes it; None for another expression."""
-    if isinstance(node, ast.Name) and node.id == "self":
-        return []
-    if isinstance(node, ast.Attribute):
-        base, name = node.value, node.attr
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-        base, name = node.args[0], ast.literal_eval(node.args[1])
-    else:
-        return None
-    path = _path(base)
-    return None if path is None else [*path, name]

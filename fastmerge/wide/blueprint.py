@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from fastmerge.channels.ids import changed_tensors, run_on_ids
 from fastmerge.channels.outputs import Name, predictions
 from fastmerge.channels.signatures import mixing_tensors
 from fastmerge.channels.tracing import TracedNetwork, flat_inputs, trace
-from fastmerge.isolation import ONE_THREAD
+from fastmerge.copies import copied
+from fastmerge.isolation import without_search
 from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
 from fastmerge.validation import check_teachers, code_difference, same_graphs, teacher_errors
 from fastmerge.wide.analysis import Analysis
@@ -129,7 +129,7 @@ def read_network(
     code = code_key(teacher, inputs)
     asked = None if outputs is None else tuple(outputs), common
     keys = [(each, *asked) for each in (code, code and without_batch(code)) if each is not None]
-    with ONE_THREAD:
+    with without_search():
         return _read_once(teacher, inputs, outputs, common, keys)
 
 
@@ -174,7 +174,7 @@ def _read_once(
         return known
     _KNOWN.move_to_end(key)
     known = _KNOWN[key]
-    return known[0].with_root(copy.deepcopy(teacher)), *known[1:]
+    return known[0].with_root(copied(teacher)), *known[1:]
 
 
 def code_errors(traced: TracedNetwork, teachers: Mapping[int, nn.Module], inputs: Inputs) -> Iterator[UnmergeableError]:
@@ -229,6 +229,7 @@ def join_heads(
     return networks, find_parts(traced, whole, heads)
 
 
+@without_search()
 def build(
     teachers: Sequence[nn.Module], example_inputs: Any, outputs: Sequence[Name] | None = None, heads: str = "average"
 ) -> tuple[Blueprint, Analysis, nn.Module, Inputs]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from fastmerge.copies import copied
 from fastmerge.wide.network import Layout
 
 
@@ -27,7 +27,7 @@ class StudentTemplate:
     """
 
     def __init__(self, teacher: nn.Module, layout: Layout) -> None:
-        self.skeleton = copy.deepcopy(teacher)
+        self.skeleton = copied(teacher)
         self.merged = layout.merged
         self.strip(self.skeleton)
 
@@ -38,13 +38,16 @@ class StudentTemplate:
 
     def blank(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A network without the teachers' weights, zeros in their place, to be traced."""
-        network = copy.deepcopy(self.skeleton)
+        network = copied(self.skeleton)
         tensors = {}
         for tensor in _names(network):
             new = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
             tensors[tensor] = new.to(dtype) if new.is_floating_point() else new
         _replace(network, tensors)
         return network
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StudentTemplate:
+        return self  # nobody changes it
 
     def build(self, tensors: Mapping[str, Tensor], like: Tensor) -> nn.Module:
         """A network with the given parameters and buffers.
@@ -53,7 +56,7 @@ class StudentTemplate:
             tensors: by name; tied parameters under their first name.
             like: device and dtype for what is not among them.
         """
-        student = copy.deepcopy(self.skeleton)
+        student = copied(self.skeleton)
         names = _names(student)
         resized = any(t.shape != tensors[name].shape for t, name in names.items() if name in tensors)
         _replace(student, {t: tensors[name] if name in tensors else _like(t, like) for t, name in names.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import proxy_tensor
 
 from fastmerge import BigStudent, merge
 from fastmerge.isolation import undisturbed
@@ -32,7 +34,8 @@ class Calling(nn.Module):
 
 
 def process_state() -> tuple[Any, ...]:
-    return list(warnings.filters), torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.benchmark
+    switches = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.benchmark, gc.isenabled()
+    return list(warnings.filters), *switches, proxy_tensor._extract_tensor_metadata
 
 
 def in_threads(*functions: Callable[[], None]) -> None:
@@ -88,6 +91,20 @@ def test_other_threads_see_nothing_of_an_export() -> None:
         finally:
             go_on.set()
     assert errors == []
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_searched_for_afterwards_if_it_was_before(enabled: bool) -> None:
+    before, within = gc.isenabled(), []
+    (gc.enable if enabled else gc.disable)()
+    try:
+        threading.current_thread().call = lambda: within.append(gc.isenabled())  # type: ignore[attr-defined]
+        BigStudent(Calling(), Calling(), verify=False)
+        assert gc.isenabled() == enabled
+        assert not any(within)
+    finally:
+        del threading.current_thread().call  # type: ignore[attr-defined]
+        (gc.enable if before else gc.disable)()
 
 
 def test_two_at_once_put_back_what_they_found() -> None:

@@ -406,14 +406,14 @@ def test_two_readers_get_results_of_their_own(
     x = BY_NAME["unet"].inputs(SIZE)
     big = fastmerge.BigStudent(*make_teachers(lambda: _Reads(*readers), x, 2), example_inputs=x).train()
     code = program(big, joined)
-    assert ("readers=2" in code) == expected
+    assert ("readers = 2" in code) == expected
     plain = without_patterns(monkeypatch, big)
     for fused in (False, True):
         big.fused = fused
         assert_close(run(big, x, joined), run(plain, x, joined))
     if expected:
         count = 1 if joined else 2
-        (call,) = (line for line in code.splitlines() if "readers=2" in line)
+        (call,) = (line for line in code.splitlines() if "readers = 2" in line)
         name = call.split(" = ")[0].strip()
         handed = [int(found) for found in re.findall(rf"\b{name}\[(\d+)\]", code)]
         assert sorted(handed) == list(range(2 * count))
