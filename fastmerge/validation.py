@@ -256,7 +256,7 @@ def _not_finite(number: int, teacher: nn.Module) -> Iterator[UnmergeableError]:
     for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
         if isinstance(tensor, nn.parameter.UninitializedParameter) or tensor.is_meta or not tensor.is_floating_point():
             continue
-        if math.isfinite(tensor.detach().sum(dtype=torch.float64)):
+        if math.isfinite(tensor.detach().sum()):
             continue  # one pass; a sum that overflows is looked at closely
         if not bool(torch.isfinite(tensor).all()):
             bad = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
