@@ -10,10 +10,12 @@ import functools
 import gc
 import logging
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -74,12 +76,15 @@ def without_search() -> Iterator[None]:
 
 
 @contextmanager
-def exporting() -> Iterator[None]:
+def exporting(asked: Callable[[FrameType], None]) -> Iterator[None]:
     """Within it ``torch.export`` switches for this thread alone what it would switch for the whole process.
 
     It replaces ``nn.Module.__call__`` and ``__getattr__``, which give other threads stand-ins for their modules, and tells
     whoever asks that the process is compiling. What it would note of each tensor's memory takes long, and it does not. What an
     export that fails would print beside its error is not shown: whoever asks for it reports it.
+
+    Args:
+        asked: gets the frame of whoever asks whether the process is compiling or exporting.
     """
     from torch.export import _trace
     from torch.fx import _symbolic_trace
@@ -104,7 +109,7 @@ def exporting() -> Iterator[None]:
     @contextmanager
     def switched_here() -> Iterator[None]:
         with switches():
-            torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = _Here()  # type: ignore[assignment]
+            torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = _Here(asked)  # type: ignore[assignment]
             yield
 
     with without_search(), ExitStack() as stack:
@@ -146,10 +151,13 @@ def _keep_device_guard() -> None:
 
 
 class _Here:
-    """A switch that is on in the thread that made it."""
+    """A switch that is on in the thread that made it, and notes who asks there."""
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    def __init__(self, asked: Callable[[FrameType], None]) -> None:
+        self.thread, self.asked = threading.get_ident(), asked
 
     def __bool__(self) -> bool:
-        return threading.get_ident() == self.thread
+        is_here = threading.get_ident() == self.thread
+        if is_here:
+            self.asked(sys._getframe(1))
+        return is_here

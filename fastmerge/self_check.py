@@ -163,6 +163,12 @@ class _Trial:
         return cast
 
     @property
+    def questions(self) -> list[str]:
+        """Where the teachers' code asks whether it is being compiled or exported."""
+        questions: list[str] = self._given[1]._blueprint.traced.questions
+        return questions
+
+    @property
     def aim(self) -> str:
         """What the big student must be."""
         return "the mean of its teachers" if self._given[1].heads == "average" else "its teachers side by side"
@@ -315,12 +321,22 @@ def _problem(pair: _Pair, trial: _Trial, against_teachers: bool) -> Problem:
         where = f" All layers give what they should, up to the last, '{before}'."
     name, output = type(trial.teachers[0]).__name__, f"output{pair.path}" if pair.path else "output"
     if against_teachers:
+        questions, remedy = ", ".join(trial.questions), "Write it in another way"
+        cause = (
+            "Something in the network's code does not show when it is recorded: a question about a tensor's type, an option "
+            "that differs between the teachers, a tensor that two modules share"
+        )
+        if questions:
+            cause = (
+                f"Its code asks whether it is being compiled or exported ({questions}), and does something else then"
+            )
+            remedy = "Let it do then what it does otherwise"
         return Problem(
             f"{name} can't be merged: the big student would not be {trial.aim}. In {pair.mode} mode its {output} "
-            f"{problem}.{where} Something in the network's code does not show when it is recorded: a question about a tensor's "
-            "type, an option that differs between the teachers, a tensor that two modules share",
-            "Write it in another way; BigStudent(..., verify=False) skips this check",
+            f"{problem}.{where} {cause}",
+            f"{remedy}; BigStudent(..., verify=False) skips this check",
             layer or before or "",
+            questions,
         )
     return Problem(
         f"{name} can't be merged: the network that the big student compresses to would be another one. In {pair.mode} mode the "

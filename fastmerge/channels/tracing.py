@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class TracedNetwork:
         is_open: per mode whether the graph is that of every batch size; some code fixes it, such as ``len(x)`` of a batch, or
             does something else with some, such as ``if len(x) > 4``.
         is_one_graph: whether the eval graph is the training graph, but for what normalisations and dropouts are told.
+        questions: file:line of the user's code that asks whether it is being compiled or exported, each once.
     """
 
     root: nn.Module
@@ -66,6 +68,7 @@ class TracedNetwork:
     constants: dict[str, Tensor] = field(default_factory=dict)
     is_open: dict[str, bool] = field(default_factory=dict)
     is_one_graph: bool = False
+    questions: list[str] = field(default_factory=list)
 
     def in_mode(self, mode: str) -> dict[str, Any]:
         """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`."""
@@ -137,6 +140,7 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
     leaves, in_spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
     traced = TracedNetwork(root, {}, in_spec, {}, [_described(leaf) for leaf in leaves])
     calls: dict[str, str] = {}
+    questions: dict[str, None] = {}
     for module, momentum in momenta:
         module.momentum = 0.1 if momentum is None else momentum  # a cumulative average reads its counter
     told, derived = told_in_both(root, inputs), None
@@ -144,7 +148,7 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
         root.train(mode == "train")
         with undisturbed(grad=True):
             if derived is None:
-                program = _exported(model, root, mode, inputs, calls)
+                program = _exported(model, root, mode, inputs, calls, questions)
             source = derived or _unlifted(program)
             if told is not None and mode == "train":
                 derived = in_eval_mode(source, told)
@@ -154,7 +158,7 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
         traced.is_open[mode] = any(node.meta.get("sample_dims") for node in placeholders) and not _depends_on_batch(
             program
         )
-    traced.is_one_graph = derived is not None
+    traced.is_one_graph, traced.questions = derived is not None, list(questions)
     for module, momentum in momenta:
         module.momentum = momentum
     return traced
@@ -179,12 +183,13 @@ def _exported(
     mode: str,
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     calls: dict[str, str],
+    questions: dict[str, None],
 ) -> Any:
     args, kwargs = tuple(inputs[0]), dict(inputs[1])
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
     entered: list[str] = []
     error: Exception | None = None
-    with _exporting(root, entered, calls):
+    with _exporting(root, entered, calls, questions):
         # an open batch; where the code fixes a length that export took for it, whatever it leaves open; then none
         for dim in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
             entered.clear()
@@ -229,13 +234,16 @@ def _untraceable(name: str, mode: str, path: str, error: Exception) -> Problem:
 
 
 @contextmanager
-def _exporting(root: nn.Module, entered: list[str], calls: dict[str, str]) -> Iterator[None]:
+def _exporting(
+    root: nn.Module, entered: list[str], calls: dict[str, str], questions: dict[str, None]
+) -> Iterator[None]:
     """A record of modules for the time of an export.
 
     Args:
         root: the network.
         entered: gets the paths of the modules that the forward is in when it fails.
         calls: gets by path the line of code outside torch that calls a module.
+        questions: gets the lines of code outside torch that ask whether they are being compiled or exported.
     """
     paths = {id(module): name for name, module in root.named_modules()}
 
@@ -248,12 +256,16 @@ def _exporting(root: nn.Module, entered: list[str], calls: dict[str, str]) -> It
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         entered.pop()  # after a failure nobody does, and the path says where it was
 
+    def ask(frame: FrameType) -> None:
+        if _is_own(frame.f_code.co_filename):
+            questions[f"{frame.f_code.co_filename}:{frame.f_lineno}"] = None
+
     handles, traceback_of = [], fx.proxy.CapturedTraceback
     for module in root.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     fx.proxy.CapturedTraceback = _OwnLine  # type: ignore[assignment, misc]
     try:
-        with exporting():
+        with exporting(ask):
             yield
     finally:
         fx.proxy.CapturedTraceback = traceback_of  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 import fastmerge
 from architectures import ZOO, Architecture
@@ -146,6 +148,34 @@ def test_compressing_to_another_network() -> None:
         Wrong(Net(), Net(), example_inputs=X)
     assert "first layer whose output differs is 'second', after 'first'" in str(error.value)
     Wrong(Net(), Net(), example_inputs=X, verify=False)
+
+
+class AsksForItsClass(Net):
+    """What is recorded is of another class."""
+
+    def between(self, h: Any) -> Any:
+        return torch.relu(h) if type(h) is Tensor else h
+
+
+class AsksInOneLine(Net):
+    """Is told so by a function that it knows by another name, and does the same."""
+
+    def between(self, h: Any) -> Any:
+        return torch.nn.functional.relu(h) if is_compiling() else torch.relu(h)
+
+
+@pytest.mark.parametrize("kind", [AsksWhoRunsIt, AsksInTraining])
+def test_code_that_asks_who_runs_it_is_named(kind: type[nn.Module]) -> None:
+    line = inspect.getsourcelines(kind.between)[1] + len(inspect.getsourcelines(kind.between)[0]) - 1
+    message = refusal(kind(), kind(), example_inputs=X)
+    assert f"asks whether it is being compiled or exported ({__file__}:{line}), and does something else then" in message
+    assert "does not show" not in message
+    assert "does not show when it is recorded" in refusal(AsksForItsClass(), AsksForItsClass(), example_inputs=X)
+
+
+def test_code_that_asks_who_runs_it_and_does_the_same_is_merged() -> None:
+    big = fastmerge.BigStudent(AsksInOneLine(), AsksInOneLine(), example_inputs=X)
+    assert [question.rpartition(":")[0] for question in big._blueprint.traced.questions] == [__file__]
 
 
 def test_large_networks_are_compressed_once_per_class_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
