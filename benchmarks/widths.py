@@ -1,7 +1,7 @@
 """Merges into students of several widths, as paired trials beside pruned teachers and fresh networks of these widths.
 
 ``python -m benchmarks.widths`` trains on scikit-learn's digits, writes one record per replicate to
-benchmarks/results/experiments/widths.json and goes on where it was stopped.
+benchmarks/results/experiments/widths.json, goes on where it was stopped, and draws docs/pictures/widths.png.
 
 Each strategy has 3 E epochs in all: a merge two teachers of E, and a merge stage and a fine-tuning that together cost E,
 counted by operations of the teachers' network; a pruned teacher E, and 2 E after pruning; a fresh network 3 E. Epochs of
@@ -26,8 +26,10 @@ from benchmarks.trials import (
     Data,
     Shuffled,
     accuracy,
+    error,
     gaps_text,
     hash_of,
+    load_records,
     mean_text,
     measure_missing,
     verdict_of,
@@ -36,9 +38,11 @@ from fastmerge import methods
 from fastmerge.data.digits import load_digits
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks.lenet import LeNet
+from fastmerge.reporting.plots import new_figure, save_figure
 from fastmerge.reporting.tables import table
 
 OUT = Path(__file__).resolve().parent / "results" / "experiments" / "widths.json"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "widths.png"
 WIDTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
 CHANNELS, UNITS = (4, 8), (16, 16)
 BATCH, RATE, LINK_AT = 60, 0.02, 0.25
@@ -134,6 +138,7 @@ def pruned_to(teachers: Sequence[nn.Module], width: float) -> nn.Module:
 
 
 WHAT = {"merged": "merged", "pruned": "one teacher, pruned", "fresh": "fresh network"}
+COLOURS = {"merged": "#D55E00", "pruned": "#0072B2", "fresh": "#009E73"}
 
 
 def page(measured: dict[str, Any]) -> str:
@@ -148,8 +153,7 @@ def page(measured: dict[str, Any]) -> str:
     for key in first["accuracy"]["merged"]:
         cells = []
         for strategy in WHAT:
-            values = [100 * r["accuracy"][strategy][key] for r in records if key in r["accuracy"][strategy]]
-            cells.append(mean_text(values))
+            cells.append(mean_text(_values(records, strategy, key)))
         for strategy in ("pruned", "fresh"):
             cells.append(gaps_text(_gaps(records, strategy, key)))
         rows.append([key, *cells])
@@ -160,6 +164,7 @@ def page(measured: dict[str, Any]) -> str:
         title,
         conclusion(records),
         INTRODUCTION,
+        "![Test accuracy by the student's width](pictures/widths.png)",
         table(header, rows, markdown=True),
         f"Test accuracy in %, ± its standard error; differences within a replicate. {network.__doc__} Digits of scikit-learn, "
         f"n = {len(records)}, E = {first['epochs']} epochs, a merge stage of {first['merge_epochs']}. Each strategy has 3 E "
@@ -189,6 +194,31 @@ traced network under the same names. A grouped or depthwise convolution and a Gr
 LayerNorm, RMSNorm and one value for all channels, such as the slope of a PReLU, are exact up to a teacher's width, and refused
 above it. Groups whose number of channels the code counts on (chunks, shuffles, attention heads, InstanceNorm, `F.normalize`)
 are refused by name."""
+
+
+def _values(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
+    return [100 * r["accuracy"][strategy][key] for r in records if key in r["accuracy"][strategy]]
+
+
+def plot(records: Sequence[dict[str, Any]]) -> Any:
+    """Accuracy by width, a line for each strategy."""
+    figure, axes = new_figure(4.8, 3.4)
+    for strategy, label in WHAT.items():
+        keys = list(records[0]["accuracy"][strategy])
+        found = [_values(records, strategy, key) for key in keys]
+        axes.errorbar(
+            [float(key) for key in keys],
+            [fmean(values) for values in found],
+            [error(values) for values in found],
+            color=COLOURS[strategy],
+            marker="o",
+            capsize=3,
+            label=label,
+        )
+    axes.set_xlabel("width, of a teacher's")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
 
 
 def _gaps(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
@@ -235,6 +265,8 @@ def main() -> None:
 
     for record in measure_missing(options.out, range(options.replicates), measure):
         print(record["seed"], record["teachers"], record["accuracy"], flush=True)
+    if options.out == OUT:
+        save_figure(plot(load_records(OUT)["replicates"]), PICTURE)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def test_widths() -> None:
         record["accuracy"]["merged"][key] = record["accuracy"]["fresh"][key] - 0.1
     assert "has not been measured" in widths.page({"replicates": []})
     page = widths.page({"replicates": [record, copy.deepcopy(record)], "environment": environment()})
+    assert len(widths.plot([record, copy.deepcopy(record)]).axes[0].lines) >= len(widths.WHAT)
     assert "Beside *fresh network* of the same width, a merge is behind at 0.25, 0.5, 1, 1.5, 2." in page
 
 
