@@ -15,7 +15,7 @@ import fastmerge
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import _capturable
-from fastmerge.merging.step import MergeStep
+from fastmerge.merging.step import MergeStep, losses
 from fastmerge.networks.resnet_cifar import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
 
@@ -65,6 +65,21 @@ def test_a_step_with_a_scaler_never_leaves_the_device(linked: bool, budget: bool
         with Watching() as watching:
             step.run((x,), y, terms)
     assert not watching.found
+
+
+@pytest.mark.parametrize("budget", [False, True], ids=["lambda", "budget"])
+def test_gates_are_weighed_by_the_tensors_that_a_captured_step_reads(budget: bool) -> None:
+    """A number would stay what it was when the step was captured."""
+    step = make_step(linked=False, budget=budget)
+    x, y = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
+    step((x,), y)
+
+    def weighted(factor: float) -> float:
+        terms = tuple(factor * term for term in step.terms())
+        found = losses(step.network, step.network, (x,), y, step.setting, step.lam, terms)
+        return float(found.whole.double() - found.each["loss"].double())
+
+    assert abs(weighted(1e6)) > 1e3 * abs(weighted(1.0))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
