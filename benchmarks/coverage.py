@@ -19,6 +19,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -46,7 +47,7 @@ from teachers import exactness, make_batch, make_teachers, mean_output  # noqa: 
 
 BATCH = 4
 COPIES = 11  # of a teacher's weights in memory at the most: two teachers, what tracing copies, block-diagonal and dense
-# Fractions of the machine's memory that one network may take: beside others, and alone.
+# Fractions of the machine's memory that one network may take: beside others, and, with the swap, alone.
 BESIDE, ALONE = 0.3, 0.8
 
 
@@ -59,7 +60,7 @@ def measure(name: str) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     parameters = _parameters(name)
-    dtype = torch.float64 if COPIES * 8 * parameters < ALONE * _memory() else torch.float32
+    dtype = torch.float64 if COPIES * 8 * parameters < ALONE * (_memory() + _swap()) else torch.float32
     make, inputs = _network(name, dtype)
     result: dict[str, Any] = {"parameters": parameters, "dtype": str(dtype).removeprefix("torch.")}
     result |= {"inputs": [list(x.shape[1:]) for x in inputs], "library": _library(name)}
@@ -109,6 +110,11 @@ def _parameters(name: str) -> int:
 
 def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _swap() -> int:
+    found = re.search(r"^SwapTotal: *(\d+) kB$", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _in_child(name: str, connection: Any) -> None:
