@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 import warnings
 from dataclasses import replace
@@ -25,15 +26,38 @@ from tiny_recipes import four_classes, images_recipe, points_recipe, run_quietly
 AT_EQUAL_EPOCHS = ["student", "bo3", "one", "bo3-big", "one-big"]
 
 
+RECIPES = {"points": (points_recipe(), 0), "images": (images_recipe(), 4)}  # and seeds
+
+
 pytestmark = pytest.mark.usefixtures("no_gate_warnings")
 
 
-@pytest.mark.parametrize("recipe", [points_recipe(), images_recipe()], ids=["points", "images"])
-def test_all_strategies_and_their_files(tmp_path, recipe):
-    start = time.perf_counter()
-    results = run_quietly(recipe, AT_EQUAL_EPOCHS, out=tmp_path)
+@pytest.fixture(scope="module")
+def runs():
+    return {}
+
+
+@pytest.fixture
+def whole_run(runs, tmp_path_factory, no_gate_warnings):
+    """``whole_run(kind)``: a run of all strategies at equal epochs, its directory and seconds, shared between tests."""
+
+    def find(kind):
+        if kind not in runs:
+            recipe, seed = RECIPES[kind]
+            out, start = tmp_path_factory.mktemp(kind), time.perf_counter()
+            results = run_quietly(recipe, AT_EQUAL_EPOCHS, out=out, seed=seed)
+            runs[kind] = results, out, time.perf_counter() - start
+        return runs[kind]
+
+    return find
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_all_strategies_and_their_files(whole_run, kind):
+    recipe, _ = RECIPES[kind]
+    results, out, seconds = whole_run(kind)
     # A stack's are not each of its networks'; student and bo3 share two teachers.
-    assert sum(strategy["seconds"] for strategy in results["strategies"].values()) < 1.3 * (time.perf_counter() - start)
+    assert sum(strategy["seconds"] for strategy in results["strategies"].values()) < 1.3 * seconds
     assert results["recipe"] == recipe.name
     assert results["metric"] == recipe.metric
     assert set(results["strategies"]) == set(AT_EQUAL_EPOCHS)
@@ -47,12 +71,12 @@ def test_all_strategies_and_their_files(tmp_path, recipe):
     assert costs["bo3"] == costs["one"] == 12
     assert 12 + 2 * 0.5 < costs["student"] < 12 + 2 * 4  # an epoch of the linked big student costs more than one
     assert 1.5 * 12 < costs["one-big"] == costs["bo3-big"] < 4.5 * 12
-    written = json.loads((tmp_path / "results.json").read_text())
+    written = json.loads((out / "results.json").read_text())
     assert written["strategies"] == results["strategies"]
     assert written["config"]["batch_size"] == recipe.batch_size
     assert written["config"]["replicates"] == 3
 
-    history = json.loads((tmp_path / "history.json").read_text())
+    history = json.loads((out / "history.json").read_text())
     assert history["stages"] == {"student": {"merge": 8, "fine-tune": 10}}
     curves = history["curves"]
     assert curves["student"]["epochs"] == [4, 8, 10, 12]
@@ -84,44 +108,41 @@ def group_sizes(recipe):
     return {"conv1": 3, "conv2": 6, "fc1": 12, "fc2": 12}
 
 
-def test_saved_students_have_the_values_of_the_results(tmp_path):
-    recipe = images_recipe()
-    results = run_quietly(recipe, out=tmp_path, seed=4)
+def test_saved_students_have_the_values_of_the_results(whole_run):
+    results, out, _ = whole_run("images")
     data = tiny_images(None, seed_for(4, "data"))
     for index, value in enumerate(results["strategies"]["student"]["values"]):
         network = four_classes(4, 1)
-        load_weights(network, tmp_path / f"student-{index}.safetensors")
+        load_weights(network, out / f"student-{index}.safetensors")
         right = network.eval()(data.test_inputs).argmax(1) == data.test_targets
         assert right.double().mean().item() == pytest.approx(value)
-    assert not (tmp_path / "student-3.safetensors").exists()
+    assert not (out / "student-3.safetensors").exists()
 
 
-def test_predictions_are_those_of_the_saved_students(tmp_path):
-    run_quietly(points_recipe(), ("student", "bo3"), out=tmp_path)
-    arrays = np.load(tmp_path / "curves.npz")
-    assert set(arrays) == {"x", "true", "student", "bo3"}
-    assert arrays["bo3"].shape == arrays["student"].shape == (3, *arrays["x"].shape)
+def test_predictions_are_those_of_the_saved_students(whole_run):
+    _, out, _ = whole_run("points")
+    arrays = np.load(out / "curves.npz")
+    assert set(arrays) == {"x", "true", *AT_EQUAL_EPOCHS}
+    assert all(arrays[name].shape == (3, *arrays["x"].shape) for name in AT_EQUAL_EPOCHS)
     np.testing.assert_allclose(arrays["true"], np.sin(10 * np.pi * arrays["x"]), atol=1e-4)
     network = SineMLP()
-    load_weights(network, tmp_path / "student-2.safetensors")
+    load_weights(network, out / "student-2.safetensors")
     with torch.no_grad():
         drawn = network(torch.from_numpy(arrays["x"])[:, None])[:, 0]
     np.testing.assert_allclose(arrays["student"][2], drawn.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_seed_decides_and_nothing_else():
-    recipe = points_recipe()
+def test_the_seed_decides_and_nothing_else(whole_run):
+    def values(**options):
+        return run_quietly(points_recipe(), **options)["strategies"]["student"]["values"]
 
-    def values(strategies=("student",), **options):
-        return run_quietly(recipe, strategies, **options)["strategies"]["student"]["values"]
-
-    first = values()
-    assert values(strategies=("student", "bo3")) == first  # no strategy takes part in another
+    first = whole_run("points")[0]["strategies"]["student"]["values"]
+    assert values() == first  # no strategy takes part in another
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the gates, which in another process are not patched away
         assert values(workers=2) == first
     assert values(replicates=2) == first[:2]  # stacks are of two, so the first is the same
-    assert values(seed=1) != first
+    assert values(seed=1, replicates=2) != first[:2]
 
 
 def a_lab(seed=0, replicates=(0, 1)) -> lab.Lab:
@@ -280,8 +301,8 @@ def test_a_replicate_that_diverges_is_left_out(tmp_path, monkeypatch):
         assert not (tmp_path / "student-2.safetensors").exists()
 
 
-def test_an_interrupt_leaves_an_earlier_run_as_it_was(tmp_path, monkeypatch):
-    run_quietly(points_recipe(), ["student"], out=tmp_path)
+def test_an_interrupt_leaves_an_earlier_run_as_it_was(whole_run, tmp_path, monkeypatch):
+    shutil.copytree(whole_run("points")[1], tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def interrupted(*arguments):
@@ -293,8 +314,9 @@ def test_an_interrupt_leaves_an_earlier_run_as_it_was(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_fewer_replicates_leave_no_students_of_an_earlier_run(tmp_path):
-    run_quietly(points_recipe(), ["student"], out=tmp_path)
+def test_fewer_replicates_leave_no_students_of_an_earlier_run(whole_run, tmp_path):
+    shutil.copytree(whole_run("points")[1], tmp_path, dirs_exist_ok=True)
+    assert len(list(tmp_path.glob("student-*"))) == 3
     run_quietly(points_recipe(), ["one"], out=tmp_path, replicates=1)
     assert not list(tmp_path.glob("student-*"))
     assert set(np.load(tmp_path / "curves.npz")) == {"x", "true", "one"}
