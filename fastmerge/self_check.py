@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge.channels.examples import Inputs
 from fastmerge.copies import copied
-from fastmerge.depthwise import depthwise, is_slow
 from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
+from fastmerge.slow_convolutions import faster
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _ALONE = 0.05  # tolerance of a network that runs in one of the two precisions only
@@ -464,7 +464,8 @@ class _HeldStill(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            return depthwise(*args[:6]) if is_slow(func, args) else func(*args, **kwargs)
+            other = faster(func, args)
+            return func(*args, **kwargs) if other is None else other(*args[:6])
         name = func._schema.name.partition("::")[2].rstrip("_")
         given = dict(kwargs)
         for argument, value in zip(func._schema.arguments, args, strict=False):

@@ -1,4 +1,4 @@
-"""Depthwise convolutions in float64, entry by entry of the kernel."""
+"""Convolutions that PyTorch runs slowly on a CPU: another way gives the same, where it is taken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge import self_check
-from fastmerge.depthwise import depthwise
+from fastmerge.slow_convolutions import by_matrix, depthwise
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -22,17 +22,20 @@ from fastmerge.depthwise import depthwise
         ((11, 9), {}),
     ],
 )
-def test_it_is_pytorchs(kernel: tuple[int, int], options: dict[str, int | tuple[int, int]], bias: bool) -> None:
+@pytest.mark.parametrize("groups", [1, 100])
+def test_they_give_the_same(
+    kernel: tuple[int, int], options: dict[str, int | tuple[int, int]], groups: int, bias: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, offset = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, 100, 11, 9), (100, 1, *kernel), (100,))
+        for shape in ((2, 100, 11, 9), (100, 100 // groups, *kernel), (100,))
     )
     given = offset if bias else None
     pairs = {key: (value, value) if isinstance(value, int) else value for key, value in options.items()}
     sizes = pairs.get("stride", (1, 1)), pairs.get("padding", (0, 0)), pairs.get("dilation", (1, 1))
-    expected = F.conv2d(x, weight, given, groups=100, **options)
-    actual = depthwise(x, weight, given, *sizes)
+    expected = F.conv2d(x, weight, given, groups=groups, **options)
+    actual = (by_matrix if groups == 1 else depthwise)(x, weight, given, *sizes)
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-12)
     assert actual.is_contiguous()
 
@@ -46,16 +49,19 @@ class _Convolutions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "transposed", "groups", "is_own"),
+    ("dtype", "transposed", "groups", "size", "is_own"),
     [
-        (torch.float64, False, 16, True),
-        (torch.float32, False, 16, False),
-        (torch.float64, False, 8, False),
-        (torch.float64, True, 16, False),
+        (torch.float64, False, 16, 8, True),
+        (torch.float32, False, 16, 8, False),
+        (torch.float64, False, 8, 8, False),
+        (torch.float64, True, 16, 8, False),
+        (torch.float32, False, 1, 1, True),
+        (torch.float32, False, 1, 8, False),
+        (torch.float64, False, 1, 1, False),
     ],
 )
-def test_the_check_runs_those_alone(dtype: torch.dtype, transposed: bool, groups: int, is_own: bool) -> None:
-    x, weight = torch.randn(2, 16, 8, 8, dtype=dtype), torch.randn(16, 16 // groups, 3, 3, dtype=dtype)
+def test_the_check_runs_those_alone(dtype: torch.dtype, transposed: bool, groups: int, size: int, is_own: bool) -> None:
+    x, weight = torch.randn(2, 16, size, size, dtype=dtype), torch.randn(16, 16 // groups, 3, 3, dtype=dtype)
     convolve = F.conv_transpose2d if transposed else F.conv2d
     with _Convolutions() as ran, self_check._HeldStill():
         actual = convolve(x, weight, padding=1, groups=groups)
