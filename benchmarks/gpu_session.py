@@ -259,10 +259,7 @@ class Session:
     def _record(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         self._say(f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} s{': ' * bool(outcome.says)}{outcome.says}")
-        try:
-            self.write()
-        except OSError as error:  # a full disk, say; the next part's files may fit
-            self._say(f"the results could not be written: {error}")
+        self.write()
 
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.start:4.0f} s] {text[:200]}", flush=True)
@@ -272,26 +269,42 @@ class Session:
         for job in list(self.running):
             self._close(job, 0.0)
 
+    def open(self) -> None:
+        """Makes the folder for the results, where nothing of an earlier session may pass for this one's.
+
+        Raises:
+            OSError: if nothing can be written there.
+        """
+        write_whole(self.out / "summary.txt", b"nothing has ended yet\n")
+        for name in ("benchmarks.json", "summary.json", "session.tar.gz"):
+            (self.out / name).unlink(missing_ok=True)
+
     def write(self) -> str:
         """Writes all files anew; returns the summary."""
         report = joined(self.journals)
-        if report is not None:
-            write_whole(self.out / "benchmarks.json", json.dumps(report, indent=1).encode() + b"\n")
         seconds = time.monotonic() - self.start
         data = {"seconds": round(seconds, 1), "parts": [asdict(outcome) for outcome in self.outcomes]}
-        write_whole(self.out / "summary.json", json.dumps(data, indent=1).encode() + b"\n")
-        write_whole(self.scratch / "summary.json", json.dumps(data).encode())
         try:
             text = summary(data, report)
         except Exception as error:  # whatever is wrong with it must not cost the results
             text = f"the summary could not be written: {type(error).__name__}: {error}"
+        try:
+            self._write(report, data, text)
+        except OSError as error:  # a full disk, say; the next part's files may fit
+            self._say(f"the results could not be written: {error}")
+        return text
+
+    def _write(self, report: dict[str, Any] | None, data: dict[str, Any], text: str) -> None:
+        if report is not None:
+            write_whole(self.out / "benchmarks.json", json.dumps(report, indent=1).encode() + b"\n")
+        write_whole(self.out / "summary.json", json.dumps(data, indent=1).encode() + b"\n")
+        write_whole(self.scratch / "summary.json", json.dumps(data).encode())
         write_whole(self.out / "summary.txt", text.encode() + b"\n")
         logs = self.logs | {job.part.name: self.logs.get(job.part.name, b"") + job.log for job in self.running}
         files = {f"{name}.log": content for name, content in logs.items()}
         written = [path for path in self.folder.rglob("*") if path.is_file() and path.stat().st_size < _WRITTEN]
         files |= {str(path.relative_to(self.folder)): path.read_bytes() for path in written}
         write_whole(self.out / "session.tar.gz", packed(files))
-        return text
 
 
 def packed(files: dict[str, bytes], most: int = ARCHIVE) -> bytes:
@@ -364,7 +377,7 @@ def _over(number: int, frame: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs everything; the exit code is 1 where a part failed, 2 without a GPU, 3 where it had to end early."""
+    """Runs everything; the exit code is 1 where a part failed, 2 without GPU or OUT, 3 where it had to end early."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
     parser.add_argument("--plan", choices=SECONDS, default="full", help="what to do (default %(default)s)")
@@ -392,6 +405,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "(--rehearse needs none)",
             file=sys.stderr,
         )
+        return 2
+    try:
+        session.open()
+    except OSError as error:
+        print(f"gpu_session needs a folder OUT that it can write to: {error}", file=sys.stderr)
         return 2
     before = {number: signal.signal(number, _over) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_REAL, session.end - time.monotonic() + GRACE / 3)

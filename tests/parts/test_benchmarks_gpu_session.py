@@ -30,6 +30,7 @@ from benchmarks.rehearsal import WAYS
 ROOT = Path(__file__).resolve().parents[2]
 with mock.patch.object(gpu_parts, "find_sanitizer", return_value="/bin/compute-sanitizer"):
     PLANS = {name: plan(name, data="images.npz") for name in SECONDS}
+run = Session.run
 # What a GPU machine with torch and pytest may lack.
 LACKING = ("hypothesis", "matplotlib", "nvidia.dali", "safetensors", "sklearn", "tqdm", "xdist")
 
@@ -192,6 +193,37 @@ def test_files_that_cannot_be_written_cost_no_part(tmp_path: Path, monkeypatch: 
     session.run([Stage("two", 60, (python("a", "print('first')"), python("b", "print('second')")))])
     assert [outcome.says for outcome in session.outcomes] == ["first", "second"]
     assert set(logs_of(tmp_path / "out")) == {"a.log", "b.log"}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "file"), "--plan", "second", "--rehearse", "--only", "sanitizer"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "gpu_session needs a folder OUT that it can write to" in printed.err
+
+
+def test_what_cannot_be_written_is_printed_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fills_the_disk(*arguments: object) -> list[Stage]:
+        monkeypatch.setattr(gpu_session, "write_whole", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        return [Stage("one", 60, (python("one", "print('so far')"),))]
+
+    monkeypatch.setattr(Session, "run", lambda self, stages: run(self, fills_the_disk()))
+    assert main([str(tmp_path), "--plan", "second", "--rehearse", "--only", "sanitizer"]) == 0
+    assert "one" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_files_of_an_earlier_session_do_not_pass_for_this_one_s(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks.json").write_text("of another card")
+    (tmp_path / "mine.txt").touch()
+    assert main([str(tmp_path), "--plan", "second", "--rehearse", "--only", "sanitizer"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == [
+        *("mine.txt", "session.tar.gz", "summary.json", "summary.txt")
+    ]
 
 
 def test_no_part_outlives_the_session(tmp_path: Path) -> None:
