@@ -82,7 +82,7 @@ class Memory:
         known: measurements by key.
         by_layer: the last winner of each layer and pass, whatever the batch size.
         met: how often each layer has been met at its present batch size.
-        without_room: keys that there was not enough memory to measure.
+        untimed: keys that could not be measured, as where there was not enough memory.
         remembered: what was found out for a call, by whatever tells calls apart; forgotten when anything above changes.
     """
 
@@ -90,7 +90,7 @@ class Memory:
     known: dict[str, Measurement] = field(default_factory=dict)
     by_layer: dict[str, str] = field(default_factory=dict)
     met: dict[str, _Met] = field(default_factory=dict)
-    without_room: set[str] = field(default_factory=set)
+    untimed: set[str] = field(default_factory=set)
     remembered: dict[Hashable, Any] = field(default_factory=dict)
 
 
@@ -131,7 +131,7 @@ class Choices:
     def settled(self, key: str) -> bool:
         """Whether :meth:`known` is the last word, as long as neither measuring nor what is fixed changes."""
         memory = self._read()
-        return self._fixed is not None or key in memory.known or key in memory.without_room or not self.measures()
+        return self._fixed is not None or key in memory.known or key in memory.untimed or not self.measures()
 
     def pick(
         self,
@@ -249,7 +249,10 @@ class Choices:
             milliseconds = self._race(key, trial())
         except torch.OutOfMemoryError:
             LOG.warning("%s: there is not enough memory to time it; it runs as it did before", key)
-            self._memory.without_room.add(key)
+            self._memory.untimed.add(key)
+            return
+        if not milliseconds:  # not even plain PyTorch could be timed, as the warnings say
+            self._memory.untimed.add(key)
             return
         self.learn(key, Measurement(_winner(milliseconds, plain), milliseconds))
         if self._stored:

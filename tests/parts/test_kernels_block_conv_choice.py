@@ -172,6 +172,18 @@ def test_without_memory_for_a_trial_training_goes_on(where: str, caplog: pytest.
     assert not cache.exists()
 
 
+def test_where_nothing_can_be_timed_training_goes_on(cache: Path) -> None:
+    """As where a card or driver captures no graphs."""
+    bench = Bench(split=2.0, triton_a=1.0)
+    choices = Choices(mock.Mock(side_effect=RuntimeError("operation not permitted when stream is capturing")))
+    choices.set_measuring(True)
+    with pytest.warns(RuntimeWarning, match="not permitted") as warned:
+        assert [bench.pick(choices) for _ in range(3)] == ["split"] * 3
+    assert len(warned) == 2
+    assert not choices.table()
+    assert not cache.exists()
+
+
 def test_an_error_that_cuda_does_not_recover_from_names_its_candidate() -> None:
     bench = Bench(split=2.0, triton_a=1.0, triton_b=1.5)
     bench.results["triton_a"] = RuntimeError("an illegal memory access was encountered")
