@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/fastmerge.stamp
 
-# Tests hold one thread each and run beside each other; small tensors gain nothing from more.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests hold one thread each and run beside each other; small tensors gain nothing from more. They start hundreds of
+# processes, which would each compile the package again where bytecode is not kept.
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-ptx test-newest test-gpu lint format soak fuzz sanitize bench bench-smoke bench-data bench-check gpu evidence coverage \

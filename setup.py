@@ -23,6 +23,7 @@ def extension(name: str, source: str, headers: list[str], flags: list[str]) -> P
 
 
 setup(
+    options={"build_ext": {"parallel": 2}},
     packages=find_packages(include=["fastmerge", "fastmerge.*"]) + kernels,
     package_dir={"fastmerge.kernels": "kernels"},
     ext_modules=[
