@@ -308,8 +308,8 @@ def _parametrized(root: nn.Module, path: str, tensor: str) -> Problem:
         "PyTorch's parametrizations it follows weight_norm)"
     )
     remedy = (
-        f"Call torch.nn.utils.parametrize.remove_parametrizations(teacher.{path}, '{tensor}') on every teacher, and register "
-        "it on the student again"
+        f"Call torch.nn.utils.parametrize.remove_parametrizations(teacher.{path}, '{tensor}') on every teacher in eval mode, "
+        f"where its {tensor} is the one it predicts with; registered on the student again, it computes another {tensor}"
     )
     return Problem(what, remedy, path)
 
