@@ -7,6 +7,7 @@ every other page what stands between one of these lines and ``<!-- end -->`` is 
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
 * ``<!-- evidence -->``: one row for each file of docs/results/evidence;
 * ``<!-- coverage -->``: a summary of docs/coverage.json;
+* ``<!-- building -->``: how long big students take to build;
 * ``<!-- benchmarks -->``: the targets, with the results in benchmarks/results;
 * ``<!-- loaders -->`` and ``<!-- hours -->``: the loaders' figures there, and how long ImageNet takes by them.
 """
@@ -25,6 +26,7 @@ sys.path.insert(0, str(DOCS.parent))  # benchmarks/ is not installed
 
 from benchmarks import (  # noqa: E402
     ablation_report,
+    building,
     evidence_report,
     hours,
     label_sets,
@@ -44,7 +46,8 @@ BENCHMARKS = DOCS / "benchmarks.md"
 ABLATIONS = DOCS / "ablations.md"
 COVERAGE = DOCS / "coverage.md"
 _BLOCK = re.compile(
-    r"(<!-- (results: (?P<name>[\w-]+)|evidence|coverage|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (results: (?P<name>[\w-]+)|evidence|coverage|building|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -60,6 +63,8 @@ def _content(kind: str, name: str | None) -> str:
         return evidence_report.summary(evidence_report.load())
     if kind == "coverage":
         return _coverage()
+    if kind == "building":
+        return building.sentence(json.loads(building.OUT.read_text(encoding="utf-8")))
     make = {"loaders": loader_tables.tables, "hours": hours.tables, "benchmarks": report.readme}[kind]
     return make(report.load())
 
