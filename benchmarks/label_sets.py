@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.label_sets mnist FOLDER`` and ``cifar100 FOLDER`` read FOLDER/mnist.npz or FOLDER/cifar100.npz
 (``train_images, train_labels, test_images, test_labels``), write one record per replicate to
-benchmarks/results/experiments/label-sets-*.json and go on where they were stopped.
+benchmarks/results/experiments/label-sets-*.json, go on where they were stopped, and draw docs/pictures/label-sets.png.
 
 A replicate halves the task's classes by chance and trains one teacher on each half. All that follows begins with these
 teachers, has the same images and costs what both teachers together cost, half as much again: B = 3/2 of the teachers' cost in
@@ -15,6 +15,7 @@ Training is of each sample among the classes of its own half (*own*) or among al
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import fastmerge
 from benchmarks.trials import (
     Data,
     Shuffled,
+    error,
     gaps_text,
     hash_of,
     load_records,
@@ -44,11 +46,14 @@ from fastmerge.merging.options import Options
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks.lenet import LeNet
 from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.reporting.plots import new_figure, save_figure
 from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "experiments"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "label-sets.png"
 BATCH = 50  # images per step; half as many for a teacher, which sees half of the images
 LINK_AT, DISTILL, DECAY = 0.25, 0.5, 5e-4
+COLOURS = ("#0072B2", "#D55E00")  # of the tasks
 
 
 def lenet(classes: int) -> nn.Module:
@@ -259,6 +264,11 @@ WHAT = {
     "merged + distil": "merged, distilled into the other half's classes",
 }
 BASE = "merged"
+OTHERS = {strategy: what for strategy, what in WHAT.items() if strategy not in (BASE, "ensemble")}
+KINDS = (
+    ("all", "all classes", "all"),
+    ("own", "the classes of each image's half", "task"),
+)  # training, and its measure
 
 
 def page(measured: dict[str, dict[str, Any]]) -> str:
@@ -268,7 +278,7 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
         "# Teachers of different label sets",
         *(conclusion(TASKS[n], found["replicates"]) for n, found in there.items()),
     ]
-    parts += [INTRODUCTION]
+    parts += ["![Accuracy less that of a merge](pictures/label-sets.png)", INTRODUCTION]
     for name, found in there.items():
         parts += _section(TASKS[name], found["replicates"], found["environment"])
     parts.append(
@@ -351,11 +361,9 @@ def _gap(records: Sequence[dict[str, Any]], strategy: str, base: str, score: str
 def conclusion(task: Task, records: Sequence[dict[str, Any]]) -> str:
     """Where the merge does not help, then where it does: strategies that differ by more than two standard errors."""
     sentences = []
-    for kind, how, score in (("all", "all classes", "all"), ("own", "the classes of each image's half", "task")):
+    for kind, how, score in KINDS:
         verdicts: dict[str, list[str]] = {"better": [], "not to be told apart": [], "worse": []}
-        for strategy, what in WHAT.items():
-            if strategy in (BASE, "ensemble"):
-                continue
+        for strategy, what in OTHERS.items():
             found = gaps(records, f"{strategy}, {kind}", f"{BASE}, {kind}", score)
             verdicts[verdict_of(found, "better", "worse")].append(f"{what} ({gaps_text(found)})")
         measure = "per task" if score == "task" else "over all classes"
@@ -365,6 +373,33 @@ def conclusion(task: Task, records: Sequence[dict[str, Any]]) -> str:
         f"Where a merge does not help on {task.name}, first. Other uses of the same cost, beside *merged*, in points, by more "
         "than two standard errors or not:\n\n" + "\n".join(sentences)
     )
+
+
+def plot(measured: dict[str, dict[str, Any]]) -> Any:
+    """By how much other uses of the same cost are better than the merge, a panel for each way to train."""
+    there = {name: found["replicates"] for name, found in measured.items() if found["replicates"]}
+    figure, panels = new_figure(6.4, 4.6, rows=len(KINDS), sharex=True)
+    for (kind, how, score), axes in zip(KINDS, panels, strict=True):
+        for row, (name, records) in enumerate(there.items()):
+            found = [gaps(records, f"{strategy}, {kind}", f"{BASE}, {kind}", score) for strategy in OTHERS]
+            axes.errorbar(
+                [fmean(values) for values in found],
+                [place + 0.2 * row for place in range(len(OTHERS))],
+                xerr=[2 * error(values) for values in found],
+                fmt="o",
+                color=COLOURS[row],
+                capsize=3,
+                label=TASKS[name].name,
+            )
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(
+            range(len(OTHERS)), [re.split(", t| into", what.replace("`", ""))[0] for what in OTHERS.values()]
+        )
+        axes.invert_yaxis()
+        axes.set_title(f"trained among {how}", loc="left", fontsize="medium")
+    panels[-1].set_xlabel("points better than the merge, ± two standard errors")
+    panels[0].legend(frameon=False, fontsize="small")
+    return figure
 
 
 def load() -> dict[str, dict[str, Any]]:
@@ -392,6 +427,7 @@ def main() -> None:
     for record in measure_missing(RESULTS / f"label-sets-{options.task}.json", seeds, measure):
         scores = {k: (round(v["task"], 4), round(v["all"], 4)) for k, v in record["scores"].items()}
         print(record["seed"], scores, flush=True)
+    save_figure(plot(load()), PICTURE)
 
 
 def _images(task: Task, images: Any) -> Tensor:

@@ -30,7 +30,12 @@ def test_label_sets() -> None:
     for one, by in ((better, 0.5), (worse, 0.501)):
         one["scores"]["merged, own"]["task"] = one["scores"]["joint, own"]["task"] + by
     found = {"replicates": [better, worse], "environment": environment()}
-    page = label_sets.page({"mnist": found, "cifar100": {"replicates": []}})
+    measured = {"mnist": found, "cifar100": {"replicates": []}}
+    page = label_sets.page(measured)
+    assert [text.get_text() for text in label_sets.plot(measured).axes[0].get_yticklabels()][::5] == [
+        "one network",
+        "merged, distilled",
+    ]
     assert re.search(r"\*\*worse\*\*: .*one network, trained on all from fresh weights \(-50.05 ± 0.05\)", page)
     assert page.count("\n| merged ") == 2
     assert page.index("does not help") < page.index("heads=")
