@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.layerwise memory`` counts bytes and operations. ``python -m benchmarks.layerwise digits`` and
 ``mnist FOLDER``, which reads FOLDER/mnist.npz (``train_images, train_labels, test_images, test_labels``), train, and go on
-where they were stopped. They write benchmarks/results/experiments/layerwise-*.json, of trials one record per replicate.
+where they were stopped. They write benchmarks/results/experiments/layerwise-*.json, of trials one record per replicate, and
+docs/pictures/layerwise.png.
 
 Every merge begins with the same two teachers of E epochs; its merge stage and fine-tuning together cost E epochs of a teacher,
 by counted operations.
@@ -19,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
@@ -47,9 +49,11 @@ from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import counted_step, kept_for_backward, step_operations
 from fastmerge.networks.lenet import LeNet
+from fastmerge.reporting.plots import new_figure, save_figure
 from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "experiments"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "layerwise.png"
 BATCH, RATE, LINK_AT, MERGE_EPOCHS = 50, 0.02, 0.25, 8
 TASKS = {"digits": "digits of scikit-learn", "mnist": "1,000 images of MNIST"}
 WHOLE = "whole"
@@ -234,6 +238,28 @@ def memory_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def plot(counted: dict[str, Any]) -> Any:
+    """Memory over operations of each way to run the merge stage, in those of one network."""
+    figure, panels = new_figure(6.4, 6.4, rows=len(counted["networks"]))
+    for found, axes in zip(counted["networks"], np.atleast_1d(panels), strict=True):
+        for number, (_, what, _, peak, cost) in enumerate(memory_rows(found)):
+            at, checkpointed = (float(cost), float(peak)), "checkpointing" in what
+            axes.plot(
+                *at, "o", color="#D55E00" if checkpointed else "#0072B2", fillstyle="none" if checkpointed else "full"
+            )
+            if "compaction" not in what:
+                label = what.replace("`", "").partition(",")[0]
+                axes.annotate(
+                    label, at, xytext=(6, -10 if number % 2 else 4), textcoords="offset points", fontsize="small"
+                )
+        axes.set_ylim(0)
+        axes.margins(x=0.15)
+        axes.set_title(f"{found['network']}; hollow: with activation checkpointing", loc="left", fontsize="medium")
+        axes.set_ylabel("memory, of one network's")
+    np.atleast_1d(panels)[-1].set_xlabel("operations of a step, of one network's")
+    return figure
+
+
 INTRODUCTION = """`merge(layerwise=K)`, or `fastmerge merge --layerwise K`, learns the gates in K consecutive parts of the
 depth, each in 1/K of the merge stage. The channel groups are cut into parts of about equally many activations. While a part is
 learned, only its groups have the channels of all teachers. The groups of the parts before it have the channels that were
@@ -260,6 +286,7 @@ def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
         header = ["network", "merge stage", "at the peak", "of one network's", "operations per step"]
         parts += [
             "## Memory and cost",
+            "![Memory over operations](pictures/layerwise.png)",
             table(header, rows, markdown=True),
             f"Two teachers, float32, {IMAGES['ResNet-18']} images of 224 × 224 a step. Counted on a CPU, not measured on a "
             "card: weights, gradients and momentum of SGD, and what autograd keeps of the forward pass; of parts the largest. "
@@ -388,6 +415,7 @@ def main() -> None:
             found["networks"].append(memory(name, *made))
             with atomic(RESULTS / "layerwise-memory.json") as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        save_figure(plot(found), PICTURE)
         return
     train, test = _digits() if options.what == "digits" else _mnist(options.folder)
 

@@ -69,6 +69,10 @@ def test_parts_of_the_depth() -> None:
     assert "**behind**: 2 parts (-10.00 ± 0.00), 4 parts (-10.00 ± 0.00)" in page
     assert "on 1,000 images of MNIST has not been measured" in page
     assert page.index("Where parts lose") < page.index("layerwise=K")
+    assert [text.get_text() for text in layerwise.plot({"networks": [counted]}).axes[0].texts][3:5] == [
+        "layerwise=2",
+        "layerwise=4",
+    ]
     peaks = {row[1]: float(row[3]) for row in layerwise.memory_rows(counted)}
     assert 1 < peaks["`layerwise=4`"] <= peaks["`layerwise=2`"] < peaks["linked"]
     assert peaks["linked, activation checkpointing"] < peaks["linked"]
