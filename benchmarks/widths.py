@@ -191,8 +191,8 @@ it too, and says what stands in the way.
 The student is of the teachers' class, with narrower or wider layers: a network that the class's constructor builds at these
 widths loads its weights strictly. Where the class's code has a width in it, such as `x.view(-1, 400)`, the student is the
 traced network under the same names. A grouped or depthwise convolution and a GroupNorm get as many blocks as places are kept.
-LayerNorm, RMSNorm and one value for all channels, such as the slope of a PReLU, are exact up to a teacher's width, and refused
-above it. Groups whose number of channels the code counts on (chunks, shuffles, attention heads, InstanceNorm, `F.normalize`)
+LayerNorm, RMSNorm and one value for all channels, such as the slope of a PReLU, are exact below all teachers' channels, and
+refused at as many. Groups whose number of channels the code counts on (chunks, shuffles, attention heads, InstanceNorm, `F.normalize`)
 are refused by name."""
 
 

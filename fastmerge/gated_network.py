@@ -204,7 +204,7 @@ class GatedNetwork(nn.Module):
 
     @without_search()
     def _lower(self, analysis: Analysis) -> None:
-        self._population = Population.of(self.groups, self.num_teachers, self.gates)
+        self._population = Population.of(self.groups, self.num_teachers, self.gates, self.widths)
         wholes = [self.num_teachers * group.size for group in self.groups]
         gates = self._gate_modules = tuple(self._gate(group.name) for group in self.groups)
         self.group_means = GroupMeans([gate.channels for gate in gates], wholes, gates[0].loc.device)

@@ -225,7 +225,7 @@ class _Lowering:
             return own
         _, units = self.analysis.groups.tensors[name]
         gate = self.graph.get_attr(self._gate(node, target, units, -1))
-        args = (self.gates, tuple(own), self.num_teachers * len(units.group))
+        args = (self.gates, tuple(own), self.num_teachers * len(units.group), self.population.kept(units))
         return self.values.parts(self.graph.call_function(gated_scalars, args, {"gate": gate}))
 
     def _layer_norm(self, node: fx.Node, source: fx.Node) -> Value:
@@ -240,7 +240,7 @@ class _Lowering:
         )
         size = self.num_teachers * len(units.group)
         module, centred = self.graph.get_attr(gate), op_name(node) == "layer_norm"
-        args = (self.gates, x, weights, biases, size, arguments["eps"], centred)
+        args = (self.gates, x, weights, biases, size, self.population.kept(units), arguments["eps"], centred)
         return self.values.parts(self.graph.call_function(gated_layer_norm, args, {"gate": module}))
 
     def _operation(self, node: fx.Node) -> Value:

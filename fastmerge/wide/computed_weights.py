@@ -33,7 +33,7 @@ def column_weights(
     """
     count, sizes = len(rows), gate.sizes
     g = like.new_ones(sum(sizes)) if gates is None else gates.mean(0).to(like.dtype)
-    coupling = coupling_of(g.sum(), size, count)
+    coupling = coupling_of(g.sum(), size, size / count)
     own, shares = [], []
     for t in range(count):
         share = torch.cat(

@@ -21,6 +21,7 @@ def gated_layer_norm(
     weights: Sequence[Tensor] | None,
     biases: Sequence[Tensor] | None,
     size: int,
+    kept: float,
     eps: float | None,
     centred: bool,
     *,
@@ -29,7 +30,8 @@ def gated_layer_norm(
     """Normalises T streams over their last dimension.
 
     Teacher t's mean and variance are over all streams' channels, a channel of stream s weighted by its gate g times ``a_ts``:
-    1 for s = t, else ``c = clamp((1 − ḡ) / (1 − 1/T), 0, 1)``, where ḡ is the mean gate of all T·n channels.
+    1 for s = t, else ``c = clamp((1 − ḡ) / (1 − k/(T·n)), 0, 1)``, where ḡ is the mean gate of all T·n channels, and k is how
+    many the student has, or n if that is more.
 
     Args:
         gates: (N or 1, all streams' channels), or None for open gates.
@@ -37,6 +39,7 @@ def gated_layer_norm(
         weights: the teachers' scales (channels,), or None.
         biases: likewise.
         size: T·n, the channels of all teachers before any was dropped, which count as closed.
+        kept: k.
         eps: None: the machine precision of the dtype that is computed in, as in ``nn.RMSNorm``.
         centred: whether the mean is taken off: False for RMSNorm.
         gate: the module that knows which gate belongs to which channel.
@@ -59,7 +62,7 @@ def gated_layer_norm(
     x = [stream.to(dtype) for stream in streams]
     g = [gate.shaped(own, stream) for own, stream in zip(columns, x, strict=True)]
     totals = [own.sum(-1, keepdim=True) for own in g]
-    coupling = coupling_of(torch.stack(totals).sum(0), size, count)
+    coupling = coupling_of(torch.stack(totals).sum(0), size, kept)
     safe = [total.clamp_min(_LEAST) for total in totals]
     means = [(own * v).sum(-1, keepdim=True) / total for own, v, total in zip(g, x, safe, strict=True)]
     if not centred:
@@ -100,18 +103,19 @@ def tied_linear(
 
 
 def gated_scalars(
-    gates: Tensor | None, scalars: Sequence[Tensor], size: int, *, gate: GateStreams
+    gates: Tensor | None, scalars: Sequence[Tensor], size: int, kept: float, *, gate: GateStreams
 ) -> tuple[Tensor, ...]:
     """One value for all channels, such as the slope of a PReLU: each teacher's own with open gates, else more and more one.
 
     Teacher t's is the mean of all teachers', that of s weighted by the sum of the gates of its channels times ``a_ts`` as in
-    :func:`gated_layer_norm`. With n of T·n channels kept it is the mean by how many are kept of each teacher, the
+    :func:`gated_layer_norm`. With k of T·n channels kept it is the mean by how many are kept of each teacher, the
     student's. One value serves a whole batch, so the gates are the means over its samples.
 
     Args:
         gates: (N or 1, all streams' channels), or None for open gates.
         scalars: T tensors of one element.
         size: T·n, the channels of all teachers before any was dropped, which count as closed.
+        kept: k.
         gate: the module that knows which gate belongs to which channel.
 
     Returns:
@@ -122,20 +126,20 @@ def gated_scalars(
     values = torch.stack(list(scalars))
     totals = torch.stack([own.mean(0).sum() for own in gate.columns(gates, joined=False)])
     own = torch.eye(len(scalars), dtype=totals.dtype, device=totals.device)
-    weights = totals * (own + coupling_of(totals.sum(), size, len(scalars)) * (1 - own))
+    weights = totals * (own + coupling_of(totals.sum(), size, kept) * (1 - own))
     shares = weights / weights.sum(1, keepdim=True).clamp_min(_LEAST)
     return (shares.to(values.dtype) @ values.flatten()).view_as(values).unbind()
 
 
-def coupling_of(total: Tensor, size: int, count: int) -> Tensor:
-    """How much of other teachers' channels a teacher sees, ``clamp((1 − ḡ) / (1 − 1/T), 0, 1)``: 0 with open gates, 1 at 1/T.
+def coupling_of(total: Tensor, size: int, kept: float) -> Tensor:
+    """How much of other teachers' channels a teacher sees: 0 with open gates, 1 where only as many are open as are kept.
 
     Args:
         total: the sum of the gates.
         size: of how many channels, those dropped included.
-        count: T.
+        kept: how many are open in the student, below ``size``.
     """
-    return ((1 - total / size) / (1 - 1 / count)).clamp(0, 1)
+    return ((1 - total / size) / (1 - kept / size)).clamp(0, 1)
 
 
 _LEAST = 1e-6  # of gates that are all closed, whose channels nobody reads

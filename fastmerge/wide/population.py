@@ -19,6 +19,7 @@ class Population:
         num_teachers: T.
         left: int64 ascending candidates t·n + j by name of the group; all T·n of a group that is not there.
         open_groups: names of groups all of whose gates are 1 for good, so that nothing need be multiplied by them.
+        widths: channels of the student by name of the group; None: as many as a teacher has.
     """
 
     def __init__(
@@ -27,17 +28,23 @@ class Population:
         num_teachers: int,
         left: Mapping[str, Tensor],
         open_groups: Collection[str] = (),
+        widths: Mapping[str, int] | None = None,
     ) -> None:
         self.groups, self.num_teachers, self.open_groups = groups, num_teachers, frozenset(open_groups)
         every = {group.name: torch.arange(num_teachers * group.size) for group in groups}
         self.candidates: dict[str, Tensor] = {name: left.get(name, all_of).cpu() for name, all_of in every.items()}
         self._rank = torch.cat([_rank(self.candidates[name], len(all_of)) for name, all_of in every.items()])
         self._sizes = torch.tensor([group.size for group in groups])
+        self._kept = torch.tensor(
+            [(widths or {}).get(group.name, group.size) / group.size for group in groups]
+        ).double()
         self._first = torch.tensor([0, *(len(all_of) for all_of in every.values())]).cumsum(0)
         self._first_column = torch.tensor([0, *(len(left) for left in self.candidates.values())]).cumsum(0)
 
     @classmethod
-    def of(cls, groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict) -> Population:
+    def of(
+        cls, groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict, widths: Mapping[str, int]
+    ) -> Population:
         """As the gates know it."""
         left, open_groups = {}, set()
         for name, gate in gates.items():
@@ -46,7 +53,7 @@ class Population:
                 left[name] = gate.candidates
             if gate.fixed and bool((gate.loc > 0).all()):
                 open_groups.add(name)
-        return cls(groups, num_teachers, left, open_groups)
+        return cls(groups, num_teachers, left, open_groups, widths)
 
     def is_open(self, units: AxisUnits) -> bool:
         """Whether all groups along a dimension, if any, have gates that are 1 for good."""
@@ -56,6 +63,15 @@ class Population:
     def total(self) -> int:
         """How many candidates are left in all groups together."""
         return int(self._first_column[-1])
+
+    def kept(self, units: AxisUnits) -> float:
+        """How many of all teachers' entries of a dimension are open where each teacher's sees all others': the student's.
+
+        Where the student has fewer than a teacher, it is a teacher's.
+        """
+        group = torch.from_numpy(units.group)
+        student = torch.where(group >= 0, self._kept[group.clamp(min=0)], 1.0).sum().item()
+        return max(student, float(len(group)))
 
     def rank(self, units: AxisUnits) -> Tensor:
         """Per teacher and entry of a dimension its candidate's place among those left: int64 (T, entries).

@@ -57,11 +57,12 @@ def _width(name: str, size: int, num_teachers: int, value: Any) -> int:
     return int(value) if is_count else max(1, round(value * size))
 
 
-def check_widths(analysis: Analysis, widths: Mapping[str, int], whole: Mapping[int, str]) -> None:
+def check_widths(analysis: Analysis, num_teachers: int, widths: Mapping[str, int], whole: Mapping[int, str]) -> None:
     """Checks that the network's code takes other numbers of channels.
 
     Args:
         analysis: of the first teacher.
+        num_teachers: T.
         widths: by name of the group.
         whole: groups whose number of channels the code may count on, and why.
 
@@ -69,24 +70,31 @@ def check_widths(analysis: Analysis, widths: Mapping[str, int], whole: Mapping[i
         ValueError: naming the group, and what counts on its channels.
     """
     groups, why = analysis.groups, dict(whole)
+
+    def keeps_all(units: AxisUnits) -> bool:
+        """Then the same gates stand for all teachers apart and for the student."""
+        numbers = np.unique(units.group)
+        return bool((numbers >= 0).all()) and all(
+            widths[groups[int(number)].name] == num_teachers * groups[int(number)].size for number in numbers
+        )
+
     for (mode, name), units in groups.reads.items():
         node = next(n for n in analysis.traced.graphs[mode].nodes if n.name == name)
         call = analysis.calls[mode].get(node)
         computed = call is not None and (call.rows is not None or call.is_tied)
         for number in np.unique(units.group[units.group >= 0]):
-            wider = widths[groups[int(number)].name] > groups[int(number)].size
             if computed or node.meta.get(BY_WIDTH):
                 kind = f"'{op_name(node)}'" if call is None else f"'{call.name}', whose weight is shared or computed"
                 why.setdefault(int(number), f"is read by {kind}, which depends on the number of channels")
-            elif op_name(node) in LAYER_NORMS and wider:
-                kind = f"'{op_name(node)}', whose statistics are one student's only at a teacher's width or less"
+            elif op_name(node) in LAYER_NORMS and keeps_all(units):
+                kind = f"'{op_name(node)}', whose statistics are one student's only at less than all teachers' channels"
                 why.setdefault(int(number), f"is read by {kind}")
     for axis in groups.axes():
         for number in np.unique(axis.units.group[axis.units.group >= 0]):
-            wider = widths[groups[int(number)].name] > groups[int(number)].size
-            if wider and groups.acts_on_several(axis.tensor):
+            if groups.acts_on_several(axis.tensor) and keeps_all(axis.units):
                 why.setdefault(
-                    int(number), f"shares '{axis.tensor}', which is one student's only at a teacher's width or less"
+                    int(number),
+                    f"shares '{axis.tensor}', which is one student's only at less than all teachers' channels",
                 )
             elif not _lies_in_runs(axis.units, int(number), groups[int(number)].size):
                 why.setdefault(
