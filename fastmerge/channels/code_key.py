@@ -69,7 +69,7 @@ class _Key:
         own = {key: value for key, value in vars(module).items() if key != "training"}
         parameters, buffers = own.pop("_parameters"), own.pop("_buffers")
         tensors = tuple((key, self._of_tensor(t)) for key, t in [*parameters.items(), *buffers.items()])
-        code = tuple(function.__code__ for kind in type(module).__mro__ for function in own_functions(kind).values())
+        code = tuple(function.__code__ for kind in type(module).__mro__ for function in _own_functions(kind))
         return parametrize.type_before_parametrizations(module), code, tensors, self._of(own, 0)
 
     def _of_tensor(self, tensor: Tensor | None) -> Hashable:
@@ -110,11 +110,11 @@ class _Key:
         raise _Unknown
 
 
-def own_functions(kind: type) -> dict[str, types.FunctionType]:
+def _own_functions(kind: type) -> list[types.FunctionType]:
     """The functions of a class that is not PyTorch's, which may be replaced while its name stays."""
     if kind.__module__.startswith(("torch.", "builtins")):
-        return {}
-    return {name: value for name, value in vars(kind).items() if isinstance(value, types.FunctionType)}
+        return []
+    return [value for value in vars(kind).values() if isinstance(value, types.FunctionType)]
 
 
 def _values(tensor: Tensor) -> Hashable:

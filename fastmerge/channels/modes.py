@@ -5,6 +5,8 @@ Most networks do. Then one export gives the graphs of both modes, which saves ha
 
 from __future__ import annotations
 
+import os
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +19,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.aten import op_name
-from fastmerge.channels.code_key import own_functions
 from fastmerge.copies import copied
 from fastmerge.isolation import undisturbed
 
@@ -49,8 +50,6 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
         operation and whether it is of training. None where more than that differs, or it can't be told.
     """
     network, runs = copied(root), []
-    if any(_asks_for_mode_and_size(code) for code in _reached(network)):
-        return None  # what it does with another batch size the runs don't show
     for mode in (True, False):
         network.train(mode)
         leaves = pytree.tree_leaves(inputs)
@@ -65,6 +64,8 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
                 return None
         runs.append(run)
     training, evaluation = runs
+    if any(map(_asks_for_mode_and_size, training.code | evaluation.code)):
+        return None  # what it does with another batch size the runs don't show
     return (training.told, evaluation.told) if training.calls == evaluation.calls else None
 
 
@@ -73,37 +74,13 @@ def _forgotten(saved: Any) -> Any:
     return None
 
 
-def _reached(network: nn.Module) -> set[types.CodeType]:
-    """The code of methods whose names lead there from a forward, or from what Python or a module itself holds or calls."""
-    methods: dict[str, set[types.CodeType]] = {}
-    for kind in {kind for module in network.modules() for kind in type(module).__mro__}:
-        for name, function in own_functions(kind).items():
-            methods.setdefault(name, set()).add(function.__code__)
-    held = (value for module in network.modules() for value in vars(module).values())
-    named = {str(value.__name__) for value in held if isinstance(value, (types.FunctionType, types.MethodType))}
-    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
-        named |= methods.keys()
-    waiting = [name for name in methods if name == "forward" or name.startswith("__") or name in named]
-    found: set[types.CodeType] = set()
-    while waiting:
-        for code in methods.pop(waiting.pop(), ()):
-            found.add(code)
-            waiting += _names_in(code) & methods.keys()
-    return found
-
-
-def _names_in(code: types.CodeType) -> set[str]:
-    """The names that code reads, those that it reads by ``getattr`` too."""
-    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}.union(*inner)
-
-
 def _asks_for_mode_and_size(code: types.CodeType) -> bool:
-    return "training" in code.co_names and not _SIZES.isdisjoint(code.co_names)
+    is_torchs = code.co_filename.startswith(os.path.join(torch.__path__[0], ""))
+    return not is_torchs and "training" in code.co_names and not _SIZES.isdisjoint(code.co_names)
 
 
 class _Calls(TorchFunctionMode):
-    """What a network calls of PyTorch: operations, assignments, and questions about shapes.
+    """What a network calls of PyTorch: operations, assignments, and questions about shapes; and the code that led there.
 
     Args:
         network: whose parameters and buffers are known by their order.
@@ -118,8 +95,13 @@ class _Calls(TorchFunctionMode):
         self.counters = {id(b) for name, b in network.named_buffers() if name.endswith(_COUNTER)}
         self.calls: list[Any] = []
         self.told: Told = []
+        self.code: set[types.CodeType] = set()
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not told_in_both.__code__:
+            self.code.add(frame.f_code)
+            frame = frame.f_back
         given = dict(kwargs or {})
         name = _TOLD.get(func)
         told = given.pop("training", None) if name is not None else None

@@ -85,26 +85,58 @@ class AsksInAMethodThatNobodyCalls(Net):
         self.count = len(x) if self.training else 0
 
 
-class LargeBatchesInAMethodByName(Net):
-    """Calls by its name a method that asks for both, in no batch that is tried."""
+def negative_if_many(module: nn.Module, x: Tensor) -> Tensor:
+    """Asks for the size in both modes, and in one whether it is large."""
+    count = x.shape[0]
+    return -x if not module.training and count > 4 else x
+
+
+class LargeBatchesInAFunction(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return negative_if_many(self, x)
+
+
+class LargeBatchesInADecoratedMethod(Net):
+    @torch.enable_grad()
+    def between(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        return -x if not self.training and count > 4 else x
+
+
+class LargeBatchesInAMethodByAProperty(Net):
+    """Has a method's name nowhere but in a property."""
 
     def between(self, x: Tensor) -> Tensor:
-        return getattr(self, "of_many")(x) if x.shape[0] > 4 else x  # noqa: B009
+        return self.way(x)
+
+    @property
+    def way(self) -> Any:
+        return self.other
+
+    def other(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        return -x if not self.training and count > 4 else x
+
+
+class LargeBatchesInAMethodThatTorchCalls(Net):
+    class Convolution(nn.Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            count = x.shape[0]
+            return super()._conv_forward(-x if not self.training and count > 4 else x, weight, bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.Convolution(2, 4, 3)
+
+
+class OnlyLargeBatchesReachIt(Net):
+    """Has a method that differs between the modes, which no batch of two reaches."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.of_many(x) if x.shape[0] > 4 else x
 
     def of_many(self, x: Tensor) -> Tensor:
         return x if self.training and x.shape[0] > 4 else -x
-
-
-class LargeBatchesInAMethodThatItHolds(LargeBatchesInAMethodByName):
-    def __init__(self) -> None:
-        super().__init__()
-        self.hold()
-
-    def hold(self) -> None:
-        self.other = self.of_many
-
-    def between(self, x: Tensor) -> Tensor:
-        return self.other(x) if x.shape[0] > 4 else x
 
 
 class WritesInTraining(Net):
@@ -167,8 +199,10 @@ def test_one_export_gives_what_two_give(kind: type[nn.Module], monkeypatch: pyte
         ReadsAfterDropout,
         LargeBatchesInEvalMode,
         LargeBatchesInAMethodOfEvalMode,
-        LargeBatchesInAMethodByName,
-        LargeBatchesInAMethodThatItHolds,
+        LargeBatchesInAFunction,
+        LargeBatchesInADecoratedMethod,
+        LargeBatchesInAMethodByAProperty,
+        LargeBatchesInAMethodThatTorchCalls,
         WritesInTraining,
         AsksForGradients,
         OtherOutput,
@@ -176,6 +210,14 @@ def test_one_export_gives_what_two_give(kind: type[nn.Module], monkeypatch: pyte
 )
 def test_what_differs_is_exported_twice(kind: type[nn.Module]) -> None:
     assert not trace(kind(), ((X,), {})).is_one_graph
+
+
+def test_code_that_only_other_batches_reach_is_read_with_them() -> None:
+    network = OnlyLargeBatchesReachIt()
+    few, many = (trace(network, ((torch.randn(n, 2, 8, 8),), {})) for n in (2, 6))
+    assert few.is_one_graph
+    assert few.is_open == {"train": False, "eval": False}
+    assert not many.is_one_graph
 
 
 def test_activations_are_not_held() -> None:
