@@ -321,20 +321,16 @@ def _problem(pair: _Pair, trial: _Trial, against_teachers: bool) -> Problem:
         where = f" All layers give what they should, up to the last, '{before}'."
     name, output = type(trial.teachers[0]).__name__, f"output{pair.path}" if pair.path else "output"
     if against_teachers:
-        questions, remedy = ", ".join(trial.questions), "Write it in another way"
-        cause = (
-            "Something in the network's code does not show when it is recorded: a question about a tensor's type, an option "
-            "that differs between the teachers, a tensor that two modules share"
+        questions = ", ".join(trial.questions)
+        hidden = (
+            "a question about a tensor's type, an option that differs between teachers, a tensor that modules share"
         )
         if questions:
-            cause = (
-                f"Its code asks whether it is being compiled or exported ({questions}), and does something else then"
-            )
-            remedy = "Let it do then what it does otherwise"
+            hidden = f"what it does where it asks whether it is being compiled or exported ({questions}), or {hidden}"
         return Problem(
             f"{name} can't be merged: the big student would not be {trial.aim}. In {pair.mode} mode its {output} "
-            f"{problem}.{where} {cause}",
-            f"{remedy}; BigStudent(..., verify=False) skips this check",
+            f"{problem}.{where} Something in the network's code does not show when it is recorded: {hidden}",
+            "Write it in another way; BigStudent(..., verify=False) skips this check",
             layer or before or "",
             questions,
         )
