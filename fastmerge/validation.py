@@ -256,10 +256,11 @@ def _not_finite(number: int, teacher: nn.Module) -> Iterator[UnmergeableError]:
     for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
         if isinstance(tensor, nn.parameter.UninitializedParameter) or tensor.is_meta or not tensor.is_floating_point():
             continue
-        if math.isfinite(tensor.detach().sum()):
+        values = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()  # float8 has no sum
+        if math.isfinite(values.sum()):
             continue  # one pass; a sum that overflows is looked at closely
-        if not bool(torch.isfinite(tensor).all()):
-            bad = "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+        if not bool(torch.isfinite(values).all()):
+            bad = "NaN" if bool(torch.isnan(values).any()) else "Inf"
             what = f"'{name}' of teacher {number} holds {bad}; BigStudent needs finite weights"
             yield _error(what, "Take a checkpoint of before the training diverged", name)
 

@@ -82,6 +82,26 @@ def test_several_problems_are_all_listed() -> None:
         fastmerge.BigStudent(Residual(), "a.pt")
 
 
+class Scaled(nn.Module):
+    """Has a buffer of numbers that PyTorch does not add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.register_buffer("scale", torch.ones(4).to(torch.float8_e4m3fn))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x)) * self.scale.to(x.dtype))
+
+
+def test_numbers_of_one_byte_are_looked_through() -> None:
+    teachers = [Scaled(), Scaled()]
+    assert fastmerge.check(*teachers, example_inputs=WORDS[0], verify=False).ok
+    teachers[1].scale = torch.full((4,), torch.nan).to(torch.float8_e4m3fn)
+    (problem,) = fastmerge.check(*teachers, example_inputs=WORDS[0], verify=False).problems
+    assert "'scale' of teacher 1 holds NaN" in problem.what
+
+
 def test_a_layer_that_one_network_lacks_is_said_once() -> None:
     teachers = [Residual(), Residual()]
     teachers[1].extra = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)))
