@@ -201,7 +201,7 @@ def _first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], 
     for value in inputs:
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise TypeError(f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}")
-        if not value.numel():
+        if not len(value):
             raise ValueError(f"{name}'s first batch has no samples: its input is {_describe(value)}")
     return inputs, target
 

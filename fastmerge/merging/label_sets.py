@@ -107,14 +107,13 @@ class Reached:
 
     def __init__(self, sets: LabelSets) -> None:
         self.sets = sets
-        self._seen = torch.zeros(0)
+        self._seen = torch.zeros(len(sets.sizes) + 1)  # the last: of targets that cross_entropy ignores
 
     def note(self, target: Tensor) -> None:
         """Adds a batch, without the device having to tell."""
-        if not len(self._seen):
-            self._seen = torch.zeros(len(self.sets.sizes) + 1, device=target.device)
-        nobody = len(self.sets.sizes)  # whose targets cross_entropy ignores
-        self._seen.index_fill_(0, torch.where(target >= 0, self.sets.owner_of(target), nobody).flatten(), 1)
+        self._seen = self._seen.to(target.device)
+        owner = torch.where(target >= 0, self.sets.owner_of(target), len(self.sets.sizes))
+        self._seen.index_fill_(0, owner.flatten(), 1)
 
     def warnings(self, processes: Processes) -> list[str]:
         """What to say of teachers whose classes came in no process."""

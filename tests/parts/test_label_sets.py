@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 import fastmerge
 from architectures import BY_NAME
 from fastmerge.merging.distillation import divergence, foreign_divergence
-from fastmerge.merging.label_sets import LabelSets, PartCriterion, TeachersLoader
+from fastmerge.merging.label_sets import LabelSets, PartCriterion, Reached, TeachersLoader
 from fastmerge.networks.lenet import LeNet
+from fastmerge.processes import Processes
 from fastmerge.wide.blueprint import join_heads
 from fastmerge.wide.heads import SeparateHeads
 from teachers import TOLERANCE, disturb_weights, make_batch, make_teacher, relative_error, select_gates
@@ -323,6 +324,11 @@ def test_a_merge_says_whose_classes_never_come(task) -> None:
     with pytest.warns(UserWarning, match=says):
         _, history = fastmerge.merge(teachers, [(x, ignored)], **OPTIONS)
     assert [bool(re.match(says, warning)) for warning in history.warnings].count(True) == 1
+
+
+def test_of_no_batch_at_all_every_teacher_is_named() -> None:
+    said = Reached(LabelSets((3, 2))).warnings(Processes.alone(torch.device("cpu")))
+    assert [re.search(r"\d\.\.\d", warning)[0] for warning in said] == ["0..2", "3..4"]
 
 
 def test_a_merge_goes_on_where_it_stopped(task, tmp_path) -> None:

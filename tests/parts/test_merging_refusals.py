@@ -10,7 +10,9 @@ from torch.optim import lr_scheduler
 
 import fastmerge.merging.stages as module
 from fastmerge import recalibrate
+from fastmerge.evaluation import Setting
 from fastmerge.merging import merge
+from fastmerge.merging.checks import check_loader
 from small_task import SHORT, SmallNet, X, Y, copies, train_loader, train_teachers
 
 # Stages this short leave the gates where they are, which only some tests are about.
@@ -229,6 +231,16 @@ def test_what_can_not_work_is_refused_before_the_first_epoch(teachers, change, e
     arguments = {"teachers": teachers, "train_loader": train_loader()} | SHORT | change(teachers)
     with pytest.raises(error, match=message):
         merge(arguments.pop("teachers"), arguments.pop("train_loader"), callback=never, **arguments)
+
+
+def test_an_input_without_values_is_none_without_samples():
+    class TwoInputs(nn.Linear):
+        def forward(self, x, more):
+            return super().forward(torch.cat([x, more], 1))
+
+    inputs, setting = (torch.randn(4, 3), torch.zeros(4, 0)), Setting(torch.device("cpu"), cross_entropy)
+    found = check_loader("train_loader", [(inputs, torch.zeros(4).long())], TwoInputs(3, 2), setting)
+    assert [x.shape for x in found] == [(4, 3), (4, 0)]
 
 
 def test_weights_that_are_not_finite_are_refused(teachers):
