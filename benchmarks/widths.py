@@ -192,8 +192,8 @@ The student is of the teachers' class, with narrower or wider layers: a network 
 widths loads its weights strictly. Where the class's code has a width in it, such as `x.view(-1, 400)`, the student is the
 traced network under the same names. A grouped or depthwise convolution and a GroupNorm get as many blocks as places are kept.
 LayerNorm, RMSNorm and one value for all channels, such as the slope of a PReLU, are exact below all teachers' channels, and
-refused at as many. Groups whose number of channels the code counts on (chunks, shuffles, attention heads, InstanceNorm, `F.normalize`)
-are refused by name."""
+refused at as many. Groups whose number of channels the code counts on (chunks, shuffles, attention heads, InstanceNorm,
+`F.normalize`) are refused by name."""
 
 
 def _values(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
