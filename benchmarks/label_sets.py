@@ -35,6 +35,7 @@ from benchmarks.trials import (
     gaps_text,
     hash_of,
     load_records,
+    made_with,
     mean_text,
     measure_missing,
     verdict_of,
@@ -322,7 +323,7 @@ def _section(task: Task, records: Sequence[dict[str, Any]], made: dict[str, Any]
         f"{first['merge_epochs']} epochs, of {costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards, and "
         f"{first['notes'][f'{BASE}, own']['finetune epochs']} epochs of fine-tuning. {task.remark}".strip()
     )
-    parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
+    parts.append(f"{made_with(made)}.")
     return parts
 
 

@@ -32,7 +32,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vision_transformer import VisionTransformer
 
 import fastmerge
-from benchmarks.trials import accuracy, gaps_text, hash_of, mean_text
+from benchmarks.trials import accuracy, gaps_text, hash_of, made_with, mean_text
 from fastmerge.channels import rules
 from fastmerge.data.arrays import load_npz
 from fastmerge.environment import environment
@@ -257,7 +257,7 @@ def page(measured: dict[str, Any]) -> str:
             f"costs {linked:.1f} epochs of one network.",
         ]
     made = measured["environment"]
-    parts.append(f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}.")
+    parts.append(f"{made_with(made)}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -58,6 +58,12 @@ def error(values: Sequence[float]) -> float:
 def mean_text(found: Sequence[float]) -> str:
     """A mean with its standard error; empty without any."""
     return "" if not found else f"{fmean(found):.2f} ± {error(found):.2f}"
+
+
+def made_with(made: Mapping[str, Any]) -> str:
+    """PyTorch, processor and commit of an environment; a copy of the sources has no commit."""
+    commit = f", commit {made['commit'][:10]}" if made["commit"] else ""
+    return f"PyTorch {made['torch']}, {made['cpu']['name']}, one core{commit}"
 
 
 def gaps_text(found: Sequence[float]) -> str:

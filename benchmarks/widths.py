@@ -30,6 +30,7 @@ from benchmarks.trials import (
     gaps_text,
     hash_of,
     load_records,
+    made_with,
     mean_text,
     measure_missing,
     verdict_of,
@@ -171,7 +172,7 @@ def page(measured: dict[str, Any]) -> str:
         "epochs: a merge two teachers of E, and a merge stage and a fine-tuning that together cost E; a pruned teacher E, and "
         f"2 E after pruning by norms; a fresh network 3 E. A teacher has {fmean(teachers):.2f}. Networks with BatchNorm have "
         "not been tried.",
-        f"PyTorch {made['torch']}, {made['cpu']['name']}, one core, commit {made['commit'][:10]}. Written by `make docs` from "
+        f"{made_with(made)}. Written by `make docs` from "
         "benchmarks/results/experiments/widths.json, which `python -m benchmarks.widths` fills.",
     ]
     return "\n\n".join(parts) + "\n"
