@@ -145,7 +145,7 @@ def markdown(report: dict[str, Any]) -> str:
     refused = [[name, network["reason"]] for name, network in networks.items() if name not in merged]
     vision_names = set(vision.names())
     made = report["environment"]
-    commits = Counter(network["commit"][:10] for network in merged.values())
+    commits = Counter((network["commit"] or "no commit")[:10] for network in merged.values())
     libraries = sorted({network["library"] for network in merged.values() if "library" in network})
     return "\n\n".join(
         [

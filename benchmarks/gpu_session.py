@@ -298,13 +298,13 @@ class Session:
         if report is not None:
             write_whole(self.out / "benchmarks.json", json.dumps(report, indent=1).encode() + b"\n")
         write_whole(self.out / "summary.json", json.dumps(data, indent=1).encode() + b"\n")
-        write_whole(self.scratch / "summary.json", json.dumps(data).encode())
         write_whole(self.out / "summary.txt", text.encode() + b"\n")
         logs = self.logs | {job.part.name: self.logs.get(job.part.name, b"") + job.log for job in self.running}
         files = {f"{name}.log": content for name, content in logs.items()}
         written = [path for path in self.folder.rglob("*") if path.is_file() and path.stat().st_size < _WRITTEN]
         files |= {str(path.relative_to(self.folder)): path.read_bytes() for path in written}
         write_whole(self.out / "session.tar.gz", packed(files))
+        write_whole(self.scratch / "summary.json", json.dumps(data).encode())
 
 
 def packed(files: dict[str, bytes], most: int = ARCHIVE) -> bytes:

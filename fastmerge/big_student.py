@@ -215,7 +215,7 @@ class BigStudent(GatedNetwork):
     def _check_widths(self, analysis: Analysis) -> None:
         if not self.is_of_teachers_widths:
             shrinkable = find_shrinkable(analysis, self.network, self._population, views_follow=True)
-            check_widths(analysis, self.num_teachers, self.widths, shrinkable.whole)
+            check_widths(analysis, self._population, self.widths, shrinkable.whole)
 
     def _check_compacted(self, analysis: Analysis) -> None:
         full = {g: self.num_teachers * group.size for g, group in enumerate(self.groups)}

@@ -14,6 +14,7 @@ from fastmerge.channels.groups import AxisUnits, ChannelGroups
 from fastmerge.channels.written_norms import BY_WIDTH
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.wide.analysis import Analysis
+from fastmerge.wide.population import Population
 
 LEAST = 0.25  # of a teacher's channels, up to all teachers' together
 
@@ -57,12 +58,14 @@ def _width(name: str, size: int, num_teachers: int, value: Any) -> int:
     return int(value) if is_count else max(1, round(value * size))
 
 
-def check_widths(analysis: Analysis, num_teachers: int, widths: Mapping[str, int], whole: Mapping[int, str]) -> None:
+def check_widths(
+    analysis: Analysis, population: Population, widths: Mapping[str, int], whole: Mapping[int, str]
+) -> None:
     """Checks that the network's code takes other numbers of channels.
 
     Args:
         analysis: of the first teacher.
-        num_teachers: T.
+        population: whose candidates the student keeps some of.
         widths: by name of the group.
         whole: groups whose number of channels the code may count on, and why.
 
@@ -73,10 +76,7 @@ def check_widths(analysis: Analysis, num_teachers: int, widths: Mapping[str, int
 
     def keeps_all(units: AxisUnits) -> bool:
         """Then the same gates stand for all teachers apart and for the student."""
-        numbers = np.unique(units.group)
-        return bool((numbers >= 0).all()) and all(
-            widths[groups[int(number)].name] == num_teachers * groups[int(number)].size for number in numbers
-        )
+        return population.kept(units) == population.num_teachers * len(units.group)
 
     for (mode, name), units in groups.reads.items():
         node = next(n for n in analysis.traced.graphs[mode].nodes if n.name == name)
