@@ -133,7 +133,7 @@ def merge_statistics_kernel(
         part = (start + tl.arange(0, PARTS))[:, None]
         mean = tl.load(partial_ptr + part.to(tl.int64) * 2 * c, (part < parts) & inside_c, other=0.0)
         size = _share_sizes(part, n, p, samples, pixels, parts_p)
-        sums += tl.where(part < parts, (mean - first) * size, 0.0)
+        sums += (mean - first) * size  # 0 past the last part
     mean = first + tl.sum(sums, 0)[None, :] / count
 
     m2s = tl.zeros((PARTS, BLOCK_C), tl.float32)
@@ -143,7 +143,7 @@ def merge_statistics_kernel(
         inside = (part < parts) & inside_c
         distance = tl.load(row, inside, other=0.0) - mean
         size = _share_sizes(part, n, p, samples, pixels, parts_p)
-        m2s += tl.where(inside, tl.load(row + c, inside, other=0.0) + distance * distance * size, 0.0)
+        m2s += tl.load(row + c, inside, other=0.0) + distance * distance * size
     m2 = tl.sum(m2s, 0)[None, :]
 
     column = stream * c + channel
