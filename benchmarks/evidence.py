@@ -187,7 +187,7 @@ class SmallViT(nn.Module):
         size: height and width of the images.
     """
 
-    def __init__(self, classes: int = 10, width: int = 1, size: int = 32) -> None:
+    def __init__(self, classes: int = 10, width: int = 1, size: int = 16) -> None:
         super().__init__()
         channels = 48 * width
         self.patches = nn.Conv2d(3, channels, 4, stride=4)
@@ -234,8 +234,8 @@ def _vit(classes: int, width: int) -> nn.Module:
 
 
 def _cifar_data(path: Path | None, seed: int, on_bad_image: OnBadImage = "raise") -> Dataset:
-    """The first 20 classes of CIFAR-100, 100 images of each, and their 2,000 test images."""
-    return image_dataset(subset(load_npz(str(path)), 2000, 2000, classes=20))
+    """The first 10 classes of CIFAR-100, 100 images of each, and their 1,000 test images, at half their height and width."""
+    return image_dataset(halved(subset(load_npz(str(path)), 1000, 1000, classes=10)))
 
 
 @dataclass(frozen=True)
@@ -276,17 +276,17 @@ PARTS = {
         "imagewoof28.npz",
     ),
     "resnet20": Part(
-        "1,800 images of 20 classes of CIFAR-100, ResNet-20 with 8, 16 and 32 channels",
+        "900 images of 10 classes of CIFAR-100 at 16×16, ResNet-20 with 8, 16 and 32 channels",
         lambda: recipe_of("resnet20", _resnet, _cifar_data, 10, 50, stack=4, augment=flip_and_shift),
         8,
-        600,
+        120,
         "cifar100.npz",
     ),
     "vit": Part(
-        "1,800 images of 20 classes of CIFAR-100, a small vision transformer",
+        "900 images of 10 classes of CIFAR-100 at 16×16, a small vision transformer",
         lambda: recipe_of("vit", _vit, _cifar_data, 10, 50, stack=4, augment=flip_and_shift),
         8,
-        600,
+        40,
         "cifar100.npz",
     ),
 }
