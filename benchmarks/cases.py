@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.networks.lenet import LeNet
-from fastmerge.networks.resnet_cifar import resnet20
-from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.networks import LeNet, SineMLP, resnet20
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

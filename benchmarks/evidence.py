@@ -39,8 +39,7 @@ from fastmerge.merging import stages
 from fastmerge.merging.options import Options, Plan
 from fastmerge.methods.training import DISTILL
 from fastmerge.methods.transplant import magnitudes
-from fastmerge.networks.lenet import LeNet
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import LeNet, ResNetCifar
 from fastmerge.reporting.results import write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -45,8 +45,7 @@ from fastmerge.data.arrays import load_npz
 from fastmerge.merging.label_sets import LabelSets, PartCriterion
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import step_operations
-from fastmerge.networks.lenet import LeNet
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import LeNet, ResNetCifar
 from fastmerge.reporting.plots import new_figure, save_figure
 from fastmerge.reporting.tables import table
 

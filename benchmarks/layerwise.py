@@ -41,14 +41,14 @@ from benchmarks.trials import (
 from fastmerge import methods
 from fastmerge.big_student import BigStudent
 from fastmerge.data.arrays import load_npz
-from fastmerge.data.digits import load_digits
+from fastmerge.data.dataset import load_digits
 from fastmerge.environment import environment
 from fastmerge.files import atomic
 from fastmerge.lowering.programs import lowered
 from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import counted_step, kept_for_backward, step_operations
-from fastmerge.networks.lenet import LeNet
+from fastmerge.networks import LeNet
 from fastmerge.reporting.plots import new_figure, save_figure
 from fastmerge.reporting.tables import table
 

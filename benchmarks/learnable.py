@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case
-from fastmerge.data.digits import load_digits
+from fastmerge.data.dataset import load_digits
 
 CLASSES = 10
 _CELLS = 4  # squares of a pattern along a side

@@ -36,9 +36,9 @@ from benchmarks.trials import (
     verdict_of,
 )
 from fastmerge import methods
-from fastmerge.data.digits import load_digits
+from fastmerge.data.dataset import load_digits
 from fastmerge.methods.cost import step_operations
-from fastmerge.networks.lenet import LeNet
+from fastmerge.networks import LeNet
 from fastmerge.reporting.plots import new_figure, save_figure
 from fastmerge.reporting.tables import table
 

@@ -9,7 +9,7 @@ from fastmerge.data.dataset import Dataset
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.recipes import sine
 from fastmerge.experiments.run import run
-from fastmerge.networks.lenet import small_lenet
+from fastmerge.networks import small_lenet
 
 
 def tiny_points(path, seed, on_bad_image="raise"):

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.plain_gates import PlainGate, gated
 from benchmarks.baselines.stacking import stack
-from fastmerge.networks.lenet import LeNet
-from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.networks import LeNet, SineMLP
 
 
 class NaiveDense(nn.Module, ABC):
@@ -71,7 +70,7 @@ class NaiveDense(nn.Module, ABC):
 
 
 class NaiveResNet(NaiveDense):
-    """For torchvision's ResNets and :class:`~fastmerge.networks.resnet_cifar.ResNetCifar`.
+    """For torchvision's ResNets and :class:`~fastmerge.networks.ResNetCifar`.
 
     A stage's residual stream is one group: the same gates after each of its blocks, and after the stem where the first
     stage takes its channels over.
@@ -113,7 +112,7 @@ class NaiveResNet(NaiveDense):
 
 
 class NaiveLeNet(NaiveDense):
-    """For :class:`~fastmerge.networks.lenet.LeNet`."""
+    """For :class:`~fastmerge.networks.LeNet`."""
 
     @staticmethod
     def group_sizes(teacher: Any) -> dict[str, int]:
@@ -130,7 +129,7 @@ class NaiveLeNet(NaiveDense):
 
 
 class NaiveSineMLP(NaiveDense):
-    """For :class:`~fastmerge.networks.sine_mlp.SineMLP`."""
+    """For :class:`~fastmerge.networks.SineMLP`."""
 
     @staticmethod
     def group_sizes(teacher: Any) -> dict[str, int]:

@@ -11,17 +11,12 @@ from torch.nn import functional as F
 
 from fastmerge.data.arrays import load_npz
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, flip_and_shift
-from fastmerge.data.dataset import Dataset, image_dataset
+from fastmerge.data.dataset import Dataset, image_dataset, load_digits, sine_curve, sine_dataset
 from fastmerge.data.decoding import OnBadImage
-from fastmerge.data.digits import load_digits
 from fastmerge.data.folders import load_folder
-from fastmerge.data.sine import sine_curve, sine_dataset
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.merging.options import Options, Plan
-from fastmerge.networks.lenet import LeNet, small_lenet
-from fastmerge.networks.resnet18 import ResNet18
-from fastmerge.networks.resnet_cifar import resnet20
-from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.networks import LeNet, ResNet18, SineMLP, resnet20, small_lenet
 
 LENET_SIZE, LENET_CLASSES = 28, 10
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import linecache
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from fastmerge.lowering.channelwise import changes_reshaped
 from fastmerge.lowering.fusion import NormUse
@@ -20,7 +22,6 @@ from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import hand_out_gates
 from fastmerge.wide.grouped import GroupedLayer
 from fastmerge.wide.layers import WideLayer
-from fastmerge.wide.layout import prefers_channels_last, to_channels_last, to_contiguous
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams
 from fastmerge.wide.weights import hand_out_weights
@@ -169,3 +170,31 @@ def function_of(graph: fx.Graph, what: str) -> Callable[..., Any]:
     exec(compile(source, filename, "exec"), namespace)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     return namespace["forward"]
+
+
+_CHANNELS_LAST_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def prefers_channels_last(inputs: Iterable[Any]) -> bool:
+    """Whether a network with these inputs should run channels-last although they are not."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    return (
+        not torch.compiler.is_compiling()
+        and any(x.dim() == 4 for x in tensors)
+        and all(x.device.type == "cpu" and x.dtype in _CHANNELS_LAST_DTYPES for x in tensors)
+        # batched by torch.func.vmap they have no memory format
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+        and not any(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+    )
+
+
+def to_channels_last(inputs: Iterable[Any]) -> tuple[Any, ...]:
+    """The inputs, four-dimensional ones channels-last."""
+    return tuple(
+        x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs
+    )
+
+
+def to_contiguous(outputs: Any) -> Any:
+    """The outputs as a network of contiguous inputs gives them."""
+    return tree_map(lambda y: y.contiguous() if isinstance(y, Tensor) and y.dim() == 4 else y, outputs)

@@ -22,8 +22,7 @@ from fastmerge.data.dataset import Dataset
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.recipes import RECIPES, digits
-from fastmerge.networks.lenet import small_lenet
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import ResNetCifar, small_lenet
 from teachers import make_batch, make_teachers, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0.:UserWarning")  # in so few steps no gate gets anywhere

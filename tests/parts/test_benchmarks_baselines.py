@@ -8,9 +8,7 @@ from torch import nn
 
 import fastmerge
 from benchmarks.baselines.naive_dense import NaiveDense, naive_dense
-from fastmerge.networks.lenet import LeNet
-from fastmerge.networks.resnet_cifar import ResNetCifar
-from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.networks import LeNet, ResNetCifar, SineMLP
 from teachers import OPEN, make_batch, make_teachers, relative_error
 
 # Steps in eval mode can be compared, whose gates are not drawn.

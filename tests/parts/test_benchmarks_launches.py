@@ -15,7 +15,7 @@ from benchmarks.launches import counted, pretending
 from benchmarks.report import page
 from benchmarks.results import LAUNCHES, cases
 from benchmarks.steps import Step
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import ResNetCifar
 
 pytest.importorskip("triton")
 CASE = Case("tiny", 128, 16, "bf16")

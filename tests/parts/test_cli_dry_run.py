@@ -14,9 +14,9 @@ import ddp_recipe
 from cli_files import arguments
 from fastmerge.big_student import BigStudent
 from fastmerge.cli import main
+from fastmerge.cli.planning import describe
 from fastmerge.experiments.recipes import RECIPES
 from fastmerge.merging.estimate import Estimate, Part
-from fastmerge.merging.estimate_table import describe
 from image_files import spoil, write_tree
 
 

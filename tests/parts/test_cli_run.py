@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastmerge.cli import main
-from fastmerge.networks.lenet import small_lenet
+from fastmerge.networks import small_lenet
 from image_files import spoil, write_tree
 
 # One epoch of merging leaves the gates where they are.

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fastmerge.data.augmentation import flip_and_shift
-from fastmerge.data.dataset import image_dataset
-from fastmerge.data.sine import sine_curve, sine_dataset
+from fastmerge.data.dataset import image_dataset, sine_curve, sine_dataset
 
 
 def test_sine_points_are_those_of_the_paper():
@@ -38,7 +37,7 @@ def test_sine_curve():
 
 def test_digits_are_scikit_learns():
     sklearn_data = pytest.importorskip("sklearn.datasets")
-    from fastmerge.data.digits import load_digits
+    from fastmerge.data.dataset import load_digits
 
     arrays, raw = load_digits(), sklearn_data.load_digits()
     assert arrays.train_images.shape == (1200, 8, 8, 1)

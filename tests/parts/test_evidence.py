@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import evidence, evidence_report
 from fastmerge.experiments.strategies import STRATEGIES
-from fastmerge.networks.lenet import LeNet
+from fastmerge.networks import LeNet
 from tiny_recipes import images_recipe
 
 pytestmark = pytest.mark.usefixtures("no_gate_warnings")
@@ -27,7 +27,7 @@ def test_each_part_is_a_recipe_in_the_form_of_the_papers(name: str) -> None:
     unit = recipe.merge.merge_epochs
     assert recipe.epochs == 6 * unit == 3 * recipe.teacher.epochs
     assert part.replicates >= (12 if name in ("digits", "mnist1k") else 5)
-    size = {"digits": (1, 8), "mnist1k": (1, 14), "imagewoof28": (3, 28)}.get(name, (3, 32))
+    size = {"digits": (1, 8), "mnist1k": (1, 14), "imagewoof28": (3, 28)}.get(name, (3, 16))
     for width in (1, 2):
         network = recipe.make_network(10, width)
         assert network(torch.zeros(2, size[0], size[1], size[1])).shape == (2, 10)

@@ -20,7 +20,7 @@ from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.experiments.strategies import strategy as registered
 from fastmerge.merging import stages
 from fastmerge.merging.options import Plan
-from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.networks import SineMLP
 from tiny_recipes import four_classes, images_recipe, points_recipe, run_quietly, tiny_images
 
 AT_EQUAL_EPOCHS = ["student", "bo3", "one", "bo3-big", "one-big"]

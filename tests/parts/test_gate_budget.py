@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import fastmerge
 from fastmerge.gate_budget import GateBudget
 from fastmerge.gated_network import GatedNetwork
-from fastmerge.networks.lenet import small_lenet
+from fastmerge.networks import small_lenet
 from fastmerge.wide.gate_matrix import GroupMeans
 
 

@@ -16,7 +16,7 @@ from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import _capturable
 from fastmerge.merging.step import MergeStep, losses
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
 
 # .item() and what asks for it; shapes that depend on values; tensors made of Python numbers, which lie on the host.

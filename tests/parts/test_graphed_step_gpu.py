@@ -22,7 +22,7 @@ from fastmerge.merging.api import train_by
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, Graphed, GraphedStep
 from fastmerge.merging.options import Options
 from fastmerge.merging.step import MergeStep
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import ResNetCifar
 from fastmerge.schedules import GateWeight, QuadraticLambda
 from fastmerge.stack import Stack
 from teachers import OPEN, set_gates

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batch_norm_checks import fused, in_layout, small_cuts
 from fastmerge import BigStudent
-from fastmerge.networks.lenet import small_lenet
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import ResNetCifar, small_lenet
 from interpreter import interpreted
 
 pytest.importorskip("triton")

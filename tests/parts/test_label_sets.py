@@ -14,7 +14,7 @@ import fastmerge
 from architectures import BY_NAME
 from fastmerge.merging.distillation import divergence, foreign_divergence
 from fastmerge.merging.label_sets import LabelSets, PartCriterion, Reached, TeachersLoader
-from fastmerge.networks.lenet import LeNet
+from fastmerge.networks import LeNet
 from fastmerge.processes import Processes
 from fastmerge.wide.blueprint import join_heads
 from fastmerge.wide.heads import SeparateHeads

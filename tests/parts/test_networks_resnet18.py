@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmerge.networks.resnet18 import ResNet18
+from fastmerge.networks import ResNet18
 
 
 def test_it_computes_what_torchvisions_does() -> None:

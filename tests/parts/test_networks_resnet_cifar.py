@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastmerge
-from fastmerge.networks.resnet_cifar import ResNetCifar, resnet20
+from fastmerge.networks import ResNetCifar, resnet20
 from teachers import make_batch, make_teachers, mean_output, relative_error
 
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from fastmerge.big_student import BigStudent
-from fastmerge.networks.lenet import small_lenet
-from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.networks import SineMLP, small_lenet
 from fastmerge.stack import BigStack, Stack
 
 

@@ -20,9 +20,7 @@ from fastmerge.merging.api import train_by, trainer_for
 from fastmerge.merging.options import Options
 from fastmerge.merging.replayed_step import ReplayedStep
 from fastmerge.merging.stages import learn_importance
-from fastmerge.networks.lenet import LeNet, small_lenet
-from fastmerge.networks.resnet_cifar import ResNetCifar, resnet20
-from fastmerge.networks.sine_mlp import SineMLP
+from fastmerge.networks import LeNet, ResNetCifar, SineMLP, resnet20, small_lenet
 from fastmerge.schedules import QuadraticLambda
 from fastmerge.stack import BigStack, Stack
 

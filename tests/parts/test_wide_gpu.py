@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmerge
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import ResNetCifar
 from teachers import make_batch, make_teachers, set_gates
 
 pytestmark = pytest.mark.gpu

@@ -14,8 +14,7 @@ from fastmerge.cli.arguments import keep
 from fastmerge.history import EpochRecord
 from fastmerge.narrowing.closing import UnsettledGatesWarning
 from fastmerge.narrowing.traced_student import TracedStudent
-from fastmerge.networks.lenet import LeNet
-from fastmerge.networks.resnet_cifar import ResNetCifar
+from fastmerge.networks import LeNet, ResNetCifar
 from teachers import OPEN, TOLERANCE, calibrate, disturb_weights, make_batch, make_teachers, mean_output, relative_error
 
 

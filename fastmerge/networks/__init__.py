@@ -1,1 +1,0 @@
-"""Small networks of the recipes."""
