@@ -14,21 +14,7 @@ from fastmerge.data.dataset import Dataset
 from fastmerge.data.decoding import OnBadImage
 from fastmerge.evaluation import Criterion
 from fastmerge.merging.options import Options, Plan
-from fastmerge.schedules import PAPERS_GATE_LR, scaled_lam_step
-
-# Options of the merge stage and of what a student learns from its teachers.
-_OF_MERGES = {
-    "link_at",
-    "gate_lr",
-    "lam_start",
-    "lam_step",
-    "gate_schedule",
-    "compact_at",
-    "merge_milestones",
-    "recalibrate",
-    "distill",
-    "temperature",
-}
+from fastmerge.schedules import scaled_lam_step
 
 
 class LoadData(Protocol):
@@ -166,9 +152,7 @@ class Recipe:
         """The same with other options of the merge, or another batch size in all stages.
 
         Args:
-            paper: takes the paper's: linked from the start, quadratic λ, gates that learn as slowly in a short stage as in
-                a long one, no channels dropped before compression, BatchNorm's statistics as compression gives them,
-                students that learn from labels alone.
+            paper: takes the paper's, see :meth:`Options.as_in_the_paper`.
             batch_size: samples per step; of all processes together where they share a network. Learning rates stay.
             options: of :class:`Options`; None is the recipe's own.
 
@@ -178,20 +162,16 @@ class Recipe:
         changes = {name: value for name, value in options.items() if value is not None}
         if paper and changes:
             raise ValueError(f"the paper's setting has its own {', '.join(options)}; leave them out, or --paper")
-        if paper:
-            changes = {"link_at": 0.0, "gate_schedule": "quadratic", "compact_at": None, "recalibrate": False}
-            changes |= {"distill": 0.0}
-            if self.merge.gate_lr is None:
-                changes["gate_lr"] = PAPERS_GATE_LR
+        merge = self.merge.as_in_the_paper() if paper else replace(self.merge, **changes)
         size = self.batch_size if batch_size is None else batch_size
-        return replace(self, merge=replace(self.merge, **changes), batch_size=size)
+        return replace(self, merge=merge, batch_size=size)
 
     def training(self, plan: Plan) -> Options:
         """How a network trains by itself: the fine-tuning of a merge of this plan.
 
         What concerns gates and students alone is left at its default: checkpoints of such networks don't depend on it.
         """
-        defaults: dict[str, Any] = {each.name: each.default for each in fields(Options) if each.name in _OF_MERGES}
+        defaults: dict[str, Any] = {each.name: each.default for each in fields(Options) if each.metadata["merging"]}
         return replace(
             self.merge,
             **defaults,

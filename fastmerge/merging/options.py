@@ -24,7 +24,14 @@ from fastmerge.evaluation import Criterion
 from fastmerge.gate_budget import GateBudget
 from fastmerge.history import EpochRecord
 from fastmerge.processes import Processes
-from fastmerge.schedules import GATE_MOMENTUM, GateWeight, QuadraticLambda, fitting_gate_lr, fitting_lam_step
+from fastmerge.schedules import (
+    GATE_MOMENTUM,
+    PAPERS_GATE_LR,
+    GateWeight,
+    QuadraticLambda,
+    fitting_gate_lr,
+    fitting_lam_step,
+)
 from fastmerge.stack import BigStack
 from fastmerge.wide.heads import HEADS
 from fastmerge.wide.widths import Keep
@@ -83,6 +90,7 @@ def option(
     flag: Any = None,
     words: dict[str, Any] | None = None,
     varies: bool = False,
+    merging: bool = False,
 ) -> Any:
     """A field of :class:`Options`.
 
@@ -94,9 +102,11 @@ def option(
         flag: the type of its value on the command line; bool for a switch; None for no flag.
         words: more arguments of argparse's ``add_argument``.
         varies: whether ``fastmerge run`` lets it differ from the recipe's.
+        merging: whether it concerns gates and students alone, so that networks trained by themselves have the default.
     """
-    metadata = {"what": what, "least": least, "above": above, "most": most, "choices": choices, "compared": compared}
-    return field(default=default, metadata=metadata | {"flag": flag, "words": words or {}, "varies": varies})
+    limits = {"least": least, "above": above, "most": most, "choices": choices}
+    uses = {"compared": compared, "flag": flag, "words": words or {}, "varies": varies, "merging": merging}
+    return field(default=default, metadata={"what": what, **limits, **uses})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +120,27 @@ class Options:
     merge_epochs: int = option(30, "epochs of the big student", least=1, flag=int)
     finetune_epochs: int = option(30, "epochs of the student", least=0, flag=int)
     link_at: float = option(
-        0.0, "the fraction of the merge stage before linking; 1 never", least=0.0, most=1.0, flag=float, varies=True
+        0.0,
+        "the fraction of the merge stage before linking; 1 never",
+        least=0.0,
+        most=1.0,
+        flag=float,
+        varies=True,
+        merging=True,
     )
     lr: float = option(0.01, "learning rate of the weights", above=0.0, flag=float)
     momentum: float = option(0.9, "momentum of the weights' SGD", least=0.0, most=1.0, flag=float)
     weight_decay: float = option(0.0, "weight decay of the weights' SGD", least=0.0, flag=float)
     gate_lr: float | None = option(
-        None, "learning rate of the gates; by itself 0.2, more in a short stage", above=0.0, flag=float
+        None, "learning rate of the gates; by itself 0.2, more in a short stage", above=0.0, flag=float, merging=True
     )
-    lam_start: float = option(0.01, "weight of the gate loss at first", least=0.0, flag=float)
+    lam_start: float = option(0.01, "weight of the gate loss at first", least=0.0, flag=float, merging=True)
     lam_step: float | None = option(
-        None, "growth of that weight per epoch; by itself what fits the length of the stage", least=0.0, flag=float
+        None,
+        "growth of that weight per epoch; by itself what fits the length of the stage",
+        least=0.0,
+        flag=float,
+        merging=True,
     )
     gate_schedule: GateSchedule = option(
         "quadratic",
@@ -128,6 +148,7 @@ class Options:
         choices=("quadratic", "budget"),
         flag=str,
         varies=True,
+        merging=True,
     )
     finetune_lr: float | None = option(
         None, "learning rate of the fine-tuning; by itself that of the merge", above=0.0, flag=float
@@ -142,23 +163,26 @@ class Options:
         most=1.0,
         flag=float,
         varies=True,
+        merging=True,
     )
     temperature: float = option(
-        2.0, "temperature of the softmax by which they say it", above=0.0, flag=float, varies=True
+        2.0, "temperature of the softmax by which they say it", above=0.0, flag=float, varies=True, merging=True
     )
     heads: Literal["average", "concatenate", "separate"] = option(
         "average",
         "what becomes of the teachers' outputs: their mean, or each teacher's own classes, in one tensor or apart",
         choices=HEADS,
         flag=str,
+        merging=True,
     )
     all_classes: bool = option(
-        False, "with heads side by side, train each sample among the classes of all teachers", flag=bool
+        False, "with heads side by side, train each sample among the classes of all teachers", flag=bool, merging=True
     )
     keep: Keep = option(
         None,
         "channels of the student, as a fraction of a teacher's, or NAME=X,NAME=X by channel group; by itself as many",
         flag=float,
+        merging=True,
     )
     warmup: int = option(0, "epochs of the fine-tuning in which lr rises to its value", least=0, flag=int)
     schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)
@@ -189,15 +213,17 @@ class Options:
         "the fraction of the merge stage after which closed channels are dropped, or 'settled'; by itself never",
         flag=float,
         varies=True,
+        merging=True,
     )
     layerwise: int = option(
         1,
         "parts of the depth whose gates are learned one after another, in less memory; 1 is all at once",
         least=1,
         flag=int,
+        merging=True,
     )
     merge_milestones: Sequence[int] | None = option(
-        None, "epochs of the merge stage after which lr is divided by ten", flag=list
+        None, "epochs of the merge stage after which lr is divided by ten", flag=list, merging=True
     )
     val_every: int = option(1, "epochs between two scores on the validation data", least=1, compared=False, flag=int)
     compile: bool = option(False, "run networks under torch.compile, where that works", compared=False, flag=bool)
@@ -206,6 +232,7 @@ class Options:
         True,
         "whether BatchNorm's statistics are estimated anew after compression",
         flag=bool,
+        merging=True,
     )
 
     def __post_init__(self) -> None:
@@ -242,6 +269,22 @@ class Options:
     def compared(self) -> dict[str, Any]:
         """What a checkpoint must have been made with, as JSON values: functions and dtypes by their names."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.metadata["compared"]}
+
+    def as_in_the_paper(self) -> Options:
+        """The same with the paper's choices where the defaults or a recipe have others.
+
+        Linked from the start, quadratic λ, gates that learn as slowly in a short stage as in a long one, no channels dropped
+        before compression, BatchNorm's statistics as compression gives them, students that learn from labels alone.
+        """
+        return replace(
+            self,
+            link_at=0.0,
+            gate_schedule="quadratic",
+            gate_lr=PAPERS_GATE_LR if self.gate_lr is None else self.gate_lr,
+            compact_at=None,
+            recalibrate=False,
+            distill=0.0,
+        )
 
     def compacts_after(self, epochs: int) -> bool:
         """Whether candidates are dropped when so many epochs of the merge stage are over."""
