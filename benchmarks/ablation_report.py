@@ -17,28 +17,33 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "ablatio
 _CHANCE = 0.02  # at most so often differences of zero are in bold
 
 _INTRODUCTION = f"""\
-What each choice of the merge is worth, everything else as in the paper's setting (`{BASE}`). Every replicate has two
-teachers of its own, which all variants share, with the same gates at first. `{BASE}` may be run several times with other
-random draws (batches, gates), because chance alone moves a student by more than most choices do. *difference* is the mean
-over replicates of the student's score less the replicate's mean over those runs, with its standard error, in bold where
-Student's t-test finds fewer than {_CHANCE:.0%} of such differences by chance; the rows of `{BASE}` have it too, and show what
-chance looks like. What only changes the compressed student, or drops channels late, has the first run's draws until then,
-and is compared with that run. *compressed* is the same before fine-tuning. *P[g > 0]* is the range over channel groups and
-replicates at the end of the merge stage, which is to be 1/2.
+What each choice of the merge is worth. Each *variant* changes one choice of the paper's setting (`{BASE}`). Every replicate has
+two teachers of its own. All variants share them, and start with the same gates. `{BASE}` may be run several times with other
+random draws of batches and gates, because chance alone changes a student by more than most choices do.
+
+* *difference* is the variant's student less the mean of the `{BASE}` runs in the same replicate, as a mean over replicates ±
+  its standard error. It is bold where Student's t-test gives p < {_CHANCE:g}. The rows of `{BASE}` have it too, and show the
+  size of chance. Variants that only change the compressed student, or drop channels late, share the draws of the first `{BASE}`
+  run until then, and are compared with that run.
+* *compressed* is the same difference before fine-tuning.
+* *P[g > 0]* is the range of the mean probability of an open gate, over channel groups and replicates, at the end of the merge
+  stage. It should be 1/2.
 
 Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills. The figures are
-as of commit c98732e and before, when digits and LeNet were trained by a loop of their own, in which `link()` restarted the
-momentum; they have not been measured again since all recipes run `merge()`'s own stages."""
+as of commit c98732e and before. At that time digits and LeNet were trained by a loop of their own, in which `link()` reset the
+momentum. They have not been measured again since all recipes run `merge()`'s own stages."""
 
-_SHORT = "What each choice changes of the student after fine-tuning."
+_SHORT = "How much each choice changes the student's score after fine-tuning; what each is stands below the tables."
 
 _DEFAULTS = """\
-**Defaults.** Where no choice is clearly better than the paper's in more than one recipe, the paper's stays: linked from the
-start, λ, a draw for every sample, the head and the weights as compression gives them, no early compaction (which is there to
-save time). Two defaults are others. Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open
-or close for good: clearly better on digits, elsewhere as good as chance can tell. BatchNorm's statistics are estimated anew
-at compression: fine-tuning does that anyway, so that it changes nothing after it, but straight after compression it makes up
-for what compression costs (*compressed* below). `--paper` takes neither."""
+**Defaults.** The paper's choice is the default unless another is clearly better in more than one recipe. So the defaults are:
+linked from the start, λ, a draw for every sample, the head and the weights as compression gives them, and no early compaction
+(which saves time). There are two exceptions, and `--paper` turns both off:
+
+* Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open or close for good. This is clearly
+  better on digits, and not clearly different elsewhere.
+* BatchNorm's statistics are estimated again at compression. This makes up for the accuracy that compression costs before
+  fine-tuning (*compressed* below). After fine-tuning it changes nothing, since fine-tuning estimates them too."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -108,9 +113,9 @@ def section(results: dict[str, Any]) -> str:
     ran = (
         f"Test {'accuracy, higher' if higher else 'loss, lower'} is better. {config['epochs']} epochs in all, "
         f"{config['budget']:g} of the recipe's, {config['train_samples']} training samples in batches of "
-        f"{config['batch_size']}{dtype}; the teachers have "
-        f"{teachers:.4f}. *seconds* are those of merge stage and fine-tuning per replicate, on one core of a machine that "
-        f"others used too. {made['cpu']['name']}, PyTorch {made['torch']}."
+        f"{config['batch_size']}{dtype}. The teachers' mean is "
+        f"{teachers:.4f}. *seconds* is the time of merge stage and fine-tuning per replicate, on one core of a shared "
+        f"{made['cpu']['name']}, PyTorch {made['torch']}."
     )
     return "\n\n".join([f"## {title(results)}", ran, table(header, rows, markdown=True), meanings])
 

@@ -58,7 +58,7 @@ def sentence(measured: dict[str, Any]) -> str:
     seconds = [f"{of['median']:.1f} s for {name.removeprefix('timm/')}" for name, of in networks.items()]
     count = len(next(iter(networks.values()))["cpu_seconds"])
     return (
-        f"A big student of two networks that has checked itself takes {', '.join(seconds[:-1])} and {seconds[-1]} to build: "
+        f"Building a big student of two networks, with its checks, takes {', '.join(seconds[:-1])} and {seconds[-1]}: "
         f"CPU time of one core ({where['cpu']['name']}, PyTorch {where['torch']}), the median of {count} fresh processes."
     )
 

@@ -150,13 +150,17 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# Coverage",
-            "Networks as their libraries make them, two teachers each. Written by `make coverage` (torchvision's classifiers) "
-            "and `make coverage-zoo` (other libraries').",
-            "*open*: error of the big student with open gates against the mean of the teachers, before and after `link()`. "
-            "*compress*: error of the compressed network against the big student with the kept gates at 1 and the others at 0, "
-            "before `link()` and after it and a change of all weights. Each the larger of the two, relative to the "
-            "batch-centred output. *no choice*: the share of channels in groups of one slot, of which a whole teacher's are "
-            "kept. *seconds*: to build the big student, on one busy core.",
+            "Every network was made as its library makes it, and two teachers of it were merged. Written by `make coverage` "
+            "(torchvision's classifiers) and `make coverage-zoo` (other libraries').",
+            "* *groups*: the number of channel groups; channels of a group compete for the same places in the student.\n"
+            "* *no choice*: the share of channels that can't be chosen one by one; they are kept from one teacher, all "
+            "together.\n"
+            "* *open*: the difference of the big student with open gates from the mean of the teachers, before `link()` or "
+            "after it, whichever is larger.\n"
+            "* *compress*: the difference of the compressed network from the big student with the kept gates at 1 and the "
+            "others at 0, before `link()` or after it and a change of all weights, whichever is larger.\n"
+            "* *seconds*: the time to build the big student on one core of a busy machine.",
+            "Differences are relative to how much the outputs vary within a batch.",
             *_section("torchvision", {n: m for n, m in networks.items() if n in vision_names}, vision_names),
             *_section("Other libraries", {n: m for n, m in networks.items() if n not in vision_names}, set(NETWORKS)),
             *(["## Not merged", table(["network", "reason"], refused, markdown=True)] if refused else []),

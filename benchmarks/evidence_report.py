@@ -16,55 +16,56 @@ SURE = 0.05
 FEW = 8  # replicates below which hardly any difference survives the correction
 # In this order on the page, with what each is.
 MEANINGS = {
-    "ours": "two teachers; a merge stage a third as long as the paper's, linked after a quarter; the student learns from both",
-    "ours-plain": "the same without learning from the teachers",
-    "ours-3": "ours, of three teachers that train two thirds as long, in a merge stage half as long",
-    "one": "one network all along",
-    "one-cosine": "the same with a cosine, and of three weight decays the best by held-out data, at the cost of one",
-    "bo3": "the best of three networks, by held-out data",
-    "restart": "the better teacher, by held-out data, trained on from the full learning rate",
-    "cyclic-swa": "one network in four cycles of the learning rate, the mean of the weights at their ends",
-    "distill": "the first teacher learns what both say",
-    "distill-fresh": "a fresh network does",
+    "ours": "two teachers; a merge stage a third as long as the paper's, linked after a quarter; distillation",
+    "ours-plain": "ours without distillation: the student learns from the labels alone",
+    "ours-3": "ours with three teachers, trained two thirds as long, and a merge stage half as long",
+    "one": "one network, trained all along",
+    "one-cosine": "one with a cosine rate and the best of three weight decays on held-out data, at the cost of one run",
+    "bo3": "the best of three networks on held-out data",
+    "restart": "the better teacher on held-out data, trained again from the full learning rate",
+    "cyclic-swa": "one network with four cycles of the learning rate; the mean of the weights at the ends of cycles",
+    "distill": "the first teacher, trained on the outputs of both",
+    "distill-fresh": "a fresh network, trained on the outputs of both",
     "average": "the mean of the teachers' weights",
     "rebasin": "Git Re-Basin by weights",
-    "repair": "Re-Basin by activations, and REPAIR",
+    "repair": "Re-Basin by activations, then REPAIR",
     "zipit": "ZipIt!",
     "transplant": "Neuron Transplantation",
     "reconstruct": "pivots and least squares",
-    "ensemble": "both teachers side by side: two networks, of less cost",
-    "ensemble-3": "three side by side: three networks",
+    "ensemble": "the mean output of both teachers: two networks, at less cost",
+    "ensemble-3": "the mean output of three teachers: three networks",
 }
 _TAUGHT = tuple(f"{name}-distill" for name in ("rebasin", "repair", "zipit", "transplant", "reconstruct"))
 _UNIONS = ("average", "rebasin", "repair", "zipit", "transplant", "reconstruct", *_TAUGHT)
 _CHOICES = {
-    "paper": "the paper's: linked from the start, gates learn at 0.2",
+    "paper": "the paper's setting: linked from the start, learning rate of the gates 0.2",
     "student": "the same with the gates' learning rate fitted to the stage's length",
-    "choice: distill": "and the student learns from its teachers",
-    "choice: link late": "and linked after a quarter of the merge stage",
-    "choice: third": "and the merge stage a third as long, its other epochs to fine-tuning",
-    "choice: all": "all three",
-    "choice: magnitude": "gates that begin the more open the larger their channel's weights are",
-    "choice: magnitude, strong": "the same, twice as much",
+    "choice: distill": "with distillation from the teachers in the fine-tuning",
+    "choice: link late": "linked after a quarter of the merge stage",
+    "choice: third": "merge stage a third as long; fine-tuning longer by as many epochs",
+    "choice: all": "distill, link late and third together",
+    "choice: magnitude": "gates begin more open where their channel's weights are larger",
+    "choice: magnitude, strong": "the same, twice as strong",
 }
 
 _SETTING = """\
 ## How it was measured
 
-All strategies of a part start from the same teachers in a replicate, read their data in the same order, and are tested on the
-same images: differences are paired. *cost* is in epochs of one network, by counted operations of forward and backward pass;
-what a method takes, and what teachers are asked, counts too. Every strategy is fine-tuned for as long as brings its cost to
-that of `one` and `bo3`, 6U; an ensemble costs what its teachers do. Teachers train for 2U each.
+There are three data sets (digits, mnist1k, imagewoof28), each with several replicates. Within a replicate all strategies start
+from the same teachers, read the data in the same order, and are tested on the same images: differences are paired.
 
-Whatever a run chooses (the better teacher, the best of three, a weight decay) it chooses on a tenth of the training data that
-no network trains on; the test images are for the end alone. Learning rates, momentum and the steps in which the rate falls
-are the same for all. Students learn from teachers by `τ² KL` at temperature 2 with weight 1/2. These two numbers and the
-merge stage of a third were found in earlier trials on digits and MNIST, with other seeds but test images of the same data;
-no other data had a part in it.
+*cost* is the number of operations of all forward and backward passes, in epochs of one network. The operations of merging
+methods and the teachers' forward passes for distillation count too. Each data set has a unit U of epochs. Teachers train for 2U
+each. Every strategy is fine-tuned until it has cost 6U, as `one` and `bo3` do; an ensemble costs only its teachers.
 
-*p* is of Student's paired t-test, both sides, corrected by Holm's method for all comparisons of its table. Below {SURE} a
-difference is called sure, and is in bold. `make evidence DATA=folder` runs everything again; docs/results/evidence/ has every
-replicate's values."""
+Choices (the better teacher, the best of three, a weight decay) are made on a tenth of the training data that no network trains
+on. Test images are used only at the end. Learning rates, momentum and the steps at which the rate falls are the same for all.
+Distillation is `τ² KL` at temperature 2 with weight 1/2. These two numbers and the merge stage of a third were found in earlier
+trials on digits and MNIST, with other seeds but with the same test data; no other data was used to choose them.
+
+*p* is of Student's two-sided paired t-test, corrected by Holm's method for all comparisons of its table. Differences with
+p < {SURE} are called sure, and are in bold. `make evidence DATA=folder` runs everything again; docs/results/evidence/ has the
+values of every replicate."""
 
 
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -99,7 +100,8 @@ def page(every: dict[str, dict[str, Any]]) -> str:
         "# Is merging worth what it costs?",
         verdict(every),
         _SETTING.replace("{SURE}", f"{SURE:g}"),
-        "## Ours less each other, at equal cost",
+        "## Ours less each other strategy, at equal cost",
+        _READING,
         overview(every, OURS, _others(), MEANINGS),
         "## What each choice is worth, at equal epochs",
         _CHOICES_ARE,
@@ -109,19 +111,23 @@ def page(every: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+_READING = "By data set: the difference of the test accuracy in points, its p, and the difference of the test loss."
+
 _CHOICES_ARE = """\
-`student` is the recipe's merge at the paper's epochs, whose cost is above 6U. Each row changes it in one choice, and shows
-the row less `student`, in points of test accuracy and in test loss.
+`student` is the recipe's merge with the paper's number of epochs; its cost is above 6U. Each other row changes one choice. It
+shows the row less `student`, in points of test accuracy and in test loss.
 
-Learning from the teachers lowers the test loss on digits and MNIST, and loses no accuracy that could be seen; nor do linking
-late and a short merge stage, which cost less. All three together are the best of all strategies on Imagewoof, though not at
-equal cost. `merge(distill=0.5, link_at=0.25)` with a short merge stage asks for them. They are not the defaults: by the rule of
-the [ablations](ablations.md) a default differs from the paper's where a choice is clearly better on more than one data set,
-which none of these is; linking late saves a few percent; and where networks [had not converged](layer-norms.md), students that
-learned from their teachers were clearly worse, in an epoch of fine-tuning that costs two thirds more.
+Distillation lowers the test loss on digits and MNIST, without a visible loss of accuracy. Linking late and a short merge stage
+cost less, without a visible loss of accuracy either. All three together are the best of all strategies on Imagewoof, though not
+at equal cost. `merge(distill=0.5, link_at=0.25)` with a short merge stage does all three.
 
-Gates that begin the more open the larger their channels' weights are make no difference that could be seen, and with twice
-the strength the loss is rather higher: the library's gates begin alike, as the paper's do."""
+They are not the defaults. By the rule of the [ablations](ablations.md) a default differs from the paper's only if a choice is
+clearly better on more than one data set, and none of these is. Linking late saves only a few percent. And where networks [had
+not converged](layer-norms.md), distilled students were clearly worse, while an epoch of their fine-tuning costs two thirds
+more.
+
+Gates that begin more open where weights are larger make no visible difference. With twice the strength the loss is rather
+higher. So the library's gates begin alike, as the paper's do."""
 
 
 def _others() -> list[str]:
@@ -150,10 +156,13 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
     not_ahead = [line for each in kinds_of for line in each if line]
     return "\n\n".join(
         [
-            "**Where ours is not ahead**, at equal cost, in points of test accuracy, ours less the other, ± standard error:",
+            "*ours* is a merge with `fastmerge.merge` at the cost of training one network all along; the tables below say what "
+            "the other strategies are.",
+            "**Where ours is not ahead**, at equal cost. Each number is the test accuracy of ours less that of the other, in "
+            "points, ± its standard error:",
             "\n".join(not_ahead),
             *([_IMAGEWOOF] if "imagewoof28" in every else []),
-            "**Where it is:**",
+            "**Where ours is ahead:**",
             "\n".join(lines["ahead of"]),
         ]
     )
@@ -171,16 +180,17 @@ def _one_by_one(part: str, results: dict[str, Any], comparisons: int) -> str:
             names[each.mean > 0].append(f"`{name}`")
     below = sum(each.mean < 0 for each in found.values())
     return (
-        f"* {part}: with {count} replicates hardly anything is sure after {comparisons} comparisons. Its mean is behind "
-        f"{below} of the {len(found)}; one by one, by p < {SURE:g}, it is behind {', '.join(names[False]) or 'none'}, and "
-        f"ahead of {', '.join(names[True]) or 'none'}."
+        f"* {part}: with only {count} replicates hardly any difference is sure after the correction for {comparisons} "
+        f"comparisons. The mean of ours is below that of {below} of the {len(found)}. Without the correction (p < {SURE:g} for "
+        f"each one by itself) ours is behind {', '.join(names[False]) or 'none'}, and ahead of "
+        f"{', '.join(names[True]) or 'none'}."
     )
 
 
 _IMAGEWOOF = """\
-On Imagewoof a merge stage has 54 steps, in which gates do not settle: *at once* the student is far below a teacher, and the
-few epochs of fine-tuning that the cost leaves do not make up for it. With more of them (`choice: third`, `choice: all`, at
-more cost) it is where the best are, or ahead."""
+On Imagewoof a merge stage has 54 steps, too few for the gates to settle. Before fine-tuning (*at once*) the student is far
+below a teacher, and the few epochs of fine-tuning that the cost leaves do not make up for it. With more of them, at more cost
+(`choice: third`, `choice: all`), it is level with the best or ahead."""
 
 
 def summary(every: dict[str, dict[str, Any]]) -> str:
@@ -227,7 +237,7 @@ def overview(
             text, p = _points(accuracy, sign), sure[part, name]
             lower = f"{sign * loss.mean:+.3f} ± {loss.error:.3f}"
             cells += [f"**{text}**" if p < SURE else text, probability(p), lower]
-        known = meanings.get(name) or f"{name.removesuffix('-distill')}, learning from the teachers"
+        known = meanings.get(name) or f"{name.removesuffix('-distill')}, with distillation from the teachers"
         rows.append([name, *cells, known])
     return table(header, rows, markdown=True)
 
@@ -255,9 +265,10 @@ def section(name: str, results: dict[str, Any]) -> str:
         )
     config = results["config"]
     ran = (
-        f"{results['what']}; {config['test_samples']:,} test images, U = {config['merge']['merge_epochs']}, batches of "
-        f"{config['batch_size']}, learning rate {config['teacher']['lr']:g}. {results['minutes']:.0f} minutes on one core of "
-        f"{made['cpu']['name']} that others used too, PyTorch {made['torch']}. *at once*: before fine-tuning."
+        f"{results['what']}; {config['test_samples']:,} test images, U = {config['merge']['merge_epochs']} epochs, batches of "
+        f"{config['batch_size']}, learning rate {config['teacher']['lr']:g}. {results['minutes']:.0f} minutes on one core of a "
+        f"shared {made['cpu']['name']}, PyTorch {made['torch']}. *at once* and *accuracy* are test accuracies in percent "
+        "before and after fine-tuning, *loss* is the test loss."
     )
     return "\n\n".join([f"## {name}", ran, table(header, rows, markdown=True)])
 

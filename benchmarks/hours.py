@@ -35,24 +35,24 @@ LATE = 0.25  # of the merge stage before linking, where it is not the recipe's
 GPUS = (1, 8, 64)
 BANDWIDTH = 1e10  # bytes per second that a GPU sends, the default of --bandwidth
 BOUNDS = (
-    "What no run can be faster than: the least time that the operations and bytes of each step take by the data sheet of an "
-    "{card}, {tera:.0f} TFLOP/s and {bandwidth:g} TB/s."
+    "A lower bound: the least time that the operations and bytes of each step can take, by the data sheet of an {card} "
+    "({tera:.0f} TFLOP/s, {bandwidth:g} TB/s). No run can be faster."
 )
 UNMEASURED = (
     "Not measured yet: no GPU has run it. `make gpu OUT=folder` on a machine with one times the steps; with its JSON in "
-    "benchmarks/results, `make docs` puts the hours here. Until then, what is to be expected by how fast others have measured "
-    "plain networks to train, supposing that the merge stage uses a card as well as they do, that is, takes as much longer "
-    "than a plain network's step as its operations and bytes do (`benchmarks/counting.py`). For several GPUs the first number "
-    "supposes that a share of the batch takes its share of the time, which small shares do not; the second adds messages that "
-    "nothing hides, at {sent:g} GB/s. Validation and starting up are not in it."
+    "benchmarks/results, `make docs` puts the hours here. Until then, these are estimates from the speed at which others have "
+    "trained plain networks. They assume that a step of the merge stage is slower than a plain step by as much as it has more "
+    "operations and bytes (`benchmarks/counting.py`). For several GPUs the first number assumes that a share of the batch "
+    "takes its share of the time; small shares take more. The second number adds the time to send all gradients after the "
+    "backward pass, at {sent:g} GB/s. Validation and start-up are left out."
 )
 PUBLISHED = (
-    "**{card}**: a {network} trains on {rate:,.0f} images/s there, in mixed precision and batches of {batch} "
-    "([source]({source})), {efficiency:.2f} of what the card's data sheet allows."
+    "**{card}**: a {network} trains on {rate:,.0f} images/s, in mixed precision and batches of {batch} "
+    "([source]({source})). That is {efficiency:.2f} of what the card's data sheet allows."
 )
 SCALED = (
-    " {gpus} of them train it {gain:.2f} times as fast as one, with {batch} images for each; of a step of {total} images each "
-    "has {share}, and the gain is to be expected smaller."
+    " {gpus} of them train it {gain:.2f} times as fast as one, with {batch} images for each. Here a step has {total} images, "
+    "{share} for each, so expect a smaller gain."
 )
 # NVIDIA's data sheet of the H200 SXM: dense bfloat16 on tensor cores, memory, last cache.
 CARD, SHEET = "H200", Ceilings(flops=989e12, bandwidth=4.8e12, cache=50 * 2**20)
@@ -119,9 +119,9 @@ def _section(
 ) -> str:
     text = (
         f"A step of {recipe.batch_size} images in {case.split()[-2]} as it was measured on one GPU, with its peak of memory, "
-        "times the steps of each part. For several GPUs the first number supposes that a share of the batch takes its share of "
-        "the time, which small shares do not, and that messages are hidden behind the backward pass; the second that none is, "
-        f"at {BANDWIDTH / 1e9:g} GB/s. Validation and starting up are not in it."
+        "times the steps of each part. For several GPUs the first number assumes that a share of the batch takes its share of "
+        "the time (small shares take more), and that gradients are sent during the backward pass. The second number assumes "
+        f"that they are sent after it, at {BANDWIDTH / 1e9:g} GB/s. Validation and start-up are left out."
     )
     return "\n\n".join([text, _table(recipe, steps, contenders), *_reading(recipe, every), machine(run)])
 
@@ -232,8 +232,8 @@ def _reading(recipe: Recipe, every: dict[str, Contenders]) -> list[str]:
     best = max(rates, key=rates.__getitem__)
     epochs = recipe.epochs
     return [
-        f"Reading is not in it either: on that machine {best} gave {rates[best]:.0f} prepared images per second to one GPU, so "
-        f"that a part with more images/s is slowed down to it, and {epochs} epochs take no less than "
+        f"Reading is left out too: on that machine {best} gave {rates[best]:.0f} prepared images per second to one GPU. Parts "
+        f"with more images/s are slowed down to this, and {epochs} epochs take no less than "
         f"{epochs * IMAGES / rates[best] / 3600:.2g} hours there."
     ]
 

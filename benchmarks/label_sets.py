@@ -255,8 +255,8 @@ class Replicate:
 
 WHAT = {
     "ensemble": "both teachers side by side, each for its own half (twice the size)",
-    "joint": "one network, trained on all from fresh weights",
-    "one on": "one teacher, trained on with all",
+    "joint": "one network, trained on all classes from fresh weights",
+    "one on": "one teacher, trained further on all classes",
     "average": "`average`, then trained",
     "rebasin": "`rebasin`, then trained",
     "zipit": "`zipit`, then trained",
@@ -276,19 +276,23 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
     there = {name: found for name, found in measured.items() if found["replicates"]}
     parts = [
         "# Teachers of different label sets",
+        "Can two teachers that know different classes be merged into one network that knows the classes of both? First, "
+        "where another use of the same cost is better or as good. The strategies are explained below the tables.",
         *(conclusion(TASKS[n], found["replicates"]) for n, found in there.items()),
     ]
     parts += ["![Accuracy less that of a merge](pictures/label-sets.png)", INTRODUCTION]
     for name, found in there.items():
         parts += _section(TASKS[name], found["replicates"], found["environment"])
-    parts.append(
-        "Costs are counted operations. Of the cost of three trainings of a teacher, a merge and other methods have one after "
-        "both teachers', one teacher that is trained on has two, a fresh network three. *per task* is the mean over both "
-        "halves of the accuracy among their own classes, *over all classes* that among all. *difference* is the row's "
-        f"accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, ± its standard error. *at once* is both "
-        "accuracies before fine-tuning, of a merge after its merge stage. Distillation weighs "
-        f"{DISTILL:g}. Learning rates were chosen on a replicate that is not among these."
-    )
+    parts += [
+        "Each half of the classes is a task, with one teacher. Every strategy costs as much as training a teacher three times, "
+        "in counted operations. Both teachers cost two of these, so merges and other methods have one left for merging and "
+        "fine-tuning. One teacher that is trained further has two left, and a fresh network has all three.",
+        "*per task* is the mean over both halves of the accuracy among their own classes, *over all classes* the accuracy "
+        f"among all classes. *difference* is the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, "
+        "± its standard error. *at once* is both accuracies (per task / over all classes) before fine-tuning; for a merge that "
+        f"is after its merge stage. The weight of distillation is {DISTILL:g}. Learning rates were chosen on a replicate that "
+        "is not among these.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -317,33 +321,37 @@ def _section(task: Task, records: Sequence[dict[str, Any]], made: dict[str, Any]
     first = records[0]
     costs = first["notes"][f"{BASE}, own"]["costs"]
     parts.append(
-        f"{task.network.__doc__} {len(records)} replicates of {task.name}, {task.half} classes and {first['images']:,} "
-        f"training images in each half, drawn anew for each; {first['epochs']} epochs for a teacher. A merge stage of "
-        f"{first['merge_epochs']} epochs, of {costs[0]:.1f} epochs' cost each until linked and {costs[1]:.1f} afterwards, and "
-        f"{first['notes'][f'{BASE}, own']['finetune epochs']} epochs of fine-tuning. {task.remark}".strip()
+        f"The network: {task.network.__doc__} The data: {len(records)} replicates of {task.name}, with {task.half} classes and "
+        f"{first['images']:,} training images in each half, drawn anew for each replicate. A teacher trains for "
+        f"{first['epochs']} epochs. A merge stage has {first['merge_epochs']} epochs, each of which costs {costs[0]:.1f} "
+        f"epochs of one network until it is linked and {costs[1]:.1f} afterwards. The fine-tuning has "
+        f"{first['notes'][f'{BASE}, own']['finetune epochs']} epochs. {task.remark}".strip()
     )
     parts.append(f"{made_with(made)}.")
     return parts
 
 
 INTRODUCTION = """`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on
-different classes: their last layers may differ in the number of classes, all other layers may not. The student is of the
-teachers' class with K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order, and loads strictly into a network built
-with so many classes. With open gates each part of the output is its teacher's own logits, exactly.
+different classes. Their last layers may differ in the number of classes, all other layers may not. The student is of the
+teachers' class with K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order. Its weights load strictly into a network
+that you build with so many classes. With open gates each part of the output is exactly its teacher's logits.
 
 ```python
 student, history = fastmerge.merge([t1, t2], [loader1, loader2], heads="concatenate")
 ```
 
-Each step takes a batch of each teacher's loader, whose targets are its own classes; one loader for all gives targets that
-count all classes through, and a merge warns after its first epoch of teachers whose classes never came. A sample trains its
-own teacher's part of the output. `distill=w` also draws the other parts to what their teachers say of it, in the fine-tuning.
-`all_classes=True` trains it among all classes instead. `heads="separate"` lets the student return a tuple of the parts. On the
-command line: `fastmerge merge --heads concatenate --data a/ --data b/`.
+* **Data.** With one loader per teacher, each step takes a batch of each, and targets count the teacher's own classes from 0.
+  With one loader for all, targets count all classes: those of the second teacher begin at K<sub>1</sub>. A merge warns after
+  its first epoch if the classes of a teacher never came.
+* **Loss.** A sample trains only the part of the output that belongs to its own teacher. With `distill=w` the other parts learn
+  their teachers' outputs in the fine-tuning. With `all_classes=True` a sample trains all parts, as one classifier.
+* **Output.** `heads="separate"` makes the student return a tuple of the parts.
+* **Command line.** `fastmerge merge --heads concatenate --data a/ --data b/`, with the other options as usual.
+
 Networks that end with a softmax over all classes can't be merged this way: let them return logits.
 
 Other methods merge such teachers too: `networks, parts = fastmerge.methods.join_heads([t1, t2])` gives networks of one
-architecture whose mean output is both teachers' side by side."""
+architecture, whose mean output is both teachers' outputs side by side."""
 
 
 def values(records: Sequence[dict[str, Any]], strategy: str, score: str) -> list[float]:
@@ -362,7 +370,7 @@ def conclusion(task: Task, records: Sequence[dict[str, Any]]) -> str:
     """Where the merge does not help, then where it does: strategies that differ by more than two standard errors."""
     sentences = []
     for kind, how, score in KINDS:
-        verdicts: dict[str, list[str]] = {"better": [], "not to be told apart": [], "worse": []}
+        verdicts: dict[str, list[str]] = {"better": [], "no clear difference": [], "worse": []}
         for strategy, what in OTHERS.items():
             found = gaps(records, f"{strategy}, {kind}", f"{BASE}, {kind}", score)
             verdicts[verdict_of(found, "better", "worse")].append(f"{what} ({gaps_text(found)})")
@@ -370,8 +378,8 @@ def conclusion(task: Task, records: Sequence[dict[str, Any]]) -> str:
         said = "; ".join(f"**{verdict}**: {', '.join(found)}" for verdict, found in verdicts.items() if found)
         sentences.append(f"* Trained among {how}, accuracy {measure}: {said}.")
     return (
-        f"Where a merge does not help on {task.name}, first. Other uses of the same cost, beside *merged*, in points, by more "
-        "than two standard errors or not:\n\n" + "\n".join(sentences)
+        f"Where a merge does not help on {task.name}. These are other uses of the same cost: their accuracy less that of "
+        "*merged*, in points; *better* and *worse* mean by more than two standard errors.\n\n" + "\n".join(sentences)
     )
 
 

@@ -221,16 +221,20 @@ def page(measured: dict[str, Any]) -> str:
     """docs/layer-norms.md from the records."""
     parts = [
         "# LayerNorm: which statistics, and what merging brings",
-        "Where merging does not help, first: at equal cost, neither network gains from a merge what it gains from restarting "
-        "the learning rate of the better teacher, and distillation in the fine-tuning does not help the merged ones. These "
-        "networks have not converged, so that training on is worth much; merge stages are short, two epochs.",
-        "Between tied and weighted statistics no difference is left after fine-tuning. Before it, tied ones are better in both "
-        "networks, since their residual stream is one teacher's. Weighted ones remain the library's, because they leave the "
-        "stream's channels to be chosen; a longer merge stage has not been tried.",
-        "Small networks with LayerNorm, at equal cost: 6 U epochs of one network, counted by the operations of forward and "
-        "backward passes. Within a replicate all rows have the same teachers, order of data and test images. *difference* is "
-        "the row's accuracy less that of *merged, weighted statistics* in the same replicate, in points, ± its standard error. "
-        "*at once* is the accuracy before fine-tuning. Written by `make docs` from docs/results/layer-norms.json, which "
+        "A LayerNorm in a big student sees the channels of all teachers. This page compares two ways to take its mean and "
+        "deviation. *Weighted statistics*, the library's way, weight each channel by its gate "
+        "([how](how-it-works.md#normalisations)). *Streams tied* gives one gate to all channels of a residual stream, so that "
+        "the student takes the stream from one teacher.",
+        "First, where merging does not help. At equal cost, both networks gain less from a merge than from training the better "
+        "teacher again with a restarted learning rate. Distillation in the fine-tuning does not help merged networks. These "
+        "networks have not converged, so more training is worth much, and the merge stages have only two epochs.",
+        "After fine-tuning there is no clear difference between tied and weighted statistics. Before it, tied ones are better "
+        "in both networks, since their residual stream comes from one teacher. The library keeps weighted ones, because with "
+        "them the stream's channels can be chosen. A longer merge stage has not been tried.",
+        "All rows but the first and the last cost 6U epochs of one network, in operations of forward and backward passes. "
+        "Within a replicate they have the same teachers, order of data and test images. *difference* is the row's accuracy "
+        "less that of *merged, weighted statistics* in the same replicate, in points, ± its standard error. *at once* is the "
+        "accuracy before fine-tuning. Written by `make docs` from docs/results/layer-norms.json, which "
         "`python -m benchmarks.layer_norms IMAGES.npz --network vit` and `--network convnext` fill.",
     ]
     for setting, records in sorted(measured["settings"].items()):
@@ -252,9 +256,9 @@ def page(measured: dict[str, Any]) -> str:
         parts += [
             f"## {setting}",
             table(["", "test accuracy, %", "difference", "at once"], rows, markdown=True),
-            f"{NETWORKS[first['network']].__doc__} {first['images']}, {first['train']:,} training images in batches of "
-            f"{first['batch']}, U = {first['unit']} epochs, n = {len(records)}. An epoch of the linked big student "
-            f"costs {linked:.1f} epochs of one network.",
+            f"The network: {NETWORKS[first['network']].__doc__} The data: {first['images']}, {first['train']:,} training "
+            f"images in batches of {first['batch']}. U = {first['unit']} epochs, n = {len(records)} replicates. An epoch of "
+            f"the linked big student costs {linked:.1f} epochs of one network.",
         ]
     made = measured["environment"]
     parts.append(f"{made_with(made)}.")

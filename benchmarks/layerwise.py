@@ -260,22 +260,23 @@ def plot(counted: dict[str, Any]) -> Any:
     return figure
 
 
-INTRODUCTION = """`merge(layerwise=K)`, or `fastmerge merge --layerwise K`, learns the gates in K consecutive parts of the
-depth, each in 1/K of the merge stage. The channel groups are cut into parts of about equally many activations. While a part is
-learned, only its groups have the channels of all teachers. The groups of the parts before it have the channels that were
-chosen, the groups of the parts after it n/T channels of each teacher, those with the largest weights; the other gates are
-closed for good and their channels dropped. When a part's turn comes its channels come back with their teachers' weights, and
-what was trained before stays.
+INTRODUCTION = """`merge(layerwise=K)`, or `fastmerge merge --layerwise K`, divides the channel groups by depth into K
+consecutive parts with about equally many activations. It learns the gates of one part after another, each in 1/K of the merge
+stage. While a part is learned, only its groups have the channels of all teachers. Earlier parts have the channels that were
+chosen. Later parts have n/T channels of each teacher, those with the largest weights; the others are dropped for the time
+being. When the turn of a part comes, its dropped channels come back with their teachers' weights, and all other weights stay as
+they were trained.
 
 ```python
 student, history = fastmerge.merge([t1, t2], loader, layerwise=2)
 ```
 
-Each part is an ordinary big student with some gates fixed, so that it compresses exactly, is checkpointed and goes on like any
-other. It is built where the teachers are: with the teachers on the CPU and `device="cuda"`, the card never holds more than one
-part's. Groups that the network's code does not let lose channels (see `big.compact()`) stay wide all along, and are learned
-with the first part: the stream and the heads of torchvision's ViT are such, so that only its MLPs get narrower. K is at
-most the number of groups that can be narrowed; anything else is refused before the first epoch."""
+For each part fastmerge builds an ordinary big student with some gates fixed. It compresses exactly, and can be checkpointed and
+resumed like any other. It is built on the teachers' device: with the teachers on the CPU and `device="cuda"`, the GPU never
+holds more than the big student of one part. Some groups can't lose channels during a merge because of the network's code (see
+`big.compact()`). They stay wide all along and are learned with the first part. In torchvision's ViT these are the residual
+stream and the heads, so only its MLPs get narrower. K is at most the number of groups that can be narrowed; a larger K is
+refused before the first epoch."""
 
 
 def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
@@ -283,17 +284,18 @@ def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
     parts = ["# Merging in parts of the depth", conclusion(counted, measured), INTRODUCTION]
     if counted.get("networks"):
         rows = [row for found in counted["networks"] for row in memory_rows(found)]
-        header = ["network", "merge stage", "at the peak", "of one network's", "operations per step"]
+        header = ["network", "merge stage", "peak memory", "times one network's", "operations per step"]
         parts += [
             "## Memory and cost",
             "![Memory over operations](pictures/layerwise.png)",
             table(header, rows, markdown=True),
-            f"Two teachers, float32, {IMAGES['ResNet-18']} images of 224 × 224 a step. Counted on a CPU, not measured on a "
-            "card: weights, gradients and momentum of SGD, and what autograd keeps of the forward pass; of parts the largest. "
-            "Operations of a step are relative to one network's, of parts their mean, all linked; the ViT has 12 blocks of "
-            "width 192. Early compaction starts with the whole big student, whatever it becomes: its peak is the whole's. "
-            "Activation checkpointing is what `torch.utils.checkpoint` would keep with the big student's program in the best "
-            f"of {', '.join(map(str, SEGMENTS))} segments, and takes another forward pass; fastmerge has no option for it.",
+            f"Two teachers, float32, {IMAGES['ResNet-18']} images of 224 × 224 a step; the ViT has 12 blocks of width 192. "
+            "Memory is counted on a CPU, not measured on a GPU: weights, gradients, SGD's momentum, and what autograd keeps of "
+            "the forward pass. For `layerwise` it is that of the largest part. Operations of a step are relative to one "
+            "network's; for `layerwise` they are the mean over the parts, all linked. Early compaction (`compact_at`) begins "
+            "with the whole big student, so its peak is the same. The rows with activation checkpointing count what "
+            f"`torch.utils.checkpoint` would keep with the best of {', '.join(map(str, SEGMENTS))} segments, at the cost of "
+            "another forward pass; fastmerge has no option for it.",
         ]
     for task, what in TASKS.items():
         records = measured[task]["replicates"]
@@ -311,10 +313,10 @@ def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
         parts += [
             f"## Accuracy: {what}",
             table(header, rows, markdown=True),
-            f"{network.__doc__} n = {len(records)} replicates, E = {records[0]['epochs']} epochs. A teacher has "
-            f"{fmean(teachers):.2f}. Merge stage and fine-tuning together cost E epochs of a teacher, by counted operations; a "
-            f"merge stage has {MERGE_EPOCHS} epochs. Test accuracy ± its standard error; *less whole* is the "
-            "difference within a replicate.",
+            f"Test accuracy ± its standard error, n = {len(records)} replicates; *less whole* is the difference within a "
+            f"replicate. The network: {network.__doc__} A teacher trains for E = {records[0]['epochs']} epochs and has "
+            f"{fmean(teachers):.2f}. Merge stage and fine-tuning together cost E epochs of a teacher, in counted operations; a "
+            f"merge stage has {MERGE_EPOCHS} epochs, and its cost is in epochs of a teacher.",
         ]
     made = next((m["environment"] for m in (counted, *measured.values()) if "environment" in m), None)
     if made is not None:
@@ -341,13 +343,16 @@ def conclusion(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> 
         if not records:
             sentences.append(f"* Accuracy on {what} has not been measured.")
             continue
-        verdicts: dict[str, list[str]] = {"behind": [], "not to be told apart": [], "ahead": []}
+        verdicts: dict[str, list[str]] = {"behind": [], "no clear difference": [], "ahead": []}
         for name in MERGES:
             if name != WHOLE:
                 found = gaps(records, name)
                 verdicts[verdict_of(found, "ahead", "behind")].append(f"{name} ({gaps_text(found)})")
         said = "; ".join(f"**{verdict}**: {', '.join(names)}" for verdict, names in verdicts.items() if names)
-        sentences.append(f"* Accuracy on {what}, beside a whole merge of equal cost, in points: {said}.")
+        sentences.append(
+            f"* Accuracy on {what}, less that of a merge as a whole at equal cost, in points ± a standard error (more than two "
+            f"make a clear difference): {said}."
+        )
     for found in counted.get("networks", []):
         images, on = IMAGES[found["network"]], found["images"]
         base = step_bytes(found["1"][0], images, on)
@@ -355,7 +360,7 @@ def conclusion(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> 
             f"{parts} parts {max(step_bytes(s, images, on) for s in found[str(parts)]) / base:.0%}" for parts in (2, 4)
         ]
         sentences.append(
-            f"* Memory of {found['network']} at the peak, of a whole linked big student's: {', '.join(each)}."
+            f"* Peak memory of {found['network']}, relative to its whole linked big student: {', '.join(each)}."
         )
         rows = [row for row in memory_rows(found)[1:] if "compaction" not in row[1]]
         with_it, without = (
@@ -366,11 +371,15 @@ def conclusion(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> 
             for wanted in (True, False)
         )
         sentences.append(
-            f"* The least for {found['network']} by what merge() has: {without[1]}, {without[3]} times one network's memory at "
-            f"{without[4]} times its operations. With activation checkpointing, which merge() has not: "
-            f"{with_it[1].partition(',')[0]}, {with_it[3]} times at {with_it[4]} times."
+            f"* The least memory that merge() can have for {found['network']}: {without[1]} takes {without[3]} times the "
+            f"memory of one network, and {without[4]} times its operations. With activation checkpointing, which merge() does "
+            f"not offer, {with_it[1].partition(',')[0]} would take {with_it[3]} times the memory and {with_it[4]} times the "
+            "operations."
         )
-    return "Where parts lose, first:\n\n" + "\n".join(sentences)
+    return (
+        "A merge can learn the gates of the network part by part, to save memory. Where parts lose, first:\n\n"
+        + "\n".join(sentences)
+    )
 
 
 def load() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -144,14 +144,18 @@ def page(every: dict[str, dict[str, Any]]) -> str:
 _SETTING = """\
 ## How it was measured
 
-All strategies of a part cost the same, by counted operations: 6U epochs of one network. T teachers share the 4U that two of
-2U take, so that each trains for 4U / T. *At once* is one merge of all T, as `ours` in [evidence](evidence.md), whose merge
-stage is the shorter the more its epochs cost. *Pair by pair* merges pairs, and pairs of what comes of them; all its merge
-stages together are as long as the one of two teachers, and the last student gets half of the fine-tuning. What is left of the
-6U after teachers and merge stages is fine-tuning, in which students learn from what they are made of. *Side by side* is the
-mean of the T teachers' outputs, T networks: what there is to merge. Within a replicate all are paired: T teachers are the
-first T of the same networks but for their length. The strategies are `ours`, `ours-3`, `ours-4`, `ours-8`, `recursive-4` and
-`recursive-8` of `fastmerge run RECIPE --strategy`."""
+All strategies of a data set cost the same, in counted operations: 6U epochs of one network. Two teachers train for 2U each, so
+T teachers train for 4U / T each. There are three ways to use them:
+
+* *At once* (`ours`, `ours-3`, `ours-4`, `ours-8`) merges all T in one merge, like `ours` in [evidence](evidence.md). The more
+  its epochs cost, the shorter the merge stage.
+* *Pair by pair* (`recursive-4`, `recursive-8`) merges pairs of teachers, then pairs of the students, until one is left. All
+  merge stages together are as long as the one of two teachers, and the last student gets half of the fine-tuning.
+* *Side by side* is the mean of the T teachers' outputs, without a merge: T networks.
+
+The rest of the 6U, after teachers and merge stages, is fine-tuning, with distillation from the networks that were merged.
+Within a replicate all strategies use the same networks as teachers, the first T of them, trained for different times.
+`fastmerge run RECIPE --strategy NAME` runs a strategy."""
 
 
 def _merged() -> list[str]:
@@ -173,15 +177,18 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
     """Where more than two teachers are ahead, behind, or neither."""
     sure, lines = corrected(every), []
     for part, results in every.items():
-        kinds: dict[str, list[str]] = {"behind": [], "ahead": [], "not to be told apart": []}
+        kinds: dict[str, list[str]] = {"behind": [], "ahead": [], "no clear difference": []}
         for name in _merged():
             each = paired(results["strategies"][name]["values"], results["strategies"][BASE]["values"])
-            kind = "not to be told apart" if not sure[part, name] < SURE else "ahead" if each.mean > 0 else "behind"
+            kind = "no clear difference" if not sure[part, name] < SURE else "ahead" if each.mean > 0 else "behind"
             kinds[kind].append(f"`{name}` {_points(each)}")
         said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
         highest = [f"{max(line, key=lambda t: _mean(results, line[t]))} {label}" for label, line in LINES.items()]
-        lines.append(f"* {_length(part, results)}: {said}. The mean is the highest with {', '.join(highest)}.")
-    start = "More teachers than two, less two teachers at equal cost, in points of test accuracy, ± standard error:"
+        lines.append(f"* {_length(part, results)}: {said}. The best numbers of teachers are {', '.join(highest)}.")
+    start = (
+        "Is a merge of three, four or eight teachers better than one of two, at equal cost? Each number is the test accuracy "
+        "with more teachers less that with two, in points, ± its standard error:"
+    )
     return "\n\n".join([start, "\n".join(lines)])
 
 
@@ -190,7 +197,7 @@ def _mean(results: dict[str, Any], name: str) -> float:
 
 
 def _length(part: str, results: dict[str, Any]) -> str:
-    return f"{part} (teachers of {results['config']['teacher']['epochs']} epochs where they are two)"
+    return f"{part} (two teachers train for {results['config']['teacher']['epochs']} epochs each)"
 
 
 def _section(name: str, results: dict[str, Any]) -> str:
@@ -231,14 +238,16 @@ def _section(name: str, results: dict[str, Any]) -> str:
     config, made = results["config"], results["environment"]
     ran = (
         f"{results['what']}; U = {config['merge']['merge_epochs']}, n = {config['replicates']}, "
-        f"{config['test_samples']:,} test images. {results['minutes']:.0f} minutes on one core of {made['cpu']['name']} that "
-        f"others used too, PyTorch {made['torch']}. *at once*: before fine-tuning. p is corrected by Holm for this table."
+        f"{config['test_samples']:,} test images. {results['minutes']:.0f} minutes on one core of a shared "
+        f"{made['cpu']['name']}, PyTorch {made['torch']}. *of epochs* is the training of each teacher, *at once* the accuracy "
+        "before fine-tuning. p is corrected by Holm's method for this table."
     )
     per = (
-        "An epoch of the merge stage, in epochs of one network, and the memory of its steps: weights, gradients, momentum, and "
-        "what the forward pass keeps."
+        "The cost of an epoch of the merge stage before `link()` (block-diagonal) and after it (linked), in epochs of one "
+        "network. The memory of a linked step: weights, gradients, momentum, and what the forward pass keeps."
     )
-    merging = table(["teachers", "block-diagonal", "linked", "MiB, linked", "of one network's"], costs, markdown=True)
+    names = ["teachers", "block-diagonal", "linked", "MiB, linked", "times one network's"]
+    merging = table(names, costs, markdown=True)
     return "\n\n".join([f"## {name}", ran, table(header, rows, markdown=True), per, merging])
 
 

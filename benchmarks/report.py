@@ -19,11 +19,11 @@ from benchmarks.targets import TARGETS, Target
 from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-NO_GPU = "There are no figures of a GPU yet: none was at hand. `make gpu OUT=folder` on a machine with one writes them."
+NO_GPU = "No GPU has been measured yet: none was available. `make gpu OUT=folder` on a machine with one does so."
 _COUNTED = (
-    "One training step, counted on a machine without a GPU: kernels that PyTorch and Triton would launch, and the bytes that "
-    "they read and write, at full size; *CPU* is the process time that a step takes where nothing is launched and tensors "
-    "are tiny, in turn with the teachers'. *Before* is the same at an earlier commit."
+    "One training step, counted on a machine without a GPU. *Launches* are the kernels that PyTorch and Triton would launch, "
+    "*GB* the bytes that they read and write at full size. *CPU* is the process time of a step with tiny tensors and without "
+    "launches, measured in turn with the teachers'. *Before* is the same at an earlier commit."
 )
 
 
@@ -43,21 +43,26 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
     """The whole of docs/benchmarks.md."""
     parts = [
         "# Benchmarks",
-        "Written by `make docs` from benchmarks/results; `make bench` measures what a machine can, "
-        "`make gpu OUT=folder` all of it on a machine with a GPU.",
-        "Contenders of a case take turns in one process, one training step each, or one whole merge stage: forward, loss with "
-        "gate loss, backward, SGD with momentum on weights and gates, the device waited for. A ratio is the median over these "
-        "pairs, its quartiles beside it. *naive dense* is the network as the paper's authors write it: doubled convolutions "
-        "and BatchNorms and an elementwise gate per channel group, channels-last, autocast, gates in the activations' dtype. "
-        "*teachers* trains the two teachers one after the other, without gates, so that one network's activations are kept "
-        "at a time; *groups=T* is naive dense with grouped convolutions. *GFLOP/s* and *GB/s* are what the step has to "
-        "compute and at least to move, over its time. On a GPU, *queued* is how long the CPU takes for a step, *busy* how long "
-        "the device, in milliseconds.",
+        "Written by `make docs` from benchmarks/results. `make bench` runs the benchmarks that this machine can run; "
+        "`make gpu OUT=folder` runs all of them on a machine with a GPU.",
+        "A *case* is a network, image size, batch size and dtype on a device. Its *contenders* take turns in one process, one "
+        "training step (or one whole merge stage) each: forward, loss with gate loss, backward, SGD with momentum on weights "
+        "and gates, and a wait for the device. A ratio is the median over these pairs, beside its quartiles. A *target* is the "
+        "ratio that the library aims at, a *stretch* a better one.",
+        "* *block-diagonal* (*unlinked*) and *dense* (*linked*) are the big student before and after `link()`.\n"
+        "* *naive dense* is the big student as the paper's authors write it: doubled convolutions and BatchNorms, and an "
+        "elementwise gate per channel group; channels-last, autocast, gates in the activations' dtype. *groups=T* is the same "
+        "with grouped convolutions.\n"
+        "* *teachers* trains the two teachers one after the other, without gates, and keeps the activations of one network at "
+        "a time.\n"
+        "* *GFLOP/s* and *GB/s* are the operations that a step needs and the bytes that it must move at least, over its time.\n"
+        "* On a GPU, *queued* is the time that the CPU takes for a step, *busy* the time that the device takes, in "
+        "milliseconds.",
         "## Targets",
         "\n\n".join(_targets(runs)),
     ]
     if not any(_has_gpu(run) for run in runs.values()):
-        parts.insert(3, NO_GPU)
+        parts.insert(4, NO_GPU)
     for name, run in runs.items():
         parts += [f"## {name}", machine(run)]
         together = raced_cases(run)

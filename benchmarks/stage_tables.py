@@ -9,13 +9,13 @@ from typing import Any
 from benchmarks.results import Contenders, Gap, accuracy_gap
 from fastmerge.reporting.tables import table
 
-_STEPS = "A step within each epoch of the stage, the median of its steps."
+_STEPS = "The time of a step, by epoch of the stage: the median over the epoch's steps."
 _STUDENTS = (
-    "Beside its steps a stage takes time for checks, analysis, building and, but for naive dense, compression. *Paper's "
-    "length*: that time and as many steps as the paper's stage has, each as long as was measured. *Accuracy* is "
-    "of the students after a short fine-tuning, the same for all and not timed: mean and standard deviation over the rounds. "
-    "Rounds with the same order of batches make pairs; students are *no worse* if the mean of the pairs' differences is not "
-    "below 0 by more than two of its standard errors. *Dropped* is the share of channels that left before compression."
+    "A stage also takes time outside of its steps: for checks, analysis, building and compression (naive dense has no "
+    "compression). *Paper's length* is this time plus as many measured steps as the paper's stage has. *Accuracy* is that of "
+    "the students after a short fine-tuning, which is the same for all and not timed: mean and standard deviation over the "
+    "rounds. Rounds with the same order of batches make pairs. Students are *no worse* if the mean difference of the pairs is "
+    "not below 0 by more than two standard errors. *Dropped* is the share of channels that were dropped before compression."
 )
 
 

@@ -74,7 +74,7 @@ def gaps_text(found: Sequence[float]) -> str:
 def verdict_of(gaps: Sequence[float], ahead: str, behind: str) -> str:
     """Which of two words holds of paired differences that lie more than two standard errors from 0, or neither."""
     if not abs(fmean(gaps)) > 2 * error(gaps):  # of one, whose error is not known, nothing can be told
-        return "not to be told apart"
+        return "no clear difference"
     return ahead if fmean(gaps) > 0 else behind
 
 

@@ -167,34 +167,35 @@ def page(measured: dict[str, Any]) -> str:
         INTRODUCTION,
         "![Test accuracy by the student's width](pictures/widths.png)",
         table(header, rows, markdown=True),
-        f"Test accuracy in %, ± its standard error; differences within a replicate. {network.__doc__} Digits of scikit-learn, "
-        f"n = {len(records)}, E = {first['epochs']} epochs, a merge stage of {first['merge_epochs']}. Each strategy has 3 E "
-        "epochs: a merge two teachers of E, and a merge stage and a fine-tuning that together cost E; a pruned teacher E, and "
-        f"2 E after pruning by norms; a fresh network 3 E. A teacher has {fmean(teachers):.2f}. Networks with BatchNorm have "
-        "not been tried.",
+        f"Test accuracy in %, ± its standard error; differences are within a replicate. The network: {network.__doc__} The "
+        f"data: scikit-learn's digits, n = {len(records)} replicates. Each strategy has 3E epochs, E = {first['epochs']}. "
+        f"*merged*: two teachers train for E each; a merge stage of {first['merge_epochs']} epochs and a fine-tuning together "
+        "cost E. *one teacher, pruned*: E epochs, then pruning by the norms of weights, then 2E epochs. *fresh network*: 3E "
+        f"epochs. A teacher's accuracy is {fmean(teachers):.2f}. Networks with BatchNorm have not been tried.",
         f"{made_with(made)}. Written by `make docs` from "
         "benchmarks/results/experiments/widths.json, which `python -m benchmarks.widths` fills.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-INTRODUCTION = """`BigStudent(t1, t2, keep=0.5)` learns to keep half as many channels as a teacher has, `keep=1.5` half as
-many again: any fraction from 1/4 to T. `keep={name: width}` says it by channel group, as a fraction or a number of channels;
-the other groups keep a teacher's width. The gate loss, `GateBudget`, `compact()` and `compress()` follow.
+INTRODUCTION = """`BigStudent(t1, t2, keep=0.5)` learns to keep half as many channels as a teacher has, `keep=1.5` one and a
+half times as many. Any fraction from 1/4 to the number of teachers T works. `keep={name: width}` sets it by channel group, as a
+fraction or a number of channels; the other groups keep a teacher's width. `fastmerge.channel_groups(network)` has the names.
+The gate loss, `GateBudget`, `compact()` and `compress()` use these widths.
 
 ```python
 student, history = fastmerge.merge([t1, t2], loader, keep=0.5)
 ```
 
-On the command line: `fastmerge merge --keep 0.5`, or `--keep conv1=0.5,layer2=96` by channel group; `fastmerge check` takes
-it too, and says what stands in the way.
+On the command line: `fastmerge merge --keep 0.5`, or `--keep conv1=0.5,layer2=96` by channel group.
+`fastmerge check --keep ...` says what stands in the way.
 
-The student is of the teachers' class, with narrower or wider layers: a network that the class's constructor builds at these
-widths loads its weights strictly. Where the class's code has a width in it, such as `x.view(-1, 400)`, the student is the
-traced network under the same names. A grouped or depthwise convolution and a GroupNorm get as many blocks as places are kept.
-LayerNorm, RMSNorm and one value for all channels, such as the slope of a PReLU, are exact below all teachers' channels, and
-refused at as many. Groups whose number of channels the code counts on (chunks, shuffles, attention heads, InstanceNorm,
-`F.normalize`) are refused by name."""
+The student is of the teachers' class, with narrower or wider layers. If your class takes widths as arguments, a network that
+you build with these widths loads the student's weights strictly. If the class's code contains a width, such as
+`x.view(-1, 400)`, the student is the traced network with the same names of weights. Grouped and depthwise convolutions and
+GroupNorm get fewer or more blocks. Layers with LayerNorm, RMSNorm or one value for all channels (the slope of a PReLU) can have
+any width below the channels of all teachers together. Groups whose number of channels the code relies on (chunks, shuffles,
+attention heads, InstanceNorm, `F.normalize`) are refused by name."""
 
 
 def _values(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
@@ -231,14 +232,17 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
     """At which widths a merge is ahead, or behind, by more than two standard errors."""
     sentences = []
     for strategy in ("pruned", "fresh"):
-        verdicts: dict[str, list[str]] = {"behind": [], "not to be told apart": [], "ahead": []}
+        verdicts: dict[str, list[str]] = {"behind": [], "no clear difference": [], "ahead": []}
         for key in records[0]["accuracy"]["merged"]:
             found = _gaps(records, strategy, key)
             if found:
                 verdicts[verdict_of(found, "ahead", "behind")].append(key)
         said = "; ".join(f"{verdict} at {', '.join(found)}" for verdict, found in verdicts.items() if found)
-        sentences.append(f"* Beside *{WHAT[strategy]}* of the same width, a merge is {said}.")
-    start = "Where a merge does not help, first. At equal epochs, by more than two standard errors or not:"
+        sentences.append(f"* A merge compared with *{WHAT[strategy]}* of the same width: {said}.")
+    start = (
+        "`merge(keep=...)` makes a student that is narrower or wider than its teachers. First, the widths at which this does "
+        "not help, by test accuracy at equal epochs (*ahead* and *behind* mean by more than two standard errors):"
+    )
     return f"{start}\n\n" + "\n".join(sentences)
 
 

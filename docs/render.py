@@ -86,10 +86,10 @@ def _coverage() -> str:
         if (of_dtype := [network for network in merged if network["dtype"] == dtype])
     ]
     return (
-        f"{_share(networks, lambda name: '/' not in name)} torchvision classification networks and "
-        f"{_share(networks, lambda name: '/' in name)} networks of other libraries (timm, Hugging Face's transformers, "
-        "segmentation_models_pytorch, Ultralytics' YOLO, MONAI) that were measured merge; the largest relative error over them "
-        f"is {' and '.join(worst)}."
+        f"{_share(networks, lambda name: '/' not in name)} classification networks of torchvision that were measured can be "
+        f"merged, and {_share(networks, lambda name: '/' in name)} networks of other libraries (timm, Hugging Face's "
+        "transformers, segmentation_models_pytorch, Ultralytics' YOLO, MONAI). The largest relative error among them is "
+        f"{' and '.join(worst)}."
     )
 
 

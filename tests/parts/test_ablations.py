@@ -212,7 +212,7 @@ def test_clear_differences_are_bold() -> None:
     assert " +0.0000 ± 0.1000 |" in text
     assert "**+0.2200 ± 0.0115**" in text  # to the run whose big students it shares
     assert "0.40–0.50" in text
-    assert "9 training samples in batches of 4; the teachers" in text
+    assert "9 training samples in batches of 4. The teachers" in text
     short = overview([results, {**results, "config": results["config"] | {"epochs": 1200}}])
     (worse,) = (line for line in short.splitlines() if line.startswith("| worse"))
     assert worse.count("**-0.0950 ± 0.0029**") == 2  # as in the sections
@@ -220,7 +220,7 @@ def test_clear_differences_are_bold() -> None:
     assert "tiny, 1,200 epochs" in short
     assert f"| {BASE}" not in short
     results["config"]["autocast"] = "bfloat16"
-    assert "in batches of 4, bfloat16; the teachers" in section(results)
+    assert "in batches of 4, bfloat16. The teachers" in section(results)
 
 
 def test_the_page_is_that_of_the_results() -> None:

@@ -31,5 +31,5 @@ def test_the_sentence_has_every_network() -> None:
         },
     }
     text = building.sentence(measured)
-    assert "takes 1.0 s for a, 2.0 s for b and 10.0 s for c to build" in text
+    assert "takes 1.0 s for a, 2.0 s for b and 10.0 s for c: CPU time" in text
     assert "(A CPU, PyTorch 2.0), the median of 3 fresh processes" in text

@@ -54,12 +54,12 @@ def test_a_miss_is_shown_as_plainly_as_a_hit() -> None:
 def test_without_a_gpu_it_says_so_and_shows_the_cpus_figures() -> None:
     runs = {"some-cpu": run(CPU_CASE, 2.0, 1.0)}
     for text in (page(runs), readme(runs)):
-        assert "no figures of a GPU yet" in text
+        assert "No GPU has been measured yet" in text
         assert (
             "A CPU, 8 of 16 cores, Python 3.12.1, PyTorch 2.11.0, Triton 3.6.0, commit 0123456789, 2030-01-02." in text
         )
     assert "not measured" in page(runs)
-    assert "no figures of a GPU yet" in readme({})
+    assert "No GPU has been measured yet" in readme({})
 
 
 def test_what_is_to_be_said_of_a_run_stands_under_it(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_what_is_to_be_said_of_a_run_stands_under_it(tmp_path: Path) -> None:
 def test_with_a_gpu_it_names_card_and_driver() -> None:
     runs = {"some-gpu": run(GPU_CASE, 2.0, 1.0, gpu=True)}
     for text in (page(runs), readme(runs)):
-        assert "no figures of a GPU yet" not in text
+        assert "No GPU has been measured yet" not in text
         assert "A Card (140 GiB), driver 580.1, cuDNN 91900" in text
 
 

@@ -36,7 +36,7 @@ def test_label_sets() -> None:
         "one network",
         "merged, distilled",
     ]
-    assert re.search(r"\*\*worse\*\*: .*one network, trained on all from fresh weights \(-50.05 ± 0.05\)", page)
+    assert re.search(r"\*\*worse\*\*: .*one network, trained on all classes from fresh weights \(-50.05 ± 0.05\)", page)
     assert page.count("\n| merged ") == 2
     assert page.index("does not help") < page.index("heads=")
 
@@ -51,7 +51,7 @@ def test_widths() -> None:
     assert "has not been measured" in widths.page({"replicates": []})
     page = widths.page({"replicates": [record, copy.deepcopy(record)], "environment": environment()})
     assert len(widths.plot([record, copy.deepcopy(record)]).axes[0].lines) >= len(widths.WHAT)
-    assert "Beside *fresh network* of the same width, a merge is behind at 0.25, 0.5, 1, 1.5, 2." in page
+    assert "A merge compared with *fresh network* of the same width: behind at 0.25, 0.5, 1, 1.5, 2." in page
 
 
 def test_parts_of_the_depth() -> None:
@@ -91,4 +91,4 @@ def test_records_that_are_there_are_not_measured_again(tmp_path) -> None:
     assert list(trials.measure_missing(path, range(2), lambda seed: {"seed": seed})) == [{"seed": 0}, {"seed": 1}]
     assert list(trials.measure_missing(path, range(3), lambda seed: {"seed": seed})) == [{"seed": 2}]
     assert [record["seed"] for record in trials.load_records(path)["replicates"]] == [0, 1, 2]
-    assert trials.verdict_of([1.0], "ahead", "behind") == "not to be told apart"
+    assert trials.verdict_of([1.0], "ahead", "behind") == "no clear difference"

@@ -136,15 +136,16 @@ def test_the_page_begins_with_where_ours_is_not_ahead() -> None:
     page = evidence_report.page(
         {"toys": results(ours=[0.6, 0.6, 0.6, 0.61], student=[0.5] * 4, paper=[0.4] * 4, **better)}
     )
-    _, first, lines, second, ahead = page.split("\n\n")[:5]
+    _, _, first, lines, second, ahead = page.split("\n\n")[:6]
     assert first.startswith("**Where ours is not ahead**, at equal cost")
     assert lines.splitlines()[0].startswith("* toys: behind `ensemble` -30.50 ± 0.")
     assert lines.splitlines()[1] == "* toys: no sure difference from `restart` +5.25 ± 5.09."
     assert lines.splitlines()[2] == (
-        "* toys: with 4 replicates hardly anything is sure after 3 comparisons. Its mean is behind 1 of the 3; one by one, by "
-        "p < 0.05, it is behind `ensemble`, and ahead of `one`."
+        "* toys: with only 4 replicates hardly any difference is sure after the correction for 3 comparisons. The mean of ours "
+        "is below that of 1 of the 3. Without the correction (p < 0.05 for each one by itself) ours is behind `ensemble`, and "
+        "ahead of `one`."
     )
-    assert second == "**Where it is:**"
+    assert second == "**Where ours is ahead:**"
     assert ahead.startswith("* toys: ahead of `one` +20.25 ± 0.")
     assert "| paper" in page
     assert "toys; 1,000 test images" in page
