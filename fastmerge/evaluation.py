@@ -213,10 +213,9 @@ class Measured:
         """Adds a batch."""
         for name, metric in self.metrics.items():
             if name in self._sums:
-                found = metric(output, target)
-                value, count = found if isinstance(found, tuple) else (found, samples)
-                self._samples[name] += int(count)
-                self._sums[name] += int(count) * float(value) if count else 0.0
+                value, count = _value_of(name, metric(output, target), samples)
+                self._samples[name] += count
+                self._sums[name] += count * value if count else 0.0
             else:
                 metric.update(output, target)
 
@@ -229,6 +228,16 @@ class Measured:
         pairs = zip(totals[len(self._sums) :], totals, strict=False)
         means = dict(zip(self._sums, (value / n if n else math.nan for value, n in pairs), strict=True))
         return {name: means[name] if name in means else float(self.metrics[name].compute()) for name in self.metrics}
+
+
+def _value_of(name: str, found: Any, samples: int) -> tuple[float, int]:
+    value, count = found if isinstance(found, tuple) and len(found) == 2 else (found, samples)
+    try:
+        return float(value), int(count)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"metric {name!r} must give one number per batch, or (number, samples); it gave a {type(found).__name__}"
+        ) from None
 
 
 @torch.no_grad()

@@ -145,6 +145,16 @@ def test_metrics_are_measured_on_the_validation_data(trained: list[nn.Module]) -
         run(trained, metrics={"luck": 7})
 
 
+@pytest.mark.parametrize("found", [(1.0, 2.0, 3.0), torch.ones(3), None, "high"])
+def test_a_metric_that_gives_no_number_is_named_before_the_first_epoch(trained: list[nn.Module], found: Any) -> None:
+    seen: list[Any] = []
+    with pytest.raises(
+        ValueError, match=r"metric 'odd' must give one number per batch, or \(number, samples\); it gave a"
+    ):
+        run(trained, metrics={"odd": lambda output, target: found}, callback=seen.append)
+    assert not seen
+
+
 def test_a_callback_ends_a_stage_and_a_merge_that_goes_on_leaves_it_ended(
     trained: list[nn.Module], tmp_path: Any
 ) -> None:
