@@ -174,10 +174,10 @@ class BigStudent(GatedNetwork):
         whole = find_shrinkable(analysis, self.network, self._population).whole
         free = [number for number in range(len(self.groups)) if number not in whole]
         if len(free) < count:
-            why = "".join(f"; '{self.groups[number].name}' {reason}" for number, reason in list(whole.items())[:1])
+            why = "".join(f" ('{self.groups[number].name}' {reason})" for number, reason in list(whole.items())[:1])
             raise ValueError(
-                f"layerwise needs as many channel groups that can be narrowed as parts; this network has {len(free)} of them "
-                f"for {count} parts{why}"
+                f"layerwise={count} needs {count} channel groups that can be narrowed; this network has {len(free)}{why}. Take "
+                "a smaller layerwise"
             )
         sizes = activations(analysis)
         parts = [[free[k] for k in part] for part in consecutive_parts([sizes[number] for number in free], count)]
@@ -207,7 +207,7 @@ class BigStudent(GatedNetwork):
             ValueError: one of them is not linked, or they are of teachers of different architectures.
         """
         if not (self.linked and other.linked):
-            raise ValueError("adopt needs linked big students")
+            raise ValueError("adopt needs linked big students; call link() on both first")
         if other.num_teachers != self.num_teachers or not other.groups.same_channels(self.groups):
             raise ValueError("adopt needs a big student of as many teachers, of the same architecture")
         carry_over(self._blueprint.layout, (other.network, self.network), (other._population, self._population))
@@ -223,8 +223,8 @@ class BigStudent(GatedNetwork):
         whole = find_shrinkable(analysis, self.network, self._population).whole if dropped else {}
         for g in dropped & whole.keys():
             raise ValueError(
-                f"inputs of this shape make group '{self.groups[g].name}' one that can't lose channels ({whole[g]}), and "
-                "compact() dropped some of it; build the big student with example_inputs of this shape"
+                f"compact() has dropped channels of group '{self.groups[g].name}', which can't lose any for inputs of this "
+                f"shape: it {whole[g]}. Build the big student with example_inputs of this shape"
             )
 
     def _shrink_to(self, after: Population, optimizers: Sequence[Optimizer], analysis: Analysis) -> None:
@@ -246,7 +246,7 @@ class BigStudent(GatedNetwork):
             self._told_of_eval_mode = True
             warnings.warn(
                 "gate_loss() is called for gradients while the big student is in eval mode, as its first teacher was: no gates "
-                "are drawn, and BatchNorm's statistics stay. Call big.train() before training",
+                "are drawn, and BatchNorm's statistics do not change. Call big.train() before training",
                 stacklevel=2,
             )
         open_now = self.group_means(self.open_candidates()) if open_now is None else open_now
@@ -340,7 +340,7 @@ class BigStudent(GatedNetwork):
             if count and group.name not in given:
                 raise ValueError(
                     f"{method} needs gates that are numbers; {count} of {len(gate.loc)} gates of '{group.name}' "
-                    f"{'is' if count == 1 else 'are'} NaN. The training has diverged: go back to a checkpoint of before, and "
+                    f"{'is' if count == 1 else 'are'} NaN. The training has diverged: go back to an earlier checkpoint, and "
                     "lower the learning rates"
                 )
 
@@ -357,8 +357,8 @@ class BigStudent(GatedNetwork):
         found = unsettled(mean, spread, 1 / self.num_teachers if self.is_of_teachers_widths else parts)
         if found:
             warnings.warn(
-                f"compress() chooses by gates that have not settled: {'. '.join(found.values())}. Train on with "
-                "gate_loss(), by a larger weight or more steps, or set the gates yourself",
+                f"compress() chooses by gates that have not settled: {'. '.join(found.values())}. Train for more "
+                "steps or with a larger weight of gate_loss(), or choose the channels yourself with keep=",
                 UnsettledGatesWarning,
                 stacklevel=3,
             )

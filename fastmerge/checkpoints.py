@@ -60,7 +60,7 @@ def build_network(name: str, **arguments: Any) -> nn.Module:
 
     Args:
         name: A torchvision classification model (``resnet18``); ``timm:NAME``, one of timm's, or ``timm:hf-hub:OWNER/NAME``,
-            which timm finds on the Hugging Face hub; or ``module:factory``: a class or function that returns the network, in a
+            which timm finds on the Hugging Face hub; or ``module:function``: a class or function that returns the network, in a
             module on the path or in the current directory.
         arguments: For the model or factory, such as ``num_classes=10``.
 
@@ -90,14 +90,15 @@ def _torchvision_factory(name: str) -> Callable[..., Any]:
         from torchvision import models
     except ImportError as error:
         raise ValueError(
-            f"{name} is looked up in torchvision, which is not installed; or give module:factory"
+            f"the model {name} is looked up in torchvision, which is not installed (pip install torchvision); for your own "
+            "network give module:function"
         ) from error
     known = models.list_models(module=models)
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(
-            f"torchvision has no classification model {name}{hint}; for your own network give module:factory"
+            f"torchvision has no classification model {name}{hint}; for your own network give module:function"
         )
     return models.get_model_builder(name)
 
@@ -116,7 +117,7 @@ def _timm_factory(name: str) -> Callable[..., Any]:
 
 
 def own_factory(name: str) -> Callable[..., Any]:
-    """The class or function that ``module:factory`` names."""
+    """The class or function that ``module:function`` names."""
     module_name, _, path = name.partition(":")
     with _current_directory_on_path():
         try:
@@ -126,7 +127,7 @@ def own_factory(name: str) -> Callable[..., Any]:
             raise ValueError(f"could not import {module_name!r} of {name!r}: {kind}{error}") from error
     for attribute in path.split("."):
         if not hasattr(target, attribute):
-            raise ValueError(f"{module_name} has no {path!r}; give module:factory")
+            raise ValueError(f"{module_name} has no {path!r}; give module:function")
         target = getattr(target, attribute)
     if not callable(target):
         raise ValueError(
@@ -196,7 +197,7 @@ def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> Non
         raise ValueError(f"{path} holds no moving average of weights under {', '.join(_EMA)}")
     fits = f"{path} does not fit {type(network).__name__}"
     if strange := [name for name in own if name in weights and not isinstance(weights[name], Tensor)]:
-        raise ValueError(f"{fits}: {_listed(strange)} are no tensors in it")
+        raise ValueError(f"{fits}: {_listed(strange)} are not tensors in it")
     both = {
         name: (weights[name], value) for name, value in own.items() if name in weights and isinstance(value, Tensor)
     }
@@ -215,9 +216,7 @@ def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> Non
         raise ValueError(f"{fits}: {_listed(kinds)}; weights are not converted from one kind of number to another")
     missing, unexpected = network.load_state_dict(weights, strict=False)
     if missing or unexpected:
-        lists = [
-            f"{what} {_listed(names)}" for what, names in (("lacks", missing), ("has besides", unexpected)) if names
-        ]
+        lists = [f"{what} {_listed(names)}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
         raise ValueError(f"{fits}: it {' and '.join(lists)}")
     if broken := [name for name, value in network.named_parameters() if not torch.isfinite(value).all()]:
         raise ValueError(
@@ -286,9 +285,9 @@ def _content(path: Path) -> Any:
             ) from error
         if isinstance(error, pickle.UnpicklingError):  # torch says at length what it advises against
             raise ValueError(
-                f"{path} is damaged or no checkpoint: neither safetensors nor what torch.save writes"
+                f"{path} is damaged or holds no weights: it is neither a safetensors file nor one that torch.save wrote"
             ) from error
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is damaged or holds no weights ({type(error).__name__}: {error})") from error
 
 
 def _from_hub(name: str) -> Path:

@@ -194,7 +194,7 @@ def _has_extension() -> bool:
         _warned = True
         warnings.warn(
             f"fastmerge was installed without its C++ extension ({_why_missing}): compaction runs in Python. "
-            "Install it again with a C++ compiler there to change that.",
+            "To change that, install fastmerge again where there is a C++ compiler.",
             RuntimeWarning,
             stacklevel=3,
         )

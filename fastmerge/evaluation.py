@@ -191,7 +191,7 @@ class Tally:
             if samples:
                 return Score(loss / samples, right / samples if counted else None)
         if not self.samples:
-            raise ValueError("the loader gave no samples in this pass; it must give them in every one")
+            raise ValueError("the loader gave no samples in this epoch; it must give some in every epoch")
         return Score(self.mean("loss"), self.mean("accuracy") if "accuracy" in self._sums else None)
 
 

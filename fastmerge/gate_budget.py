@@ -101,7 +101,7 @@ class GateBudget:
         """
         open_now = self._now if open_now is None else open_now
         if open_now is None or self.multipliers is None or self.targets is None or self._answer is None:
-            raise RuntimeError("GateBudget.step comes after a step with GateBudget.loss; there was none")
+            raise RuntimeError("GateBudget.step() needs a call of GateBudget.loss() before it; there was none")
         self.multipliers = self.multipliers + self._frequency**2 / self._answer * (open_now - self.targets)
         self.done += 1
 

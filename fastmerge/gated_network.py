@@ -227,8 +227,8 @@ class GatedNetwork(nn.Module):
             if torch.compiler.is_compiling():
                 shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
                 raise ValueError(
-                    f"this big student was traced for inputs of another shape than {shapes} or another precision than {dtype}; "
-                    "call it once on such inputs before it is compiled"
+                    f"this big student was compiled before it had seen inputs of shape {shapes} in {dtype}; call it once on "
+                    "such inputs before you compile it"
                 )
             with ONE_THREAD:
                 analysis = self._blueprint.analyse_for(inputs, dtype, is_open)
@@ -266,14 +266,14 @@ class GatedNetwork(nn.Module):
         x = next(value for value in inputs if isinstance(value, Tensor))
         if x.dim() < (dims := self._blueprint.input_dims):
             raise ValueError(
-                f"BigStudent draws one gate per sample, so its input needs a batch dimension: {dims} dimensions; "
+                f"BigStudent draws one gate per sample, so its input needs a batch dimension, {dims} dimensions in all; "
                 f"got shape {tuple(x.shape)}"
             )
         gates, with_ones = self._gate_modules, self._programs.has_ungated_channels
         if not given:
             return draw_gates(gates, x.shape[0] if self.training else None, with_ones)
         if always := sorted(self._population.open_groups.intersection(given)):
-            raise ValueError(f"gates of group '{always[0]}' are fixed, and can't be given")
+            raise ValueError(f"gates= can't have group '{always[0]}', whose gates are fixed; leave it out")
         sizes = [gate.channels for gate in gates]
         if self._gates_open:
             drawn = gates[0].loc.new_ones(1, sum(sizes) + int(with_ones))

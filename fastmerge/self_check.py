@@ -323,19 +323,19 @@ def _problem(pair: _Pair, trial: _Trial, against_teachers: bool) -> Problem:
     if against_teachers:
         questions = ", ".join(trial.questions)
         hidden = (
-            "a question about a tensor's type, an option that differs between teachers, a tensor that modules share"
+            "a question about a tensor's type, an option that differs between teachers, or a tensor that modules share"
         )
         if questions:
-            hidden = f"what it does where it asks whether it is being compiled or exported ({questions}), or {hidden}"
+            hidden = f"a question whether it is being compiled or exported ({questions}), {hidden}"
         return Problem(
             f"{name} can't be merged: the big student would not be {trial.aim}. In {pair.mode} mode its {output} "
-            f"{problem}.{where} Something in the network's code does not show when it is recorded: {hidden}",
+            f"{problem}.{where} The network's code does something that tracing does not see, such as {hidden}",
             "Write it in another way; BigStudent(..., verify=False) skips this check",
             layer or before or "",
             questions,
         )
     return Problem(
-        f"{name} can't be merged: the network that the big student compresses to would be another one. In {pair.mode} mode the "
+        f"{name} can't be merged: compress() would give a network that computes something else. In {pair.mode} mode the "
         f"big student's {output} {problem}.{where} fastmerge has misunderstood how channels belong together",
         "please report this network. BigStudent(..., verify=False) skips this check",
         layer or before or "",

@@ -17,7 +17,7 @@ from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, ten
 from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
 
 _ONE_ARCHITECTURE = "Pass networks that were made in the same way"
-_OR_HEADS = '; where last layers are of different classes, pass heads="concatenate"'
+_OR_HEADS = '; if only the last layers differ in their number of classes, pass heads="concatenate"'
 
 _HOOK_REMEDIES = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
@@ -150,11 +150,11 @@ def _of_module(number: int, teacher: Any) -> Iterator[UnmergeableError]:
             what = (
                 f"parameter '{name}' of teacher {number} is {tensor.dtype}; only real floating point tensors are merged"
             )
-            yield _error(what, "Keep real and imaginary parts in a real one, for torch.view_as_complex", name)
+            yield _error(what, "Store it as a real parameter, and call torch.view_as_complex in forward", name)
     for name, module in teacher.named_modules():
         if re.match(r"torch\..*\bquantized\b", type(module).__module__):
             what = f"layer '{name}' of teacher {number} is quantised ({type(module).__name__})"
-            yield _error(what, "Merge the networks of before, and quantise the student", name)
+            yield _error(what, "Merge the networks before they are quantised, and quantise the student", name)
         what = f"layer '{name}' of teacher {number}" if name else f"teacher {number}"
         if isinstance(module, torch.jit.ScriptModule):
             yield _error(f"{what} is compiled by torch.jit", "Pass the network that it was made from", name)
@@ -204,7 +204,7 @@ def differences(first: nn.Module, other: nn.Module, number: int) -> Iterator[Unm
     for name in dict.fromkeys([*modules, *others]):
         if name in alone and name.rpartition(".")[0] not in alone:
             missing, has = (0, number) if name not in modules else (number, 0)
-            yield differ(f"teacher {has} has a layer '{name}', teacher {missing} not", name)
+            yield differ(f"teacher {has} has a layer '{name}', teacher {missing} does not", name)
     both = [name for name in modules if name in others]
     said = set()
     for name in both:
@@ -231,7 +231,7 @@ def _tensor_differences(module: nn.Module, other: nn.Module, name: str, number: 
             full = f"{name}.{key}" if name else key
             if key not in ours or key not in theirs:
                 has, lacks = (0, number) if key in ours else (number, 0)
-                what = f"teacher {has} has '{full}', teacher {lacks} not"
+                what = f"teacher {has} has '{full}', teacher {lacks} does not"
                 yield _error(f"BigStudent needs teachers of one architecture; {what}", _ONE_ARCHITECTURE, full)
                 continue
             a, b = ours[key], theirs[key]
@@ -249,7 +249,7 @@ def _tensor_differences(module: nn.Module, other: nn.Module, name: str, number: 
                 continue  # said already
             elif not a.is_floating_point() and key != "num_batches_tracked" and not torch.equal(a.cpu(), b.cpu()):
                 what = f"buffer '{full}' differs between teachers 0 and {number}; only floating tensors are merged"
-                yield _error(what, "Give both the same", full)
+                yield _error(what, "Give both the same values", full)
 
 
 def _not_finite(number: int, teacher: nn.Module) -> Iterator[UnmergeableError]:
@@ -262,7 +262,7 @@ def _not_finite(number: int, teacher: nn.Module) -> Iterator[UnmergeableError]:
         if not bool(torch.isfinite(values).all()):
             bad = "NaN" if bool(torch.isnan(values).any()) else "Inf"
             what = f"'{name}' of teacher {number} holds {bad}; BigStudent needs finite weights"
-            yield _error(what, "Take a checkpoint of before the training diverged", name)
+            yield _error(what, "Take its weights from before the training diverged", name)
 
 
 def _devices(networks: Mapping[int, nn.Module]) -> Iterator[UnmergeableError]:

@@ -70,7 +70,10 @@ def _arguments(given: Any) -> Inputs:
     else:
         inputs = (), {}
     if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
-        raise TypeError(f"example_inputs needs a tensor or a tuple of tensors; got {type(given).__name__}")
+        raise TypeError(
+            "example_inputs needs a tensor, a tuple of arguments, a dict of keyword arguments, or a pair of both; got a "
+            f"{type(given).__name__}"
+        )
     return inputs
 
 

@@ -304,12 +304,12 @@ def _called_weights(traced: TracedNetwork, calls: Mapping[str, Mapping[fx.Node, 
 def _parametrized(root: nn.Module, path: str, tensor: str) -> Problem:
     kinds = [type(kind).__name__ for kind in root.get_submodule(f"{path}.parametrizations.{tensor}").children()]
     what = (
-        f"layer '{path}' computes its {tensor} by {', '.join(kinds).lstrip('_')}, which a merge can't follow row by row (of "
-        "PyTorch's parametrizations it follows weight_norm)"
+        f"layer '{path}' computes its {tensor} by {', '.join(kinds).lstrip('_')}, which can't be merged (of PyTorch's "
+        "parametrizations only weight_norm can)"
     )
     remedy = (
         f"Call torch.nn.utils.parametrize.remove_parametrizations(teacher.{path}, '{tensor}') on every teacher in eval mode, "
-        f"where its {tensor} is the one it predicts with; registered on the student again, it computes another {tensor}"
+        f"which keeps the {tensor} that it predicts with. Don't register it on the student again: it computes another {tensor}"
     )
     return Problem(what, remedy, path)
 
@@ -324,8 +324,8 @@ def _refuse_tied(root: nn.Module, name: str, outside: fx.Node) -> None:
         raise UnmergeableError(Problem(what, remedy, module_path(outside), outside.meta["code"]))
     path, own = module_path(outside), tied[0].rpartition(".")[2]
     what = (
-        f"'{path}' ({type(root.get_submodule(path)).__name__}) and a layer use one parameter ({', '.join(tied)}), of which a "
-        "merge would need two values"
+        f"'{path}' ({type(root.get_submodule(path)).__name__}) and a layer use one parameter ({', '.join(tied)}), which would "
+        "need two values after a merge"
     )
     remedy = (
         "Give each its own in every teacher, for example by "

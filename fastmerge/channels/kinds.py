@@ -43,15 +43,19 @@ def _outputs_in_the_way(record: IdRecord, kind: np.ndarray) -> Iterator[Problem]
         name, output = layer.call.name, kind[layer.outputs] == OUTPUT
         hidden = kind[layer.inputs] == 0
         if layer.call.is_tied and not output.all():
-            what = f"layer '{name}' has the weight of an embedding and makes hidden channels, so that rows would be left out"
+            what = (
+                f"layer '{name}' shares its weight with an embedding, and choosing its channels would drop rows of that"
+            )
             yield Problem(what, "Give each its own weight in every teacher", name)
         if layer.call.rows is not None and layer.call.groups == 1:
             if output.any():
-                what = f"layer '{name}' computes its weight, row by row, and makes the network's output; it can't be averaged"
+                what = (
+                    f"layer '{name}' makes the network's output with a weight that it computes, which can't be averaged"
+                )
                 yield Problem(what, "Give the last layer a weight that is a parameter", name)
             elif hidden.any() and not hidden.all():
-                what = f"layer '{name}' computes its weight, row by row, over the network's input and hidden channels together"
-                yield Problem(what, "Let two layers read them and add what they give", name)
+                what = f"layer '{name}' reads the network's input and hidden channels together with a weight that it computes"
+                yield Problem(what, "Let two layers read them, and add their outputs", name)
         if layer.call.groups > 1 and output.any():
             what = f"layer '{name}' is a grouped convolution that makes the network's output; it can't be averaged"
             yield Problem(what, "Put a convolution with groups=1 or a linear layer after it", name)

@@ -63,7 +63,7 @@ def layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
     if bool(constant.any()) and not bool(constant.all()):
         raise ValueError(
             f"layer '{run.where()}' normalises channels of the network's input together with hidden ones, which "
-            "fastmerge can't merge: the input is the same for all teachers. Normalise them apart"
+            "fastmerge can't merge: the input is the same for all teachers. Normalise them separately"
         )
     channels = first.flatten()
     if len(channels.unique()) > 1:

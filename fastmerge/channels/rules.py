@@ -137,8 +137,8 @@ def _result(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any, 
         return ids[args[0]][:1].expand(out.shape)  # a column per channel; the indices choose the row
     if name in ("_local_scalar_dense", "item"):
         what = (
-            f"module '{run.where()}' can't be traced: it turns a tensor into a Python number, by which the teachers' channels "
-            "would depend on each other unseen"
+            f"module '{run.where()}' can't be traced: it turns a tensor into a Python number, which hides how channels "
+            "depend on each other"
         )
         remedy = "Keep it a tensor, and the control flow independent of the data"
         code = "" if run.node is None else run.node.meta["code"]

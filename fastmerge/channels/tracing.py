@@ -220,14 +220,14 @@ def _untraceable(name: str, mode: str, path: str, error: Exception) -> Problem:
     code = _line_of(error)
     unknown = re.search(r"Found <class '([^']*)'> in output, which is not a known type", str(error))
     if unknown:
-        what = f"{name} can't be traced: it returns a {unknown[1]} ({mode} mode), which is no container of tensors to PyTorch"
-        remedy = "Let it return none (for a cache of Hugging Face's, model.config.use_cache = False on every teacher)"
+        what = f"{name} can't be traced: it returns a {unknown[1]} ({mode} mode), in which PyTorch can't find tensors"
+        remedy = "Let it return tensors, tuples or dicts (a Hugging Face cache: model.config.use_cache = False in each teacher)"
         return Problem(what, remedy, "", "")
     where = f"module '{path}'" if path else "its forward"
     where += f" ({mode} mode{code and f', {code}'})"
     reason = f"({type(error).__name__}: {_first_line(error)})"
     if re.search(r"data-dependent|DataDependent|unbacked|\.numpy\(\)", type(error).__name__ + str(error)):
-        what = f"{name} can't be traced: {where} needs the values of a tensor or a construct torch.export can't follow {reason}"
+        what = f"{name} can't be traced: {where} uses values of a tensor, or what torch.export can't follow {reason}"
         return Problem(what, "Make the control flow independent of the data", path, code)
     what = f"{name} can't be traced: {where} fails while torch.export follows it {reason}"
     return Problem(what, "Write that in another way", path, code)
@@ -334,7 +334,9 @@ def _inline_regions(module: fx.GraphModule) -> None:
             graph.erase_node(node)
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise ValueError(f"'{module_path(node)}' uses {node.target}, which fastmerge can't follow")
+            raise ValueError(
+                f"'{module_path(node)}' uses {node.target}, which fastmerge can't follow; write it in another way"
+            )
 
 
 def _unlifted(program: Any) -> fx.Graph:
@@ -519,7 +521,7 @@ def flat_inputs(traced: TracedNetwork, model: nn.Module, args: tuple[Any, ...], 
         got = f"further arguments, {', '.join(sorted(further))}" if further else str(spec)
         raise TypeError(
             f"{type(model).__name__} was traced with inputs of the structure {traced.in_spec}; got {got}. "
-            "Build the big student with example_inputs of this structure"
+            "To run it on such inputs, build the big student with example_inputs of their structure"
         )
     return leaves
 

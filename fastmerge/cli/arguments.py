@@ -102,7 +102,7 @@ def _number(text: str) -> float:
 
 def add_teachers(add: Callable[..., object]) -> None:
     """Adds the options that name teachers, which :func:`load_teachers` reads."""
-    add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:factory of your own")
+    add("--model", required=True, metavar="NAME", help="torchvision model, timm:NAME, or module:function of your own")
     add("--model-args", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="arguments of the model")
     add(
         "--teachers",

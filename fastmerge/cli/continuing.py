@@ -88,20 +88,20 @@ def complete(
         words = _noted(directory)["words"]
         then = parse(words)
         if then.command is not options.command:
-            raise ValueError(f"{directory} is not of this command: it was made by fastmerge {words[0]}")
+            raise ValueError(f"the run in {directory} was begun by fastmerge {words[0]}; continue it with that command")
         before = _given(then)
         for name, value in given.items():
             default, _, flag = options.table[name]
             if name not in _FREE and value != before.get(name, default):
                 then_, now = (_said(each) for each in (before.get(name, default), value))
                 raise ValueError(
-                    f"{directory} is of a run with {flag} {then_}, not {now}; go on without {flag}, or begin another "
+                    f"the run in {directory} has {flag} {then_}, not {now}; leave out {flag} to continue it, or begin another "
                     "run in another --out"
                 )
         given = before | given
     missing = [flag for name, (_, required, flag) in options.table.items() if required and name not in given]
     if missing and given.get("resume") and directory is not None:
-        raise ValueError(f"{directory} holds no run to go on with; to begin one there, give {', '.join(missing)}")
+        raise ValueError(f"{directory} holds no run to continue; to begin one there, give {', '.join(missing)}")
     if missing:
         options.parser.error(f"the following arguments are required: {', '.join(missing)}")
     for name, (default, _, _) in options.table.items():
@@ -141,7 +141,9 @@ def apart(out: Path) -> Iterator[None]:
     """
     with _hold(out):
         if (out / _COMMAND).exists():
-            raise ValueError(f"{out} holds a run of fastmerge merge or run, whose files stay; choose another --out")
+            raise ValueError(
+                f"{out} holds a run of fastmerge merge or run, whose files are not replaced; choose another --out"
+            )
         yield
 
 
@@ -202,7 +204,7 @@ def check(options: argparse.Namespace) -> None:
         check_tensorboard()
     if not options.resume and any((options.out / CHECKPOINTS).rglob("*.safetensors")):
         raise ValueError(
-            f"{options.out} holds a run that is not finished; add --resume to go on with it, remove "
+            f"{options.out} holds a run that is not finished; add --resume to continue it, remove "
             f"{options.out / CHECKPOINTS}, or choose another --out"
         )
 

@@ -94,7 +94,7 @@ def command(options: argparse.Namespace) -> None:
     if options.method != "gates":
         others = continuing.chosen_beyond(options, compare.READS | {"method", "merge_epochs", "quiet"})
         if others:
-            raise ValueError(f"--method {options.method} takes no {', '.join(others)}, which are of the gates' merges")
+            raise ValueError(f"--method {options.method} takes no {', '.join(others)}: only --method gates does")
         (options.data,) = _one_or_each(options, 1)
         compare.run(options, [options.method], options.merge_epochs, save_as="student.safetensors")
         return

@@ -54,9 +54,11 @@ def check_planning(options: argparse.Namespace, processes: Processes) -> None:
     """
     if not options.dry_run:
         if options.processes > 1:
-            raise ValueError("--processes plans with --dry-run; to train with several, start them by torchrun")
+            raise ValueError(
+                "--processes needs --dry-run; to train with several processes, start fastmerge by torchrun"
+            )
         if options.check_images is not None:
-            raise ValueError("--check-images goes with --dry-run; without a run, there is fastmerge data check DATA")
+            raise ValueError("--check-images needs --dry-run; fastmerge data check DATA checks images without a run")
         return
     if processes.size > 1:
         raise ValueError("--dry-run times one process; start it without torchrun, with --processes P")
@@ -111,7 +113,8 @@ def check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ValueError(
-            f"checkpoints need up to {needed / 2**30:.1f} GiB in {directory}, where {free / 2**30:.1f} GiB are free"
+            f"checkpoints need up to {needed / 2**30:.1f} GiB in {directory}, where {free / 2**30:.1f} GiB are free; free "
+            "some, or choose another --out"
         )
 
 

@@ -142,7 +142,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
 
 def _plan(options: argparse.Namespace, recipe: Recipe, device: str) -> str:
     if recipe.in_memory:
-        raise ValueError(f"{recipe.name} has its data in memory; --dry-run is for recipes that read images")
+        raise ValueError(f"{recipe.name} has its data in memory; --dry-run is only for recipes that read images")
     place = Place(
         recipe=recipe.scaled(options.budget),
         data=options.data,

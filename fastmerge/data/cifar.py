@@ -80,7 +80,7 @@ class _ArraysOnly(pickle.Unpickler):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):
             return _encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of CIFAR has no need of")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR needs")
 
 
 def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:

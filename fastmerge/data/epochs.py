@@ -40,7 +40,7 @@ def readers_watched() -> Iterator[None]:
         if not first.startswith("DataLoader worker"):
             raise
         raise ReaderLostError(
-            f"a process that reads images ended: {first}; where memory is short, take fewer workers or fewer images per batch"
+            f"a process that reads images ended: {first}; if memory is short, take fewer workers or fewer images per batch"
         ) from error
 
 
@@ -120,7 +120,8 @@ class Batches:
             return left == 0 or (self.batch_size > 1 and self.shard_samples > 1)
         if left == 0:
             raise EmptyBatchError(
-                "no image of a batch can be read; with several shards, each step needs one in each shard"
+                "no image of a batch can be read, and with several processes each needs one in every step: remove damaged "
+                "files (fastmerge data check DATA lists them)"
             )
         return False
 
@@ -160,7 +161,7 @@ class EpochLoader(ABC):
         for batch in self._read(epoch):
             yield batch
             if number != self._passes:
-                raise RuntimeError("another pass over this loader has begun; it can be read by one at a time")
+                raise RuntimeError("another pass over this loader has begun; only one pass at a time can read it")
         if self.epoch == epoch:
             self.epoch += 1
 

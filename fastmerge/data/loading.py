@@ -197,10 +197,11 @@ def _augmentation(given: str | Augmentation) -> Augmentation:
 def _check_arrays(path: str | Path, arrays: ImageArrays, image_size: int | None, augmentation: Augmentation) -> None:
     height, width, channels = arrays.train_images.shape[1:]
     if image_size not in (None, height):
-        raise ValueError(f"the images of {path} are {height} high; another size is for a tree of image files")
+        raise ValueError(f"the images of {path} are {height} pixels high; image_size is only for trees of image files")
     if augmentation.crops:
         raise ValueError(
-            f"the images of {path} are of their final size, {height}x{width}; the augmentation cuts them out of larger ones"
+            f"the images of {path} are of their final size, {height}x{width}; the augmentation cuts them out of larger ones: "
+            "take another one, such as 'cifar'"
         )
     if augmentation.jitters and channels != 3:
         raise ValueError(f"the augmentation changes colours; the images of {path} have {channels} channels, not 3")

@@ -187,7 +187,7 @@ def _held(target: Path, settings: dict[str, int | str]) -> Iterator[None]:
         try:
             record = closing.enter_context(held(target / RECORD))
         except BlockingIOError:
-            raise ValueError(f"{target} is being prepared by another process") from None
+            raise ValueError(f"{target} is being prepared by another process; wait for its end") from None
         there = _noted(target)
         if there is None:
             record.write(json.dumps(settings) + "\n")

@@ -205,7 +205,10 @@ def _handover_watched(workers: int) -> Iterator[None]:
         if not workers or str(error).startswith("Caught "):  # what reading itself raised, here or in a worker
             raise
         time.sleep(_UNTIL_TOLD)  # here PyTorch raises what became of it, once it is told
-        raise ReaderLostError("a process that reads images ended while it handed over a batch") from error
+        raise ReaderLostError(
+            "a process that reads images ended while it handed over a batch; if memory is short, take fewer workers or fewer "
+            "images per batch"
+        ) from error
 
 
 def _share(batch: Any) -> Any:

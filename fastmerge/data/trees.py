@@ -55,7 +55,7 @@ def find_trees(path: str | Path) -> tuple[ImageTree, ImageTree]:
     classes = _classes(train)
     if differing := sorted(set(classes) ^ set(_classes(val))):
         listed = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
-        raise ValueError(f"the classes of {train} and {val} differ: {listed} in one of them alone")
+        raise ValueError(f"the classes of {train} and {val} differ: {listed} in only one of them")
     return _tree(train, classes), _tree(val, classes)
 
 

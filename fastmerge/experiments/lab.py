@@ -280,7 +280,9 @@ class Lab:
             ValueError: several processes train a network together; each has only its share of the samples.
         """
         if self.place.processes.size > 1:
-            raise ValueError(f"strategies by method {method} run in one process; leave out torchrun, or the strategy")
+            raise ValueError(
+                f"strategies that use {method} run in one process; start without torchrun, or leave them out"
+            )
         train = self.loaders("samples").train
         each = [train]
         if self.recipe.in_memory:
@@ -428,8 +430,8 @@ class Lab:
         epochs = int(self.left(spent, taught))
         if epochs < 1:
             raise ValueError(
-                f"{self.recipe.name}, {self.name}: nothing is left to fine-tune for; {spent:.1f} of the cost of "
-                f"{self.recipe.epochs} epochs are spent; more epochs (--budget) leave some"
+                f"{self.recipe.name}, {self.name}: no epoch is left for fine-tuning, since {spent:.1f} of the cost of "
+                f"{self.recipe.epochs} epochs are spent; raise --budget"
             )
         plan = self.recipe.merge.finetune_plan
         return plan.scaled(epochs / plan.epochs)

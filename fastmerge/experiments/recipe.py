@@ -161,7 +161,7 @@ class Recipe:
         """
         changes = {name: value for name, value in options.items() if value is not None}
         if paper and changes:
-            raise ValueError(f"the paper's setting has its own {', '.join(options)}; leave them out, or --paper")
+            raise ValueError(f"--paper sets {', '.join(options)} itself; leave them out, or leave out --paper")
         merge = self.merge.as_in_the_paper() if paper else replace(self.merge, **changes)
         size = self.batch_size if batch_size is None else batch_size
         return replace(self, merge=merge, batch_size=size)

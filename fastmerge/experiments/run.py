@@ -110,7 +110,7 @@ def run(
         raise ValueError(f"recipe {recipe.name} trains stacks of networks; it takes no --teachers-in-parallel")
     place = place.opened_here()
     if not place.classes and (wrong := [name for name in strategies if STRATEGIES[name].classifies]):
-        raise ValueError(f"{recipe.name} has no classes; strategies {', '.join(wrong)} are for classifiers alone")
+        raise ValueError(f"{recipe.name} has no classes; strategies {', '.join(wrong)} are only for classifiers")
     images = place.opened.get("made")
     if images is not None and place.processes.is_first:
         LOG.info("%s", images.why)
@@ -274,7 +274,7 @@ def _split(processes: Processes, teachers: int) -> Split | None:
         return processes.split(teachers)
     if processes.is_first:
         warnings.warn(
-            f"teachers train side by side with a multiple of {teachers} processes; with {processes.size} they train one "
+            f"--teachers-in-parallel needs a multiple of {teachers} processes; with {processes.size} the teachers train one "
             "after another",
             stacklevel=3,
         )

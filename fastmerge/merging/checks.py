@@ -73,8 +73,8 @@ def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: 
     except Exception as error:  # whatever the user's function raises
         raise ValueError(
             "merge needs a schedule, a function of the optimizer that makes a scheduler whose step() takes no arguments; "
-            f"{what} failed ({type(error).__name__}: {error}). Arguments go in by functools.partial or a lambda; a scheduler "
-            "that needs a loss, such as ReduceLROnPlateau, can't be used"
+            f"{what} failed ({type(error).__name__}: {error}). Pass its arguments by functools.partial or a lambda; a "
+            "scheduler that needs a loss, such as ReduceLROnPlateau, can't be used"
         ) from error
 
 
@@ -95,7 +95,7 @@ def check_optimizer(make: Callable[..., Optimizer] | None) -> None:
         ) from error
     if not isinstance(made, Optimizer):
         raise ValueError(
-            f"merge needs an optimizer, a function that makes an optimizer; it made a {type(made).__name__}"
+            f"merge needs an optimizer, a function that makes an optimizer; it returned a {type(made).__name__}"
         )
 
 
@@ -120,7 +120,9 @@ def check_processes(processes: Processes, train_loader: Iterable[Any], teachers:
     length = len(train_loader) if isinstance(train_loader, Sized) else "an unknown number"
     lengths = processes.gather(length)
     if any(other != length for other in lengths):
-        raise ValueError(f"processes that merge together need equally many batches each; they have {lengths}")
+        raise ValueError(
+            f"processes that merge together need equally many batches each; they have {lengths}. Use a DistributedSampler"
+        )
     for name, value in fingerprints(teachers).items():
         processes.check_same(name, value)
 
@@ -130,8 +132,8 @@ def check_checkpoints(snapshots: Snapshots, resume: bool) -> None:
     files = snapshots.files()
     if files and not resume:
         raise ValueError(
-            f"{snapshots.directory} holds the checkpoints of a merge, the last one {files[-1].name}; go on with it "
-            "(resume), remove them, or choose another directory"
+            f"{snapshots.directory} holds the checkpoints of a merge, the last one {files[-1].name}; continue it "
+            "(resume=True), remove them, or choose another directory"
         )
 
 
@@ -190,7 +192,9 @@ def _first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], 
     except TypeError:
         raise TypeError(f"merge needs {name}, a DataLoader or the like; got a {type(loader).__name__}") from None
     if iterator is loader:
-        raise TypeError(f"{name} can be iterated only once (it is an iterator); merge goes over it every epoch")
+        raise TypeError(
+            f"{name} can be iterated only once (it is an iterator), merge needs more; pass a DataLoader or a list"
+        )
     batch = next(iterator, None)
     if batch is None:
         raise ValueError(f"{name} is empty; merge needs at least one batch")

@@ -13,7 +13,7 @@ def blame_training(error: NotFiniteError, stage: Stage, epoch: int, lr: float, a
     step, loss, value = error.args
     where = f"the {loss.replace('_', ' ')} became {value} in step {step} of epoch {epoch} of the {stage} stage"
     if loss == "gate_loss":
-        return f"{where}; the gates were thrown too far: try a lower gate_lr or lam_step"
+        return f"{where}; the gates moved too far: try a lower gate_lr or lam_step"
     if autocast is torch.float16:
         return f"{where}; float16 may have overflowed: try autocast=torch.bfloat16, or a learning rate below {lr:g}"
     if step == epoch == 1:

@@ -119,9 +119,9 @@ class Reached:
         """What to say of teachers whose classes came in no process."""
         seen = processes.most(*self._seen.tolist())
         return [
-            f"no target in the first epoch was of teacher {number}'s classes, which the targets count as "
-            f"{part.start}..{part.stop - 1}: nothing trains its part of the output; pass a loader per teacher, or targets "
-            "that count the classes of all teachers through"
+            f"no target in the first epoch was of teacher {number}'s classes, {part.start}..{part.stop - 1}, so nothing trains "
+            "its part of the output; pass a loader per teacher, or targets that number the classes of all teachers, teacher "
+            "0's first"
             for number, part in enumerate(self.sets.slices)
             if not seen[number]
         ]
@@ -244,7 +244,7 @@ def with_label_sets(
     found = {part for of_mode in parts.outputs.values() for part in of_mode.values()}
     if any(set(of_mode) != {0} for of_mode in parts.outputs.values()) or len(found) != 1 or next(iter(found)).dim != 1:
         raise ValueError(
-            "merge with heads= needs networks with one output, logits (N, K); build a BigStudent for others"
+            "merge with heads= needs networks with one output, logits (N, K); for others, build a BigStudent"
         )
     sets = LabelSets(found.pop().sizes)
     for name, loader in loaders.items():

@@ -245,7 +245,7 @@ class Options:
             raise ValueError(f"merge needs compact_at, {_what('compact_at')}, in 0..1, 'settled' or None; got {at!r}")
         if self.layerwise > self.merge_epochs:
             raise ValueError(
-                f"layerwise={self.layerwise} needs merge_epochs of at least as many; got {self.merge_epochs}"
+                f"layerwise={self.layerwise} needs merge_epochs of at least {self.layerwise}; got {self.merge_epochs}"
             )
         if self.all_classes and self.heads == "average":
             raise ValueError('all_classes goes with heads="concatenate" or "separate"')
@@ -339,7 +339,7 @@ class Options:
             return QuadraticLambda(self.lam_start, self.lam_step)
         if steps is None:
             raise ValueError(
-                "gate_schedule='budget' needs a train_loader with a length, to arrive in time; this one has none"
+                "gate_schedule='budget' needs a train_loader with a length, to plan its steps; this one has none"
             )
         assert self.gate_lr is not None
         return GateBudget(self.merge_epochs * steps, gate_lr=self.gate_lr)

@@ -138,7 +138,7 @@ class MergeState:
         done = sum(1 for _ in islice(batches, tally.steps))
         if done < tally.steps:
             raise ValueError(
-                f"the checkpoint was written after {tally.steps} steps of an epoch, and the training data now has "
+                f"the checkpoint was written after {tally.steps} steps of an epoch, and an epoch now has "
                 f"{done}; go on with the same data and batch size"
             )
         restore_random_states(mine["random"], self.device)
@@ -208,7 +208,7 @@ class MergeState:
     def whereabouts(self) -> str:
         """Where the last checkpoint is, as an end of a sentence."""
         files = [] if self.snapshots is None else self.snapshots.files()
-        return f"; {files[-1]} holds the state before" if files else ""
+        return f"; the last checkpoint is {files[-1]}" if files else ""
 
     def _resume_loader(self, random: dict[str, Any], loader: dict[str, Any]) -> None:
         restore_random_states(random, self.device)

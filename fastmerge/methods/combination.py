@@ -56,7 +56,7 @@ def combine(networks: Sequence[nn.Module], groups: ChannelGroups, places: Places
     for path, module in networks[0].named_modules():
         if parametrize.is_parametrized(module):
             raise ValueError(
-                f"channels are combined where weights are parameters; those of layer '{path}' are computed. Call "
+                f"layer '{path}' computes its weights, so its channels can't be combined. Call "
                 "torch.nn.utils.parametrize.remove_parametrizations on it in every teacher"
             )
     result = copy.deepcopy(networks[0])

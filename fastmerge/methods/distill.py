@@ -50,7 +50,9 @@ def distill(
         ValueError: ``start`` is no teacher, a number is out of range, or a fresh network can't be made.
     """
     if start is not None and not 0 <= start < len(teachers):
-        raise ValueError(f"distill starts with a teacher, 0 to {len(teachers) - 1}, or with None; got {start}")
+        raise ValueError(
+            f"distill needs start to be the number of a teacher, 0 to {len(teachers) - 1}, or None; got {start}"
+        )
     student = copy.deepcopy(teachers[start or 0])
     if start is None:
         reset(student)

@@ -30,7 +30,7 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
         if count >= samples:
             break
     if not found:
-        raise ValueError("this needs at least one batch of the data; the loader is empty")
+        raise ValueError("a method needs at least one batch of the data; the loader is empty")
     return Family.of(teachers, tuple(torch.cat(each)[:samples].to(device) for each in zip(*found, strict=True)))
 
 

@@ -44,7 +44,7 @@ def unsettled(
     targets = target if isinstance(target, Mapping) else dict.fromkeys(means, target)
     above = [name for name in means if name not in still and means[name] > targets[name] + _NEAR]
     below = [name for name in means if name not in still and means[name] < targets[name] - _NEAR]
-    aim = "the part that is kept" if isinstance(target, Mapping) else f"1/T = {target:.2f}"
+    aim = "the share that is kept" if isinstance(target, Mapping) else f"1/T = {target:.2f}"
     undecided = [name for name in spreads if spreads[name] > _UNDECIDED]
     found = {}
     if above:

@@ -40,7 +40,7 @@ def check_state(method: str, optimizer: Optimizer, names: Mapping[Tensor, str]) 
             if isinstance(value, Tensor) and value.numel() > 1 and not is_per_element(parameter, value):
                 raise ValueError(
                     f"{method} can't carry {kind}'s {key!r} of '{names[parameter]}': it has shape {tuple(value.shape)} and "
-                    f"belongs to no element of the parameter, of shape {tuple(parameter.shape)}. Go on without the optimizer "
+                    f"belongs to no element of the parameter, of shape {tuple(parameter.shape)}. Leave the optimizer out "
                     "and make a new one"
                 )
 

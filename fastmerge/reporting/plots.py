@@ -45,7 +45,7 @@ def save_plots(out: str | Path, history: dict[str, Any] | None, results: dict[st
         matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        warnings.warn("no plots were drawn: matplotlib is not installed", stacklevel=2)
+        warnings.warn("no plots were drawn: matplotlib is not installed (pip install matplotlib)", stacklevel=2)
         return []
     out = Path(out)
     history = history or {}

@@ -94,7 +94,7 @@ class Snapshots:
             self._check_options(path, header["options"])
             return state
         if problems:
-            raise ValueError(f"there is no good checkpoint to go on from: {'; '.join(problems)}")
+            raise ValueError(f"there is no good checkpoint to continue from: {'; '.join(problems)}")
         return None
 
     def clear(self) -> None:
@@ -114,7 +114,7 @@ class Snapshots:
             now, then = self.options.get(name), found.get(name)
             if now != then:
                 raise ValueError(
-                    f"{path} is of a run with {name} {_short(then)}; this one has {_short(now)}. Go on with the same "
+                    f"{path} is of a run with {name} {_short(then)}; this one has {_short(now)}. Continue with the same "
                     "options, or begin a run in another directory"
                 )
 

@@ -224,7 +224,7 @@ class Analysis:
                 if call.momentum is None:
                     raise ValueError(
                         f"layer '{call.path}' averages its statistics over all batches (momentum=None) and shares them or its "
-                        "weight with another, which fastmerge can't merge; give it a momentum"
+                        "weight with another, which fastmerge can't merge; give it a momentum in every teacher"
                     )
                 del found[mode][node]
         return found

@@ -224,7 +224,7 @@ def join_heads(
         whole, *_ = read_network(networks[0], inputs, outputs)
     except ValueError as error:
         raise ValueError(
-            f"heads= needs code that takes any number of classes; with {sum(heads[0].sizes)} of them: {error}"
+            f"heads= needs code that takes any number of classes; with {sum(heads[0].sizes)} of them it fails: {error}"
         ) from error
     return networks, find_parts(traced, whole, heads)
 

@@ -133,7 +133,7 @@ def find_heads(analysis: Analysis, nonlinear: set[tuple[str, str]], teachers: Se
             kind = "shares its weight" if call.is_tied else "has groups" if call.groups > 1 else "computes its weight"
             raise _unfit(f"the last layer '{call.name}' {kind}", call.name)
         if not bool((rows == OUTPUT).all()):
-            raise _unfit(f"a part of what the last layer '{call.name}' gives is read by other layers", call.name)
+            raise _unfit(f"other layers read a part of the output of the last layer '{call.name}'", call.name)
         dim = call.geometry.out_dim
         shapes = [dict(teacher.named_parameters()).get(call.weight) for teacher in teachers]
         sizes = tuple(w.shape[dim] if w is not None and w.dim() > dim else 0 for w in shapes)

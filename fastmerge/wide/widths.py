@@ -51,9 +51,8 @@ def _width(name: str, size: int, num_teachers: int, value: Any) -> int:
     is_count = fits and isinstance(value, int) and value > num_teachers
     if not fits or not LEAST <= (value / size if is_count else value) <= num_teachers:
         raise ValueError(
-            f"keep needs a fraction of a teacher's channels in {LEAST:g}..{num_teachers}, or, as a whole number above "
-            f"{num_teachers}, how many; group '{name}' has {size}, so {math.ceil(LEAST * size)}..{num_teachers * size}; "
-            f"got {value!r}"
+            f"keep needs a fraction of a teacher's channels, {LEAST:g}..{num_teachers}, or a whole number of channels above "
+            f"{num_teachers}; group '{name}' has {size}, so {math.ceil(LEAST * size)}..{num_teachers * size}; got {value!r}"
         )
     return int(value) if is_count else max(1, round(value * size))
 
@@ -87,14 +86,14 @@ def check_widths(
                 kind = f"'{op_name(node)}'" if call is None else f"'{call.name}', whose weight is shared or computed"
                 why.setdefault(int(number), f"is read by {kind}, which depends on the number of channels")
             elif op_name(node) in LAYER_NORMS and keeps_all(units):
-                kind = f"'{op_name(node)}', whose statistics are one student's only at less than all teachers' channels"
+                kind = f"'{op_name(node)}', which is exact only with fewer channels than all teachers have together"
                 why.setdefault(int(number), f"is read by {kind}")
     for axis in groups.axes():
         for number in np.unique(axis.units.group[axis.units.group >= 0]):
             if groups.acts_on_several(axis.tensor) and keeps_all(axis.units):
                 why.setdefault(
                     int(number),
-                    f"shares '{axis.tensor}', which is one student's only at less than all teachers' channels",
+                    f"shares '{axis.tensor}', which is exact only with fewer channels than all teachers have together",
                 )
             elif not _lies_in_runs(axis.units, int(number), groups[int(number)].size):
                 why.setdefault(

@@ -178,7 +178,7 @@ BAD = [
     ({}, ["--ema"], "a.safetensors holds no moving average of weights under state_dict_ema, "),
     ({"teachers": ["a.safetensors"]}, [], "at least two teachers; got 1"),
     ({"teachers": ["a.safetensors", "none.pt"]}, [], "there is no checkpoint none.pt"),
-    ({"teachers": ["a.safetensors", "data.npz"]}, [], "data.npz is damaged or no checkpoint"),
+    ({"teachers": ["a.safetensors", "data.npz"]}, [], "data.npz is damaged or holds no weights"),
     ({"model": ["no_such_module:make"]}, [], "could not import 'no_such_module'"),
     ({"model": ["fastmerge_cli_test_net:other"]}, [], "has no 'other'"),
     ({"model-args": ["width=5"]}, [], "does not fit Sequential: 0.weight is (4, 1, 3, 3) in it and (5, 1, 3, 3)"),
@@ -191,7 +191,7 @@ BAD = [
     ({}, ["--link-at", "2"], "link_at, the fraction of the merge stage before linking, a finite number in 0..1; got 2"),
     ({}, ["--lr", "-1"], "lr, learning rate of the weights, a finite number above 0; got -1"),
     ({}, ["--device", "abacus"], "can't use device abacus"),
-    ({}, ["--image-size", "9"], "the images of data.npz are 6 high"),
+    ({}, ["--image-size", "9"], "the images of data.npz are 6 pixels high"),
 ]
 
 
@@ -252,7 +252,7 @@ def test_teachers_of_different_label_sets(place, capsys):
     assert main([*arguments(out=["other"]), "--data", "two.npz"]) == 2
     assert "with --heads concatenate or separate once for each teacher" in capsys.readouterr().err
     assert main([*arguments(**both, data=["two.npz"]), "--data", "data.npz", "--resume"]) == 2
-    assert "of a run with --data data.npz two.npz, not two.npz data.npz; go on without" in capsys.readouterr().err
+    assert "has --data data.npz two.npz, not two.npz data.npz; leave out --data" in capsys.readouterr().err
     assert main([*arguments(**both, out=["other"]), "--data", "two.npz", "--batch-size", "1"]) == 2
     said = "a batch of 1 can't be shared out evenly to 1 processes times 1 accumulated batches of 2 data sets"
     assert said in capsys.readouterr().err

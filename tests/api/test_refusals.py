@@ -331,7 +331,7 @@ def test_a_hidden_layer_with_the_weight_of_an_embedding() -> None:
     teachers, x = [TiedEmbedding(), TiedEmbedding()], torch.randint(9, (5, 4))
     message = refusal(*teachers, example_inputs=x)
     assert "'embed'" in message
-    assert "weight of an embedding" in message
+    assert "shares its weight with an embedding" in message
     for teacher in teachers:  # as the message says
         teacher.hidden.weight = nn.Parameter(teacher.embed.weight.detach().clone())
     fastmerge.BigStudent(*teachers, example_inputs=x)
@@ -384,7 +384,8 @@ def test_teachers_without_values_are_said_to_have_none() -> None:
 def test_quantised_layers_are_named() -> None:
     teachers = [torch.ao.quantization.quantize_dynamic(resnet(), {nn.Linear}) for _ in range(2)]
     with pytest.raises(
-        ValueError, match=r"layer 'fc' of teacher 0 is quantised \(Linear\)\. Merge the networks of before"
+        ValueError,
+        match=r"layer 'fc' of teacher 0 is quantised \(Linear\)\. Merge the networks before they are quantised",
     ):
         fastmerge.BigStudent(*teachers)
 

@@ -135,7 +135,7 @@ def test_stages_show_a_steps_time_by_epoch() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["a", "500", "250"] in rows
     assert ["b", "125", "–"] in rows
-    assert "A step within each epoch" not in page({"x": report([raced("case", {"a": [1.0]})])})
+    assert "The time of a step, by epoch" not in page({"x": report([raced("case", {"a": [1.0]})])})
 
 
 def test_targets_name_cases_and_contenders_that_exist() -> None:

@@ -76,7 +76,7 @@ def test_what_training_programs_keep_beside_the_weights_is_no_obstacle(tmp_path,
     assert equal(original, copy)
     del content["pytorch-lightning_version"], content["hyper_parameters"]
     torch.save(content, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"it lacks 0.weight, .* and has besides model.0.weight, .*"):
+    with pytest.raises(ValueError, match=r"it lacks 0.weight, .* and also has model.0.weight, .*"):
         load_weights(copy, tmp_path / "other.ckpt")  # of another program, one weight too many is another network
 
 
@@ -155,7 +155,7 @@ def test_changed_bits_of_a_zip_are_found(tmp_path):
         name = next(part.filename for part in archive.infolist() if part.filename.endswith("/data/0"))
     content[content.index(weights["0.weight"].numpy().tobytes())] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"w.pt is damaged or no checkpoint .*the checksum of {name} in it differs"):
+    with pytest.raises(ValueError, match=f"w.pt is damaged or holds no weights .*the checksum of {name} in it differs"):
         read_weights(path)
     torch.serialization.set_crc32_options(False)
     try:
@@ -179,7 +179,7 @@ SPARSE = "ignore:Sparse invariant checks"
         (lambda weight: weight.to_sparse(), r"0.weight is sparse \(sparse_coo\)"),
         (lambda weight: weight.to("meta"), "0.weight is on the meta device, without values"),
         (lambda weight: weight.where(weight != weight.max(), torch.nan), "are NaN or infinite: 0.weight"),
-        (lambda weight: [1.0, 2.0], "0.weight are no tensors in it"),
+        (lambda weight: [1.0, 2.0], "0.weight are not tensors in it"),
     ],
 )
 def test_numbers_that_are_no_weights_are_refused(tmp_path, change, message):
@@ -266,7 +266,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         (network(classes=5), "it has 3 classes and the network 5"),
         (network(width=6), r"0\.weight is \(4, 1, 3, 3\) in it and \(6, 1, 3, 3\) in the network"),
         (nn.Sequential(*network(), nn.Linear(3, 3)), "it lacks 4.weight, 4.bias"),
-        (nn.Sequential(*network()[:3]), "it has besides 3.bias, 3.weight"),
+        (nn.Sequential(*network()[:3]), "it also has 3.bias, 3.weight"),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, needed, message):
@@ -281,7 +281,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         read_weights(tmp_path / "object.pt")
     for name in ("damaged.pt", "damaged.safetensors"):
         (tmp_path / name).write_bytes(b"hello")
-        with pytest.raises(ValueError, match=f"{name} is damaged or no checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is damaged or holds no weights"):
             read_weights(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds no state dict"):

@@ -110,7 +110,7 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
         (["--autocast", "bfloat16", "--resume"], "--resume, --autocast"),
     ):
         assert main(["merge", *words, *given]) == 2
-        assert f"--method reconstruct takes no {named}, which" in capsys.readouterr().err
+        assert f"--method reconstruct takes no {named}: only --method gates does" in capsys.readouterr().err
 
 
 def test_merge_takes_a_method_that_the_models_module_registers(place: Path, capsys) -> None:
@@ -168,7 +168,10 @@ def test_a_run_that_can_go_on_keeps_its_files(place: Path, capsys) -> None:
         assert "out is in use by another run, " in capsys.readouterr().err
     (out / "command.json").write_text('{"words": ["merge"], "finished": true}')
     assert main(arguments("average")) == 2
-    assert "out holds a run of fastmerge merge or run, whose files stay; choose another" in capsys.readouterr().err
+    assert (
+        "out holds a run of fastmerge merge or run, whose files are not replaced; choose another"
+        in capsys.readouterr().err
+    )
     assert sorted(path.name for path in out.iterdir()) == [".lock", "command.json"]
 
 

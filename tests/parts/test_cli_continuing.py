@@ -112,7 +112,7 @@ def test_a_second_run_is_kept_out_until_the_first_is_dead(place, capsys):
         first.kill()
         first.wait()
         assert main(["merge", "--out", "out", "--resume", "--merge-epochs", "3"]) == 2
-        assert "out is of a run with --merge-epochs 400, not 3" in capsys.readouterr().err
+        assert "the run in out has --merge-epochs 400, not 3" in capsys.readouterr().err
         log, epochs = len(log_of("out")), []
         write = EpochLog.write
 
@@ -198,9 +198,9 @@ def test_what_does_not_fit_an_unfinished_run_is_refused(place, monkeypatch, caps
         assert main(arguments()) == 130
     capsys.readouterr()
     for words, message in [
-        (arguments(), "out holds a run that is not finished; add --resume to go on with it, remove out/checkpoints"),
-        ([*arguments(), "--dry-run"], "out holds a run that is not finished; add --resume to go on with it"),
-        ([*arguments(), "--resume", "--lr", "0.5"], "out is of a run with --lr 0.01, not 0.5; go on without --lr"),
+        (arguments(), "out holds a run that is not finished; add --resume to continue it, remove out/checkpoints"),
+        ([*arguments(), "--dry-run"], "out holds a run that is not finished; add --resume to continue it"),
+        ([*arguments(), "--resume", "--lr", "0.5"], "the run in out has --lr 0.01, not 0.5; leave out --lr"),
     ]:
         assert main(words) == 2
         assert message in capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_a_damaged_command_is_named_and_does_without(place, monkeypatch, capsys)
 
 def test_resume_needs_options_where_there_is_no_run(capsys, tmp_path):
     assert main(["merge", "--out", str(tmp_path), "--resume"]) == 2
-    assert f"{tmp_path} holds no run to go on with; to begin one there, give --model, --te" in capsys.readouterr().err
+    assert f"{tmp_path} holds no run to continue; to begin one there, give --model, --te" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit_:
         main(["merge", "--out", str(tmp_path)])
     assert exit_.value.code == 2

@@ -184,11 +184,11 @@ def test_room_is_for_what_a_run_keeps(recipe, tmp_path, monkeypatch) -> None:
 def test_it_is_for_one_process_and_processes_are_for_it(recipe, capsys) -> None:
     words = [word for word in recipe if word != "--dry-run"]
     assert main([*words, "--processes", "2"]) == 2
-    assert "--processes plans with --dry-run" in capsys.readouterr().err
+    assert "--processes needs --dry-run" in capsys.readouterr().err
     assert main([*words, "--check-images", "headers"]) == 2
-    assert "--check-images goes with --dry-run" in capsys.readouterr().err
+    assert "--check-images needs --dry-run" in capsys.readouterr().err
     assert main(["run", "sine", "--dry-run"]) == 2
-    assert "sine has its data in memory; --dry-run is for recipes that read images" in capsys.readouterr().err
+    assert "sine has its data in memory; --dry-run is only for recipes that read images" in capsys.readouterr().err
 
 
 def test_a_merge_with_several_processes(place, capsys) -> None:

@@ -68,7 +68,7 @@ def test_the_batch_size_is_recorded_and_goes_on_with_the_run(tmp_path, monkeypat
     for words in (["digits", "--batch-size", "24"], ["--resume"], ["digits", "--batch-size", "25", "--resume"]):
         main(["run", *words, "--out", out])
     assert seen == [24, 24]
-    assert "is of a run with --batch-size 24, not 25" in capsys.readouterr().err
+    assert "has --batch-size 24, not 25" in capsys.readouterr().err
     monkeypatch.undo()
     assert run("digits", "--replicates", "1", "--strategy", "one", "--batch-size", "500", "--out", out) == 0
     assert json.loads((tmp_path / "results.json").read_text())["config"]["batch_size"] == 500

@@ -145,7 +145,10 @@ def test_a_step_that_other_ranks_wait_for_is_not_left_out(tree, loader):
     for file in (tree / "train").rglob("*.jpg"):
         spoil(file, "text")
     train = make(tree, loader, shards=2).train
-    with pytest.warns(BadImageWarning), pytest.raises(ValueError, match="with several shards, each step needs one"):
+    with (
+        pytest.warns(BadImageWarning),
+        pytest.raises(ValueError, match="with several processes each needs one in every step"),
+    ):
         list(train)
 
 
@@ -266,7 +269,7 @@ def test_batches_of_bad_images_alone_on_the_device(tree):
         loaders = make(tree, "device", augmentation="small", image_size=8)
     assert [len(targets) for _, targets in loaders.val] == [4, 4, 4, 3]
     assert list(loaders.train) == []
-    with pytest.raises(ValueError, match="with several shards, each step needs one"):
+    with pytest.raises(ValueError, match="with several processes each needs one in every step"):
         list(loaders.again(4, 0, 0, 2).train)
 
 

@@ -62,7 +62,7 @@ def test_what_is_missing_is_named(tmp_path, tree):
     with pytest.raises(FileNotFoundError, match=r"no .*cat.train"):
         load_folder(tree / "train" / "cat", 4)
     write(tree / "val" / "dog" / "1.png", 0)
-    with pytest.raises(ValueError, match=r"the classes of .*train and .*val differ: dog in one of them alone"):
+    with pytest.raises(ValueError, match=r"the classes of .*train and .*val differ: dog in only one of them"):
         load_folder(tree, 4)
 
 

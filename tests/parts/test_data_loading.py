@@ -329,7 +329,7 @@ def test_a_worker_that_is_killed_is_said_to_be(tree, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(TreeBatches, "__getitem__", read)
-    with pytest.raises(ReaderLostError, match=r"images ended: .*; where memory is short, take fewer"):
+    with pytest.raises(ReaderLostError, match=r"images ended: .*; if memory is short, take fewer"):
         whole(make(tree, "torch", workers=1).train)
 
 
@@ -505,7 +505,7 @@ def test_options_that_do_not_work_are_refused(tree, options, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 6}, "are 7 high; another size is for a tree"),
+        ({"image_size": 6}, "are 7 pixels high; image_size is only for trees"),
         ({"loader": "dali"}, "reads trees of image files; .* holds arrays"),
         ({"augmentation": "imagenet"}, "are of their final size, 7x6; the augmentation cuts them out of larger ones"),
     ],
@@ -541,7 +541,7 @@ TREES = [
     ({"val_cat": 1}, FileNotFoundError, "there is no .*train; a tree needs"),
     ({"train_cat": 1}, FileNotFoundError, "there is no .*val; a tree needs"),
     ({"train_cat": 1, "val_cat": 0}, ValueError, r"val holds no images \(.jpg, .*\) of cat"),
-    ({"train_cat": 1, "val_cat": 1, "val_dog": 1}, ValueError, "the classes of .* differ: dog in one of them alone"),
+    ({"train_cat": 1, "val_cat": 1, "val_dog": 1}, ValueError, "the classes of .* differ: dog in only one of them"),
 ]
 
 

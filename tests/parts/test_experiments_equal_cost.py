@@ -218,7 +218,7 @@ def test_a_replicate_that_diverges_in_the_middle_is_left_out(taught) -> None:
 def test_a_merge_that_would_cost_too_much_is_refused(taught) -> None:
     lab, teachers = taught
     with pytest.raises(
-        ValueError, match=r"columns, test: nothing is left to fine-tune for; .* of the cost of 24 epochs"
+        ValueError, match=r"columns, test: no epoch is left for fine-tuning, since .* of the cost of 24 epochs"
     ):
         lab.merge_for(teachers[:2], "dear", merge_epochs=20)
 

@@ -329,7 +329,7 @@ def test_fewer_replicates_leave_no_students_of_an_earlier_run(whole_run, tmp_pat
             {"strategies": ["student", "two"]},
             "unknown strategy two; there are student, bo3, one, bo3-big,",
         ),
-        ({"strategies": ["one", "ours"]}, "sine has no classes; strategies ours are for classifiers alone"),
+        ({"strategies": ["one", "ours"]}, "sine has no classes; strategies ours are only for classifiers"),
         ({"strategies": []}, "at least one strategy"),
         ({"strategies": ["one", "one"]}, "each once"),
         ({"replicates": 0}, "replicates"),

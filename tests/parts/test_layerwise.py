@@ -105,7 +105,7 @@ def test_gates_that_are_fixed_open_are_not_multiplied_by() -> None:
     big.fix({first: torch.tensor([0, 1, 4, 5])})
     big.compact()
     assert len(list(big.network.gates_before.children())) == 1
-    with pytest.raises(ValueError, match=rf"gates of group '{first}' are fixed"):
+    with pytest.raises(ValueError, match=rf"gates= can't have group '{first}', whose gates are fixed"):
         big(torch.ones(1, 2), gates={first: torch.ones(4)})
     again = pickle.loads(pickle.dumps(big))
     assert torch.equal(again.eval()(torch.ones(1, 2)), big.eval()(torch.ones(1, 2)))
@@ -210,9 +210,9 @@ def test_the_largest_channels_of_each_teacher_stand_for_a_group() -> None:
     [
         (
             {"layerwise": 3},
-            r"as many channel groups that can be narrowed as parts; this network has 2 of them for 3 parts",
+            r"layerwise=3 needs 3 channel groups that can be narrowed; this network has 2",
         ),
-        ({"layerwise": 5}, r"layerwise=5 needs merge_epochs of at least as many; got 4"),
+        ({"layerwise": 5}, r"layerwise=5 needs merge_epochs of at least 5; got 4"),
         ({"layerwise": 0}, r"merge needs layerwise, parts of the depth .*of at least 1; got 0"),
     ],
 )

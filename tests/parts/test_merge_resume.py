@@ -127,7 +127,9 @@ def test_stages_end_with_a_checkpoint_and_the_last_two_stay(whole, tmp_path):
 
 
 def test_checkpoints_are_not_written_over(interrupted):
-    with pytest.raises(ValueError, match=r"holds the checkpoints of a merge, the last one 0000\d\d.safetensors; go on"):
+    with pytest.raises(
+        ValueError, match=r"holds the checkpoints of a merge, the last one 0000\d\d.safetensors; continue it"
+    ):
         run(interrupted[0])
 
 
@@ -301,7 +303,7 @@ def test_a_safetensors_file_that_only_claims_the_format_is_refused(tmp_path):
 def test_other_data_is_found_out_within_an_epoch(interrupted, tmp_path, monkeypatch):
     shutil.copytree(interrupted[0], tmp_path / "copy")
     monkeypatch.setattr(killed_merge.Noisy, "__len__", lambda data: 20)
-    with pytest.raises(ValueError, match="after 3 steps of an epoch, and the training data now has 2"):
+    with pytest.raises(ValueError, match="after 3 steps of an epoch, and an epoch now has 2"):
         run(tmp_path / "copy", resume=True)
 
 
@@ -386,7 +388,8 @@ def test_nan_gets_into_no_checkpoint(tmp_path, monkeypatch):
             monkeypatch.setattr(killed_merge.Noisy, "__getitem__", nan_from_the_second_step_on)
 
     with pytest.raises(
-        FloatingPointError, match=r"in step 2 of epoch 3 of the merge stage.*; .*/\d+.safetensors holds the state"
+        FloatingPointError,
+        match=r"in step 2 of epoch 3 of the merge stage.*; the last checkpoint is .*/\d+.safetensors",
     ):
         run(tmp_path, checkpoint_seconds=0, num_workers=0, callback=callback)
     assert place(tmp_path) == ("merge", 2, 1)

@@ -353,7 +353,7 @@ def test_a_budget_needs_a_length(teachers):
         def __iter__(self):
             return iter(train_loader())
 
-    with pytest.raises(ValueError, match="needs a train_loader with a length, to arrive in time; this one has none"):
+    with pytest.raises(ValueError, match="needs a train_loader with a length, to plan its steps; this one has none"):
         merge(teachers, Endless(), gate_schedule="budget", **SHORT)
 
 

@@ -36,7 +36,7 @@ def test_a_loader_that_runs_dry_is_said_to(teachers):
         def __iter__(self):
             yield from self.batches
 
-    with pytest.raises(ValueError, match="no samples in this pass"):
+    with pytest.raises(ValueError, match="no samples in this epoch"):
         merge(teachers, Once(), **SHORT)
 
 

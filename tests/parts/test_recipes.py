@@ -245,7 +245,7 @@ def test_variations():
     for wrong, message in (
         ({"compact_at": 3.0}, r"compact_at, .* in 0\.\.1, 'settled' or None; got 3"),
         ({"batch_size": 0}, "batch_size of at least 1; got 0"),
-        ({"paper": True, "link_at": 0.0}, "leave them out, or --paper"),
+        ({"paper": True, "link_at": 0.0}, "leave them out, or leave out --paper"),
         ({"link_at": 2.0}, r"in 0\.\.1; got 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -304,7 +304,7 @@ def test_cifar_is_read_from_torchvisions_folder_and_from_arrays(tmp_path: Path) 
         tmp_path / "small.npz",
         **arrays | {f"{split}_images": arrays[f"{split}_images"][:, :28] for split in ("train", "test")},
     )
-    with pytest.raises(ValueError, match=r"the images of .*small.npz are 28 high; another size is for a tree"):
+    with pytest.raises(ValueError, match=r"the images of .*small.npz are 28 pixels high; image_size is only for trees"):
         run_small(tmp_path, data_path=tmp_path / "small.npz", **options)
 
 

@@ -137,7 +137,7 @@ def test_candidates_can_be_given() -> None:
     (name,) = big.widths
     with pytest.raises(ValueError, match="needs 4 candidates of group"):
         big.compress(keep={name: range(8)})
-    with pytest.warns(UnsettledGatesWarning, match="above the part that is kept|neither 0 nor 1"):
+    with pytest.warns(UnsettledGatesWarning, match="above the share that is kept|neither 0 nor 1"):
         big.compress()
     student = big.compress(keep={name: [1, 3, 9, 15]})
     assert torch.equal(student[0].weight[3], teachers[1][0].weight[7])
@@ -146,7 +146,7 @@ def test_candidates_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("keep", "says"),
     [
-        (0.2, r"in 0.25..2, or, as a whole number above 2, how many; group '0' has 8, so 2..16; got 0.2"),
+        (0.2, r"0.25..2, or a whole number of channels above 2; group '0' has 8, so 2..16; got 0.2"),
         (0, r"2..16; got 0$"),
         (2.5, r"2..16; got 2.5"),
         ({"0": 17}, r"2..16; got 17"),
@@ -167,7 +167,7 @@ def test_widths_out_of_range_are_refused(keep, says: str) -> None:
         (
             "layer_norm",
             2.0,
-            "is read by 'layer_norm', whose statistics are one student's only at less than all teachers' channels",
+            "is read by 'layer_norm', which is exact only with fewer channels than all teachers have together",
         ),
         ("written_norms", 0.5, "is read by 'rms_norm', which depends on the number of channels"),
         ("shufflenet_v2", 0.5, "which may count on the number of channels"),
@@ -301,7 +301,7 @@ def test_a_merge_to_other_widths_goes_on_in_its_fine_tuning(tmp_path) -> None:
         fastmerge.merge(teachers, loader, **options, **kept, callback=stop)
     student, _ = fastmerge.merge(teachers, loader, **options, **kept, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
-    with pytest.raises(ValueError, match=r"keep needs a fraction of a teacher's channels in 0\.25\.\.2"):
+    with pytest.raises(ValueError, match=r"keep needs a fraction of a teacher's channels, 0\.25\.\.2"):
         fastmerge.merge(teachers, loader, keep=3.0)
 
 
