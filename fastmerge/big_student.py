@@ -49,26 +49,27 @@ class BigStudent(GatedNetwork):
     In training mode every sample draws its own gates, one per channel, whichever layers read it; in eval mode gates are
     deterministic.
 
-    Other threads may train and build others meanwhile; numbers that they draw while this one is built may be drawn again.
+    Other threads may build and train networks at the same time, but random numbers that they draw while this one is built may
+    be drawn again.
 
     Args:
         teachers: two or more networks of one architecture, on one device; they are copied and never changed.
-        example_inputs: a tensor (N, C, ...) or tuple of tensors that their forward takes; needed only where it can't be
-            inferred from the first layer.
-        outputs: which outputs are predictions, whose mean the big student gives and the student keeps: keys, attributes or
-            positions, or tuples that lead to nested ones. None: those that no parameter follows. The others, such as feature
-            maps, are the teachers' mean too with open gates, but may be anything in the student.
+        example_inputs: what their forward takes: a tensor (N, C, ...), a tuple of arguments, a dict of keyword arguments, or a
+            pair of both. Needed only where it can't be inferred from the first layer.
+        outputs: which outputs are predictions: keys, attributes or positions, or tuples that lead to nested ones. None: those
+            that no parameter follows. The big student gives the teachers' mean of them. Other outputs, such as feature maps,
+            are the teachers' mean only with open gates, and may be anything in the student.
         heads: what becomes of the teachers' outputs. "average": their mean. "concatenate", for teachers of different label
             sets, whose last layers may differ in their number of classes: each teacher's own, side by side in the teachers'
             order, so that the student is a network of the teachers' class with K_1 + … + K_T classes. "separate": a tuple of
             T such parts; the student is then a :class:`~fastmerge.wide.heads.SeparateHeads` around that network.
         keep: how many channels the student has, as a fraction of a teacher's in 1/4..T, or such fractions, or numbers of
-            channels, by name of the channel group; None: as many as a teacher. Only groups of whose number of channels the
-            network's code takes any can differ. The student then is a network of the teachers' class, whose layers are of
-            other widths, as one is that its constructor builds at these widths; where the class's code has a teacher's width
-            in it (``x.view(-1, 400)``), a :class:`~fastmerge.narrowing.traced_student.TracedStudent` of the same names.
+            channels, by name of the channel group; None: as many as a teacher. Groups whose number of channels the network's
+            code relies on are refused. The student is a network of the teachers' class with other widths, like one that the
+            class's constructor builds with these widths. If the class's code contains a width (``x.view(-1, 400)``), it is a
+            :class:`~fastmerge.narrowing.traced_student.TracedStudent` with the same names of weights.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
-            eval and in training mode; large networks are compressed once per class and shape in a process.
+            eval and in training mode. The second comparison is made once per class and shape of large networks in a process.
 
     Attributes:
         gates: ``nn.ModuleDict`` of one :class:`~fastmerge.HardConcrete` per channel group; candidate t·n + j is channel j
@@ -138,8 +139,8 @@ class BigStudent(GatedNetwork):
             threshold: of P[g > 0], in (0, 0.5).
             settled: whether to leave a group alone until each of its gates is closed for good or surely open
                 (P[g > 0] above ``1 - threshold``).
-            multiple: keep a multiple of so many candidates (before linking, of each teacher), the most open of the closed
-                ones making up the number. None: 8 on a CUDA device, whose tensor cores take channels by eights; 1 elsewhere.
+            multiple: the number of candidates that stay is a multiple of this (before linking, for each teacher); the most
+                open of the closed ones fill it up. None: 8 on a CUDA device, for its tensor cores; 1 elsewhere.
 
         Returns:
             What was dropped, and which groups were left whole, and why.
@@ -287,12 +288,12 @@ class BigStudent(GatedNetwork):
         """Keeps the n most open candidates of every group, or as many as ``keep`` said, and drops the gates.
 
         The result computes what this network computes in eval mode with the kept gates at 1 and the others at 0. Its BatchNorms
-        have this network's statistics, of inputs that all gates let through: before fine-tuning, and where there is none,
-        :func:`fastmerge.recalibrate` estimates them anew. Warns where the gates do not tell which channels are needed.
+        keep this network's statistics, which were taken while other channels were open, too; :func:`fastmerge.recalibrate`
+        estimates them anew, which matters most without fine-tuning. Warns if the gates do not say which channels are needed.
 
         Args:
-            optimizer: an optimizer of this network's parameters; it is pointed at the student's parameters, with its state
-                cut down like them, in place, and the gates' group gone.
+            optimizer: an optimizer of this network's parameters. It is changed in place: it then has the student's parameters,
+                with its state cut down like them, and no gates.
             in_place: whether the student takes over this network's tensors, compacted one by one in their own memory, so that
                 both never exist side by side. Any later use of this network raises a RuntimeError. A tensor that something
                 else uses too (a view of it is alive, two layers share it) is copied and left to the other.

@@ -20,23 +20,23 @@ _LEAST_SLOPE = 1e-3  # of (dP/dloc)²: where all gates are settled, the push on 
 class GateBudget:
     """One Lagrange multiplier per channel group, by dual ascent: every group ends the merge stage with P[g > 0] near 1/T.
 
-    With P the mean of a group's P[g > 0] and t its target of the moment, the loss of a step and what follows it are
+    P is the mean of a group's P[g > 0], and t its present target. The loss of a step, and the update after it, are
 
         ``Σ over groups of (m (P - t) + c/2 (P - t)²) / s`` and ``m ← m + k (P - t)``.
 
-    t falls linearly, from where P is at first to 1/T, over the first part of the stage, and stays there. s, the mean of the
-    gates' (dP/dloc)² of the moment, makes gates that are nearly settled answer like others: under the gates' own SGD, P then
-    moves by ``a m`` a step, with ``a = lr / (1 - momentum) / size``. ``c = 2.8 ω / a`` and ``k = ω² / a`` damp its swings, at
-    a frequency ω of 30 / steps, 0.04 at the most, so that stages of any length arrive; below about 100 steps gates with
-    momentum have no time to settle.
+    t falls linearly from the first P to 1/T over the first part of the stage (``anneal``), and then stays. s is the present
+    mean of the gates' (dP/dloc)²; with it, gates that are nearly settled react like others. Under the gates' own SGD, P then
+    moves by ``a m`` a step, with ``a = lr / (1 - momentum) / size``. ``c = 2.8 ω / a`` and ``k = ω² / a`` damp its swings.
+    Their frequency ω is 30 / steps, 0.04 at most, so that stages of any length reach the target. Below about 100 steps gates
+    with momentum have no time to settle.
 
-    ``loss = criterion(big(x), y) + budget.loss(big)``, and after the optimizers' step ``budget.step()``.
+    Use: ``loss = criterion(big(x), y) + budget.loss(big)``, and ``budget.step()`` after the optimizers' step.
 
     Args:
         steps: length of the merge stage in steps, at least 1.
         gate_lr: learning rate of the gates' SGD, above 0.
         momentum: of the gates' SGD, in 0..1, below 1.
-        anneal: the part of the stage in which t falls, above 0, at most 1.
+        anneal: the fraction of the stage in which t falls, above 0, at most 1.
 
     Attributes:
         multipliers: m per channel group, (G,), positive where gates are held back; None before the first loss.

@@ -106,8 +106,8 @@ class GatedNetwork(nn.Module):
     def open_gates(self) -> Iterator[Self]:
         """Within this context every gate is 1: until trained, the output is exactly the mean of the teachers' outputs.
 
-        Where a network goes on after its last layer (SqueezeNet's final ReLU, a log-softmax), the mean is taken at the
-        output here and in the last layer otherwise, since only the latter can be compressed into one network.
+        Some networks apply a function after their last layer (SqueezeNet's final ReLU, a log-softmax). Here the mean is taken
+        after it; otherwise it is taken in the last layer, since only that mean can be compressed into one network.
         """
         before, self._gates_open = self._gates_open, True
         try:

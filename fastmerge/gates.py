@@ -34,7 +34,7 @@ class HardConcrete(nn.Module):
 
     Attributes:
         loc: parameter of shape (channels,), initialised from N(1, 0.01²). The larger, the more often open.
-        candidates: int64 (channels,), which of the gates these are that there were at first; None while all are left. See
+        candidates: int64 (channels,), the first numbers of the gates that are left; None while all are left. See
             :meth:`BigStudent.compact`.
         fixed: whether they are fixed for good, by :meth:`BigStudent.fix`: ``loc`` may not be changed by hand any more.
 

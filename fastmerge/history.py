@@ -23,7 +23,7 @@ class Score:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch.
+    """What was recorded of one epoch.
 
     Attributes:
         stage: "merge" (the big student) or "finetune" (the student).
@@ -32,12 +32,12 @@ class EpochRecord:
         val: The same on the validation data after the epoch, in eval mode; None without validation data, and where
             the epoch was not scored.
         lr: Learning rate of the weights in this epoch.
-        lam: λ in this epoch; None with a budget, and in fine-tuning, as are the next three.
+        lam: λ in this epoch; None with a budget. In fine-tuning it and the next three are None.
         gate_loss: Mean gate loss, without λ.
         open_probability: Mean P[g > 0] of each channel group after the epoch.
         linked: Whether the big student was dense in this epoch.
         images_per_second: Training samples per second, evaluation left out.
-        operations: Of a network's forward and backward pass per sample, where they were counted.
+        operations: Of a forward and backward pass per sample, where they were counted.
     """
 
     stage: Stage

@@ -29,10 +29,11 @@ class Information:
 
 
 def info(big: BigStudent | None = None) -> Information:
-    """Says what there is: of the machine, as ``fastmerge info`` prints it, or of a big student.
+    """Describes the machine, as ``fastmerge info`` prints it, or a big student.
 
     Args:
-        big: whose normalisations to list: what runs in one operation with each, or why nothing does.
+        big: a big student, of which each normalisation is listed, with what runs in one operation with it or why nothing does;
+            None: the machine.
     """
     return _of_machine() if big is None else _of_big_student(big)
 

@@ -157,7 +157,7 @@ def rows_of(channels: Tensor, places: np.ndarray) -> Tensor:
 
 
 def activations(network: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    """What the channels of each group are where the first layer reads them, in eval mode.
+    """The values of each group's channels where the first layer reads them, in eval mode.
 
     Args:
         network: any that :func:`fastmerge.channel_groups` takes.
@@ -165,7 +165,11 @@ def activations(network: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
     Returns:
         By name of the group (places, values): row p holds all values of the unit in place p, over samples, positions and the
-        channels of a block or head. Groups that no layer reads are left out. Of many values some ten thousand.
+        channels of a block or head. Of many samples and positions, 65,536 are taken at random. Groups that no layer reads are
+        left out.
+
+    Raises:
+        TypeError, ValueError: the network can't be traced or merged.
     """
     family = Family.of([network], inputs)
     groups, found = family.groups, dict[str, Tensor]()

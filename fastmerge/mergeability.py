@@ -45,7 +45,7 @@ class Report:
         network: the class of the teachers.
         problems: all reasons why they can't be merged.
         groups: the channel groups; None where the network could not be read.
-        mixing: operations that mix channels, so that there is nothing to choose.
+        mixing: operations that mix channels, which therefore can't be chosen one by one.
         notes: what a merge would warn of.
     """
 
@@ -99,10 +99,10 @@ def check(
     keep: Keep = None,
     verify: bool = True,
 ) -> Report:
-    """Says whether networks can be merged, with every reason why not, and how much there is to choose.
+    """Says whether networks can be merged, with every reason why not, and how many channels can be chosen.
 
-    It builds a big student, if nothing is in the way, and throws it away. The networks are never changed, and of networks
-    that can't be merged nothing is raised.
+    If nothing is in the way, it builds a big student and throws it away. The networks are never changed. Networks that can't
+    be merged raise nothing: the report says why.
 
     Args:
         teachers: the networks, as :class:`~fastmerge.BigStudent` takes them.
@@ -111,6 +111,9 @@ def check(
         heads: what becomes of the teachers' outputs, as :class:`~fastmerge.BigStudent` takes it.
         keep: how many channels the student is to have, as :class:`~fastmerge.BigStudent` takes it.
         verify: whether to compare what is built with the networks.
+
+    Returns:
+        A report; ``print`` shows it, ``report.ok`` is whether they can be merged.
     """
     if heads != "average":
         try:

@@ -22,9 +22,9 @@ def has_statistics(network: nn.Module) -> bool:
 def recalibrate(network: nn.Module, loader: Iterable[Any]) -> None:
     """Estimates a network's BatchNorm statistics anew, as the mean over batches; nothing else changes.
 
-    A compressed student has the big student's statistics of its channels. What these channels read is no longer what it
-    was, so that the statistics are off until training has moved them; this moves them at once. Dropout and the like are
-    as in eval mode, BatchNorm normalises each batch by its own statistics meanwhile.
+    A compressed student has the big student's statistics. Its channels now read fewer others, so these statistics are wrong
+    until training has updated them; this updates them at once. Meanwhile Dropout and the like are in eval mode, and BatchNorm
+    normalises each batch by the batch's own statistics.
 
     Args:
         network: changed in place; without BatchNorm it stays as it is, and the loader is not read.

@@ -30,6 +30,9 @@ def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroup
         example_inputs: a tensor (N, C, ...), a tuple of positional arguments, a dict of keyword arguments, or a pair of both;
             inferred for networks with one image, signal or vector input.
 
+    Returns:
+        The groups; ``print`` shows them as a table.
+
     Raises:
         ValueError: if the network can't be traced or merged, naming the layer.
     """

@@ -18,7 +18,7 @@ class ChannelGroup:
 
     Attributes:
         name: readable and unique, a valid key of ``nn.ModuleDict``.
-        size: places per network, n.
+        size: places (slots) per network, n.
         channels: channels per place: 1, or more for blocks of a grouped convolution.
         producers: layers (and other parameters) that write these channels.
         consumers: layers that read them.

@@ -23,8 +23,8 @@ def permute(
     Args:
         network: it is not changed.
         groups: its channel groups, by :func:`fastmerge.channel_groups`.
-        permutations: by name of the group, of the numbers 0 to n - 1: place p gets what was in place ``permutation[p]``.
-            Groups that are not there stay as they are.
+        permutations: by name of the group, a permutation of the numbers 0 to n - 1: place p gets the channel that was in place
+            ``permutation[p]``. Other groups stay as they are.
 
     Raises:
         ValueError: a name is no group's, or what is given is no permutation of its places.

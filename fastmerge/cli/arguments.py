@@ -110,16 +110,16 @@ def add_teachers(add: Callable[..., object]) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="two or more checkpoints, or hf-hub:OWNER/NAME",
+        help="two or more files of weights, or hf-hub:OWNER/NAME",
     )
     add(
         "--classes",
         nargs="+",
         type=integer(1),
         metavar="N",
-        help="classes of each teacher, where --heads keeps them apart; by itself those of its --data",
+        help="number of classes of each teacher, with --heads; without it those of its --data",
     )
-    add("--ema", action="store_true", help="take the moving averages of the teachers' weights from their checkpoints")
+    add("--ema", action="store_true", help="take the moving averages of the teachers' weights from their files")
 
 
 def load_teachers(options: argparse.Namespace, classes: Sequence[int] | int | None = None) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from fastmerge.cli.checking import checked_with_bar
 from fastmerge.data.decoding import ON_BAD_IMAGE
 from fastmerge.data.preparing import Summary, prepare
 
-SUMMARY = "make a tree of images small, or find the files that can't be read"
+SUMMARY = "resize a tree of images, or find the files that can't be read"
 _LISTED = 10
 
 

@@ -79,10 +79,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
     usual = "of pixels in 0..1, as the teachers were trained; default ImageNet's for a tree, else the data's"
     add("--mean", nargs="+", type=float, metavar="X", help=f"what is subtracted from each channel {usual}")
-    add("--std", nargs="+", type=float, metavar="X", help="what each channel is divided by then")
-    add("--loader", choices=("auto", *LOADERS), default="auto", help="what reads images; default fits data and machine")
+    add("--std", nargs="+", type=float, metavar="X", help="what each channel is divided by afterwards")
+    add(
+        "--loader",
+        choices=("auto", *LOADERS),
+        default="auto",
+        help="which loader reads images; auto chooses by data and machine",
+    )
     add("--workers", type=integer(0), metavar="N", help="threads or processes that decode; default one per core")
-    add("--on-bad-image", choices=ON_BAD_IMAGE, default="raise", help="at a file that is no image; default raise")
+    add(
+        "--on-bad-image",
+        choices=ON_BAD_IMAGE,
+        default="raise",
+        help="what to do at a file that can't be read; default raise",
+    )
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
     add_planning(add)

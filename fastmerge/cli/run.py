@@ -33,7 +33,7 @@ from fastmerge.processes import Processes
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 
-SUMMARY = "an experiment: teachers, merge, student, and what else the epochs could have bought"
+SUMMARY = "run an experiment: train teachers, merge them, and compare with other uses of the same epochs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -87,8 +87,8 @@ def image_loaders(
 ) -> ImageLoaders:
     """Makes loaders for a data set.
 
-    All loaders give the same batches: order and changes are functions of seed, epoch and image. What a pixel is differs by
-    rounding, and on a GPU by its JPEG decoder's.
+    All loaders give the same batches: order and augmentation depend only on seed, epoch and image. Pixel values may differ by
+    rounding, and on a GPU by its JPEG decoder.
 
     Args:
         path: A directory with ``train/<class>/<image>`` and ``val/<class>/<image>`` (or ``test``); one with CIFAR-10 or
@@ -98,13 +98,13 @@ def image_loaders(
         image_size: Height and width of a tree's images, 224 by default. Arrays keep their own.
         augmentation: One of "imagenet", "imagewoof", "cifar", "small" and "none", or your own. None is "imagenet" for trees,
             "cifar" for CIFAR and "none" for an .npz, whose images may be of anything.
-        loader: "dali" decodes the files of a tree on the GPU, or on the CPU with more speed than "torch", which is
-            DataLoader and Pillow. "device" holds all images on the device, as uint8 of the final size; of a tree it needs an
+        loader: "dali" decodes the files of a tree on the GPU, or on the CPU faster than "torch" does, which is DataLoader
+            and Pillow. "device" holds all images on the device, as uint8 of the final size; of a tree it needs an
             augmentation that doesn't crop from the whole image. "auto" chooses.
         device: Where batches go.
         dtype: Of the images: float32 or float16; "device" and "torch" know bfloat16 too.
         channels_last: The memory format of the images.
-        seed: Of the order and the changes.
+        seed: Of the order and the augmentation.
         workers: Threads (DALI) or processes (torch) that decode; None is one for each core this process may use, 16 at most;
             of torchrun's processes on a machine, each takes its part.
         shard: Which part of the images: the rank of the process. See :class:`~fastmerge.data.epochs.Batches`.
@@ -113,9 +113,10 @@ def image_loaders(
         val_batch_size: Images per batch of validation; None is ``batch_size``.
         on_bad_image: What happens at a file that can't be read: "raise", or "skip" to leave it out with a warning. Either
             names it.
-        mean: What is subtracted from each channel of pixels in 0..1, as ``torchvision.transforms.Normalize`` takes it: that
-            which trained networks were given. None is ImageNet's for trees, and that of the training images for arrays.
-        std: What each channel is divided by after that; None likewise.
+        mean: What is subtracted from each channel of pixels in 0..1, as by ``torchvision.transforms.Normalize``; take the
+            values that your networks were trained with. None is ImageNet's for trees, and that of the training images for
+            arrays.
+        std: What each channel is divided by afterwards; None likewise.
         held_out: Fraction of the training images, evenly over the classes, that is left out of training.
 
     Raises:

@@ -94,22 +94,21 @@ def merge(
     The merge stage trains the big student with the loss ``criterion + λ · gate_loss``; compression keeps the best 1/T
     of its channels; fine-tuning trains the student as usual. The teachers are never changed.
 
-    With a ``checkpoint_dir`` the merge survives: killed at any time, it goes on with ``resume=True``, on a CPU bit for
-    bit as if nothing had happened, from at most ``checkpoint_seconds`` before. Ctrl-C and SIGTERM write a checkpoint
-    after the current step. Without one Ctrl-C stops at once and leaves nothing behind.
+    With a ``checkpoint_dir``, a merge that was killed at any time continues with ``resume=True``. It repeats at most the
+    last ``checkpoint_seconds`` of work; on a CPU the student has the same bits as without the kill. Ctrl-C and SIGTERM
+    write a checkpoint after the current step. Without a ``checkpoint_dir``, Ctrl-C stops at once and leaves nothing behind.
 
     Within a process group of torch.distributed (``torchrun``) the processes merge together, with
-    DistributedDataParallel: each gives its own share of the data, equally many batches of it in training, and gets the
-    same student. Each draws its own gates. The first one writes checkpoints, shows progress and calls the callback. A merge
-    may go on with fewer or more processes.
+    DistributedDataParallel. Each reads its own share of the data, in training equally many batches, and gets the same
+    student. Each draws its own gates. The first one writes checkpoints, shows progress and calls the callback. A merge may
+    continue with fewer or more processes.
 
     Args:
         teachers: Two or more trained networks of one architecture.
         train_loader: Yields (input, target) batches, once over the data per ``iter``. A tuple of tensors in place of
-            the input goes to a network of several inputs. With ``heads``, a list of loaders, one per teacher, of whose
-            batches each step takes one each; or one whose targets count the classes of all teachers through.
-        val_loader: The same for validation: scored after epochs (see ``val_every``) and at the borders of the
-            stages.
+            the input goes to a network of several inputs. With ``heads``, a list of loaders, one per teacher (each
+            step takes a batch of each), or one loader whose targets number the classes of all teachers, teacher 0's first.
+        val_loader: The same for validation: scored after epochs (see ``val_every``), and before and after each stage.
         merge_epochs: Length of the merge stage, at least 1.
         finetune_epochs: Length of the fine-tuning, at least 0.
         link_at: Fraction of the merge stage in which the big student is block-diagonal, which costs less compute; the
@@ -129,15 +128,15 @@ def merge(
         milestones: Epochs of the fine-tuning after which the learning rate is divided by ten; None is at two thirds.
         warmup: Epochs of the fine-tuning in which the learning rate rises to its value, linearly from 0.0001.
         schedule: Makes a learning rate scheduler for the fine-tuning, stepped once an epoch, in place of milestones.
-            It is tried out before the first epoch, on an optimizer of nothing.
+            It is tried out before the first epoch, on a throw-away optimizer.
         optimizer: ``optimizer(parameters)`` makes the optimizer of the weights, in both stages, in place of SGD, such as
-            ``functools.partial(torch.optim.AdamW, lr=1e-3)``; lr, momentum and weight decay are then its own. Milestones and
-            the like scale its learning rates. Gates keep theirs.
-        clip_norm: Gradients of the weights whose norm is above it are scaled down to it, in both stages.
-        ema: Decay of a moving average over the weights of the fine-tuning, in 0..1: it is what is scored, and what the
-            student becomes.
-        metrics: What else is measured on the validation data, by name: functions ``f(output, target)`` whose mean over the
-            samples counts, or which return ``(value, samples)`` where it is one of fewer, or objects with
+            ``functools.partial(torch.optim.AdamW, lr=1e-3)``; it then sets its own lr, momentum and weight decay.
+            Milestones, warm-up and ``schedule`` scale its learning rate. The gates keep their own SGD.
+        clip_norm: Largest norm of the weights' gradients, in both stages; larger gradients are scaled down to it.
+        ema: Decay of a moving average over the weights of the fine-tuning, in 0..1. The average is what is scored, and what
+            the student becomes.
+        metrics: What else is measured on the validation data, by name: functions ``f(output, target)`` that return the mean
+            over a batch, or ``(mean, samples)`` where it is over fewer samples than the batch has; or objects with
             ``update(output, target)``, ``compute()`` and ``reset()`` such as torchmetrics'. ``history`` has them as
             ``score.metrics``.
         criterion: ``criterion(output, target)``, the mean over a batch.
@@ -145,13 +144,13 @@ def merge(
         autocast: Dtype for ``torch.autocast``; None for none. float16 uses a gradient scaler.
         channels_last: Trains in the channels-last layout, which convolutions on a GPU prefer.
         cuda_graph: Whether training steps are captured as a CUDA graph, which spares small networks the wait for the CPU.
-            None: on a CUDA device, by one process that does not accumulate, if five replays after five eager steps show
-            it to be at least 5 % faster. A step that waits for the device runs without, and a warning names the line. A graph
-            keeps the memory of a step for itself, beside what eager steps such as an epoch's last take.
+            None: on a CUDA device, in one process without accumulation, and if it is at least 5 % faster (five replays
+            against five eager steps). A step that waits for the device can't be captured; it runs eagerly, and a warning names
+            the line. A graph keeps the memory of one step, in addition to that of eager steps such as an epoch's last.
         seed: Makes the merge repeatable; the caller's random state is restored. None draws from the caller's.
         progress: Whether to show a progress bar on stderr; None shows it on a terminal.
-        callback: Called with the record of each epoch. Where it returns True, the stage ends with that epoch. What it raises
-            ends the merge. After a crash an epoch may be repeated, and its record come again.
+        callback: Called with the record of each epoch. If it returns True, the stage ends with that epoch. An exception in it
+            ends the merge. After a crash an epoch may be repeated, and then the callback gets its record again.
         checkpoint_dir: A directory for this merge's checkpoints, at the end of each stage and in between; the last two
             stay. Random changes of the data are repeated where they come from torch's, Python's or NumPy's generators of
             this process or a DataLoader's processes that start anew each epoch (``persistent_workers=False``).
@@ -160,36 +159,36 @@ def merge(
         accumulate: Batches per optimizer step. k batches of n samples train as one of k·n would, but for what a network
             computes over a batch (BatchNorm's statistics), in the memory of one.
         compact_at: Fraction of the merge stage after which channels whose gates are closed for good are dropped, at the
-            end of every epoch but the last (see :meth:`BigStudent.compact`): epochs get cheaper, and the student is the same
-            but for what gates nearly closed let through. "settled" drops a group's channels as soon as all its gates are
-            either closed or open for good; None drops nothing. ``history.compactions`` tells what went when.
+            end of every epoch but the last (see :meth:`BigStudent.compact`): epochs get cheaper, and the student differs
+            only by the little that nearly closed gates let through. "settled" drops a group's channels as soon as all its
+            gates are either closed or open for good; None drops nothing. ``history.compactions`` tells what went when.
         merge_milestones: Epochs of the merge stage after which the weights' learning rate is divided by ten; None is none.
         val_every: Epochs of a stage between two scores on the validation data; its last epoch always has one.
         compile: Whether networks run under torch.compile, which takes a minute or so for each stage and shape of batch; the
-            log says what was compiled, and a warning what could not be and runs eagerly. The gates drawn are others than
-            without it. Whatever else the caller has compiled is compiled anew afterwards. A CUDA graph then needs
+            log says what was compiled, and a warning what could not be and runs eagerly. Random gates differ from those
+            without it. Other code that was compiled before is compiled again afterwards. A CUDA graph then needs
             ``cuda_graph=True``.
         sync_batch_norm: Whether BatchNorm takes its statistics in training over the batches of all processes, instead of each
             process over its own. On CUDA devices it is then not fused with what follows it.
         recalibrate: Whether the student's BatchNorm statistics are estimated anew after compression, on some thousand training
-            samples (:func:`fastmerge.recalibrate`), which the paper does not. Fine-tuning does so anyway; what it saves is
-            the accuracy of a student with few epochs of it or none.
-        distill: Weight w of what the teachers say together in the fine-tuning's loss, ``(1 - w) · criterion + w · τ² KL``,
-            from their mean logits; 0 leaves them out. For classifiers of one output. An epoch of the fine-tuning then takes
-            a forward pass of each teacher more.
-        temperature: τ, of both softmaxes.
+            samples (:func:`fastmerge.recalibrate`); the paper does not do this. It helps students with few epochs of
+            fine-tuning or none; longer fine-tuning estimates them anyway.
+        distill: Weight w of distillation in the fine-tuning's loss, ``(1 - w) · criterion + w · τ² KL``, from the teachers'
+            mean logits; 0 is none. For classifiers with one output. Each step of the fine-tuning then also runs a forward pass
+            of each teacher.
+        temperature: τ, of the teachers' and of the student's softmax.
         heads: "concatenate" merges teachers of different label sets, whose last layers may differ in their number of classes,
             into a student with the classes of all, side by side in the teachers' order; "separate" lets it give a tuple of
-            them (see :class:`BigStudent`). Each sample then trains its own teacher's part of the output, and ``distill``
-            weighs the mean over the other parts of how far they are from what their teachers say. The accuracy is that over
-            all classes; ``score.metrics`` has that among the classes of each sample's own teacher, as "own part" and, for
-            the samples of teacher t, "part t". A teacher by itself is not scored: it is "part t" of the open big student.
+            them (see :class:`BigStudent`). Each sample then trains only its own teacher's part of the output; with
+            ``distill`` the other parts learn their teachers' outputs. Accuracies are over all classes. ``score.metrics`` also
+            has the accuracy among the classes of each sample's own teacher: "own part" for all samples, "part t" for those of
+            teacher t. Teachers are not scored by themselves: see "part t" of the big student with open gates.
         all_classes: With ``heads``, whether each sample is trained among the classes of all teachers instead.
         keep: How many channels the student has, as a fraction of a teacher's, or by name of the channel group; None is as
             many as a teacher (see :class:`BigStudent`).
         layerwise: Number K of consecutive parts of the depth whose gates are learned one after another, in 1/K of the merge
-            stage each: only one part at a time has the channels of all teachers, so that a step takes less memory and time,
-            and the student is another (see :mod:`fastmerge.merging.layerwise`, and docs/layerwise.md for what it costs). Where
+            stage each. Only one part at a time has the channels of all teachers, so a step takes less memory and time; the
+            student is a different one (see :mod:`fastmerge.merging.layerwise`, and docs/layerwise.md for what it costs). Where
             the teachers are on the CPU and ``device`` is a card, no more than one part's big student is ever on the card.
             ``link_at`` and ``compact_at`` are then fractions of each part, of which all but the first are linked. A callback
             that returns True ends a part.
@@ -198,9 +197,9 @@ def merge(
         (student, history): the student is on ``device``, in eval mode.
 
     Raises:
-        TypeError, ValueError: Teachers, data or options can't work. All that can be found out is found out before the
-            first epoch, checkpoints of another merge included.
-        FloatingPointError: A loss became NaN or Inf; checkpoints hold the state before.
+        TypeError, ValueError: Teachers, data or options don't fit together. What can be checked is checked before the first
+            epoch, and so are checkpoints of another merge.
+        FloatingPointError: A loss became NaN or Inf; the last checkpoint is from before.
         ProcessLostError: A RuntimeError: another process of the group ended.
         ReaderLostError: A RuntimeError: a worker of a DataLoader ended.
         Interrupted: A KeyboardInterrupt: a signal came, and a checkpoint was written.

@@ -121,7 +121,7 @@ class Options:
     finetune_epochs: int = option(30, "epochs of the student", least=0, flag=int)
     link_at: float = option(
         0.0,
-        "the fraction of the merge stage before linking; 1 never",
+        "the fraction of the merge stage before linking; 1 is never",
         least=0.0,
         most=1.0,
         flag=float,
@@ -132,33 +132,35 @@ class Options:
     momentum: float = option(0.9, "momentum of the weights' SGD", least=0.0, most=1.0, flag=float)
     weight_decay: float = option(0.0, "weight decay of the weights' SGD", least=0.0, flag=float)
     gate_lr: float | None = option(
-        None, "learning rate of the gates; by itself 0.2, more in a short stage", above=0.0, flag=float, merging=True
+        None, "learning rate of the gates; without it 0.2, more in a short stage", above=0.0, flag=float, merging=True
     )
-    lam_start: float = option(0.01, "weight of the gate loss at first", least=0.0, flag=float, merging=True)
+    lam_start: float = option(
+        0.01, "weight of the gate loss (λ) in the first epoch", least=0.0, flag=float, merging=True
+    )
     lam_step: float | None = option(
         None,
-        "growth of that weight per epoch; by itself what fits the length of the stage",
+        "growth of λ per epoch; without it what fits the length of the stage",
         least=0.0,
         flag=float,
         merging=True,
     )
     gate_schedule: GateSchedule = option(
         "quadratic",
-        "what brings gates to 1/T: λ, or a budget that steers itself",
+        "how the gate loss is weighted: by a growing λ (quadratic), or by weights that adapt themselves (budget)",
         choices=("quadratic", "budget"),
         flag=str,
         varies=True,
         merging=True,
     )
     finetune_lr: float | None = option(
-        None, "learning rate of the fine-tuning; by itself that of the merge", above=0.0, flag=float
+        None, "learning rate of the fine-tuning; without it that of the merge", above=0.0, flag=float
     )
     milestones: Sequence[int] | None = option(
-        None, "epochs of the fine-tuning after which lr is divided by ten; by itself two thirds", flag=list
+        None, "epochs of the fine-tuning after which lr is divided by ten; without it two thirds", flag=list
     )
     distill: float = option(
         0.0,
-        "weight of what the teachers say in the fine-tuning's loss, beside the labels",
+        "weight of the teachers' outputs in the fine-tuning's loss (distillation); the labels have the rest",
         least=0.0,
         most=1.0,
         flag=float,
@@ -166,21 +168,22 @@ class Options:
         merging=True,
     )
     temperature: float = option(
-        2.0, "temperature of the softmax by which they say it", above=0.0, flag=float, varies=True, merging=True
+        2.0, "temperature of the softmax in distillation", above=0.0, flag=float, varies=True, merging=True
     )
     heads: Literal["average", "concatenate", "separate"] = option(
         "average",
-        "what becomes of the teachers' outputs: their mean, or each teacher's own classes, in one tensor or apart",
+        "what the student gives: the teachers' mean, or the classes of all teachers in one tensor or in a tuple",
         choices=HEADS,
         flag=str,
         merging=True,
     )
     all_classes: bool = option(
-        False, "with heads side by side, train each sample among the classes of all teachers", flag=bool, merging=True
+        False, "unless heads are averaged, train each sample among the classes of all teachers", flag=bool, merging=True
     )
     keep: Keep = option(
         None,
-        "channels of the student, as a fraction of a teacher's, or NAME=X,NAME=X by channel group; by itself as many",
+        "channels of the student, as a fraction of a teacher's, or NAME=X,NAME=X by channel group; without it as many as a "
+        "teacher",
         flag=float,
         merging=True,
     )
@@ -188,10 +191,10 @@ class Options:
     schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)
     optimizer: Callable[..., Optimizer] | None = option(None, "maker of the weights' optimizer, in place of SGD")
     clip_norm: float | None = option(
-        None, "largest norm of the weights' gradients; by itself any", above=0.0, flag=float
+        None, "largest norm of the weights' gradients; without it no limit", above=0.0, flag=float
     )
     ema: float | None = option(
-        None, "decay of the moving average that the student becomes; by itself none", above=0.0, most=1.0
+        None, "decay of the moving average that the student becomes; without it no average", above=0.0, most=1.0
     )
     metrics: Mapping[str, Any] | None = option(None, "what else validation measures", compared=False)
     criterion: Criterion = option(cross_entropy, "the loss")
@@ -206,11 +209,11 @@ class Options:
     checkpoint_seconds: float = option(300.0, "least seconds between two checkpoints", compared=False)
     resume: bool = option(False, "whether to go on from a checkpoint", compared=False)
     accumulate: int = option(
-        1, "parts in which the images of a step are read, for small cards", least=1, compared=False, flag=int
+        1, "parts in which the images of a step are read, to save memory", least=1, compared=False, flag=int
     )
     compact_at: CompactAt = option(
         None,
-        "the fraction of the merge stage after which closed channels are dropped, or 'settled'; by itself never",
+        "the fraction of the merge stage after which closed channels are dropped, or 'settled'; without it never",
         flag=float,
         varies=True,
         merging=True,
@@ -371,7 +374,8 @@ def check(each: Field[Any], value: Any) -> None:
         return
     if facts["choices"] is not None:
         if value not in facts["choices"]:
-            raise ValueError(f"{name}, {what}: {' or '.join(map(str, facts['choices']))}; got {value!r}")
+            kind = what.partition(":")[0]
+            raise ValueError(f"{name}, {kind}: {' or '.join(map(str, facts['choices']))}; got {value!r}")
         return
     if isinstance(least, int):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -15,7 +15,10 @@ from fastmerge.methods.registry import register
 @register("average", needs="weights", source="J. Utans, Weight averaging for neural networks (1996)")
 @torch.no_grad()
 def average(teachers: Sequence[nn.Module], batches: Iterable[Any] = ()) -> nn.Module:
-    """The mean of all weights and statistics, channel by channel in the order that they have."""
+    """The mean of all weights and statistics, channel i with channel i.
+
+    Source: J. Utans, Weight averaging for neural networks (1996).
+    """
     result = copy.deepcopy(teachers[0])
     states = [teacher.state_dict() for teacher in teachers]
     for name, tensor in result.state_dict().items():

@@ -41,17 +41,18 @@ def places_of_kept(groups: ChannelGroups, count: int, kept: Mapping[str, Tensor]
 def combine(networks: Sequence[nn.Module], groups: ChannelGroups, places: Places) -> nn.Module:
     """A network whose channels are the means of candidates of several networks.
 
-    What a channel owns (rows of weights, biases, scales, statistics) is the mean of its candidates'. What layers read of it is
-    the sum: with M the matrix of means and U that of the places, a layer's weights W_t become ``Σ_t M_t W_t U_t``. The
-    network's outputs are the mean of all networks'.
+    What belongs to a channel (rows of weights, biases, scales, statistics) is the mean of its candidates'. The weights by which
+    layers read it are the sum of theirs: with M the matrix of means and U that of the places, a layer's weights W_t become
+    ``Σ_t M_t W_t U_t``. The network's outputs are the mean of all networks'.
 
     Args:
         networks: of one architecture.
         groups: their channel groups.
-        places: one place for each candidate that counts; each place needs a candidate.
+        places: by name of the group, int64 (T, n): the place that channel j of teacher t gets; -1 leaves it out. Each place
+            needs a candidate.
 
     Raises:
-        ValueError: a weight is computed from others, so that a part of these is not a part of it.
+        ValueError: a layer computes its weight from other tensors, so that it can't be combined channel by channel.
     """
     for path, module in networks[0].named_modules():
         if parametrize.is_parametrized(module):

@@ -80,10 +80,13 @@ def compare(
         lr: learning rate of all training.
         momentum: of all training.
         weight_decay: of all training.
-        options: further ones by method.
+        options: further options, by name of the method.
         criterion: of the output and the target.
         seed: each method and each fine-tuning begins with the same random numbers.
         callback: called with each row when it is known, and its network: the fine-tuned one, where there is one.
+
+    Returns:
+        A row for each teacher, one for teacher 0 trained on, and one for each method. A method that fails has its error there.
 
     Raises:
         ValueError, TypeError: there is no such method or option, there are fewer than two teachers, or they or the criterion

@@ -32,7 +32,7 @@ def distill(
     weight: float = 0.5,
     criterion: Criterion = cross_entropy,
 ) -> nn.Module:
-    """Trains one network on the mean of the teachers' logits beside the labels.
+    """Trains one network on the mean of the teachers' logits and on the labels.
 
     Args:
         teachers: classifiers of one output (N, K).
@@ -43,11 +43,13 @@ def distill(
         momentum: of SGD.
         weight_decay: of SGD.
         temperature: of the softmax, of teachers and student.
-        weight: of the teachers' answers; the labels count 1 - weight.
+        weight: of the teachers' logits in the loss; the labels have 1 - weight.
         criterion: of labels.
 
     Raises:
         ValueError: ``start`` is no teacher, a number is out of range, or a fresh network can't be made.
+
+    Source: G. Hinton et al., Distilling the knowledge in a neural network (arXiv 1503.02531).
     """
     if start is not None and not 0 <= start < len(teachers):
         raise ValueError(

@@ -35,5 +35,8 @@ class Ensemble(nn.Module):
     "ensemble", needs="weights", source="L. Hansen & P. Salamon, Neural network ensembles (1990)", one_network=False
 )
 def ensemble(teachers: Sequence[nn.Module], batches: Iterable[Any] = ()) -> nn.Module:
-    """The mean of the teachers' outputs, as large and as slow as all of them."""
+    """The mean of the teachers' outputs, as large and as slow as all of them.
+
+    Source: L. Hansen & P. Salamon, Neural network ensembles (1990).
+    """
     return Ensemble(teachers)

@@ -40,6 +40,8 @@ def gates(
         weight_decay: of the weights' SGD.
         link_at: fraction of the merge stage after which the big student is linked.
         criterion: of the output and the target.
+
+    Source: M. Pašen & V. Boža, Merging of neural networks (arXiv 2204.09973).
     """
     with unwatched() as meter:
         student, _ = merge(

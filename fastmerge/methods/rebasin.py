@@ -31,6 +31,8 @@ def rebasin(
             correlations of what layers read.
         samples: for activations.
         seed: of the order in which groups are matched by weights.
+
+    Source: S. Ainsworth et al., Git Re-Basin (arXiv 2209.04836).
     """
     family = family_of(teachers, batches, samples if by == "activations" else 2)
     return average(align(family, by, seed))

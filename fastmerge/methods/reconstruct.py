@@ -29,17 +29,19 @@ def reconstruct(
     ridge: float = 0.03,
     keep: str = "pivots",
 ) -> nn.Module:
-    """A selection of channels whose layers read the dropped ones through the kept ones, by least squares.
+    """Keeps the channels that explain the others best, and refits the layers that read them by least squares.
 
-    Of T·n candidates n are kept: the pivots of a column-pivoted QR of what layers read. Front to back, each layer's weights of
-    all candidates are then given to those that are kept, as the teachers and the student run side by side; BatchNorm gets
-    statistics by which its channels have the means and deviations of their teachers'.
+    Of T·n candidates n are kept: the pivots of a column-pivoted QR of the values that layers read. Then teachers and student
+    run side by side, and layer by layer the student's weights are fitted to compute from the kept channels what the teachers
+    compute from all. BatchNorm gets statistics that give its channels the means and deviations of their teachers'.
+
+    Source: as J. Luo et al., ThiNet (arXiv 1707.06342), here between teachers.
 
     Args:
         teachers: two or more.
         batches: of the data.
         samples: that the fits are made on.
-        ridge: of the least squares, in means of the squares. Less makes large weights, by which fine-tuning diverges.
+        ridge: of the least squares, relative to a variable's mean square. Less makes large weights, and fine-tuning diverges.
         keep: "pivots", or "magnitude" as ``transplant`` does.
 
     Raises:

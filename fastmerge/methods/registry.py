@@ -23,7 +23,7 @@ class Method:
     Attributes:
         name: what it is called by.
         function: ``function(teachers, batches, **options)`` returns the network; the teachers are never changed.
-        needs: the weights alone, a few samples, or training.
+        needs: "weights", "samples" or "training": what it reads.
         source: the paper.
         one_network: whether the result is a network of the teachers' class.
     """
@@ -54,7 +54,7 @@ def register(name: str, *, needs: Needs, source: str, one_network: bool = True) 
 
     Args:
         name: of the method.
-        needs: the weights alone, a few samples, or training.
+        needs: "weights", "samples" or "training": what it reads.
         source: the paper.
         one_network: whether the result is a network of the teachers' class.
 
@@ -79,9 +79,9 @@ class Outcome:
 
     Attributes:
         network: the result.
-        seconds: of the clock.
+        seconds: wall-clock time.
         cost: counted operations of matrix products and convolutions, forward and backward, in epochs of one teacher's training.
-        memory: bytes at the peak beyond those in use before; None where they can't be told.
+        memory: bytes at the peak beyond those in use before; None where they can't be measured.
     """
 
     network: nn.Module
@@ -99,8 +99,11 @@ def apply(name: str, teachers: Sequence[nn.Module], batches: Iterable[Any], **op
         batches: yields (input, target) of the training data, once over it per ``iter``.
         options: of the method.
 
+    Returns:
+        The network, and what it took to make it.
+
     Raises:
-        ValueError: there is no such method, or it has no such option; what the method raises.
+        ValueError: there is no such method, or it has no such option; and what the method raises.
     """
     method = checked(name, options)
     started = time.perf_counter()

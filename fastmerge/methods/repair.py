@@ -34,6 +34,8 @@ def repair(
         by: how channels are matched, see ``rebasin``; None: they are averaged as they are.
         samples: that means and deviations are taken over.
         seed: see ``rebasin``.
+
+    Source: K. Jordan et al., REPAIR (arXiv 2211.08403).
     """
     family = family_of(teachers, batches, samples)
     aligned = [*teachers] if by is None else align(family, by, seed)

@@ -28,6 +28,8 @@ def soup(
         batches: of the data.
         held_out: what the loss is taken on, (input, target) batches that are not trained on; None: ``batches``.
         criterion: the loss.
+
+    Source: M. Wortsman et al., Model soups (arXiv 2203.05482).
     """
     setting = Setting(next(teachers[0].parameters()).device, criterion)
     chosen_on = batches if held_out is None else held_out

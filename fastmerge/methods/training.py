@@ -44,8 +44,8 @@ def train(
         milestones: epochs after which the learning rate is divided by ten; None is at two thirds.
         criterion: ``criterion(output, target)``, a mean over the batch.
         teachers: to learn from, too; none by default.
-        distill: weight of what the teachers say, beside the criterion.
-        temperature: of the softmax by which they say it.
+        distill: weight of the teachers' logits in the loss; the criterion has 1 - distill.
+        temperature: of the teachers' and of the network's softmax.
     """
     options = Options(
         finetune_epochs=epochs,

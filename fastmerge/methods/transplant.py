@@ -19,7 +19,10 @@ from fastmerge.methods.samples import family_of
     "transplant", needs="weights", source="M. Öz et al., Model fusion via neuron transplantation (arXiv 2502.06849)"
 )
 def transplant(teachers: Sequence[nn.Module], batches: Iterable[Any]) -> nn.Module:
-    """The channels with the largest weights, of all teachers; those of different teachers don't read each other yet."""
+    """The channels with the largest weights, of all teachers; those of different teachers don't read each other yet.
+
+    Source: M. Öz et al., Model fusion via neuron transplantation (arXiv 2502.06849).
+    """
     groups = family_of(teachers, batches).groups
     kept = largest(magnitudes(teachers, groups))
     return combine(teachers, groups, places_of_kept(groups, len(teachers), kept))

@@ -32,8 +32,10 @@ def zipit(
         teachers: two or more.
         batches: of the data.
         samples: that correlations are taken over.
-        again: factor of a merged channel's correlations, so that it is merged again the less; the paper's α.
-        within: at most so many of a teacher's merges, as a fraction, are of two channels of its own; the paper's β.
+        again: factor of a merged channel's correlations; below 1 it is less likely to be merged again. The paper's α.
+        within: largest fraction of a teacher's merges that may join two of its own channels. The paper's β.
+
+    Source: G. Stoica et al., ZipIt! (arXiv 2305.03053).
     """
     family = family_of(teachers, batches, samples)
     found = second_moments(family, teachers, weighted=False)

@@ -196,7 +196,7 @@ def code_errors(traced: TracedNetwork, teachers: Mapping[int, nn.Module], inputs
 def join_heads(
     teachers: Sequence[nn.Module], example_inputs: Any = None, outputs: Sequence[Name] | None = None
 ) -> tuple[list[nn.Module], Parts]:
-    """Networks with the outputs of all teachers, whose mean output is every teacher's own side by side.
+    """Gives each teacher the outputs of all teachers, so that the mean output is all teachers' outputs side by side.
 
     Teacher t of K_t classes gets a last layer of K_1 + … + K_T outputs: its own rows, T times as large, among zeros. All other
     tensors are the teachers' own, not copies. Any method that merges networks of one architecture takes the result.
