@@ -94,8 +94,7 @@ class TaughtSetting(Setting):
         output, loss = super().apply(network, inputs, target)
         with self.precision():
             if isinstance(self.criterion, PartCriterion):
-                sets, answers = self.criterion.sets, self.answers(inputs)
-                foreign = foreign_divergence(output, answers, target, sets, self.temperature)
+                foreign = foreign_divergence(output, said, target, self.criterion.sets, self.temperature)
                 return output, (1 - self.weight) * loss + self.weight * foreign
             blended = vmap(self.blended) if isinstance(network, Stack) else self.blended
             return output, blended(output, loss, said)

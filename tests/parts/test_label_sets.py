@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 import fastmerge
 from architectures import BY_NAME
-from fastmerge.merging.distillation import divergence, foreign_divergence
+from fastmerge.evaluation import Setting
+from fastmerge.merging.distillation import TaughtSetting, divergence, foreign_divergence
 from fastmerge.merging.label_sets import LabelSets, PartCriterion, Reached, TeachersLoader
 from fastmerge.networks import LeNet
 from fastmerge.processes import Processes
@@ -245,6 +246,19 @@ def test_each_sample_trains_its_own_part() -> None:
     assert torch.allclose(foreign_divergence(output, wanted, target, sets, 2.0), said)
     with pytest.raises(ValueError, match=r"need logits \(N, 5\)"):
         PartCriterion(cross_entropy, sets)(output[:, :4], target)
+
+
+def test_teachers_of_other_classes_are_asked_once_a_step() -> None:
+    calls, sets, x = [], LabelSets((3, 2)), torch.randn(4, 4)
+    setting = Setting(torch.device("cpu"), PartCriterion(cross_entropy, sets))
+    taught = TaughtSetting.of(setting, [mlp(5), mlp(5)], weight=0.5, temperature=2.0)
+    for teacher in taught.teachers:
+        teacher.register_forward_hook(lambda *_: calls.append(1))
+    student, target = mlp(5).train(), torch.tensor([0, 4, 2, 3])
+    output, loss = taught.apply(student, (x,), target)
+    foreign = foreign_divergence(output, taught.answers((x,)), target, sets, 2.0)
+    assert torch.allclose(loss, (setting.criterion(output, target) + foreign) / 2)
+    assert len(calls) == 2 * 2  # in the step, and to compare
 
 
 def test_loaders_side_by_side_and_in_turn() -> None:
