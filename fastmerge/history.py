@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
 Stage = Literal["merge", "finetune"]
@@ -144,3 +145,8 @@ def _part_of(history: Any, index: int) -> Any:
         borders={name: _part_of(score, index) for name, score in history.borders.items()},
         kept=history.kept and history.kept[index],
     )
+
+
+def mean_of(figure: Any) -> float:
+    """A figure of a history; of a stack's, the mean over its networks."""
+    return fmean(figure) if isinstance(figure, list) else figure

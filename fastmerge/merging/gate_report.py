@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import fmean
 from typing import Any
 
 import torch
 
 from fastmerge.big_student import BigStudent
+from fastmerge.history import mean_of
 from fastmerge.narrowing.closing import listed, unsettled
 from fastmerge.stack import BigStack
 
@@ -32,7 +32,7 @@ def gate_warnings(
         lam_step: What there is to change; None for a budget that steers itself.
     """
     sizes = {len(value) for value in after.values() if isinstance(value, list)}
-    before, after = ({name: _mean(value) for name, value in each.items()} for each in (before, after))
+    before, after = ({name: mean_of(value) for name, value in each.items()} for each in (before, after))
     still = [name for name in after if abs(after[name] - before[name]) < _MOVED]
     found = unsettled(after, {}, target, still)
     if still:
@@ -42,10 +42,6 @@ def gate_warnings(
     remedies = {"still": f"raise {raised}", "above": f"raise {raised}", "below": f"{lowered}raise merge_epochs"}
     whose = f"mean of {max(sizes)} replicates: " if sizes else ""
     return [f"{whose}{problem}: {remedies[kind]}" for kind, problem in found.items()]
-
-
-def _mean(value: Any) -> float:
-    return fmean(value) if isinstance(value, list) else value
 
 
 @torch.no_grad()

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from fastmerge.evaluation import Tally
-from fastmerge.history import EpochRecord, Score
+from fastmerge.history import EpochRecord, Score, mean_of
 
 _TITLES = {"finetune": "fine-tune"}
 
 
 class Progress:
-    """A bar per stage on stderr; a context manager, so that no bar outlives an error.
+    """A bar per stage on stderr, of a stack with means; a context manager, so that no bar outlives an error.
 
     Args:
         show: Whether to; None means where stderr is a terminal.
@@ -85,19 +85,18 @@ class Progress:
         if record.lam is not None:
             self._figures["λ"] = f"{record.lam:.3g}"
         if record.open_probability:
-            self._figures["P[g>0]"] = f"{fmean(record.open_probability.values()):.3f}"
+            self._figures["P[g>0]"] = f"{fmean(map(mean_of, record.open_probability.values())):.3f}"
         if record.val is not None and record.val.accuracy is not None:
-            self._figures["val"] = f"{record.val.accuracy:.3f}"
+            self._figures["val"] = f"{mean_of(record.val.accuracy):.3f}"
         self._show(record.train, record.images_per_second)
 
     def _show(self, score: Score, rate: float) -> None:
-        self._figures["loss"] = f"{score.loss:.4f}"
+        self._figures["loss"] = f"{mean_of(score.loss):.4f}"
         if score.accuracy is not None:
-            self._figures["accuracy"] = f"{score.accuracy:.3f}"
+            self._figures["accuracy"] = f"{mean_of(score.accuracy):.3f}"
         self._figures["images/s"] = f"{rate:.0f}"
         self._figures["memory"] = f"{peak_memory() / 2**30:.2f} GiB"
-        if self._bar is not None:
-            self._bar.set_postfix(self._figures)
+        self._bar.set_postfix(self._figures)
 
 
 def peak_memory() -> int:

@@ -16,7 +16,7 @@ from fastmerge.experiments.stacked_batches import StackedBatches
 from fastmerge.gate_budget import GateBudget
 from fastmerge.history import History
 from fastmerge.merging import steps
-from fastmerge.merging.api import train_by, trainer_for
+from fastmerge.merging.api import merge_by, train_by, trainer_for
 from fastmerge.merging.options import Options
 from fastmerge.merging.replayed_step import ReplayedStep
 from fastmerge.merging.stages import learn_importance
@@ -56,6 +56,17 @@ def generators(count: int) -> list[torch.Generator]:
 def options(epochs: int, lr: float, criterion, **changes) -> Options:
     """Of plain training, as a merge's fine-tuning."""
     return Options(finetune_epochs=epochs, finetune_lr=lr, criterion=criterion, **{"milestones": ()} | changes)
+
+
+def test_the_bar_of_a_stack_shows_means(capsys: pytest.CaptureFixture[str]) -> None:
+    stacks = [Stack([SineMLP(1) for _ in range(2)]) for _ in range(2)]
+    x = torch.rand(2, 8, 1)
+    short = Options(merge_epochs=1, finetune_epochs=1, criterion=F.mse_loss, progress=True, seed=0)
+    _, history = merge_by(short, stacks, [(x, torch.sin(6 * x))])
+    losses = [sum(record.train.loss) / 2 for record in history.epochs]
+    shown = capsys.readouterr().err
+    assert all(f"loss={loss:.4f}" in shown for loss in losses)
+    assert "P[g>0]=0.9" in shown
 
 
 def alone(network: nn.Module, data: Dataset, given: Options, seed: int, batch_size: int = 16) -> list[float]:
