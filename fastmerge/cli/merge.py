@@ -159,9 +159,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
     if processes.is_first and not options.resume:
         cost = predict(teachers, train[0] if one else train, setting, Options(**given))
     if options.dry_run:
-        found = estimate(
-            teachers, train[0] if one else train, val[0] if one else val, setting, Options(**given), options.val_every
-        )
+        found = estimate(teachers, train[0] if one else train, val[0] if one else val, setting, Options(**given))
         print(f"{plan(options, images, why, found)}\n{cost}")
         return
     with contextlib.ExitStack() as closing:

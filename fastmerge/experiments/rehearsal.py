@@ -101,9 +101,9 @@ class Rehearsal(Lab):
     def merge(self, teachers: Sequence[Column], stage: str = "student", number: int = 0, **options: Any) -> Column:
         """Times a merge."""
         networks = [network for column in teachers for network in column.networks if network is not None]
-        chosen = replace(self.recipe.merge, **options)
+        chosen = replace(self.recipe.merge, val_every=self.recipe.test_every, **options)
         train, val = self.images.train, self.images.val
-        part = estimate(networks, train, val, self.place.setting, chosen, self.recipe.test_every)
+        part = estimate(networks, train, val, self.place.setting, chosen)
         epoch = 1 + len(teachers) / 3 if chosen.distill else 1.0
         cost = self.merging_cost(len(teachers), **options) + chosen.finetune_epochs * epoch
         return self._add(part, networks[0], teachers, chosen.merge_epochs + chosen.finetune_epochs, cost)

@@ -90,7 +90,6 @@ def estimate(
     val_loader: Any,
     setting: Setting,
     plan: Options,
-    val_every: int = 1,
 ) -> Estimate:
     """Checks what :func:`fastmerge.merge` checks before its first epoch, and times some batches of what follows.
 
@@ -116,13 +115,13 @@ def estimate(
             setting.place(big)
             for kind, epochs in phases(big, each):
                 found.parts.append(time_training(f"merge{which}, {kind}", epochs, big, train_loader, setting))
-            scored = scores(each.merge_epochs, val_every)
+            scored = scores(each.merge_epochs, plan.val_every)
             found.parts += time_validation(f"validation of the big student{which}", scored, big, val_loader, setting)
             found.kept = max(found.kept, 3 * checkpoint_bytes(big))  # two, and one that is being written
         del big
         student = setting.place(blank_student(teachers, given, plan)).requires_grad_(True)
         found.parts.append(time_training("fine-tune", plan.finetune_epochs, student, train_loader, setting))
-        scored = scores(plan.finetune_epochs, val_every)
+        scored = scores(plan.finetune_epochs, plan.val_every)
         found.parts += time_validation("validation of the student", scored, student, val_loader, setting)
     return found
 

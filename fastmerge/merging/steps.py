@@ -43,7 +43,6 @@ class Steps:
     """
 
     def __init__(self, setting: Setting, options: Options, processes: Processes, bar: Progress) -> None:
-        options.check_device(setting.device, processes)
         self.setting, self.options, self.processes, self.bar = setting, options, processes, bar
         self.scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.autocast is torch.float16)
         self.compiler = Compiler(options.compile, processes.is_first)

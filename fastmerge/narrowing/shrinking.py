@@ -113,7 +113,6 @@ class Shrinking:
             assert isinstance(gate, HardConcrete)
             stays = torch.isin(before.candidates[name], after.candidates[name])
             self._add(gate.loc, Move(None if bool(stays.all()) else stays.nonzero().flatten()))
-        self._states = [state for tensor, _ in self._moves for state in self._states_of(tensor)]
 
     def apply(self) -> None:
         """Does it."""

@@ -43,11 +43,6 @@ class Head:
     out_dim: int
     sizes: tuple[int, ...]
 
-    @property
-    def path(self) -> str:
-        """Of the module that holds the weight."""
-        return self.weight.rpartition(".")[0]
-
 
 @dataclass(frozen=True)
 class Part:

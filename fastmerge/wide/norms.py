@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from fastmerge.kernels.batch_norm import ACTIVATIONS, batch_norm_act_streams, why_not_fused
 from fastmerge.wide.streams import GateStreams, split_streams
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
 
 def _runs_as_rows(x: Tensor) -> bool:
     """Whether to normalise images, channels-last or a slice of channels of such, as one row of channels per pixel.
