@@ -22,7 +22,6 @@ from fastmerge.narrowing.closing import (
     unsettled,
 )
 from fastmerge.narrowing.compression import Compressor
-from fastmerge.narrowing.loading import candidates_in, is_linked_in
 from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
 from fastmerge.narrowing.parts import activations, consecutive_parts
 from fastmerge.narrowing.shrinkable import find_shrinkable
@@ -32,6 +31,7 @@ from fastmerge.narrowing.traced_student import TracedStudent, runs_at_its_width
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.heads import SeparateHeads
+from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.population import Population
 from fastmerge.wide.widths import check_widths
 
@@ -314,25 +314,20 @@ class BigStudent(GatedNetwork):
         kept = kept_candidates(self.widths, self.gates) | given
         compressor = Compressor(self.network, self._blueprint.layout, self.groups, kept, self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
-        template, training, like = self._blueprint.template, self.training, next(self.gates.parameters())
-        heads, parts, traced, resized = (
-            self.heads,
-            self._blueprint.parts,
-            self._blueprint.traced,
-            not self.is_of_teachers_widths,
-        )
+        blueprint, heads, training = self._blueprint, self.heads, self.training
+        like, resized = next(self.gates.parameters()), not self.is_of_teachers_widths
         try:
             with torch.no_grad():
-                student = template.build(compressor.cut_all(in_place), like)
-                if resized and not runs_at_its_width(copy.deepcopy(student), traced):
-                    student = TracedStudent(student, traced)
+                student = blueprint.template.build(compressor.cut_all(in_place), like)
+                if resized and not runs_at_its_width(copy.deepcopy(student), blueprint.traced):
+                    student = TracedStudent(student, blueprint.traced)
                 if carrier is not None:
                     carrier.carry(student)
         finally:
             if in_place:
                 spend(self)
-        if heads == "separate" and parts is not None:
-            student = SeparateHeads(student, parts)
+        if heads == "separate" and blueprint.parts is not None:
+            student = SeparateHeads(student, blueprint.parts)
         return student.train().train(training)  # what a network keeps of its own for evaluation it makes anew
 
     def _check_gates(self, method: str, given: Collection[str] = ()) -> None:
@@ -353,9 +348,7 @@ class BigStudent(GatedNetwork):
             {name: value for name, value in zip(self.gates, values, strict=True) if name not in given}
             for values in (means, spreads)
         )
-        whole = {group.name: self.num_teachers * group.size for group in self.groups}
-        parts = {name: width / whole[name] for name, width in self.widths.items()}
-        found = unsettled(mean, spread, 1 / self.num_teachers if self.is_of_teachers_widths else parts)
+        found = unsettled(mean, spread, self.target)
         if found:
             warnings.warn(
                 f"compress() chooses by gates that have not settled: {'. '.join(found.values())}. Train for more "
@@ -369,13 +362,22 @@ class BigStudent(GatedNetwork):
         left = self.candidates_in(state_dict, prefix)
         if left:
             after = Population(self.groups, self.num_teachers, left)
-            linked = is_linked_in(state_dict, prefix, self.network, self._blueprint.layout, after)
-            self.keep_only(left, link=self.linked if linked is None else linked)
+            self.keep_only(left, link=self._is_linked_in(state_dict, prefix, after))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def candidates_in(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """Which candidates the state of a compacted big student has, by group; empty for one that was not compacted."""
-        return candidates_in(state_dict, prefix, self.groups)
+        given = {group.name: state_dict.get(f"{prefix}gates.{group.name}.candidates") for group in self.groups}
+        return {name: candidates for name, candidates in given.items() if candidates is not None}
+
+    def _is_linked_in(self, state_dict: Mapping[str, Tensor], prefix: str, left: Population) -> bool:
+        """Whether weights in the state of a compacted big student, with so many candidates, have off-diagonal blocks."""
+        for weight, path in self._blueprint.layout.layers.items():
+            wide, given = self.network.get_submodule(path), state_dict.get(f"{prefix}network.{path}.weight")
+            if isinstance(wide, WideLayer) and wide.wiring.has_off_diagonal and given is not None:
+                along = self.groups.outputs if wide.geometry.out_dim == 1 else self.groups.inputs
+                return given.shape[1] == int(left.is_left(along[weight]).sum())
+        return self.linked
 
     def keep_only(self, candidates: Mapping[str, Tensor], link: bool = False) -> None:
         """Drops all other candidates, as :meth:`compact` would have.

@@ -251,12 +251,19 @@ class GatedNetwork(nn.Module):
         """Whether the student has as many channels as a teacher everywhere."""
         return all(self.widths[group.name] == group.size for group in self.groups)
 
-    def shares(self, like: Tensor) -> Tensor | float:
-        """The part of all candidates that the student keeps: 1/T, or per group, (G,), where it has others' widths."""
+    @property
+    def target(self) -> float | dict[str, float]:
+        """The part of all candidates that the student keeps: 1/T, or by group where it has widths of its own."""
         if self.is_of_teachers_widths:
             return 1 / self.num_teachers
-        kept = [self.widths[group.name] / (self.num_teachers * group.size) for group in self.groups]
-        return torch.tensor(kept, dtype=like.dtype, device=like.device)
+        return {group.name: self.widths[group.name] / (self.num_teachers * group.size) for group in self.groups}
+
+    def shares(self, like: Tensor) -> Tensor | float:
+        """:attr:`target`, by group as a tensor (G,)."""
+        target = self.target
+        if isinstance(target, float):
+            return target
+        return torch.tensor([*target.values()], dtype=like.dtype, device=like.device)
 
     def _check_compacted(self, analysis: Analysis) -> None:
         """Raises a ValueError if the code for inputs of another shape might count on channels that were dropped."""

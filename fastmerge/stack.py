@@ -159,16 +159,16 @@ class BigStack(Stack):
         return self.skeleton.gates
 
     @property
-    def widths(self) -> dict[str, int]:
-        return self.skeleton.widths
-
-    @property
     def group_means(self) -> Any:
         return self.skeleton.group_means
 
     @property
     def linked(self) -> bool:
         return self.skeleton.linked
+
+    @property
+    def target(self) -> float | dict[str, float]:
+        return self.skeleton.target
 
     def shares(self, like: Tensor) -> Tensor | float:
         return self.skeleton.shares(like)

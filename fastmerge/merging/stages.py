@@ -131,11 +131,8 @@ def learn_importance(
         first: the epoch of the stage, counted from 0, with which this part of it begins.
         names: of the channel groups whose gates are learned; None: all.
     """
-    plan, optimizer, gate_optimizer = (
-        options.merge_plan,
-        options.weight_optimizer(big, options.lr),
-        options.gate_optimizer(big),
-    )
+    plan = options.merge_plan
+    optimizer, gate_optimizer = options.weight_optimizer(big, options.lr), options.gate_optimizer(big)
     few = choice_warning(big.groups)
     if few and not first:
         _warn([few], trainer)
@@ -160,11 +157,8 @@ def learn_importance(
         if options.compacts_after(epoch + 1):
             done = big.compact(optimizer, gate_optimizer, settled=options.compact_at == "settled")
             trainer.history.compactions.append({"epoch": now + 1, **asdict(done)})
-    shares: float | dict[str, float] = 1 / big.num_teachers
-    if options.keep is not None:
-        shares = {group.name: big.widths[group.name] / (big.num_teachers * group.size) for group in big.groups}
     after = {name: value for name, value in open_probabilities(big).items() if names is None or name in names}
-    _warn(gate_warnings(before, after, shares, lam_step) + undecided_warnings(big), trainer)
+    _warn(gate_warnings(before, after, big.target, lam_step) + undecided_warnings(big), trainer)
 
 
 def _warn(found: Sequence[str], trainer: Trainer) -> None:

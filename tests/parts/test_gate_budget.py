@@ -24,7 +24,8 @@ class GatesAlone:
     """What a budget sees of a big student."""
 
     open_state, open_candidates = GatedNetwork.open_state, GatedNetwork.open_candidates
-    shares, is_of_teachers_widths = GatedNetwork.shares, GatedNetwork.is_of_teachers_widths
+    shares, target = GatedNetwork.shares, GatedNetwork.target
+    is_of_teachers_widths = GatedNetwork.is_of_teachers_widths
 
     def __init__(self, sizes: list[int], teachers: int) -> None:
         self.gates = nn.ModuleDict({f"g{i}": fastmerge.HardConcrete(teachers * size) for i, size in enumerate(sizes)})
