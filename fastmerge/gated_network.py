@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.outputs import Name
+from fastmerge.channels.tracing import samples_in
 from fastmerge.gates import HardConcrete
 from fastmerge.isolation import ONE_THREAD, without_search
 from fastmerge.kernels.gate import open_probability
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11
 
 
-_MOST_SHAPES = 32  # of inputs that programs are kept for
+_MOST_PROGRAMS = 64  # that are kept for inputs of other shapes, in one mode each
 
 
 class GatedNetwork(nn.Module):
@@ -215,33 +216,32 @@ class GatedNetwork(nn.Module):
 
     def _programs_for(self, inputs: Sequence[Any]) -> Programs:
         """The programs for inputs of a shape: those of the example inputs, or others where the code does something else."""
-        traced, dtype = self._blueprint.traced, self._gate_modules[0].loc.dtype
-        is_open = traced.is_open["train" if self.training else "eval"]
-        as_traced = dtype == self._blueprint.dtype and all(
-            _is_like(x, example, is_open) for x, example in zip(inputs, traced.inputs, strict=True)
-        )
-        if as_traced:
+        dtype, mode = self._gate_modules[0].loc.dtype, "train" if self.training else "eval"
+        if dtype == self._blueprint.dtype and self._blueprint.traced.is_for(inputs, mode):
             return self._programs
-        key = (dtype, *(x.shape[int(is_open) :] if isinstance(x, Tensor) else x for x in inputs))
-        if key not in self._other_programs:
-            if torch.compiler.is_compiling():
-                shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
-                raise ValueError(
-                    f"this big student was compiled before it had seen inputs of shape {shapes} in {dtype}; call it once on "
-                    "such inputs before you compile it"
-                )
-            with ONE_THREAD:
-                analysis = self._blueprint.analyse_for(inputs, dtype, is_open)
-                others = self._programs
-                if analysis is not None:
-                    self._check_compacted(analysis)
-                    attach_missing(self.network, analysis)
-                    others = Programs(analysis, self.network, self._population, self.linked)
-                if len(self._other_programs) == _MOST_SHAPES:
-                    del self._other_programs[next(iter(self._other_programs))]
-                self._other_programs[key] = others
-            return others
-        return self._other_programs[key]
+        known = self._other_programs.get(_key(mode, dtype, inputs, True)) or self._other_programs.get(
+            _key(mode, dtype, inputs, False)
+        )
+        if known is not None:
+            return known
+        if torch.compiler.is_compiling():
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
+            raise ValueError(
+                f"this big student was compiled before it had seen inputs of shape {shapes} in {dtype}; call it once on "
+                "such inputs before you compile it"
+            )
+        with ONE_THREAD:
+            analysis, is_open = self._blueprint.analyse_for(inputs, dtype, mode)
+            others = self._programs
+            if analysis is not None:
+                self._check_compacted(analysis)
+                attach_missing(self.network, analysis)
+                others = Programs(analysis, self.network, self._population, self.linked)
+            for of, is_of_any in is_open.items():
+                self._other_programs[_key(of, dtype, inputs, is_of_any)] = others
+            while len(self._other_programs) > _MOST_PROGRAMS:
+                del self._other_programs[next(iter(self._other_programs))]
+        return others
 
     def _check_widths(self, analysis: Analysis) -> None:
         """Raises a ValueError if the student is to have numbers of channels that the code does not take."""
@@ -270,23 +270,24 @@ class GatedNetwork(nn.Module):
 
     def _draw_gates(self, inputs: Sequence[Any], given: Mapping[str, Tensor] | None = None) -> Tensor:
         """All groups' gates side by side and, where some channel has none, a column of ones: (N or 1, columns)."""
-        x = next(value for value in inputs if isinstance(value, Tensor))
-        if x.dim() < (dims := self._blueprint.input_dims):
+        shape = next((tuple(x.shape) for x in inputs if isinstance(x, Tensor) and x.dim()), ())
+        if len(shape) < (dims := self._blueprint.input_dims):
             raise ValueError(
-                f"BigStudent draws one gate per sample, so its input needs a batch dimension, {dims} dimensions in all; "
-                f"got shape {tuple(x.shape)}"
+                f"BigStudent draws one gate per sample, so its input needs a batch dimension: {dims} dimensions; "
+                f"got shape {shape}"
             )
+        count = samples_in(inputs)
         gates, with_ones = self._gate_modules, self._programs.has_ungated_channels
         if not given:
-            return draw_gates(gates, x.shape[0] if self.training else None, with_ones)
+            return draw_gates(gates, count if self.training else None, with_ones)
         if always := sorted(self._population.open_groups.intersection(given)):
             raise ValueError(f"gates= can't have group '{always[0]}', whose gates are fixed; leave it out")
         sizes = [gate.channels for gate in gates]
         if self._gates_open:
             drawn = gates[0].loc.new_ones(1, sum(sizes) + int(with_ones))
         else:
-            drawn = draw_gates(gates, x.shape[0] if self.training else None, with_ones)
-        return given_gates(drawn, [group.name for group in self.groups], sizes, given, x.shape[0])
+            drawn = draw_gates(gates, count if self.training else None, with_ones)
+        return given_gates(drawn, [group.name for group in self.groups], sizes, given, count)
 
     def _gate(self, name: str) -> HardConcrete:
         gate = self.gates[name]
@@ -294,9 +295,13 @@ class GatedNetwork(nn.Module):
         return gate
 
 
-def _is_like(x: Any, example: Any, is_open: bool) -> bool:
-    """Whether an input is of the example's shape, but for the batch size where that is open."""
-    if isinstance(x, Tensor):
-        first = int(is_open)
-        return isinstance(example, Tensor) and x.shape[first:] == example.shape[first:] and x.dim() == example.dim()
-    return bool(x == example)
+def _key(mode: str, dtype: torch.dtype, inputs: Sequence[Any], is_open: bool) -> tuple[Any, ...]:
+    """What inputs have in common that need the same program, of any batch size of two or more or of theirs."""
+    count = samples_in(inputs)
+    size = "any" if is_open and count != 1 else count
+
+    def shape(x: Tensor) -> tuple[Any, ...]:
+        return tuple(size if d == 0 and n == count else n for d, n in enumerate(x.shape))
+
+    kinds = ((x.is_floating_point() or x.dtype, shape(x)) if isinstance(x, Tensor) else (type(x), x) for x in inputs)
+    return mode, dtype, *kinds

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastmerge.channels.examples import example_arguments
+from fastmerge.channels.examples import example_arguments, few_samples
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall, layer_calls
 from fastmerge.channels.tracing import CONSTANT, TracedNetwork, tensor_at
@@ -51,7 +51,7 @@ class Family:
         """
         if len(networks) > 1:
             check_teachers(networks)
-        few = example_arguments(networks[0], _two_samples(inputs))
+        few = example_arguments(networks[0], few_samples(inputs))
         leaves = pytree.tree_leaves(few if inputs is None else inputs)
         common = common_buffers(networks)
         traced, groups, *_ = read_network(networks[0], few, None, common)
@@ -83,12 +83,6 @@ class Family:
                     moment.compute()
                 for run in runs:
                     run.forget(node)
-
-
-def _two_samples(inputs: Any) -> Any:
-    """As much of inputs as it takes to trace a network."""
-    size = next((x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
-    return pytree.tree_map(lambda x: x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else x, inputs)
 
 
 class _Run(fx.Interpreter):

@@ -55,7 +55,11 @@ NEW = {
     *("new_zeros", "new_empty", "new_ones", "new_full"),
 }
 ALONG = {"_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "_safe_softmax"}
+EMBEDDINGS = {"embedding", "embedding_bag"}
+# in place or not, elements of the last operand are added to those of the first that an index along one dimension names
+SCATTERS = {"index_add", "scatter_add"}
 LINEAR = {
+    *SCATTERS,
     *SAME,
     *RESHAPES,
     *MOVEMENTS,

@@ -36,6 +36,8 @@ def example_arguments(model: nn.Module, given: Any = None) -> Inputs:
     if given is not None:
         register_dataclasses(given)
         inputs = two_samples(_arguments(given))
+        if any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
+            raise ValueError(f"example_inputs of {name} hold a tensor without elements; it is read from samples")
         error = _failure(root, inputs)
         if error is not None:
             shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
@@ -88,6 +90,13 @@ def two_samples(inputs: Inputs) -> Inputs:
 
     args, kwargs = pytree.tree_map(twice, inputs)
     return args, kwargs
+
+
+def few_samples(inputs: Any) -> Any:
+    """Inputs cut to two samples, which tell as much as many; as they are where something else, too, may count the samples."""
+    lengths = {len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()}
+    cut = len(lengths) == 1
+    return pytree.tree_map(lambda x: x[:2] if cut and isinstance(x, Tensor) and x.dim() else x, inputs)
 
 
 def register_dataclasses(value: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge.channels.aten import (
+    EMBEDDINGS,
     LAYER_NORMS,
     MOVEMENTS,
     NORMS,
@@ -35,7 +36,7 @@ from fastmerge.channels.layer_calls import LayerCall, layer_calls, parameter_nam
 from fastmerge.channels.outputs import predictions
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule, has_own_rule
-from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, tensor_at
+from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, samples_in, tensor_at
 from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
@@ -228,7 +229,7 @@ def _find_samples(traced: TracedNetwork, record: IdRecord) -> None:
     Where a network takes no other batch size, such as one that holds the graph that it works on, it is the one dimension,
     besides the channels', of the batch's size.
     """
-    samples = next(x.shape[0] for x in traced.inputs if isinstance(x, Tensor))
+    samples = samples_in(traced.inputs)
     for mode, graph in traced.graphs.items():
         is_open = traced.is_open[mode]
         for node in graph.nodes:
@@ -278,7 +279,7 @@ def _samples_along(node: fx.Node, dim: int, samples: int) -> Tensor | None:
 
 def _input_ids(record: IdRecord, x: Tensor) -> Tensor:
     ids = record.constant("input", x.shape[1] if x.dim() > 1 else 1)
-    return ids.view(1, -1, *[1] * (x.dim() - 2)).expand(x.shape) if x.dim() > 1 else ids.expand(x.shape)
+    return (ids.view(1, -1, *[1] * (x.dim() - 2)) if x.dim() > 1 else ids[0]).expand(x.shape)
 
 
 def _called_weights(traced: TracedNetwork, calls: Mapping[str, Mapping[fx.Node, LayerCall]]) -> set[str]:
@@ -337,7 +338,7 @@ def _refuse_tied(root: nn.Module, name: str, outside: fx.Node) -> None:
 def _element_ids(record: IdRecord, traced: TracedNetwork, called: set[str]) -> dict[str, Tensor]:
     """Fresh ids for the elements of every floating tensor that no layer owns; of an embedding for its columns."""
     root = traced.root
-    nodes = [node for graph in traced.graphs.values() for node in graph.nodes if op_name(node) == "embedding"]
+    nodes = [node for graph in traced.graphs.values() for node in graph.nodes if op_name(node) in EMBEDDINGS]
     embeddings = {str(node.args[0].target) for node in nodes if isinstance(node.args[0], fx.Node)}
     changed = changed_tensors(traced)
     ids = {}

@@ -39,6 +39,18 @@ def along(run: IdRun, func: Any, name: str, args: Any, kwargs: Any) -> list[Tens
     return [first.expand(x.shape)] * 2
 
 
+def scatter(run: IdRun, name: str, args: Any) -> Tensor:
+    """A dimension whose elements are added up where an index says, such as the nodes of a graph."""
+    x, dim, _, source = args
+    found = [ids.amax(dim=dim, keepdim=True) for t in (x, source) if (ids := run.find(t)) is not None]
+    first = found[0].expand([1 if d == dim % x.dim() else size for d, size in enumerate(x.shape)])
+    for t in (x, source):
+        ids = run.find(t)
+        if ids is not None:
+            _unite_with(run, name, first, ids)
+    return first.expand(x.shape)
+
+
 def _unite_with(run: IdRun, name: str, first: Tensor, x: Tensor) -> None:
     """Unites ids with the one that stands for them; more than one in a place means that the operation mixes channels."""
     first, x = compact(first.expand(x.shape), x)

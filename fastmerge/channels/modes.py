@@ -1,6 +1,7 @@
 """Whether a network does the same in training and in eval mode, but for what its normalisations and dropouts are told.
 
-Most networks do. Then one export gives the graphs of both modes, which saves half of what takes longest.
+Most networks do. Then one export gives the graphs of both modes, which saves half of what takes longest. Likewise whether it
+does the same with one sample as with two, of which an export says nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _TOLD: dict[Callable[..., Any], str] = {
 _PLACES = {"batch_norm": 5, "dropout": 2, "feature_dropout": 2}
 _SIZES = {"shape", "size", "len", "numel"}
 _COUNTER = "num_batches_tracked"
-_PLAIN = (type(None), bool, int, float, str, slice, type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
+_PLAIN = (type(None), bool, float, str, slice, type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
 
 Told = list[tuple[str, bool]]
 
@@ -49,24 +50,56 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
         Of training and of eval mode, in the order of the calls, what normalisations and dropouts are told: the name of the
         operation and whether it is of training. None where more than that differs, or it can't be told.
     """
-    network, runs = copied(root), []
-    for mode in (True, False):
-        network.train(mode)
-        leaves = pytree.tree_leaves(inputs)
-        with undisturbed(leaves, grad=True), torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten):
-            args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
-            run = _Calls(network, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
-            try:
-                with run:
-                    output = network(*args, **kwargs)
-                run.calls.append(run.described(output))
-            except Exception:  # of what can't be told; what the network itself raises, an export says better
-                return None
-        runs.append(run)
-    training, evaluation = runs
+    network = copied(root)
+    try:
+        training, evaluation = (_watched(network.train(mode), inputs) for mode in (True, False))
+    except Exception:  # of what can't be told; what the network itself raises, an export says better
+        return None
     if any(map(_asks_for_mode_and_size, training.code | evaluation.code)):
         return None  # what it does with another batch size the runs don't show
     return (training.told, evaluation.told) if training.calls == evaluation.calls else None
+
+
+def takes_one(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> bool:
+    """Whether a network, in its mode, calls the same of PyTorch for one sample as for two, as far as that can be told.
+
+    An export takes it for granted that there are more than one, whatever the code asks.
+
+    Args:
+        root: the network; it is copied.
+        inputs: what its forward takes, of two samples or more.
+    """
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+
+    def first(count: int) -> Any:
+        batch = len(tensors[0])
+        return pytree.tree_map(
+            lambda x: x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x, inputs
+        )
+
+    try:
+        two, one = (_watched(copied(root), first(count)).calls for count in (2, 1))
+    except Exception:  # a BatchNorm takes no single value, and what can't be told is most likely the same
+        return True
+    return _alike(two, one)
+
+
+def _alike(two: Any, one: Any) -> bool:
+    """Whether something of a run on two samples is what it should be for one: lengths that count samples are half."""
+    if isinstance(two, (list, tuple)) and type(two) is type(one):
+        return len(two) == len(one) and all(map(_alike, two, one))
+    return bool(two == one or (type(two) is type(one) is int and two == 2 * one))
+
+
+def _watched(network: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> _Calls:
+    """Runs a network and notes every call of PyTorch, and what comes out."""
+    with undisturbed(pytree.tree_leaves(inputs), grad=True):
+        args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        run = _Calls(network, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+        with torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten), run:
+            output = network(*args, **kwargs)
+        run.calls.append(run.described(output))
+    return run
 
 
 def _forgotten(saved: Any) -> Any:
@@ -75,8 +108,12 @@ def _forgotten(saved: Any) -> Any:
 
 
 def _asks_for_mode_and_size(code: types.CodeType) -> bool:
-    is_torchs = code.co_filename.startswith(os.path.join(torch.__path__[0], ""))
-    return not is_torchs and "training" in code.co_names and not _SIZES.isdisjoint(code.co_names)
+    return not is_torchs(code.co_filename) and "training" in code.co_names and not _SIZES.isdisjoint(code.co_names)
+
+
+def is_torchs(file: str) -> bool:
+    """Whether a file of code is PyTorch's own."""
+    return file.startswith((os.path.join(torch.__path__[0], ""), "torch/"))
 
 
 class _Calls(TorchFunctionMode):
@@ -99,7 +136,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not told_in_both.__code__:
+        while frame is not None and frame.f_code is not _watched.__code__:
             self.code.add(frame.f_code)
             frame = frame.f_back
         given = dict(kwargs or {})
@@ -128,7 +165,9 @@ class _Calls(TorchFunctionMode):
 
     def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf in self.numbers:
-            return "tensor", self.numbers[leaf], tuple(leaf.shape)
+            return f"tensor {self.numbers[leaf]}", tuple(leaf.shape)
+        if isinstance(leaf, (int, torch.Size)) and not isinstance(leaf, bool):
+            return type(leaf).__name__, tuple(leaf) if isinstance(leaf, torch.Size) else leaf
         if isinstance(leaf, _PLAIN):
             return type(leaf), repr(leaf)
         raise TypeError(f"whether two operands are the same can't be told of {type(leaf).__name__}")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmerge.channels.aten import (
     ALONG,
+    EMBEDDINGS,
     KEEPING,
     LAYER_NORMS,
     LINEAR,
@@ -25,19 +26,20 @@ from fastmerge.channels.aten import (
     REDUCTIONS,
     RESHAPES,
     SAME,
+    SCATTERS,
     bind,
     is_pointwise,
     op_name,
     packet_name,
 )
 from fastmerge.channels.attention import attention, matmul
-from fastmerge.channels.mixing import along, argument, pool, reduce
+from fastmerge.channels.mixing import along, argument, pool, reduce, scatter
 from fastmerge.channels.normalising import batch_norm, group_norm, layer_norm
 from fastmerge.channels.pointwise import pointwise
 from fastmerge.channels.record import NO_ID, Computed, IdRun
 from fastmerge.problems import Problem, UnmergeableError
 
-_COMPOSITE = {*LAYER_NORMS, "scaled_dot_product_attention", "matmul", "bmm", "embedding"}
+_COMPOSITE = {*LAYER_NORMS, *EMBEDDINGS, "scaled_dot_product_attention", "matmul", "bmm"}
 
 
 def apply_rule(run: IdRun, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -110,6 +112,8 @@ def _result(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any, 
         return ids[known[0]]
     if name in RESHAPES:
         return ids[args[0]].reshape(out.shape)
+    if name in MOVEMENTS and any(t in ids for t in tree_leaves(args[1:]) if isinstance(t, Tensor)):
+        return _unknown(run, name, known, out)  # the indices are of what each teacher computed
     if name in MOVEMENTS:
         return _move(run, func, args, kwargs)
     if name == "constant_pad_nd":
@@ -133,8 +137,15 @@ def _result(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any, 
         return attention(run, func, args, kwargs, out)
     if name in ("matmul", "bmm"):
         return matmul(run, args, out)
-    if name == "embedding" and args[0] in ids and len(known) == 1:
-        return ids[args[0]][:1].expand(out.shape)  # a column per channel; the indices choose the row
+    if name in EMBEDDINGS and args[0] in ids and len(known) == 1:
+        made = out if isinstance(out, Tensor) else out[0]
+        return ids[args[0]][:1].expand(made.shape)  # a column per channel; the indices choose the row
+    if (
+        name in SCATTERS
+        and not (args[2] in ids or kwargs)
+        and _other_dims(args[0], args[1]) == _other_dims(args[3], args[1])
+    ):
+        return scatter(run, name, args)
     if name in ("_local_scalar_dense", "item"):
         what = (
             f"module '{run.where()}' can't be traced: it turns a tensor into a Python number, which hides how channels "
@@ -154,6 +165,10 @@ def _result(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any, 
     if is_pointwise(name):
         return pointwise(run, name, args, kwargs, out)
     return _unknown(run, name, known, out)
+
+
+def _other_dims(x: Tensor, dim: int) -> list[int]:
+    return [size for d, size in enumerate(x.shape) if d != dim % x.dim()]
 
 
 def _move(run: IdRun, func: Any, args: Any, kwargs: Any) -> Any:

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from fastmerge import isolation
 from fastmerge.channels.aten import bind, has_effects, op_name
 from fastmerge.channels.computed_biases import part_computed_biases
-from fastmerge.channels.modes import in_eval_mode, told_in_both
+from fastmerge.channels.modes import in_eval_mode, is_torchs, takes_one, told_in_both
 from fastmerge.channels.written_norms import recognise_norms
 from fastmerge.copies import copied
 from fastmerge.isolation import exporting, undisturbed
@@ -56,6 +57,7 @@ class TracedNetwork:
         constants: tensors that the code makes itself, by name below ``constant_tensors``.
         is_open: per mode whether the graph is that of every batch size; some code fixes it, such as ``len(x)`` of a batch, or
             does something else with some, such as ``if len(x) > 4``.
+        takes_one: per mode whether it is then that of one sample, too.
         is_one_graph: whether the eval graph is the training graph, but for what normalisations and dropouts are told.
         questions: file:line of the user's code that asks whether it is being compiled or exported, each once.
     """
@@ -67,8 +69,15 @@ class TracedNetwork:
     inputs: list[Any] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
     is_open: dict[str, bool] = field(default_factory=dict)
+    takes_one: dict[str, bool] = field(default_factory=dict)
     is_one_graph: bool = False
     questions: list[str] = field(default_factory=list)
+
+    def is_for(self, inputs: Sequence[Any], mode: str) -> bool:
+        """Whether a mode's graph is that for flat inputs: all are like the example inputs but for an open batch size."""
+        count, example = (samples_in(given) for given in (inputs, self.inputs))
+        fits = (count != 1 or self.takes_one[mode]) if self.is_open[mode] else count == example
+        return fits and all(_is_like(x, y, count, example) for x, y in zip(inputs, self.inputs, strict=True))
 
     def in_mode(self, mode: str) -> dict[str, Any]:
         """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`."""
@@ -158,6 +167,10 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
         traced.is_open[mode] = any(node.meta.get("sample_dims") for node in placeholders) and not _depends_on_batch(
             program
         )
+        is_known = derived is not None and mode == "eval"
+        traced.takes_one[mode] = (
+            traced.takes_one["train"] if is_known else traced.is_open[mode] and takes_one(root, inputs)
+        )
     traced.is_one_graph, traced.questions = derived is not None, list(questions)
     for module, momentum in momenta:
         module.momentum = momentum
@@ -171,6 +184,26 @@ def _depends_on_batch(program: Any) -> bool:
     # inputs of one batch size are none, nor is what is asked of strides
     turns = (guard for guard in program._guards_code if "size()" in guard and not re.fullmatch(twins, guard))
     return any(turns) or any(r.lower > 2 or r.upper < 1 << 30 for r in ranges)
+
+
+def samples_in(inputs: Sequence[Any]) -> int:
+    """The batch size of flat inputs: the length of the first tensor that has one."""
+    return next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
+
+
+def _is_like(x: Any, example: Any, count: int, of_example: int) -> bool:
+    if not isinstance(x, Tensor) or not isinstance(example, Tensor):
+        return type(x) is type(example) and bool(x == example)
+    if x.dim() != example.dim() or (
+        x.dtype != example.dtype and not (x.is_floating_point() and example.is_floating_point())
+    ):
+        return False
+    if not x.dim():
+        return True
+    return (
+        x.shape[0] == (count if example.shape[0] == of_example else example.shape[0])
+        and x.shape[1:] == example.shape[1:]
+    )
 
 
 def _described(leaf: Any) -> Any:
@@ -304,8 +337,8 @@ def _caller(frame: Any) -> str:
 @functools.cache
 def _is_own(file: str) -> bool:
     """Whether a file of code is neither torch's, nor Python's, nor part of tracing."""
-    others = (torch.__path__[0], "torch/", __file__, isolation.__file__, "<")
-    return not file.startswith(others) and os.path.dirname(file) != os.path.dirname(os.__file__)
+    is_others = is_torchs(file) or file.startswith((__file__, isolation.__file__, "<"))
+    return not is_others and os.path.dirname(file) != os.path.dirname(os.__file__)
 
 
 def _first_line(error: BaseException) -> str:
@@ -374,6 +407,10 @@ def _cleaned(
         new = graph.node_copy(node, copied.__getitem__)
         if node.op == "get_attr" and node.target not in known:
             tensor = constants[str(node.target)].detach().clone()
+            if isinstance(tensor, FakeTensor):
+                path, code = _place(node, calls)
+                what = f"{type(root).__name__} keeps '{node.target}' from one forward for the next, outside its buffers"
+                raise UnmergeableError(Problem(what, "Let the forward take it as an input and return it", path, code))
             name = f"{str(node.target).replace('.', '_')}_{_digest(tensor)}"
             traced.constants[name] = tensor
             _add_constant(root, name, traced.constants[name].clone())
@@ -415,13 +452,29 @@ def _metadata(node: fx.Node, calls: Mapping[str, str]) -> dict[str, Any]:
     meta: dict[str, Any] = {}
     value = node.meta.get("val")
     if isinstance(value, Tensor):
+        _check_shape(node, value, calls)
         meta["shape"] = tuple(_hint(size) for size in value.shape)
         meta["sample_dims"] = [d for d, size in enumerate(value.shape) if _is_open(size)]
+    meta["path"], meta["code"] = _place(node, calls)
+    return meta
+
+
+def _place(node: fx.Node, calls: Mapping[str, str]) -> tuple[str, str]:
+    """The path of the module that a node of an export comes from, and the line of code."""
     stack = node.meta.get("nn_module_stack")
     paths = [str(path) for path, _ in stack.values()] if stack else []
-    meta["path"] = paths[-1].partition("@")[0] if paths else ""
-    meta["code"] = _code(str(node.meta.get("stack_trace") or "")) or calls.get(meta["path"], "")
-    return meta
+    path = paths[-1].partition("@")[0] if paths else ""
+    return path, _code(str(node.meta.get("stack_trace") or "")) or calls.get(path, "")
+
+
+def _check_shape(node: fx.Node, value: Tensor, calls: Mapping[str, str]) -> None:
+    """Refuses a tensor whose shape depends on the values of others, such as those that a mask selects."""
+    if all(_hint(size) is not None for size in value.shape):
+        return
+    path, code = _place(node, calls)
+    what = f"'{path or node.name}' makes a tensor whose shape depends on the values of another ({op_name(node)})"
+    remedy = "Keep all elements, with zeros or a weight of 0 in the place of those left out"
+    raise UnmergeableError(Problem(what, remedy, path or node.name, code))
 
 
 def _is_open(size: Any) -> bool:
@@ -437,9 +490,11 @@ def _code(stack_trace: str) -> str:
     return own[-1] if own else ""
 
 
-def _hint(size: Any) -> int:
+def _hint(size: Any) -> int | None:
+    """The length of a dimension for the example inputs; None of one that depends on the values of tensors."""
     node = getattr(size, "node", None)  # of a size that is left open
-    return int(size if node is None else node.hint)
+    hint = size if node is None else node.hint
+    return None if hint is None else int(hint)
 
 
 def _numbered(spec: Any) -> Any:

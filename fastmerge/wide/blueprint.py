@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmerge.channels.code_key import code_key, without_batch
-from fastmerge.channels.examples import Inputs, example_arguments, two_samples
+from fastmerge.channels.examples import Inputs, example_arguments, few_samples, two_samples
 from fastmerge.channels.grouping import group_channels
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import changed_tensors, run_on_ids
@@ -71,13 +71,19 @@ class Blueprint:
             return args
         return flat_inputs(self.traced, self.template.skeleton, args, kwargs)
 
-    def analyse_for(self, inputs: Sequence[Any], dtype: torch.dtype, is_open: bool) -> Analysis | None:
-        """The analysis of a teacher for inputs of another shape; None where its graphs are those for the example inputs.
+    def analyse_for(
+        self, inputs: Sequence[Any], dtype: torch.dtype, mode: str
+    ) -> tuple[Analysis | None, dict[str, bool]]:
+        """The analysis of a teacher for inputs of another shape.
 
         Args:
             inputs: flat.
             dtype: of the big student's weights.
-            is_open: whether the batch size is.
+            mode: in which it is run, "train" or "eval".
+
+        Returns:
+            The analysis, None where its graphs are those for the example inputs; and per mode that it is for whether it is for
+            other batch sizes of two or more, too.
 
         Raises:
             ValueError: if the network can't be traced for them, or its channels belong together in another way.
@@ -85,11 +91,13 @@ class Blueprint:
         leaves = [_cast(x.detach(), dtype) if isinstance(x, Tensor) else x for x in inputs]
         like = next(x for x in leaves if isinstance(x, Tensor))
         given: Inputs = pytree.tree_unflatten(leaves, self.traced.in_spec)
-        arguments = two_samples(given) if is_open else given
         teacher = self.template.blank(like.device, dtype)
-        traced, groups, _, _ = read_network(teacher, arguments, self.outputs, self.common)
+        traced, groups, *_ = read_network(teacher, two_samples(given), self.outputs, self.common)
+        if not traced.is_for(leaves, mode):  # one sample, for which it does something else
+            traced, groups, *_ = read_network(teacher, given, self.outputs, self.common)
+        is_open = {m: is_open for m, is_open in traced.is_open.items() if traced.is_for(leaves, m)}
         if same_graphs(self.traced, traced):
-            return None
+            return None, is_open
         if not groups.same_channels(self.groups):
             shapes = ", ".join(str(tuple(x.shape)) for x in leaves if isinstance(x, Tensor))
             raise ValueError(
@@ -97,12 +105,12 @@ class Blueprint:
                 "example inputs; build the big student with example_inputs of the shape that it is trained with"
             )
         self.template.strip(traced.root)
-        return Analysis(traced, groups, self.each)
+        return Analysis(traced, groups, self.each), is_open
 
     @property
     def input_dims(self) -> int:
-        """The number of dimensions of the first tensor of the inputs."""
-        return int(next(x for x in self.traced.inputs if isinstance(x, Tensor)).dim())
+        """The number of dimensions of the first tensor of the inputs that has any."""
+        return next((x.dim() for x in self.traced.inputs if isinstance(x, Tensor) and x.dim()), 0)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,9 +163,7 @@ def _read_once(
         predicted = predictions(traced, outputs)
         leaves = pytree.tree_leaves(inputs)
         is_open = all(traced.is_open[mode] for mode in traced.graphs)
-        if is_open:  # two samples tell as much as many
-            batch = next(x.shape[0] for x in leaves if isinstance(x, Tensor))
-            leaves = [x[:2] if isinstance(x, Tensor) and x.dim() and x.shape[0] == batch else x for x in leaves]
+        leaves = few_samples(leaves) if is_open else leaves
         record = run_on_ids(traced, leaves, predicted)
         groups = group_channels(record)
         constant = (common & mixing_tensors(record)) - changed_tensors(traced)

@@ -377,12 +377,28 @@ class MaskedEncoder(nn.Module):
         return self.head(self.encoder(self.embed(x[..., None]), mask=mask)[:, -1])
 
 
+class BestExperts(Base):
+    """Each sample goes through the two of four experts that its features choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice, self.experts = nn.Linear(8, 4), nn.ModuleList(nn.Linear(8, 6) for _ in range(4))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        weights, best = self.choice(features).softmax(1).topk(2)
+        made = torch.stack([F.relu(expert(features)) for expert in self.experts], 1)
+        chosen = made.gather(1, best[..., None].expand(-1, -1, 6))
+        return self.head((chosen * weights[..., None]).sum(1))
+
+
 def traced() -> nn.Module:
     """Every traced network has a class of its own."""
     return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4)))
 
 
-@pytest.mark.parametrize("make", [WritesParts, Blocks, ChangesViews, Remembers, MaskedEncoder, traced])
+@pytest.mark.parametrize("make", [WritesParts, Blocks, ChangesViews, Remembers, MaskedEncoder, BestExperts, traced])
 @torch.no_grad()
 def test_unusual_code(make: Callable[[], nn.Module]) -> None:
     big, teachers = build(make)
@@ -497,3 +513,64 @@ def test_a_matrix_that_all_teachers_have_alike() -> None:
         assert relative_error(big(*INPUT), mean_output(teachers, INPUT)) <= 1e-9
     select_gates(big, INPUT)
     assert relative_error(big.compress()(*INPUT), big(*INPUT)) <= 1e-9
+
+
+class MessagePassing(nn.Module):
+    """A graph network that takes the graph's edges, and its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, time: Tensor, x: Tensor, edges: Tensor) -> Tensor:
+        h = F.relu(self.first(x)) * time
+        h = h + torch.zeros_like(h).index_add_(0, edges[1], F.relu(self.second(h))[edges[0]])
+        to = edges[1, :, None].expand(-1, 3)
+        y = self.head(h)
+        return torch.zeros_like(y).scatter_add(0, to, y[edges[0]])
+
+
+class Bags(nn.Module):
+    """Means over bags of words of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.EmbeddingBag(20, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor, starts: Tensor) -> Tensor:
+        return self.head(self.words(words, starts))
+
+
+def graph(nodes: int, edges: int) -> tuple[Tensor, ...]:
+    time = torch.tensor(float(edges), dtype=torch.float64)
+    return (
+        time,
+        make_batch(nodes, (5,)),
+        torch.randint(nodes, (2, edges), generator=torch.Generator().manual_seed(edges)),
+    )
+
+
+BAGS = torch.arange(12), torch.tensor([0, 3, 5, 6, 9])
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "other"),
+    [
+        (MessagePassing, graph(6, 20), graph(9, 31)),
+        (Bags, BAGS, (BAGS[0][2:], BAGS[1][:3])),
+    ],
+)
+@torch.no_grad()
+def test_inputs_that_count_on_others(
+    make: type[nn.Module], x: tuple[Tensor, ...], other: tuple[Tensor, ...]
+) -> None:
+    """Indices of nodes and of words, which only whole inputs have."""
+    torch.manual_seed(0)
+    teachers = [make().double().eval() for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    assert [group.size for group in big.groups] == [8]
+    for given in (x, other):
+        with big.open_gates():
+            assert relative_error(big(*given), mean_output(teachers, given)) <= 1e-9
+    select_gates(big, x)
+    assert relative_error(big.compress()(*other), big(*other)) <= 1e-9

@@ -59,6 +59,33 @@ def test_code_that_depends_on_the_data(part: type[Branching], capfd: pytest.Capt
     assert capfd.readouterr() == ("", "")
 
 
+class SelectingByValue(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[x.sum((1, 2, 3)) > 0])
+
+
+class KeepingItsState(Branching):
+    state: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = (x + self.state).detach()
+        return self.conv(self.state)
+
+
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [
+        (SelectingByValue, "'branching' makes a tensor whose shape depends on the values of another (index)"),
+        (KeepingItsState, "keeps 'branching.state' from one forward for the next"),
+    ],
+)
+def test_code_without_one_shape_or_state(part: type[Branching], problem: str) -> None:
+    teachers = [DataDependent(), DataDependent()]
+    for teacher in teachers:
+        teacher.branching = part()
+    assert problem in refusal(*teachers)
+
+
 def test_channel_groups_refuses_the_same() -> None:
     with pytest.raises(ValueError, match=r"branching.*control flow"):
         fastmerge.channel_groups(DataDependent(), IMAGES)
@@ -89,6 +116,7 @@ def test_example_inputs_that_do_not_fit() -> None:
     assert "(2, 5, 8, 8)" in message
     assert "example_inputs" in refusal(resnet(), resnet(), example_inputs="an image")
     assert "example_inputs" in refusal(resnet(), resnet(), example_inputs=())
+    assert "without elements" in refusal(resnet(), resnet(), example_inputs=IMAGES[:0])
 
 
 def test_input_without_a_batch_dimension() -> None:

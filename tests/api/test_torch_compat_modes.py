@@ -262,16 +262,44 @@ class CountsSamples(nn.Module):
         return self.last(2 * x if self.doubles(x.shape[0]) else x)
 
 
-@pytest.mark.parametrize("doubles", [lambda n: n > 4, lambda n: n < 5, lambda n: n % 2 == 0, lambda n: n == 7])
+@pytest.mark.parametrize(
+    "doubles", [lambda n: n > 4, lambda n: n < 5, lambda n: n % 2 == 0, lambda n: n == 7, lambda n: n == 1]
+)
 @pytest.mark.parametrize("batch", [2, 3, 7])
 @torch.no_grad()
 def test_code_that_depends_on_the_batch_size(doubles: Callable[[int], bool], batch: int) -> None:
     teachers = [CountsSamples(doubles).double() for _ in range(2)]
     big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(batch, 5, dtype=torch.float64)).eval()
-    for other in (batch, 2, 3, 5, 6, 7):
+    for other in (batch, 1, 2, 3, 5, 6, 7):
         x = torch.randn(other, 5, dtype=torch.float64)
         with big.open_gates():
-            assert relative_error(big(x), mean_output(teachers, (x,))) <= 1e-9
+            torch.testing.assert_close(big(x), mean_output(teachers, (x,)), rtol=1e-9, atol=1e-9)
+
+
+class AsksAboutItsInputs(nn.Module):
+    """Does something else with many long sequences, with bytes, and with tables of another length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(2, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.to(table.dtype) / 255
+        y = self.first(x).relu().mean(2)
+        return self.last(2 * y if len(x) > 4 and x.shape[2] > 8 else y) + table.sum() / len(table)
+
+
+@torch.no_grad()
+def test_code_that_depends_on_other_lengths_and_on_types() -> None:
+    teachers = [AsksAboutItsInputs().double() for _ in range(2)]
+    table = torch.randn(7, 3, dtype=torch.float64)
+    big = fastmerge.BigStudent(*teachers, example_inputs=(torch.randn(3, 2, 8, dtype=torch.float64), table)).eval()
+    for count, length, rows in [(3, 9, 7), (6, 9, 7), (3, 9, 7), (6, 8, 7), (7, 9, 7), (3, 8, 5), (1, 9, 7), (5, 8, 5)]:
+        for x in (torch.randn(count, 2, length, dtype=torch.float64), torch.randint(9, (count, 2, length)).byte()):
+            with big.open_gates():
+                actual = big(x, table[:rows])
+            torch.testing.assert_close(actual, mean_output(teachers, (x, table[:rows])), rtol=1e-9, atol=1e-9)
 
 
 def test_an_example_may_be_a_strided_view() -> None:
