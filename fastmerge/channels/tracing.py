@@ -32,6 +32,7 @@ from fastmerge import isolation
 from fastmerge.channels.aten import bind, has_effects, op_name
 from fastmerge.channels.computed_biases import part_computed_biases
 from fastmerge.channels.modes import in_eval_mode, is_torchs, takes_one, told_in_both
+from fastmerge.channels.sliced_weights import complete_sliced_weights
 from fastmerge.channels.written_norms import recognise_norms
 from fastmerge.copies import copied
 from fastmerge.isolation import exporting, undisturbed
@@ -422,6 +423,7 @@ def _cleaned(
         new.meta = _metadata(node, calls)
         copied[node] = new
     recognise_norms(graph)
+    complete_sliced_weights(graph)
     part_computed_biases(graph)
     return graph
 

@@ -561,9 +561,7 @@ BAGS = torch.arange(12), torch.tensor([0, 3, 5, 6, 9])
     ],
 )
 @torch.no_grad()
-def test_inputs_that_count_on_others(
-    make: type[nn.Module], x: tuple[Tensor, ...], other: tuple[Tensor, ...]
-) -> None:
+def test_inputs_that_count_on_others(make: type[nn.Module], x: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
     """Indices of nodes and of words, which only whole inputs have."""
     torch.manual_seed(0)
     teachers = [make().double().eval() for _ in range(2)]
@@ -574,3 +572,52 @@ def test_inputs_that_count_on_others(
             assert relative_error(big(*given), mean_output(teachers, given)) <= 1e-9
     select_gates(big, x)
     assert relative_error(big.compress()(*other), big(*other)) <= 1e-9
+
+
+class Decoder(nn.Module):
+    """Some positions look at the others, by thirds of the weight that they look at themselves by."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 4, bias=bias, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, memory = self.embed(x[..., None]).split([2, 3], 1)
+        x = x + self.attention(x, memory, memory, need_weights=False)[0]
+        x = x + self.attention(x, memory, F.relu(memory), need_weights=False)[0]
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+class Halves(nn.Module):
+    """Two layers by rows of one weight are one layer where their biases are the same rows."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.start, self.weight, self.bias = start, nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = F.linear(x, self.weight[:4], self.bias[self.start :][:4])
+        return self.head(torch.cat([first.relu(), F.linear(x.sin(), self.weight[4:], self.bias[4:]).tanh()], 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (lambda: Decoder(True), [8, 4]),
+        (lambda: Decoder(False), [8, 4]),
+        (lambda: Halves(0), [4, 4]),
+        (lambda: Halves(2), [1, 2]),
+    ],
+)
+@torch.no_grad()
+def test_layers_by_rows_of_one_weight(make: Callable[[], nn.Module], sizes: list[int]) -> None:
+    big, teachers = build(make)
+    assert [group.size for group in big.groups] == sizes
+    with big.open_gates():
+        assert relative_error(big(*INPUT), mean_output(teachers, INPUT)) <= 1e-9
+    big.link()
+    disturb_weights(big)
+    select_gates(big, INPUT)
+    assert relative_error(big.compress()(*INPUT), big(*INPUT)) <= 1e-9
