@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,13 +18,13 @@ from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging.checks import (
     check_checkpoints,
-    check_device,
     check_loader,
     check_metrics,
     check_optimizer,
     check_processes,
     check_schedule,
     check_teachers,
+    examples_of,
 )
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.options import CompactAt, GateSchedule, Options
@@ -36,7 +36,6 @@ from fastmerge.processes import Processes
 from fastmerge.resuming.fingerprint import fingerprints
 from fastmerge.resuming.snapshots import Snapshots
 from fastmerge.resuming.stop_requests import StopRequests
-from fastmerge.stack import Stack
 from fastmerge.wide.heads import SeparateHeads
 from fastmerge.wide.widths import Keep
 
@@ -238,9 +237,7 @@ def merge_by(
         options, teachers, train_loader, val_loader, parts = with_label_sets(
             options, teachers, train_loader, val_loader
         )
-    setting = Setting(
-        check_device(options.device, teachers[0]), options.criterion, options.autocast, options.channels_last
-    )
+    setting = options.setting(teachers[0])
     history = History(len(teachers))
     same = (also or {}) | fingerprints(teachers)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count) as trainer:
@@ -249,7 +246,7 @@ def merge_by(
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
         trainer.resume()
-        student = train_student(teachers, _examples(inputs, teachers[0]), options, trainer)
+        student = train_student(teachers, examples_of(inputs, teachers[0]), options, trainer)
     if options.heads == "separate" and parts is not None:
         student = SeparateHeads(student, parts)
     return student, history
@@ -276,7 +273,7 @@ def train_by(
         teachers: to learn from, by the options' ``distill`` and ``temperature``.
         title: of the progress bar.
     """
-    setting = Setting(check_device(options.device, network), options.criterion, options.autocast, options.channels_last)
+    setting = options.setting(network)
     same = (also or {}) | fingerprints([network])
     setting.place(network)
     history = History(1)
@@ -301,7 +298,7 @@ def trainer_for(
 ) -> Iterator[Trainer]:
     """What trains: with checkpoints, signals that are kept until a step's end, progress, and the seed's random numbers."""
     processes = Processes(setting.device) if processes is None else processes
-    options.check_device(setting.device, processes)
+    options.check_cuda_graph(setting.device, processes)
     snapshots = None
     if options.checkpoint_dir is not None:
         snapshots = Snapshots(options.checkpoint_dir, options.compared() | same)
@@ -320,10 +317,3 @@ def trainer_for(
         if options.seed is not None:
             torch.manual_seed(options.seed)
         yield Trainer(options, setting, train_loader, val_loader, history, state, stop, processes, bar, count)
-
-
-def _examples(inputs: tuple[Tensor, ...], teacher: nn.Module) -> Tensor | tuple[Tensor, ...]:
-    # Tracing runs where the teachers are, and two samples are as good as a batch.
-    device = check_device(None, teacher)
-    examples = tuple((value[0] if isinstance(teacher, Stack) else value)[:2].to(device) for value in inputs)
-    return examples[0] if len(examples) == 1 else examples

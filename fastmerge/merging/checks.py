@@ -54,6 +54,13 @@ def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch
     return device
 
 
+def examples_of(inputs: Sequence[Tensor], teacher: nn.Module) -> Tensor | tuple[Tensor, ...]:
+    """What networks are traced on, where the teachers are: two samples, which tell as much as a batch."""
+    device = check_device(None, teacher)
+    examples = tuple((value[0] if isinstance(teacher, Stack) else value)[:2].to(device) for value in inputs)
+    return examples[0] if len(examples) == 1 else examples
+
+
 def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: float) -> None:
     """Makes a fine-tuning's learning rate scheduler for a throw-away optimizer, and steps it as often as it will be.
 

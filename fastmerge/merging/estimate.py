@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
-from fastmerge.merging.checks import check_loader, check_teachers
+from fastmerge.merging.checks import check_loader, check_teachers, examples_of
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
@@ -107,11 +107,9 @@ def estimate(
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
-        where = next(teachers[0].parameters()).device
-        examples = tuple(value[:2].to(where) for value in inputs)
-        given = examples[0] if len(examples) == 1 else examples
+        examples = examples_of(inputs, teachers[0])
         found = Estimate(reading=time_reading(train_loader, setting))
-        for which, big, each in stage_networks(teachers, given, plan):
+        for which, big, each in stage_networks(teachers, examples, plan):
             setting.place(big)
             for kind, epochs in phases(big, each):
                 found.parts.append(time_training(f"merge{which}, {kind}", epochs, big, train_loader, setting))
@@ -119,7 +117,7 @@ def estimate(
             found.parts += time_validation(f"validation of the big student{which}", scored, big, val_loader, setting)
             found.kept = max(found.kept, 3 * checkpoint_bytes(big))  # two, and one that is being written
         del big
-        student = setting.place(blank_student(teachers, given, plan)).requires_grad_(True)
+        student = setting.place(blank_student(teachers, examples, plan)).requires_grad_(True)
         found.parts.append(time_training("fine-tune", plan.finetune_epochs, student, train_loader, setting))
         scored = scores(plan.finetune_epochs, plan.val_every)
         found.parts += time_validation("validation of the student", scored, student, val_loader, setting)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge.channels.outputs import Name
-from fastmerge.evaluation import Criterion, Setting, has_classes
-from fastmerge.merging.checks import check_classes, check_device, check_loader
+from fastmerge.evaluation import Criterion, has_classes
+from fastmerge.merging.checks import check_classes, check_loader, examples_of
 from fastmerge.merging.loader_state import loader_state, restore_loader_state
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
@@ -224,9 +224,7 @@ def with_label_sets(
     """
     if any(isinstance(teacher, Stack) for teacher in teachers):
         raise ValueError("heads= merges networks, not stacks of them")
-    setting = Setting(
-        check_device(options.device, teachers[0]), options.criterion, options.autocast, options.channels_last
-    )
+    setting = options.setting(teachers[0])
     loaders = {"train_loader": train_loader, "val_loader": val_loader}
     each = {name: loader for name, loader in loaders.items() if _is_one_per_teacher(name, loader, len(teachers))}
     for name, its in each.items():
@@ -238,9 +236,8 @@ def with_label_sets(
                 raise TypeError(what) from None
             check_loader(f"{name}[{number}]", loader, teachers[number], setting, number)
     inputs, _ = next(iter(train_loader[0] if "train_loader" in each else train_loader))
-    device = check_device(None, teachers[0])
-    examples = tuple(x[:2].to(device) for x in (inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
-    networks, parts = join_heads(teachers, examples, outputs)
+    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    networks, parts = join_heads(teachers, examples_of(inputs, teachers[0]), outputs)
     found = {part for of_mode in parts.outputs.values() for part in of_mode.values()}
     if any(set(of_mode) != {0} for of_mode in parts.outputs.values()) or len(found) != 1 or next(iter(found)).dim != 1:
         raise ValueError(

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fastmerge.big_student import BigStudent
-from fastmerge.evaluation import Criterion
+from fastmerge.evaluation import Criterion, Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.history import EpochRecord
+from fastmerge.merging.checks import Schedule, check_device
 from fastmerge.processes import Processes
 from fastmerge.schedules import (
     GATE_MOMENTUM,
@@ -38,7 +40,6 @@ from fastmerge.wide.widths import Keep
 
 GateSchedule = Literal["quadratic", "budget"]
 CompactAt = float | Literal["settled"] | None
-Schedule = Callable[[Optimizer], LRScheduler]
 
 _WARM_FROM = 1e-4
 _LARGEST = torch.finfo(torch.float32).max
@@ -253,12 +254,17 @@ class Options:
         if self.all_classes and self.heads == "average":
             raise ValueError('all_classes goes with heads="concatenate" or "separate"')
 
-    def check_device(self, device: torch.device, processes: Processes) -> None:
-        """Raises where steps can't run as is asked for.
+    def setting(self, network: nn.Module) -> Setting:
+        """Device, precision, layout and criterion; the device is the network's where none is chosen.
 
         Raises:
-            ValueError: A CUDA graph is wanted where there can be none.
+            ValueError: The device can't be used.
         """
+        device = check_device(self.device, network)
+        return Setting(device, self.criterion, self.autocast, self.channels_last)
+
+    def check_cuda_graph(self, device: torch.device, processes: Processes) -> None:
+        """Raises a ValueError where a CUDA graph is wanted and there can be none."""
         if not self.cuda_graph:
             return
         if device.type != "cuda":

@@ -17,7 +17,6 @@ from torch.utils.data.distributed import DistributedSampler
 from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, samples_in
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.distillation import TaughtSetting
-from fastmerge.merging.divergence import blame_scoring, blame_training
 from fastmerge.merging.gate_report import open_probabilities
 from fastmerge.merging.options import Options
 from fastmerge.merging.progress import Progress
@@ -176,7 +175,7 @@ class Trainer:
                 try:
                     self._train(network, optimizers, lam, tally)
                 except NotFiniteError as error:
-                    blame = blame_training(error, stage, epoch, lr, self.setting.autocast)
+                    blame = _blame_training(error, stage, epoch, lr, self.setting.autocast)
                     raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
                 random = random_states(self.setting.device)
                 score = tally.score(self.processes)
@@ -291,7 +290,7 @@ class Trainer:
         try:
             return self._run.compiler.run(lambda: evaluate(network, loader, setting, after_step, processes, metrics))
         except NotFiniteError as error:
-            blame = blame_scoring(error, whose, lr, setting.autocast)
+            blame = _blame_scoring(error, whose, lr, setting.autocast)
             raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
 
     @contextmanager
@@ -301,3 +300,35 @@ class Trainer:
             yield
         except ProcessLostError as error:
             raise ProcessLostError(f"{error}{self.state.whereabouts()}") from error
+
+
+def _blame_training(error: NotFiniteError, stage: Stage, epoch: int, lr: float, autocast: torch.dtype | None) -> str:
+    """Where a loss in training became NaN or Inf, in which epoch counted from 1, and what is likely to blame: a sentence."""
+    step, loss, value = error.args
+    where = f"the {loss.replace('_', ' ')} became {value} in step {step} of epoch {epoch} of the {stage} stage"
+    if loss == "gate_loss":
+        return f"{where}; the gates moved too far: try a lower gate_lr or lam_step"
+    if autocast is torch.float16:
+        return f"{where}; float16 may have overflowed: try autocast=torch.bfloat16, or a learning rate below {lr:g}"
+    if step == epoch == 1:
+        return f"{where}, its first; look for NaN or Inf in the data, or for training-mode layers that give them"
+    return f"{where}; the learning rate {lr:g} is likely too high, or a batch holds NaN or Inf"
+
+
+def _blame_scoring(error: NotFiniteError, whose: str, lr: float | None, autocast: torch.dtype | None) -> str:
+    """Likewise for a loss on validation data: ``whose``, and the learning rate where that network was trained before."""
+    batch, _, value, has_finite_inputs = error.args
+    where = f"the validation loss {whose} became {value} in batch {batch}"
+    if has_finite_inputs is False:
+        return f"{where}, whose inputs hold NaN or Inf"
+    causes = []
+    if lr is None:
+        causes.append(f"the weights {whose} are too large")
+    if autocast is torch.float16:
+        causes.append("float16 may have overflowed: try autocast=torch.bfloat16")
+    if lr is not None:
+        causes.append(f"the learning rate {lr:g} may be too high")
+    again = (
+        "; look for NaN or Inf in its inputs, or " if has_finite_inputs is None else ", whose inputs are finite now: "
+    )
+    return f"{where}{again}{', or '.join(causes)}"
