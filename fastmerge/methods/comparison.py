@@ -95,10 +95,10 @@ def compare(
     teachers = check_teachers(teachers)
     Options(finetune_epochs=finetune_epochs, finetune_lr=lr, momentum=momentum, weight_decay=weight_decay)
     given = {name: dict((options or {}).get(name, {})) for name in methods}
-    common = {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "criterion": criterion}
+    common: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "criterion": criterion}
     for name, own in given.items():
         known = checked(name, own).options
-        given[name] = {key: value for key, value in common.items() if key in known} | own
+        given[name] = {key: value for key, value in ({"epochs": epochs} | common).items() if key in known} | own
     setting = Setting(check_device(None, teachers[0]), criterion)
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)
@@ -114,15 +114,7 @@ def compare(
             with Meter() as meter, torch.random.fork_rng(devices):
                 torch.manual_seed(seed)
                 network = copy.deepcopy(network)
-                train(
-                    network,
-                    train_loader,
-                    epochs=finetune_epochs,
-                    lr=lr,
-                    momentum=momentum,
-                    weight_decay=weight_decay,
-                    criterion=criterion,
-                )
+                train(network, train_loader, epochs=finetune_epochs, **common)
             row = dataclasses.replace(
                 row,
                 tuned=scored(network),

@@ -17,6 +17,7 @@ from fastmerge.methods.combination import combine, places_of_kept
 from fastmerge.methods.registry import register
 from fastmerge.methods.samples import family_of, second_moments
 from fastmerge.methods.transplant import largest, magnitudes
+from fastmerge.narrowing.compression import sources_of
 
 
 @register("reconstruct", needs="samples", source="as J. Luo et al., ThiNet (arXiv 1707.06342), here between teachers")
@@ -115,7 +116,8 @@ def _refit_layer(
     written, read = call.geometry.out_dim, call.geometry.in_dim
     *theirs, mine = moment.channels
     common = torch.from_numpy(inputs.group < 0)
-    teacher, index = sources(outputs.group, outputs.place, groups, kept)
+    lie = sources_of(outputs, groups, kept)
+    teacher, index = lie.owner, lie.index
     weight = torch.zeros_like(tensor_at(student, call.weight)).movedim((written, read), (0, 1))
     bias = None if call.bias is None else torch.zeros_like(tensor_at(student, call.bias))
     # of a transposed convolution not every output has all taps, by which a shift would go into the bias
@@ -144,8 +146,8 @@ def _refit_norm(
     arguments = bind(moment.node)
     mean_name, variance_name = (str(arguments[key].target) for key in ("running_mean", "running_var"))
     _, units = groups.tensors[mean_name]
-    teacher, index = sources(units.group, units.place, groups, kept)
-    picked = (teacher.clamp(min=0), index)
+    lie = sources_of(units, groups, kept)
+    picked = (lie.teacher, lie.index)
     moments = [
         torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
         for x in moment.values(arguments["input"])
@@ -159,20 +161,6 @@ def _refit_norm(
     normalised = (mean - running_mean) / (running_variance + eps).sqrt()
     tensor_at(student, mean_name).copy_(centre - normalised * deviation)
     tensor_at(student, variance_name).copy_((deviation.square() - eps).clamp_min(0))
-
-
-def sources(
-    group: np.ndarray, place: np.ndarray, groups: ChannelGroups, kept: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Of each entry of a student's dimension the teacher and its entry; teacher -1 where there is no choice."""
-    teacher, index = np.full(len(group), -1), np.arange(len(group))
-    for number in np.unique(group[group >= 0]):
-        size = groups[int(number)].size
-        where = np.flatnonzero(group == number)
-        places = where[np.argsort(place[where], kind="stable")].reshape(size, -1)
-        candidates = kept[groups[int(number)].name].numpy()
-        teacher[places], index[places] = (candidates // size)[:, None], places[candidates % size]
-    return torch.from_numpy(teacher), torch.from_numpy(index)
 
 
 class LeastSquares:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmerge.channels.aten import op_name
+from fastmerge.channels.aten import bind, op_name
 from fastmerge.methods.combination import combine
 from fastmerge.methods.registry import register
 from fastmerge.methods.repair import reset_statistics
@@ -45,10 +45,7 @@ def zipit(
         places[group.name] = zipped(correlations, len(teachers), again, within)
     result = combine(teachers, family.groups, places)
     for moment in family.run([result]):
-        if (
-            op_name(moment.node) == "batch_norm"
-            and moment.node.kwargs.get("running_mean", moment.node.args[3]) is not None
-        ):
+        if op_name(moment.node) == "batch_norm" and bind(moment.node)["running_mean"] is not None:
             reset_statistics(moment, result)
     return result
 

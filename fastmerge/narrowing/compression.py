@@ -29,7 +29,7 @@ from fastmerge.wide.widths import runs
 
 
 @dataclass(frozen=True)
-class _Sources:
+class Sources:
     """For each index along a student's dimension, where it comes from.
 
     Attributes:
@@ -48,7 +48,7 @@ class _Sources:
         return torch.where(self.common, -1, self.teacher)
 
 
-def _sources(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> _Sources:
+def sources_of(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> Sources:
     """Fills each place of a dimension with the indices of the candidate that was kept for it, in order.
 
     Where other numbers of candidates are kept than a teacher has channels, the dimension is that much shorter or longer.
@@ -63,10 +63,10 @@ def _sources(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]
         candidates = kept[group.name].cpu().numpy()
         teacher[by_place] = (candidates // group.size)[:, None]
         index[by_place] = by_place[candidates % group.size]
-    return _Sources(torch.from_numpy(teacher), torch.from_numpy(index), torch.from_numpy(units.group < 0))
+    return Sources(torch.from_numpy(teacher), torch.from_numpy(index), torch.from_numpy(units.group < 0))
 
 
-def _resized(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> _Sources:
+def _resized(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> Sources:
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for number, start, end in runs(units):
         index = torch.arange(start, end)
@@ -77,7 +77,7 @@ def _resized(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]
         chosen = index.view(size, -1)[candidates % size]
         teacher = (candidates // size)[:, None].expand_as(chosen).flatten()
         parts.append((teacher, chosen.flatten(), torch.zeros_like(teacher, dtype=torch.bool)))
-    return _Sources(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    return Sources(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 class Compressor:
@@ -150,8 +150,8 @@ class Compressor:
 
     def _weight(self, wide: WideLayer, name: str) -> Cut:
         geometry, wiring = wide.geometry, wide.wiring
-        rows = _sources(self.groups.outputs[name], self.groups, self.kept)
-        columns = _sources(self.groups.inputs[name], self.groups, self.kept)
+        rows = sources_of(self.groups.outputs[name], self.groups, self.kept)
+        columns = sources_of(self.groups.inputs[name], self.groups, self.kept)
         outputs, inputs = self.groups.outputs[name], self.groups.inputs[name]
         if wiring.has_off_diagonal and not wide.linked:
             swapped = geometry.out_dim != 0
@@ -171,7 +171,7 @@ class Compressor:
             selected.get(0), selected.get(1), Sums(geometry.in_dim, summed, every) if len(summed) else None
         )
 
-    def _positions(self, units: AxisUnits, sources: _Sources) -> Tensor:
+    def _positions(self, units: AxisUnits, sources: Sources) -> Tensor:
         """Where a student's entries lie in a tensor of all teachers'."""
         return self.population.joined(units)[sources.teacher, sources.index]
 
@@ -179,14 +179,14 @@ class Compressor:
         if not wide.wiring.writes_streams:
             return Whole()
         units = self.groups.outputs[weight]
-        return Selection(self._positions(units, _sources(units, self.groups, self.kept)))
+        return Selection(self._positions(units, sources_of(units, self.groups, self.kept)))
 
     def _side_by_side(self, name: str) -> Cut:
         """From the teachers' tensors along the first dimension."""
         if name not in self.groups.tensors:  # a counter of each teacher
             return Part(0)
         dim, units = self.groups.tensors[name]
-        sources, size = _sources(units, self.groups, self.kept), len(units.group)
+        sources, size = sources_of(units, self.groups, self.kept), len(units.group)
         if dim is None:
             return Part(int(sources.teacher[0]) * size, size)
         assert dim == 0, name
@@ -197,7 +197,7 @@ class Compressor:
             assert not parts[0].is_floating_point(), name
             return OneTeachers(0)
         dim, units = self.groups.tensors[name]
-        sources = _sources(units, self.groups, self.kept)
+        sources = sources_of(units, self.groups, self.kept)
         if self.groups.acts_on_several(name):
             counts = torch.bincount(sources.teacher, minlength=len(parts))
             return WeightedMean(counts.double() / len(sources.teacher))
