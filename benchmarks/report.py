@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from benchmarks import names
@@ -20,6 +21,7 @@ from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NO_GPU = "No GPU has been measured yet: none was available. `make gpu OUT=folder` on a machine with one does so."
+_TARGET_HEADER = ["ratio", "case", "target", "stretch", "result", "quartiles", "n", "verdict"]
 _COUNTED = (
     "One training step, counted on a machine without a GPU. *Launches* are the kernels that PyTorch and Triton would launch, "
     "*GB* the bytes that they read and write at full size. *CPU* is the process time of a step with tiny tensors and without "
@@ -75,11 +77,14 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
 
 def readme(runs: dict[str, dict[str, Any]]) -> str:
     """The README's block: the targets that were measured, and on what."""
-    blocks = [
-        f"{_target_table(rows)}\n\n{machine(run)}"
-        for run in runs.values()
-        if (rows := [row for row in _target_rows(run) if row[1] is not None])
-    ]
+    rows, machines = [], []
+    for run in runs.values():
+        found = [_target_row(target, ratios) for target, ratios in _target_rows(run) if ratios is not None]
+        if found:
+            letter = ascii_lowercase[len(machines)]
+            rows += [[*row, letter] for row in found]
+            machines.append(f"* {letter}: {machine(run)}")
+    blocks = [table([*_TARGET_HEADER, "on"], rows, markdown=True), "\n".join(machines)] if rows else []
     if not any(_has_gpu(run) for run in runs.values()):
         blocks.insert(0, NO_GPU)
     return "\n\n".join(blocks)
@@ -143,8 +148,7 @@ def _target_rows(run: dict[str, Any]) -> list[tuple[Target, list[Ratio] | None]]
 
 
 def _target_table(rows: Sequence[tuple[Target, list[Ratio] | None]]) -> str:
-    header = ["ratio", "case", "target", "stretch", "result", "quartiles", "n", "verdict"]
-    return table(header, [_target_row(target, found) for target, found in rows], markdown=True)
+    return table(_TARGET_HEADER, [_target_row(target, found) for target, found in rows], markdown=True)
 
 
 def _target_row(target: Target, found: list[Ratio] | None) -> list[str]:
