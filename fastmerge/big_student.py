@@ -23,7 +23,7 @@ from fastmerge.narrowing.closing import (
 )
 from fastmerge.narrowing.compression import Compressor
 from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
-from fastmerge.narrowing.parts import activations, consecutive_parts
+from fastmerge.narrowing.parts import activation_counts, consecutive_parts
 from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.narrowing.shrinking import Shrinking
 from fastmerge.narrowing.spent import spend
@@ -180,7 +180,7 @@ class BigStudent(GatedNetwork):
                 f"layerwise={count} needs {count} channel groups that can be narrowed; this network has {len(free)}{why}. Take "
                 "a smaller layerwise"
             )
-        sizes = activations(analysis)
+        sizes = activation_counts(analysis)
         parts = [[free[k] for k in part] for part in consecutive_parts([sizes[number] for number in free], count)]
         parts[0] = sorted([*parts[0], *whole])
         return [[self.groups[number].name for number in part] for part in parts]

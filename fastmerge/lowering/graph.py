@@ -129,16 +129,14 @@ class _Lowering:
     def _fuse(self) -> list[NormUse]:
         nodes = self.analysis.traced.graphs[self.mode].nodes
         values = {node: nodes_of(self.values.of(node, ungated=True)) for node in nodes if node in self.values.current}
-        shapes = {node: self.analysis.shapes[self.mode, node.name] for node in values if self._has_shape(node)}
+        known = self.analysis.shapes
+        shapes = {node: known[self.mode, node.name] for node in values if (self.mode, node.name) in known}
         norms = {node: call.path for node, call in self.analysis.norms[self.mode].items()}
         lowered = Lowered(self.graph, values, self.gate_calls, shapes, norms, self.network)
         return fuse(lowered, (node for node in nodes if is_norm(node) and node in values))
 
-    def _has_shape(self, node: fx.Node) -> bool:
-        return (self.mode, node.name) in self.analysis.shapes
-
     def _layer(self, node: fx.Node, call: LayerCall) -> Value:
-        values = self._read(node, call)
+        values = tuple(nodes_of(self._gated_value(node, call)))
         path = self.analysis.paths[call.weight]
         if self.each and self.analysis.averages(call):
             module = self.graph.get_attr(path)
@@ -171,11 +169,8 @@ class _Lowering:
         out = self.graph.call_function(tied_linear, args, {"gate": gate})
         return out if bias is None else self.graph.call_function(torch.add, (out, self.values.pick(bias, 0)))
 
-    def _read(self, node: fx.Node, call: LayerCall) -> tuple[fx.Node, ...]:
-        """What a layer reads: streams are gated once, for this layer and all later users (but for those that undo it)."""
-        return tuple(nodes_of(self._gated_value(node, call)))
-
     def _gated_value(self, node: fx.Node, call: LayerCall) -> Value:
+        """What a layer reads: streams are gated once, for this layer and all later users (but for those that undo it)."""
         source = call.input
         value = self.values.of(source)
         if isinstance(value, fx.Node):

@@ -14,7 +14,7 @@ from fastmerge.channels.groups import ChannelGroups
 from fastmerge.wide.analysis import Analysis
 
 
-def activations(analysis: Analysis) -> list[float]:
+def activation_counts(analysis: Analysis) -> list[float]:
     """Of each channel group, how many of its values layers read and write in a training forward on the traced inputs."""
     groups = analysis.groups
     found = np.zeros(len(groups))

@@ -82,7 +82,7 @@ def _of_any_width(new: fx.Node, node: fx.Node) -> fx.Node:
     with graph.inserting_before(new):
         if name in LAYER_NORMS:
             *outer, _ = bind(node)["normalized_shape"]
-            arguments[1] = [*outer, graph.call_function(_size, (arguments[0], -1))]
+            arguments[1] = [*outer, graph.call_function(torch.ops.aten.sym_size.int, (arguments[0], -1))]
         elif name == "group_norm":
             each = node.args[0].meta["shape"][1] // bind(node)["num_groups"]  # type: ignore[union-attr]
             arguments[1] = graph.call_function(_blocks, (arguments[0], 1, each))
@@ -92,10 +92,6 @@ def _of_any_width(new: fx.Node, node: fx.Node) -> fx.Node:
             arguments[place] = graph.call_function(_blocks, (arguments[1], 0, rows // groups))
     new.args = tuple(arguments)
     return new
-
-
-def _size(x: Tensor, dim: int) -> int:
-    return x.shape[dim]
 
 
 def _blocks(x: Tensor, dim: int, size: int) -> int:

@@ -69,10 +69,7 @@ class Analysis:
         self.shapes = self.traced.shapes
         self.calls = {mode: layer_calls(graph, root) for mode, graph in self.traced.graphs.items()}
         self.norms = self._find_norms()
-        self.weight_nodes = {
-            mode: weight_nodes(c for n, c in calls.items() if c.groups == 1 or self.is_wide(mode, n))
-            for mode, calls in self.calls.items()
-        }
+        self.weight_nodes = {mode: weight_nodes(self._layers(mode)) for mode in self.calls}
 
     @property
     def stateful(self) -> Collection[str]:
@@ -102,13 +99,14 @@ class Analysis:
     @cached_property
     def held(self) -> set[str]:
         """Names of the tensors that wide layers and norms hold, rather than the graph reading them."""
-        calls = [
-            c for mode in self.calls for n, c in self.calls[mode].items() if c.groups == 1 or self.is_wide(mode, n)
-        ]
-        tensors = {name for call in calls for name in call.tensors}
+        tensors = {name for mode in self.calls for call in self._layers(mode) for name in call.tensors}
         return tensors | {
             name for norms in self.norms.values() for norm in norms.values() for name in norm.tensors.values()
         }
+
+    def _layers(self, mode: str) -> list[LayerCall]:
+        """The calls of layers that become one of all teachers'."""
+        return [call for n, call in self.calls[mode].items() if call.groups == 1 or self.is_wide(mode, n)]
 
     def dense_call(self, mode: str, node: fx.Node) -> LayerCall | None:
         """The dense layer a node calls, if any, whose weight is its own."""

@@ -123,6 +123,7 @@ _KNOWN: OrderedDict[Hashable, _Known] = OrderedDict()
 _MOST_KNOWN = 64
 
 
+@without_search()
 def read_network(
     teacher: nn.Module, inputs: Inputs, outputs: Sequence[Name] | None, common: frozenset[str] = frozenset()
 ) -> _Known:
@@ -136,9 +137,31 @@ def read_network(
     """
     code = code_key(teacher, inputs)
     asked = None if outputs is None else tuple(outputs), common
-    keys = [(each, *asked) for each in (code, code and without_batch(code)) if each is not None]
-    with without_search():
-        return _read_once(teacher, inputs, outputs, common, keys)
+    # none, or that of the inputs and, where it is not 1, that of inputs of any other batch size
+    keys: list[Hashable] = [(each, *asked) for each in (code, code and without_batch(code)) if each is not None]
+    key = next((key for key in keys if key in _KNOWN), None)
+    if key is not None:
+        _KNOWN.move_to_end(key)
+        known = _KNOWN[key]
+        return known[0].with_root(copied(teacher)), *known[1:]
+    traced = trace(teacher, inputs)
+    predicted = predictions(traced, outputs)
+    leaves, is_open = pytree.tree_leaves(inputs), all(traced.is_open[mode] for mode in traced.graphs)
+    leaves = few_samples(leaves) if is_open else leaves
+    record = run_on_ids(traced, leaves, predicted)
+    groups = group_channels(record)
+    constant = (common & mixing_tensors(record)) - changed_tensors(traced)
+    if constant:  # that would keep what it meets from one teacher as a whole
+        other = run_on_ids(traced, leaves, predicted, constant)
+        others = group_channels(other)
+        if others.choice.fixed < groups.choice.fixed or constant.intersection(record.without_channels):
+            record, groups = other, others
+    known = (traced, groups, record.nonlinear_nodes, predicted)
+    if keys:
+        _KNOWN[keys[-1] if is_open else keys[0]] = (traced.with_root(nn.Module()), *known[1:])
+        while len(_KNOWN) > _MOST_KNOWN:
+            _KNOWN.popitem(last=False)
+    return known
 
 
 def common_buffers(teachers: Sequence[nn.Module]) -> frozenset[str]:
@@ -151,36 +174,6 @@ def common_buffers(teachers: Sequence[nn.Module]) -> frozenset[str]:
         and buffer.numel() > 1
         and all(name in other and torch.equal(buffer, other[name]) for other in others)
     )
-
-
-def _read_once(
-    teacher: nn.Module, inputs: Inputs, outputs: Sequence[Name] | None, common: frozenset[str], keys: Sequence[Hashable]
-) -> _Known:
-    """``keys``: none, or that of the inputs and, where it is not 1, that of inputs of any other batch size."""
-    key = next((key for key in keys if key in _KNOWN), None)
-    if key is None:
-        traced = trace(teacher, inputs)
-        predicted = predictions(traced, outputs)
-        leaves = pytree.tree_leaves(inputs)
-        is_open = all(traced.is_open[mode] for mode in traced.graphs)
-        leaves = few_samples(leaves) if is_open else leaves
-        record = run_on_ids(traced, leaves, predicted)
-        groups = group_channels(record)
-        constant = (common & mixing_tensors(record)) - changed_tensors(traced)
-        if constant:  # that would keep what it meets from one teacher as a whole
-            other = run_on_ids(traced, leaves, predicted, constant)
-            others = group_channels(other)
-            if others.choice.fixed < groups.choice.fixed or constant.intersection(record.without_channels):
-                record, groups = other, others
-        known = (traced, groups, record.nonlinear_nodes, predicted)
-        if keys:
-            _KNOWN[keys[-1] if is_open else keys[0]] = (traced.with_root(nn.Module()), *known[1:])
-            while len(_KNOWN) > _MOST_KNOWN:
-                _KNOWN.popitem(last=False)
-        return known
-    _KNOWN.move_to_end(key)
-    known = _KNOWN[key]
-    return known[0].with_root(copied(teacher)), *known[1:]
 
 
 def code_errors(traced: TracedNetwork, teachers: Mapping[int, nn.Module], inputs: Inputs) -> Iterator[UnmergeableError]:
