@@ -211,17 +211,17 @@ class _Trial:
                 module.momentum = 1.0
         for seed in range(3):
             _disturb(big, seed)
-            actual = {"training": self._run(big.train(), big.predictions)}
-            actual["eval"] = self._run(big.eval(), big.predictions)
-            if all(_depends_on_input(output) for output in actual["eval"].values()):
+            self._run(big.train())
+            evaluated = self._run(big.eval(), big.predictions)
+            if all(_depends_on_input(output) for output in evaluated.values()):
                 break
         student = big.compress()
         self.compared = [student], False
-        pairs = []
-        for mode in ("eval", "training"):
-            big.train(mode == "training")
-            pairs += _pairs(mode, actual[mode], self._expected(student.train(mode == "training"), big.predictions))
-        return pairs
+        pairs = _pairs("eval", evaluated, self._expected(student.eval(), big.predictions))
+        actual = self._run(
+            big.train(), big.predictions
+        )  # from the buffers that the student has, if it changes others than statistics
+        return pairs + _pairs("training", actual, self._expected(student.train(), big.predictions))
 
     def first_difference(self, mode: str) -> tuple[str | None, str | None]:
         """The first layer whose output differs in the latest comparison, and the one before it; None for none."""

@@ -363,6 +363,20 @@ class Remembers(Base):
         return self.head(self.seen)
 
 
+class Centres(Base):
+    """Takes off a running mean that it keeps itself, and in training the one that it has just changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        if self.training:
+            self.centre.mul_(0.9).add_(features.detach().mean(0), alpha=0.1)
+        return self.head(features - self.centre)
+
+
 class MaskedEncoder(nn.Module):
     """A mask of PyTorch's own encoder, which asks its values whether it is causal."""
 
@@ -398,7 +412,9 @@ def traced() -> nn.Module:
     return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4)))
 
 
-@pytest.mark.parametrize("make", [WritesParts, Blocks, ChangesViews, Remembers, MaskedEncoder, BestExperts, traced])
+@pytest.mark.parametrize(
+    "make", [WritesParts, Blocks, ChangesViews, Remembers, Centres, MaskedEncoder, BestExperts, traced]
+)
 @torch.no_grad()
 def test_unusual_code(make: Callable[[], nn.Module]) -> None:
     big, teachers = build(make)
