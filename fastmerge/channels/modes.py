@@ -37,9 +37,10 @@ _COUNTER = "num_batches_tracked"
 _PLAIN = (type(None), bool, float, str, slice, type(Ellipsis), torch.dtype, torch.device, torch.memory_format)
 
 Told = list[tuple[str, bool]]
+Calls = list[Any]
 
 
-def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[Told, Told] | None:
+def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[Told, Told, Calls] | None:
     """Runs a network in both modes and compares every call of PyTorch, its operands and its options.
 
     Args:
@@ -48,7 +49,8 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
 
     Returns:
         Of training and of eval mode, in the order of the calls, what normalisations and dropouts are told: the name of the
-        operation and whether it is of training. None where more than that differs, or it can't be told.
+        operation and whether it is of training; and all calls of eval mode. None where more than that differs, or it can't be
+        told.
     """
     network = copied(root)
     try:
@@ -57,38 +59,33 @@ def told_in_both(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]
         return None
     if any(map(_asks_for_mode_and_size, training.code | evaluation.code)):
         return None  # what it does with another batch size the runs don't show
-    return (training.told, evaluation.told) if training.calls == evaluation.calls else None
+    return (training.told, evaluation.told, evaluation.calls) if training.calls == evaluation.calls else None
 
 
-def takes_one(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> bool:
-    """Whether a network, in its mode, calls the same of PyTorch for one sample as for two, as far as that can be told.
+def takes_one(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]], calls: Calls | None = None) -> bool:
+    """Whether a network, in its mode, calls the same of PyTorch for one sample as for several, as far as that can be told.
 
     An export takes it for granted that there are more than one, whatever the code asks.
 
     Args:
         root: the network; it is copied.
         inputs: what its forward takes, of two samples or more.
+        calls: what it calls for them, where that is known.
     """
-    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
-
-    def first(count: int) -> Any:
-        batch = len(tensors[0])
-        return pytree.tree_map(
-            lambda x: x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == batch else x, inputs
-        )
-
+    count = next(len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim())
+    one = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() and len(x) == count else x, inputs)
     try:
-        two, one = (_watched(copied(root), first(count)).calls for count in (2, 1))
+        several = _watched(copied(root), inputs).calls if calls is None else calls
+        return _alike(several, _watched(copied(root), one).calls, count)
     except Exception:  # a BatchNorm takes no single value, and what can't be told is most likely the same
         return True
-    return _alike(two, one)
 
 
-def _alike(two: Any, one: Any) -> bool:
-    """Whether something of a run on two samples is what it should be for one: lengths that count samples are half."""
-    if isinstance(two, (list, tuple)) and type(two) is type(one):
-        return len(two) == len(one) and all(map(_alike, two, one))
-    return bool(two == one or (type(two) is type(one) is int and two == 2 * one))
+def _alike(several: Any, one: Any, count: int) -> bool:
+    """Whether something of a run on ``count`` samples is what it should be for one, where lengths may count samples."""
+    if isinstance(several, (list, tuple)) and type(several) is type(one):
+        return len(several) == len(one) and all(_alike(a, b, count) for a, b in zip(several, one, strict=True))
+    return bool(several == one or (type(several) is type(one) is int and several == count * one))
 
 
 def _watched(network: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> _Calls:
@@ -173,7 +170,7 @@ class _Calls(TorchFunctionMode):
         raise TypeError(f"whether two operands are the same can't be told of {type(leaf).__name__}")
 
 
-def in_eval_mode(graph: fx.Graph, told: tuple[Told, Told]) -> fx.Graph | None:
+def in_eval_mode(graph: fx.Graph, told: tuple[Told, Told, Calls]) -> fx.Graph | None:
     """A training graph as one of eval mode; None if its calls are not those that were told something.
 
     Args:

@@ -276,6 +276,20 @@ def test_code_that_depends_on_the_batch_size(doubles: Callable[[int], bool], bat
             torch.testing.assert_close(big(x), mean_output(teachers, (x,)), rtol=1e-9, atol=1e-9)
 
 
+class CountsNormalised(CountsSamples):
+    """Takes no single sample in training."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda n: n == 1)
+        self.first = nn.Sequential(self.first, nn.BatchNorm1d(6))
+
+
+def test_one_sample_that_only_eval_mode_takes_is_refused_where_it_is_another_case() -> None:
+    big = fastmerge.BigStudent(CountsNormalised(), CountsNormalised(), example_inputs=torch.randn(4, 5)).eval()
+    with pytest.raises(ValueError, match=r"module 'first.1' \(train mode.*more than 1 value"):
+        big(torch.randn(1, 5))
+
+
 class AsksAboutItsInputs(nn.Module):
     """Does something else with many long sequences, with bytes, and with tables of another length."""
 
