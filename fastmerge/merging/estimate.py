@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import median
@@ -18,6 +18,7 @@ from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging.checks import check_loader, check_teachers, examples_of
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
+from fastmerge.merging.loader_state import length_of
 from fastmerge.merging.options import Options
 from fastmerge.merging.stages import blank_student
 
@@ -151,7 +152,7 @@ def time_training(name: str, epochs: int, network: nn.Module, loader: Iterable[A
         scaler.update()
         times.append(-started + (started := _now(setting)))
     gradients = sum(parameter.nbytes for parameter in network.parameters())
-    return Part(name, epochs, _length(loader), median(times[1:] or times), gradients)
+    return Part(name, epochs, length_of(loader), median(times[1:] or times), gradients)
 
 
 def time_validation(
@@ -167,7 +168,7 @@ def time_validation(
         times.append(-started + (started := _now(setting)))
 
     evaluate(network, list(islice(loader, 1 + _TIMED)), setting, after_step)
-    return [Part(name, epochs, _length(loader), median(times[1:] or times))]
+    return [Part(name, epochs, length_of(loader), median(times[1:] or times))]
 
 
 def time_reading(loader: Iterable[Any], setting: Setting) -> float:
@@ -176,10 +177,6 @@ def time_reading(loader: Iterable[Any], setting: Setting) -> float:
     for _ in setting.batches(islice(loader, 1 + _TIMED)):
         times.append(-started + (started := _now(setting)))
     return median(times[1:] or times)
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    return len(loader) if isinstance(loader, Sized) else None
 
 
 def _now(setting: Setting) -> float:

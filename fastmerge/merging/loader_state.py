@@ -1,10 +1,16 @@
-"""Where a loader is in its random order, its own or another's, on the way to and from checkpoints."""
+"""How long a loader is, and where in its random order, its own or another's, on the way to and from checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 import torch
+
+
+def length_of(loader: Any) -> int | None:
+    """Batches of an epoch, where a loader has a length."""
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 def loader_state(loader: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sized
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from fastmerge.evaluation import Tally
 from fastmerge.history import EpochRecord, Score, mean_of
+from fastmerge.merging.loader_state import length_of
 
 _TITLES = {"finetune": "fine-tune"}
 
@@ -53,7 +53,7 @@ class Progress:
             return
         from tqdm import tqdm
 
-        steps = len(loader) if isinstance(loader, Sized) else None
+        steps = length_of(loader)
         self._bar = tqdm(
             total=steps and epochs * steps,
             initial=done * (steps or 0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmerge.evaluation import Tally
 from fastmerge.history import History, Stage
-from fastmerge.merging.loader_state import loader_state, restore_loader_state
+from fastmerge.merging.loader_state import length_of, loader_state, restore_loader_state
 from fastmerge.processes import Processes, seed_of_rank
 from fastmerge.resuming.random_states import random_states, restore_random_states
 from fastmerge.resuming.snapshots import Snapshots
@@ -47,14 +47,8 @@ class MergeState:
         processes: Processes,
         accumulate: int = 1,
     ) -> None:
-        self.processes, self.accumulate = processes, accumulate
-        self.snapshots, self.seconds, self.device, self.loader, self.history = (
-            snapshots,
-            seconds,
-            device,
-            loader,
-            history,
-        )
+        self.snapshots, self.seconds, self.device, self.loader = snapshots, seconds, device, loader
+        self.history, self.processes, self.accumulate = history, processes, accumulate
         self._loaded: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
         self._now: dict[str, Any] = {}
@@ -184,7 +178,7 @@ class MergeState:
                     "network": _tensors(self.network),
                     "parts": {name: part.state_dict() for name, part in self.parts.items()},
                     "processes": each,
-                    "length": _length(self.loader),
+                    "length": length_of(self.loader),
                     "accumulate": self.accumulate,
                     "history": self.history.record(),
                 }
@@ -199,7 +193,7 @@ class MergeState:
             mine["random"] = _of_another_rank(mine["random"], rank)
         then = loaded["accumulate"]
         if "tally" in mine and (size, self.accumulate) != (len(each), then):
-            length = _length(self.loader)
+            length = length_of(self.loader)
             steps = mine["tally"]["steps"] * (length / loaded["length"] if length and loaded["length"] else 1)
             mine["tally"] = _shared_tally([one["tally"] for one in each], size)
             mine["tally"]["steps"] = self.accumulate * round(steps / self.accumulate)
@@ -245,7 +239,3 @@ def _shared_tally(each: list[dict[str, Any]], size: int) -> dict[str, Any]:
         "sums": {name: sum(one["sums"][name] for one in each) * part for name in names},
         "seconds": each[0]["seconds"],
     }
-
-
-def _length(loader: Any) -> int | None:
-    return len(loader) if isinstance(loader, Sized) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, sampl
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.distillation import TaughtSetting
 from fastmerge.merging.gate_report import open_probabilities
+from fastmerge.merging.loader_state import length_of
 from fastmerge.merging.options import Options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.state import MergeState
@@ -218,7 +219,8 @@ class Trainer:
     @property
     def steps(self) -> int | None:
         """Optimizer steps in an epoch, where the loader has a length."""
-        return -(-len(self.train_loader) // self.options.accumulate) if isinstance(self.train_loader, Sized) else None
+        length = length_of(self.train_loader)
+        return None if length is None else -(-length // self.options.accumulate)
 
     def _train(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None, tally: Tally) -> None:
         network.train()
