@@ -285,7 +285,7 @@ PARTS = {
         "900 images of 10 classes of CIFAR-100 at 16×16, a small vision transformer",
         lambda: recipe_of("vit", _vit, _cifar_data, 10, 50, stack=4, augment=flip_and_shift),
         8,
-        40,
+        60,
         "cifar100.npz",
     ),
 }

@@ -76,16 +76,23 @@ def make_teacher(make: Make, inputs: Sequence[Tensor], dtype: torch.dtype, seed:
 
 
 def randomise_parameters(model: nn.Module) -> None:
-    """Gives weights He's scale, scales a value around 1, and biases one around 0 (normalisations': around 1)."""
+    """Gives weights He's scale, scales a value around 1, and biases one around 0 (normalisations': around 1).
+
+    A layer's scale that begins at 0, the last one of a residual branch without normalisations, stays small: with 1 such a
+    network of ten blocks and more multiplies rounding errors by 10⁷.
+    """
     for module in model.modules():
         normalises = isinstance(module, NORMS)
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1 and (isinstance(module, LAYERS) or parameter.numel() > max(parameter.shape)):
+            is_weight = parameter.dim() > 1 and isinstance(module, LAYERS) and name != "gain"  # (C, 1, 1, 1), a scale
+            if is_weight or (parameter.dim() > 1 and parameter.numel() > max(parameter.shape)):
                 nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5)
             elif name == "bias" or "offset" in name or "bias" in name:
                 nn.init.normal_(parameter, mean=float(normalises), std=0.3 if normalises else 0.1)
-            else:
+            elif normalises or parameter.any():
                 nn.init.uniform_(parameter, 0.5, 1.5)
+            else:
+                nn.init.uniform_(parameter, 0.1, 0.3)
 
 
 @contextmanager
