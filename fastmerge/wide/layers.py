@@ -117,7 +117,8 @@ class WideLayer(nn.Module):
         wide = blocks.new_zeros(blocks.shape[0], columns * self.num_teachers, *blocks.shape[2:])
         for t in range(self.num_teachers):
             wide[t * rows : (t + 1) * rows, t * columns : (t + 1) * columns] = blocks[t * rows : (t + 1) * rows]
-        if blocks.dim() == 4 and blocks.is_contiguous(memory_format=torch.channels_last):
+        # what is contiguous in both layouts, as weights of one channel are, keeps PyTorch's own
+        if blocks.dim() == 4 and not blocks.is_contiguous() and blocks.is_contiguous(memory_format=torch.channels_last):
             wide = wide.contiguous(memory_format=torch.channels_last)
         return wide
 

@@ -127,6 +127,15 @@ def test_channels_last(name: str, linked: bool) -> None:
     assert relative_error(changed.compress()(*x), changed(*x)) < 1e-9
 
 
+def test_a_layer_of_one_channel_keeps_its_layout() -> None:
+    teachers = [nn.Sequential(nn.Conv2d(3, 1, 3), nn.Conv2d(1, 1, 3), nn.Conv2d(1, 4, 3)) for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(2, 3, 12, 12))
+    big.link()
+    student = big.compress()
+    for name, weight in teachers[0].named_parameters():
+        assert student.get_parameter(name).stride() == weight.stride(), name
+
+
 @every_network
 @linked_or_not
 def test_autocast(name: str, linked: bool) -> None:
