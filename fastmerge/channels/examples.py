@@ -35,9 +35,10 @@ def example_arguments(model: nn.Module, given: Any = None) -> Inputs:
     name, root = type(model).__name__, copied(model)
     if given is not None:
         register_dataclasses(given)
-        inputs = two_samples(_arguments(given))
+        inputs = _arguments(given)
         if any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
             raise ValueError(f"example_inputs of {name} hold a tensor without elements; it is read from samples")
+        inputs = two_samples(inputs)
         error = _failure(root, inputs)
         if error is not None:
             shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
@@ -80,15 +81,17 @@ def _arguments(given: Any) -> Inputs:
 
 
 def two_samples(inputs: Inputs) -> Inputs:
-    """A batch of one twice: export would take a length of 1 for a constant."""
+    """A batch of one twice, since export would take a length of 1 for a constant; for an empty one two samples of zeros."""
     sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
-    if not sizes or sizes[0] != 1:
+    if not sizes or sizes[0] > 1:
         return inputs
 
-    def twice(x: Any) -> Any:
-        return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
+    def two(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != sizes[0]:
+            return x
+        return torch.cat([x, x]) if len(x) else x.new_zeros(2, *x.shape[1:])
 
-    args, kwargs = pytree.tree_map(twice, inputs)
+    args, kwargs = pytree.tree_map(two, inputs)
     return args, kwargs
 
 

@@ -280,3 +280,12 @@ def assert_same_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     assert state.keys() == expected.keys()
     different = [name for name, tensor in state.items() if not torch.equal(tensor, expected[name])]
     assert not different
+
+
+def test_a_size_may_be_seen_first_in_an_empty_batch() -> None:
+    teachers = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)) for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(2, 3, 8, 8))
+    x = torch.randn(3, 3, 9, 9)
+    with big.open_gates():
+        assert big(x[:0]).shape == (0, 5, 5, 5)
+        assert relative_error(big(x), mean_output(teachers, [x])) < 1e-5
