@@ -168,10 +168,11 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
         traced.is_open[mode] = any(node.meta.get("sample_dims") for node in placeholders) and not _depends_on_batch(
             program
         )
-        if derived is None or told is None:
-            traced.takes_one[mode] = traced.is_open[mode] and takes_one(root, inputs)
-    if derived is not None and told is not None:  # in eval mode, since a BatchNorm in training takes no single value
-        traced.takes_one = dict.fromkeys(traced.graphs, traced.is_open["eval"] and takes_one(root, inputs, told[2]))
+        if derived is None or mode == "eval":
+            known = None if derived is None or told is None else told[2]
+            traced.takes_one[mode] = traced.is_open[mode] and takes_one(root, inputs, known)
+    # one graph is asked in eval mode, since a BatchNorm in training takes no single value
+    traced.takes_one.setdefault("train", traced.takes_one["eval"])
     traced.is_one_graph, traced.questions = derived is not None, list(questions)
     for module, momentum in momenta:
         module.momentum = momentum

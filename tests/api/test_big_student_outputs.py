@@ -98,6 +98,16 @@ class GivesDataclass(Base):
         return Output(self.head(features), features)
 
 
+def check_both_ends(big: fastmerge.BigStudent, teachers: list[nn.Module], x: tuple[Tensor, ...]) -> None:
+    """Open gates give the teachers' mean; linked, with other weights, the student computes what was kept."""
+    with big.open_gates():
+        assert relative_error(big(*x), mean_output(teachers, x)) <= 1e-9
+    big.link()
+    disturb_weights(big)
+    select_gates(big, x)
+    assert relative_error(big.compress()(*x), big(*x)) <= 1e-9
+
+
 def build(make: Callable[[], nn.Module], **options: object) -> tuple[fastmerge.BigStudent, list[nn.Module]]:
     teachers = make_teachers(make, INPUT, 3)
     return fastmerge.BigStudent(*teachers, example_inputs=(INPUT[0][:2],), **options), teachers
@@ -418,12 +428,7 @@ def traced() -> nn.Module:
 @torch.no_grad()
 def test_unusual_code(make: Callable[[], nn.Module]) -> None:
     big, teachers = build(make)
-    with big.open_gates():
-        assert relative_error(big(*INPUT), mean_output(teachers, INPUT)) <= 1e-9
-    big.link()
-    disturb_weights(big)
-    select_gates(big, INPUT)
-    assert relative_error(big.compress()(*INPUT), big(*INPUT)) <= 1e-9
+    check_both_ends(big, teachers, INPUT)
 
 
 class Rotary(nn.Module):
@@ -464,12 +469,7 @@ def test_rotary_positions_leave_heads_apart() -> None:
         teacher.frequencies.copy_(1 / 10 ** torch.arange(2))
     big = fastmerge.BigStudent(*teachers, example_inputs=x)
     assert {group.name: group.size for group in big.groups} == {"embed": 8, "q": 2}
-    with big.open_gates():
-        assert relative_error(big(*x), mean_output(teachers, x)) <= 1e-9
-    big.link()
-    disturb_weights(big)
-    select_gates(big, x)
-    assert relative_error(big.compress()(*x), big(*x)) <= 1e-9
+    check_both_ends(big, teachers, x)
 
 
 class Sequence(nn.Module):
@@ -631,9 +631,4 @@ class Halves(nn.Module):
 def test_layers_by_rows_of_one_weight(make: Callable[[], nn.Module], sizes: list[int]) -> None:
     big, teachers = build(make)
     assert [group.size for group in big.groups] == sizes
-    with big.open_gates():
-        assert relative_error(big(*INPUT), mean_output(teachers, INPUT)) <= 1e-9
-    big.link()
-    disturb_weights(big)
-    select_gates(big, INPUT)
-    assert relative_error(big.compress()(*INPUT), big(*INPUT)) <= 1e-9
+    check_both_ends(big, teachers, INPUT)
