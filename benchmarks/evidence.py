@@ -247,6 +247,7 @@ class Part:
         replicates: of every strategy.
         minutes: that one core takes.
         data: what the file of its images is called in the folder; None for none.
+        strategies: what is measured.
     """
 
     what: str
@@ -254,6 +255,7 @@ class Part:
     replicates: int
     minutes: int
     data: str | None = None
+    strategies: Sequence[str] = (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS)
 
 
 PARTS = {
@@ -288,13 +290,25 @@ PARTS = {
         60,
         "cifar100.npz",
     ),
+    # By then a transformer's teachers have converged. Merges without training are left out, but for the best two.
+    "vit-long": Part(
+        "the same transformer and images, trained three times as long",
+        lambda: recipe_of("vit-long", _vit, _cifar_data, 30, 50, stack=5, augment=flip_and_shift),
+        5,
+        80,
+        "cifar100.npz",
+        [
+            *("ours", "ours-plain", "one", "one-cosine", "bo3", "restart", "cyclic-swa", "distill"),
+            *("rebasin", "reconstruct", "ensemble", "ensemble-3", OWN, "choice: all"),
+        ],
+    ),
 }
 
 
 def missing(name: str) -> list[str]:
     """Strategies that a part's file lacks."""
     known = _kept(name)["strategies"]
-    return [each for each in (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS) if each not in known]
+    return [each for each in PARTS[name].strategies if each not in known]
 
 
 def _kept(name: str) -> dict[str, Any]:

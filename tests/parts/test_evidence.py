@@ -31,7 +31,7 @@ def test_each_part_is_a_recipe_in_the_form_of_the_papers(name: str) -> None:
     for width in (1, 2):
         network = recipe.make_network(10, width)
         assert network(torch.zeros(2, size[0], size[1], size[1])).shape == (2, 10)
-    assert set(evidence.AT_EQUAL_COST + evidence.AT_EQUAL_EPOCHS) <= set(STRATEGIES)
+    assert set(part.strategies) <= set(STRATEGIES)
 
 
 def test_a_part_of_the_images_is_balanced_and_the_same_every_time(tmp_path: Path) -> None:
@@ -53,9 +53,8 @@ def test_a_part_of_the_images_is_balanced_and_the_same_every_time(tmp_path: Path
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A part of seconds, and the folder where results go."""
     recipe = replace(images_recipe(), stack=2)
-    monkeypatch.setattr(evidence, "PARTS", {"tiny": evidence.Part("columns", lambda: recipe, 2, 1)})
-    monkeypatch.setattr(evidence, "AT_EQUAL_COST", ["one", "ensemble"])
-    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["choice: third"])
+    part = evidence.Part("columns", lambda: recipe, 2, 1, strategies=["one", "ensemble", "choice: third"])
+    monkeypatch.setattr(evidence, "PARTS", {"tiny": part})
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     return tmp_path / "results"
@@ -83,13 +82,13 @@ def test_what_is_done_is_kept_and_what_has_no_images_is_left_out(tiny, monkeypat
 def test_a_part_gets_the_strategies_that_it_lacks(tiny, monkeypatch, capsys) -> None:
     """Where this machine gives the values that its file has; the others stay as they are."""
     monkeypatch.setattr(sys, "argv", ["evidence"])
-    monkeypatch.setattr(evidence, "AT_EQUAL_COST", [])
-    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["student"])
+    part = replace(evidence.PARTS["tiny"], strategies=["student"])
+    monkeypatch.setitem(evidence.PARTS, "tiny", part)
     evidence.main()
     file = tiny / "tiny.json"
     before = json.loads(file.read_text())
     shutil.rmtree(tiny.parent / "runs")
-    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["student", "choice: magnitude"])
+    monkeypatch.setitem(evidence.PARTS, "tiny", replace(part, strategies=["student", "choice: magnitude"]))
     evidence.main()
     after = json.loads(file.read_text())
     added = after["strategies"].pop("choice: magnitude")
@@ -101,7 +100,6 @@ def test_a_part_gets_the_strategies_that_it_lacks(tiny, monkeypatch, capsys) -> 
     )
     before["strategies"]["student"]["values"][0] += 0.01
     file.write_text(json.dumps(before | {"minutes": 1}))
-    monkeypatch.setattr(evidence, "AT_EQUAL_EPOCHS", ["student", "choice: magnitude"])
     with pytest.raises(ValueError, match="tiny: student has other values here than in its file"):
         evidence.main()
 
