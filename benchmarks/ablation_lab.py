@@ -13,9 +13,8 @@ from torch import nn
 
 from benchmarks.ablation_variants import Variant
 from fastmerge.experiments.lab import Lab
-from fastmerge.experiments.place import Place
+from fastmerge.experiments.place import Place, seed_for
 from fastmerge.experiments.run import teacher
-from fastmerge.experiments.seeds import seed_for
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging.api import trainer_for
 from fastmerge.merging.stages import finetune, learn_importance

@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.ablation_variants import BASE, Variant
 from fastmerge.big_student import BigStudent
 from fastmerge.environment import environment
-from fastmerge.merging import gate_report
 from fastmerge.reporting.results import write_json
 
 Scores = dict[str, list[float]]
@@ -85,4 +84,4 @@ class Record:
 
 def open_probabilities(big: BigStudent) -> dict[str, float]:
     """Mean P[g > 0] of each channel group."""
-    return {name: round(mean, 4) for name, mean in gate_report.open_probabilities(big).items()}
+    return {name: round(mean.item(), 4) for name, mean in big.open_probabilities().items()}

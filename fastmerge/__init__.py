@@ -13,10 +13,10 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "
 
 from fastmerge.big_student import BigStudent
 from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups, permute
+from fastmerge.environment import Information, info
 from fastmerge.gate_budget import GateBudget
 from fastmerge.gates import HardConcrete
 from fastmerge.history import History
-from fastmerge.information import Information, info
 from fastmerge.lock_step import activations
 from fastmerge.mergeability import Report, check
 from fastmerge.merging import merge

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,6 +79,11 @@ class Setting:
 def samples_in(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Samples of a batch; of a stack, for each of its networks."""
     return inputs[0].shape[1] if isinstance(network, Stack) else len(inputs[0])
+
+
+def length_of(loader: Any) -> int | None:
+    """Batches of an epoch, where a loader has a length."""
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 def has_classes(output: Any, target: Any) -> bool:

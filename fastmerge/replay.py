@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastmerge.split_convolutions import split_convolutions
+from fastmerge.cpu_convolutions import split_convolutions
 
 _aten = torch.ops.aten
 _VIEWS = (

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge.channels.examples import Inputs
 from fastmerge.copies import copied
+from fastmerge.cpu_convolutions import faster
 from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
-from fastmerge.slow_convolutions import faster
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _ALONE = 0.05  # tolerance of a network that runs in one of the two precisions only

@@ -33,8 +33,9 @@ from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.merging.checks import check_device
 from fastmerge.methods import METHODS
 from fastmerge.methods.comparison import Row, compare
-from fastmerge.reporting.comparison import comparison_table, write_comparison
+from fastmerge.reporting.report import write_comparison
 from fastmerge.reporting.results import write_json
+from fastmerge.reporting.tables import comparison_table
 
 SUMMARY = "compare methods on your own trained networks"
 # What is read of the options of fastmerge merge, which may name a method, too.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from fastmerge.information import info
+from fastmerge.environment import info
 
 SUMMARY = "versions, GPU, kernels, extension, DALI: what is there and what is not"
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmerge.data.augmentation import Augmentation, cut_windows, draw_changes
-from fastmerge.data.colours import jitter_colours
+from fastmerge.data.augmentation import Augmentation, cut_windows, draw_changes, jitter_colours
 from fastmerge.data.epochs import Batches, EpochLoader
 
 

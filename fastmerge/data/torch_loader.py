@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from fastmerge.data.augmentation import Augmentation, cut_windows, draw_changes
-from fastmerge.data.colours import jitter_colours
+from fastmerge.data.augmentation import Augmentation, cut_windows, draw_changes, jitter_colours
 from fastmerge.data.cutting import read_batch
 from fastmerge.data.decoding import BadImages
 from fastmerge.data.device_loader import Finish

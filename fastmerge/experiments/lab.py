@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from fastmerge import methods
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import evaluate
-from fastmerge.experiments.place import Loaders, Place
+from fastmerge.experiments.place import Loaders, Place, seed_for
 from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.seeds import seed_for
 from fastmerge.history import EpochRecord, History, Score
 from fastmerge.merging.api import merge_by, train_by
 from fastmerge.merging.options import Options, Plan
 from fastmerge.methods.cost import step_operations
 from fastmerge.methods.training import DISTILL
 from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
-from fastmerge.resuming.fingerprint import fingerprint
+from fastmerge.resuming.snapshots import fingerprint
 from fastmerge.stack import Stack
 
 Note = Callable[[dict[str, Any]], object]

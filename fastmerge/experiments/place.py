@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.dataset import Dataset, SameForAll, StackedBatches, held_out
 from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.evaluation import Setting
 from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.seeds import generator_for, seed_for
-from fastmerge.experiments.stacked_batches import SameForAll, StackedBatches, held_out
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes, share_of
 
@@ -211,3 +210,14 @@ class Place:
             **self.steps,
             **more,
         )
+
+
+def seed_for(*path: int | str) -> int:
+    """A seed for what a path names, such as ``(0, "student", "weights", 3)``: 63 bits of its hash."""
+    digest = hashlib.sha256(repr(path).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator_for(*path: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator started with :func:`seed_for`."""
+    return torch.Generator(device).manual_seed(seed_for(*path))

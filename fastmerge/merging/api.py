@@ -33,8 +33,7 @@ from fastmerge.merging.stages import finetune, train_student
 from fastmerge.merging.state import MergeState
 from fastmerge.merging.trainer import Trainer
 from fastmerge.processes import Processes
-from fastmerge.resuming.fingerprint import fingerprints
-from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.resuming.snapshots import Snapshots, fingerprints
 from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.wide.heads import SeparateHeads
 from fastmerge.wide.widths import Keep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
 from fastmerge.data.epochs import EpochLoader
-from fastmerge.evaluation import Setting, has_classes
+from fastmerge.evaluation import Setting, has_classes, length_of
 from fastmerge.isolation import quietly
 from fastmerge.processes import Processes
-from fastmerge.resuming.fingerprint import fingerprints
-from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.resuming.snapshots import Snapshots, fingerprints
 from fastmerge.stack import Stack
 
 Schedule = Callable[[Optimizer], LRScheduler]
@@ -124,9 +123,8 @@ def check_processes(processes: Processes, train_loader: Iterable[Any], teachers:
     """Processes that merge together need the same teachers and equally many batches: they meet in every step."""
     if processes.size == 1:
         return
-    length = len(train_loader) if isinstance(train_loader, Sized) else "an unknown number"
-    lengths = processes.gather(length)
-    if any(other != length for other in lengths):
+    lengths = processes.gather("an unknown number" if (length := length_of(train_loader)) is None else length)
+    if len(set(lengths)) > 1:
         raise ValueError(
             f"processes that merge together need equally many batches each; they have {lengths}. Use a DistributedSampler"
         )

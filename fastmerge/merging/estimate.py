@@ -14,11 +14,10 @@ from torch import nn
 from torch.optim import SGD
 
 from fastmerge.big_student import BigStudent
-from fastmerge.evaluation import Setting, evaluate
+from fastmerge.evaluation import Setting, evaluate, length_of
 from fastmerge.merging.checks import check_loader, check_teachers, examples_of
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
-from fastmerge.merging.loader_state import length_of
 from fastmerge.merging.options import Options
 from fastmerge.merging.stages import blank_student
 

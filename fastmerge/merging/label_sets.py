@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from fastmerge.channels.outputs import Name
 from fastmerge.evaluation import Criterion, has_classes
 from fastmerge.merging.checks import check_classes, check_loader, examples_of
-from fastmerge.merging.loader_state import loader_state, restore_loader_state
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
+from fastmerge.resuming.random_states import loader_state, restore_loader_state
 from fastmerge.stack import Stack
 from fastmerge.wide.blueprint import join_heads
 from fastmerge.wide.heads import Parts

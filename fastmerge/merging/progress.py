@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from fastmerge.evaluation import Tally
+from fastmerge.evaluation import Tally, length_of
 from fastmerge.history import EpochRecord, Score, mean_of
-from fastmerge.merging.loader_state import length_of
 
 _TITLES = {"finetune": "fine-tune"}
 

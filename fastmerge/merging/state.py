@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmerge.evaluation import Tally
+from fastmerge.evaluation import Tally, length_of
 from fastmerge.history import History, Stage
-from fastmerge.merging.loader_state import length_of, loader_state, restore_loader_state
 from fastmerge.processes import Processes, seed_of_rank
-from fastmerge.resuming.random_states import random_states, restore_random_states
+from fastmerge.resuming.random_states import loader_state, random_states, restore_loader_state, restore_random_states
 from fastmerge.resuming.snapshots import Snapshots
 
 

@@ -14,11 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
-from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, samples_in
+from fastmerge.big_student import BigStudent
+from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, length_of, samples_in
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.distillation import TaughtSetting
-from fastmerge.merging.gate_report import open_probabilities
-from fastmerge.merging.loader_state import length_of
 from fastmerge.merging.options import Options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.state import MergeState
@@ -28,7 +27,7 @@ from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.resuming.random_states import random_states
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.schedules import GateWeight
-from fastmerge.stack import Stack
+from fastmerge.stack import BigStack, Stack
 
 _AGREE_EVERY = 10  # steps
 
@@ -302,6 +301,12 @@ class Trainer:
             yield
         except ProcessLostError as error:
             raise ProcessLostError(f"{error}{self.state.whereabouts()}") from error
+
+
+@torch.no_grad()
+def open_probabilities(big: BigStudent | BigStack) -> dict[str, Any]:
+    """Mean P[g > 0] of each channel group, a list for a stack; candidates that were dropped count as closed."""
+    return {name: mean.tolist() for name, mean in big.open_probabilities().items()}
 
 
 def _blame_training(error: NotFiniteError, stage: Stage, epoch: int, lr: float, autocast: torch.dtype | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fastmerge.evaluation import Setting
+from fastmerge.evaluation import Setting, length_of
 from fastmerge.merging.checks import check_loader, check_teachers
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
@@ -142,7 +142,8 @@ def counted_step(network: nn.Module, inputs: Sequence[Tensor], backward: bool = 
 
 def steps_of(batches: Iterable[Any]) -> int:
     """Steps of an epoch."""
-    return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+    length = length_of(batches)
+    return sum(1 for _ in batches) if length is None else length
 
 
 @contextmanager

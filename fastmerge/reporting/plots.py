@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastmerge.files import atomic
-from fastmerge.reporting.paper import paper_mean
+from fastmerge.reporting.tables import paper_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,6 +194,26 @@ def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | 
     panels[0].legend(frameon=False, fontsize="small", ncols=len(curves), loc="lower left", bbox_to_anchor=(0, 1))
     panels[-1].set_xlabel("epoch")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_comparison(rows: Sequence[dict[str, Any]]) -> Any:
+    """Per method a line from its score at once to that after fine-tuning."""
+    drawn = [row for row in rows if row["at_once"] is not None]
+    figure, axes = new_figure(6.4, 1.2 + 0.35 * len(drawn))
+    measure = "loss" if any(row["at_once"]["accuracy"] is None for row in drawn) else "accuracy"
+    for position, row in enumerate(drawn):
+        first = row["at_once"][measure]
+        if row["tuned"] is not None:
+            axes.plot([first, row["tuned"][measure]], [position] * 2, color="#999999", linewidth=1.5, zorder=1)
+            axes.scatter(row["tuned"][measure], position, s=36, color="#D55E00", zorder=3)
+        axes.scatter(first, position, s=36, facecolors="white", edgecolors="#0072B2", zorder=2)
+    axes.scatter([], [], s=36, facecolors="white", edgecolors="#0072B2", label="at once")
+    axes.scatter([], [], s=36, color="#D55E00", label="fine-tuned")
+    axes.set_yticks(range(len(drawn)), [f"{row['name']} (cost {row['cost']:.1f})" for row in drawn])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"validation {measure}")
+    axes.legend(frameon=False, fontsize="small")
     return figure
 
 

@@ -1,14 +1,23 @@
-"""The report of a run or merge: its table for the terminal, and report.md with the plots beside it."""
+"""The report of a run or merge, or of methods compared: a table for the terminal, and Markdown with the plots beside it."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmerge.files import atomic
-from fastmerge.reporting.plots import save_plots
+from fastmerge.reporting.plots import plot_comparison, save_figure, save_plots
 from fastmerge.reporting.results import read, read_merge
-from fastmerge.reporting.tables import borders_table, caption, differences_table, groups_table, results_table
+from fastmerge.reporting.tables import (
+    borders_table,
+    caption,
+    comparison_table,
+    differences_table,
+    groups_table,
+    results_table,
+)
 
 _TITLES = {
     "strategies": "Strategies",
@@ -31,33 +40,42 @@ def write_report(out: str | Path) -> str:
     if (out / "history.json").is_file() and not (out / "results.json").is_file():
         return _merge_report(out)
     results, history = read(out)
-    tables = [
-        results_table(results, markdown=True),
-        caption(results),
-        differences_table(results, markdown=True),
-    ]
-    _write(out, results["recipe"], [part for part in tables if part], save_plots(out, history, results), results)
+    tables = [results_table(results, markdown=True), caption(results), differences_table(results, markdown=True)]
+    plots = _plot_sections(save_plots(out, history, results))
+    _write(out / "report.md", results["recipe"], [*filter(None, tables), *plots], results)
     shown = [results_table(results), differences_table(results), caption(results)]
-    return "\n\n".join(part for part in shown if part)
+    return "\n\n".join(filter(None, shown))
+
+
+def write_comparison(out: Path, rows: Sequence[dict[str, Any]], made_by: dict[str, Any]) -> None:
+    """Writes compare.md and, where matplotlib is installed, compare.png into a directory."""
+    sections = [comparison_table(rows, markdown=True)]
+    if importlib.util.find_spec("matplotlib") is not None:
+        save_figure(plot_comparison(rows), out / "compare.png")
+        sections.append("![Accuracy against cost](compare.png)")
+    _write(out / "compare.md", "Comparison", sections, made_by)
 
 
 def _merge_report(out: Path) -> str:
     history = read_merge(out)
-    tables = [borders_table(history, markdown=True), f"## Channels\n\n{groups_table(history, markdown=True)}"]
     notes = [f"Warning: {warning}." for warning in history["warnings"]]
-    _write(out, "merge", [*tables[:1], *notes, *tables[1:]], save_plots(out, history), history)
+    channels = f"## Channels\n\n{groups_table(history, markdown=True)}"
+    plots = _plot_sections(save_plots(out, history))
+    _write(out / "report.md", "merge", [borders_table(history, markdown=True), *notes, channels, *plots], history)
     return "\n\n".join([borders_table(history), *notes])
 
 
-def _write(out: Path, title: str, sections: list[str], plots: list[Path], made_by: dict[str, Any]) -> None:
-    sections = [f"# {title}", *sections]
-    sections += [f"## {_TITLES[plot.stem]}\n\n![{_TITLES[plot.stem]}]({plot.name})" for plot in plots]
-    sections += [listing("Choices", made_by["config"]), listing("Environment", made_by["environment"])]
-    with atomic(out / "report.md") as temporary:
-        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+def _plot_sections(plots: list[Path]) -> list[str]:
+    return [f"## {_TITLES[plot.stem]}\n\n![{_TITLES[plot.stem]}]({plot.name})" for plot in plots]
 
 
-def listing(title: str, values: dict[str, Any]) -> str:
+def _write(path: Path, title: str, sections: list[str], made_by: dict[str, Any]) -> None:
+    made = [_listing("Choices", made_by["config"]), _listing("Environment", made_by["environment"])]
+    with atomic(path) as temporary:
+        temporary.write_text("\n\n".join([f"# {title}", *sections, *made]) + "\n", encoding="utf-8")
+
+
+def _listing(title: str, values: dict[str, Any]) -> str:
     return "\n".join([f"## {title}", "", *(f"- {name}: {_phrase(value)}" for name, value in values.items())])
 
 

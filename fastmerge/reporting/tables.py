@@ -1,4 +1,4 @@
-"""Tables: a run's statistics per strategy beside the paper's mean; the scores and channels of a merge."""
+"""Tables: a run's statistics per strategy beside the paper's mean; the scores and channels of a merge; methods compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastmerge.reporting.paper import paper_mean
+# Mean test losses (sine) and accuracies of M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), Tables 1 and 2.
+_PAPERS_MEANS = {
+    "sine": {"student": 0.077, "bo3": 0.240, "one": 0.249},
+    "lenet-imagewoof": {"student": 0.399, "bo3": 0.385, "one": 0.378},
+    "resnet18-imagewoof": {"student": 0.826, "bo3": 0.806, "one": 0.813},
+    "resnet20-cifar100": {"student": 0.689, "bo3": 0.670, "one": 0.675},
+    "resnet18-imagenet": {"student": 0.7047, "bo3": 0.6976, "one": 0.7028},
+}
+
+_COMPARED = ["method", "at once", "fine-tuned", "loss", "epochs", "cost", "MiB", "seconds"]
+_COMPARED_CAPTION = (
+    "At once and fine-tuned: accuracy on the validation data (loss, where there are no classes); loss: after fine-tuning. "
+    "Epochs, cost and seconds: of the method and the fine-tuning, the teachers' own training not counted. Cost: counted "
+    "operations in epochs of training one teacher. MiB: the method's peak beyond what was in use before."
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,31 @@ def groups_table(history: dict[str, Any], *, markdown: bool = False) -> str:
     return table(["channel group", "channels", "P[g>0]", *teachers], rows, markdown=markdown)
 
 
+def comparison_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
+    """The table of a comparison.
+
+    Args:
+        rows: as ``Row.to_dict`` of ``fastmerge.methods.comparison`` gives them.
+        markdown: Markdown for a file, else plain text for a terminal.
+    """
+    cells = []
+    for row in rows:
+        if row["error"]:
+            cells.append([row["name"], *["–"] * (len(_COMPARED) - 1)])
+            continue
+        last = row["tuned"] or row["at_once"]
+        memory = "–" if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
+        numbers = [f"{row['epochs']:g}", f"{row['cost']:.2f}", memory, f"{row['seconds']:.1f}"]
+        cells.append([row["name"], _score(row["at_once"]), _score(row["tuned"]), f"{last['loss']:.4f}", *numbers])
+    failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
+    return "\n\n".join([table(_COMPARED, cells, markdown=markdown), _COMPARED_CAPTION, *failed])
+
+
+def paper_mean(recipe: str, strategy: str) -> float | None:
+    """The paper's mean test loss (sine) or test accuracy of a strategy; None where the paper has none."""
+    return _PAPERS_MEANS.get(recipe, {}).get(strategy)
+
+
 def caption(results: dict[str, Any]) -> str:
     """Sentences under the table: the metric, how long it took, how the paper's length compares, and what diverged."""
     metric = "Test loss, lower is better" if results["metric"] == "test_loss" else "Test accuracy, higher is better"
@@ -225,3 +264,7 @@ def _mean(values: Sequence[float | None] | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    return "–" if score is None else _number(score["loss" if score["accuracy"] is None else "accuracy"])

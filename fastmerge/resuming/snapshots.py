@@ -6,15 +6,17 @@ safetensors is imported where files are, so that a merge without checkpoints run
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmerge.files import atomic
 
@@ -208,3 +210,22 @@ def unpack(structure: Any, tensors: dict[str, Tensor]) -> Any:
         return Counter(found) if kind == "counter" else found
     items = [unpack(item, tensors) for item in content]
     return items if kind == "list" else tuple(items)
+
+
+def fingerprint(tensors: nn.Module | Mapping[str, Any]) -> str:
+    """64 bits of the SHA-256 of names, shapes, dtypes and values.
+
+    Args:
+        tensors: By name; what is no tensor is left out. Of a network, its state dict's.
+    """
+    digest = hashlib.sha256()
+    for name, value in (tensors.state_dict() if isinstance(tensors, nn.Module) else tensors).items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(teachers: Sequence[nn.Module]) -> dict[str, str]:
+    """Which teachers these are."""
+    return {f"teacher {index}": fingerprint(teacher) for index, teacher in enumerate(teachers)}

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, draw_changes
+from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, colour_maps, draw_changes, map_colours
 from fastmerge.data.cifar import find_cifar, load_cifar
-from fastmerge.data.colours import colour_maps, map_colours
 from fastmerge.data.loading import image_loaders
 
 

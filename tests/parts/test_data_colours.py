@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge.data.augmentation import AUGMENTATIONS, Changes, draw_changes
-from fastmerge.data.colours import colour_maps, jitter_colours, map_colours
+from fastmerge.data.augmentation import AUGMENTATIONS, Changes, colour_maps, draw_changes, jitter_colours, map_colours
 from image_files import pixels
 
 IMAGES = np.stack([pixels(number, (48, 64)) for number in range(16)])

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastmerge.data.decoding import BadImageError, BadImageWarning
-from fastmerge.data.loading import image_loaders
-from fastmerge.data.making import IMAGENET_STD
+from fastmerge.data.loading import IMAGENET_STD, image_loaders
 from image_files import spoil, write_odd_images, write_tree
 
 pytestmark = pytest.mark.gpu

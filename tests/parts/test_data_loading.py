@@ -19,11 +19,9 @@ import pytest
 import torch
 
 from fastmerge.data import choosing, torch_loader
-from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, Changes, draw_changes
-from fastmerge.data.colours import colour_maps
+from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, Changes, colour_maps, draw_changes
 from fastmerge.data.epochs import ReaderLostError
-from fastmerge.data.loading import image_loaders
-from fastmerge.data.making import IMAGENET_MEAN, IMAGENET_STD
+from fastmerge.data.loading import IMAGENET_MEAN, IMAGENET_STD, image_loaders
 from fastmerge.data.torch_loader import TreeBatches
 from full_disk import files_of_at_most
 from image_files import write_odd_images, write_tree

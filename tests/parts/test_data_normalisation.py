@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fastmerge.cli import main
-from fastmerge.data.loading import image_loaders
-from fastmerge.data.making import IMAGENET_MEAN, IMAGENET_STD
+from fastmerge.data.loading import IMAGENET_MEAN, IMAGENET_STD, image_loaders
 from image_files import write_tree
 
 MEAN, STD = (0.5, 0.4, 0.1), (0.25, 1.0, 0.5)

@@ -2,9 +2,8 @@
 
 import torch
 
-from fastmerge.data.dataset import Dataset
-from fastmerge.experiments import stacked_batches
-from fastmerge.experiments.stacked_batches import SameForAll, StackedBatches, held_out
+from fastmerge.data import dataset
+from fastmerge.data.dataset import Dataset, SameForAll, StackedBatches, held_out
 
 
 def numbered(count: int) -> Dataset:
@@ -19,7 +18,7 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 def test_every_network_reads_every_sample_once_in_an_order_of_its_own(monkeypatch):
-    monkeypatch.setattr(stacked_batches, "_CHUNK_BYTES", 200)  # several gathers per epoch
+    monkeypatch.setattr(dataset, "_CHUNK_BYTES", 200)  # several gathers per epoch
     batches = StackedBatches(numbered(23), 5, generators(3))
     epochs = [list(batches) for _ in range(2)]
     for epoch in epochs:
@@ -35,7 +34,7 @@ def test_every_network_reads_every_sample_once_in_an_order_of_its_own(monkeypatc
 def test_order_is_that_of_randperm_whatever_is_gathered_at_once(monkeypatch):
     expected = torch.randperm(23, generator=torch.Generator().manual_seed(1))
     for size in (1, 200, 10**6):
-        monkeypatch.setattr(stacked_batches, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(dataset, "_CHUNK_BYTES", size)
         batches = StackedBatches(numbered(23), 5, generators(2))
         assert torch.equal(torch.cat([targets[1] for _, targets in batches]), expected)
 
@@ -80,7 +79,7 @@ def test_a_state_gives_the_same_epochs_again():
 
 
 def test_all_networks_are_tested_on_the_same(monkeypatch):
-    monkeypatch.setattr(stacked_batches, "_VALUES_AT_ONCE", 400)
+    monkeypatch.setattr(dataset, "_VALUES_AT_ONCE", 400)
     data = numbered(23)
     tests = SameForAll(Dataset(data.train_inputs, data.train_targets, data.train_inputs, data.train_targets), 2)
     batches = list(tests)

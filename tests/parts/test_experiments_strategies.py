@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from fastmerge.checkpoints import load_weights
+from fastmerge.data.dataset import StackedBatches
 from fastmerge.experiments import lab
-from fastmerge.experiments.place import Place
-from fastmerge.experiments.seeds import seed_for
-from fastmerge.experiments.stacked_batches import StackedBatches
+from fastmerge.experiments.place import Place, seed_for
 from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.experiments.strategies import strategy as registered
 from fastmerge.merging import stages

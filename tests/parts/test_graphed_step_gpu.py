@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import fastmerge
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.dataset import Dataset, StackedBatches
 from fastmerge.evaluation import Setting
-from fastmerge.experiments.stacked_batches import StackedBatches
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.api import train_by
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, Graphed, GraphedStep

@@ -23,7 +23,7 @@ LAYERS = [
     ["experiments"],
     ["methods"],
     ["merging"],
-    ["gate_budget", "evaluation", "history", "checkpoints", "information", "mergeability", "stack"],
+    ["gate_budget", "evaluation", "history", "checkpoints", "mergeability", "stack"],
     ["data", "environment", "files", "networks", "processes", "reporting", "resuming"],
     ["big_student", "lock_step"],
     ["gated_network"],

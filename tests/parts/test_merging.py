@@ -17,7 +17,7 @@ import fastmerge.merging.options as options_module
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging import merge
-from fastmerge.merging.gate_report import gate_warnings, origins, undecided_warnings
+from fastmerge.merging.stages import gate_warnings, origins, undecided_warnings
 from fastmerge.schedules import QuadraticLambda, fitting_gate_lr, fitting_lam_step
 from small_task import SHORT, TRAIN, VAL, SmallNet, copies, train_loader, train_teachers
 

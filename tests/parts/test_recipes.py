@@ -12,7 +12,7 @@ from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.recipes import RECIPES, curve, lenet_imagewoof, sine
 from fastmerge.experiments.run import run
 from fastmerge.merging.options import Plan
-from fastmerge.reporting.paper import paper_mean
+from fastmerge.reporting.tables import paper_mean
 from fastmerge.schedules import PAPERS_GATE_LR, QuadraticLambda, fitting_gate_lr
 
 SHAPES = {"sine": (1,), "digits": (1, 8, 8), "lenet-imagewoof": (3, 28, 28)}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 
-from fastmerge import split_convolutions
+from fastmerge import cpu_convolutions
 from fastmerge.replay import replayed
 
 
@@ -111,11 +111,9 @@ def test_split_convolutions_equal_grouped_ones(groups, transposed, monkeypatch):
     w = torch.randn(3, 4, out, 3, 3) if transposed else torch.randn(3, out, 4 // groups, 3, 3)
     tensors = (w, torch.randn(3, 6), torch.randn(3, 2, 4, 7, 7))
     whole = replayed(function, *tensors, replicates=3)
-    monkeypatch.setattr(split_convolutions, "_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(cpu_convolutions, "_LEAST_PRODUCTS", 0)
     calls = []
-    monkeypatch.setattr(
-        split_convolutions, "convolution_backward", counted(split_convolutions.convolution_backward, calls)
-    )
+    monkeypatch.setattr(cpu_convolutions, "convolution_backward", counted(cpu_convolutions.convolution_backward, calls))
     split = replayed(function, *tensors, replicates=3)
     for got, expected in zip(split(*tensors), whole(*tensors), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)

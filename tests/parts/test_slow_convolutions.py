@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge import self_check
-from fastmerge.slow_convolutions import by_matrix, depthwise
+from fastmerge.cpu_convolutions import by_matrix, depthwise
 
 
 @pytest.mark.parametrize("bias", [False, True])

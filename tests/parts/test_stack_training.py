@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmerge.big_student import BigStudent
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.dataset import Dataset, StackedBatches
 from fastmerge.evaluation import Setting
-from fastmerge.experiments.stacked_batches import StackedBatches
 from fastmerge.gate_budget import GateBudget
 from fastmerge.history import History
 from fastmerge.merging import steps
