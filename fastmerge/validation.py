@@ -96,10 +96,11 @@ def code_difference(first: TracedNetwork, other: TracedNetwork, number: int) -> 
 
     Args:
         first: teacher 0.
-        other: another teacher.
+        other: another teacher; its modes are compared.
         number: which one.
     """
-    for mode, graph in first.graphs.items():
+    for mode in other.graphs:
+        graph = first.graphs[mode]
         if len(graph.nodes) != len(other.graphs[mode].nodes):
             what = f"teachers 0 and {number} run different code in {mode} mode; they need one architecture"
             return _error(what, _ONE_ARCHITECTURE)

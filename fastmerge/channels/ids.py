@@ -196,7 +196,7 @@ def run_on_ids(
     inputs = [_input_ids(record, x) for x in tensors]
     parameters = _element_ids(record, traced, {*called, *constants})
     with undisturbed(example_inputs):
-        for mode in ("train",) if traced.is_one_graph else ("train", "eval"):
+        for mode in ("train",) if traced.is_one_graph else traced.graphs:
             given = [
                 x.clone() if isinstance(x, Tensor) else x for x in example_inputs
             ]  # the code may change them in place

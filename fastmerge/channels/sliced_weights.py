@@ -52,6 +52,8 @@ def _are_one_layer(calls: list[tuple[fx.Node, dict[str, Any]]]) -> bool:
         assert weight is not None
         if arguments.get("groups", 1) != 1 or (arguments["bias"] is not None and bias is None):
             return False
+        if arguments["input"] in (arguments["weight"], arguments["bias"]):  # it reads the rows by themselves
+            return False
         if bias is not None and (bias.start, bias.stop) != (weight.start, weight.stop):
             return False
         options = {key: value for key, value in arguments.items() if key not in ("input", "weight", "bias")}

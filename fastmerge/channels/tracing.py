@@ -39,6 +39,7 @@ from fastmerge.isolation import exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
 CONSTANT = "constant_tensors"
+MODES = ("train", "eval")
 
 
 @dataclass
@@ -51,7 +52,7 @@ class TracedNetwork:
     Attributes:
         root: a copy of the network that the graphs' targets refer to; running it leaves the original alone. Tensors that the
             code makes itself are buffers of its child ``constant_tensors``.
-        graphs: ``{"train": graph, "eval": graph}``, from flat inputs to a tuple of flat outputs.
+        graphs: ``{"train": graph, "eval": graph}``, or one of them; from flat inputs to a tuple of flat outputs.
         in_spec: structure of ``(args, kwargs)``.
         out_specs: structure of the output, per mode.
         inputs: the example inputs, flat; of a tensor its shape, dtype and device alone, on the meta device.
@@ -135,12 +136,15 @@ class TracedNetwork:
         return self  # nobody changes it
 
 
-def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> TracedNetwork:
+def trace(
+    model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]], modes: Sequence[str] = MODES
+) -> TracedNetwork:
     """Traces a network's training and eval forward.
 
     Args:
         model: the network; it is not changed.
         inputs: positional and keyword arguments of its forward, pytrees of tensors and constants.
+        modes: both, or one of them where the network takes such inputs in that mode alone.
 
     Raises:
         ValueError: if the code can't be traced, naming the module, the line of code and the reason.
@@ -153,8 +157,8 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
     questions: dict[str, None] = {}
     for module, momentum in momenta:
         module.momentum = 0.1 if momentum is None else momentum  # a cumulative average reads its counter
-    told, derived = told_in_both(root, inputs), None
-    for mode in ("train", "eval"):
+    told, derived = told_in_both(root, inputs) if len(modes) > 1 else None, None
+    for mode in modes:
         root.train(mode == "train")
         with undisturbed(grad=True):
             if derived is None:
@@ -171,8 +175,8 @@ def trace(model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -
         if derived is None or mode == "eval":
             known = None if derived is None or told is None else told[2]
             traced.takes_one[mode] = traced.is_open[mode] and takes_one(root, inputs, known)
-    # one graph is asked in eval mode, since a BatchNorm in training takes no single value
-    traced.takes_one.setdefault("train", traced.takes_one["eval"])
+    if derived is not None:  # it is asked in eval mode, since a BatchNorm in training takes no single value
+        traced.takes_one["train"] = traced.takes_one["eval"]
     traced.is_one_graph, traced.questions = derived is not None, list(questions)
     for module, momentum in momenta:
         module.momentum = momentum
@@ -553,35 +557,50 @@ def _graph(nodes: Sequence[tuple[Any, ...]]) -> fx.Graph:
     return graph
 
 
-def flat_inputs(traced: TracedNetwork, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+def flat_inputs(
+    traced: TracedNetwork, name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
     """The arguments of a call in the order of the graphs' placeholders.
 
     Args:
         traced: the network.
-        model: whose forward's signature says where a keyword belongs.
+        name: of its class.
+        signature: of its forward, which says where a keyword belongs.
         args: of the call.
         kwargs: of the call.
 
     Raises:
-        TypeError: if they are not structured like the example inputs.
+        TypeError: if they are not structured like the example inputs, naming the arguments.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     if spec == traced.in_spec:
         return leaves
-    signature = inspect.signature(model.forward)
-    expected_args, expected_kwargs = pytree.tree_unflatten(traced.inputs, traced.in_spec)
     given = signature.bind(*args, **kwargs).arguments
-    names = [name for name in list(signature.parameters)[: len(expected_args)] if name in given]
-    keywords = [name for name in expected_kwargs if name in given]
-    leaves, spec = pytree.tree_flatten((tuple(given[n] for n in names), {n: given[n] for n in keywords}))
-    further = given.keys() - {*names, *keywords}
-    if spec != traced.in_spec or further:
-        got = f"further arguments, {', '.join(sorted(further))}" if further else str(spec)
+    numbered_args, numbered_kwargs = _numbered(traced.in_spec)
+    places = signature.bind(*numbered_args, **numbered_kwargs).arguments
+    problems = [f"'{argument}' is missing" for argument in places if argument not in given]
+    problems += [f"'{argument}' was not given then" for argument in given if argument not in places]
+    found: dict[int, Any] = {}
+    for argument in places.keys() & given.keys():
+        if pytree.tree_structure(given[argument]) != pytree.tree_structure(places[argument]):
+            example = pytree.tree_map(traced.inputs.__getitem__, places[argument])
+            problems.append(f"'{argument}' is {_kind(given[argument])}, and was {_kind(example)}")
+        found.update(zip(pytree.tree_leaves(places[argument]), pytree.tree_leaves(given[argument]), strict=False))
+    if problems:
         raise TypeError(
-            f"{type(model).__name__} was traced with inputs of the structure {traced.in_spec}; got {got}. "
+            f"{name} needs arguments of the structure that it was traced with: {', '.join(problems)}. "
             "To run it on such inputs, build the big student with example_inputs of their structure"
         )
-    return leaves
+    return [found[place] for place in range(len(found))]
+
+
+def _kind(value: Any) -> str:
+    """What an argument is, in words: its containers, not what is in them."""
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, value)) or 'nothing'}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def tensor_at(root: nn.Module, path: str) -> Tensor:

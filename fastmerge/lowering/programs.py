@@ -59,7 +59,7 @@ class Programs:
     def __init__(self, analysis: Analysis, network: nn.Module, population: Population, linked: bool) -> None:
         self._programs = {
             (mode, each, joined): _compiled(analysis, network, mode, population, each, joined)
-            for mode, each, joined in product(("train", "eval"), {False, analysis.each}, {linked, True})
+            for mode, each, joined in product(analysis.traced.graphs, {False, analysis.each}, {linked, True})
         }
         self._traced = analysis.traced
         self._may_change_layout = not any(

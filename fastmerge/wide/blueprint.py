@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import changed_tensors, run_on_ids
 from fastmerge.channels.outputs import Name, predictions
 from fastmerge.channels.signatures import mixing_tensors
-from fastmerge.channels.tracing import TracedNetwork, flat_inputs, trace
+from fastmerge.channels.tracing import MODES, TracedNetwork, flat_inputs, trace
 from fastmerge.copies import copied
 from fastmerge.isolation import without_search
 from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
@@ -69,7 +70,8 @@ class Blueprint:
         fits = self._takes_tensors and not kwargs and len(args) == len(self.traced.inputs)
         if fits and all(isinstance(x, Tensor) for x in args):
             return args
-        return flat_inputs(self.traced, self.template.skeleton, args, kwargs)
+        teacher = self.template.skeleton
+        return flat_inputs(self.traced, type(teacher).__name__, inspect.signature(teacher.forward), args, kwargs)
 
     def analyse_for(
         self, inputs: Sequence[Any], dtype: torch.dtype, mode: str
@@ -94,7 +96,10 @@ class Blueprint:
         teacher = self.template.blank(like.device, dtype)
         traced, groups, *_ = read_network(teacher, two_samples(given), self.outputs, self.common)
         if not traced.is_for(leaves, mode):  # one sample, for which it does something else
-            traced, groups, *_ = read_network(teacher, given, self.outputs, self.common)
+            try:
+                traced, groups, *_ = read_network(teacher, given, self.outputs, self.common)
+            except UnmergeableError:  # a BatchNorm takes no single value in training, but in eval mode
+                traced, groups, *_ = read_network(teacher, given, self.outputs, self.common, modes=(mode,))
         is_open = {m: is_open for m, is_open in traced.is_open.items() if traced.is_for(leaves, m)}
         if same_graphs(self.traced, traced):
             return None, is_open
@@ -125,7 +130,11 @@ _MOST_KNOWN = 64
 
 @without_search()
 def read_network(
-    teacher: nn.Module, inputs: Inputs, outputs: Sequence[Name] | None, common: frozenset[str] = frozenset()
+    teacher: nn.Module,
+    inputs: Inputs,
+    outputs: Sequence[Name] | None,
+    common: frozenset[str] = frozenset(),
+    modes: Sequence[str] = MODES,
 ) -> _Known:
     """A network's graphs and channel groups, the (mode, node name) pairs that do not commute with a mean, its predictions.
 
@@ -134,9 +143,10 @@ def read_network(
         inputs: that it is run on.
         outputs: which outputs are predictions; see ``channels.outputs.predictions``.
         common: names of buffers that are the same in all teachers; see :func:`common_buffers`.
+        modes: whose graphs; see ``channels.tracing.trace``.
     """
     code = code_key(teacher, inputs)
-    asked = None if outputs is None else tuple(outputs), common
+    asked = None if outputs is None else tuple(outputs), common, modes
     # none, or that of the inputs and, where it is not 1, that of inputs of any other batch size
     keys: list[Hashable] = [(each, *asked) for each in (code, code and without_batch(code)) if each is not None]
     key = next((key for key in keys if key in _KNOWN), None)
@@ -144,7 +154,7 @@ def read_network(
         _KNOWN.move_to_end(key)
         known = _KNOWN[key]
         return known[0].with_root(copied(teacher)), *known[1:]
-    traced = trace(teacher, inputs)
+    traced = trace(teacher, inputs, modes)
     predicted = predictions(traced, outputs)
     leaves, is_open = pytree.tree_leaves(inputs), all(traced.is_open[mode] for mode in traced.graphs)
     leaves = few_samples(leaves) if is_open else leaves

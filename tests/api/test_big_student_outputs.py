@@ -618,9 +618,22 @@ class Halves(nn.Module):
         return self.head(torch.cat([first.relu(), F.linear(x.sin(), self.weight[4:], self.bias[4:]).tanh()], 1))
 
 
+class ReadsItsOwnRows(Base):
+    """A layer's input is the very rows that are its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight[:8]
+        return self.head(self.features(x) @ F.linear(rows, rows))
+
+
 @pytest.mark.parametrize(
     ("make", "sizes"),
     [
+        (ReadsItsOwnRows, [1]),
         (lambda: Decoder(True), [8, 4]),
         (lambda: Decoder(False), [8, 4]),
         (lambda: Halves(0), [4, 4]),

@@ -155,6 +155,16 @@ def test_arguments_with_defaults_keep_them() -> None:
     with big.open_gates():
         torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
     for argument in ({"scale": torch.ones(6)}, {"features": True}):
-        with pytest.raises(TypeError, match=next(iter(argument))):
+        with pytest.raises(TypeError, match=f"Optional needs .*: '{next(iter(argument))}' was not given then"):
             big(x, **argument)
     assert big.compress()(x, features=True).shape == (3, 6)
+
+
+def test_arguments_of_another_structure_are_named() -> None:
+    x, scale = torch.randn(3, 5), torch.ones(6)
+    big = fastmerge.BigStudent(Optional(), Optional(), example_inputs=((x,), {"scale": scale})).eval()
+    assert torch.equal(big(x, scale), big(scale=scale, x=x))
+    with pytest.raises(TypeError, match=r"^Optional needs .*: 'scale' is missing\. To run it"):
+        big(x)
+    with pytest.raises(TypeError, match=r"'scale' is a list of 2, and was a Tensor\. To run it"):
+        big(x, [scale, scale])

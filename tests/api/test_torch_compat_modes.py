@@ -285,18 +285,39 @@ def test_code_that_depends_on_the_batch_size(doubles: Callable[[int], bool], bat
             torch.testing.assert_close(big(x), mean_output(teachers, (x,)), rtol=1e-9, atol=1e-9)
 
 
-class CountsNormalised(CountsSamples):
-    """Takes no single sample in training."""
+class ScalesNormalised(nn.Module):
+    """Takes no single sample in training, and scales by what it computes of the batch size."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda n: n == 1)
-        self.first = nn.Sequential(self.first, nn.BatchNorm1d(6))
+    def __init__(self, factor: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.factor, self.first, self.norm, self.last = factor, nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu() * self.factor(x))
 
 
-def test_one_sample_that_only_eval_mode_takes_is_refused_where_it_is_another_case() -> None:
-    big = fastmerge.BigStudent(CountsNormalised(), CountsNormalised(), example_inputs=torch.randn(4, 5)).eval()
-    with pytest.raises(ValueError, match=r"module 'first.1' \(train mode.*more than 1 value"):
-        big(torch.randn(1, 5))
+@pytest.mark.parametrize(
+    "factor",
+    [lambda x: 2 if x.shape[0] == 1 else 1, lambda x: 1 / len(x), lambda x: x.shape[0] ** 0.5],
+    ids=["branch", "len", "root"],
+)
+@torch.no_grad()
+def test_one_sample_that_only_eval_mode_takes(factor: Callable[[Tensor], float]) -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    teachers = make_teachers(lambda: ScalesNormalised(factor), (x,), 2)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x).eval()
+    for count in (1, 2, 1, 4, 7):
+        with big.open_gates():
+            batch = torch.randn(count, 5, dtype=torch.float64)
+            torch.testing.assert_close(big(batch), mean_output(teachers, (batch,)), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"module 'norm' \(train mode.*more than 1 value"):
+        big.train()(x[:1])
+    big.eval().link()
+    disturb_weights(big, 0, scale=0.1)
+    select_gates(big, (x,))
+    student = big.compress()
+    for count in (1, 4):
+        torch.testing.assert_close(student(x[:count]), big(x[:count]), rtol=1e-9, atol=1e-9)
 
 
 class AsksAboutItsInputs(nn.Module):
