@@ -29,9 +29,9 @@ random draws of batches and gates, because chance alone changes a student by mor
 * *P[g > 0]* is the range of the mean probability of an open gate, over channel groups and replicates, at the end of the merge
   stage. It should be 1/2.
 
-Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills. The figures are
-as of commit c98732e and before. At that time digits and LeNet were trained by a loop of their own, in which `link()` reset the
-momentum. They have not been measured again since all recipes run `merge()`'s own stages."""
+Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills. LeNet's and
+ResNet-20's figures are older (commit c98732e and before): LeNet was then trained by a loop of its own, in which `link()` reset
+the momentum."""
 
 _SHORT = "How much each choice changes the student's score after fine-tuning; what each is stands below the tables."
 
@@ -40,8 +40,9 @@ _DEFAULTS = """\
 linked from the start, λ, a draw for every sample, the head and the weights as compression gives them, and no early compaction
 (which saves time). There are two exceptions, and `--paper` turns both off:
 
-* Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open or close for good. This is clearly
-  better on digits, and not clearly different elsewhere.
+* Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open or close for good, and compression
+  does not choose by chance. After fine-tuning no difference is sure, neither here nor in the [evidence](evidence.md), where
+  `paper` lacks it; there the student on Imagewoof, whose merge stage is the shortest, gains most.
 * BatchNorm's statistics are estimated again at compression. This makes up for the accuracy that compression costs before
   fine-tuning (*compressed* below). After fine-tuning it changes nothing, since fine-tuning estimates them too."""
 
