@@ -148,7 +148,9 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
         found = differences(results, OURS, _others())
         for kind, belongs in kinds.items():
             names = [
-                f"`{name}` {_points(each)}" for name, each in found.items() if belongs(each.mean, sure[part, name])
+                f"`{name}` {_points(each)}" if sure[part, name] < SURE else f"`{name}`"
+                for name, each in found.items()
+                if belongs(each.mean, sure[part, name])
             ]
             lines[kind].append(f"* {part}: {kind} {', '.join(names) or 'none'}.")
     alone = [_one_by_one(part, results, len(sure)) for part, results in every.items()]
