@@ -21,7 +21,7 @@ from fastmerge.cli.arguments import seconds
 from fastmerge.files import atomic, held
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
-from fastmerge.reporting.epoch_log import check_tensorboard
+from fastmerge.reporting.epoch_log import EpochLog, check_tensorboard
 
 CHECKPOINTS = "checkpoints"
 _COMMAND = "command.json"
@@ -222,6 +222,12 @@ def finish(options: argparse.Namespace) -> None:
     """Notes that the run came to its end, which makes its checkpoints superfluous."""
     _note(options, finished=True)
     shutil.rmtree(options.out / CHECKPOINTS, ignore_errors=True)
+
+
+def epoch_log(options: argparse.Namespace, key: Sequence[str]) -> contextlib.closing[EpochLog]:
+    """The log of a run in DIR, as a context that closes it; ``key`` tells an epoch from others."""
+    board = options.out / "tensorboard" if options.tensorboard else None
+    return contextlib.closing(EpochLog(options.out / "log.jsonl", key, options.resume, board))
 
 
 def chosen_beyond(options: argparse.Namespace, taken: set[str]) -> list[str]:

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.cli import compare, continuing
@@ -37,7 +36,6 @@ from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
 from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
-from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord
 from fastmerge.merging import merge
 from fastmerge.merging.checks import check_device
@@ -148,30 +146,30 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         for path in paths
     ]
     why = "\n".join(dict.fromkeys(loaders.why for loaders in each))
-    train, val = [loaders.train for loaders in each], [loaders.val for loaders in each]
-    classes = [loaders.classes for loaders in each]
-    teachers = load_teachers(options, classes if len(classes) > 1 else classes[0])
-    one = len(each) == 1
+    columns: Any = zip(*((loaders.train, loaders.val, loaders.classes) for loaders in each), strict=True)
+    train, val, classes = (column[0] if len(each) == 1 else list(column) for column in columns)
+    teachers = load_teachers(options, classes)
     autocast = None if options.autocast is None else getattr(torch, options.autocast)
     given: dict[str, Any] = chosen(options) | {"device": device, "autocast": autocast}
-    setting = Setting(torch.device(device), cross_entropy, autocast, options.channels_last)
+    wanted = Options(**given)
+    setting = wanted.setting(teachers[0])
     cost = None
     if processes.is_first and not options.resume:
-        cost = predict(teachers, train[0] if one else train, setting, Options(**given))
+        cost = predict(teachers, train, setting, wanted)
     if options.dry_run:
-        found = estimate(teachers, train[0] if one else train, val[0] if one else val, setting, Options(**given))
+        found = estimate(teachers, train, val, setting, wanted)
         print(f"{plan(options, images, why, found)}\n{cost}")
         return
     with contextlib.ExitStack() as closing:
         note = None
         if processes.is_first:
             print("\n".join(map(str, filter(None, (why, cost)))))
-            log = EpochLog(options.out / "log.jsonl", ("stage", "epoch"), options.resume, _board(options))
-            note = _noting(closing.enter_context(contextlib.closing(log)), options.merge_epochs)
+            log = closing.enter_context(continuing.epoch_log(options, ("stage", "epoch")))
+            note = _noting(log, options.merge_epochs)
         student, history = merge(
             teachers,
-            train[0] if one else train,
-            val_loader=val[0] if one else val,
+            train,
+            val_loader=val,
             **given | {"progress": False if options.quiet else None, "callback": note},
             checkpoint_dir=options.out / continuing.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,
@@ -183,7 +181,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
     network = student.network if isinstance(student, SeparateHeads) else student  # of the teachers' class
     save_weights(network, options.out / "student.safetensors")
     config = continuing.config(options) | {"device": device, "processes": processes.size}
-    config["data"] = paths[0] if one else paths
+    config["data"] = paths[0] if len(paths) == 1 else paths
     config |= {"images_left_out": len(left_out)} if left_out else {}
     more = {"left_out": left_out, "config": config, "environment": environment()}
     write_json(options.out / "history.json", history.to_dict() | more)
@@ -203,10 +201,6 @@ def _one_or_each(options: argparse.Namespace, count: int) -> list[Path]:
         per = "--data once, or with --heads concatenate or separate once for each teacher"
         raise ValueError(f"fastmerge merge needs {per}; got it {len(paths)} times for {len(options.teachers)} teachers")
     return paths
-
-
-def _board(options: argparse.Namespace) -> Path | None:
-    return options.out / "tensorboard" if options.tensorboard else None
 
 
 def _noting(log: EpochLog, merge_epochs: int) -> Callable[[EpochRecord], None]:

@@ -111,8 +111,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
         note = None
         if processes.is_first:
             key = ("strategy", "replicates", "stage", "network", "epoch")
-            log = EpochLog(out / "log.jsonl", key, options.resume, out / "tensorboard" if options.tensorboard else None)
-            note = _noting(closing.enter_context(contextlib.closing(log)))
+            note = _noting(closing.enter_context(continuing.epoch_log(options, key)))
         run(
             recipe,
             options.strategy,

@@ -23,7 +23,6 @@ from fastmerge.merging.checks import (
     check_optimizer,
     check_processes,
     check_schedule,
-    check_teachers,
     examples_of,
 )
 from fastmerge.merging.label_sets import with_label_sets
@@ -227,15 +226,10 @@ def merge_by(
         also: what checkpoints are compared by besides, JSON values.
         count: operations per sample of a network's training, for the history.
     """
-    teachers = check_teachers(teachers)
     check_optimizer(options.optimizer)
     check_metrics(options.metrics)
     check_schedule(options.schedule, options.finetune_epochs, options.finetune_plan.lr, options.momentum)
-    parts = None
-    if options.heads != "average":
-        options, teachers, train_loader, val_loader, parts = with_label_sets(
-            options, teachers, train_loader, val_loader
-        )
+    options, teachers, train_loader, val_loader, parts = with_label_sets(options, teachers, train_loader, val_loader)
     setting = options.setting(teachers[0])
     history = History(len(teachers))
     same = (also or {}) | fingerprints(teachers)

@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate, length_of
-from fastmerge.merging.checks import check_loader, check_teachers, examples_of
+from fastmerge.merging.checks import check_loader, examples_of
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
@@ -98,10 +98,8 @@ def estimate(
     Raises:
         TypeError, ValueError: As :func:`fastmerge.merge`.
     """
-    teachers = check_teachers(teachers)
-    if plan.heads != "average":
-        plan, teachers, train_loader, val_loader, _ = with_label_sets(plan, teachers, train_loader, val_loader)
-        setting = replace(setting, criterion=plan.criterion)
+    plan, teachers, train_loader, val_loader, _ = with_label_sets(plan, teachers, train_loader, val_loader)
+    setting = replace(setting, criterion=plan.criterion)
     devices = [setting.device] if setting.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)

@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastmerge.big_student import BigStudent
 from fastmerge.isolation import ONE_THREAD
 from fastmerge.kernels.cuda_graph import capture
-from fastmerge.merging.step import MergeStep, Result
+from fastmerge.merging.step import MergeStep, Outcome, Result
 from fastmerge.wide.norms import WideBatchNorm
 
 WARM_UP = 3
@@ -78,12 +78,116 @@ class CudaGraphs:
         return time.perf_counter() - started, result
 
 
-class GraphedStep:
+class _Graph:
+    """Work on tensors that becomes a CUDA graph, for arguments laid out as those of the first call.
+
+    The first three times it runs as it is, on a stream of its own, in preparation of the capture. The last of these is watched:
+    what waits for the device is not captured. Each replay copies the arguments into the graph's own tensors.
+
+    Args:
+        graphs: How to capture; None for never.
+    """
+
+    def __init__(self, graphs: Any) -> None:
+        self._graphs, self._possible = graphs, graphs is not None
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called where tensors that the work finds by itself have been replaced."""
+        self._prepared = 0
+        self._layout: list[Any] | None = None
+        self._replay: Callable[[], None] | None = None
+        self._held: list[Tensor] = []
+        self._result: Any = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether there is a graph at present."""
+        return self._replay is not None
+
+    def _work(self, *arguments: Tensor) -> Any:
+        """What is captured; it finds all tensors but its arguments where they were, and its result is written anew."""
+        raise NotImplementedError
+
+    def _preparing(self) -> AbstractContextManager[Any]:
+        """A context for all runs of the work and its capture."""
+        return nullcontext()
+
+    def _run(self, arguments: Sequence[Tensor]) -> Any:
+        """Does the work by the graph, or on the way to one; None, and nothing is done, where there is none for these."""
+        layout = [(each.shape, each.stride(), each.dtype) for each in arguments]
+        self._layout = self._layout or layout
+        if not self._possible or layout != self._layout:
+            return None
+        if self._prepared < WARM_UP:
+            return self._prepare(arguments)
+        return self._replayed(arguments) if self.replays or self._capture(arguments) else None
+
+    def _prepare(self, arguments: Sequence[Tensor]) -> Any:
+        self._prepared += 1
+        with self._preparing():
+            run = partial(self._graphs.aside, partial(self._work, *arguments))
+            if self._prepared < WARM_UP:
+                return run()
+            result, waits = self._graphs.watched(run)
+        if waits:
+            self._give_up(ValueError(f"it waits for the device, at {waits[0]}"))
+        return result
+
+    def _capture(self, arguments: Sequence[Tensor]) -> bool:
+        self._held = [torch.empty_like(argument).copy_(argument) for argument in arguments]
+        try:
+            with self._preparing():
+                self._replay, self._result = self._graphs.capture(partial(self._work, *self._held))
+        except RuntimeError as error:
+            self.forget()
+            # What went wrong within the work says more than that the capture could not be ended.
+            cause = error.__context__
+            self._give_up(cause if isinstance(cause, Exception) else error)
+            return False
+        return True
+
+    def _replayed(self, arguments: Sequence[Tensor]) -> Any:
+        for held, argument in zip(self._held, arguments, strict=True):
+            held.copy_(argument, non_blocking=True)
+        assert self._replay is not None
+        self._replay()
+        return self._result
+
+    def _give_up(self, error: Exception) -> None:
+        """Goes on without a graph, which a warning says."""
+        self._possible = False
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"the training step can't be captured as a CUDA graph and runs without: {reason}", stacklevel=4)
+
+
+class Graphed(_Graph):
+    """A function of tensors as a CUDA graph, where it can be captured.
+
+    Args:
+        function: Takes tensors, returns a sequence of tensors, and finds all others that it reads or changes where they were.
+        graphs: How to capture.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], graphs: Any) -> None:
+        self._function = function
+        super().__init__(graphs)
+
+    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        results = self._run(arguments)
+        return tuple(self._function(*arguments) if results is None else results)
+
+    def _work(self, *arguments: Tensor) -> Sequence[Tensor]:
+        return self._function(*arguments)
+
+    def _replayed(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(result.clone() for result in super()._replayed(arguments))
+
+
+class GraphedStep(_Graph):
     """A training step that becomes a CUDA graph where that is faster.
 
-    The first steps are eager: five measured, three more in preparation of the capture. The last of these is watched: a step
-    that waits for the device is not captured. Then the step is captured, five replays are measured, and what has the lower
-    median stays.
+    Five eager steps are measured. Then the step is captured, five replays are measured, and what has the lower median stays.
 
     Args:
         step: the eager step.
@@ -99,121 +203,80 @@ class GraphedStep:
         reason = why_not_captured(step) if graphs is None else None
         if wanted and reason is not None:
             raise ValueError(f"cuda_graph=True needs a step that can be captured; {reason}")
-        self._possible = reason is None
-        self._graphs: Any = graphs or (CudaGraphs(step.setting.device) if self._possible else None)
         self._eager_times: list[float] = []
         self._graph_times: list[float] = []
-        self._replay: Callable[[], None] | None = None
-        self._captured: Any = None
-        self._shapes: list[Any] | None = None
-        self._result: Any = None
-        self._prepared = 0
+        super().__init__(CudaGraphs(step.setting.device) if graphs is None and reason is None else graphs)
+        if step.lam is not None and self._possible:
+            step.lam.begin(step.network, step.network.open_state()[0])  # type: ignore[operator]
 
-    @property
-    def replays(self) -> bool:
-        """Whether there is a graph at present."""
-        return self._replay is not None
-
-    def __call__(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, dict[str, Tensor]]:
+    def __call__(self, inputs: tuple[Tensor, ...], target: Any) -> Outcome:
         """Trains on a batch, as :class:`~fastmerge.merging.step.MergeStep` does. The output is overwritten by the next call."""
-        leaves, spec = tree_flatten((inputs, target))
-        if not self._possible or not all(isinstance(leaf, Tensor) for leaf in leaves):
-            return self.step(inputs, target)
-        shapes = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
-        if self._shapes is None:
-            self._shapes = shapes
-        if shapes != self._shapes:
-            return self.step(inputs, target)
-        if self.wanted is None and len(self._eager_times) < MEASURED:
-            return self._measured(self._eager_times, lambda: self.step(inputs, target))
-        if self._prepared < WARM_UP:
-            return self._prepare(inputs, target)
-        if self._replay is None and not self._capture(leaves, spec):
-            return self.step(inputs, target)
-        if self.wanted is None and len(self._graph_times) < MEASURED:
-            result = self._measured(self._graph_times, lambda: self._run(leaves))
-            if len(self._graph_times) == MEASURED:
-                self._decide()
-            return result
-        return self._run(leaves)
+        leaves, self._spec = tree_flatten((inputs, target))
+        outcome = self._run(leaves) if all(isinstance(leaf, Tensor) for leaf in leaves) else None
+        return outcome or self.step(inputs, target)
 
     def renew(self) -> None:
         """To be called where parameters may have moved, such as between epochs: captures anew if they have."""
-        if self._replay is not None and self._fingerprint() != self._captured:
-            self._forget()
+        if self.replays and self._fingerprint() != self._captured:
+            self.forget()
 
-    def _forget(self) -> None:
-        self._replay = self._result = self._captured = self._shapes = None
-        self._prepared = 0
+    def _work(self, *leaves: Tensor) -> Result:
+        inputs, target = tree_unflatten(leaves, self._spec)
+        return self.step.run(inputs, target, self._terms)
 
-    def _measured(self, times: list[float], run: Callable[[], Any]) -> Any:
-        seconds, result = self._graphs.seconds(run)
-        times.append(seconds)
-        return result
-
-    def _decide(self) -> None:
-        if statistics.median(self._eager_times) < _LEAST_GAIN * statistics.median(self._graph_times):
-            self._forget()
-            self._possible = False
-
-    def _prepare(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, dict[str, Tensor]]:
-        """A step as it will be captured; the last of them finds out whether it can be."""
-        self._prepared += 1
-        with _capturable(self.step.optimizers):
-            if self._prepared < WARM_UP:
-                return self._graphs.aside(lambda: self.step(inputs, target))
-            for optimizer in self.step.optimizers:
-                optimizer.zero_grad()
-            terms = self.step.terms()
-            run = partial(self._graphs.aside, lambda: self.step.run(inputs, target, terms))
-            (output, losses, open_now), waits = self._graphs.watched(run)
-        self.step.finish(open_now)
-        if waits:
-            self._give_up(ValueError(f"it waits for the device, at {waits[0]}"))
-        return output, losses
-
-    def _give_up(self, error: Exception) -> None:
-        """Goes on without a graph, which a warning says, or raises where one is wanted."""
-        reason = str(error).splitlines()[0]
-        if self.wanted:
-            raise ValueError(f"cuda_graph=True needs a step that can be captured; {reason}") from error
-        self._possible = False
-        warnings.warn(f"the training step can't be captured as a CUDA graph and runs without: {reason}", stacklevel=4)
-
-    def _capture(self, leaves: list[Tensor], spec: Any) -> bool:
-        """Captures the step; False if it can't be after all, which a warning says."""
-        self._inputs = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
         self._terms = tuple(term.clone() for term in self.step.terms())
-        for optimizer in self.step.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        inputs, target = tree_unflatten(self._inputs, spec)
-        try:
-            with _capturable(self.step.optimizers) as self._rates:
-                self._replay, self._result = self._graphs.capture(lambda: self.step.run(inputs, target, self._terms))
-        except RuntimeError as error:
-            self._forget()
-            _start_anew(self.step)
-            # What went wrong within the step says more than that the capture could not be ended.
-            cause = error.__context__
-            self._give_up(cause if isinstance(cause, Exception) else error)
-            return False
-        self._captured = self._fingerprint()
-        return True
+        self.step.zero_grad()
+        with _capturable(self.step.optimizers) as self._rates:
+            yield
 
-    def _run(self, leaves: list[Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        for held, leaf in zip(self._inputs, leaves, strict=True):
-            held.copy_(leaf, non_blocking=True)
+    def _capture(self, arguments: Sequence[Tensor]) -> bool:
+        captured = super()._capture(arguments)
+        self._captured = self._fingerprint()
+        return captured
+
+    def _prepare(self, arguments: Sequence[Tensor]) -> Outcome:
+        if self.wanted is None and len(self._eager_times) < MEASURED:
+            return self._timed(self._eager_times, partial(self.step, *tree_unflatten(arguments, self._spec)))
+        return self._finished(super()._prepare(arguments))
+
+    def _replayed(self, arguments: Sequence[Tensor]) -> Outcome:
+        if self.wanted is not None or len(self._graph_times) == MEASURED:
+            return self._by_graph(arguments)
+        outcome = self._timed(self._graph_times, partial(self._by_graph, arguments))
+        if len(self._graph_times) == MEASURED:
+            eager, graph = map(statistics.median, (self._eager_times, self._graph_times))
+            if eager < _LEAST_GAIN * graph:
+                self.forget()
+                self._possible = False
+        return outcome
+
+    def _timed(self, times: list[float], run: Callable[[], Outcome]) -> Outcome:
+        seconds, outcome = self._graphs.seconds(run)
+        times.append(seconds)
+        return outcome
+
+    def _by_graph(self, arguments: Sequence[Tensor]) -> Outcome:
         for held, term in zip(self._terms, self.step.terms(), strict=True):
             held.copy_(term)
         groups = [group for optimizer in self.step.optimizers for group in optimizer.param_groups]
         for held, group in zip(self._rates, groups, strict=True):
             held.fill_(group["lr"])
-        assert self._replay is not None
-        self._replay()
-        result: Result = self._result
+        return self._finished(super()._replayed(arguments))
+
+    def _finished(self, result: Result) -> Outcome:
         output, losses, open_now = result
         self.step.finish(None if open_now is None else open_now.clone())
         return output, {name: loss.clone() for name, loss in losses.items()}
+
+    def _give_up(self, error: Exception) -> None:
+        """Goes on without a graph, or raises where one is wanted."""
+        _start_anew(self.step)
+        if self.wanted:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"cuda_graph=True needs a step that can be captured; {reason}") from error
+        super()._give_up(error)
 
     def _fingerprint(self) -> list[Any]:
         """What a graph has fixed: where tensors lie, and numbers that are no tensors."""
@@ -227,61 +290,6 @@ class GraphedStep:
             for g in o.param_groups
         ]
         return [places, options, isinstance(network, BigStudent) and (network.linked, network.fused)]
-
-
-class Graphed:
-    """A function of tensors that becomes a CUDA graph, for the shapes of its first call; it runs as it is for others.
-
-    The first calls run as they are, on a stream of their own. The last of them is watched: what waits for the device is not
-    captured. Each replay copies the arguments into the graph's own tensors.
-
-    Args:
-        function: Takes tensors, returns a sequence of tensors, and finds all others that it reads or changes where they were.
-        graphs: How to capture.
-    """
-
-    def __init__(self, function: Callable[..., Sequence[Tensor]], graphs: Any) -> None:
-        self._function, self._graphs = function, graphs
-        self._shapes: list[torch.Size] | None = None
-        self._possible = True
-        self.forget()
-
-    def forget(self) -> None:
-        """To be called where tensors that the function finds by itself have been replaced."""
-        self._calls = 0
-        self._replay: Callable[[], None] | None = None
-        self._held: list[Tensor] = []
-        self._results: Sequence[Tensor] = ()
-
-    def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        shapes = [argument.shape for argument in arguments]
-        self._shapes = self._shapes or shapes
-        if not self._possible or shapes != self._shapes:
-            return tuple(self._function(*arguments))
-        if self._calls < WARM_UP:
-            self._calls += 1
-            run = partial(self._graphs.aside, partial(self._function, *arguments))
-            if self._calls < WARM_UP:
-                return tuple(run())
-            results, waits = self._graphs.watched(run)
-            if waits:
-                self._give_up(f"they wait for the device, at {waits[0]}")
-            return tuple(results)
-        if self._replay is None:
-            self._held = [argument.clone() for argument in arguments]
-            try:
-                self._replay, self._results = self._graphs.capture(partial(self._function, *self._held))
-            except RuntimeError as error:
-                self._give_up(str(error.__context__ or error))
-                return tuple(self._function(*arguments))
-        for held, argument in zip(self._held, arguments, strict=True):
-            held.copy_(argument)
-        self._replay()
-        return tuple(result.clone() for result in self._results)
-
-    def _give_up(self, reason: str) -> None:
-        self._possible = False
-        warnings.warn(f"stacked steps can't be captured as a CUDA graph and run without: {reason}", stacklevel=3)
 
 
 def why_not_captured(step: MergeStep) -> str | None:
@@ -302,7 +310,8 @@ def why_not_captured(step: MergeStep) -> str | None:
 
 def _start_anew(step: MergeStep) -> None:
     """Forgets how far the optimizers came in a capture that failed, of which nothing has happened on the device."""
-    step.scaler._per_optimizer_states.clear()
+    if step.scaler.is_enabled():
+        step.scaler._per_optimizer_states.clear()
     for optimizer in step.optimizers:
         optimizer.zero_grad(set_to_none=True)
         for name in ("grad_scale", "found_inf"):

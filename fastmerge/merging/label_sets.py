@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastmerge.channels.outputs import Name
 from fastmerge.evaluation import Criterion, has_classes
-from fastmerge.merging.checks import check_classes, check_loader, examples_of
+from fastmerge.merging.checks import check_classes, check_loader, check_teachers, examples_of
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
 from fastmerge.resuming.random_states import loader_state, restore_loader_state
@@ -201,20 +200,15 @@ class TeachersLoader:
 
 
 def with_label_sets(
-    options: Options,
-    teachers: Sequence[nn.Module],
-    train_loader: Any,
-    val_loader: Any,
-    outputs: Sequence[Name] | None = None,
-) -> tuple[Options, list[nn.Module], Iterable[Any], Iterable[Any] | None, Parts]:
+    options: Options, teachers: Sequence[nn.Module], train_loader: Any, val_loader: Any
+) -> tuple[Options, list[nn.Module], Iterable[Any], Iterable[Any] | None, Parts | None]:
     """A merge of teachers of different label sets as one of teachers of one architecture, whose outputs lie side by side.
 
     Args:
-        options: of the merge, whose heads are not averaged.
+        options: of the merge; where heads are averaged, all stays as it is.
         teachers: of one architecture but for the number of classes.
         train_loader, val_loader: one loader per teacher, each with its teacher's classes, or one whose targets count the
             classes of all through.
-        outputs: as :class:`~fastmerge.BigStudent`'s.
 
     Returns:
         Options, teachers and loaders of that merge, and where the teachers' parts lie in its output.
@@ -222,6 +216,9 @@ def with_label_sets(
     Raises:
         TypeError, ValueError: the teachers or the data don't fit together, naming which.
     """
+    teachers = check_teachers(teachers)
+    if options.heads == "average":
+        return options, teachers, train_loader, val_loader, None
     if any(isinstance(teacher, Stack) for teacher in teachers):
         raise ValueError("heads= merges networks, not stacks of them")
     setting = options.setting(teachers[0])
@@ -237,7 +234,7 @@ def with_label_sets(
             check_loader(f"{name}[{number}]", loader, teachers[number], setting, number)
     inputs, _ = next(iter(train_loader[0] if "train_loader" in each else train_loader))
     inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    networks, parts = join_heads(teachers, examples_of(inputs, teachers[0]), outputs)
+    networks, parts = join_heads(teachers, examples_of(inputs, teachers[0]))
     found = {part for of_mode in parts.outputs.values() for part in of_mode.values()}
     if any(set(of_mode) != {0} for of_mode in parts.outputs.values()) or len(found) != 1 or next(iter(found)).dim != 1:
         raise ValueError(

@@ -89,7 +89,6 @@ def option(
     choices: Sequence[Any] | None = None,
     compared: bool = True,
     flag: Any = None,
-    words: dict[str, Any] | None = None,
     varies: bool = False,
     merging: bool = False,
 ) -> Any:
@@ -101,12 +100,11 @@ def option(
         least, above, most, choices: its range, for numbers that are not None. ``least`` of an int asks for a whole number.
         compared: whether a merge may go on only with the same.
         flag: the type of its value on the command line; bool for a switch; None for no flag.
-        words: more arguments of argparse's ``add_argument``.
         varies: whether ``fastmerge run`` lets it differ from the recipe's.
         merging: whether it concerns gates and students alone, so that networks trained by themselves have the default.
     """
     limits = {"least": least, "above": above, "most": most, "choices": choices}
-    uses = {"compared": compared, "flag": flag, "words": words or {}, "varies": varies, "merging": merging}
+    uses = {"compared": compared, "flag": flag, "varies": varies, "merging": merging}
     return field(default=default, metadata={"what": what, **limits, **uses})
 
 

@@ -18,7 +18,7 @@ from fastmerge.merging.graphed_step import GraphedStep
 from fastmerge.merging.options import Options
 from fastmerge.merging.progress import Progress
 from fastmerge.merging.replayed_step import ReplayedStep
-from fastmerge.merging.step import MergeStep, clip_gradients, losses
+from fastmerge.merging.step import MergeStep
 from fastmerge.processes import Processes, without_averaging
 from fastmerge.schedules import GateWeight
 from fastmerge.stack import Stack
@@ -63,8 +63,7 @@ class Steps:
         if graphed is not None:
             yield partial(self._graphed_step, graphed)
             return
-        model = self.processes.wrap(network)
-        step = partial(self._eager, network, model, optimizers, lam)
+        step = partial(self._eager, self._step_of(network, optimizers, lam, self.processes.wrap(network)))
         if not self.syncs:
             yield step
             return
@@ -103,44 +102,22 @@ class Steps:
         output, each = self.compiler.run(lambda: graphed(inputs, target))
         self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
 
-    def _eager(
-        self,
-        network: nn.Module,
-        model: nn.Module,
-        optimizers: list[Optimizer],
-        lam: GateWeight | None,
-        batches: list[Any],
-        tally: Tally,
-    ) -> None:
+    def _eager(self, step: MergeStep, batches: list[Any], tally: Tally) -> None:
         """A step of several batches, or of several processes."""
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        step.zero_grad()
         samples = sum(len(inputs[0]) for inputs, _ in batches)
         for number, (inputs, target) in enumerate(batches, start=1):
-            share = len(inputs[0]) / samples if samples else 1.0
-            part = partial(self._gradients, network, model, inputs, target, lam, share if len(batches) > 1 else None)
-            with without_averaging(model, number < len(batches)):
-                output, each, open_now = self.compiler.run(part)
-            self.bar.step(tally, fresh=tally.add(output, target, len(inputs[0]), **each))
-        clip_gradients(self.scaler, optimizers[0], self.options.clip_norm)
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        if lam is not None:
-            lam.end_step(open_now)
+            share = None if len(batches) == 1 else len(inputs[0]) / samples if samples else 1.0
+            with without_averaging(step.model, number < len(batches)):
+                found = self.compiler.run(partial(step.backward, inputs, target, share=share))
+            self.bar.step(tally, fresh=tally.add(found.output, target, len(inputs[0]), **found.each))
+        step.update()
+        step.finish(found.open_now)
 
-    def _gradients(
-        self,
-        network: nn.Module,
-        model: nn.Module,
-        inputs: Any,
-        target: Any,
-        lam: GateWeight | None,
-        share: float | None,
-    ) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor | None]:
-        output, each, whole, open_now = losses(network, model, inputs, target, self.setting, lam)
-        self.scaler.scale(whole if share is None else whole * share).backward()
-        return output, each, open_now
+    def _step_of(
+        self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None, model: nn.Module | None = None
+    ) -> MergeStep:
+        return MergeStep(network, optimizers, self.setting, self.scaler, lam, self.options.clip_norm, model)
 
     def _graphed(self, network: nn.Module, optimizers: list[Optimizer], lam: GateWeight | None) -> GraphedStep | None:
         """The step of a merge on one CUDA device, from epoch to epoch the same; None for others."""
@@ -149,9 +126,7 @@ class Steps:
         if wanted is False or not single or self.setting.device.type != "cuda":
             return None
         if self._graph is None:
-            self._graph = GraphedStep(
-                MergeStep(network, optimizers, self.setting, self.scaler, lam, self.options.clip_norm), wanted
-            )
+            self._graph = GraphedStep(self._step_of(network, optimizers, lam), wanted)
         self._graph.renew()
         return self._graph
 

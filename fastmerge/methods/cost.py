@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastmerge.evaluation import Setting, length_of
-from fastmerge.merging.checks import check_loader, check_teachers
+from fastmerge.merging.checks import check_loader
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
@@ -204,10 +204,8 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
     Raises:
         TypeError, ValueError: As :func:`fastmerge.merge`.
     """
-    teachers = check_teachers(teachers)
-    if plan.heads != "average":
-        plan, teachers, train_loader, _, _ = with_label_sets(plan, teachers, train_loader, None)
-        setting = replace(setting, criterion=plan.criterion)
+    plan, teachers, train_loader, _, _ = with_label_sets(plan, teachers, train_loader, None)
+    setting = replace(setting, criterion=plan.criterion)
     with torch.random.fork_rng([setting.device] if setting.device.type == "cuda" else []):
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)
         few = tuple(x.float() if x.is_floating_point() else x for x in (value[:2].cpu() for value in inputs))

@@ -37,9 +37,10 @@ def soup(
     def loss(network: nn.Module) -> float:
         return evaluate(network, chosen_on, setting).loss
 
-    ranked = sorted(teachers, key=loss)
-    taken, best = ranked[:1], loss(ranked[0])
-    for teacher in ranked[1:]:
+    losses = [loss(teacher) for teacher in teachers]
+    first, *others = sorted(range(len(teachers)), key=losses.__getitem__)
+    taken, best = [teachers[first]], losses[first]
+    for teacher in (teachers[number] for number in others):
         reached = loss(average([*taken, teacher]))
         if reached <= best:
             taken, best = [*taken, teacher], reached

@@ -15,7 +15,7 @@ import fastmerge
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import _capturable
-from fastmerge.merging.step import MergeStep, losses
+from fastmerge.merging.step import MergeStep
 from fastmerge.networks import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
 
@@ -76,7 +76,7 @@ def test_gates_are_weighed_by_the_tensors_that_a_captured_step_reads(budget: boo
 
     def weighted(factor: float) -> float:
         terms = tuple(factor * term for term in step.terms())
-        found = losses(step.network, step.network, (x,), y, step.setting, step.lam, terms)
+        found = step.losses((x,), y, terms)
         return float((found.whole.double() - found.each["loss"].double()).detach())
 
     assert abs(weighted(1e6)) > 1e3 * abs(weighted(1.0))

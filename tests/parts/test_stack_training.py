@@ -352,11 +352,11 @@ def test_a_step_whose_tensors_were_replaced_is_captured_anew(monkeypatch):
 
 def test_a_step_that_can_not_be_captured_runs_without(monkeypatch):
     big = BigStudent(SineMLP(), SineMLP())
-    with pytest.warns(UserWarning, match="run without: they wait for the device, at criterion.py:3"):
+    with pytest.warns(UserWarning, match="runs without: it waits for the device, at criterion.py:3"):
         _, _, graphs = trained_by_graph(big, False, monkeypatch, waits=["criterion.py:3"])
     assert graphs.captures == 0
     error = RuntimeError("operation not permitted")
-    with pytest.warns(UserWarning, match="run without: operation not permitted"):
+    with pytest.warns(UserWarning, match="runs without: operation not permitted"):
         _, losses, graphs = trained_by_graph(big, False, monkeypatch, error=error)
     assert (graphs.captures, graphs.replays) == (1, 0)
     assert losses == trained_by_graph(big, False, monkeypatch, eager=True)[1]
