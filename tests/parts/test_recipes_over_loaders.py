@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastmerge.cli import main
-from fastmerge.data import folders, loading, making
+from fastmerge.data import folders, loading
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.experiments import lab
 from fastmerge.experiments.recipe import Recipe
@@ -147,7 +147,7 @@ def test_images_are_listed_and_read_once_in_a_run(tree: Path, monkeypatch: pytes
 
     counted(loading, "find_trees")
     counted(folders, "read_tree")
-    monkeypatch.setattr(making, "read_tree", folders.read_tree)
+    monkeypatch.setattr(loading, "read_tree", folders.read_tree)
     strategies = run_small(tree, loader=loader, workers=0)["strategies"]
     assert len(strategies) == 3
     assert counts == {"find_trees": 1} | ({"read_tree": 3} if loader == "device" else {})
