@@ -170,10 +170,10 @@ def activations(network: nn.Module, inputs: Any) -> dict[str, Tensor]:
     for moment in family.run():
         if moment.call is not None:
             units = groups.inputs[moment.call.weight]
-            missing = [n for n in np.unique(units.group[units.group >= 0]) if groups[int(n)].name not in found]
+            missing = [n for n in units.numbers if groups[n].name not in found]
             channels = moment.channels[0] if missing else None
             for number in missing:
-                group = groups[int(number)]
+                group = groups[number]
                 assert channels is not None
-                found[group.name] = rows_of(channels, units.places(int(number), group.size)).flatten(1)
+                found[group.name] = rows_of(channels, units.places(number, group.size)).flatten(1)
     return found

@@ -7,16 +7,16 @@ group*: one gate vector, n places, T·n candidates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import nn
 
-from fastmerge.channels.groups import SHARED, AxisUnits, ChannelGroup, ChannelGroups
-from fastmerge.channels.kinds import kinds
+from fastmerge.channels.groups import OUTPUT, SHARED, AxisUnits, ChannelGroup, ChannelGroups
 from fastmerge.channels.labels import connected, occurrence
 from fastmerge.channels.record import IdRecord
 from fastmerge.channels.signatures import axis_of, settle_norms, settle_scalars, settle_tensors, signatures
+from fastmerge.problems import Problem, UnmergeableError
 
 _ATTRIBUTES = set(dir(nn.ModuleDict()))
 
@@ -40,10 +40,10 @@ class _Grouping:
         self.scalars: dict[str, np.ndarray] = {}
         if record.scalars:
             unit = connected(record.count, record.united + record.tied)
-            self.scalars = settle_scalars(record, kinds(record, unit), unit)
+            self.scalars = settle_scalars(record, _kinds(record, unit), unit)
         self.channel = connected(record.count, record.united)
         self.unit = connected(record.count, record.united + record.tied)
-        self.kind = kinds(record, self.unit)
+        self.kind = _kinds(record, self.unit)
         own = [int(self.unit[int(record.tensors[name].flatten()[0])]) for name in self.scalars]
         self.kind[np.isin(self.unit, own)] = SHARED
 
@@ -116,6 +116,59 @@ class _Grouping:
             name = _free_name(written[0].replace(".", "_"), {other.name for other in groups})
             groups.append(ChannelGroup(name, size, total // size, tuple(written), tuple(consumers[g])))
         return groups
+
+
+def _kinds(record: IdRecord, unit: np.ndarray) -> np.ndarray:
+    """Per id 0 for a unit to choose among, SHARED or OUTPUT.
+
+    Args:
+        record: of a run on ids.
+        unit: per id the unit it belongs to.
+
+    Raises:
+        ValueError: naming the layer, if it makes the network's output in a way that can't be averaged.
+    """
+    owned = np.zeros(record.count, dtype=bool)
+    for layer in record.layers.values():
+        owned[unit[layer.outputs]] = True
+        if layer.call.groups > 1:
+            owned[unit[layer.inputs]] = True
+    for tensor in record.tensors.values():
+        owned[unit[np.unique(tensor.numpy())]] = True
+    kind = np.where(owned, 0, SHARED)
+    for ids in record.outputs:
+        kind[unit[ids[ids >= 0]]] = OUTPUT
+    kind = kind[unit]
+    problems = list(_outputs_in_the_way(record, kind))
+    if problems:
+        raise UnmergeableError(*problems)
+    return kind
+
+
+def _outputs_in_the_way(record: IdRecord, kind: np.ndarray) -> Iterator[Problem]:
+    for layer in record.layers.values():
+        name, output = layer.call.name, kind[layer.outputs] == OUTPUT
+        hidden = kind[layer.inputs] == 0
+        if layer.call.is_tied and not output.all():
+            what = (
+                f"layer '{name}' shares its weight with an embedding, and choosing its channels would drop rows of that"
+            )
+            yield Problem(what, "Give each its own weight in every teacher", name)
+        if layer.call.rows is not None and layer.call.groups == 1:
+            if output.any():
+                what = (
+                    f"layer '{name}' makes the network's output with a weight that it computes, which can't be averaged"
+                )
+                yield Problem(what, "Give the last layer a weight that is a parameter", name)
+            elif hidden.any() and not hidden.all():
+                what = f"layer '{name}' reads the network's input and hidden channels together with a weight that it computes"
+                yield Problem(what, "Let two layers read them, and add their outputs", name)
+        if layer.call.groups > 1 and output.any():
+            what = f"layer '{name}' is a grouped convolution that makes the network's output; it can't be averaged"
+            yield Problem(what, "Put a convolution with groups=1 or a linear layer after it", name)
+        elif output.any() and not output.all():
+            what = f"layer '{name}' makes both outputs of the network and hidden channels"
+            yield Problem(what, "split it into two layers", name)
 
 
 def _all_of(numbers: np.ndarray, groups: Sequence[ChannelGroup]) -> AxisUnits:

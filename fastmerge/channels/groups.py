@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 SHARED = -1  # network input without any parameter of its own: the same for all teachers
 OUTPUT = -2  # the network's output: averaged
@@ -76,8 +78,9 @@ class AxisUnits:
     place: np.ndarray
 
     @property
-    def has_groups(self) -> bool:
-        return bool((self.group >= 0).any())
+    def numbers(self) -> list[int]:
+        """The numbers of the groups that lie here, ascending."""
+        return [number for number in np.unique(self.group).tolist() if number >= 0]
 
     def places(self, number: int, size: int) -> np.ndarray:
         """Where a group's places lie along the dimension: int64 (size, entries per place), (size, 0) where it has none here."""
@@ -213,6 +216,20 @@ class ChannelGroups:
         ]
         notes = [f"kept from one teacher as a whole: what {where} mixes ({what})" for where, what in self.kept_whole]
         return "\n".join([*lines, *notes])
+
+
+def squares(groups: ChannelGroups, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Axis, int, Tensor]]:
+    """How large channels are: for each dimension along which they lie in some tensors, and each group there, the sum of squares
+    of every place's entries, float64 (n,) on the CPU."""
+    for axis in groups.axes():
+        if axis.tensor in tensors:
+            values = tensors[axis.tensor].detach().double().square()
+            entries = (
+                values.expand(len(axis.units.group), *values.shape) if axis.dim is None else values.movedim(axis.dim, 0)
+            )
+            for number in axis.units.numbers:
+                places = torch.from_numpy(axis.units.places(number, groups[number].size)).to(values.device)
+                yield axis, number, entries[places].flatten(1).sum(1).cpu()
 
 
 def _same_units(a: AxisUnits, b: AxisUnits) -> bool:

@@ -36,10 +36,9 @@ def permute(
         if axis.dim is None:  # one entry of a unit's, or what all units share, has no order
             continue
         index = np.arange(len(axis.units.group))
-        for number in np.unique(axis.units.group):
-            if int(number) in orders:
-                places = axis.units.places(int(number), groups[int(number)].size)
-                index[places] = places[orders[int(number)]]
+        for number in orders.keys() & {*axis.units.numbers}:
+            places = axis.units.places(number, groups[number].size)
+            index[places] = places[orders[number]]
         if not np.array_equal(index, np.arange(len(index))):
             tensor = tensors[axis.tensor]
             tensor.copy_(tensor.index_select(axis.dim, torch.from_numpy(index).to(tensor.device)))

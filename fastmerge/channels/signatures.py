@@ -86,7 +86,7 @@ def settle_scalars(record: IdRecord, kind: np.ndarray, unit: np.ndarray) -> dict
 
     Args:
         record: of a run on ids.
-        kind: per id, of ``kinds``.
+        kind: per id 0 for one to choose among, SHARED or OUTPUT.
         unit: per id the unit it belongs to.
 
     Returns:

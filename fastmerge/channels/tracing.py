@@ -30,9 +30,8 @@ from torch.utils import _pytree as pytree
 
 from fastmerge import isolation
 from fastmerge.channels.aten import bind, has_effects, op_name
-from fastmerge.channels.computed_biases import part_computed_biases
 from fastmerge.channels.modes import in_eval_mode, is_torchs, takes_one, told_in_both
-from fastmerge.channels.sliced_weights import complete_sliced_weights
+from fastmerge.channels.plain_layers import complete_sliced_weights, part_computed_biases
 from fastmerge.channels.written_norms import recognise_norms
 from fastmerge.copies import copied
 from fastmerge.isolation import exporting, undisturbed

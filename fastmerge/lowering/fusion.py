@@ -12,8 +12,7 @@ from torch import fx
 from fastmerge.channels.aten import op_name
 from fastmerge.channels.tracing import module_path
 from fastmerge.lowering.patterns import Lowered, Pattern, match, why_alone
-from fastmerge.wide.grouped import GroupedLayer
-from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.layers import GroupedLayer, WideLayer
 from fastmerge.wide.norms import WideBatchNorm
 
 

@@ -244,7 +244,7 @@ class _Lowering:
         source = node.args[0] if node.args else None
         units = self.analysis.groups.reads.get((self.mode, node.name))
         normalises = op_name(node) in LAYER_NORMS and source in self.streams
-        if normalises and units is not None and units.has_groups:
+        if normalises and units is not None and units.numbers:
             assert isinstance(source, fx.Node)
             return self._layer_norm(node, source)
         call = self._joined_call(node)

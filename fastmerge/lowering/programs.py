@@ -20,8 +20,7 @@ from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.graph import lower
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import hand_out_gates
-from fastmerge.wide.grouped import GroupedLayer
-from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.layers import GroupedLayer, WideLayer
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams
 from fastmerge.wide.weights import hand_out_weights

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -89,9 +88,9 @@ def _moved(
     length = len(axis.units.group)
     index = torch.arange(length)
     share = torch.full((length,), 1.0 if axis.reads else 1 / count, dtype=torch.float64)
-    for number in np.unique(axis.units.group[axis.units.group >= 0]):
-        group = groups[int(number)]
-        where, to = torch.from_numpy(axis.units.places(int(number), group.size)), places[group.name][t]
+    for number in axis.units.numbers:
+        group = groups[number]
+        where, to = torch.from_numpy(axis.units.places(number, group.size)), places[group.name][t]
         index[where] = torch.where(to[:, None] >= 0, where[to.clamp(min=0)], -1)
         share[where] = (to >= 0).double()[:, None] if axis.reads else shares[group.name][t][:, None]
     if axis.dim is None:

@@ -88,8 +88,8 @@ def match_weights(
     others: dict[tuple[str, int], Axis] = {}
     for axis in groups.axes():
         if axis.tensor in means and axis.dim is not None:
-            for number in np.unique(axis.units.group[axis.units.group >= 0]):
-                axes[int(number)].append(axis)
+            for number in axis.units.numbers:
+                axes[number].append(axis)
             others[axis.tensor, axis.dim] = axis
     orders = [np.arange(group.size) for group in groups]
 
@@ -125,7 +125,7 @@ def match_weights(
     for number, own in enumerate(axes):
         for axis in own:
             other = others.get((axis.tensor, 1 - (axis.dim or 0)))
-            neighbours[number] |= set() if other is None else {int(g) for g in other.units.group if g >= 0}
+            neighbours[number] |= set() if other is None else {*other.units.numbers}
     waiting, random = set(range(len(groups))), np.random.default_rng(seed)
     for _ in range(_SWEEPS):
         for number in random.permutation(sorted(waiting)).tolist():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.aten import bind, op_name
-from fastmerge.channels.groups import ChannelGroups
+from fastmerge.channels.groups import ChannelGroups, squares
 from fastmerge.channels.tracing import tensor_at
 from fastmerge.lock_step import Family, Moment
 from fastmerge.methods.combination import combine, places_of_kept
@@ -96,7 +96,7 @@ def refit(
         call = moment.call
         if call is not None and call.is_plain and call.groups == 1 and call.weight not in done:
             done.add(call.weight)
-            if family.groups.inputs[call.weight].has_groups:
+            if family.groups.inputs[call.weight].numbers:
                 _refit_layer(moment, student, teachers, family.groups, kept, ridge)
         elif op_name(moment.node) == "batch_norm" and bind(moment.node)["running_mean"] is not None:
             _refit_norm(moment, student, teachers, family.groups, kept)
@@ -198,25 +198,20 @@ def balance(network: nn.Module, family: Family) -> None:
     written, read = ([torch.zeros(group.size, dtype=torch.float64) for group in groups] for _ in range(2))
     tensors = dict(network.named_parameters())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    axes = [axis for axis in groups.axes() if axis.tensor in tensors and axis.dim is not None and axis.units.has_groups]
-
-    def places(axis: Any) -> Iterable[tuple[int, Tensor]]:
-        for number in np.unique(axis.units.group[axis.units.group >= 0]):
-            yield int(number), torch.from_numpy(axis.units.places(int(number), groups[int(number)].size))
-
-    for axis in axes:
-        assert axis.dim is not None
-        for number, where in places(axis):
-            rows = tensors[axis.tensor].double().square().movedim(axis.dim, 0)[where].flatten(1).sum(1)
-            (read if axis.reads else written)[number] += rows.cpu()
+    for axis, number, own in squares(groups, tensors):
+        if axis.dim is not None:
+            (read if axis.reads else written)[number] += own
     factors = [
         torch.where((w > 0) & (r > 0), (r / w.clamp_min(1e-12)).pow(0.25).clamp(1e-2, 1e2), 1.0)
         for w, r in zip(written, read, strict=True)
     ]
-    for axis in axes:
+    for axis in groups.axes():
+        if axis.tensor not in tensors or axis.dim is None or not axis.units.numbers:
+            continue
         scale = torch.ones(len(axis.units.group), dtype=torch.float64)
-        for number, where in places(axis):
-            scale[where] = (1 / factors[number] if axis.reads else factors[number])[:, None]
+        for number in axis.units.numbers:
+            places = torch.from_numpy(axis.units.places(number, groups[number].size))
+            scale[places] = (1 / factors[number] if axis.reads else factors[number])[:, None]
         tensor = tensors[axis.tensor]
         tensor.mul_(scale.to(tensor).view([-1 if d == axis.dim else 1 for d in range(tensor.dim())]))
     after = _outputs(network, family)

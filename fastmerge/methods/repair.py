@@ -60,7 +60,7 @@ def restore_statistics(merged: nn.Module, parents: Sequence[nn.Module], family: 
     for moment in family.run([*parents, merged]):
         if moment.call is not None and moment.call.is_plain and moment.call.weight not in done:
             done.add(moment.call.weight)
-            hidden = bool((family.groups.outputs[moment.call.weight].group >= 0).any())
+            hidden = family.groups.outputs[moment.call.weight].numbers
             if hidden and not all(op_name(user) == "batch_norm" for user in moment.node.users):
                 _restore_layer(moment, merged, family)
         elif op_name(moment.node) == "batch_norm":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +51,7 @@ def second_moments(family: Family, networks: Sequence[nn.Module], *, weighted: b
         if moment.call is None:
             continue
         weight, units = moment.call.weight, groups.inputs[moment.call.weight]
-        numbers = [int(n) for n in np.unique(units.group[units.group >= 0])]
+        numbers = units.numbers
         if not weighted:  # several layers that read one value say the same
             numbers = [n for n in numbers if (moment.call.input, n) not in seen]
             seen.update((moment.call.input, n) for n in numbers)

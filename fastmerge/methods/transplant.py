@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmerge.channels.groups import OUTPUT, ChannelGroups
+from fastmerge.channels.groups import OUTPUT, ChannelGroups, squares
 from fastmerge.methods.combination import combine, places_of_kept
 from fastmerge.methods.registry import register
 from fastmerge.methods.samples import family_of
@@ -36,7 +35,6 @@ def largest(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def magnitudes(teachers: Sequence[nn.Module], groups: ChannelGroups) -> dict[str, Tensor]:
     """The sum of squares of the weights that write and read each channel, in all teachers side by side.
 
@@ -47,24 +45,11 @@ def magnitudes(teachers: Sequence[nn.Module], groups: ChannelGroups) -> dict[str
     """
     found = {group.name: torch.zeros(len(teachers), group.size, dtype=torch.float64) for group in groups}
     for t, teacher in enumerate(teachers):
-        tensors = {name: tensor.detach() for name, tensor in teacher.named_parameters()}
-        for axis in groups.axes():
-            if (
-                axis.tensor not in tensors
-                or axis.tensor.rpartition(".")[2] == "bias"
-                or axis.tensor in groups.biases.values()
-            ):
-                continue
+        biases = {name for name, _ in teacher.named_parameters() if name.rpartition(".")[2] == "bias"}
+        biases.update(groups.biases.values())
+        weights = {name: tensor for name, tensor in teacher.named_parameters() if name not in biases}
+        for axis, number, own in squares(groups, weights):
             outputs = groups.outputs.get(axis.tensor)
             share = 1 / len(teachers) if outputs is not None and bool((outputs.group == OUTPUT).any()) else 1.0
-            values = tensors[axis.tensor].double().square() * share**2
-            for number in np.unique(axis.units.group[axis.units.group >= 0]):
-                group = groups[int(number)]
-                rows = (
-                    values.expand(len(axis.units.group), *values.shape)
-                    if axis.dim is None
-                    else values.movedim(axis.dim, 0)
-                )
-                places = torch.from_numpy(axis.units.places(int(number), group.size)).to(values.device)
-                found[group.name][t] += rows[places].flatten(1).sum(1).cpu()
+            found[groups[number].name][t] += own * share**2
     return found

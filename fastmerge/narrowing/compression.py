@@ -57,9 +57,9 @@ def sources_of(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tenso
         return _resized(units, groups, kept)
     teacher = np.zeros(len(units.group), dtype=np.int64)
     index = np.arange(len(units.group))
-    for number in np.unique(units.group[units.group >= 0]):
-        group = groups[int(number)]
-        by_place = units.places(int(number), group.size)
+    for number in units.numbers:
+        group = groups[number]
+        by_place = units.places(number, group.size)
         candidates = kept[group.name].cpu().numpy()
         teacher[by_place] = (candidates // group.size)[:, None]
         index[by_place] = by_place[candidates % group.size]

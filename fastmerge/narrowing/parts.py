@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmerge.channels.groups import ChannelGroups
+from fastmerge.channels.groups import ChannelGroups, squares
 from fastmerge.wide.analysis import Analysis
 
 
@@ -48,20 +48,13 @@ def consecutive_parts(sizes: Sequence[float], count: int) -> list[range]:
     return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
 
 
-@torch.no_grad()
 def magnitudes(groups: ChannelGroups, teacher: nn.Module) -> dict[str, Tensor]:
     """Per channel of each group the norm of the weights that write it times the norm of those that read it: (n,)."""
-    tensors = dict(teacher.named_parameters())
-    squares = [(torch.zeros(group.size), torch.zeros(group.size)) for group in groups]
-    for axis in groups.axes():
-        tensor = tensors.get(axis.tensor)
-        if tensor is None or axis.dim is None:
-            continue
-        along = tensor.detach().float().movedim(axis.dim, 0).reshape(tensor.shape[axis.dim], -1).square().sum(1).cpu()
-        for number in np.unique(axis.units.group[axis.units.group >= 0]):
-            places = torch.from_numpy(axis.units.places(int(number), groups[int(number)].size))
-            squares[int(number)][int(axis.reads)].add_(along[places].sum(1))
-    return {group.name: (own * read).sqrt() for group, (own, read) in zip(groups, squares, strict=True)}
+    sums = [torch.zeros(2, group.size, dtype=torch.float64) for group in groups]
+    for axis, number, own in squares(groups, dict(teacher.named_parameters())):
+        if axis.dim is not None:
+            sums[number][int(axis.reads)] += own
+    return {group.name: own.prod(0).sqrt() for group, own in zip(groups, sums, strict=True)}
 
 
 def representatives(

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastmerge.channels.aten import LAYER_NORMS, MOVEMENTS, RESHAPES, is_pointwise, is_size, op_name, writes_in_place
-from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import module_path
 from fastmerge.lowering.channelwise import JoinedCall, Placement, is_flattening, joined_call
 from fastmerge.lowering.graph import stays_joined
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.grouped import is_depthwise
+from fastmerge.wide.layers import is_depthwise
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import concatenate_joined
 
@@ -84,8 +83,8 @@ class _Walk:
             self.found.whole.setdefault(group, why)
 
     def _layer(self, node: fx.Node, call: LayerCall) -> None:
-        reads = _groups_of(self.analysis.groups.reads[self.mode, node.name])
-        writes = _groups_of(self.analysis.groups.outputs[call.weight])
+        reads = {*self.analysis.groups.reads[self.mode, node.name].numbers}
+        writes = {*self.analysis.groups.outputs[call.weight].numbers}
         place, shape = self.places.get(call.input), self.analysis.shapes.get((self.mode, node.name))
         dim = call.geometry.channel_dim
         # a student of another width has as many blocks as places; compact() leaves each teacher's blocks what they are
@@ -217,10 +216,8 @@ class _Walk:
             return place is not None and place.dim == place.rank - 1
         units = self.analysis.groups.reads.get((self.mode, node.name))
         x, *parameters = (self.places.get(source) for source in node.all_input_nodes if not is_size(source))
-        last = x is not None and x.dim == x.rank - 1
-        return (
-            last and units is not None and units.has_groups and all(p is not None and p.rank == 1 for p in parameters)
-        )
+        last, gated = x is not None and x.dim == x.rank - 1, units is not None and bool(units.numbers)
+        return last and gated and all(p is not None and p.rank == 1 for p in parameters)
 
     def _is_normalised(self, node: fx.Node) -> bool:
         """Whether a group normalisation has its channels in the second dimension; each of its groups is within one place."""
@@ -230,11 +227,7 @@ class _Walk:
     def _groups_of_its_own(self, node: fx.Node) -> set[int]:
         """The groups along which a parameter or buffer lies."""
         known = self.analysis.groups.tensors.get(self.analysis.tensor_name(str(node.target)))
-        return set() if known is None else _groups_of(known[1])
-
-
-def _groups_of(units: AxisUnits) -> set[int]:
-    return {int(group) for group in units.group if group >= 0}
+        return set() if known is None else {*known[1].numbers}
 
 
 def _describe(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ reads and writes any kind with one weight:
 * streams → shared: side by side over the number of teachers, (out, T·in), so that the output is the teachers' mean;
 * shared → shared: the mean.
 
-(The two dimensions swap places for transposed convolutions.)
+(The two dimensions swap places for transposed convolutions.) A grouped convolution reads and writes streams or a joined tensor.
 """
 
 from __future__ import annotations
@@ -200,4 +200,53 @@ class WideLayer(nn.Module):
             f"{self.geometry.kind}, {shape[self.geometry.in_dim]} -> {shape[self.geometry.out_dim]} channels "
             f"of {self.num_teachers} teachers, {'streams' if self.wiring.reads_streams else 'shared'} -> "
             f"{'streams' if self.wiring.writes_streams else 'mean'}{state}, bias={self.bias is not None}"
+        )
+
+
+def is_depthwise(groups: int, shape: Sequence[int]) -> bool:
+    """Whether each channel has a filter of its own and nothing else."""
+    return groups == shape[0] and shape[1] == 1
+
+
+class GroupedLayer(nn.Module):
+    """The teachers' grouped convolutions as one of T times the groups, teacher by teacher.
+
+    Args:
+        geometry: how the weight is applied.
+        groups: of one teacher.
+        weights: the teachers' weights.
+        biases: the teachers' biases, or None.
+    """
+
+    def __init__(
+        self, geometry: Geometry, groups: int, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.geometry, self._groups, self.num_teachers = geometry, groups, len(weights)
+        self.is_depthwise = is_depthwise(groups, weights[0].shape)
+        self.weight = nn.Parameter(torch.cat(list(weights)))
+        self.bias = None if biases is None else nn.Parameter(torch.cat(list(biases)))
+
+    @property
+    def groups(self) -> int:
+        """Of one teacher: of a depthwise convolution as many as it has channels left."""
+        return self.weight.shape[0] // self.num_teachers if self.is_depthwise else self._groups
+
+    def forward(self, *values: Tensor, weight: Weight | None = None, bias: Weight | None = None) -> tuple[Tensor, ...]:
+        """Applies the layer to T streams, each with its own weights, or to one joined tensor.
+
+        Args:
+            values: the streams, or the joined tensor.
+            weight, bias: the layer's own as ``hand_out_weights`` gives them; None: as they are.
+        """
+        weight, bias = own(self, weight, bias)
+        if len(values) == 1:
+            groups = self.num_teachers * self.groups
+            return (convolve(self.geometry, values[0], weight[0], whole_of(bias), groups),)
+        return convolve_streams(self.geometry, values, weight, bias, self.groups)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.geometry.kind}, {self.num_teachers} x {tuple(self.weight.shape[1:])}, groups={self.groups}, "
+            f"bias={self.bias is not None}"
         )

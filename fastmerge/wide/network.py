@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.tracing import CONSTANT, tensor_at
 from fastmerge.wide.analysis import BATCH_NORM_TENSORS, Analysis
-from fastmerge.wide.grouped import GroupedLayer
-from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.layers import GroupedLayer, WideLayer
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.streams import AveragedTensor, GateStreams, StreamTensors
 

@@ -57,7 +57,7 @@ class Population:
 
     def is_open(self, units: AxisUnits) -> bool:
         """Whether all groups along a dimension, if any, have gates that are 1 for good."""
-        return all(self.groups[int(number)].name in self.open_groups for number in set(units.group[units.group >= 0]))
+        return all(self.groups[number].name in self.open_groups for number in units.numbers)
 
     @property
     def total(self) -> int:

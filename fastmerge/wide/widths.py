@@ -81,23 +81,23 @@ def check_widths(
         node = next(n for n in analysis.traced.graphs[mode].nodes if n.name == name)
         call = analysis.calls[mode].get(node)
         computed = call is not None and (call.rows is not None or call.is_tied)
-        for number in np.unique(units.group[units.group >= 0]):
+        for number in units.numbers:
             if computed or node.meta.get(BY_WIDTH):
                 kind = f"'{op_name(node)}'" if call is None else f"'{call.name}', whose weight is shared or computed"
-                why.setdefault(int(number), f"is read by {kind}, which depends on the number of channels")
+                why.setdefault(number, f"is read by {kind}, which depends on the number of channels")
             elif op_name(node) in LAYER_NORMS and keeps_all(units):
                 kind = f"'{op_name(node)}', which is exact only with fewer channels than all teachers have together"
-                why.setdefault(int(number), f"is read by {kind}")
+                why.setdefault(number, f"is read by {kind}")
     for axis in groups.axes():
-        for number in np.unique(axis.units.group[axis.units.group >= 0]):
+        for number in axis.units.numbers:
             if groups.acts_on_several(axis.tensor) and keeps_all(axis.units):
                 why.setdefault(
-                    int(number),
+                    number,
                     f"shares '{axis.tensor}', which is exact only with fewer channels than all teachers have together",
                 )
-            elif not _lies_in_runs(axis.units, int(number), groups[int(number)].size):
+            elif not _lies_in_runs(axis.units, number, groups[number].size):
                 why.setdefault(
-                    int(number), f"lies in '{axis.tensor}' in an order that another number of channels does not have"
+                    number, f"lies in '{axis.tensor}' in an order that another number of channels does not have"
                 )
     for number, group in enumerate(groups):
         if widths[group.name] != group.size and number in why:

@@ -16,8 +16,7 @@ import fastmerge
 from architectures import BY_NAME
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.wide import convolve
-from fastmerge.wide.grouped import GroupedLayer
-from fastmerge.wide.layers import WideLayer
+from fastmerge.wide.layers import GroupedLayer, WideLayer
 from teachers import make_teachers
 from wide_programs import SIZE, merge, run
 
