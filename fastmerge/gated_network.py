@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.outputs import Name
-from fastmerge.channels.tracing import samples_in
+from fastmerge.channels.traced_network import samples_in
 from fastmerge.gates import HardConcrete
 from fastmerge.isolation import ONE_THREAD, without_search
 from fastmerge.kernels.gate import open_probability

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fastmerge.channels.examples import example_arguments, few_samples
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall, layer_calls
-from fastmerge.channels.tracing import CONSTANT, TracedNetwork, tensor_at
+from fastmerge.channels.traced_network import CONSTANT, TracedNetwork, tensor_at
 from fastmerge.validation import check_teachers
 from fastmerge.wide.blueprint import code_errors, common_buffers, read_network
 

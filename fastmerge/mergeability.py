@@ -14,7 +14,7 @@ from fastmerge.channels.aten import op_name
 from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.groups import ChannelGroups, Choice, choice_warning
 from fastmerge.channels.outputs import Name
-from fastmerge.channels.tracing import TracedNetwork, module_path
+from fastmerge.channels.traced_network import TracedNetwork, module_path
 from fastmerge.isolation import quietly
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.validation import differences, kind_of, same_teachers, teacher_errors

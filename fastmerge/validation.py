@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastmerge.channels.tracing import CONSTANT, TracedNetwork, module_path, tensor_at
+from fastmerge.channels.traced_network import CONSTANT, TracedNetwork, module_path, tensor_at
 from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
 
 _ONE_ARCHITECTURE = "Pass networks that were made in the same way"

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fastmerge.channels.aten import RESHAPES, bind, is_pointwise, is_size, op_name, reduced_dims, writes_in_place
-from fastmerge.channels.tracing import tensor_at
+from fastmerge.channels.traced_network import tensor_at
 
 REDUCTIONS = {"mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"}
 KEPT = {"clone", "contiguous", "to", "_to_copy", "type_as", "detach"}

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fastmerge.channels.aten import LAYERS, PRODUCTS, bind, op_name
 from fastmerge.channels.computed_weights import RowProgram, WeightNorm, row_program, sources_of, weight_norm
-from fastmerge.channels.tracing import tensor_at
+from fastmerge.channels.traced_network import tensor_at
 
 
 @dataclass(frozen=True)

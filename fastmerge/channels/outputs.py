@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fastmerge.channels.aten import is_size
-from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.channels.traced_network import TracedNetwork, numbered
 
 Name = str | int | tuple[str | int, ...]
 
@@ -68,8 +68,7 @@ def _followed(traced: TracedNetwork, mode: str) -> set[fx.Node]:
 
 def _paths(spec: Any) -> list[tuple[str | int, ...]]:
     """Where each output lies in what the network returns."""
-    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    return [tuple(_name(key) for key in path) for path, _ in pytree.tree_flatten_with_path(numbered)[0]]
+    return [tuple(_name(key) for key in path) for path, _ in pytree.tree_flatten_with_path(numbered(spec))[0]]
 
 
 def _name(key: Any) -> str | int:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.layer_calls import LayerCall
-from fastmerge.channels.tracing import module_path
+from fastmerge.channels.traced_network import module_path
 
 NO_ID = -1
 

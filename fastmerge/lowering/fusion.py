@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from fastmerge.channels.aten import op_name
-from fastmerge.channels.tracing import module_path
+from fastmerge.channels.traced_network import module_path
 from fastmerge.lowering.patterns import Lowered, Pattern, match, why_alone
 from fastmerge.wide.layers import GroupedLayer, WideLayer
 from fastmerge.wide.norms import WideBatchNorm

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fastmerge.channels.aten import LAYER_NORMS, bind, is_size, op_name, writes_in_place
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall, untransposed
-from fastmerge.channels.tracing import module_path
+from fastmerge.channels.traced_network import module_path
 from fastmerge.lowering.channelwise import JoinedCall, Placement, is_norm, joined_call
 from fastmerge.lowering.computed_weights import compute_weight
 from fastmerge.lowering.fusion import NormUse, fuse

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from fastmerge.channels.aten import ACTIVATIONS, bind, op_name, writes_in_place
-from fastmerge.channels.tracing import module_path
+from fastmerge.channels.traced_network import module_path
 from fastmerge.wide.streams import GateStreams
 
 _OTHER_ACTIVATIONS = {*ACTIVATIONS, "prelu", "glu", "softmax"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmerge.channels.aten import bind, op_name
 from fastmerge.channels.groups import ChannelGroups, squares
-from fastmerge.channels.tracing import tensor_at
+from fastmerge.channels.traced_network import tensor_at
 from fastmerge.lock_step import Family, Moment
 from fastmerge.methods.combination import combine, places_of_kept
 from fastmerge.methods.registry import register

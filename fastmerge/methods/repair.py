@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastmerge.channels.aten import bind, op_name
-from fastmerge.channels.tracing import tensor_at
+from fastmerge.channels.traced_network import tensor_at
 from fastmerge.lock_step import Family, Moment
 from fastmerge.methods.average import average
 from fastmerge.methods.matching import align

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fastmerge.channels.aten import LAYER_NORMS, MOVEMENTS, RESHAPES, is_pointwise, is_size, op_name, writes_in_place
 from fastmerge.channels.layer_calls import LayerCall
-from fastmerge.channels.tracing import module_path
+from fastmerge.channels.traced_network import module_path
 from fastmerge.lowering.channelwise import JoinedCall, Placement, is_flattening, joined_call
 from fastmerge.lowering.graph import stays_joined
 from fastmerge.wide.analysis import Analysis

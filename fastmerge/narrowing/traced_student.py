@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastmerge.channels.aten import LAYER_NORMS, LAYERS, bind, op_name
-from fastmerge.channels.tracing import TracedNetwork, flat_inputs
+from fastmerge.channels.traced_network import TracedNetwork, flat_inputs
 from fastmerge.isolation import undisturbed
 from fastmerge.lowering.channelwise import is_flattening
 from fastmerge.lowering.programs import function_of

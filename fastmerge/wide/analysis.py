@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fastmerge.channels.aten import NEW, bind, is_size, may_alias, op_name, writes_in_place
 from fastmerge.channels.groups import OUTPUT, ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall, layer_calls, parameter_names, weight_nodes
-from fastmerge.channels.tracing import TracedNetwork
+from fastmerge.channels.traced_network import TracedNetwork
 from fastmerge.wide.layers import Wiring
 
 BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -19,7 +19,8 @@ from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import changed_tensors, run_on_ids
 from fastmerge.channels.outputs import Name, predictions
 from fastmerge.channels.signatures import mixing_tensors
-from fastmerge.channels.tracing import MODES, TracedNetwork, flat_inputs, trace
+from fastmerge.channels.traced_network import MODES, TracedNetwork, flat_inputs
+from fastmerge.channels.tracing import trace
 from fastmerge.copies import copied
 from fastmerge.isolation import without_search
 from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError

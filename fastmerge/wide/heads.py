@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fastmerge.channels.aten import is_pointwise, op_name
 from fastmerge.channels.groups import OUTPUT
 from fastmerge.channels.layer_calls import LayerCall
-from fastmerge.channels.tracing import TracedNetwork, module_path
+from fastmerge.channels.traced_network import TracedNetwork, module_path
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.wide.analysis import Analysis
 

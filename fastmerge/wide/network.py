@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastmerge.channels.layer_calls import LayerCall
-from fastmerge.channels.tracing import CONSTANT, tensor_at
+from fastmerge.channels.traced_network import CONSTANT, tensor_at
 from fastmerge.wide.analysis import BATCH_NORM_TENSORS, Analysis
 from fastmerge.wide.layers import GroupedLayer, WideLayer
 from fastmerge.wide.norms import WideBatchNorm

@@ -155,7 +155,7 @@ def test_arguments_with_defaults_keep_them() -> None:
     with big.open_gates():
         torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
     for argument in ({"scale": torch.ones(6)}, {"features": True}):
-        with pytest.raises(TypeError, match=f"Optional needs .*: '{next(iter(argument))}' was not given then"):
+        with pytest.raises(TypeError, match=f"Optional needs .*: '{next(iter(argument))}' was not among them"):
             big(x, **argument)
     assert big.compress()(x, features=True).shape == (3, 6)
 

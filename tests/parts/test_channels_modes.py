@@ -15,7 +15,8 @@ from fastmerge import BigStudent
 from fastmerge.channels import tracing
 from fastmerge.channels.code_key import code_key
 from fastmerge.channels.modes import told_in_both
-from fastmerge.channels.tracing import TracedNetwork, trace
+from fastmerge.channels.traced_network import TracedNetwork
+from fastmerge.channels.tracing import trace
 
 
 class Net(nn.Module):

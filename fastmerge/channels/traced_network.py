@@ -1,0 +1,239 @@
+"""A traced network: the graphs of ATen operations that its forward is, and how to call them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+CONSTANT = "constant_tensors"
+MODES = ("train", "eval")
+
+
+@dataclass
+class TracedNetwork:
+    """The graphs of one network, for inputs of one structure and shape but for the batch size.
+
+    Nodes have in their ``meta``: "shape", of a tensor for the example inputs; "sample_dims", its dimensions that grow with the
+    batch; "path", of the module that the operation is called in; "code", file:line of the user's code, where known.
+
+    Attributes:
+        root: a copy of the network that the graphs' targets refer to; running it leaves the original alone. Tensors that the
+            code makes itself are buffers of its child ``constant_tensors``.
+        graphs: ``{"train": graph, "eval": graph}``, or one of them; from flat inputs to a tuple of flat outputs.
+        in_spec: structure of ``(args, kwargs)``.
+        out_specs: structure of the output, per mode.
+        inputs: the example inputs, flat; of a tensor its shape, dtype and device alone, on the meta device.
+        constants: tensors that the code makes itself, by name below ``constant_tensors``.
+        is_open: per mode whether the graph is that of every batch size; some code fixes it, such as ``len(x)`` of a batch, or
+            does something else with some, such as ``if len(x) > 4``.
+        takes_one: per mode whether it is then that of one sample, too.
+        is_one_graph: whether the eval graph is the training graph, but for what normalisations and dropouts are told.
+        questions: file:line of the user's code that asks whether it is being compiled or exported, each once.
+    """
+
+    root: nn.Module
+    graphs: dict[str, fx.Graph]
+    in_spec: Any
+    out_specs: dict[str, Any]
+    inputs: list[Any] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    is_open: dict[str, bool] = field(default_factory=dict)
+    takes_one: dict[str, bool] = field(default_factory=dict)
+    is_one_graph: bool = False
+    questions: list[str] = field(default_factory=list)
+
+    def is_for(self, inputs: Sequence[Any], mode: str) -> bool:
+        """Whether a mode's graph is that for flat inputs: all are like the example inputs but for an open batch size."""
+        count, example = (samples_in(given) for given in (inputs, self.inputs))
+        fits = (count != 1 or self.takes_one[mode]) if self.is_open[mode] else count == example
+        return fits and all(_is_like(x, y, count, example) for x, y in zip(inputs, self.inputs, strict=True))
+
+    def in_mode(self, mode: str) -> dict[str, Any]:
+        """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`."""
+        return {"module": self.root, "graph": self.graphs[mode]}
+
+    def outputs(self, mode: str) -> list[Any]:
+        """What one mode's graph returns: nodes, and values that are no result of an operation."""
+        return list(next(node for node in self.graphs[mode].nodes if node.op == "output").args[0])
+
+    def structured(self, outputs: Sequence[Any], mode: str) -> Any:
+        """Flat outputs in the structure that the network returns them in."""
+        spec = self.out_specs[mode]
+        return outputs[0] if spec.is_leaf() else pytree.tree_unflatten(outputs, spec)
+
+    def output_shapes(self, mode: str) -> list[tuple[int, ...] | None]:
+        """The shape of each flat output, None of what is no tensor."""
+        return [getattr(node, "meta", {}).get("shape") for node in self.outputs(mode)]
+
+    @property
+    def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Per (mode, node name) the shape of a value that is a tensor."""
+        return self._of_nodes("shape")
+
+    @property
+    def sample_dims(self) -> dict[tuple[str, str], int]:
+        """Per (mode, node name) the dimension along which the samples lie, where there is one.
+
+        A dimension that holds samples and something else counts, the samples being the slower index.
+        """
+        return {key: dims[0] for key, dims in self._of_nodes("sample_dims").items() if len(dims) == 1}
+
+    def _of_nodes(self, key: str) -> dict[tuple[str, str], Any]:
+        return {(mode, n.name): n.meta[key] for mode, g in self.graphs.items() for n in g.nodes if key in n.meta}
+
+    def with_root(self, root: nn.Module) -> TracedNetwork:
+        """The same graphs over another network of the architecture."""
+        with torch.inference_mode(False):
+            for name, tensor in self.constants.items():
+                add_constant(root, name, tensor.clone())
+        return dataclasses.replace(self, root=root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        graphs = {mode: _plain(graph) for mode, graph in self.graphs.items()}
+        outputs = {mode: numbered(spec) for mode, spec in self.out_specs.items()}
+        return {**self.__dict__, "graphs": graphs, "in_spec": numbered(self.in_spec), "out_specs": outputs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.graphs = {mode: _graph(nodes) for mode, nodes in state["graphs"].items()}
+        self.in_spec = pytree.tree_structure(state["in_spec"])
+        self.out_specs = {mode: pytree.tree_structure(tree) for mode, tree in state["out_specs"].items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedNetwork:
+        return self  # nobody changes it
+
+
+def samples_in(inputs: Sequence[Any]) -> int:
+    """The batch size of flat inputs: the length of the first tensor that has one."""
+    return next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
+
+
+def _is_like(x: Any, example: Any, count: int, of_example: int) -> bool:
+    if not isinstance(x, Tensor) or not isinstance(example, Tensor):
+        return type(x) is type(example) and bool(x == example)
+    if x.dim() != example.dim() or (
+        x.dtype != example.dtype and not (x.is_floating_point() and example.is_floating_point())
+    ):
+        return False
+    if not x.dim():
+        return True
+    return (
+        x.shape[0] == (count if example.shape[0] == of_example else example.shape[0])
+        and x.shape[1:] == example.shape[1:]
+    )
+
+
+def add_constant(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor that the code makes below a network."""
+    if not hasattr(root, CONSTANT):
+        root.add_module(CONSTANT, nn.Module())
+    getattr(root, CONSTANT).register_buffer(name, tensor, persistent=False)
+
+
+def numbered(spec: Any) -> Any:
+    """A structure with numbers for leaves, which pickle can take where it can take the structure's own classes."""
+    return pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node in a plain description of a graph."""
+
+    name: str
+
+
+def _plain(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as what pickle can take."""
+
+    def target(node: fx.Node) -> Any:
+        return f"torch.ops.{node.target}" if isinstance(node.target, torch._ops.OpOverload) else node.target
+
+    def plain(value: Any) -> Any:
+        return fx.map_arg(value, lambda node: _Reference(node.name))  # type: ignore[arg-type, return-value]
+
+    return [(n.op, n.name, target(n), plain(n.args), plain(n.kwargs), n.meta) for n in graph.nodes]
+
+
+def _graph(nodes: Sequence[tuple[Any, ...]]) -> fx.Graph:
+    graph = fx.Graph()
+    known: dict[str, fx.Node] = {}
+
+    def nodes_in(value: Any) -> Any:
+        return fx.node.map_aggregate(value, lambda leaf: known[leaf.name] if isinstance(leaf, _Reference) else leaf)
+
+    for op, name, target, args, kwargs, meta in nodes:
+        if isinstance(target, str) and target.startswith("torch.ops."):
+            target = operator.attrgetter(target.removeprefix("torch."))(torch)
+        node = graph.create_node(op, target, nodes_in(args), nodes_in(kwargs), name)
+        node.meta = meta
+        known[name] = node
+    return graph
+
+
+def flat_inputs(
+    traced: TracedNetwork, name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """The arguments of a call in the order of the graphs' placeholders.
+
+    Args:
+        traced: the network.
+        name: of its class.
+        signature: of its forward, which says where a keyword belongs.
+        args: of the call.
+        kwargs: of the call.
+
+    Raises:
+        TypeError: if they are not structured like the example inputs, naming the arguments.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    if spec == traced.in_spec:
+        return leaves
+    given = signature.bind(*args, **kwargs).arguments
+    numbered_args, numbered_kwargs = numbered(traced.in_spec)
+    places = signature.bind(*numbered_args, **numbered_kwargs).arguments
+    problems = [f"'{argument}' is missing" for argument in places if argument not in given]
+    problems += [f"'{argument}' was not among them" for argument in given if argument not in places]
+    found: dict[int, Any] = {}
+    for argument in [name for name in places if name in given]:
+        if pytree.tree_structure(given[argument]) != pytree.tree_structure(places[argument]):
+            example = pytree.tree_map(traced.inputs.__getitem__, places[argument])
+            problems.append(f"'{argument}' is {_kind(given[argument])}, and was {_kind(example)}")
+        found.update(zip(pytree.tree_leaves(places[argument]), pytree.tree_leaves(given[argument]), strict=False))
+    if problems:
+        raise TypeError(
+            f"{name} needs arguments of the structure that it was traced with: {', '.join(problems)}. "
+            "To run it on such inputs, build the big student with example_inputs of their structure"
+        )
+    return [found[place] for place in range(len(found))]
+
+
+def _kind(value: Any) -> str:
+    """What an argument is, in words: its containers, not what is in them."""
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, value)) or 'nothing'}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def tensor_at(root: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer at a dotted path."""
+    *way, attribute = path.split(".")
+    for name in way:
+        root = root._modules[name]  # type: ignore[assignment]
+    tensor = getattr(root, attribute)
+    assert isinstance(tensor, Tensor), path
+    return tensor
+
+
+def module_path(node: fx.Node) -> str:
+    """Where in the network a node comes from, for messages: the module's path, or the node's own name at the top."""
+    return str(node.meta.get("path") or node.name)
