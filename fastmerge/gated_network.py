@@ -22,7 +22,7 @@ from fastmerge.lowering.programs import Programs
 from fastmerge.self_check import check_exact
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
-from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, given_gates, make_gates
+from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, given_gates
 from fastmerge.wide.heads import Parts
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import attach_missing
@@ -72,7 +72,10 @@ class GatedNetwork(nn.Module):
         self.groups: ChannelGroups = self._blueprint.groups
         self.num_teachers = len(teachers)
         self._asked, self.widths = keep, student_widths(self.groups, self.num_teachers, keep)
-        self.gates = make_gates(self.groups, self.num_teachers, next(teachers[0].parameters()))
+        like, sizes = next(teachers[0].parameters()), {g.name: self.num_teachers * g.size for g in self.groups}
+        self.gates = nn.ModuleDict(
+            {name: HardConcrete(size, device=like.device, dtype=like.dtype) for name, size in sizes.items()}
+        )
         self._linked = False
         self._gates_open = False
         self._fused: bool | str = "auto"

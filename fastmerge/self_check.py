@@ -135,7 +135,7 @@ class _Trial:
 
     @cached_property
     def inputs(self) -> Inputs:
-        args, kwargs = pytree.tree_map(lambda x: _cast(x, self.dtype) if isinstance(x, Tensor) else x, self._given[2])
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: _cast(x, self.dtype), self._given[2])
         return args, kwargs
 
     @cached_property
@@ -249,7 +249,7 @@ class _Trial:
     def _run(self, network: nn.Module, select: Callable[[Any], Any] = _everything) -> dict[str, Tensor]:
         """The floating point tensors of a network's output, of those that are selected."""
         with _HeldStill():
-            args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, self.inputs)
             output = network(*args, **kwargs)
         return dict(_leaves(select(output)))
 
@@ -379,13 +379,13 @@ def _varied(example_inputs: Inputs) -> Inputs:
     """The inputs; where all samples of a batch are the same, with each of them a little different."""
     generator = torch.Generator().manual_seed(0)
 
-    def varied(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and bool((x == x[:1]).all()):
+    def varied(x: Tensor) -> Tensor:
+        if x.is_floating_point() and x.dim() and bool((x == x[:1]).all()):
             factors = 0.5 + 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
             return factors if not x.any() else x * factors
         return x
 
-    args, kwargs = pytree.tree_map(varied, example_inputs)
+    args, kwargs = pytree.tree_map_only(Tensor, varied, example_inputs)
     return args, kwargs
 
 

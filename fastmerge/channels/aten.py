@@ -103,10 +103,14 @@ def packet_name(operation: Any) -> str:
 
 def bind(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by the names in the operation's schema, defaults included."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    return bound(node.target, node.args, node.kwargs)
+
+
+def bound(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of an operation, likewise."""
     return {
-        a.name: node.args[i] if i < len(node.args) else node.kwargs.get(a.name, a.default_value)
-        for i, a in enumerate(arguments)
+        a.name: args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
+        for i, a in enumerate(operation._schema.arguments)
     }
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmerge.channels.mixing import argument
+from fastmerge.channels.aten import bound
 from fastmerge.channels.record import Computed, IdRun
 
 
 def attention(run: IdRun, func: Any, args: Any, kwargs: Any, out: Tensor) -> Computed | list[Tensor]:
     """``scaled_dot_product_attention`` of tensors (N, ..., heads, positions, channels)."""
-    names = ("query", "key", "value", "attn_mask")
-    given = (argument(func, name, args, kwargs) for name in names)
+    arguments = bound(func, args, kwargs)
+    given = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     query, key, value, mask = (run.find(x) if isinstance(x, Tensor) else None for x in given)
     if query is None or key is None or value is None:
         known = [ids for ids in (query, key, value, mask) if ids is not None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastmerge.channels.traced_network import samples_in
 from fastmerge.copies import copied
 from fastmerge.isolation import undisturbed
 
@@ -80,26 +81,30 @@ def _arguments(given: Any) -> Inputs:
     return inputs
 
 
+def with_samples(inputs: Any, count: int) -> Any:
+    """Inputs of another number of samples: the first ones, the only one over and over, or zeros where there are none."""
+    given = samples_in(pytree.tree_leaves(inputs))
+
+    def resized(x: Tensor) -> Tensor:
+        if not x.dim() or len(x) != given:
+            return x
+        if given >= count:
+            return x[:count]
+        return torch.cat([x] * count) if given else x.new_zeros(count, *x.shape[1:])
+
+    return pytree.tree_map_only(Tensor, resized, inputs)
+
+
 def two_samples(inputs: Inputs) -> Inputs:
     """A batch of one twice, since export would take a length of 1 for a constant; for an empty one two samples of zeros."""
-    sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
-    if not sizes or sizes[0] > 1:
-        return inputs
-
-    def two(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != sizes[0]:
-            return x
-        return torch.cat([x, x]) if len(x) else x.new_zeros(2, *x.shape[1:])
-
-    args, kwargs = pytree.tree_map(two, inputs)
+    args, kwargs = with_samples(inputs, 2) if samples_in(pytree.tree_leaves(inputs)) < 2 else inputs
     return args, kwargs
 
 
 def few_samples(inputs: Any) -> Any:
     """Inputs cut to two samples, which tell as much as many; as they are where something else, too, may count the samples."""
     lengths = {len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()}
-    cut = len(lengths) == 1
-    return pytree.tree_map(lambda x: x[:2] if cut and isinstance(x, Tensor) and x.dim() else x, inputs)
+    return with_samples(inputs, min(2, *lengths)) if len(lengths) == 1 else inputs
 
 
 def register_dataclasses(value: Any) -> None:
@@ -124,7 +129,7 @@ def _failure(root: nn.Module, inputs: Inputs, keeps_batch: bool = False) -> Exce
     with undisturbed(leaves):
         for mode in ("eval", "train"):
             try:
-                args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+                args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)
                 out = root.train(mode == "train")(*args, **kwargs)
                 register_dataclasses(out)
             except Exception as error:  # whatever the user's forward raises on a wrong shape

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge.channels.aten import (
@@ -197,9 +198,7 @@ def run_on_ids(
     parameters = _element_ids(record, traced, {*called, *constants})
     with undisturbed(example_inputs):
         for mode in ("train",) if traced.is_one_graph else traced.graphs:
-            given = [
-                x.clone() if isinstance(x, Tensor) else x for x in example_inputs
-            ]  # the code may change them in place
+            given = pytree.tree_map_only(Tensor, torch.clone, [*example_inputs])  # the code may change them in place
             floating = (x for x in given if isinstance(x, Tensor) and x.is_floating_point())
             for x, ids in zip(floating, inputs, strict=True):
                 run.ids[x] = ids
@@ -270,7 +269,7 @@ def _samples_along(node: fx.Node, dim: int, samples: int) -> Tensor | None:
         if op_name(step) in RESHAPES:
             numbers = numbers.reshape(step.meta["shape"])
         elif op_name(step) in MOVEMENTS:
-            if any(isinstance(a, fx.Node) for a in torch.utils._pytree.tree_leaves(step.args[1:])):
+            if any(isinstance(a, fx.Node) for a in pytree.tree_leaves(step.args[1:])):
                 return None
             numbers = step.target(numbers, *step.args[1:], **step.kwargs)  # type: ignore[operator]
     rows = numbers.movedim(dim, 0).reshape(numbers.shape[dim], -1)

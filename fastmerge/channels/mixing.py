@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastmerge.channels.aten import reduced_dims
+from fastmerge.channels.aten import bound, reduced_dims
 from fastmerge.channels.record import NO_ID, IdRun, compact
 
 
@@ -22,8 +22,8 @@ def pool(run: IdRun, name: str, x: Tensor, outs: list[Any]) -> list[Tensor]:
 
 def reduce(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
     x: Tensor = run.ids[args[0]]
-    dims = reduced_dims(argument(func, "dim", args, kwargs), x.dim())
-    keep = bool(argument(func, "keepdim", args, kwargs))
+    arguments = bound(func, args, kwargs)
+    dims, keep = reduced_dims(arguments.get("dim"), x.dim()), arguments.get("keepdim", False)
     first = x.amax(dim=dims, keepdim=True)
     _unite_with(run, name, first, x)
     if not keep:
@@ -34,7 +34,7 @@ def reduce(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any) -
 
 def along(run: IdRun, func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
     x: Tensor = run.ids[args[0]]
-    first = x.amax(dim=argument(func, "dim", args, kwargs), keepdim=True)
+    first = x.amax(dim=bound(func, args, kwargs)["dim"], keepdim=True)
     _unite_with(run, name, first, x)
     return [first.expand(x.shape)] * 2
 
@@ -58,10 +58,3 @@ def _unite_with(run: IdRun, name: str, first: Tensor, x: Tensor) -> None:
     if mixed.any():
         run.record.unite(first, x)
         run.record.mixed.append((run.where(), name, np.unique(x[x != NO_ID].numpy())))
-
-
-def argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.name == name:
-            return args[i] if i < len(args) else kwargs.get(name, argument.default_value)
-    return None

@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmerge.channels.aten import op_name
+from fastmerge.channels.examples import with_samples
+from fastmerge.channels.traced_network import samples_in
 from fastmerge.copies import copied
 from fastmerge.isolation import undisturbed
 
@@ -72,11 +74,10 @@ def takes_one(root: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]], 
         inputs: what its forward takes, of two samples or more.
         calls: what it calls for them, where that is known.
     """
-    count = next(len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim())
-    one = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() and len(x) == count else x, inputs)
+    count = samples_in(pytree.tree_leaves(inputs))
     try:
         several = _watched(copied(root), inputs).calls if calls is None else calls
-        return _alike(several, _watched(copied(root), one).calls, count)
+        return _alike(several, _watched(copied(root), with_samples(inputs, 1)).calls, count)
     except Exception:  # a BatchNorm takes no single value, and what can't be told is most likely the same
         return True
 
@@ -91,7 +92,7 @@ def _alike(several: Any, one: Any, count: int) -> bool:
 def _watched(network: nn.Module, inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> _Calls:
     """Runs a network and notes every call of PyTorch, and what comes out."""
     with undisturbed(pytree.tree_leaves(inputs), grad=True):
-        args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)
         run = _Calls(network, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
         with torch.autograd.graph.saved_tensors_hooks(_forgotten, _forgotten), run:
             output = network(*args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmerge.channels.mixing import argument
+from fastmerge.channels.aten import bound
 from fastmerge.channels.record import NO_ID, Computed, IdRun, compact
 
 
@@ -43,9 +43,10 @@ def group_norm(run: IdRun, args: Any) -> Computed:
 def layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
     """Statistics over one dimension of channels, weighted by gates, leave them apart; others make all of them one channel."""
     x: Tensor = run.ids[args[0]]
-    parameters = [argument(func, name, args, kwargs) for name in ("weight", "bias")]
+    arguments = bound(func, args, kwargs)
+    parameters = [arguments.get(name) for name in ("weight", "bias")]
     vectors = [run.ids[p] for p in parameters if isinstance(p, Tensor) and p in run.ids]
-    if len(argument(func, "normalized_shape", args, kwargs)) > 1:
+    if len(arguments["normalized_shape"]) > 1:
         one = run.record.collapse([x, *vectors], run.where(), "layer_norm")
         return Computed(one.expand(x.shape), [])
     for vector in vectors:

@@ -28,12 +28,13 @@ from fastmerge.channels.aten import (
     SAME,
     SCATTERS,
     bind,
+    bound,
     is_pointwise,
     op_name,
     packet_name,
 )
 from fastmerge.channels.attention import attention, matmul
-from fastmerge.channels.mixing import along, argument, pool, reduce, scatter
+from fastmerge.channels.mixing import along, pool, reduce, scatter
 from fastmerge.channels.normalising import batch_norm, group_norm, layer_norm
 from fastmerge.channels.pointwise import pointwise
 from fastmerge.channels.record import NO_ID, Computed, IdRun
@@ -70,7 +71,7 @@ def apply_rule(run: IdRun, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     if (
         name not in LINEAR
         and not name.startswith(LINEAR_PREFIXES)
-        and not _scaling(name, known)
+        and not (name in ("mul", "div") and len(known) == 1)
         and run.node is not None
     ):
         run.record.nonlinear_nodes.add((run.mode, run.node.name))
@@ -79,10 +80,6 @@ def apply_rule(run: IdRun, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def has_own_rule(node: fx.Node) -> bool:
     """Whether there is a rule for a whole operation that consists of others, which would mix what it keeps apart."""
     return op_name(node) in _COMPOSITE or (op_name(node) == "pad" and bind(node)["mode"] != "constant")
-
-
-def _scaling(name: str, known: list[Tensor]) -> bool:
-    return name in ("mul", "div") and len(known) == 1
 
 
 def _write(run: IdRun, name: str, result: Any, out: Any) -> None:
@@ -155,7 +152,7 @@ def _result(run: IdRun, func: Any, name: str, args: Any, kwargs: Any, out: Any, 
         code = "" if run.node is None else run.node.meta["code"]
         raise UnmergeableError(Problem(what, remedy, run.where(), code))
     if name == "glu":
-        first, second = run.ids[args[0]].chunk(2, dim=argument(func, "dim", args, kwargs))
+        first, second = run.ids[args[0]].chunk(2, dim=bound(func, args, kwargs)["dim"])
         run.record.unite(first, second)
         return Computed(torch.maximum(first, second), [first, second])
     if name in REDUCTIONS and known[0] is args[0]:

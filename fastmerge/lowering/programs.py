@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from fastmerge.lowering.channelwise import changes_reshaped
 from fastmerge.lowering.fusion import NormUse
@@ -196,4 +196,4 @@ def to_channels_last(inputs: Iterable[Any]) -> tuple[Any, ...]:
 
 def to_contiguous(outputs: Any) -> Any:
     """The outputs as a network of contiguous inputs gives them."""
-    return tree_map(lambda y: y.contiguous() if isinstance(y, Tensor) and y.dim() == 4 else y, outputs)
+    return tree_map_only(Tensor, lambda y: y.contiguous() if y.dim() == 4 else y, outputs)

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastmerge.channels.groups import AxisUnits
 from fastmerge.compaction import compact_, is_compactable, set_data
 from fastmerge.gates import HardConcrete
 from fastmerge.narrowing.cuts import SCRATCH_ELEMENTS
 from fastmerge.narrowing.optimizer_state import check_state, is_per_element
-from fastmerge.wide.layers import WideLayer
-from fastmerge.wide.network import Layout
+from fastmerge.wide.network import Along, Layout, candidates_along
 from fastmerge.wide.population import Population
 
 
@@ -92,23 +90,11 @@ class Shrinking:
         for optimizer in optimizers:
             check_state("compact", optimizer, names)
         self._moves: list[tuple[Tensor, Move]] = []
-        for weight, path in layout.layers.items():
-            wide = network.get_submodule(path)
-            assert isinstance(wide, WideLayer)
-            self._layer(wide, weight)
-        groups, tensors = before.groups, {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        for name, place in layout.side_by_side.items():
-            if name in groups.tensors and groups.tensors[name][0] is not None:
-                self._add(tensors[place], Move(self._stay(groups.tensors[name][1])))
-        for name, places in layout.per_teacher.items():
-            dim, units = groups.tensors.get(name, (None, None))
-            if dim is not None and units is not None:
-                before_left, after_left = before.is_left(units), after.is_left(units)
-                for place, old, new in zip(places, before_left, after_left, strict=True):
-                    if not torch.equal(old, new):
-                        index = new[old].nonzero().flatten()
-                        moves = Move(index), Move(None, index), Move(None, None, (dim, index))
-                        self._add(tensors[place], moves[min(dim, 2)])
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        for name, dims in candidates_along(network, layout, before.groups):
+            kept = {along.dim: self._stay(along) for along in dims}
+            further = next(((dim, index) for dim, index in kept.items() if dim > 1 and index is not None), None)
+            self._add(tensors[name], Move(kept.get(0), kept.get(1), further))
         for name, gate in gates.items():
             assert isinstance(gate, HardConcrete)
             stays = torch.isin(before.candidates[name], after.candidates[name])
@@ -131,29 +117,14 @@ class Shrinking:
         if not move.is_nothing and not any(tensor is other for other, _ in self._moves):
             self._moves.append((tensor, move))
 
-    def _layer(self, wide: WideLayer, weight: str) -> None:
-        outputs, inputs = self.before.groups.outputs[weight], self.before.groups.inputs[weight]
-        rows = self._stay(outputs) if wide.wiring.writes_streams else None
-        columns = self._stay(inputs) if wide.wiring.reads_streams else None
-        if wide.bias is not None:
-            self._add(wide.bias, Move(rows))
-        swapped = wide.geometry.out_dim != 0
-        if not wide.wiring.has_off_diagonal or wide.linked:
-            self._add(wide.weight, Move(*((columns, rows) if swapped else (rows, columns))))
-            return
-        first, second = (inputs, outputs) if swapped else (outputs, inputs)
-        self._add(wide.weight, Move(self._stay(first), self._stay_in_streams(second)))
-
-    def _stay(self, units: AxisUnits) -> Tensor | None:
-        """Of the entries that lie along a dimension now, those that stay; None for all."""
-        stays = self.after.is_left(units)[self.before.is_left(units)]
-        return None if bool(stays.all()) else stays.nonzero().flatten()
-
-    def _stay_in_streams(self, units: AxisUnits) -> Tensor | None:
-        before, after = self.before.is_left(units), self.after.is_left(units)
+    def _stay(self, along: Along) -> Tensor | None:
+        """Of the entries that lie along a dimension now, those that stay, in blocks each teacher's; None for all."""
+        before, after = along.left(self.before), along.left(self.after)
         if torch.equal(before, after):
             return None
-        return torch.stack([new[old].nonzero().flatten() for old, new in zip(before, after, strict=True)])
+        if along.in_blocks:
+            return torch.stack([new[old].nonzero().flatten() for old, new in zip(before, after, strict=True)])
+        return after[before].nonzero().flatten()
 
     def _states_of(self, tensor: Tensor) -> list[Tensor]:
         """What the optimizers keep for each element of a parameter."""

@@ -104,16 +104,14 @@ def _blocks(x: Tensor, dim: int, size: int) -> int:
 def runs_at_its_width(network: nn.Module, traced: TracedNetwork) -> bool:
     """Whether a network's own code does at the widths of its tensors what was traced, on inputs of the traced shapes."""
     like = next(network.parameters())
-    inputs = [_filled(x, like) if isinstance(x, Tensor) else x for x in traced.inputs]
+    inputs = pytree.tree_map_only(Tensor, lambda x: _filled(x, like), traced.inputs)
 
     def outputs_of(module: nn.Module, mode: str) -> list[Any]:
-        args, kwargs = pytree.tree_unflatten(
-            [x.clone() if isinstance(x, Tensor) else x for x in inputs], traced.in_spec
-        )
+        args, kwargs = pytree.tree_unflatten(pytree.tree_map_only(Tensor, torch.clone, inputs), traced.in_spec)
         torch.default_generator.manual_seed(0)
         return pytree.tree_leaves(module.train(mode == "train")(*args, **kwargs))
 
-    with undisturbed([*network.parameters(), *(x for x in inputs if isinstance(x, Tensor))]):
+    with undisturbed([*network.parameters(), *inputs]):
         for mode in ("eval", "train"):
             try:
                 found = outputs_of(network, mode)

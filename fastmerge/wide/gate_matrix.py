@@ -1,4 +1,4 @@
-"""The gates of all channel groups together: made, drawn side by side, handed out, and asked what they keep."""
+"""The gates of all channel groups together: drawn side by side, handed out, and asked what they keep."""
 
 from __future__ import annotations
 
@@ -13,13 +13,6 @@ from fastmerge.channels.groups import ChannelGroups
 from fastmerge.gates import HardConcrete
 from fastmerge.kernels.direct import apply
 from fastmerge.kernels.gate import hard_concrete_mean, sample_gates
-
-
-def make_gates(groups: ChannelGroups, num_teachers: int, like: Tensor) -> nn.ModuleDict:
-    """T·n gates for each group of n places, on the device and of the dtype of a parameter."""
-    return nn.ModuleDict(
-        {group.name: HardConcrete(num_teachers * group.size, device=like.device, dtype=like.dtype) for group in groups}
-    )
 
 
 def draw_gates(gates: Sequence[HardConcrete], samples: int | None, with_ones: bool) -> Tensor:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from fastmerge.channels.groups import AxisUnits, ChannelGroups
 from fastmerge.channels.layer_calls import LayerCall
 from fastmerge.channels.traced_network import CONSTANT, tensor_at
 from fastmerge.wide.analysis import BATCH_NORM_TENSORS, Analysis
 from fastmerge.wide.layers import GroupedLayer, WideLayer
 from fastmerge.wide.norms import WideBatchNorm
+from fastmerge.wide.population import Population
 from fastmerge.wide.streams import AveragedTensor, GateStreams, StreamTensors
 
 
@@ -43,6 +45,51 @@ class Layout:
     def merged(self) -> set[str]:
         """Names of the teachers' tensors that are not the same for all."""
         return {*self.layers, *self.biases, *self.magnitudes, *self.side_by_side, *self.averaged, *self.per_teacher}
+
+
+class Along(NamedTuple):
+    """A dimension of a tensor of the big student along which candidates lie.
+
+    Attributes:
+        dim: the dimension.
+        units: along one teacher's.
+        teacher: whose it is; None: all teachers' are there, one after another.
+        in_blocks: whether it is that of a block of the teachers', one under the other, each with its own.
+    """
+
+    dim: int
+    units: AxisUnits
+    teacher: int | None = None
+    in_blocks: bool = False
+
+    def left(self, population: Population) -> Tensor:
+        """Which entries that a population has: bool (T, entries), of one teacher's tensor (1, entries)."""
+        left = population.is_left(self.units)
+        return left if self.teacher is None else left[self.teacher, None]
+
+
+def candidates_along(network: nn.Module, layout: Layout, groups: ChannelGroups) -> Iterator[tuple[str, list[Along]]]:
+    """The names of a big student's parameters and buffers, each with the dimensions along which candidates lie in it."""
+    for weight, path in layout.layers.items():
+        wide = network.get_submodule(path)
+        assert isinstance(wide, WideLayer)
+        geometry, wiring = wide.geometry, wide.wiring
+        blocks = wiring.has_off_diagonal and not wide.linked
+        outputs = Along(geometry.out_dim, groups.outputs[weight], in_blocks=blocks and geometry.out_dim == 1)
+        inputs = Along(geometry.in_dim, groups.inputs[weight], in_blocks=blocks and geometry.in_dim == 1)
+        written, read = [outputs] if wiring.writes_streams else [], [inputs] if wiring.reads_streams else []
+        yield f"{path}.weight", [*written, *read]
+        if wide.bias is not None:
+            yield f"{path}.bias", [Along(0, along.units) for along in written]
+    for name, place in layout.side_by_side.items():
+        dim, units = groups.tensors.get(name, (None, None))
+        yield place, [] if dim is None or units is None else [Along(0, units)]
+    for place in layout.averaged.values():
+        yield place, []
+    for name, places in layout.per_teacher.items():
+        dim, units = groups.tensors.get(name, (None, None))
+        for teacher, place in enumerate(places):
+            yield place, [] if dim is None or units is None else [Along(dim, units, teacher)]
 
 
 def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn.Module, Layout]:
