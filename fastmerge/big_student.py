@@ -33,7 +33,6 @@ from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.heads import SeparateHeads
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.population import Population
-from fastmerge.wide.widths import check_widths
 
 _FIXED = 30.0  # a loc from which neither chance nor a gradient moves a gate
 
@@ -212,21 +211,6 @@ class BigStudent(GatedNetwork):
         if other.num_teachers != self.num_teachers or not other.groups.same_channels(self.groups):
             raise ValueError("adopt needs a big student of as many teachers, of the same architecture")
         carry_over(self._blueprint.layout, (other.network, self.network), (other._population, self._population))
-
-    def _check_widths(self, analysis: Analysis) -> None:
-        if not self.is_of_teachers_widths:
-            shrinkable = find_shrinkable(analysis, self.network, self._population, views_follow=True)
-            check_widths(analysis, self._population, self.widths, shrinkable.whole)
-
-    def _check_compacted(self, analysis: Analysis) -> None:
-        full = {g: self.num_teachers * group.size for g, group in enumerate(self.groups)}
-        dropped = {g for g, group in enumerate(self.groups) if len(self._population.candidates[group.name]) < full[g]}
-        whole = find_shrinkable(analysis, self.network, self._population).whole if dropped else {}
-        for g in dropped & whole.keys():
-            raise ValueError(
-                f"compact() has dropped channels of group '{self.groups[g].name}', which can't lose any for inputs of this "
-                f"shape: it {whole[g]}. Build the big student with example_inputs of this shape"
-            )
 
     def _shrink_to(self, after: Population, optimizers: Sequence[Optimizer], analysis: Analysis) -> None:
         shrinking = Shrinking(self.network, self._blueprint.layout, self.gates, self._population, after, optimizers)

@@ -19,6 +19,7 @@ from fastmerge.isolation import ONE_THREAD, without_search
 from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.programs import Programs
+from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.self_check import check_exact
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
@@ -28,7 +29,7 @@ from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import attach_missing
 from fastmerge.wide.norms import WideBatchNorm
 from fastmerge.wide.population import Population
-from fastmerge.wide.widths import Keep, student_widths
+from fastmerge.wide.widths import Keep, check_widths, student_widths
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11
@@ -80,7 +81,9 @@ class GatedNetwork(nn.Module):
         self._gates_open = False
         self._fused: bool | str = "auto"
         self._lower(analysis)
-        self._check_widths(analysis)
+        if not self.is_of_teachers_widths:
+            whole = find_shrinkable(analysis, self.network, self._population, views_follow=True).whole
+            check_widths(analysis, self._population, self.widths, whole)
         self.train(teachers[0].training)
         if verify:
             check_exact(teachers, self, inputs)
@@ -246,9 +249,6 @@ class GatedNetwork(nn.Module):
                 del self._other_programs[next(iter(self._other_programs))]
         return others
 
-    def _check_widths(self, analysis: Analysis) -> None:
-        """Raises a ValueError if the student is to have numbers of channels that the code does not take."""
-
     @property
     def is_of_teachers_widths(self) -> bool:
         """Whether the student has as many channels as a teacher everywhere."""
@@ -270,6 +270,14 @@ class GatedNetwork(nn.Module):
 
     def _check_compacted(self, analysis: Analysis) -> None:
         """Raises a ValueError if the code for inputs of another shape might count on channels that were dropped."""
+        whole = find_shrinkable(analysis, self.network, self._population).whole if self._is_compacted else {}
+        for number, why in whole.items():
+            group = self.groups[number]
+            if len(self._population.candidates[group.name]) < self.num_teachers * group.size:
+                raise ValueError(
+                    f"compact() has dropped channels of group '{group.name}', which can't lose any for inputs of this "
+                    f"shape: it {why}. Build the big student with example_inputs of this shape"
+                )
 
     def _draw_gates(self, inputs: Sequence[Any], given: Mapping[str, Tensor] | None = None) -> Tensor:
         """All groups' gates side by side and, where some channel has none, a column of ones: (N or 1, columns)."""

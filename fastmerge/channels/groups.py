@@ -65,7 +65,7 @@ class Choice:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AxisUnits:
     """Where the units lie along one dimension.
 
@@ -76,6 +76,11 @@ class AxisUnits:
 
     group: np.ndarray
     place: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AxisUnits):
+            return NotImplemented
+        return np.array_equal(self.group, other.group) and np.array_equal(self.place, other.place)
 
     @property
     def numbers(self) -> list[int]:
@@ -169,17 +174,8 @@ class ChannelGroups:
 
     def same_channels(self, other: ChannelGroups) -> bool:
         """Whether two runs of a network found the same groups, lying in the same places of its tensors."""
-        if self.groups != other.groups or self.tensors.keys() != other.tensors.keys():
-            return False
-        pairs = [(self.inputs, other.inputs), (self.outputs, other.outputs), (self._lying, other._lying)]
-        dims = [[dim for dim, _ in found.tensors.values()] for found in (self, other)]
-        return dims[0] == dims[1] and all(
-            a.keys() == b.keys() and all(_same_units(a[key], b[key]) for key in a) for a, b in pairs
-        )
-
-    @property
-    def _lying(self) -> dict[str, AxisUnits]:
-        return {name: units for name, (_, units) in self.tensors.items()}
+        same = self.groups == other.groups and self.tensors == other.tensors
+        return same and (self.inputs, self.outputs) == (other.inputs, other.outputs)
 
     @property
     def choice(self) -> Choice:
@@ -230,10 +226,6 @@ def squares(groups: ChannelGroups, tensors: Mapping[str, Tensor]) -> Iterator[tu
             for number in axis.units.numbers:
                 places = torch.from_numpy(axis.units.places(number, groups[number].size)).to(values.device)
                 yield axis, number, entries[places].flatten(1).sum(1).cpu()
-
-
-def _same_units(a: AxisUnits, b: AxisUnits) -> bool:
-    return np.array_equal(a.group, b.group) and np.array_equal(a.place, b.place)
 
 
 def choice_warning(groups: ChannelGroups) -> str:

@@ -78,10 +78,8 @@ class _IdInterpreter(fx.Interpreter):
     """Runs one mode's graph node by node, layers by their own rule, everything else operation by operation."""
 
     def __init__(self, traced: TracedNetwork, mode: str, ids: IdRun, calls: Mapping[fx.Node, LayerCall]) -> None:
-        self.graph_mode = mode
-        super().__init__(**traced.in_mode(mode), garbage_collect_values=True)
-        self.root = traced.root
-        self.ids = ids
+        super().__init__(traced.root, garbage_collect_values=True, graph=traced.graphs[mode])
+        self.root, self.graph_mode, self.ids = traced.root, mode, ids
         self.calls, self.weights = calls, weight_nodes(calls.values())
         self.dispatch = _IdDispatch(ids)
 

@@ -56,10 +56,6 @@ class TracedNetwork:
         fits = (count != 1 or self.takes_one[mode]) if self.is_open[mode] else count == example
         return fits and all(_is_like(x, y, count, example) for x, y in zip(inputs, self.inputs, strict=True))
 
-    def in_mode(self, mode: str) -> dict[str, Any]:
-        """What an ``fx.Interpreter`` takes to run one mode's graph over :attr:`root`."""
-        return {"module": self.root, "graph": self.graphs[mode]}
-
     def outputs(self, mode: str) -> list[Any]:
         """What one mode's graph returns: nodes, and values that are no result of an operation."""
         return list(next(node for node in self.graphs[mode].nodes if node.op == "output").args[0])
@@ -76,18 +72,7 @@ class TracedNetwork:
     @property
     def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """Per (mode, node name) the shape of a value that is a tensor."""
-        return self._of_nodes("shape")
-
-    @property
-    def sample_dims(self) -> dict[tuple[str, str], int]:
-        """Per (mode, node name) the dimension along which the samples lie, where there is one.
-
-        A dimension that holds samples and something else counts, the samples being the slower index.
-        """
-        return {key: dims[0] for key, dims in self._of_nodes("sample_dims").items() if len(dims) == 1}
-
-    def _of_nodes(self, key: str) -> dict[tuple[str, str], Any]:
-        return {(mode, n.name): n.meta[key] for mode, g in self.graphs.items() for n in g.nodes if key in n.meta}
+        return {(m, n.name): n.meta["shape"] for m, g in self.graphs.items() for n in g.nodes if "shape" in n.meta}
 
     def with_root(self, root: nn.Module) -> TracedNetwork:
         """The same graphs over another network of the architecture."""

@@ -18,7 +18,7 @@ from fastmerge.channels.aten import LAYER_NORMS, bind, is_size, op_name, writes_
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall, untransposed
 from fastmerge.channels.traced_network import module_path
-from fastmerge.lowering.channelwise import JoinedCall, Placement, is_norm, joined_call
+from fastmerge.lowering.channelwise import Placement, is_norm, joined_call
 from fastmerge.lowering.computed_weights import compute_weight
 from fastmerge.lowering.fusion import NormUse, fuse
 from fastmerge.lowering.patterns import Lowered
@@ -247,9 +247,9 @@ class _Lowering:
         if normalises and units is not None and units.numbers:
             assert isinstance(source, fx.Node)
             return self._layer_norm(node, source)
-        call = self._joined_call(node)
-        if call is not None:
-            return self._once(node, call)
+        joined = self._once(node)
+        if joined is not None:
+            return joined
         streams = [self._copy(node, t) for t in range(self.num_teachers)]
         if any(source in self.values.split for stream in streams for source in stream.all_input_nodes):
             if writes_in_place(node):
@@ -294,27 +294,22 @@ class _Lowering:
         lengths = (sum(rows), width, *shape[2:])
         return {"weight": (compute_weight(self.graph, call.rows, tensors, lengths, columns),)}
 
-    def _joined_call(self, node: fx.Node) -> JoinedCall | None:
-        sources = [source for source in node.all_input_nodes if not is_size(source)]
-        values = {source: self.values.of(source, self._undoes_gates(node)) for source in sources}
-        operands = {source: value.place for source, value in values.items() if isinstance(value, JoinedValue)}
-        shape = self.analysis.shapes.get((self.mode, node.name))
-        return joined_call(node, operands, shape, self.num_teachers)
-
-    def _once(self, node: fx.Node, call: JoinedCall) -> JoinedValue:
-        """Runs an operation on joined tensors."""
+    def _once(self, node: fx.Node) -> JoinedValue | None:
+        """Runs an operation on joined tensors; None if it must run per stream."""
         undoes = self._undoes_gates(node)
-        sources = [source for source in node.all_input_nodes if not is_size(source)]
-        operands = [v for s in sources if isinstance(v := self.values.of(s, undoes), JoinedValue)]
+        values = {source: self.values.of(source, undoes) for source in node.all_input_nodes if not is_size(source)}
+        operands = {source: value for source, value in values.items() if isinstance(value, JoinedValue)}
+        places = {source: value.place for source, value in operands.items()}
+        call = joined_call(node, places, self.analysis.shapes.get((self.mode, node.name)), self.num_teachers)
+        if call is None:
+            return None
         memory = Memory()
         if writes_in_place(node):
-            changed = self.values.of(node.all_input_nodes[0], undoes)
-            assert isinstance(changed, JoinedValue)
-            if changed.memory.split:
+            memory = operands[node.all_input_nodes[0]].memory
+            if memory.split:
                 raise _ChangedInPlace
-            memory = changed.memory
         elif call.may_alias:
-            memory = operands[0].memory
+            memory = next(iter(operands.values())).memory
 
         def joined(source: fx.Node) -> fx.Node:
             value = self.values.of(source, undoes)

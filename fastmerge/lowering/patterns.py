@@ -48,7 +48,6 @@ class Pattern:
 
     Attributes:
         norm: the normalisation's node in the teacher's graph.
-        last: the last node that is part of the pattern.
         residual: the lowered nodes of what is added, if anything.
         activation: of ``FUSED_ACTIVATIONS``, or "identity" if none follows.
         pool: arguments of the max-pooling, if one follows.
@@ -57,12 +56,16 @@ class Pattern:
     """
 
     norm: fx.Node
-    last: fx.Node
     residual: list[fx.Node] | None = None
     activation: str = "identity"
     pool: tuple[Any, Any, Any] | None = None
     gate: fx.Node | None = None
     middle: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def last(self) -> fx.Node:
+        """The last node that is part of the pattern."""
+        return self.middle[-1] if self.middle else self.norm
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -77,24 +80,19 @@ class Pattern:
 
 def match(lowered: Lowered, norm: fx.Node) -> Pattern:
     """The longest pattern after a normalisation; without parts if there is none."""
-    pattern = Pattern(norm, norm)
-
-    def extend(*nodes: fx.Node) -> None:
-        pattern.middle.extend(nodes)
-        pattern.last = nodes[-1]
-
+    pattern = Pattern(norm)
     user = _only_user(lowered, norm)
     if user is not None and (residual := _residual(lowered, norm, user)) is not None:
         pattern.residual = residual
-        extend(user)
+        pattern.middle.append(user)
     activation, nodes = _activation(lowered, pattern.last)
     if nodes:
         pattern.activation = activation
-        extend(*nodes)
+        pattern.middle.extend(nodes)
     user = _only_user(lowered, pattern.last)
     if user is not None and nodes and pattern.residual is None and (pool := _pool(lowered, user)) is not None:
         pattern.pool = pool
-        extend(user)
+        pattern.middle.append(user)
     gate = lowered.gates.get(pattern.last)
     if gate is not None and all(set(part.users) == {gate} for part in lowered.values[pattern.last]):
         module = lowered.network.get_submodule(str(gate.target))

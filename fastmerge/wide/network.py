@@ -196,7 +196,7 @@ def attach_missing(network: nn.Module, analysis: Analysis) -> None:
                 attach(network, target, tensor_at(analysis.traced.root, target).detach().clone())
 
 
-def attach(network: nn.Module, path: str, value: Any) -> None:
+def attach(network: nn.Module, path: str, value: nn.Module | Tensor) -> None:
     """Puts a module or constant tensor at a dotted path, making containers on the way."""
     *containers, last = path.split(".")
     for name in containers:
@@ -209,10 +209,8 @@ def attach(network: nn.Module, path: str, value: Any) -> None:
         if container is not None:  # what was put below a container that turns out to be a module
             for name, child in container.named_children():
                 value.add_module(name, child)
-    elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        network.register_buffer(last, value, persistent=False)
     else:
-        setattr(network, last, value)
+        network.register_buffer(last, value, persistent=False)
 
 
 def attach_gate(
