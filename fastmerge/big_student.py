@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastmerge.gated_network import GatedNetwork
-from fastmerge.narrowing.carrying import carry_over
 from fastmerge.narrowing.closing import (
     Compaction,
     UnsettledGatesWarning,
@@ -25,7 +24,7 @@ from fastmerge.narrowing.compression import Compressor
 from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
 from fastmerge.narrowing.parts import activation_counts, consecutive_parts
 from fastmerge.narrowing.shrinkable import find_shrinkable
-from fastmerge.narrowing.shrinking import Shrinking
+from fastmerge.narrowing.shrinking import Shrinking, carry_over
 from fastmerge.narrowing.spent import spend
 from fastmerge.narrowing.traced_student import TracedStudent, runs_at_its_width
 from fastmerge.wide.analysis import Analysis

@@ -66,15 +66,14 @@ def sources_of(weight: fx.Node) -> list[fx.Node] | None:
     return [node for node in weight.graph.nodes if node in found]
 
 
-def weight_norm(weight: fx.Node, names: Mapping[int, str], root: nn.Module) -> tuple[str, WeightNorm] | None:
+def weight_norm(weight: fx.Node, names: Collection[str]) -> tuple[str, WeightNorm] | None:
     """The parameter v of a weight ``g · v / ‖v‖``, and the rest of it; None if it is none."""
     if op_name(weight) != "_weight_norm":
         return None
     a = bind(weight)
-    direction, magnitude = (
-        names.get(id(tensor_at(root, str(n.target)))) if n.op == "get_attr" else None for n in (a["v"], a["g"])
-    )
-    return None if direction is None or magnitude is None else (direction, WeightNorm(magnitude, a["dim"]))
+    if any(node.op != "get_attr" or node.target not in names for node in (a["v"], a["g"])):
+        return None
+    return str(a["v"].target), WeightNorm(str(a["g"].target), a["dim"])
 
 
 def row_program(weight: fx.Node, root: nn.Module) -> RowProgram | None:

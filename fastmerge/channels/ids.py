@@ -33,7 +33,7 @@ from fastmerge.channels.aten import (
     op_name,
     writes_in_place,
 )
-from fastmerge.channels.layer_calls import LayerCall, layer_calls, parameter_names, weight_nodes
+from fastmerge.channels.layer_calls import LayerCall, layer_calls, weight_nodes
 from fastmerge.channels.outputs import predictions
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule, has_own_rule
@@ -215,7 +215,8 @@ def run_on_ids(
             ]
     if traced.is_one_graph:
         record.holds_in_eval_mode()
-    record.tensors = _used(traced, parameters)
+    used = {node.target for graph in traced.graphs.values() for node in graph.nodes if node.op == "get_attr"}
+    record.tensors = {name: ids for name, ids in parameters.items() if name in used}
     _find_samples(traced, record)
     return record
 
@@ -281,19 +282,19 @@ def _input_ids(record: IdRecord, x: Tensor) -> Tensor:
 
 def _called_weights(traced: TracedNetwork, calls: Mapping[str, Mapping[fx.Node, LayerCall]]) -> set[str]:
     """Parameters that belong to layers, which have a rule of their own."""
-    names = parameter_names(traced.root)
     called = {name for of_mode in calls.values() for call in of_mode.values() for name in call.tensors}
     problems = []
     for mode, graph in traced.graphs.items():
         layers = calls[mode].keys() | weight_nodes(calls[mode].values())
         for node in graph.nodes:
-            name = names.get(id(tensor_at(traced.root, str(node.target)))) if node.op == "get_attr" else None
+            if node.op != "get_attr":
+                continue
             outside = [user for user in node.users if user not in layers]
             owner, is_parametrized, of = str(node.target).partition(".parametrizations.")
             if is_parametrized and outside:
                 problems.append(_parametrized(traced.root, owner, of.partition(".")[0]))
-            elif name in called and outside:
-                _refuse_tied(traced.root, str(name), outside[0])
+            elif node.target in called and outside:
+                _refuse_tied(traced.root, str(node.target), outside[0])
     if problems:
         raise UnmergeableError(*dict.fromkeys(problems))
     return called
@@ -367,11 +368,3 @@ def changed_tensors(traced: TracedNetwork) -> set[str]:
                     elif may_alias(user):
                         waiting.append(user)
     return found
-
-
-def _used(traced: TracedNetwork, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors that a graph reads."""
-    used = {
-        id(tensor_at(traced.root, str(n.target))) for g in traced.graphs.values() for n in g.nodes if n.op == "get_attr"
-    }
-    return {name: ids for name, ids in parameters.items() if id(tensor_at(traced.root, name)) in used}

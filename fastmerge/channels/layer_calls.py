@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from fastmerge.channels.aten import LAYERS, PRODUCTS, bind, op_name
 from fastmerge.channels.computed_weights import RowProgram, WeightNorm, row_program, sources_of, weight_norm
-from fastmerge.channels.traced_network import tensor_at
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class LayerCall:
 
 def layer_calls(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, LayerCall]:
     """The layer that each node of a traced graph calls, of those that call one."""
-    names = parameter_names(root)
-    embedded = {_parameter_of(node.args[0], root, names) for node in graph.nodes if op_name(node) == "embedding"}
+    names = {name for name, _ in root.named_parameters()}
+    embedded = {_parameter_of(node.args[0], names) for node in graph.nodes if op_name(node) == "embedding"}
     calls = {node: call for node in graph.nodes if (call := _layer_call(node, root, names)) is not None}
     for node, call in calls.items():
         if call.weight in embedded and call.geometry.kind == "linear" and call.is_plain:
@@ -101,31 +100,31 @@ def weight_nodes(calls: Iterable[LayerCall]) -> set[fx.Node]:
     return {node for call in calls for node in sources_of(call.operand) or [] if node.op == "call_function"}
 
 
-def _layer_call(node: fx.Node, root: nn.Module, parameter_names: dict[int, str]) -> LayerCall | None:
+def _layer_call(node: fx.Node, root: nn.Module, names: Collection[str]) -> LayerCall | None:
     """The layer that a node calls, or None if it is something else.
 
     Args:
         node: a node of a traced graph.
         root: the network the graph's targets refer to.
-        parameter_names: the one name of each parameter by ``id``; a tied parameter's second name maps to the first.
+        names: of its parameters.
     """
     operands = _operands(node)
     if operands is None:
         return None
     source, operand, given, geometry, groups = operands
-    bias = _parameter_of(given, root, parameter_names)
+    bias = _parameter_of(given, names)
     if bias is None and given is not None:
         return None
     norm = rows = None
-    weight = _parameter_of(untransposed(operand), root, parameter_names)
+    weight = _parameter_of(untransposed(operand), names)
     if weight is not None and len(untransposed(operand).meta["shape"]) != geometry.spatial_dims + 2:
         return None
     if weight is None:
-        normed = weight_norm(operand, parameter_names, root)
+        normed = weight_norm(operand, names)
         if normed is not None:
             weight, norm = normed
         elif geometry.out_dim == 0 and (rows := row_program(operand, root)) is not None:
-            weight = _parameter_of(rows.parameter, root, parameter_names)
+            weight = _parameter_of(rows.parameter, names)
     elif operand.op != "get_attr":
         geometry = replace(geometry, kind="matmul" if geometry.kind == "linear" else "linear")
     if weight is None:
@@ -171,10 +170,9 @@ def untransposed(weight: fx.Node) -> fx.Node:
     return weight
 
 
-def _parameter_of(argument: Any, root: nn.Module, parameter_names: dict[int, str]) -> str | None:
-    if isinstance(argument, fx.Node) and argument.op == "get_attr":
-        return parameter_names.get(id(tensor_at(root, str(argument.target))))
-    return None
+def _parameter_of(argument: Any, names: Collection[str]) -> str | None:
+    is_parameter = isinstance(argument, fx.Node) and argument.op == "get_attr" and argument.target in names
+    return str(argument.target) if is_parameter else None
 
 
 def _path(root: nn.Module, tensors: Collection[str]) -> str:
@@ -190,8 +188,3 @@ def _path(root: nn.Module, tensors: Collection[str]) -> str:
     )
     own = {f"{owner}.{name}" for name, _ in root.get_submodule(owner).named_parameters()}
     return owner if owner and attribute.partition(".")[0] == "weight" and own == {*tensors} else weight
-
-
-def parameter_names(root: nn.Module) -> dict[int, str]:
-    """The one name of each parameter by ``id``."""
-    return {id(parameter): name for name, parameter in root.named_parameters()}

@@ -28,6 +28,7 @@ from fastmerge.wide.computed_weights import column_weights
 from fastmerge.wide.layer_norm import gated_layer_norm, gated_scalars, tied_linear
 from fastmerge.wide.network import attach_gate
 from fastmerge.wide.population import Population
+from fastmerge.wide.streams import StreamTensors
 
 
 def _size(x: Tensor, dim: int) -> int:
@@ -118,7 +119,7 @@ class _Lowering:
             elif (call := self.analysis.tied_call(self.mode, node)) is not None:
                 self.values.current[node] = self._tied_layer(node, call)
             elif node.op == "get_attr":
-                if self.analysis.tensor_name(str(node.target)) not in self.analysis.held:
+                if str(node.target) not in self.analysis.held:
                     self.values.current[node] = self._tensor(node)
             elif self.analysis.is_wide(self.mode, node):
                 self.values.current[node] = self._wide(node)
@@ -209,16 +210,15 @@ class _Lowering:
     def _tensor(self, node: fx.Node) -> Value:
         """A parameter, buffer or constant that no wide module holds."""
         target = str(node.target)
-        averaged = self.analysis.tensor_name(target) in self.analysis.averaged
+        averaged = target in self.analysis.averaged
         if averaged and self.each:
             return [self.graph.call_module(target, (t,)) for t in range(self.num_teachers)]
         if not self.analysis.is_stateful(node):
             return self.graph.get_attr(f"{target}.mean" if averaged else target)
-        own = [self.graph.get_attr(f"{target}.teacher{t}") for t in range(self.num_teachers)]
-        name = self.analysis.tensor_name(target)
-        if not self.analysis.groups.acts_on_several(name):
+        own = [self.graph.get_attr(f"{target}.{StreamTensors.attribute(t)}") for t in range(self.num_teachers)]
+        if not self.analysis.groups.acts_on_several(target):
             return own
-        _, units = self.analysis.groups.tensors[name]
+        _, units = self.analysis.groups.tensors[target]
         gate = self.graph.get_attr(self._gate(node, target, units, -1))
         args = (self.gates, tuple(own), self.num_teachers * len(units.group), self.population.kept(units))
         return self.values.parts(self.graph.call_function(gated_scalars, args, {"gate": gate}))

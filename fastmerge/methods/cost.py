@@ -48,8 +48,8 @@ def _is_meta(out: Any) -> bool:
 class Meter:
     """Counts operations of matrix products and convolutions within its context.
 
-    To watch each operation makes small ones slow, so that training is left out, by :meth:`paused`, and added by what one step
-    takes, by :meth:`add_training`.
+    To watch each operation makes small ones slow, so that training is left out (:func:`unwatched`) and added by what one step
+    takes (:meth:`add_training`).
 
     Attributes:
         operations: counted so far.
@@ -69,20 +69,6 @@ class Meter:
     def __exit__(self, *error: object) -> None:
         self._stop()
         Meter._running.remove(self)
-
-    @classmethod
-    def current(cls) -> Meter | None:
-        """The innermost that runs."""
-        return cls._running[-1] if cls._running else None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within, nothing is watched."""
-        self._stop()
-        try:
-            yield
-        finally:
-            self._start()
 
     def add_training(self, network: nn.Module, batches: Iterable[Any], epochs: float) -> None:
         """Adds what training takes: the operations of a step, times the steps."""
@@ -110,13 +96,15 @@ class Meter:
 
 @contextmanager
 def unwatched() -> Iterator[Meter | None]:
-    """Within, the meter that runs is paused, if one does."""
-    meter = Meter.current()
-    if meter is None:
-        yield None
-        return
-    with meter.paused():
+    """Within, the innermost meter that runs is paused, if one does."""
+    meter = Meter._running[-1] if Meter._running else None
+    if meter is not None:
+        meter._stop()
+    try:
         yield meter
+    finally:
+        if meter is not None:
+            meter._start()
 
 
 def step_operations(network: nn.Module, batches: Iterable[Any], *, backward: bool = True) -> float:

@@ -106,10 +106,10 @@ class _Walk:
     def _operation(self, node: fx.Node) -> None:
         carried = self.carried[node]
         if node.op == "get_attr":
-            if self.analysis.groups.acts_on_several(self.analysis.tensor_name(str(node.target))):
+            if self.analysis.groups.acts_on_several(str(node.target)):
                 return  # as many values however many channels are left
             carried |= self._groups_of_its_own(node)
-            if self.analysis.tensor_name(str(node.target)) in self.analysis.held:
+            if str(node.target) in self.analysis.held:
                 return  # a wide module's, which is cut as its channels are
             if carried and (place := self._place_of(node)) is not None:  # each teacher's own, cut where it is read
                 self.places[node] = place
@@ -203,7 +203,7 @@ class _Walk:
 
     def _place_of(self, node: fx.Node) -> Placement | None:
         """Where the channels lie in a parameter or buffer, if it can be cut along them."""
-        name = self.analysis.tensor_name(str(node.target))
+        name = str(node.target)
         dim, units = self.analysis.groups.tensors[name]
         if dim is None or name in self.analysis.averaged:
             return None
@@ -226,7 +226,7 @@ class _Walk:
 
     def _groups_of_its_own(self, node: fx.Node) -> set[int]:
         """The groups along which a parameter or buffer lies."""
-        known = self.analysis.groups.tensors.get(self.analysis.tensor_name(str(node.target)))
+        known = self.analysis.groups.tensors.get(str(node.target))
         return set() if known is None else {*known[1].numbers}
 
 

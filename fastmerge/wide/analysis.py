@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastmerge.channels.aten import NEW, bind, is_size, may_alias, op_name, writes_in_place
 from fastmerge.channels.groups import OUTPUT, ChannelGroups
-from fastmerge.channels.layer_calls import LayerCall, layer_calls, parameter_names, weight_nodes
+from fastmerge.channels.layer_calls import LayerCall, layer_calls, weight_nodes
 from fastmerge.channels.traced_network import TracedNetwork
 from fastmerge.wide.layers import Wiring
 
@@ -47,7 +47,6 @@ class Analysis:
         groups: its channel groups.
         each: whether output layers must be able to give each teacher's own output, :meth:`needs_each`.
         shapes: of its values, by (mode, node name).
-        names: the one name of each parameter by each of its names.
         calls: per mode, the layer call of each node that is one (dense and grouped).
         weight_nodes: per mode, the operations that compute the weights of layers.
         norms: per mode, the BatchNorm call of each node that all teachers' can run as one.
@@ -57,24 +56,17 @@ class Analysis:
     groups: ChannelGroups
     each: bool = False
     shapes: dict[tuple[str, str], tuple[int, ...]] = field(init=False)
-    names: dict[str, str] = field(init=False)
     calls: dict[str, dict[fx.Node, LayerCall]] = field(init=False)
     weight_nodes: dict[str, set[fx.Node]] = field(init=False)
     norms: dict[str, dict[fx.Node, NormCall]] = field(init=False)
     _streams: dict[tuple[str, bool], frozenset[fx.Node]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        root, ids = self.traced.root, parameter_names(self.traced.root)
-        self.names = {name: ids[id(parameter)] for name, parameter in root.named_parameters(remove_duplicate=False)}
+        root = self.traced.root
         self.shapes = self.traced.shapes
         self.calls = {mode: layer_calls(graph, root) for mode, graph in self.traced.graphs.items()}
         self.norms = self._find_norms()
         self.weight_nodes = {mode: weight_nodes(self._layers(mode)) for mode in self.calls}
-
-    @property
-    def stateful(self) -> Collection[str]:
-        """Names of tensors that each stream has its own of: all that are used, but for dense layers'."""
-        return self.groups.tensors.keys()
 
     @cached_property
     def averaged(self) -> set[str]:
@@ -88,13 +80,15 @@ class Analysis:
         for mode, graph in self.traced.graphs.items():
             for node in graph.nodes:
                 if node.op == "get_attr":
-                    found.setdefault(self.tensor_name(str(node.target)), []).extend((mode, user) for user in node.users)
+                    found.setdefault(str(node.target), []).extend((mode, user) for user in node.users)
         return found
 
     @cached_property
     def tied(self) -> set[str]:
         """Names of parameters that are known by another name, too."""
-        return {first for name, first in self.names.items() if first != name}
+        root = self.traced.root
+        uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
+        return {name for name, parameter in root.named_parameters() if uses[id(parameter)] > 1}
 
     @cached_property
     def held(self) -> set[str]:
@@ -129,10 +123,6 @@ class Analysis:
         """Whether a layer makes the network's output, which is the teachers' mean."""
         return bool((self.groups.outputs[call.weight].group == OUTPUT).any())
 
-    def tensor_name(self, target: str) -> str:
-        """The one name of the parameter or buffer behind a graph's ``get_attr`` target."""
-        return self.names.get(target, target)
-
     def is_stateful(self, node: fx.Node, each: bool = False) -> bool:
         """Whether a node is a tensor that each stream has its own of.
 
@@ -140,8 +130,8 @@ class Analysis:
             node: of a graph.
             each: whether output layers give each teacher's own output instead of the mean.
         """
-        name = self.tensor_name(str(node.target)) if node.op == "get_attr" else ""
-        return name in self.stateful and (each or name not in self.averaged)
+        name = str(node.target) if node.op == "get_attr" else ""
+        return name in self.groups.tensors and (each or name not in self.averaged)
 
     def streams(self, mode: str, each: bool = False) -> frozenset[fx.Node]:
         """The nodes whose value is T streams rather than one shared tensor.
@@ -236,7 +226,7 @@ class Analysis:
         own = all(isinstance(t, fx.Node) and t.op == "get_attr" and self.is_stateful(t) for t in tensors.values())
         if not tensors or not own or a["training"] != (mode == "train" or not tracks):
             return None
-        names = {key: self.tensor_name(str(tensor.target)) for key, tensor in tensors.items()}
+        names = {key: str(tensor.target) for key, tensor in tensors.items()}
         first = next(iter(names.values()))
         owner = first.rpartition(".")[0]
         module = self.traced.root.get_submodule(owner)

@@ -228,7 +228,7 @@ def join_heads(
     inputs = example_arguments(teachers[0], example_inputs)
     traced, groups, nonlinear, _ = read_network(teachers[0], inputs, outputs)
     heads = find_heads(Analysis(traced, groups), nonlinear, teachers)
-    networks = joined(teachers, heads)
+    networks = [joined(teacher, heads, number) for number, teacher in enumerate(teachers)]
     check_teachers(networks)
     try:
         whole, *_ = read_network(networks[0], inputs, outputs)
@@ -236,7 +236,7 @@ def join_heads(
         raise ValueError(
             f"heads= needs code that takes any number of classes; with {sum(heads[0].sizes)} of them it fails: {error}"
         ) from error
-    return networks, find_parts(traced, whole, heads)
+    return networks, Parts({mode: find_parts(traced, whole, heads, mode) for mode in whole.graphs})
 
 
 @without_search()

@@ -164,15 +164,8 @@ def _unfit(why: str, where: str) -> UnmergeableError:
     )
 
 
-def joined(teachers: Sequence[nn.Module], heads: Sequence[Head]) -> list[nn.Module]:
-    """Networks with the outputs of all teachers, of which each gives T times its own and zeros.
-
-    They share all other tensors with the teachers.
-    """
-    return [_joined(teacher, heads, number) for number, teacher in enumerate(teachers)]
-
-
-def _joined(teacher: nn.Module, heads: Sequence[Head], number: int) -> nn.Module:
+def joined(teacher: nn.Module, heads: Sequence[Head], number: int) -> nn.Module:
+    """A teacher with the outputs of all, of which it gives T times its own and zeros; all other tensors are the teacher's."""
     tensors = [*teacher.parameters(), *teacher.buffers()]
     network = copy.deepcopy(teacher, {id(tensor): tensor for tensor in tensors})
     for head in heads:
@@ -214,21 +207,18 @@ def _owner(network: nn.Module, name: str | None) -> nn.Module | None:
         return None
 
 
-def find_parts(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head]) -> Parts:
-    """Where the teachers' parts lie in the outputs.
+def find_parts(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head], mode: str) -> dict[int, Part]:
+    """Where the teachers' parts lie in the outputs of a mode, by position among the flat ones.
 
     Args:
         first: the first teacher's graphs.
         whole: those of a network with the outputs of all.
         heads: the last layers.
+        mode: "train" or "eval".
 
     Raises:
         ValueError: an output is of another length than that of one last layer.
     """
-    return Parts({mode: _parts_of(first, whole, heads, mode) for mode in whole.graphs})
-
-
-def _parts_of(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head], mode: str) -> dict[int, Part]:
     found = {}
     for position, (own, all_of) in enumerate(zip(first.output_shapes(mode), whole.output_shapes(mode), strict=True)):
         if own is None or all_of is None:

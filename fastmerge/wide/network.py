@@ -168,23 +168,21 @@ def _attach_wide(
 
 
 def _attach_tensor(
-    network: nn.Module, layout: Layout, analysis: Analysis, teachers: Sequence[nn.Module], target: str
+    network: nn.Module, layout: Layout, analysis: Analysis, teachers: Sequence[nn.Module], name: str
 ) -> None:
     """Attaches a tensor that the graph reads, of each teacher or common to all, unless a wide module holds it."""
-    name = analysis.tensor_name(target)
-    if name in analysis.held or has(network, target):
+    if name in analysis.held or has(network, name):
         return
     if name in analysis.averaged:
-        attach(network, target, AveragedTensor([tensor_at(t, name) for t in teachers], analysis.each))
-        layout.averaged.setdefault(name, f"{target}.mean")
-    elif name in analysis.stateful:
+        attach(network, name, AveragedTensor([tensor_at(t, name) for t in teachers], analysis.each))
+        layout.averaged[name] = f"{name}.mean"
+    elif name in analysis.groups.tensors:
         tensors = StreamTensors([tensor_at(t, name) for t in teachers])
-        attach(network, target, tensors)
-        places = [f"{target}.{tensors.attribute(t)}" for t in range(len(teachers))]
-        layout.per_teacher.setdefault(name, places)
+        attach(network, name, tensors)
+        layout.per_teacher[name] = [f"{name}.{tensors.attribute(t)}" for t in range(len(teachers))]
     else:
-        owner = analysis.traced.root if target.startswith(f"{CONSTANT}.") else teachers[0]
-        attach(network, target, tensor_at(owner, target).detach().clone())
+        owner = analysis.traced.root if name.startswith(f"{CONSTANT}.") else teachers[0]
+        attach(network, name, tensor_at(owner, name).detach().clone())
 
 
 def attach_missing(network: nn.Module, analysis: Analysis) -> None:
@@ -192,7 +190,7 @@ def attach_missing(network: nn.Module, analysis: Analysis) -> None:
     for graph in analysis.traced.graphs.values():
         for node in graph.nodes:
             target = str(node.target)
-            if node.op == "get_attr" and analysis.tensor_name(target) not in analysis.held and not has(network, target):
+            if node.op == "get_attr" and target not in analysis.held and not has(network, target):
                 attach(network, target, tensor_at(analysis.traced.root, target).detach().clone())
 
 
