@@ -30,6 +30,8 @@ class TracedNetwork:
         graphs: ``{"train": graph, "eval": graph}``, or one of them; from flat inputs to a tuple of flat outputs.
         in_spec: structure of ``(args, kwargs)``.
         out_specs: structure of the output, per mode.
+        name: of the network's class.
+        signature: of its forward, without annotations, which pickle may not take.
         inputs: the example inputs, flat; of a tensor its shape, dtype and device alone, on the meta device.
         constants: tensors that the code makes itself, by name below ``constant_tensors``.
         is_open: per mode whether the graph is that of every batch size; some code fixes it, such as ``len(x)`` of a batch, or
@@ -43,6 +45,8 @@ class TracedNetwork:
     graphs: dict[str, fx.Graph]
     in_spec: Any
     out_specs: dict[str, Any]
+    name: str
+    signature: inspect.Signature
     inputs: list[Any] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
     is_open: dict[str, bool] = field(default_factory=dict)
@@ -73,6 +77,33 @@ class TracedNetwork:
     def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """Per (mode, node name) the shape of a value that is a tensor."""
         return {(m, n.name): n.meta["shape"] for m, g in self.graphs.items() for n in g.nodes if "shape" in n.meta}
+
+    def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The arguments of a call in the order of the graphs' placeholders.
+
+        Raises:
+            TypeError: if they are not structured like the example inputs, naming the arguments.
+        """
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec == self.in_spec:
+            return leaves
+        given = self.signature.bind(*args, **kwargs).arguments
+        numbered_args, numbered_kwargs = numbered(self.in_spec)
+        places = self.signature.bind(*numbered_args, **numbered_kwargs).arguments
+        problems = [f"'{name}' is missing" for name in places if name not in given]
+        problems += [f"'{name}' was not among them" for name in given if name not in places]
+        found: dict[int, Any] = {}
+        for name in [name for name in places if name in given]:
+            if pytree.tree_structure(given[name]) != pytree.tree_structure(places[name]):
+                example = pytree.tree_map(self.inputs.__getitem__, places[name])
+                problems.append(f"'{name}' is {_kind(given[name])}, and was {_kind(example)}")
+            found.update(zip(pytree.tree_leaves(places[name]), pytree.tree_leaves(given[name]), strict=False))
+        if problems:
+            raise TypeError(
+                f"{self.name} needs arguments of the structure that it was traced with: {', '.join(problems)}. "
+                "To run it on such inputs, build the big student with example_inputs of their structure"
+            )
+        return [found[place] for place in range(len(found))]
 
     def with_root(self, root: nn.Module) -> TracedNetwork:
         """The same graphs over another network of the architecture."""
@@ -161,43 +192,6 @@ def _graph(nodes: Sequence[tuple[Any, ...]]) -> fx.Graph:
         node.meta = meta
         known[name] = node
     return graph
-
-
-def flat_inputs(
-    traced: TracedNetwork, name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """The arguments of a call in the order of the graphs' placeholders.
-
-    Args:
-        traced: the network.
-        name: of its class.
-        signature: of its forward, which says where a keyword belongs.
-        args: of the call.
-        kwargs: of the call.
-
-    Raises:
-        TypeError: if they are not structured like the example inputs, naming the arguments.
-    """
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    if spec == traced.in_spec:
-        return leaves
-    given = signature.bind(*args, **kwargs).arguments
-    numbered_args, numbered_kwargs = numbered(traced.in_spec)
-    places = signature.bind(*numbered_args, **numbered_kwargs).arguments
-    problems = [f"'{argument}' is missing" for argument in places if argument not in given]
-    problems += [f"'{argument}' was not among them" for argument in given if argument not in places]
-    found: dict[int, Any] = {}
-    for argument in [name for name in places if name in given]:
-        if pytree.tree_structure(given[argument]) != pytree.tree_structure(places[argument]):
-            example = pytree.tree_map(traced.inputs.__getitem__, places[argument])
-            problems.append(f"'{argument}' is {_kind(given[argument])}, and was {_kind(example)}")
-        found.update(zip(pytree.tree_leaves(places[argument]), pytree.tree_leaves(given[argument]), strict=False))
-    if problems:
-        raise TypeError(
-            f"{name} needs arguments of the structure that it was traced with: {', '.join(problems)}. "
-            "To run it on such inputs, build the big student with example_inputs of their structure"
-        )
-    return [found[place] for place in range(len(found))]
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,7 @@ name, every other node is an ATen operation or arithmetic on sizes.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import sys
@@ -51,7 +52,10 @@ def trace(
     root = copied(model)
     momenta = [(module, module.momentum) for module in root.modules() if isinstance(module, _NormBase)]
     leaves, in_spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
-    traced = TracedNetwork(root, {}, in_spec, {}, [_described(leaf) for leaf in leaves])
+    parameters = inspect.signature(model.forward).parameters.values()
+    signature = inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])
+    described = [torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    traced = TracedNetwork(root, {}, in_spec, {}, type(model).__name__, signature, described)
     calls: dict[str, str] = {}
     questions: dict[str, None] = {}
     for module, momentum in momenta:
@@ -89,10 +93,6 @@ def _depends_on_batch(program: Any) -> bool:
     # inputs of one batch size are none, nor is what is asked of strides
     turns = (guard for guard in program._guards_code if "size()" in guard and not re.fullmatch(twins, guard))
     return any(turns) or any(r.lower > 2 or r.upper < 1 << 30 for r in ranges)
-
-
-def _described(leaf: Any) -> Any:
-    return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
 
 
 def _exported(

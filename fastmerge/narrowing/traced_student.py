@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastmerge.channels.aten import LAYER_NORMS, LAYERS, bind, op_name
-from fastmerge.channels.traced_network import TracedNetwork, flat_inputs
+from fastmerge.channels.traced_network import TracedNetwork
 from fastmerge.isolation import undisturbed
 from fastmerge.lowering.channelwise import is_flattening
 from fastmerge.lowering.programs import function_of
@@ -32,19 +31,17 @@ class TracedStudent(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in network.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self.class_name, self._signature = type(network).__name__, _without_types(inspect.signature(network.forward))
         self._traced = traced.with_root(nn.Module())
         self.training = network.training
         self._compile()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives; inputs are of the structure that it was traced with."""
-        leaves = flat_inputs(self._traced, self.class_name, self._signature, args, kwargs)
         mode = "train" if self.training else "eval"
-        return self._traced.structured(self._forwards[mode](self, *leaves), mode)
+        return self._traced.structured(self._forwards[mode](self, *self._traced.flat(args, kwargs)), mode)
 
     def extra_repr(self) -> str:
-        return f"{self.class_name}, traced"
+        return f"{self._traced.name}, traced"
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -70,11 +67,6 @@ class TracedStudent(nn.Module):
             else:
                 copied[node] = _of_any_width(graph.node_copy(node, copied.__getitem__), node)
         return graph
-
-
-def _without_types(signature: inspect.Signature) -> inspect.Signature:
-    """What pickle can take."""
-    return inspect.Signature([p.replace(annotation=p.empty) for p in signature.parameters.values()])
 
 
 def _of_any_width(new: fx.Node, node: fx.Node) -> fx.Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import changed_tensors, run_on_ids
 from fastmerge.channels.outputs import Name, predictions
 from fastmerge.channels.signatures import mixing_tensors
-from fastmerge.channels.traced_network import MODES, TracedNetwork, flat_inputs
+from fastmerge.channels.traced_network import MODES, TracedNetwork
 from fastmerge.channels.tracing import trace
 from fastmerge.copies import copied
 from fastmerge.isolation import without_search
@@ -71,8 +70,7 @@ class Blueprint:
         fits = self._takes_tensors and not kwargs and len(args) == len(self.traced.inputs)
         if fits and all(isinstance(x, Tensor) for x in args):
             return args
-        teacher = self.template.skeleton
-        return flat_inputs(self.traced, type(teacher).__name__, inspect.signature(teacher.forward), args, kwargs)
+        return self.traced.flat(args, kwargs)
 
     def analyse_for(
         self, inputs: Sequence[Any], dtype: torch.dtype, mode: str
