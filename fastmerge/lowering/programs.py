@@ -56,10 +56,11 @@ class Programs:
     """
 
     def __init__(self, analysis: Analysis, network: nn.Module, population: Population, linked: bool) -> None:
-        self._programs = {
-            (mode, each, joined): _compiled(analysis, network, mode, population, each, joined)
-            for mode, each, joined in product(analysis.traced.graphs, {False, analysis.each}, {linked, True})
-        }
+        self._programs: dict[tuple[str, bool, bool], Program] = {}
+        for mode, each, joined in product(analysis.traced.graphs, {False, analysis.each}, {linked, True}):
+            graph, norms = lowered(analysis, network, mode, population, each, joined)
+            what = f"{mode} forward of {type(analysis.traced.root).__name__}"
+            self._programs[mode, each, joined] = Program(function_of(graph, what), tuple(norms))
         self._traced = analysis.traced
         self._may_change_layout = not any(
             changes_reshaped(graph, partial(lambda m, n: n in analysis.calls[m], mode))
@@ -137,13 +138,6 @@ def lowered(
     _hand_out_gates(graph, network)
     _hand_out_weights(graph, network, 1 if joined else population.num_teachers)
     return graph, norms
-
-
-def _compiled(
-    analysis: Analysis, network: nn.Module, mode: str, population: Population, each: bool, joined: bool
-) -> Program:
-    graph, norms = lowered(analysis, network, mode, population, each, joined)
-    return Program(function_of(graph, f"{mode} forward of {type(analysis.traced.root).__name__}"), tuple(norms))
 
 
 def function_of(graph: fx.Graph, what: str) -> Callable[..., Any]:

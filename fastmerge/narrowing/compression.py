@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,32 +50,30 @@ class Sources:
 def sources_of(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> Sources:
     """Fills each place of a dimension with the indices of the candidate that was kept for it, in order.
 
-    Where other numbers of candidates are kept than a teacher has channels, the dimension is that much shorter or longer.
+    Where other numbers of candidates are kept than a teacher has channels, the dimension is that much shorter or longer; there
+    the places lie in order (``wide.widths``).
     """
-    if any(len(kept[group.name]) != group.size for group in groups):
-        return _resized(units, groups, kept)
-    teacher = np.zeros(len(units.group), dtype=np.int64)
-    index = np.arange(len(units.group))
+    group, index, resized = torch.from_numpy(units.group), torch.arange(len(units.group)), {}
+    teacher = torch.zeros_like(index)
     for number in units.numbers:
-        group = groups[number]
-        by_place = units.places(number, group.size)
-        candidates = kept[group.name].cpu().numpy()
-        teacher[by_place] = (candidates // group.size)[:, None]
-        index[by_place] = by_place[candidates % group.size]
-    return Sources(torch.from_numpy(teacher), torch.from_numpy(index), torch.from_numpy(units.group < 0))
-
-
-def _resized(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> Sources:
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for number, start, end in runs(units):
-        index = torch.arange(start, end)
-        if number < 0:
-            parts.append((torch.zeros_like(index), index, torch.ones_like(index, dtype=torch.bool)))
-            continue
         size, candidates = groups[number].size, kept[groups[number].name].cpu()
-        chosen = index.view(size, -1)[candidates % size]
-        teacher = (candidates // size)[:, None].expand_as(chosen).flatten()
-        parts.append((teacher, chosen.flatten(), torch.zeros_like(teacher, dtype=torch.bool)))
+        if len(candidates) != size:
+            resized[number] = size, candidates
+            continue
+        by_place = torch.from_numpy(units.places(number, size))
+        teacher[by_place] = (candidates // size)[:, None]
+        index[by_place] = by_place[candidates % size]
+    if not resized:
+        return Sources(teacher, index, group < 0)
+    parts = []
+    for number, start, end in runs(units):
+        if number in resized:
+            size, candidates = resized[number]
+            chosen = torch.arange(start, end).view(size, -1)[candidates % size]
+            owner = (candidates // size)[:, None].expand_as(chosen)
+            parts.append((owner.flatten(), chosen.flatten(), torch.zeros(chosen.numel(), dtype=torch.bool)))
+        else:
+            parts.append((teacher[start:end], index[start:end], group[start:end] < 0))
     return Sources(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 

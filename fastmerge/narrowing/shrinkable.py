@@ -108,7 +108,8 @@ class _Walk:
         if node.op == "get_attr":
             if self.analysis.groups.acts_on_several(str(node.target)):
                 return  # as many values however many channels are left
-            carried |= self._groups_of_its_own(node)
+            if str(node.target) in self.analysis.groups.tensors:
+                carried |= {*self.analysis.groups.tensors[str(node.target)][1].numbers}
             if str(node.target) in self.analysis.held:
                 return  # a wide module's, which is cut as its channels are
             if carried and (place := self._place_of(node)) is not None:  # each teacher's own, cut where it is read
@@ -127,9 +128,11 @@ class _Walk:
             self.places[node] = Placement(len(shape) - 1, shape[-1], len(shape))
             self.found.even.update(carried)  # run per stream
             return
-        elif self.views_follow and op_name(node) == "group_norm" and shape is not None and self._is_normalised(node):
-            self.places[node] = Placement(1, shape[1], len(shape))
-            return
+        elif self.views_follow and op_name(node) == "group_norm" and shape is not None:
+            place = self.places.get(node.args[0])  # type: ignore[arg-type]
+            if place is not None and place.dim == 1:  # each of its groups is within one place
+                self.places[node] = Placement(1, shape[1], len(shape))
+                return
         elif node.op != "get_attr":
             operands = {source: self.places[source] for source in node.all_input_nodes if source in self.places}
             call = joined_call(node, operands, shape, self.num_teachers)
@@ -218,16 +221,6 @@ class _Walk:
         x, *parameters = (self.places.get(source) for source in node.all_input_nodes if not is_size(source))
         last, gated = x is not None and x.dim == x.rank - 1, units is not None and bool(units.numbers)
         return last and gated and all(p is not None and p.rank == 1 for p in parameters)
-
-    def _is_normalised(self, node: fx.Node) -> bool:
-        """Whether a group normalisation has its channels in the second dimension; each of its groups is within one place."""
-        place = self.places.get(node.args[0])  # type: ignore[arg-type]
-        return place is not None and place.dim == 1
-
-    def _groups_of_its_own(self, node: fx.Node) -> set[int]:
-        """The groups along which a parameter or buffer lies."""
-        known = self.analysis.groups.tensors.get(str(node.target))
-        return set() if known is None else {*known[1].numbers}
 
 
 def _describe(node: fx.Node) -> str:

@@ -100,6 +100,27 @@ def test_it_is_as_the_class_builds_it_at_that_width() -> None:
     assert [by_group.widths[group.name] for group in by_group.groups][:3] == [8, 12, big.groups[2].size]
 
 
+class Reordered(nn.Module):
+    """Reads one layer's channels in an order of its own, which another group's width has nothing to do with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        return self.last(x[:, torch.tensor([3, 1, 5, 0, 2, 4])])
+
+
+@torch.no_grad()
+def test_groups_in_another_order_keep_their_width() -> None:
+    x = make_batch(4, (5,))
+    teachers = make_teachers(Reordered, (x,), 2)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x, keep={"first": 0.5}).eval()
+    open_some(big)
+    assert relative_error(big.compress()(x), big(x)) <= TOLERANCE[torch.float64]
+
+
 def test_training_compaction_state_and_optimizer_know_the_width() -> None:
     x = make_batch(8, (3, 12, 12))
     teachers = make_teachers(lambda: LeNet(3, 12, 4, kernel_size=3, channels=(4, 8), units=(8, 8)), (x,), 2)
