@@ -295,7 +295,7 @@ class BigStudent(GatedNetwork):
         self._check_gates("compress", given)
         self._warn_of_gates(given)
         kept = kept_candidates(self.widths, self.gates) | given
-        compressor = Compressor(self.network, self._blueprint.layout, self.groups, kept, self._population)
+        compressor = Compressor(self.network, self._blueprint.layout, kept, self._population)
         carrier = None if optimizer is None else StateCarrier(optimizer, compressor)
         blueprint, heads, training = self._blueprint, self.heads, self.training
         like, resized = next(self.gates.parameters()), not self.is_of_teachers_widths

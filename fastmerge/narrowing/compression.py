@@ -83,7 +83,6 @@ class Compressor:
     Args:
         network: the wide modules.
         layout: where the teachers' tensors lie in it.
-        groups: the channel groups.
         kept: per group the candidates to keep.
         population: those that are left in the network.
 
@@ -92,15 +91,8 @@ class Compressor:
         magnitudes: per magnitude of a normalised weight, the norm of what was cut, the weight and its norms' dimension.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        layout: Layout,
-        groups: ChannelGroups,
-        kept: Mapping[str, Tensor],
-        population: Population,
-    ) -> None:
-        self.groups, self.kept, self.population = groups, kept, population
+    def __init__(self, network: nn.Module, layout: Layout, kept: Mapping[str, Tensor], population: Population) -> None:
+        self.groups, self.kept, self.population = population.groups, kept, population
         self.sources: dict[str, list[Tensor]] = {}
         self.magnitudes = layout.magnitudes
         self._cuts: dict[str, Cut] = {}
@@ -109,11 +101,9 @@ class Compressor:
             wide = network.get_submodule(path)
             assert isinstance(wide, WideLayer)
             self.sources[weight], self._cuts[weight] = [wide.weight], self._weight(wide, weight)
-        for bias, weight in layout.biases.items():
-            wide = network.get_submodule(layout.layers[weight])
-            assert isinstance(wide, WideLayer)
-            assert wide.bias is not None
-            self.sources[bias], self._cuts[bias] = [wide.bias], self._bias(wide, weight)
+            if wide.bias is not None:
+                bias = layout.biases[weight]
+                self.sources[bias], self._cuts[bias] = [wide.bias], self._bias(wide, weight)
         for name, place in layout.side_by_side.items():
             self.sources[name], self._cuts[name] = [tensors[place]], self._side_by_side(name)
         for name, place in layout.averaged.items():
@@ -147,9 +137,8 @@ class Compressor:
 
     def _weight(self, wide: WideLayer, name: str) -> Cut:
         geometry, wiring = wide.geometry, wide.wiring
-        rows = sources_of(self.groups.outputs[name], self.groups, self.kept)
-        columns = sources_of(self.groups.inputs[name], self.groups, self.kept)
         outputs, inputs = self.groups.outputs[name], self.groups.inputs[name]
+        rows, columns = (sources_of(units, self.groups, self.kept) for units in (outputs, inputs))
         if wiring.has_off_diagonal and not wide.linked:
             swapped = geometry.out_dim != 0
             first, second = (columns, rows) if swapped else (rows, columns)

@@ -26,7 +26,7 @@ class Layout:
 
     Attributes:
         layers: per weight name of a dense layer, its path.
-        biases: per bias name of a dense layer, its weight's name.
+        biases: likewise the name of its bias, where it has one.
         magnitudes: per name of the magnitude of a normalised weight, the weight's name and the dimension of its norms.
         side_by_side: per name of a tensor of a normalisation or grouped convolution, the qualified name of the one that holds
             the teachers' along its first dimension.
@@ -44,7 +44,14 @@ class Layout:
     @property
     def merged(self) -> set[str]:
         """Names of the teachers' tensors that are not the same for all."""
-        return {*self.layers, *self.biases, *self.magnitudes, *self.side_by_side, *self.averaged, *self.per_teacher}
+        return {
+            *self.layers,
+            *self.biases.values(),
+            *self.magnitudes,
+            *self.side_by_side,
+            *self.averaged,
+            *self.per_teacher,
+        }
 
 
 class Along(NamedTuple):
@@ -116,7 +123,7 @@ def build_network(analysis: Analysis, teachers: Sequence[nn.Module]) -> tuple[nn
         layout.layers[weight] = call.name
         _add_magnitude(layout, call)
         if call.bias is not None:
-            layout.biases[call.bias] = weight
+            layout.biases[weight] = call.bias
     for mode, graph in analysis.traced.graphs.items():
         for node in graph.nodes:
             if analysis.is_wide(mode, node):
