@@ -172,9 +172,8 @@ class GatedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        state["_programs"] = state["_other_programs"] = (
-            None  # compiled from the template's code, and again after loading
-        )
+        # compiled from the template's code, and again after loading
+        state["_programs"] = state["_other_programs"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

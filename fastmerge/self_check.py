@@ -146,20 +146,11 @@ class _Trial:
     def big(self) -> Any:
         big = self._given[1]
         if self.rebuilt:
-            return self._joined(
-                type(big)(
-                    *self.teachers,
-                    example_inputs=self.inputs,
-                    outputs=big._blueprint.outputs,
-                    heads=big.heads,
-                    keep=big._asked,
-                    verify=False,
-                )
-            )
+            options = {"outputs": big._blueprint.outputs, "heads": big.heads, "keep": big._asked, "verify": False}
+            return self._joined(type(big)(*self.teachers, example_inputs=self.inputs, **options))
         cast = self._joined(copied(big)._apply(lambda t: _cast(t, self.dtype)))
-        cast._blueprint.dtype = (
-            self.dtype
-        )  # the graphs as they are: what their code does in another precision is tried later
+        # the graphs as they are: what their code does in another precision is tried later
+        cast._blueprint.dtype = self.dtype
         return cast
 
     @property
@@ -218,9 +209,8 @@ class _Trial:
         student = big.compress()
         self.compared = [student], False
         pairs = _pairs("eval", evaluated, self._expected(student.eval(), big.predictions))
-        actual = self._run(
-            big.train(), big.predictions
-        )  # from the buffers that the student has, if it changes others than statistics
+        # from the buffers that the student has, if it changes others than statistics
+        actual = self._run(big.train(), big.predictions)
         return pairs + _pairs("training", actual, self._expected(student.train(), big.predictions))
 
     def first_difference(self, mode: str) -> tuple[str | None, str | None]:
@@ -407,9 +397,8 @@ def _depends_on_input(output: Tensor) -> bool:
 def _disturb(big: Any, seed: int) -> None:
     """Gives every weight another value, off-diagonal ones too, and opens n of the T·n gates of every group, by chance."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(
-        2**16 + 1, generator=generator, dtype=torch.float64
-    )  # a prime number: no two rows are the same
+    # a prime number of values: no two rows are the same
+    values = torch.randn(2**16 + 1, generator=generator, dtype=torch.float64)
     for parameter in big.weight_parameters():
         size = parameter.norm().item() / max(1, parameter.numel()) ** 0.5
         noise, flat = values.to(parameter).clamp(-2, 2), parameter.detach().contiguous().view(-1)

@@ -24,10 +24,8 @@ def attention(run: IdRun, func: Any, args: Any, kwargs: Any, out: Tensor) -> Com
     for operand in (query, key, value):
         if run.record.is_constant(operand):
             continue
-        if operand.dim() > 2 and operand.shape[-3] not in (
-            1,
-            head.shape[-3],
-        ):  # fewer keys than queries, each for several
+        # fewer keys than queries, each for several
+        if operand.dim() > 2 and operand.shape[-3] not in (1, head.shape[-3]):
             operand = operand.repeat_interleave(head.shape[-3] // operand.shape[-3], dim=-3)
         run.record.tie(head, operand)
     if value.shape[-3:-2] != out.shape[-3:-2]:

@@ -56,9 +56,8 @@ def layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
     if apart and run.node is not None and bool((x != x[(slice(0, 1),) * (x.dim() - 1)]).any()):
         run.record.normalised_apart[run.mode, run.node.name] = x
         return Computed(x, [])
-    first = x.amax(
-        dim=tuple(range(x.dim() - 1)), keepdim=True
-    )  # tokens may come from several places, such as a class token
+    # tokens may come from several places, such as a class token
+    first = x.amax(dim=tuple(range(x.dim() - 1)), keepdim=True)
     run.record.unite(first, x)
     constant = run.record.constant_ids(x.flatten(0, -2)[0] if x.dim() > 1 else x)
     if bool(constant.any()) and not bool(constant.all()):

@@ -119,9 +119,8 @@ class Compressor:
         tensors = {name: self.cut(name, sources, in_place) for name, sources in self.sources.items()}
         for magnitude, (weight, dim) in self.magnitudes.items():
             tensors[magnitude] = torch.norm_except_dim(tensors[weight], 2, dim)
-            tensors[weight] += (
-                tensors[magnitude] == 0
-            )  # where all is zero any direction will do, but none of length zero
+            # where all is zero any direction will do, but none of length zero
+            tensors[weight] += tensors[magnitude] == 0
         return tensors
 
     def cut(self, name: str, sources: Sequence[Tensor], in_place: bool) -> Tensor:
