@@ -1,13 +1,15 @@
 """The zoo: small networks, each with its own way of moving channels around.
 
 Every test of the core that should hold for *any* network runs over :data:`ZOO`. The networks stand in ``zoo_*.py``.
+Teachers and big students are made once in a process, by :func:`teachers_of` and :func:`merged`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,11 @@ import zoo_mixing as mixing
 import zoo_plain as plain
 import zoo_residual as residual
 import zoo_unusual as unusual
-from teachers import make_batch
+from fastmerge import BigStudent
+from teachers import make_batch, make_teachers
 
 IMAGE = (3, 8, 8)
+BATCH = 6
 
 
 @dataclass(frozen=True)
@@ -129,3 +133,27 @@ ZOO = [
 ]
 
 BY_NAME = {architecture.name: architecture for architecture in ZOO}
+
+
+@cache
+def teachers_of(name: str, count: int = 3, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, ...]:
+    """Teachers of one architecture, which tests share and must leave as they are."""
+    architecture = BY_NAME[name]
+    return tuple(make_teachers(architecture.make, architecture.inputs(BATCH), count, dtype))
+
+
+@cache
+def _merged(name: str, count: int, dtype: torch.dtype) -> BigStudent:
+    inputs = BY_NAME[name].inputs(2, dtype=dtype)
+    return BigStudent(*teachers_of(name, count, dtype), example_inputs=inputs, verify=False)
+
+
+def merged(name: str, count: int = 2, dtype: torch.dtype = torch.float64, link: bool = False) -> BigStudent:
+    """A big student of :func:`teachers_of`, in eval mode, which a test may change.
+
+    It has not checked itself, as the tests do that.
+    """
+    big = copy.deepcopy(_merged(name, count, dtype))
+    if link:
+        big.link()
+    return big

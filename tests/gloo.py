@@ -19,12 +19,10 @@ from fastmerge.history import Score
 from fastmerge.processes import Processes
 from killing import forkserver
 
-PRELOADED = ["gloo", "ddp_merge", "ddp_recipe", "synced_shares"]
-
 
 def together(size: int, work: Callable[..., Any], *arguments: Any, missing: int = 0) -> dict[int, Any]:
     """What processes bring back, by rank: ``work(rank, size, *arguments)``; so many of them may bring nothing."""
-    with forkserver(PRELOADED) as context, tempfile.TemporaryDirectory() as folder:
+    with forkserver() as context, tempfile.TemporaryDirectory() as folder:
         results, meeting = context.Queue(), f"file://{folder}/meeting"  # a port that is free now may not be so later
         processes = [
             context.Process(target=_process, args=(rank, size, meeting, results, work, arguments))

@@ -1,4 +1,4 @@
-"""Functions in processes that die by SIGKILL, forked from a server that has imported torch once."""
+"""Processes that a server forks, which has imported torch once; and functions in them that die by SIGKILL."""
 
 import contextlib
 import multiprocessing
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 _TESTS = Path(__file__).resolve().parent
+_PRELOADED = ["warmed", "ddp_merge", "ddp_recipe", "gloo", "killed_merge", "killed_run", "synced_shares"]
 
 
 @contextlib.contextmanager
-def forkserver(modules: list[str]) -> Iterator[Any]:
+def forkserver() -> Iterator[Any]:
     """Within this context processes can be made that a server forks, which has imported modules of tests/ once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(modules)
+    context.set_forkserver_preload(_PRELOADED)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
     try:
@@ -28,7 +29,7 @@ def forkserver(modules: list[str]) -> Iterator[Any]:
 
 def assert_killed(function: Callable[..., Any], *arguments: Any) -> None:
     """Runs a function of a module in tests/ in a process of its own, which must be killed before it ends."""
-    with forkserver(["killed_merge", "killed_run"]) as context:
+    with forkserver() as context:
         process = context.Process(target=function, args=arguments)
         process.start()
     process.join(120)

@@ -7,26 +7,18 @@ from functools import partial
 
 from torch import nn
 from torchvision import models
-from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, swin_transformer
+from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, resnet, swin_transformer
 
 LEAST_SIZE = {"inception": 299, "squeezenet": 32, "alexnet": 64, "vgg": 32, "maxvit": 224, "vit": 224}
 """Smallest image side that a family's strides leave something of; 64 where none is given."""
 
-FAMILIES = ["googlenet", "mobilenet_v2", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"]
+FAMILIES = ["googlenet", "squeezenet1_1"]
 """Families of which one network is small enough for every run."""
 
 LARGE = [
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "inception_v3", "maxvit_t"),
-    *(
-        "mnasnet0_5",
-        "mobilenet_v3_small",
-        "regnet_y_400mf",
-        "resnext50_32x4d",
-        "swin_t",
-        "swin_v2_t",
-        "vgg11_bn",
-        "vit_b_32",
-    ),
+    *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d"),
+    *("shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32"),
 ]
 """Families whose smallest network takes a while; of most, every run takes one of the same code and fewer layers."""
 
@@ -66,8 +58,11 @@ def small_convolutional() -> dict[str, Callable[[], nn.Module]]:
         "densenet": partial(models.DenseNet, 8, (2, 3), 16, num_classes=5),
         "efficientnet": partial(models.EfficientNet, squeezed, 0.2, num_classes=5),
         "efficientnet_v2": partial(models.EfficientNet, fused, 0.2, num_classes=5, last_channel=24),
+        "mobilenet_v2": partial(models.MobileNetV2, 5, 0.25, [[1, 16, 1, 1], [6, 32, 2, 2]]),
         "mobilenet_v3": partial(models.MobileNetV3, bottlenecks, 24, num_classes=5),
         "regnet": partial(models.RegNet, regular, num_classes=5, stem_width=8),
+        "resnet": partial(models.ResNet, resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
+        "shufflenet_v2": partial(models.ShuffleNetV2, [2, 2, 2], [8, 16, 16, 32, 32], num_classes=5),
     }
 
 

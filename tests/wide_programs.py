@@ -1,4 +1,4 @@
-"""Runs one of a big student's programs, under fixed draws."""
+"""Runs one of a big student's programs, under fixed draws, and compares what two of them give."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 import fastmerge
-from architectures import Architecture
-from teachers import make_teachers
 
 SIZE = 6
-
-
-def merge(architecture: Architecture, count: int = 2) -> fastmerge.BigStudent:
-    x = architecture.inputs(SIZE)
-    return fastmerge.BigStudent(*make_teachers(architecture.make, x, count), example_inputs=x, verify=False)
 
 
 def run(big: fastmerge.BigStudent, x: tuple[Tensor, ...], joined: bool) -> dict[str, Tensor]:
@@ -33,6 +26,13 @@ def run(big: fastmerge.BigStudent, x: tuple[Tensor, ...], joined: bool) -> dict[
     found |= {f"gradient of input {k}": value.grad for k, value in enumerate(inputs)}
     found |= {f"gradient of {name}": p.grad for name, p in big.named_parameters() if p.grad is not None}
     return found | {name: buffer.clone() for name, buffer in big.named_buffers()}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Whether two results of :func:`run` are the same, but for rounding in float64."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def program(big: fastmerge.BigStudent, joined: bool) -> str:

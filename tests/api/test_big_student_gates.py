@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmerge
-from architectures import BY_NAME, ZOO, Architecture
+from architectures import BATCH, BY_NAME, ZOO, Architecture, merged, teachers_of
 from closed_channels import change_closed_channels
-from teachers import OPEN, make_teachers, relative_error, select_gates, set_gates
+from teachers import OPEN, relative_error, select_gates, set_gates
 
 N, C = 5, 8
 
@@ -313,9 +313,7 @@ def test_gate_loss_is_the_squared_distance_to_one_in_t(count: int) -> None:
 @torch.no_grad()
 def test_what_a_closed_gate_hides_does_not_matter(architecture: Architecture) -> None:
     """Every weight and statistic of a channel whose gate is closed may be anything."""
-    x = architecture.inputs(6)
-    teachers = make_teachers(architecture.make, x)
-    big = fastmerge.BigStudent(*teachers, example_inputs=x).eval()
+    teachers, big, x = teachers_of(architecture.name), merged(architecture.name, 3), architecture.inputs(BATCH)
     opened = select_gates(big, x, seed=6)
     expected = big(*x)
     changed = change_closed_channels(teachers, big.groups, opened)
@@ -324,7 +322,7 @@ def test_what_a_closed_gate_hides_does_not_matter(architecture: Architecture) ->
         for t, c in zip(teachers, changed, strict=True)
         for a, b in zip(t.parameters(), c.parameters(), strict=True)
     )
-    other = fastmerge.BigStudent(*changed, example_inputs=x).eval()
+    other = fastmerge.BigStudent(*changed, example_inputs=x, verify=False).eval()
     for name, gate in other.gates.items():
         gate.loc.fill_(-OPEN)
         gate.loc[opened[name]] = OPEN

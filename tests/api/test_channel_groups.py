@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 import fastmerge
 import torchvision_networks as vision
-from architectures import BY_NAME, ZOO, Architecture
+from architectures import BY_NAME
 from teachers import check_exact, make_batch
 
 ACTIVATIONS = [
@@ -204,21 +203,6 @@ def test_torchvision_networks(name: str) -> None:
     assert sizes(vision.make(name), (2, 3, 64, 64)) == Counter(TORCHVISION_SIZES[name])
 
 
-@pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
-def test_names_are_unique_and_readable(architecture: Architecture) -> None:
-    model = architecture.make()
-    groups = fastmerge.channel_groups(model, architecture.inputs(2, dtype=torch.float32))
-    names = [group.name for group in groups]
-    assert len(set(names)) == len(names)
-    assert all(name and "." not in name for name in names)
-    assert all(group.size >= 1 and group.producers and group.consumers for group in groups)
-    owners = {name for name, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]}
-    assert all(name in owners for group in groups for name in (*group.producers, *group.consumers))
-    assert len(groups) == len(list(groups)) == len(groups.groups)
-    nn.ModuleDict({name: nn.Identity() for name in names})
-    assert all(group.name in str(groups) for group in groups)
-
-
 @pytest.mark.parametrize("name", ["lenet", "unet"])
 def test_the_model_and_the_random_state_are_left_alone(name: str) -> None:
     architecture = BY_NAME[name]
@@ -332,27 +316,6 @@ def test_layers_may_be_named_like_methods() -> None:
         torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
     big.link()
     assert big.compress()(x).shape == (3, 2)
-
-
-def channels_last(value: torch.Tensor | nn.Module) -> Any:
-    """A module, or images, with channels side by side."""
-    images = isinstance(value, nn.Module) or value.dim() == 4
-    return value.to(memory_format=torch.channels_last) if images else value
-
-
-# LeNet's view doesn't take channels-last images at all.
-IMAGES = [a for a in ZOO if any(x.dim() == 4 for x in a.inputs(1)) and a.name != "lenet"]
-
-
-@pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(a, id=a.name, marks=pytest.mark.slow if number % 4 else ()) for number, a in enumerate(IMAGES)],
-)
-def test_channels_last_has_the_same_groups(architecture: Architecture) -> None:
-    network, inputs = architecture.make().double(), architecture.inputs(2)
-    expected = str(fastmerge.channel_groups(network, example_inputs=inputs))
-    found = fastmerge.channel_groups(channels_last(network), example_inputs=tuple(map(channels_last, inputs)))
-    assert str(found) == expected
 
 
 def test_a_strided_view_that_moves_numbers_keeps_its_channels_together() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fastmerge
-from architectures import BY_NAME
-from teachers import disturb_weights, make_teachers, relative_error, select_gates
+from architectures import BY_NAME, merged
+from teachers import disturb_weights, relative_error, select_gates
 
 NAMES = [
     "lenet",
@@ -40,12 +40,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def merge(name: str, linked: bool, dtype: torch.dtype = torch.float64) -> fastmerge.BigStudent:
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6, dtype=dtype)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2, dtype), example_inputs=x)
+def merge(name: str, linked: bool) -> fastmerge.BigStudent:
+    big = merged(name, link=linked)
     if linked:
-        big.link()
         disturb_weights(big, scale=0.1)
     return big
 

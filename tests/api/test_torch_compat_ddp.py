@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmerge
-from architectures import BY_NAME
-from teachers import OPEN, make_teachers
+from architectures import BY_NAME, merged
+from killing import forkserver
+from teachers import OPEN
 
 NAME = "lenet"  # no BatchNorm, whose statistics would differ between halves and whole
 BATCH = 8
@@ -21,9 +21,7 @@ BATCH = 8
 
 def merge(linked: bool) -> fastmerge.BigStudent:
     """Gates are surely open or closed, so that drawing them gives the same in every process."""
-    architecture = BY_NAME[NAME]
-    x = architecture.inputs(BATCH)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2), example_inputs=x)
+    big = merged(NAME)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for gate in big.gates.values():
@@ -71,7 +69,14 @@ def worker(rank: int, linked: bool, path: str) -> None:
 def test_two_processes_are_one(linked: bool, tmp_path: Path) -> None:
     big = merge(linked)
     expected = train(big, big, *batch())
-    mp.spawn(worker, args=(linked, str(tmp_path)), nprocs=2)
+    with forkserver() as context:
+        processes = [context.Process(target=worker, args=(rank, linked, str(tmp_path))) for rank in range(2)]
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for a, b, e in zip(first["result"], second["result"], expected, strict=True):
         assert torch.equal(a, b)

@@ -12,8 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.checkpoint import checkpoint
 
 import fastmerge
-from architectures import BY_NAME
-from teachers import OPEN, copy_state, make_teachers, relative_error, select_gates, set_gates
+from architectures import BY_NAME, merged
+from teachers import OPEN, copy_state, relative_error, select_gates, set_gates
 
 NAMES = ["lenet", "resnet_projected_shortcut", "shufflenet_v2", "unet"]
 every_network = pytest.mark.parametrize("name", NAMES)
@@ -25,15 +25,6 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "rmsprop": lambda groups: RMSprop(groups, lr=0.001, centered=True),
 }
 every_optimizer = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-
-
-def merge(name: str, link: bool = False, count: int = 2) -> fastmerge.BigStudent:
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, count), example_inputs=x)
-    if link:
-        big.link()
-    return big.train()
 
 
 def optimizer_of(big: fastmerge.BigStudent, make: MakeOptimizer) -> Optimizer:
@@ -59,7 +50,7 @@ def step(model: nn.Module, optimizer: Optimizer, x: tuple[Tensor, ...], seed: in
 @every_network
 @pytest.mark.parametrize("link", [False, True])
 def test_parameters_are_disjoint_and_complete(name: str, link: bool) -> None:
-    big = merge(name, link)
+    big = merged(name, link=link).train()
     weights, gates = ([id(p) for p in part] for part in (big.weight_parameters(), big.gate_parameters()))
     assert len(set(weights)) == len(weights)
     assert len(set(gates)) == len(gates) == len(big.gates)
@@ -73,7 +64,7 @@ def test_parameters_are_disjoint_and_complete(name: str, link: bool) -> None:
 def test_unlinked_has_the_teachers_parameters_and_linked_the_off_diagonal_ones_too(name: str) -> None:
     teacher = BY_NAME[name].make()
     per_teacher = sum(p.numel() for p in teacher.parameters())
-    big = merge(name, count=3)
+    big = merged(name, count=3).train()
     outputs = list(teacher.modules())[-1].out_features if name != "unet" else 2
     shared_bias = 2 * outputs  # the averaging layer has one bias, not three
     assert sum(p.numel() for p in big.weight_parameters()) == 3 * per_teacher - shared_bias
@@ -91,7 +82,7 @@ def first_and_last_excluded(teacher: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", ["lenet", "resnet_projected_shortcut"])
 def test_a_learning_rate_for_gates_alone_moves_gates_alone(name: str) -> None:
-    big, x = merge(name), BY_NAME[name].inputs(6)
+    big, x = merged(name).train(), BY_NAME[name].inputs(6)
     weights = [p.detach().clone() for p in big.weight_parameters()]
     gates = [p.detach().clone() for p in big.gate_parameters()]
     step(big, SGD(big.gate_parameters(), lr=0.1), x, 0)
@@ -101,7 +92,7 @@ def test_a_learning_rate_for_gates_alone_moves_gates_alone(name: str) -> None:
 
 @every_network
 def test_off_diagonal_weights_learn_once_linked(name: str) -> None:
-    big, x = merge(name, link=True), BY_NAME[name].inputs(6)
+    big, x = merged(name, link=True).train(), BY_NAME[name].inputs(6)
     zeros = {key: p == 0 for key, p in big.network.named_parameters()}
     before = sum(int(z.sum()) for z in zeros.values())
     assert before > 0
@@ -114,7 +105,7 @@ def test_off_diagonal_weights_learn_once_linked(name: str) -> None:
 @every_optimizer
 def test_optimizer_goes_on_through_link(name: str, make_optimizer: MakeOptimizer) -> None:
     """Linking changes nothing about the diagonal blocks' next step: same momentum, same update, where gradients agree."""
-    big, x = merge(name), BY_NAME[name].inputs(6)
+    big, x = merged(name).train(), BY_NAME[name].inputs(6)
     optimizer = optimizer_of(big, make_optimizer)
     for seed in range(3):
         step(big, optimizer, x, seed)
@@ -159,7 +150,7 @@ def copy_with_optimizer(
 @every_optimizer
 def test_optimizer_goes_on_through_compress(name: str, make_optimizer: MakeOptimizer) -> None:
     """With closed gates of gradient zero the student's steps are the big student's, momentum and all."""
-    big, x = merge(name, link=True), BY_NAME[name].inputs(6)
+    big, x = merged(name, link=True).train(), BY_NAME[name].inputs(6)
     optimizer = optimizer_of(big, make_optimizer)
     select_gates(big, x)
     big.train()
@@ -200,7 +191,7 @@ def test_seeds_repeat_a_whole_run(name: str) -> None:
     runs = []
     for _ in range(2):
         torch.manual_seed(11)
-        big, x = merge(name), BY_NAME[name].inputs(6)
+        big, x = merged(name).train(), BY_NAME[name].inputs(6)
         set_gates(big, 1.0)
         optimizer = optimizer_of(big, OPTIMIZERS["sgd"])
         losses = [step(big, optimizer, x, seed) for seed in range(3)]
@@ -215,7 +206,7 @@ def test_seeds_repeat_a_whole_run(name: str) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_of_the_users_loop(link: bool, use_reentrant: bool) -> None:
     """The second forward of a checkpoint draws the same gates; a network without BatchNorm, whose statistics move twice."""
-    big, (x,) = merge("lenet", link), BY_NAME["lenet"].inputs(6)
+    big, (x,) = merged("lenet", link=link).train(), BY_NAME["lenet"].inputs(6)
     gradients = []
     for wrap in (lambda v: big(v), lambda v: checkpoint(big, v, use_reentrant=use_reentrant)):
         torch.manual_seed(3)
@@ -228,7 +219,7 @@ def test_gradient_checkpointing_of_the_users_loop(link: bool, use_reentrant: boo
 @pytest.mark.parametrize("name", NAMES)
 def test_training_teaches(name: str) -> None:
     """Fifty steps bring the loss down and gates to half open, and the student is still of use."""
-    big, x = merge(name, link=True), BY_NAME[name].inputs(16)
+    big, x = merged(name, link=True).train(), BY_NAME[name].inputs(16)
     target = BY_NAME[name].make().double().eval()(*x).detach()
     big = big.float()
     x, target = tuple(v.float() for v in x), target.float()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import fastmerge
-from architectures import BY_NAME, ZOO
+from architectures import BY_NAME, ZOO, merged
 from compaction_paths import raw
 from teachers import OPEN, make_teachers, relative_error
 
@@ -35,16 +35,13 @@ SOME = [
 ]
 
 
-def merged(name: str, link: bool, count: int = 2) -> tuple[fastmerge.BigStudent, tuple[Tensor, ...]]:
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, count), example_inputs=x, verify=False)
+def merge(name: str, link: bool, count: int = 2) -> tuple[fastmerge.BigStudent, tuple[Tensor, ...]]:
+    big = merged(name, count, link=link)
     if link:
-        big.link()
         with torch.no_grad():
             for parameter in big.weight_parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    return big, x
+    return big, BY_NAME[name].inputs(6)
 
 
 @torch.no_grad()
@@ -67,7 +64,7 @@ def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 @pytest.mark.parametrize("name", [architecture.name for architecture in ZOO])
 def test_outputs_and_student_stay_the_same(name: str, link: bool) -> None:
-    big, x = merged(name, link)
+    big, x = merge(name, link)
     close_gates(big)
     whole = copy.deepcopy(big)
     done = big.compact(multiple=1)
@@ -89,7 +86,7 @@ def test_outputs_and_student_stay_the_same(name: str, link: bool) -> None:
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", ["resnet_projected_shortcut", "vgg", "mlp", "resnet_squeeze_excitation"])
 def test_linked_networks_lose_every_closed_channel(name: str, count: int) -> None:
-    big, _ = merged(name, link=True, count=count)
+    big, _ = merge(name, link=True, count=count)
     close_gates(big)
     done = big.compact(multiple=1)
     assert not done.whole
@@ -101,7 +98,7 @@ def test_linked_networks_lose_every_closed_channel(name: str, count: int) -> Non
 
 @pytest.mark.parametrize(("name", "group"), [("layer_norm", "2"), ("written_attention", "embed")])
 def test_layer_normed_streams_lose_as_many_of_each_teacher(name: str, group: str) -> None:
-    big, x = merged(name, link=True, count=3)
+    big, x = merge(name, link=True, count=3)
     close_gates(big)
     expected = big.eval()(*x)
     assert group not in big.compact(multiple=1).whole
@@ -167,7 +164,7 @@ def test_streams_whose_width_the_code_names_are_left_whole() -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet", "channels_last_blocks", "one_value_for_all", "channel_scale"])
 def test_depthwise_convolutions_scales_and_single_values_go_with_their_channels(name: str) -> None:
-    big, x = merged(name, link=True)
+    big, x = merge(name, link=True)
     close_gates(big)
     expected = big.eval()(*x)
     done = big.compact(multiple=1)
@@ -178,7 +175,7 @@ def test_depthwise_convolutions_scales_and_single_values_go_with_their_channels(
 
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 def test_layers_print_the_channels_that_are_there(link: bool) -> None:
-    big, _ = merged("mlp", link)
+    big, _ = merge("mlp", link)
     text = {name: str(module) for name, module in big.network.named_children()}
     assert "linear, 18 -> 14 channels of 2 teachers, streams -> streams" in text["fc2"]
     close_gates(big)
@@ -193,7 +190,7 @@ def test_layers_print_the_channels_that_are_there(link: bool) -> None:
 
 
 def test_normalisations_print_the_channels_that_are_there() -> None:
-    big, _ = merged("vgg", link=True)
+    big, _ = merge("vgg", link=True)
     norms = [m for m in big.network.modules() if type(m).__name__ == "WideBatchNorm"]
     before = [f"{m.weight.shape[0]} channels of 2 teachers" for m in norms]
     assert all(text in str(m) for text, m in zip(before, norms, strict=True))
@@ -204,7 +201,7 @@ def test_normalisations_print_the_channels_that_are_there() -> None:
 
 
 def test_unlinked_streams_keep_as_many_each() -> None:
-    big, _ = merged("mlp", link=False)
+    big, _ = merge("mlp", link=False)
     gate = big.gates["fc1"]  # 9 places, 18 candidates
     with torch.no_grad():
         gate.loc.fill_(OPEN)
@@ -215,7 +212,7 @@ def test_unlinked_streams_keep_as_many_each() -> None:
 
 
 def test_the_least_that_stays_are_the_most_open() -> None:
-    big, _ = merged("mlp", link=True)
+    big, _ = merge("mlp", link=True)
     gate = big.gates["fc1"]
     with torch.no_grad():
         gate.loc.copy_(-20 - torch.arange(18.0))
@@ -227,7 +224,7 @@ def test_the_least_that_stays_are_the_most_open() -> None:
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 @pytest.mark.parametrize("multiple", [2, 3, 4])
 def test_widths_are_multiples_and_whoever_is_open_stays(multiple: int, link: bool) -> None:
-    big, x = merged("resnet_projected_shortcut", link)
+    big, x = merge("resnet_projected_shortcut", link)
     close_gates(big)
     whole = copy.deepcopy(big)
     opened = {name: gate.loc.detach() > 0 for name, gate in big.gates.items()}
@@ -250,7 +247,7 @@ def test_widths_are_multiples_and_whoever_is_open_stays(multiple: int, link: boo
 
 
 def test_on_a_cpu_no_closed_channel_stays_for_a_round_number() -> None:
-    big, _ = merged("mlp", link=True)
+    big, _ = merge("mlp", link=True)
     close_gates(big)
     exact = copy.deepcopy(big)
     assert big.compact() == exact.compact(multiple=1)
@@ -259,7 +256,7 @@ def test_on_a_cpu_no_closed_channel_stays_for_a_round_number() -> None:
 
 @pytest.mark.parametrize(("multiple", "left"), [(1, 9), (2, 10), (4, 12), (16, 16), (32, 18)])
 def test_a_round_number_stays(multiple: int, left: int) -> None:
-    big, _ = merged("mlp", link=True)
+    big, _ = merge("mlp", link=True)
     gate = big.gates["fc1"]
     with torch.no_grad():
         gate.loc.copy_(-20 - torch.arange(18.0).flip(0))
@@ -269,7 +266,7 @@ def test_a_round_number_stays(multiple: int, left: int) -> None:
 
 @torch.no_grad()
 def test_what_is_not_closed_for_good_stays() -> None:
-    big, _ = merged("mlp", link=True)
+    big, _ = merge("mlp", link=True)
     gate = big.gates["fc1"]
     gate.loc.fill_(OPEN)
     gate.loc[:4] = torch.tensor([-2.0, -3.0, -4.5, -6.0])  # P[g > 0] = 0.40, 0.20, 0.052, 0.012
@@ -288,7 +285,7 @@ def test_what_is_not_closed_for_good_stays() -> None:
 
 @pytest.mark.parametrize("name", ["lenet", "shufflenet_v2", "group_norm", "two_activations", "permuted_channels"])
 def test_groups_left_whole_say_why(name: str) -> None:
-    big, _ = merged(name, link=True)
+    big, _ = merge(name, link=True)
     close_gates(big)
     done = big.compact(multiple=1)
     assert done.whole
@@ -322,7 +319,7 @@ def step(big: fastmerge.BigStudent, optimizers: tuple[Optimizer, Optimizer], x: 
 def test_training_goes_on_as_if_nothing_had_been_dropped(name: str, kind: str, link: bool) -> None:
     """Twice in a row, with momentum, moments and statistics."""
     make = OPTIMIZERS[kind]
-    big, x = merged(name, link)
+    big, x = merge(name, link)
     close_gates(big, 0.25)
     big.train()
     optimizers = optimizers_of(big, make)
@@ -360,7 +357,7 @@ def close_more(big: fastmerge.BigStudent, whole: fastmerge.BigStudent, seed: int
 
 @pytest.mark.parametrize("name", ["mlp", "resnet_projected_shortcut", "densenet"])
 def test_link_after_compact(name: str) -> None:
-    big, x = merged(name, link=False)
+    big, x = merge(name, link=False)
     close_gates(big)
     optimizers = optimizers_of(big, OPTIMIZERS["sgd"])
     step(big.train(), optimizers, x)
@@ -382,8 +379,8 @@ def test_link_after_compact(name: str) -> None:
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 @pytest.mark.parametrize("name", ["resnet_projected_shortcut", "densenet", "squeezenet"])
 def test_copies_pickles_and_states_of_a_compacted_network(name: str, link: bool) -> None:
-    big, x = merged(name, link)
-    fresh = copy.deepcopy(merged(name, link=False)[0])
+    big, x = merge(name, link)
+    fresh = copy.deepcopy(merge(name, link=False)[0])
     close_gates(big)
     big.compact(multiple=1)
     output = big(*x)
@@ -399,7 +396,7 @@ def test_copies_pickles_and_states_of_a_compacted_network(name: str, link: bool)
 
 
 def test_the_state_of_a_whole_network_does_not_fit_a_compacted_one() -> None:
-    big, _ = merged("mlp", link=True)
+    big, _ = merge("mlp", link=True)
     close_gates(big)
     state = copy.deepcopy(big.state_dict())
     big.compact(multiple=1)
@@ -409,7 +406,7 @@ def test_the_state_of_a_whole_network_does_not_fit_a_compacted_one() -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "squeezenet"])
 def test_open_gates_opens_those_that_are_left(name: str) -> None:
-    big, x = merged(name, link=True)
+    big, x = merge(name, link=True)
     close_gates(big)
     big.compact(multiple=1)
     with torch.no_grad():
@@ -425,7 +422,7 @@ def test_open_gates_opens_those_that_are_left(name: str) -> None:
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 def test_a_loss_that_is_still_alive_does_no_harm(link: bool) -> None:
     """As in a training loop, whose variable holds the last step's graph until the next one's is made."""
-    big, x = merged("resnet_projected_shortcut", link)
+    big, x = merge("resnet_projected_shortcut", link)
     close_gates(big)
     loss = big(*x).square().mean()
     loss.backward()
@@ -457,7 +454,7 @@ def factored(big: fastmerge.BigStudent) -> Optimizer:
     ],
 )
 def test_a_bad_call_changes_nothing(call: Callable[[fastmerge.BigStudent], object], message: str) -> None:
-    big, x = merged("mlp", link=True)
+    big, x = merge("mlp", link=True)
     close_gates(big)
     before, output = copy.deepcopy(big.state_dict()), big(*x)
     with pytest.raises(ValueError, match=message):
@@ -467,7 +464,7 @@ def test_a_bad_call_changes_nothing(call: Callable[[fastmerge.BigStudent], objec
 
 
 def test_memory_that_others_use_stays_theirs() -> None:
-    big, x = merged("resnet_projected_shortcut", link=True)
+    big, x = merge("resnet_projected_shortcut", link=True)
     close_gates(big)
     output = big(*x)
     aliases = {name: tensor.detach() for name, tensor in big.state_dict().items()}
@@ -479,7 +476,7 @@ def test_memory_that_others_use_stays_theirs() -> None:
 
 def test_in_place_compress_after_compact() -> None:
     for link in (False, True):
-        big, _ = merged("resnet_projected_shortcut", link)
+        big, _ = merge("resnet_projected_shortcut", link)
         close_gates(big, 0.4)
         big.compact(multiple=1)
         expected = big.compress().state_dict()
@@ -488,7 +485,7 @@ def test_in_place_compress_after_compact() -> None:
 
 @pytest.mark.parametrize("name", ["resnet_projected_shortcut", "vgg"])
 def test_fused_normalisations_shrink_along(name: str) -> None:
-    big, x = merged(name, link=True)
+    big, x = merge(name, link=True)
     close_gates(big)
     big.fused = True
     output = big.train()(*x)
@@ -501,7 +498,7 @@ def test_fused_normalisations_shrink_along(name: str) -> None:
 @pytest.mark.parametrize("link", [False, True], ids=["unlinked", "linked"])
 @pytest.mark.parametrize("name", ["resnet_projected_shortcut", "densenet", "vgg"])
 def test_on_a_gpu(name: str, link: bool) -> None:
-    big, x = merged(name, link)
+    big, x = merge(name, link)
     big, x = big.cuda(), tuple(value.cuda() for value in x)
     big.fused = False  # float64, to the last digits
     close_gates(big, 0.25)

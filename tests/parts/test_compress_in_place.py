@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, merged
 from compaction_paths import raw
 from fastmerge.narrowing import cuts
-from teachers import make_teachers, select_gates
+from teachers import select_gates
 
 # Concatenations, grouped and transposed convolutions, inputs read by later layers, norms and scales outside layers.
 NAMES = [
@@ -30,14 +30,9 @@ NAMES = [
 ]
 
 
-def merged(
-    name: str, link: bool, dtype: torch.dtype = torch.float32
-) -> tuple[fastmerge.BigStudent, tuple[Tensor, ...]]:
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6, dtype=dtype)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2, dtype=dtype), example_inputs=x)
+def merge(name: str, link: bool) -> tuple[fastmerge.BigStudent, tuple[Tensor, ...]]:
+    big, x = merged(name, dtype=torch.float32, link=link), BY_NAME[name].inputs(6, dtype=torch.float32)
     if link:
-        big.link()
         with torch.no_grad():  # what is off the diagonal counts too
             for parameter in big.weight_parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -49,7 +44,7 @@ def merged(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_student_is_that_of_a_copying_compress(name: str, link: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuts, "SCRATCH_ELEMENTS", 50)
-    big, _ = merged(name, link)
+    big, _ = merge(name, link)
     expected = big.compress().state_dict()
     student = big.compress(in_place=True)
     state = student.state_dict()
@@ -64,7 +59,7 @@ def test_the_student_is_that_of_a_copying_compress(name: str, link: bool, monkey
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_channels_last_stays(in_place: bool) -> None:
-    big, x = merged("resnet_projected_shortcut", link=True)
+    big, x = merge("resnet_projected_shortcut", link=True)
     expected = big.compress()(*x)
     student = big.to(memory_format=torch.channels_last).compress(in_place=in_place)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in student.parameters() if p.dim() == 4)
@@ -153,7 +148,7 @@ def test_a_copy_never_holds_two_big_students(memory: Any, link: bool) -> None:
 @pytest.mark.parametrize("link", [False, True])
 def test_tensors_stay_in_their_storages(link: bool, in_place: bool) -> None:
     """The optimizer's always, since nothing else needs them; the weights' in place alone."""
-    big, x = merged("vgg", link)
+    big, x = merge("vgg", link)
     optimizer = AdamW(big.weight_parameters(), lr=0.1, amsgrad=True)
     big(*x).square().mean().backward()
     optimizer.step()
@@ -191,14 +186,14 @@ USES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 def test_a_spent_big_student_says_so(use: Callable[[Any], object]) -> None:
-    big, _ = merged("mlp", link=False)
+    big, _ = merge("mlp", link=False)
     big.compress(in_place=True)
     with pytest.raises(RuntimeError, match="was compressed in place"):
         use(big)
 
 
 def test_a_spent_big_student_can_be_printed() -> None:
-    big, _ = merged("mlp", link=False)
+    big, _ = merge("mlp", link=False)
     big.compress(in_place=True)
     assert "compressed in place" in repr(big)
 
@@ -209,7 +204,7 @@ def aliases_of(big: fastmerge.BigStudent) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("link", [False, True])
 def test_tensors_that_others_use_are_copied(link: bool) -> None:
-    big, _ = merged("resnet_projected_shortcut", link)
+    big, _ = merge("resnet_projected_shortcut", link)
     expected = big.compress().state_dict()
     aliases = aliases_of(big)
     values = {name: tensor.clone() for name, tensor in aliases.items()}
@@ -302,7 +297,7 @@ def test_an_optimizer_that_can_not_go_along_changes_nothing(
 ) -> None:
     if make is gates_only and "compress" not in method:
         return  # whose state needs no change
-    big, x = merged("lenet", link=False)
+    big, x = merge("lenet", link=False)
     optimizer = make(big)
     before, output = copy.deepcopy((big.state_dict(), optimizer.state_dict())), big(*x)
     call = partial(big.compress, in_place="in place" in method) if "compress" in method else getattr(big, method)
@@ -315,7 +310,7 @@ def test_an_optimizer_that_can_not_go_along_changes_nothing(
 
 
 def test_gates_that_are_not_numbers_are_refused() -> None:
-    big, x = merged("lenet", link=False)
+    big, x = merge("lenet", link=False)
     name, gate = list(big.gates.items())[1]
     with torch.no_grad():
         gate.loc[3] = torch.nan
@@ -329,7 +324,7 @@ def test_gates_that_are_not_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize("other", ["adam", [torch.nn.Parameter(torch.zeros(1))], torch.nn.Linear(1, 1)])
 def test_what_is_no_optimizer_is_refused(other: Any) -> None:
-    big, _ = merged("lenet", link=False)
+    big, _ = merge("lenet", link=False)
     for call in (big.link, big.compact, big.compress):
         with pytest.raises(TypeError, match=f"{call.__name__} needs an optimizer .* got a {type(other).__name__}"):
             call(other)

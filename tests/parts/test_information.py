@@ -7,9 +7,8 @@ import json
 import pytest
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import merged
 from fastmerge.cli import main
-from wide_programs import merge
 
 
 def test_without_argument_it_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +19,7 @@ def test_without_argument_it_is_what_the_command_prints(capsys: pytest.CaptureFi
 
 
 def test_of_a_big_student() -> None:
-    big = merge(BY_NAME["resnet_squeeze_excitation"])
+    big = merged("resnet_squeeze_excitation")
     found = fastmerge.info(big)
     assert json.loads(json.dumps(found.data)) == found.data
     names = [norm["name"] for norm in found.data["normalisations"]]
@@ -37,7 +36,7 @@ def test_of_a_big_student() -> None:
 
 
 def test_says_whether_it_is_linked_and_fused() -> None:
-    big = merge(BY_NAME["vgg"])
+    big = merged("vgg")
     assert "block-diagonal" in str(fastmerge.info(big))
     assert "on CUDA devices" in str(fastmerge.info(big))
     big.link()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 import fastmerge
-from architectures import ZOO, Architecture
 from fastmerge import self_check
 from refusing import conv_network, refusal
 
@@ -333,9 +332,3 @@ def test_a_refusal_leaves_everything_as_it_was() -> None:
 @pytest.mark.parametrize("make", [lambda: Scores(X, {"a": (X, None)}), lambda: [X.int(), (X, {"b": X + 0j})]])
 def test_outputs_are_found_wherever_they_are(make: Callable[[], Any]) -> None:
     assert len(list(self_check._leaves(make()))) == 2
-
-
-@pytest.mark.parametrize("architecture", ZOO[::6], ids=lambda a: a.name)
-def test_freshly_initialised_networks(architecture: Architecture) -> None:
-    x = architecture.inputs(2, dtype=torch.float32)
-    fastmerge.BigStudent(*(architecture.make() for _ in range(3)), example_inputs=x)

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastmerge.kernels.block_conv import block_diagonal_conv2d, conv2d, fixed_choice
-from torch import Tensor, nn
+from torch import nn
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, merged
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.wide import convolve
 from fastmerge.wide.layers import GroupedLayer, WideLayer
 from teachers import make_teachers
-from wide_programs import SIZE, merge, run
+from wide_programs import SIZE, assert_close, run
 
 PLAIN = Geometry("conv", 2, {"padding": 1, "stride": 1, "dilation": 1})
 
@@ -48,23 +48,17 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolve, "_runs_as_measured", lambda geometry, x, weight: plain(geometry, weight))
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
-
-
 @pytest.mark.parametrize("joined", [False, True], ids=["streams", "joined"])
 @pytest.mark.parametrize("name", ["resnet_projected_shortcut", "resnext", "mobilenet"])
 def test_every_grouped_convolution_of_an_unlinked_network_is_the_measured_one(
     name: str, joined: bool, calls: list[str], request: pytest.FixtureRequest
 ) -> None:
-    big, x = merge(BY_NAME[name]).train(), BY_NAME[name].inputs(SIZE, seed=3)
+    big, x = merged(name).train(), BY_NAME[name].inputs(SIZE, seed=3)
     expected = run(big, x, joined)
     assert not any("measured" in call for call in calls)
     calls.clear()
     request.getfixturevalue("as_on_cuda")
-    assert_same(run(big, x, joined), expected)
+    assert_close(run(big, x, joined), expected)
     dense = [m for m in big.network.modules() if isinstance(m, WideLayer) and m.geometry.kind == "conv"]
     block_diagonal = sum(m.wiring.has_off_diagonal for m in dense)
     grouped = sum(isinstance(m, GroupedLayer) for m in big.network.modules())
@@ -77,7 +71,7 @@ def test_every_grouped_convolution_of_an_unlinked_network_is_the_measured_one(
 
 
 def test_a_linked_network_has_dense_layers(calls: list[str], as_on_cuda: None) -> None:
-    big, x = merge(BY_NAME["resnet_projected_shortcut"]), BY_NAME["resnet_projected_shortcut"].inputs(SIZE)
+    big, x = merged("resnet_projected_shortcut"), BY_NAME["resnet_projected_shortcut"].inputs(SIZE)
     big.link()
     big(*x)
     assert set(calls) == {"one"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Callable
 
@@ -13,21 +14,14 @@ from fastmerge.kernels.batch_norm import batch_norm_act_streams
 from torch import Tensor, nn
 
 import fastmerge
-from architectures import BY_NAME, ZOO, Architecture
+from architectures import BY_NAME, ZOO, Architecture, merged
 from fastmerge.lowering import graph
 from fastmerge.wide import norms
 from fastmerge.wide.streams import split_streams
 from teachers import make_teachers
-from wide_programs import SIZE, merge, program, run
+from wide_programs import SIZE, assert_close, program, run
 
-PATTERNED = [a for a in ZOO if not a.stochastic]
 joined_or_not = pytest.mark.parametrize("joined", [False, True], ids=["streams", "joined"])
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def without_patterns(patch: pytest.MonkeyPatch, big: fastmerge.BigStudent) -> fastmerge.BigStudent:
@@ -40,32 +34,28 @@ def without_patterns(patch: pytest.MonkeyPatch, big: fastmerge.BigStudent) -> fa
 
 
 def assert_as_plain(patch: pytest.MonkeyPatch, big: fastmerge.BigStudent, x: tuple[Tensor, ...]) -> None:
-    """Fused or not, in streams or joined, in both modes, it computes what a program without patterns does."""
+    """Fused or not, in streams or joined, in both modes, it computes what streams without patterns do."""
     plain = without_patterns(patch, big)
-    for joined in (False, True):
-        for training in (True, False):
-            expected = run(plain.train(training), x, joined)
-            for fused in (False, True):
-                big.fused = fused
-                assert_close(run(big.train(training), x, joined), expected)
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("architecture", PATTERNED, ids=lambda a: a.name)
-def test_fused_equals_plain(architecture: Architecture, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs, gradients and running statistics, per stream and joined, as of a program without patterns."""
-    big, x = merge(architecture).train(training), architecture.inputs(SIZE, seed=3)
-    plain = without_patterns(monkeypatch, big)
     assert not plain.norms()
-    for joined in (False, True):
-        expected = run(plain, x, joined)
-        for fused in (False, True):
+    for training in (True, False):
+        expected = run(plain.train(training), x, joined=False)
+        for joined, fused in itertools.product((False, True), repeat=2):
             big.fused = fused
-            assert_close(run(big, x, joined), expected)
+            assert_close(run(big.train(training), x, joined), expected)
+
+
+@pytest.mark.parametrize("architecture", [a for a in ZOO if not a.stochastic], ids=lambda a: a.name)
+def test_every_program_computes_the_same(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients and running statistics; linked, joined programs as those of streams."""
+    big, x = merged(architecture.name), architecture.inputs(SIZE, seed=3)
+    assert_as_plain(monkeypatch, big, x)
+    big.link()
+    for training in (True, False):
+        assert_close(run(big.train(training), x, joined=True), run(big, x, joined=False))
 
 
 def uses(name: str) -> dict[str, tuple[str, ...]]:
-    return {norm.name: norm.fused for norm in merge(BY_NAME[name]).norms()}
+    return {norm.name: norm.fused for norm in merged(name).norms()}
 
 
 def test_patterns_of_a_residual_network() -> None:
@@ -343,7 +333,7 @@ def test_batch_norm_of_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_switch() -> None:
-    big = merge(BY_NAME["vgg"])
+    big = merged("vgg")
     assert big.fused == "auto"
     for value in (True, False, "auto"):
         big.fused = value
@@ -362,7 +352,7 @@ def test_the_switch_decides_which_code_runs(joined: bool, monkeypatch: pytest.Mo
         return batch_norm_act_streams(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(norms, "batch_norm_act_streams", noted)
-    big, x = merge(BY_NAME["vgg"]).train(), BY_NAME["vgg"].inputs(SIZE)
+    big, x = merged("vgg").train(), BY_NAME["vgg"].inputs(SIZE)
     for value, expected in ((True, [True, False, True]), (False, []), ("auto", [])):
         pooled.clear()
         big.fused = value
@@ -420,8 +410,8 @@ def test_two_readers_get_results_of_their_own(
 
 
 def test_repr_counts_what_is_fused() -> None:
-    assert repr(merge(BY_NAME["vgg"])).splitlines()[1].strip().endswith("3 of 3 normalisations fused")
-    assert "normalisations" not in repr(merge(BY_NAME["lenet"])).splitlines()[1]
+    assert repr(merged("vgg")).splitlines()[1].strip().endswith("3 of 3 normalisations fused")
+    assert "normalisations" not in repr(merged("lenet")).splitlines()[1]
 
 
 def test_gradients_written_into_one_tensor_go_back_as_that_tensor() -> None:
