@@ -136,24 +136,26 @@ BY_NAME = {architecture.name: architecture for architecture in ZOO}
 
 
 @cache
-def teachers_of(name: str, count: int = 3, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, ...]:
+def teachers_of(name: str, count: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, ...]:
     """Teachers of one architecture, which tests share and must leave as they are."""
     architecture = BY_NAME[name]
-    return tuple(make_teachers(architecture.make, architecture.inputs(BATCH), count, dtype))
+    return tuple(make_teachers(architecture.make, architecture.inputs(BATCH), count, dtype, seed))
 
 
 @cache
-def _merged(name: str, count: int, dtype: torch.dtype) -> BigStudent:
+def _merged(name: str, count: int, dtype: torch.dtype, seed: int) -> BigStudent:
     inputs = BY_NAME[name].inputs(2, dtype=dtype)
-    return BigStudent(*teachers_of(name, count, dtype), example_inputs=inputs, verify=False)
+    return BigStudent(*teachers_of(name, count, dtype, seed), example_inputs=inputs, verify=False)
 
 
-def merged(name: str, count: int = 2, dtype: torch.dtype = torch.float64, link: bool = False) -> BigStudent:
+def merged(
+    name: str, count: int = 2, dtype: torch.dtype = torch.float64, link: bool = False, seed: int = 0
+) -> BigStudent:
     """A big student of :func:`teachers_of`, in eval mode, which a test may change.
 
     It has not checked itself, as the tests do that.
     """
-    big = copy.deepcopy(_merged(name, count, dtype))
+    big = copy.deepcopy(_merged(name, count, dtype, seed))
     if link:
         big.link()
     return big

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, merged, teachers_of
 from teachers import (
     copy_state,
     disturb_weights,
@@ -31,9 +31,7 @@ linked_or_not = pytest.mark.parametrize("linked", [False, True], ids=["unlinked"
 
 def merge(name: str, linked: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> fastmerge.BigStudent:
     """A big student in eval mode with gates at all heights; off-diagonal weights are not zero where linked."""
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6, dtype=dtype)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2, dtype, seed), example_inputs=x)
+    big = merged(name, dtype=dtype, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for gate in big.gates.values():
@@ -354,8 +352,7 @@ def test_an_example_may_be_a_strided_view() -> None:
 
 
 def test_other_batch_and_image_sizes_than_the_examples() -> None:
-    big = merge("unet", linked=False)
-    teachers = make_teachers(BY_NAME["unet"].make, BY_NAME["unet"].inputs(6), 2)
+    big, teachers = merge("unet", linked=False), teachers_of("unet", 2)
     x = (torch.randn(3, 3, 16, 12, dtype=torch.float64),)
     with torch.no_grad(), big.open_gates():
         assert relative_error(big(*x), mean_output(teachers, x)) < 1e-9

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -31,12 +34,19 @@ CASES = {
 }
 
 
-def make_pair(case: str, grouped: bool = False) -> tuple[fastmerge.BigStudent, NaiveDense, torch.Tensor]:
-    """A big student and the naive network of the same teachers and gates, some a fraction, and a batch."""
+@cache
+def made(case: str) -> tuple[list[nn.Module], fastmerge.BigStudent, torch.Tensor]:
+    """Teachers, their big student, which is copied, and a batch."""
     make, shape = CASES[case]
     x = make_batch(4, shape)
     teachers = make_teachers(make, (x,), 2)
-    big, naive = fastmerge.BigStudent(*teachers, example_inputs=x), naive_dense(teachers, grouped).eval()
+    return teachers, fastmerge.BigStudent(*teachers, example_inputs=x, verify=False), x
+
+
+def make_pair(case: str, grouped: bool = False) -> tuple[fastmerge.BigStudent, NaiveDense, torch.Tensor]:
+    """A big student and the naive network of the same teachers and gates, some a fraction, and a batch."""
+    teachers, merged, x = made(case)
+    big, naive = copy.deepcopy(merged), naive_dense(teachers, grouped).eval()
     assert set(big.gates) == set(naive.gates)
     with torch.no_grad():
         for name, gate in big.gates.items():

@@ -131,7 +131,7 @@ def test_predictions_are_those_of_the_saved_students(whole_run):
     np.testing.assert_allclose(arrays["student"][2], drawn.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_seed_decides_and_nothing_else(whole_run):
+def test_the_seed_decides_and_nothing_else(whole_run, forked_jobs):
     def values(**options):
         return run_quietly(points_recipe(), **options)["strategies"]["student"]["values"]
 

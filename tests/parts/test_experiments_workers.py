@@ -60,7 +60,7 @@ def interrupt(arguments, given, note):
     raise KeyboardInterrupt
 
 
-def test_bars_of_other_processes_hold_no_semaphore_of_the_system():
+def test_bars_of_other_processes_hold_no_semaphore_of_the_system(forked_jobs):
     """Who is terminated would leave it behind, and Python warns of it at the end of the run."""
     assert set(run_jobs(jobs(lock_of_bars), 2, False).values()) == {"_thread"}
 
@@ -107,7 +107,7 @@ def test_the_bar_counts_the_samples_of_all_networks_and_the_memory_of_all_proces
     assert shown.figures() == ", 2500 samples/s, 1.50 GiB"
 
 
-def test_an_error_arrives_and_the_other_process_ends():
+def test_an_error_arrives_and_the_other_process_ends(forked_jobs):
     start = time.monotonic()
     with pytest.raises(FloatingPointError, match="this is the end"):
         run_jobs(jobs(fail), 2, progress=False)
@@ -115,7 +115,7 @@ def test_an_error_arrives_and_the_other_process_ends():
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_dies_is_reported():
+def test_a_process_that_dies_is_reported(forked_jobs):
     with pytest.raises(ProcessLostError, match=r"the process for job [01] ended with exit code 3"):
         run_jobs(jobs(die), 2, progress=False)
     assert not multiprocessing.active_children()

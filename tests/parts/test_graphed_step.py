@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, merged
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, CudaGraphs, GraphedStep, why_not_captured
 from fastmerge.merging.step import MergeStep
 from fastmerge.merging.steps import Steps
 from fastmerge.schedules import GateWeight, QuadraticLambda
-from teachers import make_teachers, set_gates
+from teachers import set_gates
 
 NAME = "resnet_projected_shortcut"
 STEPS = WARM_UP + MEASURED + 8
@@ -71,11 +71,8 @@ class Graphs:
         return (1.0 if self.replays > before else self.eager), result
 
 
-def make_step(lam: GateWeight | None, seed: int = 0) -> MergeStep:
-    architecture = BY_NAME[NAME]
-    x = architecture.inputs(6, dtype=torch.float32)
-    torch.manual_seed(seed)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2, torch.float32), example_inputs=x).train()
+def make_step(lam: GateWeight | None) -> MergeStep:
+    big = merged(NAME, dtype=torch.float32).train()
     set_gates(big, 1.0)
     optimizers = [SGD(big.weight_parameters(), 0.05, 0.9), SGD(big.gate_parameters(), 0.1, 0.9)]
     setting = Setting(torch.device("cpu"), F.cross_entropy)

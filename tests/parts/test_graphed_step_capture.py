@@ -19,6 +19,7 @@ from fastmerge.merging.step import MergeStep
 from fastmerge.networks import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
 
+SIDE = 8  # pixels of the images: half precision takes long on a CPU
 # .item() and what asks for it; shapes that depend on values; tensors made of Python numbers, which lie on the host.
 FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal.default", "lift_fresh")
 
@@ -40,7 +41,7 @@ class Watching(TorchDispatchMode):
 
 def make_step(linked: bool, budget: bool) -> MergeStep:
     teachers = [ResNetCifar(blocks=1, num_classes=10) for _ in range(2)]
-    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(2, 3, 32, 32)).train()
+    big = fastmerge.BigStudent(*teachers, example_inputs=torch.randn(2, 3, SIDE, SIDE)).train()
     big.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = [SGD(big.weight_parameters(), 0.01, 0.9, weight_decay=1e-4), SGD(big.gate_parameters(), 0.1, 0.9)]
     if linked:
@@ -54,7 +55,7 @@ def make_step(linked: bool, budget: bool) -> MergeStep:
 @pytest.mark.parametrize("linked", [False, True], ids=["block-diagonal", "linked"])
 def test_a_step_with_a_scaler_never_leaves_the_device(linked: bool, budget: bool) -> None:
     step = make_step(linked, budget)
-    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (4,))
     step((x,), y)
     with _capturable(step.optimizers):
@@ -71,7 +72,7 @@ def test_a_step_with_a_scaler_never_leaves_the_device(linked: bool, budget: bool
 def test_gates_are_weighed_by_the_tensors_that_a_captured_step_reads(budget: bool) -> None:
     """A number would stay what it was when the step was captured."""
     step = make_step(linked=False, budget=budget)
-    x, y = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
+    x, y = torch.randn(2, 3, SIDE, SIDE), torch.randint(0, 10, (2,))
     step((x,), y)
 
     def weighted(factor: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, teachers_of
 from fastmerge.evaluation import Setting
 from fastmerge.history import EpochRecord
 from fastmerge.merging.estimate import estimate
@@ -18,7 +18,7 @@ from fastmerge.merging.layerwise import Parts
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import predict
 from fastmerge.narrowing.parts import consecutive_parts, representatives
-from teachers import OPEN, TOLERANCE, calibrate, disturb_weights, make_teachers, relative_error
+from teachers import OPEN, TOLERANCE, calibrate, disturb_weights, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
 
@@ -58,10 +58,8 @@ def linked(width: int) -> fastmerge.BigStudent:
 )
 @torch.no_grad()
 def test_every_part_is_exact(name: str) -> None:
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6)
-    teachers = make_teachers(architecture.make, x, 2)
-    parts = Parts(teachers, architecture.inputs(2), Options(layerwise=2, merge_epochs=4))
+    teachers, x = teachers_of(name, 2), BY_NAME[name].inputs(6)
+    parts = Parts(list(teachers), BY_NAME[name].inputs(2), Options(layerwise=2, merge_epochs=4))
     chosen: dict[str, Any] = {}
     before = None
     for number in range(2):

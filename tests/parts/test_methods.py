@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import architectures
 import fastmerge
 from architectures import BY_NAME, ZOO, Architecture
 from fastmerge import methods
@@ -32,8 +33,7 @@ NETWORKS = ("lenet", "resnet_projected_shortcut", "vision_transformer")  # no ch
 
 @cache
 def teachers_of(name: str) -> tuple[nn.Module, ...]:
-    architecture = BY_NAME[name]
-    teachers = tuple(make_teachers(architecture.make, architecture.inputs(6), 3))
+    teachers = copy.deepcopy(architectures.teachers_of(name))
     if name == "lenet":  # no channel may be 0 on all samples: it could be any other
         for teacher in teachers:
             for layer, least in ((teacher.fc1, 20.0), (teacher.fc2, 200.0)):

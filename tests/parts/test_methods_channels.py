@@ -4,26 +4,17 @@ in ``test_big_student_exact.py``."""
 from __future__ import annotations
 
 import warnings
-from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, teachers_of
 from fastmerge.lock_step import Family
-from teachers import make_teachers
-
-
-@cache
-def teachers_of(name: str) -> tuple[nn.Module, ...]:
-    architecture = BY_NAME[name]
-    return tuple(make_teachers(architecture.make, architecture.inputs(6), 2))
 
 
 def test_the_output_is_differentiable_in_given_gates() -> None:
-    teachers, x = teachers_of("resnet_projected_shortcut"), BY_NAME["resnet_projected_shortcut"].inputs(6, seed=10)
+    teachers, x = teachers_of("resnet_projected_shortcut", 2), BY_NAME["resnet_projected_shortcut"].inputs(6, seed=10)
     big = fastmerge.BigStudent(*teachers, example_inputs=x, verify=False)
     name = big.groups[0].name
     gates = torch.ones(6, len(big.gates[name].loc), dtype=torch.float64, requires_grad=True)
@@ -35,7 +26,7 @@ def test_the_output_is_differentiable_in_given_gates() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    teachers, x = teachers_of("lenet"), BY_NAME["lenet"].inputs(4)
+    teachers, x = teachers_of("lenet", 2), BY_NAME["lenet"].inputs(4)
     big = fastmerge.BigStudent(*teachers, example_inputs=x, verify=False)
     name, size = big.groups[0].name, big.groups[0].size
     with pytest.raises(ValueError, match=r"gates of group 'conv1' need the shape \(12,\)"):
@@ -54,7 +45,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_candidates_that_a_user_keeps_are_not_warned_of() -> None:
-    teachers = teachers_of("lenet")
+    teachers = teachers_of("lenet", 2)
     big = fastmerge.BigStudent(*teachers, example_inputs=BY_NAME["lenet"].inputs(2), verify=False)
     keep = {group.name: range(group.size, 2 * group.size) for group in big.groups}
     with torch.no_grad():
@@ -68,7 +59,7 @@ def test_candidates_that_a_user_keeps_are_not_warned_of() -> None:
 
 @torch.no_grad()
 def test_activations_are_what_layers_read() -> None:
-    teacher, x = teachers_of("lenet")[0], BY_NAME["lenet"].inputs(5)
+    teacher, x = teachers_of("lenet", 2)[0], BY_NAME["lenet"].inputs(5)
     read: dict[str, torch.Tensor] = {}
     for name in ("conv2", "fc1", "fc2", "fc3"):
         teacher.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: read.__setitem__(name, a[0]))
@@ -84,4 +75,4 @@ def test_activations_are_what_layers_read() -> None:
 
 def test_a_family_needs_one_architecture() -> None:
     with pytest.raises(TypeError, match="one class"):
-        Family.of([teachers_of("lenet")[0], teachers_of("vgg")[0]], BY_NAME["lenet"].inputs(2))
+        Family.of([teachers_of("lenet", 2)[0], teachers_of("vgg")[0]], BY_NAME["lenet"].inputs(2))

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, merged
 from fastmerge.wide import gate_matrix, weights
 from fastmerge.wide.gate_matrix import GroupMeans, hand_out_gates
 from fastmerge.wide.weights import hand_out_weights
-from teachers import make_teachers
 
 RUNS = [
     ((0, 4), (4, 3)),
@@ -88,9 +86,7 @@ def test_means_of_groups_count_what_was_dropped() -> None:
 
 
 def test_the_gate_loss_takes_a_few_operations() -> None:
-    architecture = BY_NAME["resnet_projected_shortcut"]
-    x = architecture.inputs(2)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2), example_inputs=x).train()
+    big = merged("resnet_projected_shortcut").train()
     assert len(big.groups) > 4
     with Operations() as operations:
         big.gate_loss().backward()
@@ -112,12 +108,7 @@ def _gradients(big: Any, x: tuple[Tensor, ...], autocast: bool) -> dict[str, Ten
 @pytest.mark.parametrize("linked", [False, True], ids=["block-diagonal", "linked"])
 @pytest.mark.parametrize("name", ["lenet", "resnet_projected_shortcut", "mobilenet"])
 def test_a_step_is_the_same_to_the_bit(name: str, linked: bool, autocast: bool) -> None:
-    architecture = BY_NAME[name]
-    x = architecture.inputs(2)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2), example_inputs=x).float().train()
-    x = tuple(value.float() for value in x)
-    if linked:
-        big.link()
+    big, x = merged(name, link=linked).float().train(), BY_NAME[name].inputs(2, dtype=torch.float32)
     with torch.no_grad():  # a frozen layer has no gradient
         next(big.weight_parameters()).requires_grad_(False)
     found = _gradients(big, x, autocast)

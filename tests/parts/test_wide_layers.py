@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, merged
 from fastmerge.channels.layer_calls import Geometry
 from fastmerge.narrowing.closing import fitting_multiple
 from fastmerge.wide.layers import WideLayer, Wiring
@@ -111,9 +111,7 @@ def test_linking_never_holds_two_copies_of_the_weights(make: Any) -> None:
 @pytest.mark.parametrize("name", ["resnet_projected_shortcut", "unet", "shufflenet_v2"])
 def test_layout_is_chosen_inside(name: str) -> None:
     """float32 on a CPU runs channels-last; the output is contiguous as ever, and what an optimizer sees stays as it was."""
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6, dtype=torch.float32)
-    big = fastmerge.BigStudent(*make_teachers(architecture.make, x, 2, torch.float32), example_inputs=x).eval()
+    big, x = merged(name, dtype=torch.float32), BY_NAME[name].inputs(6, dtype=torch.float32)
     seen: list[bool] = []
     layers = [m for m in big.network.modules() if isinstance(m, WideLayer) and m.geometry.spatial_dims == 2]
     layers[0].register_forward_pre_hook(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastmerge
-from architectures import BY_NAME
+from architectures import BY_NAME, teachers_of
 from fastmerge.cli.arguments import keep
 from fastmerge.history import EpochRecord
 from fastmerge.narrowing.closing import UnsettledGatesWarning
@@ -41,10 +41,8 @@ def open_some(big: fastmerge.BigStudent, seed: int = 0) -> None:
 )
 @torch.no_grad()
 def test_compress_is_exact_at_any_width(name: str, keep: float) -> None:
-    architecture = BY_NAME[name]
-    x = architecture.inputs(6)
-    teachers = make_teachers(architecture.make, x, 3)
-    big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=keep)
+    teachers, x = teachers_of(name), BY_NAME[name].inputs(6)
+    big = fastmerge.BigStudent(*teachers, example_inputs=BY_NAME[name].inputs(2), keep=keep)
     for linked in (False, True):
         if linked:
             big.link()
@@ -64,10 +62,8 @@ def test_compress_is_exact_at_any_width(name: str, keep: float) -> None:
 @pytest.mark.parametrize("keep", [0.5, 2.0])
 @torch.no_grad()
 def test_where_the_code_names_its_width_the_student_is_traced(keep: float) -> None:
-    architecture = BY_NAME["lenet"]
-    x = architecture.inputs(6)
-    teachers = make_teachers(architecture.make, x, 2)
-    big = fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=keep)
+    teachers, x = teachers_of("lenet", 2), BY_NAME["lenet"].inputs(6)
+    big = fastmerge.BigStudent(*teachers, example_inputs=BY_NAME["lenet"].inputs(2), keep=keep)
     big.link()
     disturb_weights(big, scale=0.1)
     open_some(big)
@@ -195,10 +191,8 @@ def test_widths_out_of_range_are_refused(keep, says: str) -> None:
     ],
 )
 def test_networks_that_count_on_their_widths_are_refused(name: str, keep: float, says: str) -> None:
-    architecture = BY_NAME[name]
-    teachers = make_teachers(architecture.make, architecture.inputs(6), 2)
     with pytest.raises(ValueError, match=f"keep can't give group '.*' .* channels in place of .*{says}"):
-        fastmerge.BigStudent(*teachers, example_inputs=architecture.inputs(2), keep=keep, verify=False)
+        fastmerge.BigStudent(*teachers_of(name, 2), example_inputs=BY_NAME[name].inputs(2), keep=keep, verify=False)
 
 
 class Flattened(nn.Module):
