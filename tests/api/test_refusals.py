@@ -20,70 +20,22 @@ from architectures import BY_NAME
 from refusing import IMAGES, conv_network, refusal, resnet
 
 
-def test_no_teacher_and_a_single_teacher() -> None:
-    assert "at least two teachers" in refusal()
-    message = refusal(resnet())
-    assert "at least two teachers" in message
-    assert "got 1" in message
-
-
-@pytest.mark.parametrize("other", ["resnet18", None, 3, nn.Module])
-def test_not_a_network(other: object) -> None:
-    with pytest.raises(TypeError, match="teacher 1"):
-        fastmerge.BigStudent(resnet(), other)  # type: ignore[arg-type]
-
-
-def test_a_list_of_teachers() -> None:
-    with pytest.raises(TypeError, match="list"):
-        fastmerge.BigStudent([resnet(), resnet()])  # type: ignore[arg-type]
-
-
-def test_different_classes() -> None:
-    with pytest.raises(TypeError, match=r"class.*ResNet.*LeNet"):
-        fastmerge.BigStudent(resnet(), BY_NAME["lenet"].make())
-
-
-def test_a_subclass_is_another_class() -> None:
-    class Other(type(resnet())):  # type: ignore[misc]
-        pass
-
-    with pytest.raises(TypeError, match="Other"):
-        fastmerge.BigStudent(resnet(), Other(shortcut="project"))
-
-
-def test_different_shapes_name_the_layer_and_both_shapes() -> None:
-    message = refusal(resnet(), resnet(), resnet(widths=(4, 10)))
-    assert "layer2.0.conv1" in message
-    assert "(8, 4, 3, 3)" in message
-    assert "(10, 4, 3, 3)" in message
-
-
-def test_different_structures_name_the_layer() -> None:
-    assert "excitation.reduce" in refusal(resnet(), resnet(excite=True)) or "excitation" in refusal(
-        resnet(), resnet(excite=True)
-    )
-    first, second = BY_NAME["vgg"].make(), BY_NAME["vgg"].make()
-    second.classifier.append(nn.Linear(4, 4))
-    assert "classifier.3" in refusal(first, second, example_inputs=torch.randn(2, 3, 16, 16))
-
-
 @pytest.mark.parametrize(
-    ("first", "second", "layer"),
+    ("teachers", "says"),
     [
-        (conv_network(), conv_network(bias=False), "0"),
-        (conv_network(nn.ReLU()), conv_network(nn.Tanh()), "1"),
-        (conv_network(nn.LeakyReLU(0.1)), conv_network(nn.LeakyReLU(0.2)), "1"),
-        (conv_network(nn.MaxPool2d(2, 2)), conv_network(nn.MaxPool2d(2, 1)), "1"),
-        (conv_network(nn.BatchNorm2d(6)), conv_network(nn.BatchNorm2d(6, affine=False)), "1"),
-        (conv_network(nn.BatchNorm2d(6)), conv_network(nn.BatchNorm2d(6, eps=0.1)), "1"),
-        (conv_network(padding_mode="zeros"), conv_network(padding_mode="reflect"), "0"),
-        (conv_network(), conv_network(dilation=2), "0"),
+        ([resnet(), "resnet18"], "teacher 1"),
+        ([resnet(), None], "teacher 1"),
+        ([resnet(), 3], "teacher 1"),
+        ([resnet(), nn.Module], "teacher 1"),
+        ([[resnet(), resnet()]], "list"),
+        ([resnet(), BY_NAME["lenet"].make()], r"class.*ResNet.*LeNet"),
+        ([resnet(), type("Other", (type(resnet()),), {})(shortcut="project")], "Other"),
     ],
-    ids=["bias", "activation", "slope", "stride", "affine", "eps", "padding_mode", "dilation"],
+    ids=["a name", "nothing", "a number", "a class", "a list of them", "another class", "a subclass"],
 )
-def test_different_options_name_the_layer(first: nn.Module, second: nn.Module, layer: str) -> None:
-    message = refusal(first, second)
-    assert f"'{layer}" in message or f"{layer}." in message
+def test_what_is_no_network_of_the_class(teachers: list[object], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        fastmerge.BigStudent(*teachers)  # type: ignore[arg-type]
 
 
 class Scaled(nn.Module):
@@ -99,9 +51,72 @@ class Scaled(nn.Module):
         return self.conv2(torch.tanh(x) if self.again else x)
 
 
-def test_different_constants_and_code() -> None:
-    assert "mul" in refusal(Scaled(1.0), Scaled(2.0))
-    assert "architecture" in refusal(Scaled(1.0), Scaled(1.0, again=True))
+class ComplexFilter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.filter = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.fft.ifft(torch.fft.fft(x) * self.filter).real)
+
+
+def changed(path: str, change: Callable[[nn.Module], object]) -> nn.Module:
+    """A network of which one module was changed."""
+    network = resnet()
+    change(network.get_submodule(path))
+    return network
+
+
+def sharing(path: str, through: Callable[[nn.Module], nn.Parameter]) -> list[nn.Module]:
+    first, second = resnet(), resnet()
+    second.get_submodule(path).weight = through(first.get_submodule(path))  # type: ignore[assignment]
+    return [first, second]
+
+
+REFUSED: dict[str, tuple[Callable[[], list[nn.Module]], tuple[str, ...]]] = {
+    "no teacher": (list, ("at least two teachers",)),
+    "one teacher": (lambda: [resnet()], ("at least two teachers", "got 1")),
+    "shapes": (
+        lambda: [resnet(), resnet(), resnet(widths=(4, 10))],
+        ("layer2.0.conv1", "(8, 4, 3, 3)", "(10, 4, 3, 3)"),
+    ),
+    "a layer inside": (lambda: [resnet(), resnet(excite=True)], ("excitation",)),
+    "a layer more": (lambda: [resnet(), changed("layer1", lambda m: m.append(nn.Conv2d(4, 4, 1)))], ("layer1.2",)),
+    "bias": (lambda: [conv_network(), conv_network(bias=False)], ("0.bias",)),
+    "activation": (lambda: [conv_network(nn.ReLU()), conv_network(nn.Tanh())], ("'1'",)),
+    "slope": (lambda: [conv_network(nn.LeakyReLU(slope)) for slope in (0.1, 0.2)], ("'1'",)),
+    "stride": (lambda: [conv_network(nn.MaxPool2d(2, stride)) for stride in (2, 1)], ("'1'",)),
+    "affine": (lambda: [conv_network(nn.BatchNorm2d(6, affine=affine)) for affine in (True, False)], ("1.weight",)),
+    "eps": (lambda: [conv_network(nn.BatchNorm2d(6, eps=eps)) for eps in (1e-5, 0.1)], ("'1'",)),
+    "padding_mode": (lambda: [conv_network(padding_mode=mode) for mode in ("zeros", "reflect")], ("'0'",)),
+    "dilation": (lambda: [conv_network(), conv_network(dilation=2)], ("'0'",)),
+    "constant": (lambda: [Scaled(1.0), Scaled(2.0)], ("mul",)),
+    "code": (lambda: [Scaled(1.0), Scaled(1.0, again=True)], ("architecture",)),
+    "a shared parameter": (lambda: sharing("fc", lambda layer: layer.weight), ("fc.weight", "deepcopy")),
+    "shared memory": (lambda: sharing("fc", lambda layer: nn.Parameter(layer.weight.detach())), ("fc.weight",)),
+    "devices": (lambda: [resnet(), resnet().to("meta")], ("device", "cpu", "meta")),
+    "devices of one": (lambda: [resnet(), changed("fc", lambda layer: layer.to("meta"))], ("device", "teacher 1")),
+    "no values": (
+        lambda: [conv_network().to("meta"), conv_network().to("meta")],
+        ("the weights of teacher 0 are on the meta device, without values",),
+    ),
+    "dtypes": (lambda: [resnet(), resnet().double()], ("dtype", "float64")),
+    "complex weights": (
+        lambda: [ComplexFilter(), ComplexFilter()],
+        ("'filter' of teacher 0 is torch.complex64",),
+    ),
+    "uninitialised": (
+        lambda: [nn.Sequential(nn.LazyConv2d(6, 3), nn.ReLU(), nn.LazyConv2d(4, 3)) for _ in range(2)],
+        ("0.weight", "initialised"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_differs_or_is_shared_is_named(what: str) -> None:
+    teachers, says = REFUSED[what]
+    message = refusal(*teachers())
+    assert all(words in message for words in says), message
 
 
 @pytest.mark.parametrize(("value", "text"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (-float("inf"), "Inf")])
@@ -116,21 +131,10 @@ def test_not_finite(name: str, value: float, text: str) -> None:
     assert "teacher 1" in message
 
 
-def test_weights_shared_between_teachers() -> None:
-    first, second = resnet(), resnet()
-    second.fc.weight = first.fc.weight
-    message = refusal(first, second)
-    assert "fc.weight" in message
-    assert "deepcopy" in message
-
-
-def test_views_of_one_memory_are_shared_too() -> None:
+def test_layers_shared_as_modules() -> None:
     first, second = resnet(), resnet()
     second.layer1 = first.layer1
     assert "layer1.0.conv1.weight" in refusal(first, second)
-    third = resnet()
-    third.fc.weight = nn.Parameter(first.fc.weight.detach())
-    assert "fc.weight" in refusal(first, third)
 
 
 def test_one_teacher_twice_is_a_warning() -> None:
@@ -144,27 +148,6 @@ def test_one_teacher_twice_is_a_warning() -> None:
 def test_a_copy_is_no_warning() -> None:
     teacher = resnet()
     fastmerge.BigStudent(teacher, copy.deepcopy(teacher), example_inputs=IMAGES)
-
-
-def test_different_devices() -> None:
-    message = refusal(resnet(), resnet().to("meta"))
-    assert "device" in message
-    assert "cpu" in message
-    assert "meta" in message
-
-
-def test_one_teacher_on_several_devices() -> None:
-    first, second = resnet(), resnet()
-    second.fc.to("meta")
-    message = refusal(first, second)
-    assert "device" in message
-    assert "teacher 1" in message
-
-
-def test_different_dtypes() -> None:
-    message = refusal(resnet(), resnet().double())
-    assert "dtype" in message
-    assert "float64" in message
 
 
 def test_parametrized_wrapped_and_compiled_teachers() -> None:
@@ -195,20 +178,6 @@ def test_compiled_by_torch_jit(inner: bool) -> None:
     message = refusal(*([conv_network(network) for network in compiled] if inner else compiled))
     assert "is compiled by torch.jit" in message
     assert "layer '1'" in message or not inner
-
-
-class ComplexFilter(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.filter = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(8, dtype=torch.complex64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(torch.fft.ifft(torch.fft.fft(x) * self.filter).real)
-
-
-def test_complex_weights() -> None:
-    message = refusal(ComplexFilter(), ComplexFilter())
-    assert "'filter' of teacher 0 is torch.complex64" in message
 
 
 class GivesItsCache(nn.Module):
@@ -359,13 +328,6 @@ def test_a_layers_bias_that_another_module_uses() -> None:
     fastmerge.BigStudent(*teachers, example_inputs=x)
 
 
-def test_uninitialised_parameters_are_named() -> None:
-    lazy = [nn.Sequential(nn.LazyConv2d(6, 3), nn.ReLU(), nn.LazyConv2d(4, 3)) for _ in range(2)]
-    message = refusal(*lazy)
-    assert "0.weight" in message
-    assert "initialised" in message
-
-
 def test_a_refused_merge_leaves_the_teachers_alone() -> None:
     teachers = [resnet().train(), resnet(widths=(4, 10)).train()]
     states = [copy.deepcopy(teacher.state_dict()) for teacher in teachers]
@@ -373,11 +335,6 @@ def test_a_refused_merge_leaves_the_teachers_alone() -> None:
     for teacher, state in zip(teachers, states, strict=True):
         assert teacher.training
         assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
-
-
-def test_teachers_without_values_are_said_to_have_none() -> None:
-    with pytest.raises(ValueError, match="the weights of teacher 0 are on the meta device, without values"):
-        fastmerge.BigStudent(conv_network().to("meta"), conv_network().to("meta"))
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")

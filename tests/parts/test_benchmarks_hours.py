@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ STEP = {
     names.UNLINKED: {"samples": [0.024]},
     names.NAIVE: {"samples": [0.072]},
 }
+
+
+@cache
+def of_none() -> str:
+    """Of no measured step."""
+    return tables({})
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -82,7 +89,7 @@ def test_what_was_not_measured_is_said_to_be_so() -> None:
 
 @pytest.mark.parametrize("case", ["step, resnet18 64px batch 16 fp32 cpu", "step, resnet50 224px batch 256 bf16 cuda"])
 def test_other_steps_are_no_figures_of_it(case: str) -> None:
-    text = tables({})
+    text = of_none()
     assert text == tables({"x": report([raced(case, STEP)])})
     assert text.startswith("Not measured yet: no GPU has run it. `make gpu OUT=folder`")
     found = rows(text)
@@ -96,7 +103,7 @@ def test_other_steps_are_no_figures_of_it(case: str) -> None:
 
 
 def test_what_others_measured_says_what_to_expect() -> None:
-    text, bound = tables({}).split("A lower bound: ")
+    text, bound = of_none().split("A lower bound: ")
     bounds = rows(bound)
     for published in MEASUREMENTS:
         assert 0 < published.efficiency < 1  # nobody is faster than the data sheet

@@ -97,13 +97,13 @@ def test_a_kill_leaves_no_half_file_and_the_next_run_goes_on(tmp_path):
     folder = tmp_path / "from" / "train" / "a"
     folder.mkdir(parents=True)
     for number in range(200):
-        Image.fromarray(pixels(number, (300, 400))).save(folder / f"{number:03}.jpg", quality=95)
+        Image.fromarray(pixels(number, (150, 200))).save(folder / f"{number:03}.jpg", quality=95)
     target = tmp_path / "to" / "train" / "a"
     code = "import sys, time; from fastmerge.data import preparing; from fastmerge.cli import main; "
     code += "small = preparing.small_jpeg; preparing.small_jpeg = lambda *image: (time.sleep(0.1), small(*image))[1]; "
     code += "main(sys.argv[1:])"  # so slow that this process, on a busy machine, comes in time
     command = [sys.executable, "-c", code, "data", "prepare", str(tmp_path / "from"), str(tmp_path / "to")]
-    command += ["--size", "200", "--workers", "2", "--quiet"]
+    command += ["--size", "100", "--workers", "2", "--quiet"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 60
         while len(list(target.glob("*.jpg"))) < 3:
@@ -118,7 +118,7 @@ def test_a_kill_leaves_no_half_file_and_the_next_run_goes_on(tmp_path):
             image.load()
     (target / ".199.jpg.partial").write_bytes(b"half")
     before = {path: path.stat().st_mtime_ns for path in done}
-    summary = prepare(tmp_path / "from", tmp_path / "to", size=200)
+    summary = prepare(tmp_path / "from", tmp_path / "to", size=100)
     assert (summary.there, summary.resized) == (len(done), 200 - len(done))
     assert len(files(target)) == 200  # nothing half is left
     assert {path: path.stat().st_mtime_ns for path in done} == before
