@@ -63,6 +63,12 @@ class Bench:
         return choices.pick(key, self.candidates(), self.candidates, **options)
 
 
+@pytest.fixture
+def bench() -> Bench:
+    """Triton's kernel is twice as fast."""
+    return Bench(split=2.0, triton_a=1.0)
+
+
 def test_the_fastest_wins_and_is_timed_once() -> None:
     bench = Bench(split=2.0, triton_a=1.0, triton_b=1.5)
     choices = bench.choices()
@@ -144,8 +150,7 @@ def test_where_nothing_is_differentiated_a_size_is_measured_after_many_calls() -
     assert found == [False] * 64 + [True] * 6
 
 
-def test_a_size_that_was_not_measured_runs_what_won_at_another() -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_a_size_that_was_not_measured_runs_what_won_at_another(bench: Bench) -> None:
     choices = bench.choices()
     bench.pick(choices)
     choices.set_measuring(False)
@@ -157,8 +162,9 @@ def test_a_size_that_was_not_measured_runs_what_won_at_another() -> None:
 
 
 @pytest.mark.parametrize("where", ["trial", "split", "triton_a"])
-def test_without_memory_for_a_trial_training_goes_on(where: str, caplog: pytest.LogCaptureFixture, cache: Path) -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_without_memory_for_a_trial_training_goes_on(
+    bench: Bench, where: str, caplog: pytest.LogCaptureFixture, cache: Path
+) -> None:
     choices = bench.choices()
     error = torch.OutOfMemoryError("CUDA out of memory")
     if where != "trial":
@@ -172,9 +178,8 @@ def test_without_memory_for_a_trial_training_goes_on(where: str, caplog: pytest.
     assert not cache.exists()
 
 
-def test_where_nothing_can_be_timed_training_goes_on(cache: Path) -> None:
+def test_where_nothing_can_be_timed_training_goes_on(bench: Bench, cache: Path) -> None:
     """As where a card or driver captures no graphs."""
-    bench = Bench(split=2.0, triton_a=1.0)
     choices = Choices(mock.Mock(side_effect=RuntimeError("operation not permitted when stream is capturing")))
     choices.set_measuring(True)
     with pytest.warns(RuntimeWarning, match="not permitted") as warned:
@@ -197,8 +202,7 @@ def test_an_error_that_cuda_does_not_recover_from_names_its_candidate() -> None:
 
 
 @pytest.mark.parametrize("asked", [True, None])
-def test_processes_do_not_choose_apart(asked: bool | None, caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_processes_do_not_choose_apart(bench: Bench, asked: bool | None, caplog: pytest.LogCaptureFixture) -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     bench.pick(bench.choices())
     bench.ran.clear()
@@ -265,8 +269,7 @@ def test_the_default_is_the_callers() -> None:
     assert bench.pick(choices, default="groups") == "triton_a"
 
 
-def test_what_takes_minutes_is_said_once(caplog: pytest.LogCaptureFixture, cache: Path) -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_what_takes_minutes_is_said_once(bench: Bench, caplog: pytest.LogCaptureFixture, cache: Path) -> None:
     choices = bench.choices(False)
     with caplog.at_level("INFO", "fastmerge"):
         bench.pick(choices)
@@ -292,8 +295,7 @@ def test_keys_are_measured_apart() -> None:
     assert choices.known("third") is None
 
 
-def test_nothing_is_measured_by_default() -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_nothing_is_measured_by_default(bench: Bench) -> None:
     choices = bench.choices(None)
     torch.backends.cudnn.benchmark = False
     assert bench.pick(choices) == SPLIT
@@ -301,8 +303,7 @@ def test_nothing_is_measured_by_default() -> None:
     assert choices.known(KEY) is None
 
 
-def test_cudnn_benchmark_switches_measuring_on_and_determinism_off() -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_cudnn_benchmark_switches_measuring_on_and_determinism_off(bench: Bench) -> None:
     choices = bench.choices(None)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.deterministic = True
@@ -317,8 +318,7 @@ def test_cudnn_benchmark_switches_measuring_on_and_determinism_off() -> None:
     assert bench.pick(choices) == "triton_a"
 
 
-def test_never_while_a_graph_is_captured() -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_never_while_a_graph_is_captured(bench: Bench) -> None:
     choices = bench.choices()
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
@@ -354,8 +354,7 @@ def test_a_wrong_candidate_is_reported_and_never_chosen(wrong: torch.Tensor | Ex
     assert bench.timed == ["split", "triton_b"]
 
 
-def test_an_error_of_cudnn_is_not_hidden() -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_an_error_of_cudnn_is_not_hidden(bench: Bench) -> None:
     bench.results["split"] = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
         bench.pick(bench.choices())
@@ -376,8 +375,7 @@ def test_fixed_choice() -> None:
     assert bench.timed == ["split", "triton_a", "triton_b"]
 
 
-def test_choices_outlive_a_process(cache: Path) -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_choices_outlive_a_process(bench: Bench, cache: Path) -> None:
     bench.pick(bench.choices())
     later = Bench(split=2.0, triton_a=1.0)
     assert later.pick(later.choices(False)) == "triton_a"
@@ -386,14 +384,12 @@ def test_choices_outlive_a_process(cache: Path) -> None:
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
-def test_a_candidate_that_is_gone_leaves_split() -> None:
+def test_a_candidate_that_is_gone_leaves_split(bench: Bench) -> None:
     write_entries({KEY: {"winner": "triton_gone", "milliseconds": {}}})
-    bench = Bench(split=2.0, triton_a=1.0)
     assert bench.pick(bench.choices(False)) == SPLIT
 
 
-def test_idle_where_there_is_nothing_to_choose() -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_idle_where_there_is_nothing_to_choose(bench: Bench) -> None:
     choices = bench.choices(False)
     assert choices.idle()
     with choices.fixed("triton"):
@@ -408,8 +404,7 @@ def test_idle_where_there_is_nothing_to_choose() -> None:
     assert not bench.choices(False).idle()
 
 
-def test_forgotten_choices_are_measured_again() -> None:
-    bench = Bench(split=2.0, triton_a=1.0)
+def test_forgotten_choices_are_measured_again(bench: Bench) -> None:
     choices = bench.choices()
     bench.pick(choices)
     choices.forget()
@@ -454,10 +449,9 @@ def test_versions_are_found_where_there_is_a_card() -> None:
         b'{"format": 1, "choices": {"a": {"b": {"winner": "split", "milliseconds": {}, "more": 1}}}}',
     ],
 )
-def test_a_damaged_or_foreign_file_is_ignored_and_replaced(content: bytes, cache: Path) -> None:
+def test_a_damaged_or_foreign_file_is_ignored_and_replaced(bench: Bench, content: bytes, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_bytes(content)
-    bench = Bench(split=2.0, triton_a=1.0)
     with pytest.warns(UserWarning, match="is ignored"):
         assert bench.pick(bench.choices()) == "triton_a"
     with warnings.catch_warnings():
@@ -465,9 +459,8 @@ def test_a_damaged_or_foreign_file_is_ignored_and_replaced(content: bytes, cache
         assert read_entries()[KEY]["winner"] == "triton_a"
 
 
-def test_a_file_that_cannot_be_written_is_only_a_warning(cache: Path) -> None:
+def test_a_file_that_cannot_be_written_is_only_a_warning(bench: Bench, cache: Path) -> None:
     cache.parent.write_text("a file where the folder should be")
-    bench = Bench(split=2.0, triton_a=1.0)
     with pytest.warns(UserWarning, match="can't be kept"):
         assert bench.pick(bench.choices()) == "triton_a"
 

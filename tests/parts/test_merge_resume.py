@@ -43,6 +43,12 @@ def interrupted(tmp_path_factory):
     return directory, caught.value
 
 
+@pytest.fixture
+def copied(interrupted, tmp_path):
+    """A copy of that directory."""
+    return Path(shutil.copytree(interrupted[0], tmp_path / "copy"))
+
+
 def last(directory: Path) -> dict:
     return read_snapshot(Snapshots(directory, {}).files()[-1])[1]
 
@@ -75,13 +81,12 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(tmp_path):
     assert_same(run(tmp_path, resume=True, num_workers=0), run(None, num_workers=0))
 
 
-def test_a_signal_ends_it_after_the_step_with_a_checkpoint(interrupted, whole, tmp_path):
+def test_a_signal_ends_it_after_the_step_with_a_checkpoint(interrupted, whole, copied):
     directory, error = interrupted
     assert error.number == signal.SIGINT
     assert place(directory) == ("merge", 2, 3)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    shutil.copytree(directory, tmp_path / "copy")
-    assert_same(run(tmp_path / "copy", resume=True), whole)
+    assert_same(run(copied, resume=True), whole)
 
 
 def test_a_signal_that_a_loaders_workers_had_too_ends_it_with_a_checkpoint(interrupted, tmp_path):
@@ -209,11 +214,8 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-def test_a_bad_checkpoint_is_passed_over_with_a_warning_and_refused_where_there_is_no_other(
-    interrupted, tmp_path, damage, message
-):
-    shutil.copytree(interrupted[0], tmp_path / "copy")
-    snapshots = Snapshots(tmp_path / "copy", read_snapshot(Snapshots(interrupted[0], {}).files()[-1])[0]["options"])
+def test_a_bad_checkpoint_is_passed_over_with_a_warning_and_refused_where_there_is_no_other(copied, damage, message):
+    snapshots = Snapshots(copied, read_snapshot(Snapshots(copied, {}).files()[-1])[0]["options"])
     before, newest = snapshots.files()
     expected = read_snapshot(before)[1]["step"]
     damage(newest)
@@ -224,10 +226,9 @@ def test_a_bad_checkpoint_is_passed_over_with_a_warning_and_refused_where_there_
         snapshots.load()
 
 
-def test_bad_checkpoints_take_no_place_of_good_ones_and_half_written_ones_go(interrupted, tmp_path):
-    shutil.copytree(interrupted[0], tmp_path / "copy")
-    options = read_snapshot(Snapshots(interrupted[0], {}).files()[-1])[0]["options"]
-    snapshots = Snapshots(tmp_path / "copy", options)
+def test_bad_checkpoints_take_no_place_of_good_ones_and_half_written_ones_go(copied):
+    options = read_snapshot(Snapshots(copied, {}).files()[-1])[0]["options"]
+    snapshots = Snapshots(copied, options)
     before, newest = snapshots.files()
     age(newest)
     half_written, others = (snapshots.directory / name for name in (".000007-x1_y.safetensors", ".mine-7.safetensors"))
@@ -300,17 +301,15 @@ def test_a_safetensors_file_that_only_claims_the_format_is_refused(tmp_path):
         Snapshots(tmp_path, {}).load()
 
 
-def test_other_data_is_found_out_within_an_epoch(interrupted, tmp_path, monkeypatch):
-    shutil.copytree(interrupted[0], tmp_path / "copy")
+def test_other_data_is_found_out_within_an_epoch(copied, monkeypatch):
     monkeypatch.setattr(killed_merge.Noisy, "__len__", lambda data: 20)
     with pytest.raises(ValueError, match="after 3 steps of an epoch, and an epoch now has 2"):
-        run(tmp_path / "copy", resume=True)
+        run(copied, resume=True)
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "safetensors.torch.save_file", "os.replace"])
-def test_a_full_disk_costs_no_checkpoint(interrupted, tmp_path, monkeypatch, call):
-    shutil.copytree(interrupted[0], tmp_path / "copy")
-    snapshots = Snapshots(tmp_path / "copy", {})
+def test_a_full_disk_costs_no_checkpoint(copied, monkeypatch, call):
+    snapshots = Snapshots(copied, {})
     before = {path.name: path.read_bytes() for path in snapshots.directory.iterdir()}
 
     def full(*arguments, **options):
@@ -322,9 +321,8 @@ def test_a_full_disk_costs_no_checkpoint(interrupted, tmp_path, monkeypatch, cal
     assert {path.name: path.read_bytes() for path in snapshots.directory.iterdir()} == before
 
 
-def test_a_checkpoint_that_fits_in_part_leaves_nothing(interrupted, tmp_path):
-    shutil.copytree(interrupted[0], tmp_path / "copy")
-    snapshots = Snapshots(tmp_path / "copy", {})
+def test_a_checkpoint_that_fits_in_part_leaves_nothing(copied):
+    snapshots = Snapshots(copied, {})
     before = {path.name: path.read_bytes() for path in snapshots.directory.iterdir()}
     with (
         files_of_at_most(50_000),

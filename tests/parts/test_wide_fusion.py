@@ -326,10 +326,7 @@ def test_a_normalisation_does_not_move_past_a_change(joined: bool, monkeypatch: 
 def test_batch_norm_of_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     x = (torch.randn(SIZE, 5, 3, dtype=torch.float64),)
     big = fastmerge.BigStudent(*make_teachers(OneFeature, x, 2), example_inputs=x).train()
-    plain = without_patterns(monkeypatch, big)
-    for joined in (False, True):
-        big.fused = True
-        assert_close(run(big, x, joined), run(plain, x, joined))
+    assert_as_plain(monkeypatch, big, x)
 
 
 def test_the_switch() -> None:
@@ -383,30 +380,26 @@ class _Reads(nn.Module):
         return y
 
 
-@joined_or_not
 @pytest.mark.parametrize(
     ("readers", "expected"),
     [((), False), (("add",), True), (("layer",), True), (("add", "layer"), True), (("add", "operation"), False)],
     ids=str,
 )
 def test_two_readers_get_results_of_their_own(
-    readers: tuple[str, ...], expected: bool, joined: bool, monkeypatch: pytest.MonkeyPatch
+    readers: tuple[str, ...], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first reader reads the first, all others the second; operations that may change a value in place share it."""
     x = BY_NAME["unet"].inputs(SIZE)
     big = fastmerge.BigStudent(*make_teachers(lambda: _Reads(*readers), x, 2), example_inputs=x).train()
-    code = program(big, joined)
-    assert ("readers = 2" in code) == expected
-    plain = without_patterns(monkeypatch, big)
-    for fused in (False, True):
-        big.fused = fused
-        assert_close(run(big, x, joined), run(plain, x, joined))
-    if expected:
-        count = 1 if joined else 2
-        (call,) = (line for line in code.splitlines() if "readers = 2" in line)
-        name = call.split(" = ")[0].strip()
-        handed = [int(found) for found in re.findall(rf"\b{name}\[(\d+)\]", code)]
-        assert sorted(handed) == list(range(2 * count))
+    for joined in (False, True):
+        code = program(big, joined)
+        assert ("readers = 2" in code) == expected
+        if expected:
+            (call,) = (line for line in code.splitlines() if "readers = 2" in line)
+            name = call.split(" = ")[0].strip()
+            handed = [int(found) for found in re.findall(rf"\b{name}\[(\d+)\]", code)]
+            assert sorted(handed) == list(range(2 if joined else 4))
+    assert_as_plain(monkeypatch, big, x)
 
 
 def test_repr_counts_what_is_fused() -> None:
