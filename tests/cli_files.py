@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from image_files import write_tree
+from image_files import noise_arrays, write_tree
 
 MODEL = "fastmerge_cli_test_net:make"
 SOURCE = """
@@ -51,14 +51,7 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "fastmerge_cli_test_net.py").write_text(SOURCE)
     _write(make(), tmp_path / "a.safetensors")
     torch.save({"state_dict": {f"module.{k}": v for k, v in make().state_dict().items()}}, tmp_path / "b.pt")
-    random = np.random.default_rng(0)
-    np.savez(
-        tmp_path / "data.npz",
-        train_images=random.integers(0, 256, (49, 6, 6), np.uint8),
-        train_labels=np.arange(49) % 3,
-        test_images=random.integers(0, 256, (20, 6, 6), np.uint8),
-        test_labels=np.arange(20) % 3,
-    )
+    np.savez(tmp_path / "data.npz", **noise_arrays(49, 20, (6, 6), classes=3))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""Trees of small image files for tests: smooth colours and some noise, in several sizes and formats."""
+"""Images for tests: trees of small files, smooth colours and some noise in several sizes and formats; and arrays of noise."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def write_tree(root: Path, suffix: str = ".jpg", **folders: int) -> Path:
             image.fromarray(pixels(number)).save(directory / f"{place:03}{suffix}", quality=92)
             number += 1
     return root
+
+
+def noise_arrays(train: int, test: int, size: tuple[int, ...], classes: int) -> dict[str, np.ndarray]:
+    """What an ``.npz`` of images holds: noise of a size (H, W) or (H, W, C), the classes one after another."""
+    random, arrays = np.random.default_rng(0), {}
+    for split, count in (("train", train), ("test", test)):
+        arrays[f"{split}_images"] = random.integers(0, 256, (count, *size), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % classes
+    return arrays
 
 
 def write_odd_images(directory: Path) -> dict[str, tuple[int, int]]:

@@ -61,7 +61,7 @@ def small_convolutional() -> dict[str, Callable[[], nn.Module]]:
         "mobilenet_v2": partial(models.MobileNetV2, 5, 0.25, [[1, 16, 1, 1], [6, 32, 2, 2]]),
         "mobilenet_v3": partial(models.MobileNetV3, bottlenecks, 24, num_classes=5),
         "regnet": partial(models.RegNet, regular, num_classes=5, stem_width=8),
-        "resnet": partial(models.ResNet, resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
+        "resnet": partial(models.ResNet, resnet.BasicBlock, [1, 2, 1, 1], num_classes=5),
         "shufflenet_v2": partial(models.ShuffleNetV2, [2, 2, 2], [8, 16, 16, 32, 32], num_classes=5),
     }
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cli_files import MODEL, arguments, make
 from fastmerge.cli import main
+from image_files import noise_arrays
 
 # Stages this short leave the gates where they are.
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -229,10 +230,7 @@ def test_a_divergence_is_a_failure_and_no_bad_input(place, capsys):
 
 def test_teachers_of_different_label_sets(place, capsys):
     """Each with its own data, and a number of classes that follows from it."""
-    random = np.random.default_rng(1)
-    images = {name: random.integers(0, 256, (40, 6, 6), np.uint8) for name in ("train_images", "test_images")}
-    labels = {name: np.arange(40) % 2 for name in ("train_labels", "test_labels")}
-    np.savez(place / "two.npz", **images, **labels)
+    np.savez(place / "two.npz", **noise_arrays(40, 40, (6, 6), classes=2))
     save_file(make(2).state_dict(), place / "two.safetensors")
     both = {"teachers": ["a.safetensors", "two.safetensors"], "heads": ["concatenate"]}
     assert main([*arguments(**both), "--data", "two.npz"]) == 0

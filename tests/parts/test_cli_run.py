@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fastmerge.cli import main
 from fastmerge.networks import small_lenet
-from image_files import spoil, write_tree
+from image_files import noise_arrays, spoil, write_tree
 
 # One epoch of merging leaves the gates where they are.
 pytestmark = pytest.mark.filterwarnings("ignore:.*P.g>0. did not move:UserWarning")
@@ -18,16 +18,6 @@ SMALLEST = ["--budget", "0.0001", "--workers", "1", "--device", "cpu", "--quiet"
 
 def run(*words: str) -> int:
     return main(["run", *words, *SMALLEST])
-
-
-def images(path: Path) -> Path:
-    random = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 40), ("test", 20)):
-        arrays[f"{split}_images"] = random.integers(0, 256, (count, 28, 28, 3), np.uint8)
-        arrays[f"{split}_labels"] = np.arange(count) % 10
-    np.savez(path, **arrays)
-    return path
 
 
 def test_a_run_writes_results_students_report_and_plots(tmp_path, monkeypatch, capsys):
@@ -86,7 +76,8 @@ def test_sine_draws_what_each_strategy_learned(tmp_path):
 
 
 def test_imagewoof_reads_an_npz(tmp_path):
-    data, out = images(tmp_path / "woof.npz"), tmp_path / "out"
+    data, out = tmp_path / "woof.npz", tmp_path / "out"
+    np.savez(data, **noise_arrays(40, 20, (28, 28, 3), classes=10))
     assert run("lenet-imagewoof", "--replicates", "1", "--data", str(data), "--out", str(out)) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["config"]["train_samples"] == 36

@@ -9,16 +9,12 @@ import torch
 
 from fastmerge.data.arrays import load_npz
 from fastmerge.data.dataset import image_dataset
+from image_files import noise_arrays
 
 
 def arrays(**changes):
-    generator = np.random.default_rng(0)
-    made = {
-        "train_images": generator.integers(0, 256, (12, 5, 4, 3), np.uint8),
-        "train_labels": np.arange(12) % 3,
-        "test_images": generator.integers(0, 256, (6, 5, 4, 3), np.uint8),
-        "test_labels": np.arange(6, dtype=np.uint8) % 3,
-    }
+    made = noise_arrays(12, 6, (5, 4, 3), classes=3)
+    made["test_labels"] = made["test_labels"].astype(np.uint8)
     return made | changes
 
 

@@ -24,7 +24,7 @@ from fastmerge.data.epochs import ReaderLostError
 from fastmerge.data.loading import IMAGENET_MEAN, IMAGENET_STD, image_loaders
 from fastmerge.data.torch_loader import TreeBatches
 from full_disk import files_of_at_most
-from image_files import write_odd_images, write_tree
+from image_files import noise_arrays, write_odd_images, write_tree
 
 pytest.importorskip("PIL")
 SIZE = 24
@@ -38,9 +38,8 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def arrays(tmp_path) -> Path:
-    images = np.random.default_rng(0).integers(0, 256, (33, 7, 6, 3), np.uint8)
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(tmp_path / "x.npz", **dict(zip(names, (images, np.arange(33), images[:21], np.arange(21)), strict=True)))
+    made = noise_arrays(33, 21, (7, 6, 3), classes=33)
+    np.savez(tmp_path / "x.npz", **made | {"test_images": made["train_images"][:21]})
     return tmp_path / "x.npz"
 
 
@@ -514,9 +513,7 @@ def test_options_for_trees_are_refused_for_arrays(arrays, options, message):
 
 
 def test_grey_arrays_have_no_colours_to_change(tmp_path):
-    images = np.zeros((4, 5, 5), np.uint8)
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(tmp_path / "x.npz", **dict(zip(names, (images, np.arange(4), images, np.arange(4)), strict=True)))
+    np.savez(tmp_path / "x.npz", **noise_arrays(4, 4, (5, 5), classes=4))
     assert whole(image_loaders(tmp_path / "x.npz", 4, augmentation="small").train)[0].shape == (4, 1, 5, 5)
     with pytest.raises(ValueError, match="have 1 channels, not 3"):
         image_loaders(tmp_path / "x.npz", 4, augmentation=Augmentation(hue=0.1))

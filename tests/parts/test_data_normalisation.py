@@ -11,7 +11,7 @@ import torch
 
 from fastmerge.cli import main
 from fastmerge.data.loading import IMAGENET_MEAN, IMAGENET_STD, image_loaders
-from image_files import write_tree
+from image_files import noise_arrays, write_tree
 
 MEAN, STD = (0.5, 0.4, 0.1), (0.25, 1.0, 0.5)
 
@@ -23,9 +23,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def arrays(tmp_path: Path) -> Path:
-    images = np.random.default_rng(0).integers(0, 256, (8, 5, 6, 3), np.uint8)
-    splits = {f"{split}_images": images for split in ("train", "test")}
-    np.savez(tmp_path / "x.npz", **splits, train_labels=np.arange(8), test_labels=np.arange(8))
+    np.savez(tmp_path / "x.npz", **noise_arrays(8, 8, (5, 6, 3), classes=8))
     return tmp_path / "x.npz"
 
 

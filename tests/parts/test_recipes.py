@@ -14,6 +14,7 @@ from fastmerge.experiments.run import run
 from fastmerge.merging.options import Plan
 from fastmerge.reporting.tables import paper_mean
 from fastmerge.schedules import PAPERS_GATE_LR, QuadraticLambda, fitting_gate_lr
+from image_files import noise_arrays, write_tree
 
 SHAPES = {"sine": (1,), "digits": (1, 8, 8), "lenet-imagewoof": (3, 28, 28)}
 
@@ -166,23 +167,13 @@ def test_data_sets_fit_the_networks(recipe, tmp_path):
 
 
 def imagewoof(folder, count=20, size=28, channels=3, classes=10):
-    generator = np.random.default_rng(0)
-    path = folder / "data.npz"
-    images = {
-        f"{split}_images": generator.integers(0, 256, (count, size, size, channels), np.uint8)
-        for split in ("train", "test")
-    }
-    np.savez(path, **images, train_labels=np.arange(count) % classes, test_labels=np.arange(count) % classes)
-    return path
+    np.savez(folder / "data.npz", **noise_arrays(count, count, (size, size, channels), classes))
+    return folder / "data.npz"
 
 
 def test_imagewoof_reads_a_tree_too(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    for split in ("train", "val"):
-        for name in ("beagle", "dingo"):
-            (tmp_path / split / name).mkdir(parents=True)
-            image.new("RGB", (40, 30), (9, 8, 7)).save(tmp_path / split / name / "1.jpg")
-    data = lenet_imagewoof().load_data(tmp_path, 0)
+    tree = write_tree(tmp_path, train_beagle=1, train_dingo=1, val_beagle=1, val_dingo=1)
+    data = lenet_imagewoof().load_data(tree, 0)
     assert data.train_inputs.shape == (2, 3, 28, 28)
     assert data.train_targets.tolist() == [0, 1]
 
