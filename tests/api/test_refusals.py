@@ -95,7 +95,10 @@ REFUSED: dict[str, tuple[Callable[[], list[nn.Module]], tuple[str, ...]]] = {
     "a shared parameter": (lambda: sharing("fc", lambda layer: layer.weight), ("fc.weight", "deepcopy")),
     "shared memory": (lambda: sharing("fc", lambda layer: nn.Parameter(layer.weight.detach())), ("fc.weight",)),
     "devices": (lambda: [resnet(), resnet().to("meta")], ("device", "cpu", "meta")),
-    "devices of one": (lambda: [resnet(), changed("fc", lambda layer: layer.to("meta"))], ("device", "teacher 1")),
+    "devices of one": (
+        lambda: [resnet(), changed("fc", lambda layer: layer.to("meta"))],
+        ("teacher 1 lies on several devices",),
+    ),
     "no values": (
         lambda: [conv_network().to("meta"), conv_network().to("meta")],
         ("the weights of teacher 0 are on the meta device, without values",),
