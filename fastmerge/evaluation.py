@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.functional import cross_entropy
 
 from fastmerge.history import Score
 from fastmerge.processes import Processes
@@ -92,6 +94,37 @@ def has_classes(output: Any, target: Any) -> bool:
         return False
     integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     return integer and output.dim() >= 2 and target.shape == output.shape[:1] + output.shape[2:]
+
+
+def class_dimension(output: Tensor, target: Any, criterion: Criterion) -> int:
+    """The dimension of logits that classes lie along: 1 for cross entropy, as in PyTorch; else the one that class numbers lack.
+
+    Args:
+        output: such as (N, K), (N, K, H, W), or (N, L, K) of a language model.
+        target: of the criterion.
+        criterion: what trains networks of such outputs.
+
+    Raises:
+        ValueError: The target has no class numbers, there is one class, or several dimensions may be those of the classes.
+    """
+    shape, dims = tuple(output.shape), list(range(1, output.dim()))
+    function = criterion.func if isinstance(criterion, partial) else criterion
+    if not (function is cross_entropy or isinstance(function, nn.CrossEntropyLoss)):
+        if isinstance(target, Tensor) and target.is_floating_point():
+            dims = []
+        elif output.dim() > 2:
+            lacked = tuple(target.shape) if isinstance(target, Tensor) else ()
+            dims = [dim for dim in dims if shape[:dim] + shape[dim + 1 :] == lacked]
+    else:
+        dims = dims[:1]
+    if len(dims) != 1 or shape[dims[0]] < 2:
+        came = f"{tuple(target.shape)} of {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(
+            "distillation needs logits of classes, and targets that are class numbers, so that it is clear where the classes "
+            f"lie; the output is {shape}, the target {came}. Train with cross_entropy or CrossEntropyLoss, whose logits are "
+            "(N, K, ...), or without distillation"
+        )
+    return dims[0]
 
 
 class NotFiniteError(FloatingPointError):

@@ -171,7 +171,8 @@ def merge(
             samples (:func:`fastmerge.recalibrate`); the paper does not do this. It helps students with few epochs of
             fine-tuning or none; longer fine-tuning estimates them anyway.
         distill: Weight w of distillation in the fine-tuning's loss, ``(1 - w) · criterion + w · τ² KL``, from the teachers'
-            mean logits; 0 is none. For classifiers with one output. Each step of the fine-tuning then also runs a forward pass
+            mean logits; 0 is none. For classifiers with one output; classes lie along dimension 1, or along the one that
+            class numbers lack, as in (N, L, K) with targets (N, L). Each step of the fine-tuning then also runs a forward pass
             of each teacher.
         temperature: τ, of the teachers' and of the student's softmax.
         heads: "concatenate" merges teachers of different label sets, whose last layers may differ in their number of classes,
@@ -235,7 +236,7 @@ def merge_by(
     same = (also or {}) | fingerprints(teachers)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count) as trainer:
         check_processes(trainer.processes, train_loader, teachers)
-        inputs = check_loader("train_loader", train_loader, teachers[0], setting)
+        inputs = check_loader("train_loader", train_loader, teachers[0], setting, distilled=options.distill > 0)
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
         trainer.resume()

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
 from fastmerge.data.epochs import EpochLoader
-from fastmerge.evaluation import Setting, has_classes, length_of
+from fastmerge.evaluation import Setting, class_dimension, has_classes, length_of
 from fastmerge.isolation import quietly
 from fastmerge.processes import Processes
 from fastmerge.resuming.snapshots import Snapshots, fingerprints
@@ -143,7 +143,7 @@ def check_checkpoints(snapshots: Snapshots, resume: bool) -> None:
 
 
 def check_loader(
-    name: str, loader: Iterable[Any], teacher: nn.Module, setting: Setting, number: int = 0
+    name: str, loader: Iterable[Any], teacher: nn.Module, setting: Setting, number: int = 0, *, distilled: bool = False
 ) -> tuple[Tensor, ...]:
     """Runs a teacher, of that number, and the criterion on the first batch of a loader.
 
@@ -152,7 +152,8 @@ def check_loader(
 
     Raises:
         TypeError: The loader can't be iterated again and again, or does not yield (input, target).
-        ValueError: It is empty, or the teacher or the criterion fails on its first batch, or gives NaN or Inf.
+        ValueError: It is empty, or the teacher or the criterion fails on its first batch, or gives NaN or Inf; or the outputs
+            are ``distilled`` and have no classes.
     """
     inputs, target = _first_batch(name, loader)
     for value in inputs:
@@ -180,6 +181,8 @@ def check_loader(
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             came = f"output {_describe(output)}, target {_describe(target)}"
             raise ValueError(f"the criterion failed on {name}'s first batch, {came}: {error}") from error
+    if distilled and isinstance(output, Tensor):
+        class_dimension(output, target, setting.criterion)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
         raise ValueError(
             f"the criterion must return a 0-d tensor, the mean over the batch; it returned {_describe(loss)}"

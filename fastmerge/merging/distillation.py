@@ -14,15 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fastmerge.evaluation import Setting
+from fastmerge.evaluation import Setting, class_dimension
 from fastmerge.merging.label_sets import LabelSets, PartCriterion
 from fastmerge.stack import Stack
 
 
-def divergence(output: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """``τ² KL(softmax(wanted / τ) ‖ softmax(output / τ))``, a mean over the samples (and positions) of logits (N, K, ...)."""
-    target, given = (wanted / temperature).log_softmax(1), (output / temperature).log_softmax(1)
-    each = (target.exp() * (target - given)).sum(1)
+def divergence(output: Tensor, wanted: Tensor, temperature: float, dim: int = 1) -> Tensor:
+    """``τ² KL(softmax(wanted / τ) ‖ softmax(output / τ))`` of logits, a mean over all samples and positions.
+
+    Args:
+        output: logits of the network.
+        wanted: what it is to learn, of the same shape.
+        temperature: τ.
+        dim: the dimension of the classes.
+    """
+    target, given = (wanted / temperature).log_softmax(dim), (output / temperature).log_softmax(dim)
+    each = (target.exp() * (target - given)).sum(dim)
     return each.mean() * temperature**2
 
 
@@ -82,9 +89,14 @@ class TaughtSetting(Setting):
             return target, said
         return target, self.answers(inputs)
 
-    def blended(self, output: Tensor, loss: Tensor, answers: Tensor) -> Tensor:
-        """The criterion's loss of one network and what the teachers say, as one loss."""
-        return (1 - self.weight) * loss + self.weight * divergence(output, answers, self.temperature)
+    def blended(self, output: Tensor, loss: Tensor, answers: Tensor, target: Any) -> Tensor:
+        """The criterion's loss of one network and what the teachers say, as one loss.
+
+        Raises:
+            ValueError: The outputs are no logits, or it can't be told where their classes lie.
+        """
+        dim = class_dimension(output, target, self.criterion)
+        return (1 - self.weight) * loss + self.weight * divergence(output, answers, self.temperature, dim)
 
     def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
         """Runs network and criterion; in training mode the loss is that of the teachers, too."""
@@ -97,4 +109,4 @@ class TaughtSetting(Setting):
                 foreign = foreign_divergence(output, said, target, self.criterion.sets, self.temperature)
                 return output, (1 - self.weight) * loss + self.weight * foreign
             blended = vmap(self.blended) if isinstance(network, Stack) else self.blended
-            return output, blended(output, loss, said)
+            return output, blended(output, loss, said, target)

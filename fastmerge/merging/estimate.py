@@ -102,7 +102,7 @@ def estimate(
     setting = replace(setting, criterion=plan.criterion)
     devices = [setting.device] if setting.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        inputs = check_loader("train_loader", train_loader, teachers[0], setting)
+        inputs = check_loader("train_loader", train_loader, teachers[0], setting, distilled=plan.distill > 0)
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
         examples = examples_of(inputs, teachers[0])

@@ -128,7 +128,7 @@ class ReplayedStep:
             output, *weighed = functional_call(network, tensors, tuple(inputs), {"terms": given[batch:]})
             loss = setting.criterion(output, target)
             if isinstance(setting, TaughtSetting):
-                loss = setting.blended(output, loss, given[batch - 1])
+                loss = setting.blended(output, loss, given[batch - 1], target)
             if not weighed:
                 return loss, [loss.detach()]
             weighted, *rest = weighed

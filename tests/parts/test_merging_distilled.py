@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 import fastmerge
-from fastmerge.evaluation import Setting
+from fastmerge.evaluation import Setting, class_dimension
 from fastmerge.merging.api import merge_by
 from fastmerge.merging.distillation import TaughtSetting, divergence
 from fastmerge.merging.options import Options
@@ -69,6 +70,50 @@ def test_divergence_of_maps_is_a_mean_over_positions() -> None:
     output, wanted = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     flat = [z.movedim(1, -1).reshape(-1, 3) for z in (output, wanted)]
     assert torch.allclose(divergence(output, wanted, 2.0), divergence(flat[0], flat[1], 2.0))
+
+
+def test_classes_lie_where_the_targets_lack_a_dimension() -> None:
+    """As of a language model, (N, L, K), whose criterion flattens both."""
+
+    def flat(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(output.flatten(0, 1), target.flatten())
+
+    words, target = torch.randn(4, 6, 11), torch.randint(11, (4, 6))
+    assert class_dimension(words, target, flat) == 2
+    assert class_dimension(words.movedim(2, 1), target, cross_entropy) == 1
+    soft = torch.rand(4, 11)
+    assert class_dimension(soft, soft, partial(cross_entropy, label_smoothing=0.1)) == 1
+    teacher, student = nn.Linear(3, 11), nn.Linear(3, 11)
+    setting = TaughtSetting.of(Setting(CPU, flat), [teacher], weight=1.0, temperature=2.0)
+    x = torch.randn(4, 6, 3)
+    _, loss = setting.apply(student.train(), (x,), target)
+    rows = divergence(student(x).flatten(0, 1), teacher(x).flatten(0, 1), 2.0)
+    assert torch.allclose(loss, rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [
+        ((4, 1), torch.zeros(4, 1)),
+        ((4, 3), torch.zeros(4, 3)),
+        ((4, 1), torch.zeros(4, dtype=torch.long)),
+        ((4, 6, 6), torch.zeros(4, 6, dtype=torch.long)),
+        ((4, 6, 11), torch.zeros(24, dtype=torch.long)),
+    ],
+    ids=["one value", "several values", "one class", "two dimensions alike", "targets of another shape"],
+)
+def test_what_has_no_classes_is_not_distilled(shape: tuple[int, ...], target: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="distillation needs logits of classes"):
+        class_dimension(torch.zeros(shape), target, mse_loss)
+
+
+def test_a_merge_of_regressions_is_not_distilled() -> None:
+    """Which is known before the merge stage is trained."""
+    torch.manual_seed(0)
+    teachers = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)) for _ in range(2)]
+    batches = [(torch.randn(8, 3), torch.randn(8, 1))] * 2
+    with pytest.raises(ValueError, match="distillation needs logits of classes"):
+        fastmerge.merge(teachers, batches, criterion=mse_loss, distill=0.5, **SHORT)
 
 
 def test_a_distilled_student_is_nearer_to_what_its_teachers_say() -> None:
