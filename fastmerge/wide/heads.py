@@ -168,20 +168,19 @@ def joined(teacher: nn.Module, heads: Sequence[Head], number: int) -> nn.Module:
     """A teacher with the outputs of all, of which it gives T times its own and zeros; all other tensors are the teacher's."""
     tensors = [*teacher.parameters(), *teacher.buffers()]
     network = copy.deepcopy(teacher, {id(tensor): tensor for tensor in tensors})
+    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
     for head in heads:
-        for name, dim in ((head.weight, head.out_dim), (head.bias, 0)):
-            owner = _owner(network, name)
-            old = None if name is None or owner is None else getattr(owner, name.rpartition(".")[2], None)
-            if name is None or owner is None or not isinstance(old, Tensor) or old.dim() <= dim:
-                continue  # networks that differ in more than that are refused as such
-            setattr(
-                owner, name.rpartition(".")[2], nn.Parameter(_padded(old, dim, head.sizes, number), old.requires_grad)
-            )
+        for name, dim in ((head.weight, head.out_dim), (head.bias or "", 0)):
+            old = parameters.get(name)
+            if old is not None and old.dim() > dim:  # networks that differ in more than that are refused as such
+                path, _, attribute = name.rpartition(".")
+                padded = _padded(old, dim, head.sizes, number)
+                setattr(modules[path], attribute, nn.Parameter(padded, old.requires_grad))
         for module in network.modules():
             for attribute in _COUNTS:
                 if vars(module).get(attribute) == head.sizes[number]:
                     setattr(module, attribute, sum(head.sizes))
-        layer = _owner(network, head.weight)
+        layer = modules.get(head.weight.rpartition(".")[0])
         for attribute in ("out_features", "out_channels"):
             if layer is not None and attribute in vars(layer):
                 setattr(layer, attribute, sum(head.sizes))
@@ -198,13 +197,6 @@ def _padded(tensor: Tensor, dim: int, sizes: Sequence[int], number: int) -> Tens
     whole = tensor.new_zeros(shape)
     whole.narrow(dim, sum(sizes[:number]), sizes[number]).copy_(tensor).mul_(len(sizes))
     return whole
-
-
-def _owner(network: nn.Module, name: str | None) -> nn.Module | None:
-    try:
-        return None if name is None else network.get_submodule(name.rpartition(".")[0])
-    except AttributeError:
-        return None
 
 
 def find_parts(first: TracedNetwork, whole: TracedNetwork, heads: Sequence[Head], mode: str) -> dict[int, Part]:
