@@ -68,7 +68,7 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
-def test_a_signal_ends_both_processes_with_checkpoints(whole, tmp_path):
+def test_a_signal_ends_both_processes_with_checkpoints(whole, tmp_path, forked_jobs):
     heard = set()
 
     def note(values):

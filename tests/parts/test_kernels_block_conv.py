@@ -44,7 +44,6 @@ LAST = CASES[3::4]
 MANY = [Case(2, 17, 3, 4, 8, 8, 3, 1), Case(2, 17, 3, 4, 8, 8, 3, 2)]
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
-odd_cases = pytest.mark.parametrize("case", ODD, ids=str)
 
 
 def check_every_pass(case: Case, given: Operands, xs: list[Tensor], dys: list[Tensor], tile: Tile = TILE) -> None:

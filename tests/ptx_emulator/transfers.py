@@ -12,7 +12,6 @@ from ptx_emulator.memory import TensorMap
 from ptx_emulator.parse import Instruction, UnsupportedError
 
 _MAP = re.compile(r"\[\s*([^,\s]+)\s*,\s*\{([^}]*)\}\s*\]")
-_WARPGROUP = 128
 
 
 def _lanes(m: Machine, mask: np.ndarray | None) -> np.ndarray:
