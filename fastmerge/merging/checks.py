@@ -155,7 +155,7 @@ def check_loader(
         ValueError: It is empty, or the teacher or the criterion fails on its first batch, or gives NaN or Inf; or the outputs
             are ``distilled`` and have no classes.
     """
-    inputs, target = _first_batch(name, loader)
+    inputs, target = first_batch(name, loader)
     for value in inputs:
         if value.dtype == torch.uint8:
             raise ValueError(f"{name} yields uint8 inputs; convert them to floating point and normalise them")
@@ -194,7 +194,13 @@ def check_loader(
     return inputs
 
 
-def _first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], Any]:
+def first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs and target of a loader's first batch.
+
+    Raises:
+        TypeError: It can't be iterated again and again, or does not yield (input, target).
+        ValueError: It is empty, or the batch is.
+    """
     try:
         iterator = iter(loader)
     except TypeError:

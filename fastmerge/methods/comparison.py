@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastmerge.merging.options import Options
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.registry import METHODS, apply, checked
 from fastmerge.methods.training import train
+from fastmerge.resuming.random_states import loader_state, random_states, restore_loader_state, restore_random_states
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,22 @@ def compare(
         weight_decay: of all training.
         options: further options, by name of the method.
         criterion: of the output and the target.
-        seed: each method and each fine-tuning begins with the same random numbers.
+        seed: each method and each fine-tuning begins with the same random numbers, and reads the training data in the same
+            order.
         callback: called with each row when it is known, and its network: the fine-tuned one, where there is one.
 
     Returns:
         A row for each teacher, one for teacher 0 trained on, and one for each method. A method that fails has its error there.
 
     Raises:
-        ValueError, TypeError: there is no such method or option, there are fewer than two teachers, or they or the criterion
-            can't work with the data; before anything is run.
+        ValueError, TypeError: there is no such method or option, a method stands twice, there are fewer than two teachers, or
+            they or the criterion can't work with the data; before anything is run.
     """
     teachers = check_teachers(teachers)
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"methods: each one once; got {', '.join(methods)}")
+    if unknown := set(options or ()) - set(methods):
+        raise ValueError(f"options are for the methods that are compared; got some for {', '.join(sorted(unknown))}")
     Options(finetune_epochs=finetune_epochs, finetune_lr=lr, momentum=momentum, weight_decay=weight_decay)
     given = {name: dict((options or {}).get(name, {})) for name in methods}
     common: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "criterion": criterion}
@@ -102,8 +109,19 @@ def compare(
     setting = Setting(check_device(None, teachers[0]), criterion)
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)
-    devices = [setting.device] if setting.device.type == "cuda" else []
-    rows = []
+    random, order, rows = random_states(setting.device), loader_state(train_loader), list[Row]()
+
+    @contextlib.contextmanager
+    def alike() -> Iterator[None]:
+        """The same random numbers and order of the data for all."""
+        before = random_states(setting.device)
+        restore_random_states(random, setting.device)
+        restore_loader_state(train_loader, order)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            restore_random_states(before, setting.device)
 
     def scored(network: nn.Module) -> Score:
         return evaluate(network, val_loader, setting)
@@ -111,8 +129,7 @@ def compare(
     def add(row: Row, network: nn.Module | None = None, *, finetuned: bool = True) -> None:
         if network is not None and finetuned and finetune_epochs:
             started = time.perf_counter()
-            with Meter() as meter, torch.random.fork_rng(devices):
-                torch.manual_seed(seed)
+            with Meter() as meter, alike():
                 network = copy.deepcopy(network)
                 train(network, train_loader, epochs=finetune_epochs, **common)
             row = dataclasses.replace(
@@ -131,12 +148,11 @@ def compare(
     add(Row("teacher 0, trained on", rows[0].at_once), teachers[0])
     for name in methods:
         try:
-            with torch.random.fork_rng(devices), warnings.catch_warnings():
-                torch.manual_seed(seed)
+            with alike(), warnings.catch_warnings():
                 outcome = apply(name, teachers, train_loader, **given[name])
             row = Row(name, scored(outcome.network), None, float(given[name].get("epochs", 0)), outcome.cost)
             row = dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds)
             add(row, outcome.network, finetuned=METHODS[name].one_network)
-        except (ValueError, TypeError, FloatingPointError) as error:
-            add(Row(name, error=" ".join(str(error).split())))
+        except Exception as error:  # whatever it is, the others get their rows
+            add(Row(name, error=" ".join(str(error).split()) or type(error).__name__))
     return rows

@@ -32,10 +32,13 @@ def repair(
         teachers: two or more.
         batches: of the data.
         by: how channels are matched, see ``rebasin``; None: they are averaged as they are.
-        samples: that means and deviations are taken over.
+        samples: that means and deviations are taken over, the loader's first.
         seed: see ``rebasin``.
 
     Source: K. Jordan et al., REPAIR (arXiv 2211.08403).
+
+    Raises:
+        ValueError: a layer has weight normalisation.
     """
     family = family_of(teachers, batches, samples)
     aligned = [*teachers] if by is None else align(family, by, seed)
@@ -48,16 +51,25 @@ def repair(
 def restore_statistics(merged: nn.Module, parents: Sequence[nn.Module], family: Family) -> None:
     """Gives what each layer writes, front to back, the mean over the parents of its mean and of its deviation.
 
-    A BatchNorm gets the statistics of what it reads, and a scale and shift for what it writes. What goes into a BatchNorm alone
-    is left as it is. A layer without a bias keeps its mean.
+    A BatchNorm gets the statistics of what it reads, and a scale and shift for what it writes; without a scale its statistics
+    do that. What goes into a BatchNorm alone is left as it is. A layer without a bias keeps its mean, and one whose weight has
+    other users keeps both.
 
     Args:
         merged: a network of the architecture; changed in place.
         parents: with their channels in its order.
         family: the architecture, and samples.
+
+    Raises:
+        ValueError: a layer has weight normalisation, whose weight can't be scaled.
     """
     done: set[str] = set()
     for moment in family.run([*parents, merged]):
+        if moment.call is not None and moment.call.norm is not None:
+            raise ValueError(
+                f"repair scales weights, and that of {moment.call.name} is computed by weight normalisation; remove it "
+                "first, by torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm"
+            )
         if moment.call is not None and moment.call.is_plain and moment.call.weight not in done:
             done.add(moment.call.weight)
             hidden = family.groups.outputs[moment.call.weight].numbers
@@ -102,6 +114,12 @@ def _restore_norm(moment: Moment, merged: nn.Module, done: set[str]) -> None:
         weight, bias = (tensor_at(merged, tensors[key]) for key in ("weight", "bias"))
         weight.mul_(factor)
         bias.copy_((bias - now) * factor + mean)
+    elif tensors.keys() == {"running_mean", "running_var"}:
+        centre, variance = (tensor_at(merged, tensors[key]) for key in ("running_mean", "running_var"))
+        eps = bind(moment.node)["eps"]
+        deviation = (variance + eps).sqrt() / factor.clamp_min(1e-6)
+        variance.copy_((deviation.square() - eps).clamp_min(0))
+        centre.sub_((mean - factor * now) * deviation)
     moment.compute(-1)
 
 

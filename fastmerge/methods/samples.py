@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.lock_step import Family, rows_of
+from fastmerge.merging.checks import first_batch
 
 
 def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: int = 2) -> Family:
@@ -17,19 +18,23 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
     Args:
         teachers: of one architecture.
         batches: yields (input, target); a tuple of tensors in place of the input goes to a network of several.
-        samples: how many, or all where there are fewer.
+        samples: how many, the loader's first, or all where there are fewer; more than two are for statistics.
 
     Raises:
-        TypeError, ValueError: the teachers can't be merged, or there is no batch.
+        TypeError, ValueError: the teachers can't be merged, the batches can't be iterated again and again or are no pairs, or there
+            is no sample, or one, which has no statistics.
     """
+    if samples < 2:
+        raise ValueError(f"a method needs samples of at least 2; got {samples}")
+    first_batch("batches", batches)
     device, found, count = next(teachers[0].parameters()).device, list[tuple[Tensor, ...]](), 0
     for inputs, _ in batches:
         found.append(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
         count += len(found[-1][0])
         if count >= samples:
             break
-    if not found:
-        raise ValueError("a method needs at least one batch of the data; the loader is empty")
+    if count < 2 < samples:
+        raise ValueError("a method that takes means and deviations needs two samples or more; the loader has one")
     return Family.of(teachers, tuple(torch.cat(each)[:samples].to(device) for each in zip(*found, strict=True)))
 
 

@@ -1,6 +1,7 @@
 """``fastmerge compare`` from files to files."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from cli_files import MODEL, SOURCE, make
 from fastmerge import methods
@@ -16,7 +18,7 @@ from fastmerge.cli import main
 from fastmerge.cli.compare import as_run
 from fastmerge.files import held
 from fastmerge.methods.comparison import compare
-from small_task import VAL, train_loader, train_teachers
+from small_task import VAL, X, Y, train_loader, train_teachers
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
 
@@ -180,7 +182,7 @@ def test_a_method_that_fails_leaves_the_others_their_rows() -> None:
 
     def broken(teachers: object, batches: object) -> nn.Module:
         """Fails."""
-        raise ValueError("of no use here")
+        raise RuntimeError("of no use here")
 
     methods.register("broken", needs="weights", source="nobody")(broken)
     try:
@@ -199,3 +201,33 @@ def test_each_network_is_fine_tuned_with_the_same_batches() -> None:
     alone = compare(teachers, train_loader(), VAL, ["repair"], finetune_epochs=1)
     after = compare(teachers, train_loader(), VAL, ["distill", "repair"], finetune_epochs=1, epochs=1)
     assert alone[-1].tuned == after[-1].tuned
+
+
+def test_each_row_reads_a_loader_with_a_generator_of_its_own_in_the_same_order() -> None:
+    teachers, own = train_teachers(2), torch.Generator().manual_seed(3)
+    order = DataLoader(TensorDataset(X[:64], Y[:64]), 16, shuffle=True, generator=own)
+    seen: list[list[int]] = []
+
+    def first(teachers: list[nn.Module], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> nn.Module:
+        """Looks at the order."""
+        seen.append([int(label) for _, labels in batches for label in labels])
+        return teachers[0]
+
+    names = ["first look", "second look"]
+    for name in names:
+        methods.register(name, needs="weights", source="nobody")(first)
+    try:
+        rows = compare(teachers, order, VAL, names, finetune_epochs=1)
+    finally:
+        for name in names:
+            del methods.METHODS[name]
+    assert seen[0] == seen[1]
+    assert rows[-1].tuned == rows[-2].tuned
+
+
+def test_comparisons_that_make_no_sense_are_refused() -> None:
+    teachers = train_teachers(2)
+    with pytest.raises(ValueError, match="each one once; got average, average"):
+        compare(teachers, train_loader(), VAL, ["average", "average"])
+    with pytest.raises(ValueError, match="got some for zipt"):
+        compare(teachers, train_loader(), VAL, ["zipit"], options={"zipt": {}})

@@ -123,6 +123,40 @@ def test_repair_restores_means_and_deviations_of_channels(name: str) -> None:
     assert_equal(methods.repair(teachers, data, by=None, samples=200), merged)
 
 
+def test_repair_of_batch_norm_without_scales_is_in_its_statistics() -> None:
+    torch.manual_seed(0)
+    teachers = [
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        .double()
+        .eval()
+        for _ in range(2)
+    ]
+    for teacher in teachers:
+        teacher[1].running_mean.uniform_(-1, 1)
+        teacher[1].running_var.uniform_(0.5, 2)
+    data = [(torch.randn(100, 3, 6, 6, dtype=torch.double), None)]
+    family = Family.of(teachers, data[0][0])
+    merged, wanted = methods.repair(teachers, data, by=None), moments(family, teachers)
+    for key, value in moments(family, [merged]).items():
+        assert (value - wanted[key]).abs().max() < 1e-9, key
+
+
+def test_what_repair_can_not_do_is_said() -> None:
+    torch.manual_seed(0)
+    normed = [
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
+        for _ in range(2)
+    ]
+    with pytest.raises(ValueError, match=r"that of 0 is computed by weight normalisation"):
+        methods.repair(normed, [(torch.randn(8, 3), None)])
+    plain = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2)]
+    for method in (methods.repair, methods.zipit, methods.reconstruct):
+        with pytest.raises(ValueError, match="needs two samples or more; the loader has one"):
+            method(plain, [(torch.randn(1, 3), None)])
+        with pytest.raises(ValueError, match="samples of at least 2; got -5"):
+            method(plain, [(torch.randn(8, 3), None)], samples=-5)
+
+
 def moments(family: Family, networks: list[nn.Module]) -> dict[str, Tensor]:
     """Means and deviations of what layers and BatchNorms write, by name of the node, averaged over networks."""
     found = {}
@@ -308,7 +342,7 @@ def test_methods_by_name() -> None:
     for function, wrong in ((methods.rebasin, {"by": "names"}), (methods.reconstruct, {"keep": "all"})):
         with pytest.raises(ValueError, match=repr(next(iter(wrong.values())))):
             function(trained(), batches(), **wrong)
-    with pytest.raises(ValueError, match="the loader is empty"):
+    with pytest.raises(ValueError, match="batches is empty"):
         methods.zipit(trained(), [])
 
 
