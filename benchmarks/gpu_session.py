@@ -112,6 +112,8 @@ class Job:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self._code: int | None = None
+        self._asked: float | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -147,18 +149,25 @@ class Job:
         new, self._told = self.events[self._told :], len(self.events)
         return [event for event in new if event.get("outcome") == "failed"]
 
+    def ask_to_end(self) -> float:
+        """Asks the process to end, where it has not, upon which Python says where it is; when it was asked first."""
+        if self._asked is None:
+            self._code, self._asked = self.child.poll(), time.monotonic()
+            if self._code is None:
+                self._signal(signal.SIGABRT)
+        return self._asked
+
     def end(self) -> int | None:
         """Ends the process and its children; the exit code, or None where it had not ended by itself."""
-        code = self.child.poll()
-        if code is None:
-            self._signal(signal.SIGABRT)  # upon which Python says where it is
+        asked = self.ask_to_end()
+        if self._code is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.child.wait(1)
+                self.child.wait(max(0.0, asked + 1 - time.monotonic()))
         self._signal(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it
             self.child.wait(5)
         self._reader.join(2)  # longer only if a process that left the group holds the pipe
-        return code
+        return self._code
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -265,7 +274,9 @@ class Session:
         print(f"[{time.monotonic() - self.start:4.0f} s] {text[:200]}", flush=True)
 
     def stop(self) -> None:
-        """Ends what still runs."""
+        """Ends what still runs; parts that don't listen have the same second to do so."""
+        for job in self.running:
+            job.ask_to_end()
         for job in list(self.running):
             self._close(job, 0.0)
 

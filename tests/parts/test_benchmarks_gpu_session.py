@@ -262,6 +262,19 @@ def test_a_session_that_must_end_writes_what_there_is(
     assert "so far" in logs_of(tmp_path / "out")["one.log"]
 
 
+def test_parts_that_do_not_listen_end_together(tmp_path: Path) -> None:
+    session = Session(tmp_path, 60, {}, rehearsed=True)
+    deaf = "import signal; signal.signal(signal.SIGABRT, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+    for number in range(4):
+        session._begin(python(str(number), deaf), session.end)
+    while any(b"deaf" not in job.log for job in session.running):
+        time.sleep(0.01)
+    start = time.monotonic()
+    session.stop()
+    assert 1 <= time.monotonic() - start < 3
+    assert [outcome.state for outcome in session.outcomes] == ["over time"] * 4
+
+
 def test_an_archive_keeps_to_its_size_and_each_log_its_ends() -> None:
     noise = random.Random(0).randbytes(2**19)
     whole = packed({"a.log": noise, "b.log": b"short"}, 2**18)
