@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+Found = TypeVar("Found")
 
 
 class ProcessLostError(RuntimeError):
@@ -54,10 +56,6 @@ class Processes:
         """Whether this is the process that writes files and shows progress."""
         return self.rank == 0
 
-    def share(self, batch_size: int, accumulate: int = 1) -> int:
-        """Images of each process in each part of a step, of so many in the step: see :func:`share_of`."""
-        return share_of(batch_size, self.size, accumulate)
-
     def sum(self, values: list[float]) -> list[float]:
         """Sums, in float64, of what each process has."""
         return self._reduced(values, dist.ReduceOp.SUM) if self.size > 1 else values
@@ -88,19 +86,28 @@ class Processes:
             dist.broadcast_object_list(values, src=self._first, group=self.group)
         return values[0]
 
+    def done_by_first(self, work: Callable[[], Found]) -> Found:
+        """What some work of the first process comes to, for all; where it raises a ValueError or OSError there, all do."""
+        found: Any = None
+        problem = None
+        if self.is_first:
+            try:
+                found = work()
+            except (ValueError, OSError) as error:
+                problem = error
+        found, problem = self.from_first((found, problem))
+        if problem is not None:
+            raise problem
+        return found
+
     def share_buffers(self, network: nn.Module) -> None:
         """Gives every process the first one's buffers, such as running statistics, of which each has its own."""
-        self.share_tensors(list(network.buffers()))
-
-    def share_tensors(self, tensors: list[Tensor], source: int = 0) -> None:
-        """Gives every process, in place, the tensors of one, the first unless another is named."""
         if self.size == 1:
             return
-        source = source if self.group is None else dist.get_global_rank(self.group, source)
         with self.watched():
-            for tensor in tensors:
+            for tensor in network.buffers():
                 whole = tensor.detach().contiguous()  # messages know no strides
-                dist.broadcast(whole, src=source, group=self.group)
+                dist.broadcast(whole, src=self._first, group=self.group)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.detach().copy_(whole)
 

@@ -10,9 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastmerge.checkpoints import TIMM, build_network, load_weights, own_factory
+from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.merging.options import Options
 
 
@@ -193,16 +195,23 @@ def _parsed(name: str, facts: Any) -> dict[str, Any]:
     return {"type": integer(facts["least"]) if facts["flag"] is int else float}
 
 
-def add_steps(add: Callable[..., None]) -> None:
-    """Adds the options of a merge that say how steps are run, whatever is trained, which :func:`steps` reads."""
-    for each in fields(Options):
-        if each.name in STEPS:
-            whole = each.metadata["flag"] is int
-            words: dict[str, Any] = {"type": integer(1), "metavar": "N"} if whole else {"action": "store_true"}
-            add(f"--{each.name.replace('_', '-')}", default=each.default, help=each.metadata["what"], **words)
+def precision(options: argparse.Namespace) -> torch.dtype | None:
+    """The dtype that ``--autocast`` names."""
+    return None if options.autocast is None else getattr(torch, options.autocast)
 
 
-STEPS = ("accumulate", "compile", "sync_batch_norm")
+STEPS = ("accumulate", "compile", "sync_batch_norm")  # options that say how steps are run, whatever is trained
+
+
+def add_images(add: Callable[..., object]) -> None:
+    """Adds the options of how images are read."""
+    add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step, of all processes; default 64")
+    add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
+    add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
+    usual = "of pixels in 0..1, as the teachers were trained; default ImageNet's for a tree, else the data's"
+    add("--mean", nargs="+", type=float, metavar="X", help=f"what is subtracted from each channel {usual}")
+    add("--std", nargs="+", type=float, metavar="X", help="what each channel is divided by afterwards")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
 
 
 def chosen(options: argparse.Namespace, varying: bool = False) -> dict[str, Any]:

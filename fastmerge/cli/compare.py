@@ -24,8 +24,7 @@ from torch import nn
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.cli import continuing
-from fastmerge.cli.arguments import add_teachers, integer, load_teachers, names
-from fastmerge.data.augmentation import AUGMENTATIONS
+from fastmerge.cli.arguments import add_images, add_options, add_teachers, integer, load_teachers, names
 from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
 from fastmerge.experiments.recipes import RECIPES
@@ -80,16 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(METHODS)
     add("--methods", type=names, default=list(METHODS), metavar="NAMES", help=f"of {known}; default all")
     add("--epochs", type=integer(1), default=30, metavar="N", help="epochs of methods that train; default 30")
-    add("--finetune-epochs", type=integer(0), default=30, metavar="N", help="epochs of fine-tuning; default 30")
-    add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step; default 64")
-    add("--lr", type=float, default=0.01, metavar="X", help="learning rate; default 0.01")
-    add("--momentum", type=float, default=0.9, metavar="X", help="default 0.9")
-    add("--weight-decay", type=float, default=0.0, metavar="X", help="default 0")
-    add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
-    add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
-    add("--mean", nargs="+", type=float, metavar="X", help="what is subtracted from each channel of pixels in 0..1")
-    add("--std", nargs="+", type=float, metavar="X", help="what each channel is divided by then")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
+    add_options(add, names=("finetune_epochs", "lr", "momentum", "weight_decay"))
+    add_images(add)
     add("--seed", type=integer(0), default=0, metavar="S", help="of the data's order and all else; default 0")
 
 
@@ -165,9 +156,5 @@ def _line(row: Row) -> str:
 
 def _made_by(options: argparse.Namespace) -> dict[str, Any]:
     left_out = ("command", "debug", "table", "parser", "words")
-    config = {
-        k: [str(v) for v in x] if isinstance(x, list) else str(x) if isinstance(x, Path) else x
-        for k, x in vars(options).items()
-        if k not in left_out
-    }
+    config = {name: value for name, value in vars(options).items() if name not in left_out}
     return {"config": config, "environment": environment()}

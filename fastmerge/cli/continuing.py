@@ -119,15 +119,8 @@ def alone(options: argparse.Namespace, processes: Processes) -> Iterator[None]:
         OSError: DIR can't be written to.
     """
     with contextlib.ExitStack() as closing:
-        problem = None
-        if processes.is_first and not options.dry_run:
-            try:
-                closing.enter_context(_hold(options.out))
-            except (ValueError, OSError) as error:
-                problem = error
-        problem = processes.from_first(problem)
-        if problem is not None:
-            raise problem
+        if not options.dry_run:
+            processes.done_by_first(lambda: closing.enter_context(_hold(options.out)))
         yield
 
 
@@ -182,16 +175,7 @@ def begin(options: argparse.Namespace, processes: Processes) -> bool:
     Raises:
         ValueError, OSError: As :func:`check`, and DIR can't be written to.
     """
-    finished, problem = False, None
-    if processes.is_first:
-        try:
-            finished = _begin(options)
-        except (ValueError, OSError) as error:
-            problem = error
-    finished, problem = processes.from_first((finished, problem))
-    if problem is not None:
-        raise problem
-    return finished
+    return processes.done_by_first(lambda: _begin(options))
 
 
 def check(options: argparse.Namespace) -> None:

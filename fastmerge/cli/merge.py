@@ -28,10 +28,9 @@ from torch import nn
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.cli import compare, continuing
-from fastmerge.cli.arguments import add_options, add_teachers, chosen, integer, load_teachers
-from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
-from fastmerge.cli.torchrun import join_processes, leave_processes
-from fastmerge.data.augmentation import AUGMENTATIONS
+from fastmerge.cli.arguments import add_images, add_options, add_teachers, chosen, integer, load_teachers, precision
+from fastmerge.cli.planning import add_planning, checked_images, plan
+from fastmerge.cli.torchrun import at_work
 from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
 from fastmerge.data.loading import image_loaders
@@ -72,12 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how: {', '.join(METHODS)}, or one that the module of --model registers; default gates",
     )
     add_options(add)
-    add("--batch-size", type=integer(1), default=64, metavar="N", help="images per step, of all processes; default 64")
-    add("--image-size", type=integer(1), metavar="N", help="of an image tree; default 224")
-    add("--augmentation", choices=AUGMENTATIONS, help="default imagenet for a tree, cifar for CIFAR, none for an .npz")
-    usual = "of pixels in 0..1, as the teachers were trained; default ImageNet's for a tree, else the data's"
-    add("--mean", nargs="+", type=float, metavar="X", help=f"what is subtracted from each channel {usual}")
-    add("--std", nargs="+", type=float, metavar="X", help="what each channel is divided by afterwards")
+    add_images(add)
     add(
         "--loader",
         choices=("auto", *LOADERS),
@@ -91,7 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="raise",
         help="what to do at a file that can't be read; default raise",
     )
-    add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
     add_planning(add)
     add("--quiet", action="store_true", help="no progress bar")
@@ -106,13 +99,8 @@ def command(options: argparse.Namespace) -> None:
         (options.data,) = _one_or_each(options, 1)
         compare.run(options, [options.method], options.merge_epochs, save_as="student.safetensors")
         return
-    device, processes = join_processes(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        check_planning(options, processes)
-        with processes.watched(), continuing.alone(options, processes):
-            _merge(options, device, processes)
-    finally:
-        leave_processes()
+    with at_work(options, options.device or ("cuda" if torch.cuda.is_available() else "cpu")) as (device, processes):
+        _merge(options, device, processes)
 
 
 def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:
@@ -149,8 +137,7 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
     columns: Any = zip(*((loaders.train, loaders.val, loaders.classes) for loaders in each), strict=True)
     train, val, classes = (column[0] if len(each) == 1 else list(column) for column in columns)
     teachers = load_teachers(options, classes)
-    autocast = None if options.autocast is None else getattr(torch, options.autocast)
-    given: dict[str, Any] = chosen(options) | {"device": device, "autocast": autocast}
+    given: dict[str, Any] = chosen(options) | {"device": device, "autocast": precision(options)}
     wanted = Options(**given)
     setting = wanted.setting(teachers[0])
     cost = None

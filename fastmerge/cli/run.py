@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fastmerge.cli import continuing
-from fastmerge.cli.arguments import STEPS, add_options, add_steps, chosen, fraction, integer, names
-from fastmerge.cli.planning import add_planning, check_planning, checked_images, plan
-from fastmerge.cli.torchrun import join_processes, leave_processes
+from fastmerge.cli.arguments import STEPS, add_options, chosen, fraction, integer, names, precision
+from fastmerge.cli.planning import add_planning, checked_images, plan
+from fastmerge.cli.torchrun import at_work
 from fastmerge.data.loading import LOADERS
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.recipe import Recipe
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--loader", default="auto", choices=("auto", *LOADERS), help="of recipes that read images")
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision of recipes that read images")
     add("--on-bad-image", default="raise", choices=("raise", "skip"), help="what a file that can't be read does")
-    add_steps(add)
+    add_options(add, names=STEPS)
     add(
         "--teachers-in-parallel",
         action="store_true",
@@ -88,13 +88,8 @@ def command(options: argparse.Namespace) -> None:
     """Runs the recipe and prints its table."""
     recipe = RECIPES[options.recipe]().varied(options.paper, options.batch_size, **chosen(options, varying=True))
     by_itself = "cuda" if not recipe.in_memory and torch.cuda.is_available() else "cpu"
-    device, processes = join_processes(options.device or by_itself)
-    try:
-        check_planning(options, processes)
-        with processes.watched(), continuing.alone(options, processes):
-            _run(options, recipe, device, processes)
-    finally:
-        leave_processes()
+    with at_work(options, options.device or by_itself) as (device, processes):
+        _run(options, recipe, device, processes)
 
 
 def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Processes) -> None:
@@ -116,7 +111,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
             recipe,
             options.strategy,
             loader=options.loader,
-            autocast=None if options.autocast is None else getattr(torch, options.autocast),
+            autocast=precision(options),
             on_bad_image=options.on_bad_image,
             teachers_in_parallel=options.teachers_in_parallel,
             replicates=options.replicates,
@@ -149,7 +144,7 @@ def _plan(options: argparse.Namespace, recipe: Recipe, device: str) -> str:
         seed=options.seed,
         loader=options.loader,
         workers=options.workers,
-        autocast=None if options.autocast is None else getattr(torch, options.autocast),
+        autocast=precision(options),
         on_bad_image=options.on_bad_image,
         steps={name: getattr(options, name) for name in STEPS},
     )

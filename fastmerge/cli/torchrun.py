@@ -1,15 +1,41 @@
-"""A command among the processes that ``torchrun`` started."""
+"""A command that trains, by itself or among the processes that ``torchrun`` started."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from fastmerge.cli import continuing
+from fastmerge.cli.planning import check_planning
 from fastmerge.processes import Processes
+
+
+@contextlib.contextmanager
+def at_work(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Processes]]:
+    """Joins the processes, holds DIR, and gives the device of this process and all processes; leaves them at the end.
+
+    Args:
+        options: Of a command that can go on.
+        device: As :func:`join_processes` takes it.
+
+    Raises:
+        ValueError, OSError: As :func:`check_planning` and :func:`continuing.alone`.
+    """
+    device, processes = join_processes(device)
+    try:
+        check_planning(options, processes)
+        with processes.watched(), continuing.alone(options, processes):
+            yield device, processes
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def join_processes(device: str) -> tuple[str, Processes]:
@@ -51,9 +77,3 @@ def is_first_to_say(message: str, own: bool) -> bool:
         return bool(dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)).add(key, 1) == 1)
     except (KeyError, ValueError, RuntimeError):  # torch's own errors are RuntimeErrors
         return otherwise
-
-
-def leave_processes() -> None:
-    """Undoes :func:`join_processes`."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

@@ -59,15 +59,8 @@ class MergeState:
         Raises:
             ValueError: As :meth:`Snapshots.load`.
         """
-        loaded, problem = None, None
-        if self.snapshots is not None and self.processes.is_first:
-            try:
-                loaded = self.snapshots.load()
-            except ValueError as error:
-                problem = str(error)
-        self._loaded, problem = self.processes.from_first((loaded, problem))
-        if problem is not None:
-            raise ValueError(problem)
+        if self.snapshots is not None:
+            self._loaded = self.processes.done_by_first(self.snapshots.load)
         if self._loaded is not None:
             self.history.restore(self._loaded["history"])
 

@@ -99,11 +99,6 @@ class Snapshots:
             raise ValueError(f"there is no good checkpoint to continue from: {'; '.join(problems)}")
         return None
 
-    def clear(self) -> None:
-        """Removes them all."""
-        for path in self.files():
-            path.unlink()
-
     def _remove_partial(self) -> None:
         """Removes what a process that was killed in writing left half written."""
         for path in self.directory.glob(".*-*.safetensors"):

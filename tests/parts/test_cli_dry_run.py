@@ -208,7 +208,7 @@ def test_recipes_over_loaders_train_on_the_gpu_where_there_is_one(recipe, monkey
         joined.append(device)
         raise ValueError
 
-    monkeypatch.setattr("fastmerge.cli.run.join_processes", join)
+    monkeypatch.setattr("fastmerge.cli.torchrun.join_processes", join)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for words in (recipe, [*recipe, "--device", "cpu"], ["run", "sine"]):
         assert main(words) == 2
