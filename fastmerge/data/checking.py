@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +13,7 @@ from typing import Literal
 from fastmerge.data.arrays import load_npz
 from fastmerge.data.choosing import cores
 from fastmerge.data.cifar import find_cifar, load_cifar
-from fastmerge.data.decoding import BadImageError, OnBadImage, check_header, read_image
+from fastmerge.data.decoding import BadImageError, OnBadImage, bad_files, check_header, in_threads, read_image
 from fastmerge.data.trees import find_trees
 
 Check = Literal["headers", "whole"]
@@ -24,7 +22,6 @@ Tell = Callable[[int, int, dict[str, str]], object]
 _CHUNK = 64
 _DECODED = 4  # images of a part that is decoded; an interrupt waits for those under way
 _THREADS = 4  # per core, for headers: a disk far away answers slowly, and many at a time
-_AHEAD = 4  # parts per thread that wait their turn, so that a million images need no memory
 _NAMED = 20
 
 
@@ -151,37 +148,13 @@ def _arrays(path: Path, on_bad_image: OnBadImage, tell: Tell | None) -> CheckedI
 def _check_all(
     splits: list[Sequence[str]], check: Check, workers: int
 ) -> Generator[tuple[int, dict[str, str]], None, None]:
-    """By parts, how many files were read and which can't be read."""
-    read, part, threads = (
+    """By parts, in the order of the files, how many were read and which can't be read."""
+    read, size, threads = (
         (check_header, _CHUNK, _THREADS * cores()) if check == "headers" else (read_image, _DECODED, workers)
     )
-    for files in splits:
-        yield from _check(files, read, part, threads)
 
+    def bad_ones(part: Sequence[str]) -> tuple[int, dict[str, str]]:
+        return len(part), bad_files(part, read)
 
-def _check(
-    files: Sequence[str], read: Callable[[str], object], part: int, threads: int
-) -> Generator[tuple[int, dict[str, str]], None, None]:
-    """As :func:`_check_all`, of one split, in the order of the files."""
-
-    def bad_ones(start: int) -> tuple[int, dict[str, str]]:
-        here = files[start : start + part]
-        bad = {}
-        for file in here:
-            try:
-                read(file)
-            except BadImageError as error:
-                bad[error.file] = error.reason
-        return len(here), bad
-
-    pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[tuple[int, dict[str, str]]]] = deque()
-    try:
-        for start in range(0, len(files), part):
-            waiting.append(pool.submit(bad_ones, start))
-            if len(waiting) >= _AHEAD * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    parts = (files[start : start + size] for files in splits for start in range(0, len(files), size))
+    yield from in_threads(bad_ones, parts, threads)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmerge.data.dali_graph import Graph
-from fastmerge.data.decoding import JPEG_END, BadImages, bad_files, open_image, read_image
+from fastmerge.data.decoding import JPEG_END, BadImages, bad_files, in_threads, open_image, read_image
 from fastmerge.data.epochs import Batches, EpochLoader
 
 _JPEG_BEGINS, _TIFF_BEGINS = b"\xff\xd8", (b"II", b"MM")
@@ -230,7 +230,8 @@ class Repair:
     def _report(self, samples: NDArray[np.int64]) -> bool:
         """Reports the files that Pillow can't read; whether there was one."""
         names = {self.files[sample]: sample for sample in samples}
-        found = bad_files(names, self.graph.threads)
+        each = in_threads(bad_files, ([name] for name in names), self.graph.threads)
+        found = dict(entry for bad in each for entry in bad.items())
         for file, reason in found.items():
             self.bad_images.report(file, reason)
             self._bad[names[file]] = True

@@ -6,19 +6,23 @@ import contextlib
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 OnBadImage = Literal["raise", "skip"]
 JPEG_END = b"\xff\xd9"
 ON_BAD_IMAGE: tuple[OnBadImage, ...] = ("raise", "skip")
 # Pillow goes by a file's content, not by its name, and has readers that start other programs (EPS) or are little tested.
+_AHEAD = 4  # items per thread that wait their turn, so that a million images need no memory
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 
 
@@ -153,18 +157,33 @@ def _named(file: str) -> Iterator[None]:
         raise BadImageError(file, _reason(file, error)) from error
 
 
-def bad_files(files: Iterable[str], workers: int) -> dict[str, str]:
-    """Reads files whole and returns path and reason of those that can't be."""
-
-    def check(file: str) -> tuple[str, str] | None:
+def bad_files(files: Iterable[str], read: Callable[[str], object] = read_image) -> dict[str, str]:
+    """Reads files and returns path and reason of those that can't be."""
+    bad = {}
+    for file in files:
         try:
-            read_image(file)
+            read(file)
         except BadImageError as error:
-            return error.file, error.reason
-        return None
+            bad[error.file] = error.reason
+    return bad
 
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(filter(None, pool.map(check, files)))
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
+    """What some work on each of many items comes to, in their order: Pillow works outside the interpreter's lock.
+
+    When the caller stops, what is under way comes to its end and nothing new begins.
+    """
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= _AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _rgb(image: Image) -> Image:

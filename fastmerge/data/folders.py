@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from fastmerge.data.arrays import ImageArrays, check_arrays
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.data.choosing import cores
 from fastmerge.data.cutting import read_batch
-from fastmerge.data.decoding import BadImages, OnBadImage
+from fastmerge.data.decoding import BadImages, OnBadImage, in_threads
 from fastmerge.data.trees import ImageTree, find_trees
 
 _CHUNK = 32
@@ -57,8 +57,7 @@ def read_tree(tree: ImageTree, size: int, bad_images: BadImages) -> tuple[NDArra
         images[kept], good[kept] = found, True
         return bad
 
-    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes and resizes without the interpreter's lock
-        for bad in pool.map(read, range(0, len(tree.files), _CHUNK)):
-            for file, reason in bad.items():
-                bad_images.report(file, reason)
+    with contextlib.closing(in_threads(read, range(0, len(tree.files), _CHUNK), cores())) as each:
+        for file, reason in (entry for bad in each for entry in bad.items()):
+            bad_images.report(file, reason)
     return images, good

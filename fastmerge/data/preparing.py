@@ -8,21 +8,20 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from fastmerge.data.choosing import cores
-from fastmerge.data.decoding import JPEG_END, BadImageError, BadImages, OnBadImage, open_image, read_image
+from fastmerge.data.decoding import JPEG_END, BadImageError, BadImages, OnBadImage, in_threads, open_image, read_image
 from fastmerge.data.trees import image_files
 from fastmerge.files import held
 
 RECORD = "prepared.json"
 _PARTIAL = ".partial"
 _JPEG = (".jpg", ".jpeg")
-_UNDER_WAY = 4  # files per worker that wait their turn, so that a million of them need no memory
 _NAMED = 3
 
 
@@ -126,7 +125,8 @@ def prepare(
                 stacklevel=2,
             )
         shown = sys.stderr.isatty() if progress is None else progress
-        with contextlib.closing(_side_by_side(pairs, size, quality, workers or cores())) as results:
+        work = partial(_prepare, size=size, quality=quality)
+        with contextlib.closing(in_threads(work, pairs, workers or cores())) as results:
             for result in _with_bar(results, len(pairs)) if shown else results:
                 if result.outcome == "bad":
                     bad_images.report(result.file, result.reason)
@@ -230,26 +230,8 @@ def _clean(target: Path, wanted: set[str]) -> list[str]:
     return [file for file in image_files(str(target)) if str(Path(file)) not in wanted]
 
 
-def _side_by_side(pairs: list[tuple[str, str]], size: int, quality: int, workers: int) -> Generator[Done, None, None]:
-    """Results as they come; when the caller stops, what is under way comes to its end and nothing new begins."""
-    waiting = iter(pairs)
-    under_way: set[Future[Done]] = set()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            while True:
-                for pair in waiting:
-                    under_way.add(pool.submit(_prepare, *pair, size, quality))
-                    if len(under_way) >= _UNDER_WAY * workers:
-                        break
-                if not under_way:
-                    return
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _prepare(file: str, target: str, size: int, quality: int) -> Done:
+def _prepare(pair: tuple[str, str], size: int, quality: int) -> Done:
+    file, target = pair
     if _is_done(file, target):
         return Done(file, "there")
     folder, name = os.path.split(target)

@@ -30,6 +30,7 @@ from fastmerge.stack import Stack
 
 Note = Callable[[dict[str, Any]], object]
 _EACH = ("networks", "values", "curves", "histories")  # of a column, an entry per replicate
+_TOTALS = ("epochs", "cost", "seconds")  # of a column, of all replicates together
 Curve = list[tuple[int, dict[str, float]]]
 
 
@@ -67,14 +68,16 @@ class Column:
 
     def spread(self, rows: Sequence[int], count: int) -> Column:
         """Its replicates at their positions among more; those between have diverged."""
-        places = dict(zip(rows, range(len(rows)), strict=True))
-        return replace(
-            self,
-            networks=[self.networks[places[row]] if row in places else None for row in range(count)],
-            values=[self.values[places[row]] if row in places else math.nan for row in range(count)],
-            curves=[self.curves[places[row]] if row in places else [] for row in range(count)],
-            histories=[self.histories[places[row]] if row in places else None for row in range(count)],
-        )
+        each: Any = {name: getattr(Column.lost(count), name) for name in _EACH}
+        for name, values in each.items():
+            for row, value in zip(rows, getattr(self, name), strict=True):
+                values[row] = value
+        return replace(self, **each)
+
+    def after(self, columns: Sequence[Column]) -> Column:
+        """The same with what it took to get to others, from which it was made."""
+        totals: Any = {name: getattr(self, name) + sum(getattr(c, name) for c in columns) for name in _TOTALS}
+        return replace(self, **totals)
 
 
 def joined(parts: Sequence[Column]) -> Column:
@@ -316,15 +319,8 @@ class Lab:
         figures = [
             {"test_loss": s.loss} | ({} if s.accuracy is None else {"test_accuracy": s.accuracy}) for s in scores
         ]
-        return Column(
-            networks=list(networks),
-            values=values,
-            curves=[[(epochs, each)] for each in figures],
-            histories=list(histories),
-            epochs=epochs,
-            cost=sum(column.cost for column in after) + cost,
-            seconds=sum(column.seconds for column in after) + seconds,
-        )
+        curves: list[Curve] = [[(epochs, each)] for each in figures]
+        return Column([*networks], values, curves, [*histories], cost=cost, seconds=seconds).after(after)
 
     def finetuned(self, start: Column, stage: str, teachers: Sequence[Column] = (), **options: Any) -> Column:
         """Trains on for what is left of the cost of the recipe's one long network.
@@ -361,19 +357,9 @@ class Lab:
         """The network of each replicate that is the best on the training data that was held out; of equals, by the loss."""
         ranks, rows = [self.ranks(column) for column in columns], range(len(self.replicates))
         chosen = [columns[min((each[row], number) for number, each in enumerate(ranks))[1]] for row in rows]
-        every = len(columns)
-        return Column(
-            networks=[column.networks[row] for row, column in zip(rows, chosen, strict=True)],
-            values=[column.values[row] for row, column in zip(rows, chosen, strict=True)],
-            curves=[
-                [(every * epoch, figures) for epoch, figures in column.curves[row]]
-                for row, column in zip(rows, chosen, strict=True)
-            ],
-            histories=[column.histories[row] for row, column in zip(rows, chosen, strict=True)],
-            epochs=sum(column.epochs for column in columns),
-            cost=sum(column.cost for column in columns),
-            seconds=sum(column.seconds for column in columns),
-        )
+        each: Any = {name: [getattr(column, name)[row] for row, column in enumerate(chosen)] for name in _EACH}
+        each["curves"] = [[(len(columns) * epoch, figures) for epoch, figures in curve] for curve in each["curves"]]
+        return Column(**each).after(columns)
 
     def ranks(self, column: Column) -> list[tuple[float, float]]:
         """How bad the network of each replicate is on the training data that was held out: by the metric, then the loss."""
@@ -483,10 +469,9 @@ class Lab:
 
     def _column(self, network: nn.Module, history: History, before: Sequence[Column]) -> Column:
         """What a training came to, after others."""
-        stacked = isinstance(network, Stack)
-        count = len(self.replicates)
-        networks: list[Any] = network.networks() if isinstance(network, Stack) else [network]
-        histories = history.parts(count) if stacked else [history]
+        networks, histories = [network], [history]
+        if isinstance(network, Stack):
+            networks, histories = network.networks(), history.parts(len(network))
         first = sum(column.epochs for column in before)
         operations = sum(record.operations or 0.0 for record in history.epochs)
         values = [self._value(each) for each in histories]
@@ -498,12 +483,11 @@ class Lab:
                 [*_mean_curve([column.curves[row] for column in before]), *_curve(each, first, self.recipe.metric)]
                 for row, each in enumerate(histories)
             ],
-            histories=list(histories),
-            epochs=first + len(history.epochs),
-            cost=sum(column.cost for column in before) + operations / self._unit,
-            seconds=sum(column.seconds for column in before)
-            + sum(samples / record.images_per_second for record in history.epochs),
-        )
+            histories=[*histories],
+            epochs=len(history.epochs),
+            cost=operations / self._unit,
+            seconds=sum(samples / record.images_per_second for record in history.epochs),
+        ).after(before)
 
     def _value(self, history: History) -> float:
         score = history.epochs[-1].val

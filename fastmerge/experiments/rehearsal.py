@@ -128,8 +128,7 @@ class Rehearsal(Lab):
         self, networks: Sequence[nn.Module | None], after: Sequence[Column], cost: float = 0.0, seconds: float = 0.0
     ) -> Column:
         """The networks, which are not scored."""
-        epochs, spent = (sum(getattr(column, name) for column in after) for name in ("epochs", "cost"))
-        return Column(list(networks), [math.nan], [[]], [None], epochs, spent + cost)
+        return Column([*networks], [math.nan], [[]], [None], cost=cost).after(after)
 
     def _add(self, part: Estimate, network: nn.Module, after: Sequence[Column], epochs: int, cost: float) -> Column:
         for each in part.parts:

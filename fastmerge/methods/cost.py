@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fastmerge.channels.examples import few_samples
 from fastmerge.evaluation import Setting, length_of
 from fastmerge.merging.checks import check_loader
 from fastmerge.merging.label_sets import with_label_sets
@@ -196,7 +197,7 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
     setting = replace(setting, criterion=plan.criterion)
     with torch.random.fork_rng([setting.device] if setting.device.type == "cuda" else []):
         inputs = check_loader("train_loader", train_loader, teachers[0], setting)
-        few = tuple(x.float() if x.is_floating_point() else x for x in (value[:2].cpu() for value in inputs))
+        few = tuple(x.float() if x.is_floating_point() else x for x in (value.cpu() for value in few_samples(inputs)))
         own = [copy.deepcopy(teacher).cpu().float() for teacher in teachers]
         example = few[0] if len(few) == 1 else few
 
