@@ -81,7 +81,7 @@ class GraphedTraining:
 
     def __init__(self, case: Case, networks: Sequence[nn.Module]) -> None:
         from fastmerge.merging.graphed_step import GraphedStep
-        from fastmerge.merging.step import MergeStep
+        from fastmerge.merging.steps import MergeStep
 
         self.x, self.target = case.make_batch()
         autocast = None if case.precision == "fp32" else case.dtype

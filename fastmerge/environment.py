@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
         "cudnn": _cudnn(),
         "packages": packages,
         "dali": _dali(),
-        "cpu": {"name": _cpu_name(), "cores": _cores(), "threads": torch.get_num_threads()},
+        "cpu": {"name": _cpu_name(), "cores": cores(), "threads": torch.get_num_threads()},
         "gpus": gpus,
         "driver": _driver() if gpus else None,
         "extension": _found("fastmerge._compaction") and _found("fastmerge._batch_norm"),
@@ -191,8 +191,9 @@ def _driver() -> str | None:
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
 
 
-def _cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str | None:

@@ -52,8 +52,7 @@ class Setting:
     def batches(self, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
         """Yields (inputs, target) on the device; several inputs come as a tuple in place of one tensor."""
         for inputs, target in loader:
-            inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            yield tuple(map(self._input, inputs)), self._target(target)
+            yield tuple(map(self._input, as_tuple(inputs))), self._target(target)
 
     def apply(self, network: nn.Module, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
         """Runs network and criterion; returns (output, loss), the loss (R,) of a stack."""
@@ -76,6 +75,11 @@ class Setting:
         if isinstance(value, (tuple, list)):
             return [self._target(item) for item in value]
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def as_tuple(inputs: Any) -> tuple[Tensor, ...]:
+    """The inputs of a batch, of which there may be one or several."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
 def samples_in(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:

@@ -52,7 +52,7 @@ class Stack(nn.Module):
     def network(self, index: int) -> nn.Module:
         """A copy of one of the networks."""
         network = copy.deepcopy(self.skeleton)
-        for name, tensor in _tensors(network).items():
+        for name, tensor in tensors_of(network).items():
             value = tensor.detach() if name in self.shared else tensor.detach()[index].clone()
             if isinstance(tensor, nn.Parameter):
                 tensor.data = value
@@ -254,7 +254,8 @@ def _part(optimizer: Optimizer, skeleton: nn.Module, network: nn.Module, index: 
     return part
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those that a state dict leaves out too."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastmerge.data.arrays import ImageArrays
 from fastmerge.data.augmentation import Augmentation
@@ -31,7 +32,7 @@ class Choice:
     Attributes:
         batch_size: Of validation and of training.
         shard: Which part, and of how many.
-        normalisation: Mean and standard deviation of each channel, of pixels in 0..1; None is the usual of the data.
+        mean, std: Of each channel, of pixels in 0..255.
     """
 
     batch_size: tuple[int, int]
@@ -45,7 +46,8 @@ class Choice:
     shard: tuple[int, int]
     drop_last: bool
     bad_images: BadImages
-    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
 
     def batches(self, samples: int, training: bool) -> Batches:
         """Which samples make which batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fastmerge.data.trees import ImageTree, find_trees
 # Mean and standard deviation of ImageNet's channels; torchvision's networks are trained with them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Images = tuple[NDArray[np.uint8], NDArray[np.int64]]  # and their labels
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_WORKERS = 16
 
@@ -139,13 +140,12 @@ def image_loaders(
     if loader not in ("auto", *LOADERS):
         raise ValueError(f"loader must be 'auto', {', '.join(map(repr, LOADERS))}; got {loader!r}")
     device = _device(device)
-    normalisation = _check_normalisation(mean, std)
+    _check_normalisation(mean, std)
     data, usual = _find(Path(path))
     channels = data.train_images.shape[3] if isinstance(data, ImageArrays) else 3
-    if normalisation is not None and len(normalisation[0]) != channels:
-        raise ValueError(
-            f"the images of {path} have {channels} channels; mean and std have {len(normalisation[0])} numbers"
-        )
+    if mean is not None and len(mean) != channels:
+        raise ValueError(f"the images of {path} have {channels} channels; mean and std have {len(mean)} numbers")
+    mean_of_each, std_of_each = _normalisation(data, mean, std)
     choice = Choice(
         batch_size=(batch_size if val_batch_size is None else val_batch_size, batch_size),
         size=224 if image_size is None else image_size,
@@ -158,7 +158,8 @@ def image_loaders(
         shard=(shard, shards),
         drop_last=drop_last,
         bad_images=BadImages(on_bad_image),
-        normalisation=normalisation,
+        mean=mean_of_each,
+        std=std_of_each,
     )
     if isinstance(data, ImageArrays):
         _check_arrays(path, data, image_size, choice.augmentation)
@@ -178,16 +179,13 @@ def _device(given: torch.device | str) -> torch.device:
         raise ValueError(f"loaders can't use device {given}: {str(error).splitlines()[0]}") from error
 
 
-def _check_normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Sequence[float], Sequence[float]] | None:
+def _check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     if mean is None and std is None:
-        return None
+        return
     if mean is None or std is None or len(mean) != len(std):
         raise ValueError(f"mean and std go together, a number for each channel; got mean={mean}, std={std}")
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise ValueError(f"mean and std must be finite, and std above 0; got mean={mean}, std={std}")
-    return mean, std
 
 
 def _find(path: Path) -> tuple[Data, str]:
@@ -219,58 +217,49 @@ def _check_arrays(path: str | Path, arrays: ImageArrays, image_size: int | None,
 
 
 def _make_loaders(
-    data: Data, name: Loader, choice: Choice, held_out: float = 0.0
+    data: Data, name: Loader, choice: Choice, held_out: float
 ) -> tuple[EpochLoader, EpochLoader, EpochLoader | None]:
-    """The loaders of training, of validation and of what is held out of the training images.
-
-    Trees are usually normalised as ImageNet, arrays by their training images.
-    """
-    mean, std = _normalisation(data, choice)
-    labels = data.train_labels if isinstance(data, ImageArrays) else data[0].labels
-    held = evenly_held_out(len(labels), held_out, labels) if held_out else np.array([], np.int64)
-    kept = np.setdiff1d(np.arange(len(labels)), held) if held_out else slice(None)
+    """The loaders of training, of validation and of what is held out of the training images."""
     if isinstance(data, ImageArrays):
-        finish = _finish(mean, std, choice)
-        make_array = _device_loader if name == "device" else _array_loader
-        return (
-            make_array(data.train_images[kept], data.train_labels[kept], True, finish, choice),
-            make_array(data.test_images, data.test_labels, False, finish, choice),
-            make_array(data.train_images[held], labels[held], False, finish, choice) if held_out else None,
-        )
-    make = {"dali": _dali_loader, "device": _decoded_loader, "torch": _tree_loader}[name]
-    return (
-        make(_part(data[0], kept) if held_out else data[0], True, mean, std, choice),
-        make(data[1], False, mean, std, choice),
-        make(_part(data[0], held), False, mean, std, choice) if held_out else None,
-    )
+        make: Callable[[Any, bool, Choice], EpochLoader] = _device_loader if name == "device" else _array_loader
+        train, val = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    else:
+        make = {"dali": _dali_loader, "device": _decoded_loader, "torch": _tree_loader}[name]
+        train, val = data  # type: ignore[assignment]
+    if not held_out:
+        return make(train, True, choice), make(val, False, choice), None
+    labels = data.train_labels if isinstance(data, ImageArrays) else data[0].labels
+    held = evenly_held_out(len(labels), held_out, labels)
+    kept = _part(data, np.setdiff1d(np.arange(len(labels)), held))
+    return make(kept, True, choice), make(val, False, choice), make(_part(data, held), False, choice)
 
 
-def _part(tree: ImageTree, index: Any) -> ImageTree:
-    return replace(tree, files=[tree.files[i] for i in index], labels=tree.labels[index])
+def _part(data: Data, index: NDArray[np.int64]) -> ImageTree | Images:
+    """Some of the training images."""
+    if isinstance(data, ImageArrays):
+        return data.train_images[index], data.train_labels[index]
+    return replace(data[0], files=[data[0].files[i] for i in index], labels=data[0].labels[index])
 
 
-def _normalisation(data: Data, choice: Choice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation of each channel, of pixels in 0..255."""
-    if choice.normalisation is None and isinstance(data, ImageArrays):
-        return channel_statistics(data.train_images)
-    mean, std = choice.normalisation or (IMAGENET_MEAN, IMAGENET_STD)
+def _normalisation(
+    data: Data, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each channel, for pixels in 0..255; without numbers ImageNet's for trees, and for arrays their training images'."""
+    if mean is None or std is None:
+        if isinstance(data, ImageArrays):
+            return channel_statistics(data.train_images)
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
     return 255 * np.array(mean, np.float64), 255 * np.array(std, np.float64)
 
 
-def _finish(mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice) -> Finish:
-    return Finish(mean, std, choice.dtype, choice.channels_last, choice.device)
-
-
-def _dali_loader(
-    tree: ImageTree, training: bool, mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice
-) -> EpochLoader:
+def _dali_loader(tree: ImageTree, training: bool, choice: Choice) -> EpochLoader:
     graph = Graph(
         batch_size=choice.batch_size[training],
         size=choice.size,
         augmentation=choice.augmentation,
         training=training,
-        mean=mean,
-        std=std,
+        mean=choice.mean,
+        std=choice.std,
         half=choice.dtype is torch.float16,
         channels_last=choice.channels_last,
         device_id=choice.device.index if choice.device.type == "cuda" else None,
@@ -279,39 +268,31 @@ def _dali_loader(
     return DaliLoader(tree.files, tree.labels, choice.batches(len(tree.files), training), graph, choice.bad_images)
 
 
-def _tree_loader(
-    tree: ImageTree, training: bool, mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice
-) -> EpochLoader:
+def _finish(choice: Choice) -> Finish:
+    return Finish(choice.mean, choice.std, choice.dtype, choice.channels_last, choice.device)
+
+
+def _tree_loader(tree: ImageTree, training: bool, choice: Choice) -> EpochLoader:
     batches = choice.batches(len(tree.files), training)
-    source = TreeBatches(tree.files, choice.size, choice.augmentation, batches)
-    finish, changes = _finish(mean, std, choice), choice.changes(training)
-    return TorchLoader(source, tree.labels, batches, changes, finish, choice.bad_images, choice.workers)
+    source, changes = TreeBatches(tree.files, choice.size, choice.augmentation, batches), choice.changes(training)
+    return TorchLoader(source, tree.labels, batches, changes, _finish(choice), choice.bad_images, choice.workers)
 
 
-def _array_loader(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], training: bool, finish: Finish, choice: Choice
-) -> EpochLoader:
-    batches = choice.batches(len(images), training)
+def _array_loader(arrays: Images, training: bool, choice: Choice) -> EpochLoader:
+    images, labels = arrays
+    batches, changes = choice.batches(len(images), training), choice.changes(training)
     # Picking out of an array is no work for other processes.
-    return TorchLoader(ArrayBatches(images), labels, batches, choice.changes(training), finish, choice.bad_images, 0)
+    return TorchLoader(ArrayBatches(images), labels, batches, changes, _finish(choice), choice.bad_images, 0)
 
 
-def _decoded_loader(
-    tree: ImageTree, training: bool, mean: NDArray[np.float64], std: NDArray[np.float64], choice: Choice
-) -> EpochLoader:
+def _decoded_loader(tree: ImageTree, training: bool, choice: Choice) -> EpochLoader:
     images, good = read_tree(tree, choice.size, choice.bad_images)
-    finish = _finish(mean, std, choice)
-    return _device_loader(images, tree.labels, training, finish, choice, None if good.all() else good)
+    return _device_loader((images, tree.labels), training, choice, None if good.all() else good)
 
 
 def _device_loader(
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    training: bool,
-    finish: Finish,
-    choice: Choice,
-    good: NDArray[np.bool_] | None = None,
+    arrays: Images, training: bool, choice: Choice, good: NDArray[np.bool_] | None = None
 ) -> EpochLoader:
-    placed = torch.from_numpy(np.ascontiguousarray(images)).to(choice.device)
-    targets = torch.from_numpy(labels).to(choice.device)
-    return DeviceLoader(placed, targets, choice.batches(len(images), training), choice.changes(training), finish, good)
+    images, labels = (torch.from_numpy(np.ascontiguousarray(array)).to(choice.device) for array in arrays)
+    batches, changes = choice.batches(len(images), training), choice.changes(training)
+    return DeviceLoader(images, labels, batches, changes, _finish(choice), good)

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from fastmerge.environment import cores
 from fastmerge.merging.progress import peak_memory
 from fastmerge.processes import ProcessLostError
 from fastmerge.resuming.stop_requests import Interrupted, StopRequests
@@ -131,8 +132,7 @@ def run_jobs(
         ProcessLostError: a RuntimeError: a process died, or raised what can't be sent.
         Exception: whatever else a job raises.
     """
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores() if workers is None else workers
     hidden = None if progress is None else not progress
     total = sum(job.epochs for job in jobs)
     with tqdm(total=total, disable=hidden, unit="epoch", smoothing=0.05, dynamic_ncols=True) as shown:

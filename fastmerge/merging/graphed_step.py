@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastmerge.big_student import BigStudent
 from fastmerge.isolation import ONE_THREAD
 from fastmerge.kernels.cuda_graph import capture
-from fastmerge.merging.step import MergeStep, Outcome, Result
 from fastmerge.wide.norms import WideBatchNorm
+
+if TYPE_CHECKING:
+    from fastmerge.merging.steps import MergeStep, Outcome, Result
 
 WARM_UP = 3
 MEASURED = 5
@@ -210,7 +212,7 @@ class GraphedStep(_Graph):
             step.lam.begin(step.network, step.network.open_state()[0])  # type: ignore[operator]
 
     def __call__(self, inputs: tuple[Tensor, ...], target: Any) -> Outcome:
-        """Trains on a batch, as :class:`~fastmerge.merging.step.MergeStep` does. The output is overwritten by the next call."""
+        """Trains on a batch as a :class:`~fastmerge.merging.steps.MergeStep`. The output is overwritten by the next call."""
         leaves, self._spec = tree_flatten((inputs, target))
         outcome = self._run(leaves) if all(isinstance(leaf, Tensor) for leaf in leaves) else None
         return outcome or self.step(inputs, target)

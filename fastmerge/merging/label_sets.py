@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastmerge.evaluation import Criterion, has_classes
+from fastmerge.evaluation import Criterion, as_tuple, has_classes
 from fastmerge.merging.checks import check_classes, check_loader, check_teachers, examples_of
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
@@ -233,8 +233,7 @@ def with_label_sets(
                 raise TypeError(what) from None
             check_loader(f"{name}[{number}]", loader, teachers[number], setting, number)
     inputs, _ = next(iter(train_loader[0] if "train_loader" in each else train_loader))
-    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    networks, parts = join_heads(teachers, examples_of(inputs, teachers[0]))
+    networks, parts = join_heads(teachers, examples_of(as_tuple(inputs), teachers[0]))
     found = {part for of_mode in parts.outputs.values() for part in of_mode.values()}
     if any(set(of_mode) != {0} for of_mode in parts.outputs.values()) or len(found) != 1 or next(iter(found)).dim != 1:
         raise ValueError(

@@ -299,10 +299,14 @@ class Options:
             return False
         return self.compact_at == "settled" or epochs >= self.compact_at * self.merge_epochs
 
+    def is_linked_in(self, epoch: int) -> bool:
+        """Whether the big student is linked in an epoch of the merge stage, counted from 0."""
+        return epoch >= self.link_at * self.merge_epochs
+
     @property
     def linked_epochs(self) -> int:
         """Epochs of the merge stage in which the big student is linked."""
-        return sum(epoch >= self.link_at * self.merge_epochs for epoch in range(self.merge_epochs))
+        return sum(map(self.is_linked_in, range(self.merge_epochs)))
 
     @property
     def merge_plan(self) -> Plan:

@@ -144,7 +144,7 @@ def learn_importance(
     parts = {"optimizer": optimizer, "gate optimizer": gate_optimizer, "lambda": lam}
     for now in trainer.epochs("merge", first + plan.epochs, big, parts, first):
         epoch = now - first
-        if not big.linked and epoch >= options.link_at * plan.epochs:
+        if not big.linked and options.is_linked_in(epoch):
             big.link(optimizer=optimizer)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * plan.factor(epoch)

@@ -16,6 +16,7 @@ from fastmerge.history import History, Stage
 from fastmerge.processes import Processes, seed_of_rank
 from fastmerge.resuming.random_states import loader_state, random_states, restore_loader_state, restore_random_states
 from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.stack import tensors_of
 
 
 class MergeState:
@@ -167,7 +168,7 @@ class MergeState:
                     **self._now,
                     "step": 0 if tally is None else tally.steps,
                     "linked": self._now["stage"] == "merge" and self.network.linked,
-                    "network": _tensors(self.network),
+                    "network": tensors_of(self.network),
                     "parts": {name: part.state_dict() for name, part in self.parts.items()},
                     "processes": each,
                     "length": length_of(self.loader),
@@ -201,14 +202,9 @@ class MergeState:
         restore_loader_state(self.loader, loader)
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, those that a state dict leaves out too."""
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
-
-
 @torch.no_grad()
 def _load_tensors(network: nn.Module, saved: dict[str, Tensor]) -> None:
-    for name, tensor in _tensors(network).items():
+    for name, tensor in tensors_of(network).items():
         tensor.copy_(saved[name])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastmerge.channels.groups import Axis, ChannelGroups
+from fastmerge.stack import tensors_of
 
 Places = Mapping[str, Tensor]
 """By name of the group, int64 (T, n): the place that channel j of teacher t gets in the student; -1 for none."""
@@ -60,7 +61,7 @@ def combine(networks: Sequence[nn.Module], groups: ChannelGroups, places: Places
                 "torch.nn.utils.parametrize.remove_parametrizations on it in every teacher"
             )
     result = copy.deepcopy(networks[0])
-    tensors = [{**dict(n.named_parameters()), **dict(n.named_buffers())} for n in (result, *networks)]
+    tensors = [tensors_of(network) for network in (result, *networks)]
     shares = {name: _shares(each) for name, each in places.items()}
     axes: dict[str, list[Axis]] = {}
     for axis in groups.axes():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastmerge.channels.examples import few_samples
-from fastmerge.evaluation import Setting, length_of
+from fastmerge.evaluation import Setting, as_tuple, length_of
 from fastmerge.merging.checks import check_loader
 from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
@@ -111,8 +111,7 @@ def unwatched() -> Iterator[Meter | None]:
 def step_operations(network: nn.Module, batches: Iterable[Any], *, backward: bool = True) -> float:
     """Operations of a training step on the first batch, or of its forward pass alone."""
     inputs, _ = next(iter(batches))
-    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    return counted_step(copy.deepcopy(network), inputs, backward)[0]
+    return counted_step(copy.deepcopy(network), as_tuple(inputs), backward)[0]
 
 
 def counted_step(network: nn.Module, inputs: Sequence[Tensor], backward: bool = True) -> tuple[float, int]:

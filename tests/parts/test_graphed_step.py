@@ -22,8 +22,7 @@ from architectures import BY_NAME, merged
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, CudaGraphs, GraphedStep, why_not_captured
-from fastmerge.merging.step import MergeStep
-from fastmerge.merging.steps import Steps
+from fastmerge.merging.steps import MergeStep, Steps
 from fastmerge.schedules import GateWeight, QuadraticLambda
 from teachers import set_gates
 

@@ -15,7 +15,7 @@ import fastmerge
 from fastmerge.evaluation import Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.graphed_step import _capturable
-from fastmerge.merging.step import MergeStep
+from fastmerge.merging.steps import MergeStep
 from fastmerge.networks import ResNetCifar
 from fastmerge.schedules import QuadraticLambda
 

@@ -20,7 +20,7 @@ from fastmerge.gate_budget import GateBudget
 from fastmerge.merging.api import train_by
 from fastmerge.merging.graphed_step import MEASURED, WARM_UP, Graphed, GraphedStep
 from fastmerge.merging.options import Options
-from fastmerge.merging.step import MergeStep
+from fastmerge.merging.steps import MergeStep
 from fastmerge.networks import ResNetCifar
 from fastmerge.schedules import GateWeight, QuadraticLambda
 from fastmerge.stack import Stack
