@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import torch
@@ -138,23 +139,17 @@ def scaled_lam_step(start: float, step: float, whole: int, epochs: int) -> float
         whole: length of the whole stage in epochs.
         epochs: length of the other.
     """
-
-    def last(growth: float, stage: int) -> float:
-        lam = QuadraticLambda(start, growth)
-        for _ in range(max(1, stage - 1)):
-            lam.step()
-        return lam.value
-
     if epochs == whole or start == 0 or step == 0:
         return step
-    wanted = last(step, whole)
+    wanted = _lams(start, step, max(2, whole))[-1]
+
+    def reaches(growth: float) -> bool:
+        return _lams(start, growth, max(2, epochs))[-1] >= wanted
+
     low, high = 0.0, step
-    while last(high, epochs) < wanted:
+    while not reaches(high):
         low, high = high, 2 * high
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if last(middle, epochs) < wanted else (low, middle)
-    return high
+    return _least(reaches, low, high, 1e-6)
 
 
 def fitting_gate_lr(steps: int | None) -> float:
@@ -192,14 +187,24 @@ def fitting_lam_step(epochs: int, steps: int | None, channels: int, lam_start: f
     pull = 0.0 if steps is None else gate_lr / (1 - GATE_MOMENTUM) / channels * steps / epochs
     if epochs == 1 or lam_start == 0:
         return _PAPERS_STEP  # there is nothing to fit: λ does not grow
-    low, high = 0.0, 1e6
-    while high - low > 1e-3 * high:
+
+    def is_enough(growth: float) -> bool:
+        values = _lams(lam_start, growth, epochs)
+        arrives = values[-1] >= _LAM_LAST and (not pull or pull * sum(values) >= _PULL)
+        return arrives or values[-1] >= _LAM_MOST
+
+    return _least(is_enough, 0.0, 1e6, 1e-3)
+
+
+def _lams(start: float, growth: float, epochs: int) -> list[float]:
+    """λ in each epoch."""
+    lam = QuadraticLambda(start, growth)
+    return [lam.value, *(lam.step() for _ in range(epochs - 1))]
+
+
+def _least(is_enough: Callable[[float], bool], low: float, high: float, precision: float) -> float:
+    """The least number that is enough, by bisection; ``high`` is."""
+    while high - low > precision * high:
         middle = (low + high) / 2
-        lam = QuadraticLambda(lam_start, middle)
-        values = [lam.value, *(lam.step() for _ in range(epochs - 1))]
-        enough = values[-1] >= _LAM_LAST and (not pull or pull * sum(values) >= _PULL)
-        if not enough and values[-1] < _LAM_MOST:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high

@@ -208,10 +208,15 @@ def finish(options: argparse.Namespace) -> None:
     shutil.rmtree(options.out / CHECKPOINTS, ignore_errors=True)
 
 
-def epoch_log(options: argparse.Namespace, key: Sequence[str]) -> contextlib.closing[EpochLog]:
-    """The log of a run in DIR, as a context that closes it; ``key`` tells an epoch from others."""
+@contextlib.contextmanager
+def epoch_log(options: argparse.Namespace, processes: Processes, key: Sequence[str]) -> Iterator[EpochLog | None]:
+    """The log of a run in DIR, which the first process writes; ``key`` tells an epoch from others."""
+    if not processes.is_first:
+        yield None
+        return
     board = options.out / "tensorboard" if options.tensorboard else None
-    return contextlib.closing(EpochLog(options.out / "log.jsonl", key, options.resume, board))
+    with contextlib.closing(EpochLog(options.out / "log.jsonl", key, options.resume, board)) as log:
+        yield log
 
 
 def chosen_beyond(options: argparse.Namespace, taken: set[str]) -> list[str]:

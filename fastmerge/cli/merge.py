@@ -17,7 +17,6 @@ Several GPUs: torchrun --nproc-per-node 8 -m fastmerge merge ... with the same o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -147,12 +146,10 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         found = estimate(teachers, train, val, setting, wanted)
         print(f"{plan(options, images, why, found)}\n{cost}")
         return
-    with contextlib.ExitStack() as closing:
-        note = None
-        if processes.is_first:
-            print("\n".join(map(str, filter(None, (why, cost)))))
-            log = closing.enter_context(continuing.epoch_log(options, ("stage", "epoch")))
-            note = _noting(log, options.merge_epochs)
+    if processes.is_first:
+        print("\n".join(map(str, filter(None, (why, cost)))))
+    with continuing.epoch_log(options, processes, ("stage", "epoch")) as log:
+        note = None if log is None else _noting(log, options.merge_epochs)
         student, history = merge(
             teachers,
             train,

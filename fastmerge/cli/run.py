@@ -10,7 +10,6 @@ out their stacks of networks.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,11 +101,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
         if processes.is_first:
             print(f"the run in {out} is finished\n\n{write_report(out)}")
         return
-    with contextlib.ExitStack() as closing:
-        note = None
-        if processes.is_first:
-            key = ("strategy", "replicates", "stage", "network", "epoch")
-            note = _noting(closing.enter_context(continuing.epoch_log(options, key)))
+    with continuing.epoch_log(options, processes, ("strategy", "replicates", "stage", "network", "epoch")) as log:
         run(
             recipe,
             options.strategy,
@@ -125,7 +120,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
             checkpoint_dir=out / continuing.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
-            note=note,
+            note=None if log is None else _noting(log),
             **{name: getattr(options, name) for name in STEPS},
         )
     if processes.is_first:
