@@ -40,6 +40,7 @@ def environment() -> dict[str, Any]:
         kernels can run here.
     """
     gpus = _gpus()
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else ""
     packages = {name: _version(name) for name in _PACKAGES}
     return {
         "fastmerge": _version("fastmerge"),
@@ -53,7 +54,7 @@ def environment() -> dict[str, Any]:
         "dali": _dali(),
         "cpu": {"name": _cpu_name(), "cores": cores(), "threads": torch.get_num_threads()},
         "gpus": gpus,
-        "driver": _driver() if gpus else None,
+        "driver": driver.partition("\n")[0] or None,
         "extension": _found("fastmerge._compaction") and _found("fastmerge._batch_norm"),
         "kernels": bool(gpus) and packages["triton"] is not None and _found("fastmerge.kernels"),
     }
@@ -185,10 +186,6 @@ def _gpus() -> list[dict[str, Any]]:
     except (RuntimeError, AssertionError):  # a driver too old for this torch, or a card that fell off the bus
         return gpus
     return gpus
-
-
-def _driver() -> str | None:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
 
 
 def cores() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -109,8 +108,7 @@ def checked_with_bar(
     from tqdm import tqdm
 
     name = "headers" if check == "headers" else "decode"
-    shown = sys.stderr.isatty() and not quiet
-    with tqdm(desc=name, unit="img", dynamic_ncols=True, disable=not shown) as bar:
+    with tqdm(desc=name, unit="img", dynamic_ncols=True, disable=quiet or None) as bar:  # None: on a terminal
 
         def tell(done: int, total: int, bad: dict[str, str]) -> None:
             if found is not None and bad:
@@ -167,7 +165,7 @@ def describe(found: Estimate, processes: int = 1, bandwidth: float = 1e10, accum
     parts = found.parts
     rows = [("part", "epochs", "batches", "s per batch", "in all")]
     rows += [
-        (part.name, str(part.epochs), _or_unknown(part.steps), f"{part.seconds:.3g}", _duration(part.total))
+        (part.name, f"{part.epochs}", f"{part.steps or '?'}", f"{part.seconds:.3g}", _duration(part.total))
         for part in parts
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -188,10 +186,6 @@ def describe(found: Estimate, processes: int = 1, bandwidth: float = 1e10, accum
             f"{largest / 2**20:.0f} MiB a step, at {bandwidth / 1e9:g} GB/s) are not sent during the backward pass"
         )
     return "\n".join([*lines, f"about {whole}; peak memory {peak_memory() / 2**30:.2f} GiB"])
-
-
-def _or_unknown(value: int | None) -> str:
-    return "?" if value is None else str(value)
 
 
 def _duration(seconds: float | None) -> str:

@@ -244,7 +244,8 @@ class Options:
         if at not in (None, "settled") and (
             isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= 1
         ):
-            raise ValueError(f"merge needs compact_at, {_what('compact_at')}, in 0..1, 'settled' or None; got {at!r}")
+            what = self.__dataclass_fields__["compact_at"].metadata["what"].partition(", or")[0]
+            raise ValueError(f"merge needs compact_at, {what}, in 0..1, 'settled' or None; got {at!r}")
         if self.layerwise > self.merge_epochs:
             raise ValueError(
                 f"layerwise={self.layerwise} needs merge_epochs of at least {self.layerwise}; got {self.merge_epochs}"
@@ -402,11 +403,6 @@ def check(each: Field[Any], value: Any) -> None:
         bound = f"above {above:g}" if least is None else f"of at least {least:g}"
         bound = bound if most is None else f"in {above if least is None else least:g}..{most:g}"
         raise ValueError(f"{name}, {what}, a finite number {bound}; got {value!r}")
-
-
-def _what(name: str) -> str:
-    (found,) = (each for each in fields(Options) if each.name == name)
-    return str(found.metadata["what"]).partition(", or")[0]
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ class EpochLog:
         self._told = {self._key(json.loads(line)) for line in lines}
         with atomic(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._board = None if tensorboard is None else _summary_writer(tensorboard)
+        self._board = None if tensorboard is None else _writer_class()(str(tensorboard))
 
     def write(self, values: dict[str, Any], step: int, tag: str = "") -> None:
         """Tells of an epoch, unless it was told of before. Where the disk is full or fails, it warns instead.
@@ -105,10 +105,6 @@ def check_tensorboard() -> None:
         ValueError: The package ``tensorboard`` is not installed.
     """
     _writer_class()
-
-
-def _summary_writer(directory: Path) -> Any:
-    return _writer_class()(str(directory))
 
 
 def _writer_class() -> Any:
