@@ -15,7 +15,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import names
 from benchmarks.effort import Effort
 from benchmarks.race import Contender, race
-from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.column import Column
+from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.recipes import digits
 from fastmerge.merging.options import Plan

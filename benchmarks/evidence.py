@@ -30,7 +30,8 @@ from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.augmentation import flip_and_shift
 from fastmerge.data.dataset import Dataset, image_dataset
 from fastmerge.data.decoding import OnBadImage
-from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.column import Column
+from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.recipes import digits
 from fastmerge.experiments.run import run

@@ -22,7 +22,8 @@ import torch
 from benchmarks import evidence
 from benchmarks.evidence_report import SURE
 from fastmerge.evaluation import Setting
-from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.column import Column
+from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import short_teachers, strategy

@@ -5,111 +5,36 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmerge import methods
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import evaluate
+from fastmerge.experiments.column import Column, Curve, curve_of, joined, mean_curve, picked
 from fastmerge.experiments.place import Loaders, Place, seed_for
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.history import EpochRecord, History, Score
 from fastmerge.merging.api import merge_by, train_by
 from fastmerge.merging.options import Options, Plan
-from fastmerge.methods.cost import step_operations
+from fastmerge.methods.cost import Operations
 from fastmerge.methods.training import DISTILL
 from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.resuming.snapshots import fingerprint
 from fastmerge.stack import Stack
 
 Note = Callable[[dict[str, Any]], object]
-_EACH = ("networks", "values", "curves", "histories")  # of a column, an entry per replicate
-_TOTALS = ("epochs", "cost", "seconds")  # of a column, of all replicates together
-Curve = list[tuple[int, dict[str, float]]]
-
-
-@dataclass
-class Column:
-    """One network of each replicate, and what it took to get there.
-
-    Attributes:
-        networks: in the order of the replicates; None for one that diverged.
-        values: the recipe's metric on the test data; NaN for one that diverged.
-        curves: for each replicate, figures by epoch, counting the epochs of all networks so far.
-        histories: of the last stage of training.
-        epochs: of all networks so far.
-        cost: the same in epochs of one teacher, by counted operations.
-        seconds: of training, of all networks so far.
-    """
-
-    networks: list[nn.Module | None]
-    values: list[float]
-    curves: list[Curve] = field(default_factory=list)
-    histories: list[History | None] = field(default_factory=list)
-    epochs: int = 0
-    cost: float = 0.0
-    seconds: float = 0.0
-
-    @classmethod
-    def lost(cls, count: int) -> Column:
-        """Of so many replicates, all of which have diverged."""
-        return cls([None] * count, [math.nan] * count, [[] for _ in range(count)], [None] * count)
-
-    def only(self, rows: Sequence[int]) -> Column:
-        """Some of its replicates, by their positions."""
-        each: Any = {name: [getattr(self, name)[row] for row in rows] for name in _EACH}
-        return replace(self, **each)
-
-    def spread(self, rows: Sequence[int], count: int) -> Column:
-        """Its replicates at their positions among more; those between have diverged."""
-        each: Any = {name: getattr(Column.lost(count), name) for name in _EACH}
-        for name, values in each.items():
-            for row, value in zip(rows, getattr(self, name), strict=True):
-                values[row] = value
-        return replace(self, **each)
-
-    def after(self, columns: Sequence[Column]) -> Column:
-        """The same with what it took to get to others, from which it was made."""
-        totals: Any = {name: getattr(self, name) + sum(getattr(c, name) for c in columns) for name in _TOTALS}
-        return replace(self, **totals)
-
-
-def joined(parts: Sequence[Column]) -> Column:
-    """Columns of other replicates as one."""
-    each: Any = {name: [value for part in parts for value in getattr(part, name)] for name in _EACH}
-    cost, seconds = max(part.cost for part in parts), sum(part.seconds for part in parts)
-    return replace(parts[0], **each, cost=cost, seconds=seconds)
 
 
 def lengths(plan: Plan) -> dict[str, Any]:
     """Options of a merge whose fine-tuning is as long as a plan."""
     return {"finetune_epochs": plan.epochs, "milestones": tuple(plan.milestones), "warmup": plan.warmup}
-
-
-class Operations:
-    """Counts the operations of a network's forward and backward pass per sample, once for each set of shapes.
-
-    Args:
-        example: two samples, on the CPU, where the counting is done.
-    """
-
-    def __init__(self, example: Tensor) -> None:
-        self.example = example
-        self._found: dict[Any, float] = {}
-
-    def __call__(self, network: nn.Module) -> float:
-        key = (type(network), tuple(parameter.shape for parameter in network.parameters()))
-        if key not in self._found:
-            one = network.network(0) if isinstance(network, Stack) else copy.deepcopy(network)
-            count = step_operations(one.cpu().float(), [(self.example, None)])
-            self._found[key] = count / len(self.example)
-        return self._found[key]
 
 
 class Lab:
@@ -355,11 +280,8 @@ class Lab:
 
     def best(self, columns: Sequence[Column]) -> Column:
         """The network of each replicate that is the best on the training data that was held out; of equals, by the loss."""
-        ranks, rows = [self.ranks(column) for column in columns], range(len(self.replicates))
-        chosen = [columns[min((each[row], number) for number, each in enumerate(ranks))[1]] for row in rows]
-        each: Any = {name: [getattr(column, name)[row] for row, column in enumerate(chosen)] for name in _EACH}
-        each["curves"] = [[(len(columns) * epoch, figures) for epoch, figures in curve] for curve in each["curves"]]
-        return Column(**each).after(columns)
+        ranks = zip(*(self.ranks(column) for column in columns), strict=True)
+        return picked(columns, [each.index(min(each)) for each in ranks])
 
     def ranks(self, column: Column) -> list[tuple[float, float]]:
         """How bad the network of each replicate is on the training data that was held out: by the metric, then the loss."""
@@ -480,7 +402,7 @@ class Lab:
             networks=[n if math.isfinite(value) else None for n, value in zip(networks, values, strict=True)],
             values=values,
             curves=[
-                [*_mean_curve([column.curves[row] for column in before]), *_curve(each, first, self.recipe.metric)]
+                [*mean_curve([column.curves[row] for column in before]), *curve_of(each, first, self.recipe.metric)]
                 for row, each in enumerate(histories)
             ],
             histories=[*histories],
@@ -498,22 +420,3 @@ class Lab:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _curve(history: History, first: int, metric: str) -> Curve:
-    found = []
-    for number, record in enumerate(history.epochs, start=1):
-        if record.val is not None:
-            figures = {"train_loss": record.train.loss, "test_loss": record.val.loss}
-            if record.val.accuracy is not None:
-                figures["test_accuracy"] = record.val.accuracy
-            found.append((first + number, figures))
-    return found
-
-
-def _mean_curve(curves: Sequence[Curve]) -> Iterator[tuple[int, dict[str, float]]]:
-    """Networks side by side: the mean of their figures, at the sum of their epochs."""
-    for each in zip(*curves, strict=False):
-        names = each[0][1]
-        figures = {name: sum(values[name] for _, values in each) / len(each) for name in names}
-        yield sum(epoch for epoch, _ in each), figures

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fastmerge.data.loading import ImageLoaders
-from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.column import Column
+from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.run import check_strategies, teacher
 from fastmerge.experiments.strategies import STRATEGIES

@@ -15,7 +15,8 @@ import torch
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.environment import environment
-from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.column import Column
+from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place, asked_for
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.strategies import STRATEGIES

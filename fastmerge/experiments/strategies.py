@@ -22,7 +22,8 @@ from typing import Any
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from fastmerge import methods
-from fastmerge.experiments.lab import Column, Lab, lengths
+from fastmerge.experiments.column import Column
+from fastmerge.experiments.lab import Lab, lengths
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.methods.training import DISTILL
 from fastmerge.schedules import scaled_lam_step

@@ -23,6 +23,7 @@ from fastmerge.merging.label_sets import with_label_sets
 from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.merging.stages import blank_student
+from fastmerge.stack import Stack
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -126,6 +127,26 @@ def counted_step(network: nn.Module, inputs: Sequence[Tensor], backward: bool = 
             torch.autograd.backward([y.sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad])
     network.zero_grad()
     return float(counter.operations), sum(saved.values())
+
+
+class Operations:
+    """Counts the operations of a network's forward and backward pass per sample, once for each set of shapes.
+
+    Args:
+        example: two samples, on the CPU, where the counting is done.
+    """
+
+    def __init__(self, example: Tensor) -> None:
+        self.example = example
+        self._found: dict[Any, float] = {}
+
+    def __call__(self, network: nn.Module) -> float:
+        key = (type(network), tuple(parameter.shape for parameter in network.parameters()))
+        if key not in self._found:
+            one = network.network(0) if isinstance(network, Stack) else copy.deepcopy(network)
+            count = step_operations(one.cpu().float(), [(self.example, None)])
+            self._found[key] = count / len(self.example)
+        return self._found[key]
 
 
 def steps_of(batches: Iterable[Any]) -> int:

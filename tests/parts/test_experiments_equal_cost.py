@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastmerge import methods
-from fastmerge.experiments.lab import Column, Lab
+from fastmerge.experiments.column import Column
+from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.run import teacher
