@@ -24,7 +24,6 @@ from fastmerge.resuming.stop_requests import Interrupted
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 _FAILED = (FloatingPointError, MemoryError, torch.OutOfMemoryError, ProcessLostError, ReaderLostError)
 
-
 _OF_ONE_PROCESS = (*_FAILED, BadImageError, EmptyBatchError)  # each reads images of its own
 
 
@@ -82,7 +81,8 @@ def _plain_messages() -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
         print(f"fastmerge: warning: {message}", file=sys.stderr)
 
-    log, handler = logging.getLogger("fastmerge"), _Lines()
+    log, handler = logging.getLogger("fastmerge"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastmerge: %(message)s"))
     level, handlers = log.level, log.handlers
     log.setLevel(logging.INFO)
     log.handlers = [handler]
@@ -105,10 +105,3 @@ def _memory_watched() -> Iterator[None]:
         if not found:
             raise
         raise MemoryError(f"there is not enough memory: {what}") from error
-
-
-class _Lines(logging.Handler):
-    """What the log says, on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(f"fastmerge: {record.getMessage()}", file=sys.stderr)
