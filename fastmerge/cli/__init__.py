@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = compare.as_run(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
+    options = _parsed(words)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
         with _plain_messages(), readers_watched(), _memory_watched():
-            status = options.command(continuing.complete(options, words, lambda words: _parser().parse_args(words)))
+            status = options.command(continuing.complete(options, words, _parsed))
     except KeyboardInterrupt as error:
         if is_first:
             print(f"fastmerge: interrupted{continuing.how_to_go_on(options)}", file=sys.stderr)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastmerge", description="Merge trained neural networks into a better one.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (run, merge, compare, check, report, data, info):
@@ -70,10 +70,11 @@ def _parser() -> argparse.ArgumentParser:
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
+        if name in words[:1]:  # of the others no options are needed
+            module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=module.command)
-    return parser
+    return parser.parse_args(words)
 
 
 @contextmanager
