@@ -95,10 +95,8 @@ def _torchvision_factory(name: str) -> Callable[..., Any]:
         ) from error
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, known, 3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(
-            f"torchvision has no classification model {name}{hint}; for your own network give module:function"
+            f"torchvision has no classification model {name}{_near(name, known)}; for your own network give module:function"
         )
     return models.get_model_builder(name)
 
@@ -110,10 +108,13 @@ def _timm_factory(name: str) -> Callable[..., Any]:
         raise ValueError(f"{name} is a model of timm, which is not installed (pip install timm)") from error
     model = name.removeprefix(TIMM)
     if not model.startswith(HUB) and not timm.is_model(model):  # timm fetches the hub's by itself
-        near = difflib.get_close_matches(model, timm.list_models(), 3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"timm has no model {model}{hint}")
+        raise ValueError(f"timm has no model {model}{_near(model, timm.list_models())}")
     return functools.partial(timm.create_model, model)
+
+
+def _near(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, 3)
+    return f"; near it: {', '.join(found)}" if found else ""
 
 
 def own_factory(name: str) -> Callable[..., Any]:

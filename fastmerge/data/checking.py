@@ -14,7 +14,7 @@ from fastmerge.data.arrays import load_npz
 from fastmerge.data.choosing import cores
 from fastmerge.data.cifar import find_cifar, load_cifar
 from fastmerge.data.decoding import BadImageError, OnBadImage, bad_files, check_header, in_threads, read_image
-from fastmerge.data.trees import find_trees
+from fastmerge.data.trees import find_trees, listed
 
 Check = Literal["headers", "whole"]
 Tell = Callable[[int, int, dict[str, str]], object]
@@ -115,17 +115,10 @@ def check_images(
                 tell(done, total, found)
     if bad and on_bad_image == "raise":
         (file, reason), *more = bad.items()
-        others = _others([name for name, _ in more], total)
+        names = listed([name for name, _ in more], _NAMED - 1)
+        others = f", and {len(more)} more of {total} images can't: {names}" if more else ""
         raise BadImageError(file, f"{reason}{others}; on_bad_image='skip' leaves such files out")
     return CheckedImages(total, bad, check=check, seconds=time.perf_counter() - started)
-
-
-def _others(files: list[str], total: int) -> str:
-    """Which other files can't be read, in a clause."""
-    if not files:
-        return ""
-    names = ", ".join(files[: _NAMED - 1]) + (", ..." if len(files) >= _NAMED else "")
-    return f", and {len(files)} more of {total} images can't: {names}"
 
 
 def _arrays(path: Path, on_bad_image: OnBadImage, tell: Tell | None) -> CheckedImages:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fastmerge.data.choosing import cores
 from fastmerge.data.decoding import JPEG_END, BadImageError, BadImages, OnBadImage, in_threads, open_image, read_image
-from fastmerge.data.trees import image_files
+from fastmerge.data.trees import image_files, listed
 from fastmerge.files import held
 
 RECORD = "prepared.json"
@@ -118,10 +118,9 @@ def prepare(
     with _held(target, settings):
         summary.stale = _clean(target, {name for _, name in pairs})
         if summary.stale:
-            named = ", ".join(summary.stale[:_NAMED]) + (", ..." if len(summary.stale) > _NAMED else "")
             warnings.warn(
-                f"{target} holds {len(summary.stale)} images that {source} does not have, and they stay: {named}; remove "
-                "them, or prepare into an empty folder",
+                f"{target} holds {len(summary.stale)} images that {source} does not have, and they stay: "
+                f"{listed(summary.stale, _NAMED)}; remove them, or prepare into an empty folder",
                 stacklevel=2,
             )
         shown = sys.stderr.isatty() if progress is None else progress
@@ -178,10 +177,9 @@ def _held(target: Path, settings: dict[str, int | str]) -> Iterator[None]:
     """Keeps other processes out of the target, and other sources and settings."""
     target.mkdir(parents=True, exist_ok=True)
     if _noted(target) is None and (others := sorted(name for name in os.listdir(target) if name != RECORD)):
-        named = ", ".join(others[:_NAMED]) + (", ..." if len(others) > _NAMED else "")
         raise ValueError(
-            f"{target} holds files that were not prepared ({named}), and nothing is written beside them; name a new or "
-            "empty folder. The first argument is the source, the second the target"
+            f"{target} holds files that were not prepared ({listed(others, _NAMED)}), and nothing is written beside them; "
+            "name a new or empty folder. The first argument is the source, the second the target"
         )
     with contextlib.ExitStack() as closing:
         try:
@@ -193,9 +191,9 @@ def _held(target: Path, settings: dict[str, int | str]) -> Iterator[None]:
             record.write(json.dumps(settings) + "\n")
             record.flush()
         elif differing := [name for name in settings if there.get(name) != settings[name]]:
-            listed = ", ".join(f"{name} {there.get(name)}, not {settings[name]}" for name in differing)
+            named = ", ".join(f"{name} {there.get(name)}, not {settings[name]}" for name in differing)
             raise ValueError(
-                f"{target} was prepared with {listed}; choose another target. A source that was moved can be named in "
+                f"{target} was prepared with {named}; choose another target. A source that was moved can be named in "
                 f"{target / RECORD}"
             )
         yield

@@ -54,9 +54,13 @@ def find_trees(path: str | Path) -> tuple[ImageTree, ImageTree]:
             raise FileNotFoundError(f"there is no {folder}; a tree needs train/<class>/<image> and val/<class>/<image>")
     classes = _classes(train)
     if differing := sorted(set(classes) ^ set(_classes(val))):
-        listed = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
-        raise ValueError(f"the classes of {train} and {val} differ: {listed} in only one of them")
+        raise ValueError(f"the classes of {train} and {val} differ: {listed(differing)} in only one of them")
     return _tree(train, classes), _tree(val, classes)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for an error, of many the first."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def image_files(folder: str) -> list[str]:
@@ -98,7 +102,6 @@ def _classes(folder: Path) -> list[str]:
 def _tree(folder: Path, classes: list[str]) -> ImageTree:
     by_class = [image_files(str(folder / name)) for name in classes]
     if empty := [name for name, files in zip(classes, by_class, strict=True) if not files]:
-        listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}) of {listed}")
+        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}) of {listed(empty)}")
     labels = np.repeat(np.arange(len(classes)), [len(files) for files in by_class])
     return ImageTree(folder, [file for files in by_class for file in files], labels, classes)
