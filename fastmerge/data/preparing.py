@@ -281,8 +281,7 @@ def small_jpeg(file: str, size: int, quality: int) -> tuple[bytes, bool]:
 
     if _is_small_jpeg(file, size):
         read_image(file)  # it has to be whole
-        with open(file, "rb") as stream:
-            return stream.read(), True
+        return Path(file).read_bytes(), True
     image = read_image(file, draft=(2 * size, 2 * size))
     least = min(image.size)
     if least > size:

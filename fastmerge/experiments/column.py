@@ -76,7 +76,8 @@ def picked(columns: Sequence[Column], which: Sequence[int]) -> Column:
     return Column(**each).after(columns)
 
 
-def curve_of(history: History, first: int, metric: str) -> Curve:
+def curve_of(history: History, first: int) -> Curve:
+    """Figures of each epoch that was scored, after so many epochs of other networks."""
     found = []
     for number, record in enumerate(history.epochs, start=1):
         if record.val is not None:

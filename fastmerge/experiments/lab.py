@@ -402,7 +402,7 @@ class Lab:
             networks=[n if math.isfinite(value) else None for n, value in zip(networks, values, strict=True)],
             values=values,
             curves=[
-                [*mean_curve([column.curves[row] for column in before]), *curve_of(each, first, self.recipe.metric)]
+                [*mean_curve([column.curves[row] for column in before]), *curve_of(each, first)]
                 for row, each in enumerate(histories)
             ],
             histories=[*histories],

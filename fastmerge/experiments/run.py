@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from fastmerge.checkpoints import save_weights
 from fastmerge.environment import environment
 from fastmerge.experiments.column import Column
-from fastmerge.experiments.lab import Lab
+from fastmerge.experiments.lab import Lab, Note
 from fastmerge.experiments.place import Place, asked_for
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.strategies import STRATEGIES
@@ -27,8 +27,6 @@ from fastmerge.merging.checks import check_device
 from fastmerge.merging.compiling import LOG
 from fastmerge.processes import Processes, Split
 from fastmerge.reporting import results as results_files
-
-Note = Callable[[dict[str, Any]], object]
 
 
 def run(

@@ -62,8 +62,7 @@ class TaughtSetting(Setting):
     def of(cls, setting: Setting, teachers: Sequence[nn.Module], weight: float, temperature: float) -> TaughtSetting:
         """A setting with teachers, which are copied."""
         fixed = [setting.place(copy.deepcopy(teacher)).eval().requires_grad_(False) for teacher in teachers]
-        own = (setting.device, setting.criterion, setting.autocast, setting.channels_last)
-        return cls(*own, tuple(fixed), weight, temperature)
+        return cls(**vars(setting), teachers=tuple(fixed), weight=weight, temperature=temperature)
 
     @torch.no_grad()
     def answers(self, inputs: tuple[Tensor, ...]) -> Tensor:
