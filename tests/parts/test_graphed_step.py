@@ -181,10 +181,10 @@ class CannotBeCaptured(Graphs):
             raise RuntimeError("operation failed due to a previous error during capture")
 
 
-@pytest.mark.parametrize("wanted", [True, None])
-def test_a_step_that_can_not_be_captured(wanted: bool | None) -> None:
+@pytest.mark.parametrize(("wanted", "scaled"), [(True, True), (None, True), (None, False)])
+def test_a_step_that_can_not_be_captured(wanted: bool | None, scaled: bool) -> None:
     step = make_step(None)
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
     graph = GraphedStep(step, wanted, CannotBeCaptured())
     for number in range(WARM_UP + (0 if wanted else MEASURED)):
         graph(*batch(number))
