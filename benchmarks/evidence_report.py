@@ -64,8 +64,8 @@ Distillation is `τ² KL` at temperature 2 with weight 1/2. These two numbers an
 trials on digits and MNIST, with other seeds but with the same test data; no other data was used to choose them. So what digits
 and MNIST say of ours is flattered by that choice, and the other data sets are the test of it.
 
-Replicates differ in the networks' first weights, the order of the data and the draws of gates. The training and test images are the
-same for all of a data set: errors and p say nothing about other images.
+Replicates differ in the networks' first weights, the order of the data and the draws of gates. The training and test images
+are the same for all of a data set: errors and p say nothing about other images.
 
 *p* is of Student's two-sided paired t-test, corrected by Holm's method for all comparisons of its table. Differences with
 p < {SURE} are called sure, and are in bold. `make evidence DATA=folder` runs everything again; docs/results/evidence/ has the
@@ -162,9 +162,9 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
     not_ahead = [line for each in kinds_of for line in each if line]
     return "\n\n".join(
         [
-            "*ours* is `fastmerge.merge(distill=0.5, link_at=0.25)` with a merge stage a third as long as the paper's, at the cost "
-            "of training one network all along. These are not the defaults, and were chosen on digits and MNIST. The tables below "
-            "say what the other strategies are.",
+            "*ours* is `fastmerge.merge(distill=0.5, link_at=0.25)` with a merge stage a third as long as the paper's, at the "
+            "cost of training one network all along. These are not the defaults, and were chosen on digits and MNIST. The "
+            "tables below say what the other strategies are.",
             "**Where ours is not ahead**, at equal cost. Each number is the test accuracy of ours less that of the other, in "
             "points, ± its standard error:",
             "\n".join(not_ahead),
@@ -200,12 +200,12 @@ On Imagewoof a merge stage has 54 steps, too few for the gates to settle. Before
 below a teacher, and the few epochs of fine-tuning that the cost leaves do not make up for it. With more of them, at more cost
 (`choice: third`, `choice: all`), it is level with the best or ahead.""",
     "resnet20": """\
-The teachers of ResNet-20 and of the transformer have not converged: `one`, trained three times as long, is far ahead of the best
-of three of their length (`bo3`), and of two or three of them side by side (`ensemble`, `ensemble-3`). What trains one network
-longest wins, even the plain mean of the weights (`average`), which is no better than chance at once: it keeps twenty epochs for
-fine-tuning. Ours has a merge stage of 54 steps, as on Imagewoof, which costs as much as about ten epochs, and two fifths of what
-fine-tuning costs goes to the teachers' forward passes. So `ours-plain` is ahead of ours there, and `choice: third`, with seventeen
-epochs of fine-tuning, ahead of both.""",
+The teachers of ResNet-20 and of the transformer have not converged: `one`, trained three times as long, is far ahead of the
+best of three of their length (`bo3`), and of two or three of them side by side (`ensemble`, `ensemble-3`). What trains one
+network longest wins, even the plain mean of the weights (`average`), which is no better than chance at once: it keeps twenty
+epochs for fine-tuning. Ours has a merge stage of 54 steps, as on Imagewoof, which costs as much as about ten epochs, and two
+fifths of what fine-tuning costs goes to the teachers' forward passes. So `ours-plain` is ahead of ours there, and `choice:
+third`, with seventeen epochs of fine-tuning, ahead of both.""",
 }
 
 

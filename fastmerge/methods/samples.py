@@ -21,8 +21,8 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
         samples: how many, the loader's first, or all where there are fewer; more than two are for statistics.
 
     Raises:
-        TypeError, ValueError: the teachers can't be merged, the batches can't be iterated again and again or are no pairs, or there
-            is no sample, or one, which has no statistics.
+        TypeError, ValueError: the teachers can't be merged, the batches can't be iterated again and again or are no pairs, or
+            there is no sample, or one, which has no statistics.
     """
     if samples < 2:
         raise ValueError(f"a method needs samples of at least 2; got {samples}")
