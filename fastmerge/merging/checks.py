@@ -13,8 +13,9 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
+from fastmerge.channels.examples import few_samples
 from fastmerge.data.epochs import EpochLoader
-from fastmerge.evaluation import Setting, class_dimension, has_classes, length_of
+from fastmerge.evaluation import Setting, as_tuple, class_dimension, has_classes, length_of
 from fastmerge.isolation import quietly
 from fastmerge.processes import Processes
 from fastmerge.resuming.snapshots import Snapshots, fingerprints
@@ -56,7 +57,8 @@ def check_device(device: torch.device | str | None, teacher: nn.Module) -> torch
 def examples_of(inputs: Sequence[Tensor], teacher: nn.Module) -> Tensor | tuple[Tensor, ...]:
     """What networks are traced on, where the teachers are: two samples, which tell as much as a batch."""
     device = check_device(None, teacher)
-    examples = tuple((value[0] if isinstance(teacher, Stack) else value)[:2].to(device) for value in inputs)
+    each = tuple(value[0] if isinstance(teacher, Stack) else value for value in inputs)
+    examples = tuple(value.to(device) for value in few_samples(each))
     return examples[0] if len(examples) == 1 else examples
 
 
@@ -215,7 +217,7 @@ def first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], A
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"{name} must yield pairs (input, target); it yields {_describe(batch)}")
     inputs, target = batch
-    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    inputs = as_tuple(inputs)
     for value in inputs:
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise TypeError(f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}")

@@ -17,6 +17,7 @@ import fastmerge.merging.options as options_module
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, evaluate
 from fastmerge.merging import merge
+from fastmerge.merging.checks import examples_of
 from fastmerge.merging.stages import gate_warnings, origins, undecided_warnings
 from fastmerge.schedules import QuadraticLambda, fitting_gate_lr, fitting_lam_step
 from small_task import SHORT, TRAIN, VAL, SmallNet, copies, train_loader, train_teachers
@@ -376,3 +377,9 @@ def test_a_distributed_sampler_shuffles_anew_each_epoch(teachers):
     assert len(epochs) == 3
     assert epochs[0] == first
     assert len({tuple(order) for order in epochs}) == 3
+
+
+def test_inputs_are_cut_to_two_samples_where_all_count_the_samples() -> None:
+    x, others = torch.randn(6, 3), torch.randn(4, 4)
+    assert [len(each) for each in examples_of((x, x), SmallNet())] == [2, 2]
+    assert [len(each) for each in examples_of((x, others), SmallNet())] == [6, 4]
