@@ -64,8 +64,9 @@ Distillation is `τ² KL` at temperature 2 with weight 1/2. These two numbers an
 trials on digits and MNIST, with other seeds but with the same test data; no other data was used to choose them. So what digits
 and MNIST say of ours is flattered by that choice, and the other data sets are the test of it.
 
-Replicates differ in the networks' first weights, the order of the data and the draws of gates. The training and test images
-are the same for all of a data set: errors and p say nothing about other images.
+The networks are small, so that a CPU can train many of them; digits' LeNet has fewer weights than a linear classifier of the
+same images. Replicates differ in the networks' first weights, the order of the data and the draws of gates. The training and
+test images are the same for all of a data set: errors and p say nothing about other images.
 
 *p* is of Student's two-sided paired t-test, corrected by Holm's method for all comparisons of its table. Differences with
 p < {SURE} are called sure, and are in bold. `make evidence DATA=folder` runs everything again; docs/results/evidence/ has the
@@ -226,7 +227,7 @@ def summary(every: dict[str, dict[str, Any]]) -> str:
         teacher = summarise(results["strategies"]["distill"]["at_once"])  # before it learns from both
         ends = [f"{100 * each.mean:.2f}" for each in (teacher, side_by_side)]
         rows.append([results["what"], ends[0], *cells, ends[1], str(side_by_side.n)])
-    header = ["test accuracy, %", "a teacher", *shown, "best of the other methods", "two networks", "n"]
+    header = ["test accuracy, %", "a teacher", *shown, "best other merge", "two networks", "n"]
     return table(header, rows, markdown=True)
 
 
