@@ -12,13 +12,13 @@ from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, resn
 LEAST_SIZE = {"inception": 299, "squeezenet": 32, "alexnet": 64, "vgg": 32, "maxvit": 224, "vit": 224}
 """Smallest image side that a family's strides leave something of; 64 where none is given."""
 
-FAMILIES = ["googlenet", "squeezenet1_1"]
+FAMILIES = ["googlenet", "mobilenet_v2", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"]
 """Families of which one network is small enough for every run."""
 
 LARGE = [
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "inception_v3", "maxvit_t"),
-    *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d"),
-    *("shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32"),
+    *("mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "resnext50_32x4d", "swin_t", "swin_v2_t"),
+    *("vgg11_bn", "vit_b_32"),
 ]
 """Families whose smallest network takes a while; of most, every run takes one of the same code and fewer layers."""
 
