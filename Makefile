@@ -30,8 +30,8 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $(READY)
 
 demo: $(READY) ## merges sine networks, then networks that read real digits, and reports
-	$(BIN)/fastmerge run sine --replicates 5 --strategy student,bo3,one --out runs/demo/sine
-	$(BIN)/fastmerge run digits --out runs/demo/digits
+	$(BIN)/fastmerge run sine --replicates 5 --strategy student,bo3,one --out runs/demo/sine --resume
+	$(BIN)/fastmerge run digits --out runs/demo/digits --resume
 	$(BIN)/fastmerge report runs/demo/sine
 	$(BIN)/fastmerge report runs/demo/digits
 

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_a
     Raises:
         ValueError: DIR holds a run of another command, or one is at work there.
     """
-    with continuing.apart(options.out):
+    with continuing.apart(options.out, "compare.json"):
         _run(options, methods, epochs, save_as)
 
 

@@ -125,18 +125,21 @@ def alone(options: argparse.Namespace, processes: Processes) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def apart(out: Path) -> Iterator[None]:
+def apart(out: Path, result: str) -> Iterator[None]:
     """Makes DIR for a command that can't go on, and keeps other commands out of it until the block ends.
 
+    Args:
+        out: DIR.
+        result: the file that the command writes there.
+
     Raises:
-        ValueError: Another run is in DIR, or a run that can go on was, whose files would be replaced.
+        ValueError: Another run is in DIR, or was, whose files would be replaced.
         OSError: DIR can't be written to.
     """
     with _hold(out):
-        if (out / _COMMAND).exists():
-            raise ValueError(
-                f"{out} holds a run of fastmerge merge or run, whose files are not replaced; choose another --out"
-            )
+        for file, what in ((_COMMAND, "a run of fastmerge merge or run"), (result, "the result of an earlier command")):
+            if (out / file).exists():
+                raise ValueError(f"{out} holds {what}, whose files are not replaced; choose another --out")
         yield
 
 
@@ -182,7 +185,7 @@ def check(options: argparse.Namespace) -> None:
     """Looks whether a run may begin in DIR, or go on there.
 
     Raises:
-        ValueError: There is an unfinished run in DIR, and it is not to go on; or TensorBoard is asked for and not installed.
+        ValueError: There is a run in DIR, and it is not to go on; or TensorBoard is asked for and not installed.
     """
     if options.tensorboard:
         check_tensorboard()
@@ -190,6 +193,11 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{options.out} holds a run that is not finished; add --resume to continue it, remove "
             f"{options.out / CHECKPOINTS}, or choose another --out"
+        )
+    if not options.resume and (options.out / _COMMAND).is_file() and _noted(options.out)["finished"]:
+        raise ValueError(
+            f"{options.out} holds a finished run, which would be replaced; add --resume to see its report, remove the folder, "
+            "or choose another --out"
         )
 
 

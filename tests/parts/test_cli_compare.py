@@ -174,7 +174,10 @@ def test_a_run_that_can_go_on_keeps_its_files(place: Path, capsys) -> None:
         "out holds a run of fastmerge merge or run, whose files are not replaced; choose another"
         in capsys.readouterr().err
     )
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "command.json"]
+    (out / "command.json").rename(out / "compare.json")
+    assert main(arguments("average")) == 2
+    assert "out holds the result of an earlier command, whose files are not replaced" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "compare.json"]
 
 
 def test_a_method_that_fails_leaves_the_others_their_rows() -> None:

@@ -189,6 +189,10 @@ def test_an_interrupted_merge_goes_on_from_its_directory_alone(place, monkeypatc
     before = Path("out/student.safetensors").stat().st_mtime_ns
     assert main(["merge", "--out", "out", "--resume"]) == 0
     assert "the merge in out is finished" in capsys.readouterr().out
+    assert main(arguments()) == 2
+    assert (
+        "out holds a finished run, which would be replaced; add --resume to see its report" in capsys.readouterr().err
+    )
     assert Path("out/student.safetensors").stat().st_mtime_ns == before
 
 
