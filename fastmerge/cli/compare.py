@@ -89,23 +89,23 @@ def command(options: argparse.Namespace) -> None:
     run(options, options.methods, options.epochs)
 
 
-def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_as: str = "{}.safetensors") -> None:
+def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None = None) -> None:
     """Runs methods as options of a command say.
 
     Args:
         options: of the command.
         methods: names.
         epochs: of those that train.
-        save_as: what the file of a method's network is called, with the method's name for ``{}``.
+        student: what the file of the one method's network is called; None: each has its method's name, beside a baseline.
 
     Raises:
         ValueError: DIR holds a run of another command, or one is at work there.
     """
     with continuing.apart(options.out, "compare.json"):
-        _run(options, methods, epochs, save_as)
+        _run(options, methods, epochs, student)
 
 
-def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_as: str) -> None:
+def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device, nn.Identity())
     loaders = image_loaders(
@@ -125,7 +125,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_
         rows.append(row)
         print(_line(row), flush=True)
         if row.name in METHODS and network is not None:
-            save_weights(network, options.out / save_as.format(row.name))
+            save_weights(network, options.out / (student or f"{row.name}.safetensors"))
         write_json(options.out / "compare.json", {"rows": [r.to_dict() for r in rows]} | _made_by(options))
 
     compare(
@@ -139,6 +139,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, save_
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         seed=options.seed or 0,
+        baseline=student is None,
         callback=note,
     )
     found = [row.to_dict() for row in rows]

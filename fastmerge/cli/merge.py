@@ -92,11 +92,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> None:
     """Merges, writes the student and its history, and prints the scores."""
     if options.method != "gates":
+        if options.method in METHODS and not METHODS[options.method].one_network:
+            raise ValueError(
+                f"--method {options.method} makes no network of the teachers' class; fastmerge compare scores it"
+            )
         others = continuing.chosen_beyond(options, compare.READS | {"method", "merge_epochs", "quiet"})
         if others:
             raise ValueError(f"--method {options.method} takes no {', '.join(others)}: only --method gates does")
         (options.data,) = _one_or_each(options, 1)
-        compare.run(options, [options.method], options.merge_epochs, save_as="student.safetensors")
+        compare.run(options, [options.method], options.merge_epochs, student="student.safetensors")
         return
     with at_work(options, options.device or ("cuda" if torch.cuda.is_available() else "cpu")) as (device, processes):
         _merge(options, device, processes)

@@ -68,6 +68,7 @@ def compare(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     criterion: Criterion = cross_entropy,
     seed: int = 0,
+    baseline: bool = True,
     callback: Callable[[Row, nn.Module | None], object] | None = None,
 ) -> list[Row]:
     """Runs methods on the same teachers, fine-tunes each network in the same way, and scores all.
@@ -86,10 +87,11 @@ def compare(
         criterion: of the output and the target.
         seed: each method and each fine-tuning begins with the same random numbers, and reads the training data in the same
             order.
+        baseline: whether teacher 0 is trained on, too.
         callback: called with each row when it is known, and its network: the fine-tuned one, where there is one.
 
     Returns:
-        A row for each teacher, one for teacher 0 trained on, and one for each method. A method that fails has its error there.
+        A row for each teacher, one for the baseline, and one for each method. A method that fails has its error there.
 
     Raises:
         ValueError, TypeError: there is no such method or option, a method stands twice, there are fewer than two teachers, or
@@ -145,7 +147,8 @@ def compare(
 
     for number, teacher in enumerate(teachers):
         add(Row(f"teacher {number}", scored(teacher)), teacher, finetuned=False)
-    add(Row("teacher 0, trained on", rows[0].at_once), teachers[0])
+    if baseline:
+        add(Row("teacher 0, trained on", rows[0].at_once), teachers[0])
     for name in methods:
         try:
             with alike(), warnings.catch_warnings():

@@ -106,13 +106,17 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     words += ["--method", "reconstruct", "--finetune-epochs", "0", "--batch-size", "16", "--device", "cpu"]
     assert main(["merge", *words]) == 0
     load_weights(make(), place / "out" / "student.safetensors")
-    assert "| reconstruct" in (place / "out" / "compare.md").read_text()
+    table = (place / "out" / "compare.md").read_text()
+    assert "| reconstruct" in table
+    assert "trained on" not in table
     for given, named in (
         (["--dry-run"], "--dry-run"),
         (["--autocast", "bfloat16", "--resume"], "--resume, --autocast"),
     ):
         assert main(["merge", *words, *given]) == 2
         assert f"--method reconstruct takes no {named}: only --method gates does" in capsys.readouterr().err
+    assert main(["merge", *words, "--method", "ensemble"]) == 2
+    assert "--method ensemble makes no network of the teachers' class; fastmerge compare" in capsys.readouterr().err
 
 
 def test_merge_takes_a_method_that_the_models_module_registers(place: Path, capsys) -> None:
