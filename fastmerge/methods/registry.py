@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastmerge.methods.cost import Meter, peak_memory
+from fastmerge.validation import check_teachers
 
 Function = Callable[..., nn.Module]
 Needs = Literal["weights", "samples", "training"]
@@ -104,8 +105,10 @@ def apply(name: str, teachers: Sequence[nn.Module], batches: Iterable[Any], **op
 
     Raises:
         ValueError: there is no such method, or it has no such option; and what the method raises.
+        TypeError, ValueError: the teachers are not two or more of one class, structure and shapes, or not finite.
     """
     method = checked(name, options)
+    check_teachers(teachers)
     started = time.perf_counter()
     with peak_memory(teachers) as peak, Meter() as meter:
         network = method.function(teachers, batches, **options)

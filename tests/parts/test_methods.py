@@ -346,6 +346,14 @@ def test_methods_by_name() -> None:
         methods.zipit(trained(), [])
 
 
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_methods_by_name_take_networks_of_one_architecture(name: str) -> None:
+    first = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"teachers 0 and 1|teacher 1"):
+        methods.apply(name, [first, other], [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))])
+
+
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 
 
