@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 
 from fastmerge.channels.examples import few_samples
+from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, as_tuple, length_of
 from fastmerge.merging.checks import check_loader
 from fastmerge.merging.label_sets import with_label_sets
@@ -73,17 +75,17 @@ class Meter:
         Meter._running.remove(self)
 
     def add_training(self, network: nn.Module, batches: Iterable[Any], epochs: float) -> None:
-        """Adds what training takes: the operations of a step, times the steps."""
+        """Adds what training takes: a sample's operations of a step, times the samples."""
         if epochs:
-            self.operations += epochs * step_operations(network, batches) * steps_of(batches)
+            self.operations += epochs * _epoch_operations(network, batches)
 
     def add_forward(self, network: nn.Module, batches: Iterable[Any], epochs: float) -> None:
         """Adds what forward passes over the data take."""
-        self.operations += epochs * step_operations(network, batches, backward=False) * steps_of(batches)
+        self.operations += epochs * _epoch_operations(network, batches, backward=False)
 
     def epochs(self, teacher: nn.Module, batches: Iterable[Any]) -> float:
         """The operations in epochs of training a teacher on these batches."""
-        return self.operations / (step_operations(teacher, batches) * steps_of(batches)) if self.operations else 0.0
+        return self.operations / _epoch_operations(teacher, batches) if self.operations else 0.0
 
     def _start(self) -> None:
         self._mode = _Counting()
@@ -149,10 +151,24 @@ class Operations:
         return self._found[key]
 
 
-def steps_of(batches: Iterable[Any]) -> int:
-    """Steps of an epoch."""
+def _epoch_operations(network: nn.Module, batches: Iterable[Any], *, backward: bool = True) -> float:
+    """Operations of an epoch of training, or of its forward passes alone: a sample's of the first batch, times the samples."""
+    inputs, _ = next(iter(batches))
+    first = len(as_tuple(inputs)[0])
+    return step_operations(network, batches, backward=backward) / first * _samples_of(batches, first)
+
+
+def _samples_of(batches: Iterable[Any], first: int) -> int:
+    """Samples of an epoch; where the loader does not say, as many batches as it has of the first one's size."""
+    if isinstance(batches, EpochLoader):
+        return batches.samples
+    if isinstance(batches, DataLoader) and isinstance(batches.sampler, Sized) and batches.batch_size is not None:
+        samples = len(batches.sampler)
+        return samples - samples % batches.batch_size if batches.drop_last else samples
+    if isinstance(batches, (list, tuple)):
+        return sum(len(as_tuple(inputs)[0]) for inputs, _ in batches)
     length = length_of(batches)
-    return sum(1 for _ in batches) if length is None else length
+    return first * (sum(1 for _ in batches) if length is None else length)
 
 
 @contextmanager

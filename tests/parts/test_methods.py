@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, TensorDataset
 
 import architectures
 import fastmerge
@@ -250,6 +251,22 @@ def test_gates_are_a_method_like_the_others() -> None:
         outcome = methods.apply("gates", teachers, batches(), epochs=3, lr=0.01)
     assert type(outcome.network) is type(teachers[0])
     assert 3 * 2 < outcome.cost < 3 * 4.5  # linked from the start, an epoch costs up to four of a network
+
+
+def test_a_cost_does_not_depend_on_how_the_samples_are_batched() -> None:
+    """An epoch of training is one, whatever the last batch lacks."""
+    teachers = trained()[:2]
+    whole = [(X[:96], Y[:96])]
+    for data in (
+        whole,
+        [(X[:64], Y[:64]), (X[64:96], Y[64:96])],
+        [(X[:1], Y[:1]), (X[1:96], Y[1:96])],
+        DataLoader(TensorDataset(X[:96], Y[:96]), 64),
+        DataLoader(TensorDataset(X[:120], Y[:120]), 32, drop_last=True),
+    ):
+        with Meter() as meter:
+            methods.train(copy.deepcopy(teachers[0]), data, epochs=2)
+        assert meter.epochs(teachers[0], whole) == pytest.approx(2)
 
 
 def test_what_a_merge_will_cost_is_what_it_costs() -> None:
