@@ -211,7 +211,8 @@ def join_heads(
 
     Args:
         teachers: two or more, of one architecture but for the number of classes.
-        example_inputs, outputs: as :class:`~fastmerge.BigStudent`'s.
+        example_inputs: as :class:`~fastmerge.BigStudent`'s.
+        outputs: as :class:`~fastmerge.BigStudent`'s.
 
     Returns:
         The networks, in the teachers' order, and where their parts lie in the output.
