@@ -207,6 +207,12 @@ network longest wins, even the plain mean of the weights (`average`), which is n
 epochs for fine-tuning. Ours has a merge stage of 54 steps, as on Imagewoof, which costs as much as about ten epochs, and two
 fifths of what fine-tuning costs goes to the teachers' forward passes. So `ours-plain` is ahead of ours there, and `choice:
 third`, with seventeen epochs of fine-tuning, ahead of both.""",
+    "vit-long": """\
+In `vit-long` the same transformer's teachers have nearly converged: three times their length (`one`) gains three points, not
+eleven. Ours is now level with two networks side by side (`ensemble`), but still below one network of its cost, in accuracy;
+its test loss is lower. The merge stage of a linked transformer is dear, and with distillation the student gets half as many
+epochs of fine-tuning as `ours-plain`, and a quarter of those of `restart`. With the recipe's own stages, at half as much cost
+again, `student` is level with the best.""",
 }
 
 
