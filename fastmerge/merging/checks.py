@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def check_loader(
         ValueError: It is empty, or the teacher or the criterion fails on its first batch, or gives NaN or Inf; or the outputs
             are ``distilled`` and have no classes.
     """
-    inputs, target = first_batch(name, loader)
+    inputs, target = next(pairs(name, loader))
     for value in inputs:
         if value.dtype == torch.uint8:
             raise ValueError(f"{name} yields uint8 inputs; convert them to floating point and normalise them")
@@ -196,12 +196,12 @@ def check_loader(
     return inputs
 
 
-def first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], Any]:
-    """Inputs and target of a loader's first batch.
+def pairs(name: str, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+    """Inputs and target of each batch of a loader.
 
     Raises:
         TypeError: It can't be iterated again and again, or does not yield (input, target).
-        ValueError: It is empty, or the batch is.
+        ValueError: It is empty, or the first batch is.
     """
     try:
         iterator = iter(loader)
@@ -211,19 +211,21 @@ def first_batch(name: str, loader: Iterable[Any]) -> tuple[tuple[Tensor, ...], A
         raise TypeError(
             f"{name} can be iterated only once (it is an iterator), merge needs more; pass a DataLoader or a list"
         )
-    batch = next(iterator, None)
-    if batch is None:
+    number = -1
+    for number, batch in enumerate(iterator):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"{name} must yield pairs (input, target); it yields {_describe(batch)}")
+        inputs, target = as_tuple(batch[0]), batch[1]
+        for value in inputs:
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                raise TypeError(
+                    f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}"
+                )
+            if not number and not len(value):
+                raise ValueError(f"{name}'s first batch has no samples: its input is {_describe(value)}")
+        yield inputs, target
+    if number < 0:
         raise ValueError(f"{name} is empty; merge needs at least one batch")
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(f"{name} must yield pairs (input, target); it yields {_describe(batch)}")
-    inputs, target = batch
-    inputs = as_tuple(inputs)
-    for value in inputs:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            raise TypeError(f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}")
-        if not len(value):
-            raise ValueError(f"{name}'s first batch has no samples: its input is {_describe(value)}")
-    return inputs, target
 
 
 def check_classes(name: str, target: Tensor, classes: int) -> None:

@@ -153,9 +153,9 @@ class Operations:
 
 def _epoch_operations(network: nn.Module, batches: Iterable[Any], *, backward: bool = True) -> float:
     """Operations of an epoch of training, or of its forward passes alone: a sample's of the first batch, times the samples."""
-    inputs, _ = next(iter(batches))
-    first = len(as_tuple(inputs)[0])
-    return step_operations(network, batches, backward=backward) / first * _samples_of(batches, first)
+    batch = next(iter(batches))
+    first = len(as_tuple(batch[0])[0])
+    return step_operations(network, [batch], backward=backward) / first * _samples_of(batches, first)
 
 
 def _samples_of(batches: Iterable[Any], first: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.lock_step import Family, rows_of
-from fastmerge.merging.checks import first_batch
+from fastmerge.merging.checks import pairs
 
 
 def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: int = 2) -> Family:
@@ -26,10 +26,9 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
     """
     if samples < 2:
         raise ValueError(f"a method needs samples of at least 2; got {samples}")
-    first_batch("batches", batches)
     device, found, count = next(teachers[0].parameters()).device, list[tuple[Tensor, ...]](), 0
-    for inputs, _ in batches:
-        found.append(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
+    for inputs, _ in pairs("batches", batches):
+        found.append(inputs)
         count += len(found[-1][0])
         if count >= samples:
             break
