@@ -4,8 +4,9 @@
 
 The folder holds mnist.npz, imagewoof28.npz (as ``fastmerge data`` writes it, 28 pixels a side) and cifar100.npz; parts whose
 file is missing are left out. Each part is one run of fastmerge's strategies: within a replicate all start from the same
-teachers. A part that is finished is kept, in docs/results/evidence/PART.json, and gets the strategies that it lacks; one
-that was stopped goes on from its checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the files.
+teachers. A part that is finished is kept, in docs/results/evidence/PART.json, and gets the strategies and replicates that it
+lacks; one that was stopped goes on from its checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the
+files.
 """
 
 from __future__ import annotations
@@ -273,22 +274,22 @@ PARTS = {
     "imagewoof28": Part(
         "900 images of Imagewoof at 28×28, LeNet with BatchNorm",
         lambda: recipe_of("imagewoof28", _woof_network, _woof_data, 10, 50, stack=5, augment=flip_and_shift),
-        5,
-        45,
+        12,
+        190,
         "imagewoof28.npz",
     ),
     "resnet20": Part(
         "900 images of 10 classes of CIFAR-100 at 16×16, ResNet-20 with 8, 16 and 32 channels",
         lambda: recipe_of("resnet20", _resnet, _cifar_data, 10, 50, stack=4, augment=flip_and_shift),
-        8,
-        120,
+        12,
+        155,
         "cifar100.npz",
     ),
     "vit": Part(
         "900 images of 10 classes of CIFAR-100 at 16×16, a small vision transformer",
         lambda: recipe_of("vit", _vit, _cifar_data, 10, 50, stack=4, augment=flip_and_shift),
-        8,
-        60,
+        12,
+        150,
         "cifar100.npz",
     ),
     # By then a transformer's teachers have converged. Merges without training are left out, but for the best two.
@@ -296,7 +297,7 @@ PARTS = {
         "900 images of 10 classes of CIFAR-100 at 16×16, the transformer, all three times as long",
         lambda: recipe_of("vit-long", _vit, _cifar_data, 30, 50, stack=5, augment=flip_and_shift),
         5,
-        80,
+        140,
         "cifar100.npz",
         [
             *("ours", "ours-plain", "one", "one-cosine", "bo3", "restart", "cyclic-swa", "distill"),
@@ -312,6 +313,11 @@ def missing(name: str) -> list[str]:
     return [each for each in PARTS[name].strategies if each not in known]
 
 
+def is_done(name: str) -> bool:
+    """Whether a part's file has all its strategies and replicates."""
+    return not missing(name) and _kept(name)["config"]["replicates"] >= PARTS[name].replicates
+
+
 def _kept(name: str) -> dict[str, Any]:
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"strategies": {}}
@@ -323,31 +329,65 @@ def measure(name: str, folder: Path | None) -> None:
     Raises:
         ValueError: A part can't be added to, since this machine or code gives other values.
     """
-    part, kept = PARTS[name], _kept(name)
-    checkpoints, started = ROOT / "runs" / "evidence" / name, time.perf_counter()
-    again = [OWN] if kept["strategies"] else []  # what is added has the same teachers if this has the same values
+    kept = _kept(name)
+    if not kept["strategies"]:
+        _write(name, _run(name, folder, PARTS[name].strategies, range(PARTS[name].replicates)))
+        return
+    have = kept["config"]["replicates"]
+    if lacking := missing(name):
+        # What is added has the same teachers if a strategy that is there has the same values.
+        found = _run(name, folder, [OWN, *(each for each in lacking if each != OWN)], range(have))
+        if found["strategies"].pop(OWN)["values"] != kept["strategies"][OWN]["values"]:
+            raise ValueError(
+                f"{name}: {OWN} has other values here than in its file; move it away, and measure all anew"
+            )
+        kept["strategies"] |= found["strategies"]
+        kept["minutes"] = round(kept["minutes"] + found["minutes"], 1)
+        _write(name, kept)
+    if have < PARTS[name].replicates:
+        _write(name, joined(kept, _run(name, folder, list(kept["strategies"]), range(have, PARTS[name].replicates))))
+
+
+def _run(name: str, folder: Path | None, strategies: Sequence[str], replicates: range) -> dict[str, Any]:
+    """What strategies came to, with the minutes that it took."""
+    part, checkpoints, started = PARTS[name], ROOT / "runs" / "evidence" / name, time.perf_counter()
     found = run(
         part.recipe(),
-        [*again, *(each for each in missing(name) if each not in again)],
-        replicates=part.replicates,
+        strategies,
+        replicates=len(replicates),
+        first=replicates.start,
         data_path=None if part.data is None or folder is None else folder / part.data,
         workers=1,
         checkpoint_dir=checkpoints,
         resume=checkpoints.is_dir(),
     )
-    for each in again:
-        if found["strategies"][each]["values"] != kept["strategies"][each]["values"]:
-            raise ValueError(
-                f"{name}: {each} has other values here than in its file; move it away, and measure all anew"
-            )
-    minutes = round((time.perf_counter() - started) / 60 + kept.get("minutes", 0), 1)
     for each in found["strategies"].values():
         del each["seconds"]  # others used the machine, too
-    strategies = {**kept["strategies"], **{k: v for k, v in found["strategies"].items() if k not in again}}
+    return {**found, "what": part.what, "minutes": round((time.perf_counter() - started) / 60, 1)}
+
+
+def joined(kept: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Results with further replicates of the same strategies; the environment stays the first ones'."""
+    strategies = {}
+    for each, known in kept["strategies"].items():
+        new = more["strategies"][each]
+        lists = {key: known[key] + new[key] for key in ("values", "losses", "at_once") if key in known}
+        strategies[each] = {**known, **lists, "cost": max(known["cost"], new["cost"])}
+    count = kept["config"]["replicates"] + more["config"]["replicates"]
+    added = {"from": kept["config"]["replicates"], "environment": more["environment"]}
+    return {
+        **kept,
+        "strategies": strategies,
+        "config": {**kept["config"], "replicates": count},
+        "minutes": round(kept["minutes"] + more["minutes"], 1),
+        "added": [*kept.get("added", []), added],
+    }
+
+
+def _write(name: str, results: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    whole = {**found, **kept, "strategies": strategies, "what": part.what, "minutes": minutes}
-    write_json(RESULTS / f"{name}.json", whole)
-    print(f"{name}: {minutes} minutes", flush=True)
+    write_json(RESULTS / f"{name}.json", results)
+    print(f"{name}: {results['minutes']} minutes", flush=True)
 
 
 def asked(
@@ -379,7 +419,7 @@ def asked(
 def main() -> None:
     """Runs what is not there yet."""
     files = {name: part.data for name, part in PARTS.items()}
-    for name, folder in asked(__doc__, files, lambda name: not missing(name), "docs/results/evidence"):
+    for name, folder in asked(__doc__, files, is_done, "docs/results/evidence"):
         print(f"{name}: about {PARTS[name].minutes} minutes", flush=True)
         measure(name, folder)
 

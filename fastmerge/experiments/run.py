@@ -48,6 +48,7 @@ def run(
     resume: bool = False,
     note: Note | None = None,
     teachers_in_parallel: bool = False,
+    first: int = 0,
     **steps: Any,
 ) -> dict[str, Any]:
     """Trains strategies at equal epochs, or at equal cost, and writes what came of them.
@@ -77,6 +78,7 @@ def run(
         note: told of every epoch; after a crash some come again.
         teachers_in_parallel: with several processes, whether the teachers train side by side, each by its share of them;
             of teachers that other processes train, ``note`` is told when all are trained.
+        first: the number of the first replicate: a run's replicates depend on their numbers, not on how many there are.
         steps: ``accumulate``, ``compile`` and ``sync_batch_norm``, as :func:`fastmerge.merge`; not for recipes in memory.
 
     Returns:
@@ -115,7 +117,8 @@ def run(
         LOG.info("%s", images.why)
     split = _split(place.processes, scaled.teachers) if teachers_in_parallel else None
     train_samples, test_samples = place.samples
-    found = _found(place, strategies, replicates, workers, progress, note, split)
+    numbers = range(first, first + replicates)
+    found = _found(place, strategies, numbers, workers, progress, note, split)
     left_out = {} if images is None else place.processes.joined(images.bad_images.found)
     results = {
         "recipe": recipe.name,
@@ -192,7 +195,7 @@ def follow(lab: Lab, name: str, teachers: Sequence[Column]) -> Column:
 def _found(
     place: Place,
     strategies: Sequence[str],
-    replicates: int,
+    replicates: range,
     workers: int | None,
     progress: bool | None,
     note: Note | None,
@@ -201,7 +204,7 @@ def _found(
     """What the strategies came to, a column for each chunk of replicates."""
     recipe = place.recipe
     size = recipe.stack if recipe.in_memory else 1
-    chunks = [tuple(range(start, min(start + size, replicates))) for start in range(0, replicates, size)]
+    chunks = [tuple(replicates[start : start + size]) for start in range(0, len(replicates), size)]
     counts = {name: STRATEGIES[name].teachers(recipe) for name in strategies}
     jobs = [job for chunk in chunks for job in _jobs(place, chunk, counts)]
     if recipe.in_memory:

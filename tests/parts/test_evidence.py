@@ -104,6 +104,25 @@ def test_a_part_gets_the_strategies_that_it_lacks(tiny, monkeypatch, capsys) -> 
         evidence.main()
 
 
+def test_a_part_gets_the_replicates_that_it_lacks(tiny, monkeypatch) -> None:
+    """They are those that it would have had from the start, where stacks begin at the same replicates."""
+    monkeypatch.setattr(sys, "argv", ["evidence"])
+    part = replace(evidence.PARTS["tiny"], strategies=["one", "ensemble"])
+    wanted = replace(part, replicates=3)
+    monkeypatch.setitem(evidence.PARTS, "tiny", wanted)
+    evidence.main()
+    at_once = json.loads((tiny / "tiny.json").read_text())
+    shutil.rmtree(tiny)
+    shutil.rmtree(tiny.parent / "runs")
+    for each in (part, wanted):
+        monkeypatch.setitem(evidence.PARTS, "tiny", each)
+        evidence.main()
+    later = json.loads((tiny / "tiny.json").read_text())
+    assert [each["from"] for each in later.pop("added")] == [2]
+    assert later.pop("minutes") >= 0 <= at_once.pop("minutes")
+    assert later == at_once
+
+
 @torch.no_grad()
 def test_gates_that_begin_by_magnitude() -> None:
     """Those of channels with larger weights are more open; all are as far around 1 as is asked for."""
