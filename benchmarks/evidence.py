@@ -12,6 +12,7 @@ files.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.recipes import digits
 from fastmerge.experiments.run import run
-from fastmerge.experiments.strategies import short, strategy
+from fastmerge.experiments.strategies import STRATEGIES, short, strategy
 from fastmerge.merging import stages
 from fastmerge.merging.options import Options, Plan
 from fastmerge.methods.training import DISTILL
@@ -55,6 +56,8 @@ AT_EQUAL_EPOCHS = [
     *("paper", OWN, "choice: distill", "choice: link late", "choice: third", "choice: all"),
     *("choice: magnitude", "choice: magnitude, strong"),
 ]
+WARMED = ["ours", "restart", "reconstruct-distill", "repair-distill"]
+WARM = [f"warm: {name}" for name in WARMED]
 
 
 def _choice(name: str, choose: Callable[[Recipe], dict[str, Any]]) -> None:
@@ -112,6 +115,22 @@ def _beginning(name: str, big: type[BigStudent]) -> None:
 
 _beginning("magnitude", ByMagnitude)
 _beginning("magnitude, strong", ByMagnitudeStrongly)
+
+
+def _warmed(name: str) -> None:
+    """A strategy whose fine-tuning begins with a tenth of its epochs in which the learning rate rises."""
+
+    @strategy(f"warm: {name}", classifies=True)
+    def warmed(lab: Lab, teachers: Sequence[Column]) -> Column:
+        other, merge = copy.copy(lab), lab.recipe.merge
+        other.recipe = replace(lab.recipe, merge=replace(merge, warmup=round(merge.finetune_plan.epochs / 10)))
+        if lab.place.checkpoints is not None:
+            other.place = replace(lab.place, checkpoints=lab.place.checkpoints / "warm")
+        return STRATEGIES[name].run(other, teachers)
+
+
+for _name in WARMED:
+    _warmed(_name)
 
 
 def recipe_of(
@@ -262,14 +281,19 @@ class Part:
 
 PARTS = {
     "digits": Part(
-        "scikit-learn's digits, 1,080 images of 8×8, small LeNet", lambda: replace(digits(), stack=12), 24, 25
+        "scikit-learn's digits, 1,080 images of 8×8, small LeNet",
+        lambda: replace(digits(), stack=12),
+        24,
+        35,
+        strategies=(*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *WARM),
     ),
     "mnist1k": Part(
         "900 images of MNIST at 14×14, LeNet",
         lambda: recipe_of("mnist1k", _mnist_network, _mnist_data, 20, 50, stack=10),
         20,
-        35,
+        45,
         "mnist.npz",
+        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *WARM),
     ),
     "imagewoof28": Part(
         "900 images of Imagewoof at 28×28, LeNet with BatchNorm",

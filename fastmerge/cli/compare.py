@@ -5,6 +5,8 @@
 Each method gets the same teachers and data; its network is scored at once and again after the same fine-tuning. DIR gets
 compare.json, compare.md, compare.png and each network as NAME.safetensors. Rows are written as they come.
 
+Killed or interrupted, it goes on with: fastmerge compare --out DIR --resume
+
 On a recipe, which trains teachers of its own, n times, and compares at equal cost, in pairs:
 
   fastmerge compare digits --methods gates,repair,zipit --replicates 12
@@ -15,6 +17,7 @@ is ``fastmerge run digits --strategy ours-plain,repair,zipit --replicates 12``, 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.merging.checks import check_device
 from fastmerge.methods import METHODS
 from fastmerge.methods.comparison import Row, compare
+from fastmerge.methods.registry import checked
+from fastmerge.processes import Processes
 from fastmerge.reporting.report import write_comparison
 from fastmerge.reporting.results import write_json
 from fastmerge.reporting.tables import comparison_table
@@ -40,6 +45,7 @@ SUMMARY = "compare methods on your own trained networks"
 # What is read of the options of fastmerge merge, which may name a method, too.
 READS = {"model", "model_args", "teachers", "classes", "ema", "data", "out", "finetune_epochs", "batch_size", "lr"}
 READS |= {"momentum", "weight_decay", "image_size", "augmentation", "mean", "std", "device", "seed"}
+READS |= {"quiet", "resume", "checkpoint_seconds"}
 # The strategy that merges by gates and, as those of the other methods, learns from no teachers; and all methods of a recipe.
 GATES = "ours-plain"
 ON_RECIPES = ("gates", *(name for name in METHODS if name in STRATEGIES))
@@ -72,7 +78,7 @@ def _strategies(methods: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge compare``."""
-    add = parser.add_argument
+    add = continuing.adder(parser)
     add_teachers(add)
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where tables and networks go")
@@ -82,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(add, names=("finetune_epochs", "lr", "momentum", "weight_decay"))
     add_images(add)
     add("--seed", type=integer(0), default=0, metavar="S", help="of the data's order and all else; default 0")
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 def command(options: argparse.Namespace) -> None:
@@ -99,10 +106,15 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
         student: what the file of the one method's network is called; None: each has its method's name, beside a baseline.
 
     Raises:
-        ValueError: DIR holds a run of another command, or one is at work there.
+        ValueError: DIR holds another run, or one is at work there.
     """
-    with continuing.apart(options.out, "compare.json"):
+    with continuing.alone(options, Processes(torch.device("cpu"))) as processes:
+        if continuing.begin(options, processes):
+            found = json.loads((options.out / "compare.json").read_text(encoding="utf-8"))["rows"]
+            print(f"the comparison in {options.out} is finished\n\n{comparison_table(found)}")
+            return
         _run(options, methods, epochs, student)
+        continuing.finish(options)
 
 
 def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None) -> None:
@@ -120,6 +132,12 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
     )
     teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
     rows: list[Row] = []
+    if student is not None:
+        trains = f", in {epochs} epochs" if checked(methods[0]).needs == "training" else ""
+        print(
+            f"cost: {options.finetune_epochs} epochs of training one network, and what {methods[0]} itself takes{trains}",
+            flush=True,
+        )
 
     def note(row: Row, network: nn.Module | None) -> None:
         rows.append(row)
@@ -141,6 +159,10 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
         seed=options.seed or 0,
         baseline=student is None,
         callback=note,
+        progress=False if options.quiet else None,
+        checkpoint_dir=options.out / continuing.CHECKPOINTS,
+        checkpoint_seconds=options.checkpoint_seconds,
+        resume=options.resume,
     )
     found = [row.to_dict() for row in rows]
     write_comparison(options.out, found, _made_by(options))
@@ -156,6 +178,4 @@ def _line(row: Row) -> str:
 
 
 def _made_by(options: argparse.Namespace) -> dict[str, Any]:
-    left_out = ("command", "debug", "table", "parser", "words")
-    config = {name: value for name, value in vars(options).items() if name not in left_out}
-    return {"config": config, "environment": environment()}
+    return {"config": continuing.config(options), "environment": environment()}

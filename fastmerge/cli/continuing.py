@@ -62,8 +62,12 @@ def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
         metavar="S",
         help="at least so long between two checkpoints; default 300",
     )
-    add("--tensorboard", action="store_true", help="write TensorBoard event files to DIR/tensorboard")
     return add
+
+
+def add_tensorboard(add: Callable[..., None]) -> None:
+    """Adds the option of a command that has a log of its epochs."""
+    add("--tensorboard", action="store_true", help="write TensorBoard event files to DIR/tensorboard")
 
 
 def complete(
@@ -111,36 +115,20 @@ def complete(
 
 
 @contextlib.contextmanager
-def alone(options: argparse.Namespace, processes: Processes) -> Iterator[None]:
+def alone(options: argparse.Namespace, processes: Processes) -> Iterator[Processes]:
     """Makes DIR and keeps other runs out of it, until the block or the first of these processes ends; not for a dry run.
+
+    Returns:
+        The processes.
 
     Raises:
         ValueError: Another run is in DIR; the message says which process it is.
         OSError: DIR can't be written to.
     """
     with contextlib.ExitStack() as closing:
-        if not options.dry_run:
+        if not getattr(options, "dry_run", False):
             processes.done_by_first(lambda: closing.enter_context(_hold(options.out)))
-        yield
-
-
-@contextlib.contextmanager
-def apart(out: Path, result: str) -> Iterator[None]:
-    """Makes DIR for a command that can't go on, and keeps other commands out of it until the block ends.
-
-    Args:
-        out: DIR.
-        result: the file that the command writes there.
-
-    Raises:
-        ValueError: Another run is in DIR, or was, whose files would be replaced.
-        OSError: DIR can't be written to.
-    """
-    with _hold(out):
-        for file, what in ((_COMMAND, "a run of fastmerge merge or run"), (result, "the result of an earlier command")):
-            if (out / file).exists():
-                raise ValueError(f"{out} holds {what}, whose files are not replaced; choose another --out")
-        yield
+        yield processes
 
 
 @contextlib.contextmanager
@@ -187,9 +175,9 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: There is a run in DIR, and it is not to go on; or TensorBoard is asked for and not installed.
     """
-    if options.tensorboard:
+    if getattr(options, "tensorboard", False):
         check_tensorboard()
-    if not options.resume and any((options.out / CHECKPOINTS).rglob("*.safetensors")):
+    if not options.resume and any(path.is_file() for path in (options.out / CHECKPOINTS).rglob("*")):
         raise ValueError(
             f"{options.out} holds a run that is not finished; add --resume to continue it, remove "
             f"{options.out / CHECKPOINTS}, or choose another --out"

@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
     add_planning(add)
+    continuing.add_tensorboard(add)
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -96,7 +97,7 @@ def command(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"--method {options.method} makes no network of the teachers' class; fastmerge compare scores it"
             )
-        others = continuing.chosen_beyond(options, compare.READS | {"method", "merge_epochs", "quiet"})
+        others = continuing.chosen_beyond(options, compare.READS | {"method", "merge_epochs"})
         if others:
             raise ValueError(f"--method {options.method} takes no {', '.join(others)}: only --method gates does")
         (options.data,) = _one_or_each(options, 1)

@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with several processes, train the teachers of recipes that read images side by side, each by its share of them",
     )
     add_planning(add)
+    continuing.add_tensorboard(add)
     add("--quiet", action="store_true", help="no progress bar")
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
+import math
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fastmerge.checkpoints import load_weights, save_weights
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
 from fastmerge.merging.checks import check_device, check_loader, check_teachers
@@ -22,7 +27,9 @@ from fastmerge.merging.options import Options
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.registry import METHODS, apply, checked
 from fastmerge.methods.training import train
+from fastmerge.reporting.results import write_json
 from fastmerge.resuming.random_states import loader_state, random_states, restore_loader_state, restore_random_states
+from fastmerge.resuming.snapshots import fingerprints
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,14 @@ class Row:
     """One network of a comparison.
 
     Attributes:
-        name: of the method, or "teacher 0" and so on; "teacher 0, trained on" is what all others have to beat.
+        name: of the method, or "teacher 0" and so on; "teacher 0, trained on" is what all others have to beat: the teacher that
+            scores best, trained on alone for the cost of the dearest method.
         at_once: its score before fine-tuning.
         tuned: after it; None for what is not fine-tuned.
         epochs: of training, fine-tuning included; the teachers' own not.
         cost: counted operations in epochs of training one teacher, fine-tuning included.
         memory: bytes at the method's peak beyond those in use before; None where unknown.
-        seconds: of the method and of fine-tuning.
+        seconds: of the method and of fine-tuning; of one that was stopped, those since it went on.
         error: what went wrong, if anything did; then the scores are None.
     """
 
@@ -52,6 +60,81 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """The row of :meth:`to_dict`, whose NaN and Inf JSON has as null."""
+        scores = {key: values[key] and {"loss": math.nan, **_known(values[key])} for key in ("at_once", "tuned")}
+        return cls(**{**values, **{key: score and Score(**score) for key, score in scores.items()}})
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class _Kept:
+    """What is finished of a comparison, in its directory, for one that goes on.
+
+    Args:
+        directory: of checkpoints; None keeps nothing.
+        resume: whether it goes on.
+        same: what it has to have in common with the one that was begun, JSON values.
+
+    Raises:
+        ValueError: there is a comparison, and it is not to go on, or is another one.
+    """
+
+    def __init__(self, directory: Path | None, resume: bool, same: dict[str, Any]) -> None:
+        self.directory, self.same = directory, same
+        self.rows: dict[str, Row] = {}
+        self.finished: set[str] = set()
+        file = None if directory is None else directory / "rows.json"
+        if file is None or not file.exists():
+            return
+        if not resume:
+            raise ValueError(
+                f"{directory} holds the checkpoints of a comparison; continue it (resume=True), remove them, or choose "
+                "another directory"
+            )
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["same"] != same:
+            changed = [name for name, value in same.items() if found["same"].get(name) != value]
+            raise ValueError(
+                f"{directory} holds a comparison with other {', '.join(changed)}; choose another directory"
+            )
+        self.rows = {row["name"]: Row.from_dict(row) for row in found["rows"]}
+        self.finished = set(found["finished"])
+
+    def of(self, name: str) -> Path:
+        """The directory of a row."""
+        assert self.directory is not None
+        return self.directory / name.replace(" ", "-").replace(",", "")
+
+    def training(self, name: str, stage: str, seconds: float) -> dict[str, Any]:
+        """Options of a training that goes on where it stopped."""
+        if self.directory is None:
+            return {}
+        return {"checkpoint_dir": self.of(name) / stage, "checkpoint_seconds": seconds, "resume": True}
+
+    def network(self, name: str, like: nn.Module) -> nn.Module:
+        """What a method made."""
+        network = copy.deepcopy(like)
+        load_weights(network, self.of(name) / "network.safetensors")
+        return network
+
+    def add(self, row: Row, made: nn.Module | None = None) -> None:
+        """Keeps a row: finished, or with the network that is to be fine-tuned."""
+        self.rows[row.name] = row
+        if self.directory is None:
+            return
+        if made is None:
+            self.finished.add(row.name)
+        else:
+            save_weights(made, self.of(row.name) / "network.safetensors")
+        rows = [each.to_dict() for each in self.rows.values()]
+        write_json(self.directory / "rows.json", {"same": self.same, "rows": rows, "finished": sorted(self.finished)})
+        if made is None:
+            shutil.rmtree(self.of(row.name), ignore_errors=True)
 
 
 def compare(
@@ -70,6 +153,10 @@ def compare(
     seed: int = 0,
     baseline: bool = True,
     callback: Callable[[Row, nn.Module | None], object] | None = None,
+    progress: bool | None = False,
+    checkpoint_dir: Path | str | None = None,
+    checkpoint_seconds: float = 300.0,
+    resume: bool = False,
 ) -> list[Row]:
     """Runs methods on the same teachers, fine-tunes each network in the same way, and scores all.
 
@@ -87,15 +174,20 @@ def compare(
         criterion: of the output and the target.
         seed: each method and each fine-tuning begins with the same random numbers, and reads the training data in the same
             order.
-        baseline: whether teacher 0 is trained on, too.
-        callback: called with each row when it is known, and its network: the fine-tuned one, where there is one.
+        baseline: whether to train the teacher that scores best on alone, too, for as many epochs as the dearest of the methods
+            cost. It is chosen by ``val_loader``, which can only flatter it.
+        callback: called with each row when it is known, and its network: the fine-tuned one, where there is one, and None where
+            the row was known before.
+        progress: whether training shows a bar; None on a terminal.
+        checkpoint_dir, checkpoint_seconds, resume: as :func:`fastmerge.merge`; rows that were finished are not made again.
 
     Returns:
-        A row for each teacher, one for the baseline, and one for each method. A method that fails has its error there.
+        A row for each teacher, one for each method, and one for the baseline. A method that fails has its error there.
 
     Raises:
-        ValueError, TypeError: there is no such method or option, a method stands twice, there are fewer than two teachers, or
-            they or the criterion can't work with the data; before anything is run.
+        ValueError, TypeError: there is no such method or option, a method stands twice, there are fewer than two teachers, they
+            or the criterion can't work with the data, or the directory holds another comparison; before anything is run.
+        Interrupted: a KeyboardInterrupt: Ctrl-C or SIGTERM came while a network trained, and a checkpoint was written.
     """
     teachers = check_teachers(teachers)
     if len(set(methods)) < len(methods):
@@ -111,7 +203,14 @@ def compare(
     setting = Setting(check_device(None, teachers[0]), criterion)
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)
+    settings: dict[str, Any] = {"finetune_epochs": finetune_epochs, "epochs": epochs, "lr": lr, "momentum": momentum}
+    settings |= {"weight_decay": weight_decay, "seed": seed, "baseline": baseline, "methods": [*methods]}
+    same = settings | {"options": repr(dict(options or {}))} | fingerprints(teachers)
+    kept = _Kept(None if checkpoint_dir is None else Path(checkpoint_dir), resume, same)
     random, order, rows = random_states(setting.device), loader_state(train_loader), list[Row]()
+
+    def how(name: str, stage: str) -> dict[str, Any]:
+        return {"progress": progress} | kept.training(name, stage, checkpoint_seconds)
 
     @contextlib.contextmanager
     def alike() -> Iterator[None]:
@@ -128,34 +227,61 @@ def compare(
     def scored(network: nn.Module) -> Score:
         return evaluate(network, val_loader, setting)
 
-    def add(row: Row, network: nn.Module | None = None, *, finetuned: bool = True) -> None:
-        if network is not None and finetuned and finetune_epochs:
+    def add(row: Row, network: nn.Module | None = None, epochs: int = 0) -> None:
+        if network is not None and epochs:
+            kept.add(row, network)
             started = time.perf_counter()
             with Meter() as meter, alike():
                 network = copy.deepcopy(network)
-                train(network, train_loader, epochs=finetune_epochs, **common)
+                train(network, train_loader, epochs=epochs, how=how(row.name, "finetune"), **common)
             row = dataclasses.replace(
                 row,
                 tuned=scored(network),
-                epochs=row.epochs + finetune_epochs,
+                epochs=row.epochs + epochs,
                 cost=row.cost + meter.epochs(teachers[0], train_loader),
                 seconds=row.seconds + time.perf_counter() - started,
             )
         rows.append(row)
         if callback is not None:
             callback(row, network)
+        kept.add(row)
+
+    def done_before(name: str) -> bool:
+        """Whether a row was finished before."""
+        if name not in kept.finished:
+            return False
+        rows.append(kept.rows[name])
+        if callback is not None:
+            callback(rows[-1], None)
+        return True
 
     for number, teacher in enumerate(teachers):
-        add(Row(f"teacher {number}", scored(teacher)), teacher, finetuned=False)
-    if baseline:
-        add(Row("teacher 0, trained on", rows[0].at_once), teachers[0])
+        if not done_before(f"teacher {number}"):
+            add(Row(f"teacher {number}", scored(teacher)), teacher)
     for name in methods:
+        if done_before(name):
+            continue
         try:
-            with alike(), warnings.catch_warnings():
-                outcome = apply(name, teachers, train_loader, **given[name])
-            row = Row(name, scored(outcome.network), None, float(given[name].get("epochs", 0)), outcome.cost)
-            row = dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds)
-            add(row, outcome.network, finetuned=METHODS[name].one_network)
+            if name in kept.rows:
+                row, network = kept.rows[name], kept.network(name, teachers[0])
+            else:
+                running = {"how": how(name, "method")} if "how" in METHODS[name].options else {}
+                with alike(), warnings.catch_warnings():
+                    outcome = apply(name, teachers, train_loader, **given[name] | running)
+                network = outcome.network
+                row = Row(name, scored(network), None, float(given[name].get("epochs", 0)), outcome.cost)
+                row = dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds)
+            add(row, network, finetune_epochs if METHODS[name].one_network else 0)
         except Exception as error:  # whatever it is, the others get their rows
             add(Row(name, error=" ".join(str(error).split()) or type(error).__name__))
+    best = min(range(len(teachers)), key=lambda number: _badness(rows[number].at_once))
+    name = f"teacher {best}, trained on"
+    if baseline and not done_before(name):
+        dearest = max((row.cost for row in rows if row.name in METHODS), default=0.0)
+        add(Row(name, rows[best].at_once), teachers[best], max(finetune_epochs, round(dearest)))
     return rows
+
+
+def _badness(score: Score | None) -> float:
+    assert score is not None
+    return score.loss if score.accuracy is None else -score.accuracy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,7 @@ def distill(
     temperature: float = 2.0,
     weight: float = 0.5,
     criterion: Criterion = cross_entropy,
+    how: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Trains one network on the mean of the teachers' logits and on the labels.
 
@@ -45,6 +46,7 @@ def distill(
         temperature: of the softmax, of teachers and student.
         weight: of the teachers' logits in the loss; the labels have 1 - weight.
         criterion: of labels.
+        how: options of :func:`fastmerge.merge` that do not change what comes out: ``progress``, ``checkpoint_dir`` and so on.
 
     Raises:
         ValueError: ``start`` is no teacher, a number is out of range, or a fresh network can't be made.
@@ -69,6 +71,7 @@ def distill(
         teachers=teachers,
         distill=weight,
         temperature=temperature,
+        how=how,
     )
     return student
 

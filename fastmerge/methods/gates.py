@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,7 @@ def gates(
     weight_decay: float = 0.0,
     link_at: float = 0.0,
     criterion: Criterion = cross_entropy,
+    how: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Trains all teachers side by side with a gate on each channel, and keeps the channels whose gates stay open.
 
@@ -40,6 +41,7 @@ def gates(
         weight_decay: of the weights' SGD.
         link_at: fraction of the merge stage after which the big student is linked.
         criterion: of the output and the target.
+        how: options of :func:`fastmerge.merge` that do not change what comes out: ``progress``, ``checkpoint_dir`` and so on.
 
     Source: M. Pašen & V. Boža, Merging of neural networks (arXiv 2204.09973).
     """
@@ -54,7 +56,7 @@ def gates(
             weight_decay=weight_decay,
             link_at=link_at,
             criterion=criterion,
-            progress=False,
+            **{"progress": False, **(how or {})},
         )
         if meter is not None:
             _add(meter, teachers, batches, epochs, link_at)

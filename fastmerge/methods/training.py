@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ def train(
     teachers: Sequence[nn.Module] = (),
     distill: float = DISTILL,
     temperature: float = 2.0,
+    how: Mapping[str, Any] | None = None,
 ) -> History:
     """Trains a network in place, as merges fine-tune their students.
 
@@ -46,6 +47,7 @@ def train(
         teachers: to learn from, too; none by default.
         distill: weight of the teachers' logits in the loss; the criterion has 1 - distill.
         temperature: of the teachers' and of the network's softmax.
+        how: options of :func:`fastmerge.merge` that do not change what comes out: ``progress``, ``checkpoint_dir`` and so on.
     """
     options = Options(
         finetune_epochs=epochs,
@@ -56,7 +58,7 @@ def train(
         criterion=criterion,
         distill=distill,
         temperature=temperature,
-        progress=False,
+        **{"progress": False, **(how or {})},
     )
     with unwatched() as meter, torch.enable_grad():
         history = train_by(options, network.requires_grad_(True), batches, teachers=teachers)

@@ -1,6 +1,8 @@
 """``fastmerge compare`` from files to files."""
 
+import itertools
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +19,10 @@ from fastmerge.checkpoints import load_weights
 from fastmerge.cli import main
 from fastmerge.cli.compare import as_run
 from fastmerge.files import held
-from fastmerge.methods.comparison import compare
+from fastmerge.history import Score
+from fastmerge.methods.comparison import Row, compare
+from fastmerge.reporting.results import write_json
+from fastmerge.resuming.snapshots import Snapshots
 from small_task import VAL, X, Y, train_loader, train_teachers
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -32,21 +37,17 @@ def test_compare_writes_a_table_a_plot_and_the_networks(place: Path, capsys) -> 
     assert main(arguments("average,reconstruct,distill,ensemble")) == 0
     shown = capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads((place / "out" / "compare.json").read_text())["rows"]}
-    assert [*rows] == [
-        "teacher 0",
-        "teacher 1",
-        "teacher 0, trained on",
-        "average",
-        "reconstruct",
-        "distill",
-        "ensemble",
-    ]
+    best = max(("teacher 0", "teacher 1"), key=lambda name: rows[name]["at_once"]["accuracy"])
+    trained_on = f"{best}, trained on"
+    assert [*rows] == ["teacher 0", "teacher 1", "average", "reconstruct", "distill", "ensemble", trained_on]
     assert rows["average"]["epochs"] == 1
     assert rows["average"]["cost"] == pytest.approx(1)
     assert rows["distill"]["epochs"] == 2
     assert 2.5 < rows["distill"]["cost"] < 3.5
     assert rows["ensemble"]["tuned"] is None
-    assert rows["teacher 0, trained on"]["at_once"] == rows["teacher 0"]["at_once"]
+    assert rows[trained_on]["at_once"] == rows[best]["at_once"]
+    dearest = max(rows[name]["cost"] for name in ("average", "reconstruct", "distill"))
+    assert rows[trained_on]["epochs"] == rows[trained_on]["cost"] == round(dearest)
     table = (place / "out" / "compare.md").read_text()
     for name in rows:
         assert f"\n{name}" in shown
@@ -105,13 +106,16 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     words = arguments("average")[1:-10]
     words += ["--method", "reconstruct", "--finetune-epochs", "0", "--batch-size", "16", "--device", "cpu"]
     assert main(["merge", *words]) == 0
+    assert capsys.readouterr().out.startswith(
+        "cost: 0 epochs of training one network, and what reconstruct itself takes\n"
+    )
     load_weights(make(), place / "out" / "student.safetensors")
     table = (place / "out" / "compare.md").read_text()
     assert "| reconstruct" in table
     assert "trained on" not in table
     for given, named in (
         (["--dry-run"], "--dry-run"),
-        (["--autocast", "bfloat16", "--resume"], "--resume, --autocast"),
+        (["--autocast", "bfloat16", "--tensorboard"], "--autocast, --tensorboard"),
     ):
         assert main(["merge", *words, *given]) == 2
         assert f"--method reconstruct takes no {named}: only --method gates does" in capsys.readouterr().err
@@ -165,7 +169,7 @@ def test_what_can_not_work_is_refused_before_anything_is_run(place: Path, capsys
     assert (printed.err.count("\n"), printed.out) == (1, "")
 
 
-def test_a_run_that_can_go_on_keeps_its_files(place: Path, capsys) -> None:
+def test_a_finished_run_keeps_its_files(place: Path, capsys) -> None:
     """Its student would be another's, beside its own history."""
     out = place / "out"
     out.mkdir()
@@ -174,14 +178,80 @@ def test_a_run_that_can_go_on_keeps_its_files(place: Path, capsys) -> None:
         assert "out is in use by another run, " in capsys.readouterr().err
     (out / "command.json").write_text('{"words": ["merge"], "finished": true}')
     assert main(arguments("average")) == 2
-    assert (
-        "out holds a run of fastmerge merge or run, whose files are not replaced; choose another"
-        in capsys.readouterr().err
+    assert "out holds a finished run, which would be replaced" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "command.json"]
+
+
+class Stopped(BaseException):
+    """As a kill: nobody catches it."""
+
+
+def test_a_comparison_that_was_stopped_goes_on_where_it_was(place: Path, capsys, monkeypatch) -> None:
+    """After any row, and within any training, it comes to what it would have without a stop."""
+    assert main(arguments("repair,distill,gates")) == 0
+    whole = json.loads((place / "out" / "compare.json").read_text())["rows"]
+    networks = {path.name: load_file(path) for path in (place / "out").glob("*.safetensors")}
+    (place / "out").rename(place / "whole")
+    capsys.readouterr()
+    save, count = Snapshots.save, itertools.count(1)
+
+    def then_stop(*arguments: object, **options: object) -> None:
+        save(*arguments, **options)
+        if next(count) % 7 == 0:
+            raise Stopped
+
+    monkeypatch.setattr(Snapshots, "save", then_stop)
+    words, stopped = [*arguments("repair,distill,gates"), "--checkpoint-seconds", "0"], 0
+    while True:
+        try:
+            assert main(words) == 0
+            break
+        except Stopped:
+            stopped += 1
+            words = ["compare", "--out", "out", "--resume"]
+    assert stopped > 3
+    found = json.loads((place / "out" / "compare.json").read_text())["rows"]
+    for row, expected in zip(found, whole, strict=True):
+        for key in ("name", "at_once", "tuned", "epochs", "error"):
+            assert row[key] == expected[key]
+        assert row["cost"] == pytest.approx(expected["cost"], rel=0.03)  # caches save some
+    for name, tensors in networks.items():
+        again = load_file(place / "out" / name)
+        assert all(torch.equal(again[key], value) for key, value in tensors.items())
+    assert not (place / "out" / "checkpoints").exists()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "the comparison in out is finished\n\nteacher" in capsys.readouterr().out.replace("method ", "teacher", 1)
+    assert main([*words, "--lr", "0.5"]) == 2
+    assert "the run in out has --lr 0.01, not 0.5" in capsys.readouterr().err
+
+
+def test_a_directory_is_of_one_comparison(tmp_path: Path) -> None:
+    teachers, kept = train_teachers(2), tmp_path / "kept"
+    first = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, checkpoint_dir=kept)
+    with pytest.raises(ValueError, match=r"kept holds the checkpoints of a comparison; continue it \(resume=True\)"):
+        compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, checkpoint_dir=kept)
+    with pytest.raises(
+        ValueError, match="kept holds a comparison with other finetune_epochs, teacher 0, teacher 1; choose"
+    ):
+        compare(teachers[::-1], train_loader(), VAL, ["average"], finetune_epochs=2, checkpoint_dir=kept, resume=True)
+    told: list[nn.Module | None] = []
+    again = compare(
+        teachers,
+        train_loader(),
+        VAL,
+        ["average"],
+        finetune_epochs=1,
+        checkpoint_dir=kept,
+        resume=True,
+        callback=lambda row, network: told.append(network),
     )
-    (out / "command.json").rename(out / "compare.json")
-    assert main(arguments("average")) == 2
-    assert "out holds the result of an earlier command, whose files are not replaced" in capsys.readouterr().err
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "compare.json"]
+    assert again == first
+    assert told == [None] * len(first)
+    assert Row.from_dict(json.loads(json.dumps(first[0].to_dict()))) == first[0]
+    lost = Row("lost", Score(math.nan, 0.1))
+    write_json(tmp_path / "row.json", lost.to_dict())
+    assert math.isnan(Row.from_dict(json.loads((tmp_path / "row.json").read_text())).at_once.loss)
 
 
 def test_a_method_that_fails_leaves_the_others_their_rows() -> None:
@@ -207,7 +277,7 @@ def test_each_network_is_fine_tuned_with_the_same_batches() -> None:
     teachers = train_teachers(2)
     alone = compare(teachers, train_loader(), VAL, ["repair"], finetune_epochs=1)
     after = compare(teachers, train_loader(), VAL, ["distill", "repair"], finetune_epochs=1, epochs=1)
-    assert alone[-1].tuned == after[-1].tuned
+    assert alone[-2].tuned == after[-2].tuned
 
 
 def test_each_row_reads_a_loader_with_a_generator_of_its_own_in_the_same_order() -> None:
@@ -229,7 +299,7 @@ def test_each_row_reads_a_loader_with_a_generator_of_its_own_in_the_same_order()
         for name in names:
             del methods.METHODS[name]
     assert seen[0] == seen[1]
-    assert rows[-1].tuned == rows[-2].tuned
+    assert rows[-2].tuned == rows[-3].tuned
 
 
 def test_comparisons_that_make_no_sense_are_refused() -> None:
