@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.evidence_report import OWN, RESULTS
+from benchmarks.evidence_report import OWN, RESULTS, WARM
 from fastmerge.big_student import BigStudent
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.augmentation import flip_and_shift
@@ -57,7 +57,6 @@ AT_EQUAL_EPOCHS = [
     *("choice: magnitude", "choice: magnitude, strong"),
 ]
 WARMED = ["ours", "restart", "reconstruct-distill", "repair-distill"]
-WARM = [f"warm: {name}" for name in WARMED]
 
 
 def _choice(name: str, choose: Callable[[Recipe], dict[str, Any]]) -> None:
@@ -120,7 +119,7 @@ _beginning("magnitude, strong", ByMagnitudeStrongly)
 def _warmed(name: str) -> None:
     """A strategy whose fine-tuning begins with a tenth of its epochs in which the learning rate rises."""
 
-    @strategy(f"warm: {name}", classifies=True)
+    @strategy(f"{WARM}{name}", classifies=True)
     def warmed(lab: Lab, teachers: Sequence[Column]) -> Column:
         other, merge = copy.copy(lab), lab.recipe.merge
         other.recipe = replace(lab.recipe, merge=replace(merge, warmup=round(merge.finetune_plan.epochs / 10)))
@@ -285,7 +284,7 @@ PARTS = {
         lambda: replace(digits(), stack=12),
         24,
         35,
-        strategies=(*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *WARM),
+        strategies=(*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *(f"{WARM}{name}" for name in WARMED)),
     ),
     "mnist1k": Part(
         "900 images of MNIST at 14×14, LeNet",
@@ -293,7 +292,7 @@ PARTS = {
         20,
         45,
         "mnist.npz",
-        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *WARM),
+        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *(f"{WARM}{name}" for name in WARMED)),
     ),
     "imagewoof28": Part(
         "900 images of Imagewoof at 28×28, LeNet with BatchNorm",

@@ -44,7 +44,7 @@ from fastmerge.reporting.tables import comparison_table
 SUMMARY = "compare methods on your own trained networks"
 # What is read of the options of fastmerge merge, which may name a method, too.
 READS = {"model", "model_args", "teachers", "classes", "ema", "data", "out", "finetune_epochs", "batch_size", "lr"}
-READS |= {"momentum", "weight_decay", "image_size", "augmentation", "mean", "std", "device", "seed"}
+READS |= {"momentum", "weight_decay", "warmup", "image_size", "augmentation", "mean", "std", "device", "seed"}
 READS |= {"quiet", "resume", "checkpoint_seconds"}
 # The strategy that merges by gates and, as those of the other methods, learns from no teachers; and all methods of a recipe.
 GATES = "ours-plain"
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(METHODS)
     add("--methods", type=names, default=list(METHODS), metavar="NAMES", help=f"of {known}; default all")
     add("--epochs", type=integer(1), default=30, metavar="N", help="epochs of methods that train; default 30")
-    add_options(add, names=("finetune_epochs", "lr", "momentum", "weight_decay"))
+    add_options(add, names=("finetune_epochs", "lr", "momentum", "weight_decay", "warmup"))
     add_images(add)
     add("--seed", type=integer(0), default=0, metavar="S", help="of the data's order and all else; default 0")
     add("--quiet", action="store_true", help="no progress bar")
@@ -156,6 +156,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
+        warmup=options.warmup,
         seed=options.seed or 0,
         baseline=student is None,
         callback=note,

@@ -148,6 +148,7 @@ def compare(
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    warmup: int = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     criterion: Criterion = cross_entropy,
     seed: int = 0,
@@ -170,6 +171,7 @@ def compare(
         lr: learning rate of all training.
         momentum: of all training.
         weight_decay: of all training.
+        warmup: epochs of fine-tuning in which the learning rate rises to its value; ``reconstruct`` may need some.
         options: further options, by name of the method.
         criterion: of the output and the target.
         seed: each method and each fine-tuning begins with the same random numbers, and reads the training data in the same
@@ -194,7 +196,9 @@ def compare(
         raise ValueError(f"methods: each one once; got {', '.join(methods)}")
     if unknown := set(options or ()) - set(methods):
         raise ValueError(f"options are for the methods that are compared; got some for {', '.join(sorted(unknown))}")
-    Options(finetune_epochs=finetune_epochs, finetune_lr=lr, momentum=momentum, weight_decay=weight_decay)
+    Options(
+        finetune_epochs=finetune_epochs, finetune_lr=lr, momentum=momentum, weight_decay=weight_decay, warmup=warmup
+    )
     given = {name: dict((options or {}).get(name, {})) for name in methods}
     common: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "criterion": criterion}
     for name, own in given.items():
@@ -204,7 +208,13 @@ def compare(
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)
     settings: dict[str, Any] = {"finetune_epochs": finetune_epochs, "epochs": epochs, "lr": lr, "momentum": momentum}
-    settings |= {"weight_decay": weight_decay, "seed": seed, "baseline": baseline, "methods": [*methods]}
+    settings |= {
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "seed": seed,
+        "baseline": baseline,
+        "methods": [*methods],
+    }
     same = settings | {"options": repr(dict(options or {}))} | fingerprints(teachers)
     kept = _Kept(None if checkpoint_dir is None else Path(checkpoint_dir), resume, same)
     random, order, rows = random_states(setting.device), loader_state(train_loader), list[Row]()
@@ -233,7 +243,7 @@ def compare(
             started = time.perf_counter()
             with Meter() as meter, alike():
                 network = copy.deepcopy(network)
-                train(network, train_loader, epochs=epochs, how=how(row.name, "finetune"), **common)
+                train(network, train_loader, epochs=epochs, warmup=warmup, how=how(row.name, "finetune"), **common)
             row = dataclasses.replace(
                 row,
                 tuned=scored(network),

@@ -27,6 +27,7 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     milestones: Sequence[int] | None = None,
+    warmup: int = 0,
     criterion: Criterion = cross_entropy,
     teachers: Sequence[nn.Module] = (),
     distill: float = DISTILL,
@@ -43,6 +44,7 @@ def train(
         momentum: of SGD.
         weight_decay: of SGD.
         milestones: epochs after which the learning rate is divided by ten; None is at two thirds.
+        warmup: epochs in which the learning rate rises to its value.
         criterion: ``criterion(output, target)``, a mean over the batch.
         teachers: to learn from, too; none by default.
         distill: weight of the teachers' logits in the loss; the criterion has 1 - distill.
@@ -55,6 +57,7 @@ def train(
         momentum=momentum,
         weight_decay=weight_decay,
         milestones=milestones,
+        warmup=warmup,
         criterion=criterion,
         distill=distill,
         temperature=temperature,

@@ -166,3 +166,14 @@ def test_the_page_begins_with_where_ours_is_not_ahead() -> None:
     assert ahead.startswith("* toys: ahead of `one` +20.25 ± 0.")
     assert "| paper" in page
     assert "toys; 1,000 test images" in page
+
+
+def test_the_page_has_a_row_for_each_strategy_with_a_warm_up() -> None:
+    """Less the same strategy without, in the parts that have it."""
+    plain = {"ours": [0.6, 0.6, 0.6, 0.61], "restart": [0.5, 0.7, 0.5, 0.5], "student": [0.5] * 4}
+    warm = {"warm: ours": [0.7, 0.7, 0.71, 0.7]}
+    table = evidence_report.warmed({"toys": results(**plain, **warm), "more": results(**plain)})
+    header, _, *rows = table.splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["", "toys", "p", "loss"]
+    assert len(rows) == 1
+    assert rows[0].startswith("| warm: ours | **+10.00 ± 0.41** |")

@@ -93,6 +93,15 @@ def test_zipit_of_a_permuted_network_is_the_network(name: str) -> None:
         assert key in statistics or torch.equal(a, b), key
 
 
+def test_zipit_of_three_copies_is_the_network_where_channels_may_be_merged_again() -> None:
+    teacher = teachers_of("lenet")[0]
+    copies, (x,) = [teacher, *(shuffled(teacher, "lenet", seed) for seed in (1, 2))], BY_NAME["lenet"].inputs(6)
+    with torch.no_grad():
+        for again, exact in ((1.0, True), (0.3, False)):
+            merged = methods.zipit(copies, batches_of("lenet", 200), again=again)
+            assert (relative_error(merged(x), teacher(x)) < 1e-12) is exact
+
+
 def test_zipit_merges_within_a_network_too() -> None:
     first, other = (copy.deepcopy(teacher) for teacher in teachers_of("lenet")[:2])
     with torch.no_grad():  # channels 0 and 1 of the first say the same
