@@ -165,7 +165,13 @@ def describe(found: Estimate, processes: int = 1, bandwidth: float = 1e10, accum
     parts = found.parts
     rows = [("part", "epochs", "batches", "s per batch", "in all")]
     rows += [
-        (part.name, f"{part.epochs}", f"{part.steps or '?'}", f"{part.seconds:.3g}", _duration(part.total))
+        (
+            part.name,
+            f"{part.epochs}",
+            "?" if part.steps is None else f"{part.steps}",
+            f"{part.seconds:.3g}",
+            _duration(part.total),
+        )
         for part in parts
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -24,7 +24,7 @@ from fastmerge.stack import Stack
 Schedule = Callable[[Optimizer], LRScheduler]
 
 
-def check_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:
+def listed_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:
     """Returns the teachers as a list; whether they fit together is for BigStudent to say."""
     if isinstance(teachers, nn.Module) or not isinstance(teachers, Iterable):
         raise TypeError(

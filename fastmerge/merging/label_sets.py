@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Criterion, as_tuple, has_classes
-from fastmerge.merging.checks import check_classes, check_loader, check_teachers, examples_of
+from fastmerge.merging.checks import check_classes, check_loader, examples_of, listed_teachers
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
 from fastmerge.resuming.random_states import loader_state, restore_loader_state
@@ -216,7 +216,7 @@ def with_label_sets(
     Raises:
         TypeError, ValueError: the teachers or the data don't fit together, naming which.
     """
-    teachers = check_teachers(teachers)
+    teachers = listed_teachers(teachers)
     if options.heads == "average":
         return options, teachers, train_loader, val_loader, None
     if any(isinstance(teacher, Stack) for teacher in teachers):

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from fastmerge.checkpoints import load_weights, save_weights
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
-from fastmerge.merging.checks import check_device, check_loader, check_teachers
+from fastmerge.merging.checks import check_device, check_loader, listed_teachers
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.registry import METHODS, apply, checked
@@ -191,7 +191,7 @@ def compare(
             or the criterion can't work with the data, or the directory holds another comparison; before anything is run.
         Interrupted: a KeyboardInterrupt: Ctrl-C or SIGTERM came while a network trained, and a checkpoint was written.
     """
-    teachers = check_teachers(teachers)
+    teachers = listed_teachers(teachers)
     if len(set(methods)) < len(methods):
         raise ValueError(f"methods: each one once; got {', '.join(methods)}")
     if unknown := set(options or ()) - set(methods):
