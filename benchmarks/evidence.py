@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from benchmarks.evidence_report import OWN, RESULTS, WARM
 from fastmerge.big_student import BigStudent
+from fastmerge.channels import channel_groups
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.augmentation import flip_and_shift
 from fastmerge.data.dataset import Dataset, image_dataset
@@ -38,12 +39,15 @@ from fastmerge.experiments.recipe import Recipe
 from fastmerge.experiments.recipes import digits
 from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import STRATEGIES, short, strategy
+from fastmerge.lock_step import Family
 from fastmerge.merging import stages
 from fastmerge.merging.options import Options, Plan
+from fastmerge.methods.reconstruct import refit
 from fastmerge.methods.training import DISTILL
 from fastmerge.methods.transplant import magnitudes
 from fastmerge.networks import LeNet, ResNetCifar
 from fastmerge.reporting.results import write_json
+from fastmerge.wide.gate_matrix import draw_gates
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_EQUAL_COST = [
@@ -56,6 +60,7 @@ AT_EQUAL_EPOCHS = [
     *("paper", OWN, "choice: distill", "choice: link late", "choice: third", "choice: all"),
     *("choice: magnitude", "choice: magnitude, strong"),
 ]
+LEAST_SQUARES = "choice: least squares"
 WARMED = ["ours", "restart", "reconstruct-distill", "repair-distill"]
 
 
@@ -114,6 +119,60 @@ def _beginning(name: str, big: type[BigStudent]) -> None:
 
 _beginning("magnitude", ByMagnitude)
 _beginning("magnitude, strong", ByMagnitudeStrongly)
+
+
+class Compensated(BigStudent):
+    """A big student whose compression makes up for what it drops, as ``methods.reconstruct`` does.
+
+    Layers are fitted by least squares to compute from the kept channels what this network computes from all, each times its
+    gate.
+    """
+
+    samples: ClassVar[Iterator[Tensor]]  # of the networks of a stack, one after another
+
+    def __init__(self, *teachers: nn.Module, **options: Any) -> None:
+        super().__init__(*teachers, **options)
+        self.begun = teachers, options["example_inputs"]
+
+    @torch.no_grad()
+    def compress(self, *arguments: Any, **options: Any) -> Any:
+        """The student, refitted; but for the check of a new big student."""
+        if not hasattr(self, "begun"):
+            return super().compress(*arguments, **options)
+        kept, inputs = self.keep(), next(self.samples)
+        family = Family.of([self._whole().eval()], inputs)
+        student = super().compress(*arguments, **options).eval()
+        refit(student, family.networks, family, kept, ridge=0.03)
+        return student.train()
+
+    def _whole(self) -> nn.Module:
+        """A network of the teachers' class that computes what this one does in eval mode, with the channels of all."""
+        teachers, inputs = self.begun
+        other = BigStudent(*teachers, example_inputs=inputs, keep=float(len(teachers)), verify=False)
+        other.link()
+        other.adopt(self)
+        whole = other.compress(keep={group.name: range(len(teachers) * group.size) for group in self.groups})
+        gates = {name: draw_gates([gate], None, False).flatten() for name, gate in self.gates.items()}
+        groups, tensors = channel_groups(whole, inputs), dict(whole.named_parameters())
+        for axis in groups.axes():
+            if axis.dim is None or not axis.reads or axis.tensor not in tensors:
+                continue
+            scale = torch.ones(len(axis.units.group))
+            for number in axis.units.numbers:
+                places = torch.from_numpy(axis.units.places(number, groups[number].size))
+                scale[places] = gates[groups[number].name][:, None]
+            tensor = tensors[axis.tensor]
+            tensor.mul_(scale.view([-1 if dim == axis.dim else 1 for dim in range(tensor.dim())]))
+        return whole
+
+
+@strategy(LEAST_SQUARES)
+def compensated(lab: Lab, teachers: Sequence[Column]) -> Column:
+    """A merge at equal epochs whose compression makes up for dropped channels."""
+    inputs = torch.cat([inputs for inputs, _ in lab.loaders("samples").train], 1)
+    Compensated.samples = iter(inputs[:, :512])
+    with patch.object(stages, "BigStudent", Compensated):
+        return lab.merge(teachers, "choice-least-squares")
 
 
 def _warmed(name: str) -> None:
@@ -284,7 +343,7 @@ PARTS = {
         lambda: replace(digits(), stack=12),
         24,
         35,
-        strategies=(*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *(f"{WARM}{name}" for name in WARMED)),
+        strategies=(*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, LEAST_SQUARES, *(f"{WARM}{name}" for name in WARMED)),
     ),
     "mnist1k": Part(
         "900 images of MNIST at 14×14, LeNet",
@@ -292,14 +351,15 @@ PARTS = {
         20,
         45,
         "mnist.npz",
-        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, *(f"{WARM}{name}" for name in WARMED)),
+        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, LEAST_SQUARES, *(f"{WARM}{name}" for name in WARMED)),
     ),
     "imagewoof28": Part(
         "900 images of Imagewoof at 28×28, LeNet with BatchNorm",
         lambda: recipe_of("imagewoof28", _woof_network, _woof_data, 10, 50, stack=5, augment=flip_and_shift),
         12,
-        190,
+        130,
         "imagewoof28.npz",
+        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, LEAST_SQUARES),
     ),
     "resnet20": Part(
         "900 images of 10 classes of CIFAR-100 at 16×16, ResNet-20 with 8, 16 and 32 channels",

@@ -86,7 +86,7 @@ def refit(
 
     Args:
         student: changed in place.
-        teachers: T networks.
+        teachers: T networks, or a wider one, of whose channels the student has some.
         family: their architecture, and samples.
         kept: by name of the group, which candidates the student's places hold.
         ridge: see :func:`reconstruct`.
@@ -116,7 +116,8 @@ def _refit_layer(
     written, read = call.geometry.out_dim, call.geometry.in_dim
     *theirs, mine = moment.channels
     common = torch.from_numpy(inputs.group < 0)
-    lie = sources_of(outputs, groups, kept)
+    lie, reads = (sources_of(units, groups, kept) for units in (outputs, inputs))
+    shared = reads.common.nonzero().flatten()
     teacher, index = lie.owner, lie.index
     weight = torch.zeros_like(tensor_at(student, call.weight)).movedim((written, read), (0, 1))
     bias = None if call.bias is None else torch.zeros_like(tensor_at(student, call.bias))
@@ -124,7 +125,8 @@ def _refit_layer(
     fit = LeastSquares(mine, ridge, centred=bias is not None and call.geometry.kind != "conv_transpose")
     for t, network in enumerate(teachers):
         mix, shift = fit.of(theirs[t])  # (read by the student, read by the teacher)
-        mix[:, common], shift[common] = torch.eye(len(common)).to(mix)[:, common], 0
+        mix[:, common], shift[common] = 0, 0
+        mix[shared, reads.index[shared]] = 1
         rows = (teacher == t) | (teacher < 0)
         if not rows.any():
             continue
@@ -152,7 +154,7 @@ def _refit_norm(
         torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
         for x in moment.values(arguments["input"])
     ]
-    variance, mean = (torch.stack(each)[:-1][picked] for each in zip(*moments, strict=True))
+    variance, mean = (torch.stack(each[:-1])[picked] for each in zip(*moments, strict=True))
     running_mean, running_variance = (
         torch.stack([tensor_at(network, name) for network in teachers])[picked] for name in (mean_name, variance_name)
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import evidence, evidence_report
+from fastmerge import BigStudent
 from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.networks import LeNet
 from tiny_recipes import images_recipe
@@ -135,6 +136,24 @@ def test_gates_that_begin_by_magnitude() -> None:
         assert int(first.argmax()) == teachers[0].conv1.out_channels + 2
         assert float(first.mean()) == pytest.approx(1, abs=0.02)
         assert float(first.std()) == pytest.approx(spread, abs=0.05)
+
+
+def test_a_compression_that_makes_up_for_dropped_channels() -> None:
+    """It is nearer to what the big student computes than one that drops them; the fit is to what that computes exactly."""
+    torch.manual_seed(0)
+    teachers = [evidence.NormedLeNet(1, 8, 10, kernel_size=3).eval() for _ in range(2)]
+    x = torch.randn(400, 1, 8, 8)
+    big = evidence.Compensated(*teachers, example_inputs=x[:2])
+    big.link()
+    for gate in big.gates.values():
+        torch.nn.init.uniform_(gate.loc, -1.5, 2.5)
+    big.eval()
+    with torch.no_grad():
+        expected = big(x)
+        assert (big._whole().eval()(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        evidence.Compensated.samples = iter([x])
+        fitted, plain = (make().eval()(x) for make in (big.compress, lambda: BigStudent.compress(big)))
+    assert (fitted - expected).square().mean() < 0.3 * (plain - expected).square().mean()
 
 
 def results(**values: list[float]) -> dict:
