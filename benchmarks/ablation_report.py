@@ -36,15 +36,18 @@ the momentum."""
 _SHORT = "How much each choice changes the student's score after fine-tuning; what each is stands below the tables."
 
 _DEFAULTS = """\
-**Defaults.** The paper's choice is the default unless another is clearly better in more than one recipe. So the defaults are:
-linked from the start, λ, a draw for every sample, the head and the weights as compression gives them, and no early compaction
-(which saves time). There are two exceptions, and `--paper` turns both off:
+**Defaults.** The paper's choice is the default unless another is clearly better in more than one recipe, or as good for less.
+So the defaults are: λ, a draw for every sample, the head and the weights as compression gives them, and no early compaction
+(which saves time). There are four exceptions. The recipes share the first two, which `--paper` turns off:
 
 * Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open or close for good, and compression
-  does not choose by chance. After fine-tuning no difference is sure, neither here nor in the [evidence](evidence.md), where
-  `paper` lacks it; there the student on Imagewoof, whose merge stage is the shortest, gains most.
+  does not choose by chance. Here no difference is sure after fine-tuning. In the [evidence](evidence.md), where `paper` lacks
+  it, the students on Imagewoof and ResNet-20, whose merge stages are the shortest, are surely better with it.
 * BatchNorm's statistics are estimated again at compression. This makes up for the accuracy that compression costs before
-  fine-tuning (*compressed* below). After fine-tuning it changes nothing, since fine-tuning estimates them too."""
+  fine-tuning (*compressed* below). After fine-tuning it changes nothing, since fine-tuning estimates them too.
+* `merge()` links after a quarter of the merge stage, which costs less.
+* `merge()` spends a sixth of its epochs on the merge stage, not half of them, which costs less, too. The
+  [evidence](evidence.md) has both."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:

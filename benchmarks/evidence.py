@@ -208,7 +208,12 @@ def recipe_of(
         teacher=Plan(epochs=2 * unit, lr=lr, milestones=(round(4 / 3 * unit),)),
         long=Plan(epochs=6 * unit, lr=lr, milestones=(5 * unit,)),
         merge=Options(
-            merge_epochs=unit, finetune_epochs=unit, milestones=(round(2 / 3 * unit),), lr=lr, lam_step=45 / unit
+            merge_epochs=unit,
+            finetune_epochs=unit,
+            link_at=0.0,
+            milestones=(round(2 / 3 * unit),),
+            lr=lr,
+            lam_step=45 / unit,
         ),
         batch_size=batch_size,
         test_every=2 * unit,

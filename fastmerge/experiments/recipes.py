@@ -35,6 +35,7 @@ def sine() -> Recipe:
         teacher=Plan(epochs=300, lr=0.01, milestones=(250,)),
         long=Plan(epochs=900, lr=0.01, milestones=(800,)),
         merge=Options(
+            link_at=0.0,
             merge_epochs=150,
             finetune_epochs=150,
             milestones=(100,),
@@ -79,7 +80,7 @@ def digits() -> Recipe:
         load_data=_digits_data,
         teacher=Plan(epochs=60, lr=0.02, milestones=(40,)),
         long=Plan(epochs=180, lr=0.02, milestones=(150,)),
-        merge=Options(merge_epochs=30, finetune_epochs=30, milestones=(20,), lr=0.02, lam_step=1.5),
+        merge=Options(link_at=0.0, merge_epochs=30, finetune_epochs=30, milestones=(20,), lr=0.02, lam_step=1.5),
         batch_size=60,  # divides the 1,080 images that networks train on
         test_every=6,
         stack=10,
@@ -108,7 +109,7 @@ def lenet_imagewoof() -> Recipe:
         load_data=_imagewoof_data,
         teacher=Plan(epochs=2000, lr=0.01, milestones=(1000, 1500)),
         long=Plan(epochs=6000, lr=0.01, milestones=(3000, 4500)),
-        merge=Options(merge_epochs=1000, finetune_epochs=1000, milestones=(500, 750), lam_step=0.05),
+        merge=Options(link_at=0.0, merge_epochs=1000, finetune_epochs=1000, milestones=(500, 750), lam_step=0.05),
         batch_size=32,
         augment=flip_and_shift,
         test_every=100,
@@ -152,6 +153,7 @@ def resnet20_cifar100() -> Recipe:
         teacher=Plan(epochs=300, lr=0.1, milestones=(150, 225)),
         long=Plan(epochs=900, lr=0.1, milestones=(450, 675)),
         merge=Options(
+            link_at=0.0,
             merge_epochs=150,
             finetune_epochs=150,
             lr=0.1,
@@ -180,7 +182,7 @@ def resnet18_imagewoof() -> Recipe:
         batch_size=32,
         teacher=Plan(epochs=200, lr=0.01, milestones=(100, 150)),
         long=Plan(epochs=600, lr=0.01, milestones=(300, 450)),
-        merge=Options(merge_epochs=100, finetune_epochs=100, milestones=(50, 75), lam_step=0.05),
+        merge=Options(link_at=0.0, merge_epochs=100, finetune_epochs=100, milestones=(50, 75), lam_step=0.05),
         test_every=10,  # there are nearly half as many images to test on as to train on
         source="Pašen & Boža, Merging of neural networks, section 3.2 (5 replicates), and its code, imagewoof/",
     )
@@ -208,6 +210,7 @@ def resnet18_imagenet() -> Recipe:
         long=Plan(epochs=150, lr=0.1, milestones=(50, 100)),
         third=Plan(epochs=50, lr=0.1, milestones=(17, 34)),
         merge=Options(
+            link_at=0.0,
             merge_epochs=20,
             finetune_epochs=90,
             lr=0.1,

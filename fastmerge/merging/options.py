@@ -116,10 +116,10 @@ class Options:
         ValueError: One is out of range; the message names it.
     """
 
-    merge_epochs: int = option(30, "epochs of the big student", least=1, flag=int)
-    finetune_epochs: int = option(30, "epochs of the student", least=0, flag=int)
+    merge_epochs: int = option(10, "epochs of the big student", least=1, flag=int)
+    finetune_epochs: int = option(50, "epochs of the student", least=0, flag=int)
     link_at: float = option(
-        0.0,
+        0.25,
         "the fraction of the merge stage before linking; 1 is never",
         least=0.0,
         most=1.0,

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastmerge.checkpoints import load_weights, save_weights
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
 from fastmerge.merging.checks import check_device, check_loader, listed_teachers
@@ -118,6 +117,8 @@ class _Kept:
 
     def network(self, name: str, like: nn.Module) -> nn.Module:
         """What a method made."""
+        from fastmerge.checkpoints import load_weights  # needs safetensors
+
         network = copy.deepcopy(like)
         load_weights(network, self.of(name) / "network.safetensors")
         return network
@@ -130,6 +131,8 @@ class _Kept:
         if made is None:
             self.finished.add(row.name)
         else:
+            from fastmerge.checkpoints import save_weights
+
             save_weights(made, self.of(row.name) / "network.safetensors")
         rows = [each.to_dict() for each in self.rows.values()]
         write_json(self.directory / "rows.json", {"same": self.same, "rows": rows, "finished": sorted(self.finished)})

@@ -26,7 +26,7 @@ def gates(
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    link_at: float = 0.0,
+    link_at: float = 0.25,
     criterion: Criterion = cross_entropy,
     how: Mapping[str, Any] | None = None,
 ) -> nn.Module:

@@ -194,7 +194,7 @@ def test_it_is_for_one_process_and_processes_are_for_it(recipe, capsys) -> None:
 def test_a_merge_with_several_processes(place, capsys) -> None:
     assert main([*arguments(), "--dry-run", "--processes", "2"]) == 0
     printed = capsys.readouterr().out
-    assert table(printed)[0] == ("merge, linked", 2, 3)  # 24 of 49 images in eights
+    assert table(printed)[:2] == [("merge, block-diagonal", 1, 3), ("merge, linked", 1, 3)]  # 24 of 49 images in eights
     assert " with 2 processes, and up to " in printed
     assert re.match(
         r"cost: \d+ epochs of training one network, by counted operations \(2 of ", printed.splitlines()[-1]

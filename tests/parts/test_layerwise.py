@@ -226,7 +226,7 @@ def test_what_cannot_be_done_in_parts_is_refused(
 
 def test_parts_are_counted_and_timed(teachers: list[nn.Module], loader: list[Any]) -> None:
     setting = Setting(torch.device("cpu"), nn.functional.cross_entropy)
-    plans = [Options(merge_epochs=4, finetune_epochs=1, layerwise=parts) for parts in (1, 2)]
+    plans = [Options(merge_epochs=4, finetune_epochs=1, link_at=0.0, layerwise=parts) for parts in (1, 2)]
     whole, parts = (predict(teachers, loader, setting, plan) for plan in plans)
     assert parts.memory[0] < whole.memory[0]
     assert parts.merge < whole.merge

@@ -305,6 +305,7 @@ def trained_by_graph(big, budget, monkeypatch, eager=False, **how):
 
     given = Options(
         merge_epochs=3,
+        link_at=0.0,
         lr=0.02,
         criterion=F.mse_loss,
         merge_milestones=(1,),
