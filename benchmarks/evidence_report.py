@@ -133,8 +133,8 @@ paper's on Imagewoof and ResNet-20 (the row `paper`).
 
 Distillation lowers the test loss on digits and MNIST, without a visible loss of accuracy. It is not a default: it makes an
 epoch of fine-tuning two thirds dearer, and where networks [had not converged](layer-norms.md), distilled students were clearly
-worse. By the rule of the [ablations](ablations.md) a default differs from the paper's if a choice is clearly better on more than
-one data set, or as good for less.
+worse. By the rule of the [ablations](ablations.md) a default differs from the paper's if a choice is clearly better on more
+than one data set, or as good for less.
 
 Gates that begin more open where weights are larger are surely better on Imagewoof alone, where the merge stage is too short for
 gates to settle. With twice the strength the loss is rather higher on digits and MNIST, and lower on the transformer. So the

@@ -146,7 +146,7 @@ def compare(
     val_loader: Iterable[Any],
     methods: Sequence[str],
     *,
-    finetune_epochs: int = 30,
+    finetune_epochs: int = 50,
     epochs: int = 30,
     lr: float = 0.01,
     momentum: float = 0.9,
