@@ -25,8 +25,9 @@ def zipit(
     samples: int = 512,
     again: float = 0.3,
     within: float = 0.125,
+    recalibrate: bool = True,
 ) -> nn.Module:
-    """The mean of channels that are the most alike on samples, of different teachers or of one; BatchNorm's statistics anew.
+    """The mean of channels that are the most alike on samples, of different teachers or of one.
 
     Args:
         teachers: two or more.
@@ -34,6 +35,7 @@ def zipit(
         samples: that correlations are taken over.
         again: factor of a merged channel's correlations; below 1 it is less likely to be merged again. The paper's α.
         within: largest fraction of a teacher's merges that may join two of its own channels. The paper's β.
+        recalibrate: whether BatchNorm gets the statistics of the samples; else the means of its teachers'.
 
     Source: G. Stoica et al., ZipIt! (arXiv 2305.03053).
     """
@@ -44,7 +46,7 @@ def zipit(
         correlations = found.get(group.name, torch.eye(group.size).repeat(len(teachers), len(teachers)))
         places[group.name] = zipped(correlations, len(teachers), again, within)
     result = combine(teachers, family.groups, places)
-    for moment in family.run([result]):
+    for moment in family.run([result]) if recalibrate else ():
         if op_name(moment.node) == "batch_norm" and bind(moment.node)["running_mean"] is not None:
             reset_statistics(moment, result)
     return result

@@ -87,10 +87,12 @@ def test_rebasin_matches_three_networks() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_zipit_of_a_permuted_network_is_the_network(name: str) -> None:
     teacher = teachers_of(name)[0]
-    merged = methods.zipit([teacher, shuffled(teacher, name)], batches_of(name))
+    both = [teacher, shuffled(teacher, name)]
+    merged = methods.zipit(both, batches_of(name))
     statistics = {n for n, _ in teacher.named_buffers()}  # are taken anew, on the samples
     for (key, a), b in zip(merged.state_dict().items(), teacher.state_dict().values(), strict=True):
         assert key in statistics or torch.equal(a, b), key
+    assert_equal(methods.zipit(both, batches_of(name), recalibrate=False), teacher)
 
 
 def test_zipit_of_three_copies_is_the_network_where_channels_may_be_merged_again() -> None:
