@@ -42,12 +42,12 @@ So the defaults are: λ, a draw for every sample, the head and the weights as co
 
 * Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open or close for good, and compression
   does not choose by chance. Here no difference is sure after fine-tuning. In the [evidence](evidence.md), where `paper` lacks
-  it, the students on Imagewoof and ResNet-20, whose merge stages are the shortest, are surely better with it.
+  it, the student on Imagewoof is surely better with it, and that on ResNet-20 nearly so.
 * BatchNorm's statistics are estimated again at compression. This makes up for the accuracy that compression costs before
   fine-tuning (*compressed* below). After fine-tuning it changes nothing, since fine-tuning estimates them too.
 * `merge()` links after a quarter of the merge stage, which costs less.
 * `merge()` spends a sixth of its epochs on the merge stage, not half of them, which costs less, too. The
-  [evidence](evidence.md) has both."""
+  [evidence](evidence.md) has measured both."""
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -341,6 +341,43 @@ class Part:
     data: str | None = None
     strategies: Sequence[str] = (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS)
 
+    def images(self, folder: Path | None) -> Path | None:
+        """The file of its images in a folder."""
+        return None if self.data is None or folder is None else folder / self.data
+
+    def run(
+        self,
+        folder: Path | None,
+        checkpoints: Path,
+        strategies: Sequence[str],
+        replicates: range,
+        budget: float = 1.0,
+    ) -> dict[str, Any]:
+        """What strategies came to, with the minutes that it took.
+
+        Args:
+            folder: of the images.
+            checkpoints: a directory, from which it goes on where it was stopped.
+            strategies: their names.
+            replicates: their numbers.
+            budget: fraction of the recipe's epochs.
+        """
+        started = time.perf_counter()
+        found = run(
+            self.recipe(),
+            strategies,
+            replicates=len(replicates),
+            first=replicates.start,
+            budget=budget,
+            data_path=self.images(folder),
+            workers=1,
+            checkpoint_dir=checkpoints,
+            resume=checkpoints.is_dir(),
+        )
+        for each in found["strategies"].values():
+            del each["seconds"]  # others used the machine, too
+        return {**found, "what": self.what, "minutes": round((time.perf_counter() - started) / 60, 1)}
+
 
 PARTS = {
     "digits": Part(
@@ -417,41 +454,24 @@ def measure(name: str, folder: Path | None) -> None:
     Raises:
         ValueError: A part can't be added to, since this machine or code gives other values.
     """
-    kept = _kept(name)
+    part, file, kept = PARTS[name], RESULTS / f"{name}.json", _kept(name)
+    where = folder, ROOT / "runs" / "evidence" / name
     if not kept["strategies"]:
-        _write(name, _run(name, folder, PARTS[name].strategies, range(PARTS[name].replicates)))
+        write(file, part.run(*where, part.strategies, range(part.replicates)))
         return
     have = kept["config"]["replicates"]
     if lacking := missing(name):
         # What is added has the same teachers if a strategy that is there has the same values.
-        found = _run(name, folder, [OWN, *(each for each in lacking if each != OWN)], range(have))
+        found = part.run(*where, [OWN, *(each for each in lacking if each != OWN)], range(have))
         if found["strategies"].pop(OWN)["values"] != kept["strategies"][OWN]["values"]:
             raise ValueError(
                 f"{name}: {OWN} has other values here than in its file; move it away, and measure all anew"
             )
         kept["strategies"] |= found["strategies"]
         kept["minutes"] = round(kept["minutes"] + found["minutes"], 1)
-        _write(name, kept)
-    if have < PARTS[name].replicates:
-        _write(name, joined(kept, _run(name, folder, list(kept["strategies"]), range(have, PARTS[name].replicates))))
-
-
-def _run(name: str, folder: Path | None, strategies: Sequence[str], replicates: range) -> dict[str, Any]:
-    """What strategies came to, with the minutes that it took."""
-    part, checkpoints, started = PARTS[name], ROOT / "runs" / "evidence" / name, time.perf_counter()
-    found = run(
-        part.recipe(),
-        strategies,
-        replicates=len(replicates),
-        first=replicates.start,
-        data_path=None if part.data is None or folder is None else folder / part.data,
-        workers=1,
-        checkpoint_dir=checkpoints,
-        resume=checkpoints.is_dir(),
-    )
-    for each in found["strategies"].values():
-        del each["seconds"]  # others used the machine, too
-    return {**found, "what": part.what, "minutes": round((time.perf_counter() - started) / 60, 1)}
+        write(file, kept)
+    if have < part.replicates:
+        write(file, joined(kept, part.run(*where, list(kept["strategies"]), range(have, part.replicates))))
 
 
 def joined(kept: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -472,10 +492,11 @@ def joined(kept: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(name: str, results: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / f"{name}.json", results)
-    print(f"{name}: {results['minutes']} minutes", flush=True)
+def write(file: Path, results: dict[str, Any]) -> None:
+    """Writes a part's results."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, results)
+    print(f"{file.stem}: {results['minutes']} minutes", flush=True)
 
 
 def asked(

@@ -9,9 +9,7 @@ docs/render.py makes docs/many-teachers.md of the files.
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +18,15 @@ from typing import Any
 import torch
 
 from benchmarks import evidence
-from benchmarks.evidence_report import SURE
+from benchmarks.evidence_report import SURE, at_once, percent, points, read
 from fastmerge.evaluation import Setting
 from fastmerge.experiments.column import Column
 from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
-from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import short_teachers, strategy
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import predict
 from fastmerge.reporting.plots import new_figure, save_figure
-from fastmerge.reporting.results import write_json
 from fastmerge.reporting.tables import holm, paired, probability, summarise, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,31 +76,22 @@ PARTS = {
 
 def measure(name: str, folder: Path | None) -> None:
     """Runs a part and writes what came of it."""
-    part, started = PARTS[name], time.perf_counter()
-    of, checkpoints = evidence.PARTS[part.part], ROOT / "runs" / "many-teachers" / name
-    data = None if of.data is None or folder is None else folder / of.data
-    found = run(
-        of.recipe(),
+    part = PARTS[name]
+    found = evidence.PARTS[part.part].run(
+        folder,
+        ROOT / "runs" / "many-teachers" / name,
         list(dict.fromkeys([*AT_ONCE.values(), *BY_PAIRS.values(), "one", *SIDE_BY_SIDE.values()])),
-        replicates=part.replicates,
-        budget=part.budget,
-        data_path=data,
-        workers=1,
-        checkpoint_dir=checkpoints,
-        resume=checkpoints.is_dir(),
+        range(part.replicates),
+        part.budget,
     )
-    for each in found["strategies"].values():
-        del each["seconds"]  # others used the machine, too
-    minutes = round((time.perf_counter() - started) / 60, 1)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / f"{name}.json", found | {"what": of.what, "minutes": minutes, "merging": _merging(part, data)})
-    print(f"{name}: {minutes} minutes", flush=True)
+    evidence.write(RESULTS / f"{name}.json", found | {"merging": _merging(part, folder)})
 
 
-def _merging(part: Part, data: Path | None) -> dict[str, Any]:
+def _merging(part: Part, folder: Path | None) -> dict[str, Any]:
     """What an epoch of the merge stage costs, and the memory of its steps, by the number of teachers."""
-    recipe = evidence.PARTS[part.part].recipe()
-    place = Place(recipe=recipe, data=data, device=torch.device("cpu"), seed=0).opened_here()
+    of = evidence.PARTS[part.part]
+    recipe = of.recipe()
+    place = Place(recipe=recipe, data=of.images(folder), device=torch.device("cpu"), seed=0).opened_here()
     batch = place.example[:1].expand(recipe.batch_size, *place.example.shape[1:])
     loader, setting = [(batch, torch.zeros(len(batch), dtype=torch.long))], Setting(place.device, recipe.criterion)
     found = {}
@@ -123,11 +110,7 @@ def _merging(part: Part, data: Path | None) -> dict[str, Any]:
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """All results, in the order of the parts."""
     files = {name: folder / f"{name}.json" for name in PARTS}
-    every = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
-    for results in every.values():
-        for each in results["strategies"].values():
-            each["values"] = [math.nan if value is None else value for value in each["values"]]
-    return every
+    return {name: read(file) for name, file in files.items() if file.exists()}
 
 
 def page(every: dict[str, dict[str, Any]]) -> str:
@@ -182,7 +165,7 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
         for name in _merged():
             each = paired(results["strategies"][name]["values"], results["strategies"][BASE]["values"])
             kind = "no clear difference" if not sure[part, name] < SURE else "ahead" if each.mean > 0 else "behind"
-            kinds[kind].append(f"`{name}` {_points(each)}")
+            kinds[kind].append(f"`{name}` {points(each)}")
         said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
         highest = [f"{max(line, key=lambda t: _mean(results, line[t]))} {label}" for label, line in LINES.items()]
         lines.append(f"* {_length(part, results)}: {said}. The best numbers of teachers are {', '.join(highest)}.")
@@ -209,10 +192,7 @@ def _section(name: str, results: dict[str, Any]) -> str:
     for each, strategy_ in strategies.items():
         accuracy, gap = summarise(strategy_["values"]), paired(strategy_["values"], strategies[BASE]["values"])
         count = kinds[each][1] if each in kinds else 0
-        p, text = sure.get((name, each), math.nan), "–" if each == BASE else _points(gap)
-        start = (
-            summarise([math.nan if v is None else v for v in strategy_["at_once"]]) if "at_once" in strategy_ else None
-        )
+        p, text = sure.get((name, each), math.nan), "–" if each == BASE else points(gap)
         rows.append(
             [
                 each,
@@ -220,8 +200,8 @@ def _section(name: str, results: dict[str, Any]) -> str:
                 f"{teachers / count:.0f}" if count else "–",
                 f"{strategy_['epochs']:g}",
                 f"{strategy_['cost']:.0f}",
-                f"{100 * start.mean:.1f}" if start else "–",
-                f"{100 * accuracy.mean:.2f} ± {100 * accuracy.std / math.sqrt(accuracy.n):.2f}",
+                at_once(strategy_),
+                percent(accuracy),
                 f"**{text}**" if p < SURE else text,
                 probability(p),
             ]
@@ -250,10 +230,6 @@ def _section(name: str, results: dict[str, Any]) -> str:
     names = ["teachers", "block-diagonal", "linked", "MiB, linked", "times one network's"]
     merging = table(names, costs, markdown=True)
     return "\n\n".join([f"## {name}", ran, table(header, rows, markdown=True), per, merging])
-
-
-def _points(each: Any) -> str:
-    return f"{100 * each.mean:+.2f} ± {100 * each.error:.2f}"
 
 
 def plot(every: dict[str, dict[str, Any]]) -> Any:
