@@ -1,7 +1,7 @@
 """Normalisations over channels that a network's code writes out become the operations of that name.
 
 RMSNorm as in Llama, LayerNorm as in ConvNeXt's channels-first code, ``F.normalize``: sums over channels would make all of them
-one; of a normalisation it is known what it needs (``normalising``).
+one; of a normalisation it is known what it needs (``rules``).
 """
 
 from __future__ import annotations
