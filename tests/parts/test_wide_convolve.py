@@ -15,7 +15,7 @@ from torch import nn
 import fastmerge
 from architectures import BY_NAME, merged
 from fastmerge.channels.layer_calls import Geometry
-from fastmerge.wide import convolve
+from fastmerge.wide import layers
 from fastmerge.wide.layers import GroupedLayer, WideLayer
 from teachers import make_teachers
 from wide_programs import SIZE, assert_close, run
@@ -35,17 +35,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setitem(convolve._CONV, 2, noted("one", F.conv2d))
+    monkeypatch.setitem(layers._CONV, 2, noted("one", F.conv2d))
     for name, label in (("block_diagonal_conv2d", "measured streams"), ("grouped_conv2d", "measured groups")):
-        monkeypatch.setattr(convolve, name, noted(label, getattr(convolve, name)))
+        monkeypatch.setattr(layers, name, noted(label, getattr(layers, name)))
     return found
 
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if tensors lay on a CUDA device, where without one what was measured falls back to PyTorch."""
-    plain = convolve._is_plain_conv2d
-    monkeypatch.setattr(convolve, "_runs_as_measured", lambda geometry, x, weight: plain(geometry, weight))
+    plain = layers._is_plain_conv2d
+    monkeypatch.setattr(layers, "_runs_as_measured", lambda geometry, x, weight: plain(geometry, weight))
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["streams", "joined"])
@@ -88,16 +88,14 @@ def test_a_linked_network_has_dense_layers(calls: list[str], as_on_cuda: None) -
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_what_no_kernel_takes_is_pytorchs(geometry: Geometry, size: int, calls: list[str], as_on_cuda: None) -> None:
     x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 4, size, size)
-    joined = convolve.convolve(geometry, x, weight, None, groups=2)
-    torch.testing.assert_close(
-        torch.cat(convolve.convolve_streams(geometry, x.chunk(2, 1), (weight,), None), 1), joined
-    )
+    joined = layers.convolve(geometry, x, weight, None, groups=2)
+    torch.testing.assert_close(torch.cat(layers.convolve_streams(geometry, x.chunk(2, 1), (weight,), None), 1), joined)
     assert not any("measured" in call for call in calls)
 
 
 def test_same_padding_of_an_odd_kernel_is_measured(calls: list[str], as_on_cuda: None) -> None:
     geometry, x, weight = Geometry("conv", 2, {"padding": "same"}), torch.randn(2, 8, 9, 9), torch.randn(8, 4, 3, 3)
-    out = convolve.convolve(geometry, x, weight, None, groups=2)
+    out = layers.convolve(geometry, x, weight, None, groups=2)
     torch.testing.assert_close(out, F.conv2d(x, weight, padding=1, groups=2))
     assert calls == ["measured groups"]
 
@@ -108,7 +106,7 @@ def test_a_compiler_gets_pytorchs_many_groups(
 ) -> None:
     """A compiled graph holds the operation even where nothing was measured, which then convolves group by group."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    convolve.convolve(PLAIN, torch.randn(2, 64, 9, 9), torch.randn(64, 64 // groups, 3, 3), None, groups=groups)
+    layers.convolve(PLAIN, torch.randn(2, 64, 9, 9), torch.randn(64, 64 // groups, 3, 3), None, groups=groups)
     assert calls == [expected]
 
 
