@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link
 from fastmerge.narrowing.parts import activation_counts, consecutive_parts
 from fastmerge.narrowing.shrinkable import find_shrinkable
 from fastmerge.narrowing.shrinking import Shrinking, carry_over
-from fastmerge.narrowing.spent import spend
 from fastmerge.narrowing.traced_student import TracedStudent, runs_at_its_width
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
@@ -34,6 +33,10 @@ from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.population import Population
 
 _FIXED = 30.0  # a loc from which neither chance nor a gradient moves a gate
+_SPENT = (
+    "this big student was compressed in place: its tensors are the student's now, and nothing is left to use. "
+    "Use the student that compress() returned, or compress(in_place=False) to keep both"
+)
 
 
 class BigStudent(GatedNetwork):
@@ -308,7 +311,7 @@ class BigStudent(GatedNetwork):
                     carrier.carry(student)
         finally:
             if in_place:
-                spend(self)
+                _spend(self)
         if heads == "separate" and blueprint.parts is not None:
             student = SeparateHeads(student, blueprint.parts)
         return student.train().train(training)  # what a network keeps of its own for evaluation it makes anew
@@ -378,3 +381,31 @@ class BigStudent(GatedNetwork):
         if link:
             self.link()
         self._shrink_to(after, [], analysis)
+
+
+class SpentBigStudent(nn.Module):
+    """A big student after ``compress(in_place=True)``: any use raises a RuntimeError that says so."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return super().__getattribute__(name)
+        raise RuntimeError(_SPENT)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise RuntimeError(_SPENT)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise RuntimeError(_SPENT)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise RuntimeError(_SPENT)
+
+    def __repr__(self) -> str:
+        return "SpentBigStudent(compressed in place)"
+
+
+def _spend(network: nn.Module) -> None:
+    """Lets go of everything a network holds and leaves a :class:`SpentBigStudent` in its place."""
+    network.__dict__.clear()
+    network.__dict__["_compiled_call_impl"] = None
+    network.__class__ = SpentBigStudent

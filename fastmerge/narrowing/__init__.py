@@ -2,7 +2,6 @@
 
 Early: `closing` says which gates are closed for good, `shrinkable` which groups the code allows to lose channels, `shrinking`
 drops them, and takes what one big student learned into the next. At the end `compression` finds for each tensor of the student
-where it comes from, by a cut of `cuts`; `spent` is what is left of a big student that gave its memory away, and
-`traced_student` runs a student whose class counts on the teachers' widths. `optimizer_state` takes momentum and moments along.
-For merges in parts of the depth `parts` cuts it.
+where it comes from, by a cut of `cuts`; `traced_student` runs a student whose class counts on the teachers' widths.
+`optimizer_state` takes momentum and moments along. For merges in parts of the depth `parts` cuts it.
 """
