@@ -118,7 +118,7 @@ def complete(
 def alone(options: argparse.Namespace, processes: Processes) -> Iterator[Processes]:
     """Makes DIR and keeps other runs out of it, until the block or the first of these processes ends; not for a dry run.
 
-    Returns:
+    Yields:
         The processes.
 
     Raises:
@@ -127,30 +127,28 @@ def alone(options: argparse.Namespace, processes: Processes) -> Iterator[Process
     """
     with contextlib.ExitStack() as closing:
         if not getattr(options, "dry_run", False):
-            processes.done_by_first(lambda: closing.enter_context(_hold(options.out)))
+            processes.done_by_first(lambda: _hold(options.out, closing))
         yield processes
 
 
-@contextlib.contextmanager
-def _hold(out: Path) -> Iterator[None]:
+def _hold(out: Path, closing: contextlib.ExitStack) -> None:
+    """Makes DIR and locks it until ``closing`` ends."""
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as closing:
-        try:
-            file = closing.enter_context(held(out / _LOCK))
-        except BlockingIOError:
-            holder = (out / _LOCK).read_text(encoding="utf-8").strip() or "one that has just begun"
-            raise ValueError(
-                f"{out} is in use by another run, {holder}; wait for its end, or choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            warnings.warn(f"{out} is on a file system without locks: see that no other run writes there", stacklevel=2)
-        else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            file.flush()
-        yield
+    try:
+        file = closing.enter_context(held(out / _LOCK))
+    except BlockingIOError:
+        holder = (out / _LOCK).read_text(encoding="utf-8").strip() or "one that has just begun"
+        raise ValueError(
+            f"{out} is in use by another run, {holder}; wait for its end, or choose another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        warnings.warn(f"{out} is on a file system without locks: see that no other run writes there", stacklevel=2)
+    else:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
 
 
 def begin(options: argparse.Namespace, processes: Processes) -> bool:
