@@ -5,8 +5,7 @@
 The folder holds mnist.npz, imagewoof28.npz (as ``fastmerge data`` writes it, 28 pixels a side) and cifar100.npz; parts whose
 file is missing are left out. Each part is one run of fastmerge's strategies: within a replicate all start from the same
 teachers. A part that is finished is kept, in docs/results/evidence/PART.json, and gets the strategies and replicates that it
-lacks; one that was stopped goes on from its checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the
-files.
+lacks. One that was stopped goes on from its checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the files.
 """
 
 from __future__ import annotations
@@ -62,6 +61,7 @@ AT_EQUAL_EPOCHS = [
 ]
 LEAST_SQUARES = "choice: least squares"
 WARMED = ["ours", "restart", "reconstruct-distill", "repair-distill"]
+ALL = (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, LEAST_SQUARES, *(f"{WARM}{name}" for name in WARMED))
 
 
 def _choice(name: str, choose: Callable[[Recipe], dict[str, Any]]) -> None:
@@ -136,7 +136,7 @@ class Compensated(BigStudent):
 
     @torch.no_grad()
     def compress(self, *arguments: Any, **options: Any) -> Any:
-        """The student, refitted; but for the check of a new big student."""
+        """The student, refitted; plain while a new big student checks itself."""
         if not hasattr(self, "begun"):
             return super().compress(*arguments, **options)
         kept, inputs = self.keep(), next(self.samples)
@@ -168,7 +168,7 @@ class Compensated(BigStudent):
 
 @strategy(LEAST_SQUARES)
 def compensated(lab: Lab, teachers: Sequence[Column]) -> Column:
-    """A merge at equal epochs whose compression makes up for dropped channels."""
+    """A merge at equal epochs whose compression makes up for dropped channels by least squares."""
     inputs = torch.cat([inputs for inputs, _ in lab.loaders("samples").train], 1)
     Compensated.samples = iter(inputs[:, :512])
     with patch.object(stages, "BigStudent", Compensated):
@@ -385,7 +385,7 @@ PARTS = {
         lambda: replace(digits(), stack=12),
         24,
         35,
-        strategies=(*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, LEAST_SQUARES, *(f"{WARM}{name}" for name in WARMED)),
+        strategies=ALL,
     ),
     "mnist1k": Part(
         "900 images of MNIST at 14×14, LeNet",
@@ -393,7 +393,7 @@ PARTS = {
         20,
         45,
         "mnist.npz",
-        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, LEAST_SQUARES, *(f"{WARM}{name}" for name in WARMED)),
+        ALL,
     ),
     "imagewoof28": Part(
         "900 images of Imagewoof at 28×28, LeNet with BatchNorm",

@@ -106,12 +106,12 @@ def merge(
             the input goes to a network of several inputs. With ``heads``, a list of loaders, one per teacher (each
             step takes a batch of each), or one loader whose targets number the classes of all teachers, teacher 0's first.
         val_loader: The same for validation: scored after epochs (see ``val_every``), and before and after each stage.
-        merge_epochs: Length of the merge stage, at least 1. An epoch of it costs two to four of the fine-tuning, so a short
-            stage and a long fine-tuning are worth the most; but gates need some hundred steps to settle.
+        merge_epochs: Length of the merge stage, at least 1. An epoch of it costs as much as two to four of the fine-tuning,
+            so it pays to make it short and the fine-tuning long; but gates need a few hundred steps to settle.
         finetune_epochs: Length of the fine-tuning, at least 0.
         link_at: Fraction of the merge stage in which the big student is block-diagonal, which costs less compute; the
             off-diagonal weights are trained after it. It becomes dense at the first epoch that starts at or after this
-            fraction; 0 is the paper, 1 is never. A quarter costs less, and no accuracy that docs/ablations.md could see.
+            fraction; 0 is the paper, 1 is never. With a quarter, docs/ablations.md saw no loss of accuracy.
         lr: Learning rate of the weights' SGD, in both stages.
         momentum: Of the weights' SGD, in both stages.
         weight_decay: Of the weights' SGD, in both stages. Gates get none.

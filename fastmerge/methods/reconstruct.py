@@ -86,7 +86,7 @@ def refit(
 
     Args:
         student: changed in place.
-        teachers: T networks, or a wider one, of whose channels the student has some.
+        teachers: T networks, or one wider network whose channels the student has some of.
         family: their architecture, and samples.
         kept: by name of the group, which candidates the student's places hold.
         ridge: see :func:`reconstruct`.
@@ -116,9 +116,9 @@ def _refit_layer(
     written, read = call.geometry.out_dim, call.geometry.in_dim
     *theirs, mine = moment.channels
     common = torch.from_numpy(inputs.group < 0)
-    lie, reads = (sources_of(units, groups, kept) for units in (outputs, inputs))
-    shared = reads.common.nonzero().flatten()
-    teacher, index = lie.owner, lie.index
+    rows_from, columns_from = (sources_of(units, groups, kept) for units in (outputs, inputs))
+    shared = columns_from.common.nonzero().flatten()
+    teacher, index = rows_from.owner, rows_from.index
     weight = torch.zeros_like(tensor_at(student, call.weight)).movedim((written, read), (0, 1))
     bias = None if call.bias is None else torch.zeros_like(tensor_at(student, call.bias))
     # of a transposed convolution not every output has all taps, by which a shift would go into the bias
@@ -126,7 +126,7 @@ def _refit_layer(
     for t, network in enumerate(teachers):
         mix, shift = fit.of(theirs[t])  # (read by the student, read by the teacher)
         mix[:, common], shift[common] = 0, 0
-        mix[shared, reads.index[shared]] = 1
+        mix[shared, columns_from.index[shared]] = 1
         rows = (teacher == t) | (teacher < 0)
         if not rows.any():
             continue
@@ -148,8 +148,8 @@ def _refit_norm(
     arguments = bind(moment.node)
     mean_name, variance_name = (str(arguments[key].target) for key in ("running_mean", "running_var"))
     _, units = groups.tensors[mean_name]
-    lie = sources_of(units, groups, kept)
-    picked = (lie.teacher, lie.index)
+    source = sources_of(units, groups, kept)
+    picked = (source.teacher, source.index)
     moments = [
         torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
         for x in moment.values(arguments["input"])
