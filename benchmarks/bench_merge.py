@@ -44,7 +44,7 @@ TASKS = {
 OPTIONS: dict[str, dict[str, Any]] = {
     names.MERGE_LINKED_LATE: {"link_at": 0.5},
     names.MERGE_COMPACTED: {"link_at": 0.5, "compact_at": 0.0},
-    names.MERGE: {},
+    names.MERGE: {"link_at": 0.0},
 }
 
 
