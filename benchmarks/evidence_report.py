@@ -149,7 +149,8 @@ there. With twice the strength it is higher on MNIST, too, and lower on ResNet-2
 begin alike, as the paper's do.
 
 Compression that makes up for dropped channels by least squares makes no sure difference. On Imagewoof students are rather less
-accurate with it. On digits and MNIST, where dropped channels are closed, it changes nothing visible. So `compress()` does not do it."""
+accurate with it. On digits and MNIST, where dropped channels are closed, it changes nothing visible. So `compress()` does not
+do it."""
 
 
 _WARM_IS = f"""\
