@@ -17,7 +17,7 @@ is ``fastmerge run digits --strategy ours-plain,repair,zipit --replicates 12``, 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from fastmerge.methods.comparison import Row, compare
 from fastmerge.methods.registry import checked
 from fastmerge.processes import Processes
 from fastmerge.reporting.report import write_comparison
-from fastmerge.reporting.results import write_json
+from fastmerge.reporting.results import read_comparison, write_json
 from fastmerge.reporting.tables import comparison_table
 
 SUMMARY = "compare methods on your own trained networks"
@@ -96,7 +96,7 @@ def command(options: argparse.Namespace) -> None:
     run(options, options.methods, options.epochs)
 
 
-def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None = None) -> None:
+def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None = None) -> int:
     """Runs methods as options of a command say.
 
     Args:
@@ -105,19 +105,27 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
         epochs: of those that train.
         student: what the file of the one method's network is called; None: each has its method's name, beside a baseline.
 
+    Returns:
+        Exit status: 1 where ``student`` is wanted and its method or fine-tuning failed.
+
     Raises:
         ValueError: DIR holds another run, or one is at work there.
     """
     with continuing.alone(options, Processes(torch.device("cpu"))) as processes:
         if continuing.begin(options, processes):
-            found = json.loads((options.out / "compare.json").read_text(encoding="utf-8"))["rows"]
+            found = read_comparison(options.out)
             print(f"the comparison in {options.out} is finished\n\n{comparison_table(found)}")
-            return
-        _run(options, methods, epochs, student)
-        continuing.finish(options)
+        else:
+            found = _run(options, methods, epochs, student)
+            continuing.finish(options)
+    errors = [f"{row['name']}: {row['error']}" for row in found if row["error"]]
+    if student is None or not errors:
+        return 0
+    print(f"fastmerge: error: there is no {student}; {errors[0]}", file=sys.stderr)
+    return 1
 
 
-def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None) -> None:
+def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None) -> list[dict[str, Any]]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device, nn.Identity())
     loaders = image_loaders(
@@ -168,6 +176,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
     found = [row.to_dict() for row in rows]
     write_comparison(options.out, found, _made_by(options))
     print(f"\n{comparison_table(found)}\n\ncompare.json, compare.md, compare.png and networks in {options.out}")
+    return found
 
 
 def _line(row: Row) -> str:

@@ -90,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
-def command(options: argparse.Namespace) -> None:
-    """Merges, writes the student and its history, and prints the scores."""
+def command(options: argparse.Namespace) -> int:
+    """Merges, writes the student and its history, and prints the scores; returns the exit status."""
     if options.method != "gates":
         if options.method in METHODS and not METHODS[options.method].one_network:
             raise ValueError(
@@ -101,10 +101,10 @@ def command(options: argparse.Namespace) -> None:
         if others:
             raise ValueError(f"--method {options.method} takes no {', '.join(others)}: only --method gates does")
         (options.data,) = _one_or_each(options, 1)
-        compare.run(options, [options.method], options.merge_epochs, student="student.safetensors")
-        return
+        return compare.run(options, [options.method], options.merge_epochs, student="student.safetensors")
     with at_work(options, options.device or ("cuda" if torch.cuda.is_available() else "cpu")) as (device, processes):
         _merge(options, device, processes)
+    return 0
 
 
 def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:

@@ -276,7 +276,7 @@ class Options:
 
     def compared(self) -> dict[str, Any]:
         """What a checkpoint must have been made with, as JSON values: functions and dtypes by their names."""
-        return {each.name: _plain(getattr(self, each.name)) for each in fields(self) if each.metadata["compared"]}
+        return {each.name: plain(getattr(self, each.name)) for each in fields(self) if each.metadata["compared"]}
 
     def as_in_the_paper(self) -> Options:
         """The same with the paper's choices where the defaults or a recipe have others.
@@ -405,9 +405,10 @@ def check(each: Field[Any], value: Any) -> None:
         raise ValueError(f"{name}, {what}, a finite number {bound}; got {value!r}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """An option as a JSON value that is the same in another process: of a function, a class or a dtype its name."""
     if isinstance(value, (list, tuple)):
-        return list(value)
+        return [plain(each) for each in value]
     if isinstance(value, (type(None), bool, int, float)):
         return value
     return getattr(value, "__qualname__", str(value))

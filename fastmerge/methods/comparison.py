@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
 from fastmerge.merging.checks import check_device, check_loader, listed_teachers
-from fastmerge.merging.options import Options
+from fastmerge.merging.options import Options, plain
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.registry import METHODS, apply, checked
 from fastmerge.methods.training import train
@@ -80,7 +80,7 @@ class _Kept:
         same: what it has to have in common with the one that was begun, JSON values.
 
     Raises:
-        ValueError: there is a comparison, and it is not to go on, or is another one.
+        ValueError: there is a comparison, and it is not to go on, is another one, or can't be read.
     """
 
     def __init__(self, directory: Path | None, resume: bool, same: dict[str, Any]) -> None:
@@ -95,14 +95,20 @@ class _Kept:
                 f"{directory} holds the checkpoints of a comparison; continue it (resume=True), remove them, or choose "
                 "another directory"
             )
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["same"] != same:
-            changed = [name for name, value in same.items() if found["same"].get(name) != value]
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            before, self.finished = dict(found["same"]), set(found["finished"])
+            self.rows = {row["name"]: Row.from_dict(row) for row in found["rows"]}
+            if unknown := self.finished - self.rows.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(unknown))}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is damaged, or of another version of fastmerge ({error}); remove {directory} to begin anew"
+            ) from error
+        if changed := [name for name in {**same, **before} if same.get(name) != before.get(name)]:
             raise ValueError(
                 f"{directory} holds a comparison with other {', '.join(changed)}; choose another directory"
             )
-        self.rows = {row["name"]: Row.from_dict(row) for row in found["rows"]}
-        self.finished = set(found["finished"])
 
     def of(self, name: str) -> Path:
         """The directory of a row."""
@@ -115,13 +121,20 @@ class _Kept:
             return {}
         return {"checkpoint_dir": self.of(name) / stage, "checkpoint_seconds": seconds, "resume": True}
 
-    def network(self, name: str, like: nn.Module) -> nn.Module:
-        """What a method made."""
+    def begun(self, name: str, like: nn.Module) -> tuple[Row, nn.Module] | None:
+        """A row that is not fine-tuned yet, and what its method made; None where it is to be made, with a warning if again."""
+        if name not in self.rows:
+            return None
         from fastmerge.checkpoints import load_weights  # needs safetensors
 
         network = copy.deepcopy(like)
-        load_weights(network, self.of(name) / "network.safetensors")
-        return network
+        try:
+            load_weights(network, self.of(name) / "network.safetensors")
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{error}; {name} makes its network again", stacklevel=3)
+            shutil.rmtree(self.of(name) / "finetune", ignore_errors=True)
+            return None
+        return self.rows[name], network
 
     def add(self, row: Row, made: nn.Module | None = None) -> None:
         """Keeps a row: finished, or with the network that is to be fine-tuned."""
@@ -187,7 +200,8 @@ def compare(
         checkpoint_dir, checkpoint_seconds, resume: as :func:`fastmerge.merge`; rows that were finished are not made again.
 
     Returns:
-        A row for each teacher, one for each method, and one for the baseline. A method that fails has its error there.
+        A row for each teacher, one for each method, and one for the baseline. A method or fine-tuning that fails has its error
+        there.
 
     Raises:
         ValueError, TypeError: there is no such method or option, a method stands twice, there are fewer than two teachers, they
@@ -210,15 +224,18 @@ def compare(
     setting = Setting(check_device(None, teachers[0]), criterion)
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)
-    settings: dict[str, Any] = {"finetune_epochs": finetune_epochs, "epochs": epochs, "lr": lr, "momentum": momentum}
-    settings |= {
-        "weight_decay": weight_decay,
+    same: dict[str, Any] = {name: plain(value) for name, value in common.items()} | {
+        "finetune_epochs": finetune_epochs,
+        "epochs": epochs,
         "warmup": warmup,
         "seed": seed,
         "baseline": baseline,
         "methods": [*methods],
+        "options": {
+            name: {key: plain(own[key]) for key in own if key != "how"} for name, own in (options or {}).items()
+        },
     }
-    same = settings | {"options": repr(dict(options or {}))} | fingerprints(teachers)
+    same |= fingerprints(teachers)
     kept = _Kept(None if checkpoint_dir is None else Path(checkpoint_dir), resume, same)
     random, order, rows = random_states(setting.device), loader_state(train_loader), list[Row]()
 
@@ -240,10 +257,24 @@ def compare(
     def scored(network: nn.Module) -> Score:
         return evaluate(network, val_loader, setting)
 
-    def add(row: Row, network: nn.Module | None = None, epochs: int = 0) -> None:
-        if network is not None and epochs:
-            kept.add(row, network)
-            started = time.perf_counter()
+    def made(name: str) -> tuple[Row, nn.Module | None]:
+        """What a method makes, or the row of its error."""
+        own = given[name]
+        if "how" in METHODS[name].options:
+            own = own | {"how": how(name, "method") | dict(own.get("how") or {})}
+        try:
+            with alike(), warnings.catch_warnings():
+                outcome = apply(name, teachers, train_loader, **own)
+            row = Row(name, scored(outcome.network), None, float(own.get("epochs", 0)), outcome.cost)
+            return dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
+        except Exception as error:  # whatever it is, the others get their rows
+            return _failed(name, error), None
+
+    def finetuned(row: Row, network: nn.Module, epochs: int) -> tuple[Row, nn.Module | None]:
+        """A row and its network after fine-tuning, or the row of its error."""
+        kept.add(row, network)
+        started = time.perf_counter()
+        try:
             with Meter() as meter, alike():
                 network = copy.deepcopy(network)
                 train(network, train_loader, epochs=epochs, warmup=warmup, how=how(row.name, "finetune"), **common)
@@ -254,6 +285,13 @@ def compare(
                 cost=row.cost + meter.epochs(teachers[0], train_loader),
                 seconds=row.seconds + time.perf_counter() - started,
             )
+            return row, network
+        except Exception as error:
+            return _failed(row.name, error), None
+
+    def add(row: Row, network: nn.Module | None, epochs: int = 0) -> None:
+        if network is not None and epochs:
+            row, network = finetuned(row, network, epochs)
         rows.append(row)
         if callback is not None:
             callback(row, network)
@@ -272,21 +310,9 @@ def compare(
         if not done_before(f"teacher {number}"):
             add(Row(f"teacher {number}", scored(teacher)), teacher)
     for name in methods:
-        if done_before(name):
-            continue
-        try:
-            if name in kept.rows:
-                row, network = kept.rows[name], kept.network(name, teachers[0])
-            else:
-                running = {"how": how(name, "method")} if "how" in METHODS[name].options else {}
-                with alike(), warnings.catch_warnings():
-                    outcome = apply(name, teachers, train_loader, **given[name] | running)
-                network = outcome.network
-                row = Row(name, scored(network), None, float(given[name].get("epochs", 0)), outcome.cost)
-                row = dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds)
+        if not done_before(name):
+            row, network = kept.begun(name, teachers[0]) or made(name)
             add(row, network, finetune_epochs if METHODS[name].one_network else 0)
-        except Exception as error:  # whatever it is, the others get their rows
-            add(Row(name, error=" ".join(str(error).split()) or type(error).__name__))
     best = min(range(len(teachers)), key=lambda number: _badness(rows[number].at_once))
     name = f"teacher {best}, trained on"
     if baseline and not done_before(name):
@@ -295,6 +321,11 @@ def compare(
     return rows
 
 
+def _failed(name: str, error: Exception) -> Row:
+    return Row(name, error=" ".join(str(error).split()) or type(error).__name__)
+
+
 def _badness(score: Score | None) -> float:
     assert score is not None
-    return score.loss if score.accuracy is None else -score.accuracy
+    badness: float = score.loss if score.accuracy is None else -score.accuracy
+    return math.inf if math.isnan(badness) else badness

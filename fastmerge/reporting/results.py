@@ -84,6 +84,21 @@ def read_merge(out: str | Path) -> dict[str, Any]:
     return history
 
 
+def read_comparison(out: str | Path) -> list[dict[str, Any]]:
+    """Reads the rows in the compare.json of ``fastmerge compare``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not JSON, or holds no rows.
+    """
+    path = Path(out) / "compare.json"
+    found = _load(path)
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise ValueError(f"{path} holds no rows of a comparison")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

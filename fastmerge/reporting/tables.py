@@ -217,7 +217,7 @@ def comparison_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) 
         last = row["tuned"] or row["at_once"]
         memory = "–" if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
         numbers = [f"{row['epochs']:g}", f"{row['cost']:.2f}", memory, f"{row['seconds']:.1f}"]
-        cells.append([row["name"], _score(row["at_once"]), _score(row["tuned"]), f"{last['loss']:.4f}", *numbers])
+        cells.append([row["name"], _score(row["at_once"]), _score(row["tuned"]), _number(last["loss"]), *numbers])
     failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     return "\n\n".join([table(_COMPARED, cells, markdown=markdown), _COMPARED_CAPTION, *failed])
 

@@ -3,14 +3,16 @@
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from cli_files import MODEL, SOURCE, make
@@ -18,10 +20,12 @@ from fastmerge import methods
 from fastmerge.checkpoints import load_weights
 from fastmerge.cli import main
 from fastmerge.cli.compare import as_run
+from fastmerge.evaluation import Criterion
 from fastmerge.files import held
 from fastmerge.history import Score
 from fastmerge.methods.comparison import Row, compare
 from fastmerge.reporting.results import write_json
+from fastmerge.reporting.tables import comparison_table
 from fastmerge.resuming.snapshots import Snapshots
 from small_task import VAL, X, Y, train_loader, train_teachers
 
@@ -145,6 +149,22 @@ def first(teachers, batches):
     assert torch.equal(load_file("out/student.safetensors")["0.weight"], load_file("a.safetensors")["0.weight"])
 
 
+def test_merge_with_a_method_that_fails_has_no_student_and_says_so(place: Path, capsys) -> None:
+    """Exit status 1, as of a merge by gates that diverges; a script goes on with the student otherwise."""
+    words = arguments("average")[1:-10]
+    words += ["--method", "average", "--finetune-epochs", "2", "--lr", "1e9", "--weight-decay", "1", "--device", "cpu"]
+    for given in (words, ["--out", "out", "--resume"]):
+        assert main(["merge", *given]) == 1
+        assert "error: there is no student.safetensors; average: the loss became nan" in capsys.readouterr().err
+    assert not (place / "out" / "student.safetensors").exists()
+    (place / "out" / "compare.json").write_text("{")
+    assert main(["merge", "--out", "out", "--resume"]) == 2
+    assert "error: out/compare.json is not JSON" in capsys.readouterr().err
+    (place / "out" / "compare.json").write_text("{}")
+    assert main(["merge", "--out", "out", "--resume"]) == 2
+    assert "error: out/compare.json holds no rows of a comparison" in capsys.readouterr().err
+
+
 def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None:
     assert main(arguments("average,glue")) == 2
     assert "there is no method 'glue'" in capsys.readouterr().err
@@ -252,6 +272,98 @@ def test_a_directory_is_of_one_comparison(tmp_path: Path) -> None:
     lost = Row("lost", Score(math.nan, 0.1))
     write_json(tmp_path / "row.json", lost.to_dict())
     assert math.isnan(Row.from_dict(json.loads((tmp_path / "row.json").read_text())).at_once.loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: "", "rows.json is damaged, or of another version of fastmerge .Expecting value"),
+        (lambda found: "null", "rows.json is damaged, or of another version"),
+        (lambda found: json.dumps(found)[:200], "rows.json is damaged, or of another version"),
+        (
+            lambda found: json.dumps({"same": {}}),
+            "rows.json is damaged, or of another version of fastmerge .'finished'",
+        ),
+        (
+            lambda found: json.dumps(found | {"rows": []}),
+            r"it lacks average, teacher 0.*; remove \S+kept to begin anew",
+        ),
+        (lambda found: json.dumps(found | {"rows": [{"name": "x", "new": 1}]}), "rows.json is damaged, or of another"),
+        (lambda found: json.dumps(found | {"same": found["same"] | {"new": 1}}), "holds a comparison with other new; "),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, change: Callable[[Any], str], message: str) -> None:
+    teachers, kept = train_teachers(2), tmp_path / "kept"
+    compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=0, checkpoint_dir=kept)
+    file = kept / "rows.json"
+    file.write_text(change(json.loads(file.read_text())))
+    with pytest.raises(ValueError, match=message):
+        compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=0, checkpoint_dir=kept, resume=True)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"x")])
+def test_a_network_that_is_lost_is_made_again(tmp_path: Path, monkeypatch, damage: Callable[[Path], object]) -> None:
+    teachers, kept = train_teachers(2), tmp_path / "kept"
+    expected = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1)
+    save = Snapshots.save
+
+    def then_stop(*arguments: object, **options: object) -> None:
+        save(*arguments, **options)
+        raise Stopped
+
+    monkeypatch.setattr(Snapshots, "save", then_stop)
+    with pytest.raises(Stopped):
+        compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, checkpoint_dir=kept)
+    monkeypatch.setattr(Snapshots, "save", save)
+    damage(kept / "average" / "network.safetensors")
+    with pytest.warns(UserWarning, match="network.safetensors.*; average makes its network again"):
+        rows = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, checkpoint_dir=kept, resume=True)
+    assert [row.tuned for row in rows] == [row.tuned for row in expected]
+
+
+def test_what_functions_a_comparison_was_given_is_known_by_their_names(tmp_path: Path) -> None:
+    """Another process has them at other addresses."""
+    teachers, kept = train_teachers(2), tmp_path / "kept"
+
+    def smooth(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(output, target, label_smoothing=0.1)
+
+    def begin(own_criterion: Criterion, **more: Any) -> list[Row]:
+        own = {"distill": {"criterion": own_criterion, "how": {"checkpoint_dir": tmp_path / "own"}}}
+        common = {"finetune_epochs": 0, "epochs": 1, "options": own, "checkpoint_dir": kept}
+        return compare(teachers, train_loader(), VAL, ["distill"], **common | more)
+
+    first = begin(smooth)
+    assert (tmp_path / "own").is_dir()
+    assert json.loads((kept / "rows.json").read_text())["same"]["options"]["distill"]["criterion"].endswith("smooth")
+    assert begin(smooth, resume=True) == first
+    with pytest.raises(ValueError, match="with other options; "):
+        begin(cross_entropy, resume=True)
+    with pytest.raises(ValueError, match="with other criterion; "):
+        begin(smooth, resume=True, criterion=smooth)
+
+
+def test_fine_tuning_that_diverges_is_a_row_even_of_the_baseline() -> None:
+    rows = compare(
+        train_teachers(2), train_loader(), VAL, ["average"], finetune_epochs=3, lr=1e9, weight_decay=1.0, baseline=True
+    )
+    assert [row.error.partition(" in ")[0] for row in rows] == ["", "", *["the loss became nan"] * 2]
+    lost = Row("lost", Score(math.nan, 0.1)).to_dict()
+    as_read = lost | {"at_once": lost["at_once"] | {"loss": None}}
+    assert comparison_table([lost]) == comparison_table([as_read])
+
+
+def test_an_error_of_the_callback_is_not_the_methods() -> None:
+    seen: list[str] = []
+
+    def look(row: Row, network: nn.Module | None) -> None:
+        seen.append(row.name)
+        if row.name == "average":
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        compare(train_teachers(2), train_loader(), VAL, ["average"], finetune_epochs=0, callback=look)
+    assert seen == ["teacher 0", "teacher 1", "average"]
 
 
 def test_a_method_that_fails_leaves_the_others_their_rows() -> None:
