@@ -37,6 +37,7 @@ from benchmarks.trials import (
 )
 from fastmerge import methods
 from fastmerge.data.dataset import load_digits
+from fastmerge.merging.options import Options
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks import LeNet
 from fastmerge.reporting.plots import new_figure, save_figure
@@ -103,7 +104,7 @@ class Replicate:
         big = fastmerge.BigStudent(*teachers, example_inputs=self.train_data[0][:2], keep=width)
         apart = step_operations(big, few)
         big.link()
-        before = sum(epoch < LINK_AT * self.merge_epochs for epoch in range(self.merge_epochs))
+        before = self.merge_epochs - Options(merge_epochs=self.merge_epochs, link_at=LINK_AT).linked_epochs
         spent = before * apart + (self.merge_epochs - before) * step_operations(big, few)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of gates that have not settled

@@ -111,7 +111,7 @@ def merge(
         finetune_epochs: Length of the fine-tuning, at least 0.
         link_at: Fraction of the merge stage in which the big student is block-diagonal, which costs less compute; the
             off-diagonal weights are trained after it. It becomes dense at the first epoch that starts at or after this
-            fraction; 0 is the paper, 1 is never. With a quarter, docs/ablations.md saw no loss of accuracy.
+            fraction, or at the last one; 0 is the paper, 1 is never. With a quarter, docs/ablations.md saw no loss of accuracy.
         lr: Learning rate of the weights' SGD, in both stages.
         momentum: Of the weights' SGD, in both stages.
         weight_decay: Of the weights' SGD, in both stages. Gates get none.

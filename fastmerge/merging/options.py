@@ -301,8 +301,8 @@ class Options:
         return self.compact_at == "settled" or epochs >= self.compact_at * self.merge_epochs
 
     def is_linked_in(self, epoch: int) -> bool:
-        """Whether the big student is linked in an epoch of the merge stage, counted from 0."""
-        return epoch >= self.link_at * self.merge_epochs
+        """Whether the big student is linked in an epoch of the merge stage, counted from 0: in the last one, unless in none."""
+        return self.link_at < 1 and epoch >= min(self.link_at * self.merge_epochs, self.merge_epochs - 1)
 
     @property
     def linked_epochs(self) -> int:

@@ -140,10 +140,19 @@ def test_a_seed_repeats_the_merge_and_leaves_the_callers_random_state(teachers):
 
 
 @pytest.mark.parametrize(
-    ("link_at", "linked"), [(0, [1, 1, 1, 1]), (0.5, [0, 0, 1, 1]), (0.6, [0, 0, 0, 1]), (1, [0] * 4)]
+    ("link_at", "linked"),
+    [
+        (0, [1, 1, 1, 1]),
+        (0.5, [0, 0, 1, 1]),
+        (0.6, [0, 0, 0, 1]),
+        (0.9, [0, 0, 0, 1]),
+        (1, [0] * 4),
+        (0.25, [1]),
+        (1, [0]),
+    ],
 )
 def test_link_at_says_when_the_big_student_becomes_dense(teachers, link_at, linked):
-    _, history = merge(teachers, train_loader(64), link_at=link_at, **SHORT | {"merge_epochs": 4})
+    _, history = merge(teachers, train_loader(64), link_at=link_at, **SHORT | {"merge_epochs": len(linked)})
     assert [record.linked for record in history.stage("merge")] == linked
 
 
