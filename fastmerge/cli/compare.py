@@ -17,6 +17,7 @@ is ``fastmerge run digits --strategy ours-plain,repair,zipit --replicates 12``, 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,8 +110,13 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
         Exit status: 1 where ``student`` is wanted and its method or fine-tuning failed.
 
     Raises:
-        ValueError: DIR holds another run, or one is at work there.
+        ValueError: DIR holds another run, or one is at work there; or torchrun started several processes.
     """
+    if (several := os.environ.get("WORLD_SIZE", "1")) != "1" and "RANK" in os.environ:
+        raise ValueError(
+            f"methods are compared, and all but gates run, in one process; start fastmerge without torchrun, not {several} "
+            "times"
+        )
     with continuing.alone(options, Processes(torch.device("cpu"))) as processes:
         if continuing.begin(options, processes):
             found = read_comparison(options.out)

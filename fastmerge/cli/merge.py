@@ -6,7 +6,8 @@
 Checkpoints are .safetensors, an index of sharded ones, or .pt and .ckpt files loaded with weights_only=True, as training
 programs (DistributedDataParallel, torch.compile, Lightning, timm) write them. Data is a directory with
 train/<class>/<image> and val/<class>/<image>, one with CIFAR's pickles, or an .npz of uint8 arrays train_images,
-train_labels, test_images and test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots.
+train_labels, test_images and test_labels. DIR gets student.safetensors, history.json, log.jsonl, report.md and plots;
+of another --method than gates student.safetensors, compare.json, compare.md and compare.png.
 
 Teachers of different classes: fastmerge merge --heads concatenate --teachers a.pt b.pt --data a/ --data b/ ...
 

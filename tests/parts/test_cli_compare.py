@@ -202,6 +202,15 @@ def test_a_finished_run_keeps_its_files(place: Path, capsys) -> None:
     assert sorted(path.name for path in out.iterdir()) == [".lock", "command.json"]
 
 
+def test_a_comparison_has_one_process(place: Path, capsys, monkeypatch) -> None:
+    """A second one would say that the first one's directory is in use by another run."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments("average")) == 2
+    assert "in one process; start fastmerge without torchrun, not 2 times" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
 class Stopped(BaseException):
     """As a kill: nobody catches it."""
 
