@@ -21,7 +21,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,9 +37,8 @@ from fastmerge.methods import METHODS
 from fastmerge.methods.comparison import Row, compare
 from fastmerge.methods.registry import checked
 from fastmerge.processes import Processes
-from fastmerge.reporting.report import write_comparison
+from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import read_comparison, write_json
-from fastmerge.reporting.tables import comparison_table
 
 SUMMARY = "compare methods on your own trained networks"
 # What is read of the options of fastmerge merge, which may name a method, too.
@@ -118,20 +116,23 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
             "times"
         )
     with continuing.alone(options, Processes(torch.device("cpu"))) as processes:
-        if continuing.begin(options, processes):
-            found = read_comparison(options.out)
-            print(f"the comparison in {options.out} is finished\n\n{comparison_table(found)}")
-        else:
-            found = _run(options, methods, epochs, student)
+        finished = continuing.begin(options, processes)
+        if not finished:
+            _run(options, methods, epochs, student)
+        table = write_report(options.out)
+        print(f"the comparison in {options.out} is finished\n\n{table}" if finished else f"\n{table}")
+        if not finished:
             continuing.finish(options)
-    errors = [f"{row['name']}: {row['error']}" for row in found if row["error"]]
+            print(f"\ncompare.json, compare.md, compare.png and {student or 'networks'} in {options.out}")
+    rows = read_comparison(options.out)["rows"]
+    errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     if student is None or not errors:
         return 0
     print(f"fastmerge: error: there is no {student}; {errors[0]}", file=sys.stderr)
     return 1
 
 
-def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None) -> list[dict[str, Any]]:
+def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device, nn.Identity())
     loaders = image_loaders(
@@ -146,6 +147,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
     )
     teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
     rows: list[Row] = []
+    made_by = {"config": continuing.config(options), "environment": environment()}
     if student is not None:
         trains = f", in {epochs} epochs" if checked(methods[0]).needs == "training" else ""
         print(
@@ -158,7 +160,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
         print(_line(row), flush=True)
         if row.name in METHODS and network is not None:
             save_weights(network, options.out / (student or f"{row.name}.safetensors"))
-        write_json(options.out / "compare.json", {"rows": [r.to_dict() for r in rows]} | _made_by(options))
+        write_json(options.out / "compare.json", {"rows": [r.to_dict() for r in rows]} | made_by)
 
     compare(
         teachers,
@@ -179,10 +181,6 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
         checkpoint_seconds=options.checkpoint_seconds,
         resume=options.resume,
     )
-    found = [row.to_dict() for row in rows]
-    write_comparison(options.out, found, _made_by(options))
-    print(f"\n{comparison_table(found)}\n\ncompare.json, compare.md, compare.png and networks in {options.out}")
-    return found
 
 
 def _line(row: Row) -> str:
@@ -191,7 +189,3 @@ def _line(row: Row) -> str:
     scores = [score for score in (row.at_once, row.tuned) if score is not None]
     values = [f"{score.loss:.4f}" if score.accuracy is None else f"{score.accuracy:.4f}" for score in scores]
     return f"{row.name}: {' -> '.join(values)} ({row.seconds:.1f} s)"
-
-
-def _made_by(options: argparse.Namespace) -> dict[str, Any]:
-    return {"config": continuing.config(options), "environment": environment()}

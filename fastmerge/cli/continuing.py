@@ -175,15 +175,15 @@ def check(options: argparse.Namespace) -> None:
     """
     if getattr(options, "tensorboard", False):
         check_tensorboard()
-    if not options.resume and any(path.is_file() for path in (options.out / CHECKPOINTS).rglob("*")):
-        raise ValueError(
-            f"{options.out} holds a run that is not finished; add --resume to continue it, remove "
-            f"{options.out / CHECKPOINTS}, or choose another --out"
-        )
     if not options.resume and (options.out / _COMMAND).is_file() and _noted(options.out)["finished"]:
         raise ValueError(
             f"{options.out} holds a finished run, which would be replaced; add --resume to see its report, remove the folder, "
             "or choose another --out"
+        )
+    if not options.resume and any(path.is_file() for path in (options.out / CHECKPOINTS).rglob("*")):
+        raise ValueError(
+            f"{options.out} holds a run that is not finished; add --resume to continue it, remove "
+            f"{options.out / CHECKPOINTS}, or choose another --out"
         )
 
 

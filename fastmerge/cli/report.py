@@ -12,10 +12,11 @@ SUMMARY = "table and plots of a run's directory"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge report``."""
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the --out of a run or merge")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the --out of a run, merge or comparison")
 
 
 def command(options: argparse.Namespace) -> None:
     """Prints the table and says where the rest is."""
     print(write_report(options.directory))
-    print(f"\n{options.directory / 'report.md'} and plots written")
+    name = "compare.md" if (options.directory / "compare.json").is_file() else "report.md"
+    print(f"\n{options.directory / name} and plots written")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmerge.files import atomic
 from fastmerge.reporting.plots import plot_comparison, save_figure, save_plots
-from fastmerge.reporting.results import read, read_merge
+from fastmerge.reporting.results import read, read_comparison, read_merge
 from fastmerge.reporting.tables import (
     borders_table,
     caption,
@@ -30,13 +29,17 @@ _TITLES = {
 def write_report(out: str | Path) -> str:
     """Writes report.md and the plots beside the results.json of a run, or the history.json of a merge.
 
+    Of a comparison it writes compare.md and, where matplotlib is installed, compare.png beside compare.json.
+
     Returns:
         The table and what goes with it, as plain text.
 
     Raises:
-        FileNotFoundError, ValueError: As ``results.read`` and ``results.read_merge``.
+        FileNotFoundError, ValueError: As ``results.read``, ``read_merge`` and ``read_comparison``.
     """
     out = Path(out)
+    if (out / "compare.json").is_file():
+        return _comparison_report(out)
     if (out / "history.json").is_file() and not (out / "results.json").is_file():
         return _merge_report(out)
     results, history = read(out)
@@ -47,13 +50,15 @@ def write_report(out: str | Path) -> str:
     return "\n\n".join(filter(None, shown))
 
 
-def write_comparison(out: Path, rows: Sequence[dict[str, Any]], made_by: dict[str, Any]) -> None:
-    """Writes compare.md and, where matplotlib is installed, compare.png into a directory."""
+def _comparison_report(out: Path) -> str:
+    comparison = read_comparison(out)
+    rows = comparison["rows"]
     sections = [comparison_table(rows, markdown=True)]
     if importlib.util.find_spec("matplotlib") is not None:
         save_figure(plot_comparison(rows), out / "compare.png")
         sections.append("![Accuracy against cost](compare.png)")
-    _write(out / "compare.md", "Comparison", sections, made_by)
+    _write(out / "compare.md", "Comparison", sections, comparison)
+    return comparison_table(rows)
 
 
 def _merge_report(out: Path) -> str:

@@ -84,8 +84,8 @@ def read_merge(out: str | Path) -> dict[str, Any]:
     return history
 
 
-def read_comparison(out: str | Path) -> list[dict[str, Any]]:
-    """Reads the rows in the compare.json of ``fastmerge compare``.
+def read_comparison(out: str | Path) -> dict[str, Any]:
+    """Reads the compare.json of ``fastmerge compare``: its rows, what they were made by, and where.
 
     Raises:
         FileNotFoundError: There is none.
@@ -95,8 +95,7 @@ def read_comparison(out: str | Path) -> list[dict[str, Any]]:
     found = _load(path)
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
         raise ValueError(f"{path} holds no rows of a comparison")
-    rows: list[dict[str, Any]] = found["rows"]
-    return rows
+    return {"config": {}, "environment": {}, **found}
 
 
 def _load(path: Path) -> Any:

@@ -58,6 +58,10 @@ def test_compare_writes_a_table_a_plot_and_the_networks(place: Path, capsys) -> 
         assert f"\n| {name}" in table
     assert (place / "out" / "compare.png").stat().st_size > 5000
     load_weights(make(), place / "out" / "reconstruct.safetensors")
+    (place / "out" / "compare.md").unlink()
+    assert main(["report", "out"]) == 0
+    assert "teacher 0" in capsys.readouterr().out
+    assert (place / "out" / "compare.md").read_text() == table
 
 
 def test_on_a_recipe_methods_are_strategies_of_a_run(tmp_path: Path, capsys) -> None:
