@@ -115,12 +115,6 @@ class _Kept:
         assert self.directory is not None
         return self.directory / name.replace(" ", "-").replace(",", "")
 
-    def training(self, name: str, stage: str, seconds: float) -> dict[str, Any]:
-        """Options of a training that goes on where it stopped."""
-        if self.directory is None:
-            return {}
-        return {"checkpoint_dir": self.of(name) / stage, "checkpoint_seconds": seconds, "resume": True}
-
     def begun(self, name: str, like: nn.Module) -> tuple[Row, nn.Module] | None:
         """A row that is not fine-tuned yet, and what its method made; None where it is to be made, with a warning if again."""
         if name not in self.rows:
@@ -136,21 +130,27 @@ class _Kept:
             return None
         return self.rows[name], network
 
-    def add(self, row: Row, made: nn.Module | None = None) -> None:
-        """Keeps a row: finished, or with the network that is to be fine-tuned."""
-        self.rows[row.name] = row
-        if self.directory is None:
-            return
-        if made is None:
-            self.finished.add(row.name)
-        else:
+    def begin(self, row: Row, network: nn.Module) -> None:
+        """Keeps a row and its network, which is to be fine-tuned."""
+        if self.directory is not None:
             from fastmerge.checkpoints import save_weights
 
-            save_weights(made, self.of(row.name) / "network.safetensors")
-        rows = [each.to_dict() for each in self.rows.values()]
-        write_json(self.directory / "rows.json", {"same": self.same, "rows": rows, "finished": sorted(self.finished)})
-        if made is None:
+            save_weights(network, self.of(row.name) / "network.safetensors")
+        self._write(row)
+
+    def finish(self, row: Row) -> None:
+        """Keeps a row that is finished."""
+        self.finished.add(row.name)
+        self._write(row)
+        if self.directory is not None:
             shutil.rmtree(self.of(row.name), ignore_errors=True)
+
+    def _write(self, row: Row) -> None:
+        self.rows[row.name] = row
+        if self.directory is not None:
+            rows = [each.to_dict() for each in self.rows.values()]
+            found = {"same": self.same, "rows": rows, "finished": sorted(self.finished)}
+            write_json(self.directory / "rows.json", found)
 
 
 def compare(
@@ -237,88 +237,128 @@ def compare(
     }
     same |= fingerprints(teachers)
     kept = _Kept(None if checkpoint_dir is None else Path(checkpoint_dir), resume, same)
-    random, order, rows = random_states(setting.device), loader_state(train_loader), list[Row]()
+    how = {"progress": progress} | ({"checkpoint_seconds": checkpoint_seconds} if checkpoint_dir is not None else {})
+    run = _Comparison(teachers, train_loader, val_loader, setting, seed, common, warmup, how, kept, callback)
+    for number, teacher in enumerate(teachers):
+        name = f"teacher {number}"
+        if not run.has(name):
+            run.add(Row(name, run.score(teacher)), teacher)
+    for name, own in given.items():
+        if not run.has(name):
+            run.add(*run.made(name, own), finetune_epochs if METHODS[name].one_network else 0)
+    best = min(range(len(teachers)), key=lambda number: _badness(run.rows[number].at_once))
+    name = f"teacher {best}, trained on"
+    if baseline and not run.has(name):
+        dearest = max((row.cost for row in run.rows if row.name in METHODS), default=0.0)
+        run.add(Row(name, run.rows[best].at_once), teachers[best], max(finetune_epochs, round(dearest)))
+    return run.rows
 
-    def how(name: str, stage: str) -> dict[str, Any]:
-        return {"progress": progress} | kept.training(name, stage, checkpoint_seconds)
 
-    @contextlib.contextmanager
-    def alike() -> Iterator[None]:
-        """The same random numbers and order of the data for all."""
-        before = random_states(setting.device)
-        restore_random_states(random, setting.device)
-        restore_loader_state(train_loader, order)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            restore_random_states(before, setting.device)
+class _Comparison:
+    """Networks that are made, trained and scored alike, one row after another.
 
-    def scored(network: nn.Module) -> Score:
-        return evaluate(network, val_loader, setting)
+    Args:
+        teachers, train_loader, val_loader, seed, warmup, callback: as :func:`compare`'s.
+        setting: where networks are scored, and by which criterion.
+        common: options of all training.
+        how: options of all training that do not change what comes out.
+        kept: what was finished before, and where more is kept.
 
-    def made(name: str) -> tuple[Row, nn.Module | None]:
-        """What a method makes, or the row of its error."""
-        own = given[name]
+    Attributes:
+        rows: those that are known.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        setting: Setting,
+        seed: int,
+        common: Mapping[str, Any],
+        warmup: int,
+        how: Mapping[str, Any],
+        kept: _Kept,
+        callback: Callable[[Row, nn.Module | None], object] | None,
+    ) -> None:
+        self.teachers, self.train_loader, self.val_loader, self.setting = teachers, train_loader, val_loader, setting
+        self.seed, self.common, self.warmup, self.how = seed, common, warmup, how
+        self.kept, self.callback = kept, callback
+        self.rows: list[Row] = []
+        self._random, self._order = random_states(setting.device), loader_state(train_loader)
+
+    def has(self, name: str) -> bool:
+        """Whether a row was finished before; then it is told of."""
+        if name not in self.kept.finished:
+            return False
+        self._tell(self.kept.rows[name], None)
+        return True
+
+    def score(self, network: nn.Module) -> Score:
+        """How good a network is on the validation data."""
+        return evaluate(network, self.val_loader, self.setting)
+
+    def made(self, name: str, options: Mapping[str, Any]) -> tuple[Row, nn.Module | None]:
+        """What a method makes, or made before the comparison was stopped; or the row of its error."""
+        if (begun := self.kept.begun(name, self.teachers[0])) is not None:
+            return begun
         if "how" in METHODS[name].options:
-            own = own | {"how": how(name, "method") | dict(own.get("how") or {})}
+            options = {**options, "how": {**self._how(name, "method"), **(options.get("how") or {})}}
         try:
-            with alike(), warnings.catch_warnings():
-                outcome = apply(name, teachers, train_loader, **own)
-            row = Row(name, scored(outcome.network), None, float(own.get("epochs", 0)), outcome.cost)
+            with self._alike(), warnings.catch_warnings():
+                outcome = apply(name, self.teachers, self.train_loader, **options)
+            row = Row(name, self.score(outcome.network), None, float(options.get("epochs", 0)), outcome.cost)
             return dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
         except Exception as error:  # whatever it is, the others get their rows
             return _failed(name, error), None
 
-    def finetuned(row: Row, network: nn.Module, epochs: int) -> tuple[Row, nn.Module | None]:
-        """A row and its network after fine-tuning, or the row of its error."""
-        kept.add(row, network)
+    def add(self, row: Row, network: nn.Module | None, epochs: int = 0) -> None:
+        """Fine-tunes a row's network for so many epochs, if there is one, and keeps the row."""
+        if network is not None and epochs:
+            self.kept.begin(row, network)
+            row, network = self._finetuned(row, network, epochs)
+        self._tell(row, network)
+        self.kept.finish(row)
+
+    def _finetuned(self, row: Row, network: nn.Module, epochs: int) -> tuple[Row, nn.Module | None]:
         started = time.perf_counter()
         try:
-            with Meter() as meter, alike():
+            with Meter() as meter, self._alike():
                 network = copy.deepcopy(network)
-                train(network, train_loader, epochs=epochs, warmup=warmup, how=how(row.name, "finetune"), **common)
+                how = self._how(row.name, "finetune")
+                train(network, self.train_loader, epochs=epochs, warmup=self.warmup, how=how, **self.common)
             row = dataclasses.replace(
                 row,
-                tuned=scored(network),
+                tuned=self.score(network),
                 epochs=row.epochs + epochs,
-                cost=row.cost + meter.epochs(teachers[0], train_loader),
+                cost=row.cost + meter.epochs(self.teachers[0], self.train_loader),
                 seconds=row.seconds + time.perf_counter() - started,
             )
             return row, network
         except Exception as error:
             return _failed(row.name, error), None
 
-    def add(row: Row, network: nn.Module | None, epochs: int = 0) -> None:
-        if network is not None and epochs:
-            row, network = finetuned(row, network, epochs)
-        rows.append(row)
-        if callback is not None:
-            callback(row, network)
-        kept.add(row)
+    def _tell(self, row: Row, network: nn.Module | None) -> None:
+        self.rows.append(row)
+        if self.callback is not None:
+            self.callback(row, network)
 
-    def done_before(name: str) -> bool:
-        """Whether a row was finished before."""
-        if name not in kept.finished:
-            return False
-        rows.append(kept.rows[name])
-        if callback is not None:
-            callback(rows[-1], None)
-        return True
+    def _how(self, name: str, stage: str) -> dict[str, Any]:
+        if self.kept.directory is None:
+            return dict(self.how)
+        return {**self.how, "checkpoint_dir": self.kept.of(name) / stage, "resume": True}
 
-    for number, teacher in enumerate(teachers):
-        if not done_before(f"teacher {number}"):
-            add(Row(f"teacher {number}", scored(teacher)), teacher)
-    for name in methods:
-        if not done_before(name):
-            row, network = kept.begun(name, teachers[0]) or made(name)
-            add(row, network, finetune_epochs if METHODS[name].one_network else 0)
-    best = min(range(len(teachers)), key=lambda number: _badness(rows[number].at_once))
-    name = f"teacher {best}, trained on"
-    if baseline and not done_before(name):
-        dearest = max((row.cost for row in rows if row.name in METHODS), default=0.0)
-        add(Row(name, rows[best].at_once), teachers[best], max(finetune_epochs, round(dearest)))
-    return rows
+    @contextlib.contextmanager
+    def _alike(self) -> Iterator[None]:
+        """The same random numbers and order of the data for all."""
+        before = random_states(self.setting.device)
+        restore_random_states(self._random, self.setting.device)
+        restore_loader_state(self.train_loader, self._order)
+        torch.manual_seed(self.seed)
+        try:
+            yield
+        finally:
+            restore_random_states(before, self.setting.device)
 
 
 def _failed(name: str, error: Exception) -> Row:
