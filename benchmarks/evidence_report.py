@@ -341,6 +341,7 @@ def section(name: str, results: dict[str, Any]) -> str:
         f"{config['batch_size']}, learning rate {config['teacher']['lr']:g}. {results['minutes']:.0f} minutes on one core of a "
         f"shared {made['cpu']['name']}, PyTorch {made['torch']}. *at once* and *accuracy* are test accuracies in percent "
         "before and after fine-tuning, *loss* is the test loss."
+        + "".join(f" Replicates from {each['from']} on were added later." for each in results.get("added", []))
     )
     return "\n\n".join([f"## {name}", ran, table(header, rows, markdown=True)])
 
