@@ -197,7 +197,9 @@ def compare(
         callback: called with each row when it is known, and its network: the fine-tuned one, where there is one, and None where
             the row was known before.
         progress: whether training shows a bar; None on a terminal.
-        checkpoint_dir, checkpoint_seconds, resume: as :func:`fastmerge.merge`; rows that were finished are not made again.
+        checkpoint_dir: a directory for checkpoints and finished rows; None keeps none.
+        checkpoint_seconds: least seconds between two checkpoints.
+        resume: whether to go on from what is there; rows that were finished are not made again.
 
     Returns:
         A row for each teacher, one for each method, and one for the baseline. A method or fine-tuning that fails has its error
