@@ -29,9 +29,8 @@ random draws of batches and gates, because chance alone changes a student by mor
 * *P[g > 0]* is the range of the mean probability of an open gate, over channel groups and replicates, at the end of the merge
   stage. It should be 1/2.
 
-Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills. LeNet's and
-ResNet-20's figures are older (commit c98732e and before): LeNet was then trained by a loop of its own, in which `link()` reset
-the momentum."""
+Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills. ResNet-20's
+figures are older (commit 9851da4)."""
 
 _SHORT = "How much each choice changes the student's score after fine-tuning; what each is stands below the tables."
 
