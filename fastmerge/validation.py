@@ -51,7 +51,7 @@ def teacher_errors(teachers: Sequence[Any]) -> Iterator[UnmergeableError]:
         if isinstance(teacher, nn.Module):
             networks[number] = teacher
     if len(teachers) < 2:
-        yield _error(f"BigStudent needs at least two teachers; got {len(teachers)}", "Pass them one by one")
+        yield _error(f"BigStudent needs at least two teachers; got {len(teachers)}", "Pass two or more, one by one")
     for number, teacher in list(networks.items())[1:] if 0 in networks else ():
         if kind_of(teacher) is kind_of(networks[0]):
             yield from differences(networks[0], teacher, number)

@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_teachers(add)
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where tables and networks go")
-    known = ", ".join(METHODS)
-    add("--methods", type=names, default=list(METHODS), metavar="NAMES", help=f"of {known}; default all")
+    methods = f"of {', '.join(METHODS)}, or your own that the module of --model registers; default all but your own"
+    add("--methods", type=names, default=list(METHODS), metavar="NAMES", help=methods)
     add("--epochs", type=integer(1), default=30, metavar="N", help="epochs of methods that train; default 30")
     add_options(add, names=("finetune_epochs", "lr", "momentum", "weight_decay", "warmup"))
     add_images(add)

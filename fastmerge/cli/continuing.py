@@ -233,6 +233,14 @@ def how_to_go_on(options: argparse.Namespace) -> str:
     return f"; go on with: {program} {options.words[0]} --out {shlex.quote(str(options.out))} --resume"
 
 
+def unfinished(out: Path) -> str:
+    """What to say of the run in a directory that has not come to its end; empty where it has, or there is none."""
+    if not (out / _COMMAND).is_file() or (noted := _noted(out))["finished"]:
+        return ""
+    command = f"fastmerge {noted['words'][0]} --out {shlex.quote(str(out))} --resume"
+    return f"{out} holds a run that is not finished; go on with: {command}"
+
+
 def _note(options: argparse.Namespace, finished: bool) -> None:
     with atomic(options.out / _COMMAND) as temporary:
         temporary.write_text(json.dumps({"words": options.words, "finished": finished}) + "\n", encoding="utf-8")

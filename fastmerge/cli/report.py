@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fastmerge.cli import continuing
 from fastmerge.reporting.report import write_report
 
 SUMMARY = "table and plots of a run's directory"
@@ -16,7 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> None:
-    """Prints the table and says where the rest is."""
-    print(write_report(options.directory))
+    """Prints the table and says where the rest is.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``write_report``; of a run without results yet the message says how to go on.
+    """
+    unfinished = continuing.unfinished(options.directory)
+    try:
+        print(write_report(options.directory))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(unfinished or str(error)) from None
     name = "compare.md" if (options.directory / "compare.json").is_file() else "report.md"
     print(f"\n{options.directory / name} and plots written")
+    if unfinished:
+        print(unfinished)

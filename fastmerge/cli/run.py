@@ -1,6 +1,6 @@
 """Train strategies at equal epochs or equal cost and compare them: the paper's experiments, and a quick one on digits.
 
-DIR gets results.json, history.json, log.jsonl, the students as safetensors, report.md and plots.
+DIR gets results.json, history.json, log.jsonl, the networks of the strategy student as safetensors, report.md and plots.
 
 Killed or interrupted, a run goes on with: fastmerge run --out DIR --resume
 Several GPUs: torchrun --nproc-per-node 8 -m fastmerge run ... trains each network by all of them; recipes in memory share
@@ -126,7 +126,8 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
         )
     if processes.is_first:
         print(write_report(out))
-        print(f"\nresults, students, log.jsonl, report.md and plots in {out}")
+        students = "students, " if "student" in options.strategy else ""
+        print(f"\nresults, {students}log.jsonl, report.md and plots in {out}")
         continuing.finish(options)
 
 

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 # The palette of Okabe and Ito, safe for colour-blind readers; a double-width strategy is a lighter shade.
 _COLOURS = {"student": "#D55E00", "bo3": "#0072B2", "one": "#009E73", "bo3-big": "#56B4E9", "one-big": "#7CCBAE"}
 _SPARE = ("#CC79A7", "#E69F00", "#666666", "#000000")
-_LABELS = {"test_loss": "test loss", "test_accuracy": "test accuracy", "train_loss": "training loss"}
+_LABELS = {"test_loss": "test loss", "test_accuracy": "test accuracy"}
+_LABELS |= {"train_loss": "training loss", "train_accuracy": "training accuracy"}
+_LABELS |= {"val_loss": "validation loss", "val_accuracy": "validation accuracy"}
 _NAMED_GROUPS = 8
 
 
@@ -191,7 +193,11 @@ def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | 
             axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_ylabel(_LABELS.get(key, key.replace("_", " ")))
         _mark_stages(axes, stages or {})
-    panels[0].legend(frameon=False, fontsize="small", ncols=len(curves), loc="lower left", bbox_to_anchor=(0, 1))
+    lines = {line.get_label(): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
+    shown = [lines[name] for name in curves if name in lines]  # some are not in the first panel
+    panels[0].legend(
+        handles=shown, frameon=False, fontsize="small", ncols=len(curves), loc="lower left", bbox_to_anchor=(0, 1)
+    )
     panels[-1].set_xlabel("epoch")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure

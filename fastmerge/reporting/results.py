@@ -58,6 +58,8 @@ def read(out: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """
     out = Path(out)
     path = out / "results.json"
+    if not out.is_dir():
+        raise FileNotFoundError(f"there is no directory {out}")
     if not path.is_file():
         raise FileNotFoundError(f"{out} holds no results.json; give the --out directory of a finished run")
     results = _load(path)

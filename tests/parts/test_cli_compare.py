@@ -84,6 +84,7 @@ def test_on_a_recipe_methods_are_strategies_of_a_run(tmp_path: Path, capsys) -> 
     assert len(found["average"]["at_once"]) == 2
     assert "repair - average" in shown
     assert "at once" in shown
+    assert f"results, log.jsonl, report.md and plots in {tmp_path / 'out'}\n" in shown
     assert (tmp_path / "out" / "strategies.png").exists()
 
 

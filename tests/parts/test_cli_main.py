@@ -94,6 +94,18 @@ def test_report_refuses_what_is_no_run(tmp_path, capsys, name, text, message):
     assert error.count("\n") == 1
 
 
+def test_report_says_that_a_run_is_not_finished(tmp_path, capsys):
+    command = f"go on with: fastmerge compare --out {tmp_path} --resume\n"
+    (tmp_path / "command.json").write_text('{"words": ["compare"], "finished": false}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"fastmerge: error: {tmp_path} holds a run that is not finished; {command}"
+    (tmp_path / "compare.json").write_text('{"rows": []}')
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"plots written\n{tmp_path} holds a run that is not finished; {command}")
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"fastmerge: error: there is no directory {tmp_path / 'none'}\n"
+
+
 def raising(error: BaseException):
     def command(options):
         raise error

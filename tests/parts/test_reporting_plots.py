@@ -77,6 +77,14 @@ def test_training_curves_are_the_median_over_the_replicates():
     assert [line.get_xdata()[0] for line in loss.get_lines()[2:]] == [1, 2]
 
 
+def test_the_legend_names_strategies_that_the_first_panel_lacks():
+    panel, _ = plots.plot_training(
+        {"one": {"train_loss": [2, 1], "val_loss": [2, 1]}, "repair": {"val_loss": [3, 2]}}
+    ).axes
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["one", "repair"]
+    assert panel.get_ylabel() == "training loss"
+
+
 def test_epochs_without_a_score_leave_no_gap():
     (accuracy,) = plots.plot_training(
         {"student": {"epochs": [1, 2, 3, 4], "val_accuracy": [None, 0.5, None, 0.7]}}
