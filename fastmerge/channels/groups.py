@@ -59,10 +59,11 @@ class Choice:
         return self.fixed_share > 0.5
 
     def __str__(self) -> str:
-        return (
-            f"{self.groups} channel group{'s' if self.groups != 1 else ''}, {self.channels} hidden channels, {self.fixed} of "
-            f"them ({self.fixed_share:.0%}) in groups of one place, where there is nothing to choose"
+        fixed = (
+            f"{self.fixed} of them ({self.fixed_share:.0%}) in groups of one place, where there is nothing to choose"
         )
+        found = f"{self.groups} channel group{'s' if self.groups != 1 else ''}, {self.channels} hidden channels"
+        return f"{found}, {fixed}" if self.fixed or not self.channels else found
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,8 @@ _COMPARED = ["method", "at once", "fine-tuned", "loss", "epochs", "cost", "MiB",
 _COMPARED_CAPTION = (
     "At once and fine-tuned: accuracy on the validation data (loss, where there are no classes); loss: after fine-tuning. "
     "Epochs, cost and seconds: of the method and the fine-tuning, the teachers' own training not counted. Cost: counted "
-    "operations in epochs of training one teacher. MiB: the method's peak beyond what was in use before."
+    "operations in epochs of training one teacher. MiB: the method's peak beyond what was in use before. The "
+    "first method pays for what is loaded once."
 )
 
 
