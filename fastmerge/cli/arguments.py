@@ -75,6 +75,14 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def method_option(text: str) -> tuple[str, str, Any]:
+    """``METHOD.OPTION=VALUE``; the value as :func:`key_value` takes it."""
+    name, dot, rest = text.partition(".")
+    if not (name and dot):
+        raise argparse.ArgumentTypeError(f"needs METHOD.OPTION=VALUE, such as rebasin.by=activations; got {text!r}")
+    return (name, *key_value(rest))
+
+
 def compact_at(text: str) -> float | str:
     """A fraction or "settled"; whether it is in range is for those to say who use it."""
     if text == "settled":

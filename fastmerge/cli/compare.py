@@ -1,6 +1,7 @@
 """Run several methods to make one network of the same trained networks, and compare what comes out.
 
   fastmerge compare --model resnet18 --teachers a.safetensors b.pt --data imagewoof/ --methods repair,zipit,gates --out out/
+  fastmerge compare ... --methods rebasin,reconstruct --set rebasin.by=activations reconstruct.samples=256
 
 Each method gets the same teachers and data; its network is scored at once and again after the same fine-tuning. DIR gets
 compare.json, compare.md, compare.png and each network as NAME.safetensors. Rows are written as they come.
@@ -19,15 +20,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastmerge.checkpoints import save_weights
 from fastmerge.cli import continuing
-from fastmerge.cli.arguments import add_images, add_options, add_teachers, integer, load_teachers, names
+from fastmerge.cli.arguments import add_images, add_options, add_teachers, integer, load_teachers, method_option, names
 from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
 from fastmerge.experiments.recipes import RECIPES
@@ -44,7 +46,7 @@ SUMMARY = "compare methods on your own trained networks"
 # What is read of the options of fastmerge merge, which may name a method, too.
 READS = {"model", "model_args", "teachers", "classes", "ema", "data", "out", "finetune_epochs", "batch_size", "lr"}
 READS |= {"momentum", "weight_decay", "warmup", "image_size", "augmentation", "mean", "std", "device", "seed"}
-READS |= {"quiet", "resume", "checkpoint_seconds"}
+READS |= {"quiet", "resume", "checkpoint_seconds", "set"}
 # The strategy that merges by gates and, as those of the other methods, learns from no teachers; and all methods of a recipe.
 GATES = "ours-plain"
 ON_RECIPES = ("gates", *(name for name in METHODS if name in STRATEGIES))
@@ -83,11 +85,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="where tables and networks go")
     methods = f"of {', '.join(METHODS)}, or your own that the module of --model registers; default all but your own"
     add("--methods", type=names, default=list(METHODS), metavar="NAMES", help=methods)
+    add_method_options(add)
     add("--epochs", type=integer(1), default=30, metavar="N", help="epochs of methods that train; default 30")
     add_options(add, names=("finetune_epochs", "lr", "momentum", "weight_decay", "warmup"))
     add_images(add)
     add("--seed", type=integer(0), default=0, metavar="S", help="of the data's order and all else; default 0")
     add("--quiet", action="store_true", help="no progress bar")
+
+
+def add_method_options(add: Callable[..., object]) -> None:
+    """Adds ``--set``, which :func:`run` reads."""
+    add(
+        "--set",
+        nargs="+",
+        type=method_option,
+        default=[],
+        metavar="METHOD.OPTION=VALUE",
+        help="options of methods, as in Python: rebasin.by=activations reconstruct.samples=256",
+    )
 
 
 def command(options: argparse.Namespace) -> None:
@@ -148,12 +163,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
     teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
     rows: list[Row] = []
     made_by = {"config": continuing.config(options), "environment": environment()}
-    if student is not None:
-        trains = f", in {epochs} epochs" if checked(methods[0]).needs == "training" else ""
-        print(
-            f"cost: {options.finetune_epochs} epochs of training one network, and what {methods[0]} itself takes{trains}",
-            flush=True,
-        )
+    print(_cost(methods, options.finetune_epochs, epochs, student is not None), flush=True)
 
     def note(row: Row, network: nn.Module | None) -> None:
         rows.append(row)
@@ -173,6 +183,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         warmup=options.warmup,
+        options=_by_method(options.set),
         seed=options.seed or 0,
         baseline=student is None,
         callback=note,
@@ -181,6 +192,24 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
         checkpoint_seconds=options.checkpoint_seconds,
         resume=options.resume,
     )
+
+
+def _by_method(given: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for method, name, value in given:
+        found.setdefault(method, {})[name] = value
+    return found
+
+
+def _cost(methods: Sequence[str], finetune_epochs: int, epochs: int, alone: bool) -> str:
+    """What is known beforehand of what methods will take, in epochs of training one network."""
+    trained = [name for name in methods if checked(name).needs == "training"]
+    networks = sum(checked(name).one_network for name in methods)
+    itself = f"{methods[0]} itself takes" if alone else "methods themselves take"
+    said = f"cost: {networks * finetune_epochs} epochs of training one network in fine-tuning, and what {itself}"
+    if trained:
+        said += f", {epochs} dearer epochs of {' and of '.join(trained)} among it"
+    return said if alone else f"{said}; then a teacher is trained on for as long as the dearest"
 
 
 def _line(row: Row) -> str:

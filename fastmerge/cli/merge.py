@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"how: {', '.join(METHODS)}, or one that the module of --model registers; default gates",
     )
+    compare.add_method_options(add)
     add_options(add)
     add_images(add)
     add(
@@ -103,6 +104,8 @@ def command(options: argparse.Namespace) -> int:
             raise ValueError(f"--method {options.method} takes no {', '.join(others)}: only --method gates does")
         (options.data,) = _one_or_each(options, 1)
         return compare.run(options, [options.method], options.merge_epochs, student="student.safetensors")
+    if options.set:
+        raise ValueError("--set is for other methods than gates, whose options have flags of their own")
     with at_work(options, options.device or ("cuda" if torch.cuda.is_available() else "cpu")) as (device, processes):
         _merge(options, device, processes)
     return 0

@@ -116,7 +116,7 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     words += ["--method", "reconstruct", "--finetune-epochs", "0", "--batch-size", "16", "--device", "cpu"]
     assert main(["merge", *words]) == 0
     assert capsys.readouterr().out.startswith(
-        "cost: 0 epochs of training one network, and what reconstruct itself takes\n"
+        "cost: 0 epochs of training one network in fine-tuning, and what reconstruct itself takes\n"
     )
     load_weights(make(), place / "out" / "student.safetensors")
     table = (place / "out" / "compare.md").read_text()
@@ -168,6 +168,32 @@ def test_merge_with_a_method_that_fails_has_no_student_and_says_so(place: Path, 
     (place / "out" / "compare.json").write_text("{}")
     assert main(["merge", "--out", "out", "--resume"]) == 2
     assert "error: out/compare.json holds no rows of a comparison" in capsys.readouterr().err
+
+
+def test_methods_take_options(place: Path, capsys) -> None:
+    words = [*arguments("reconstruct,average"), "--finetune-epochs", "0"]
+    assert main([*words, "--set", "reconstruct.keep=luck", "reconstruct.samples=20"]) == 0
+    rows = {row["name"]: row for row in json.loads((place / "out" / "compare.json").read_text())["rows"]}
+    assert (
+        rows["reconstruct"]["error"]
+        == 'reconstruct keeps "pivots" or channels of the largest "magnitude"; got \'luck\''
+    )
+    assert rows["average"]["error"] == ""
+    shown, said = (
+        capsys.readouterr().out,
+        "cost: 0 epochs of training one network in fine-tuning, and what methods themselves",
+    )
+    assert shown.startswith(f"{said} take; then a teacher is trained on for as long as the dearest\n")
+    (place / "out").rename(place / "before")
+    assert main([*words, "--set", "reconstruct.luck=1"]) == 2
+    assert "method 'reconstruct' has no option luck; it has samples, " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--set", "by=activations"])
+    assert "needs METHOD.OPTION=VALUE, such as rebasin.by=activations; got 'by=activations'" in capsys.readouterr().err
+    merge = [*arguments("reconstruct")[1:-10], "--out", "merged", "--set", "reconstruct.samples=20"]
+    assert main(["merge", *merge]) == 2
+    assert "--set is for other methods than gates" in capsys.readouterr().err
+    assert main(["merge", *merge, "--method", "reconstruct", "--finetune-epochs", "0", "--device", "cpu"]) == 0
 
 
 def test_unknown_methods_end_before_anything_is_run(place: Path, capsys) -> None:
