@@ -163,9 +163,10 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
     teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
     rows: list[Row] = []
     made_by = {"config": continuing.config(options), "environment": environment()}
-    print(_cost(methods, options.finetune_epochs, epochs, student is not None), flush=True)
 
     def note(row: Row, network: nn.Module | None) -> None:
+        if not rows:  # all is checked by now
+            print(_cost(methods, options.finetune_epochs, epochs, student is not None))
         rows.append(row)
         print(_line(row), flush=True)
         if row.name in METHODS and network is not None:
