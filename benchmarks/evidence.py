@@ -41,7 +41,7 @@ from fastmerge.experiments.strategies import STRATEGIES, short, strategy
 from fastmerge.lock_step import Family
 from fastmerge.merging import stages
 from fastmerge.merging.options import Options, Plan
-from fastmerge.methods.reconstruct import refit
+from fastmerge.methods.reconstruct import refit, rescale
 from fastmerge.methods.training import DISTILL
 from fastmerge.methods.transplant import magnitudes
 from fastmerge.networks import LeNet, ResNetCifar
@@ -152,17 +152,9 @@ class Compensated(BigStudent):
         other.link()
         other.adopt(self)
         whole = other.compress(keep={group.name: range(len(teachers) * group.size) for group in self.groups})
-        gates = {name: draw_gates([gate], None, False).flatten() for name, gate in self.gates.items()}
-        groups, tensors = channel_groups(whole, inputs), dict(whole.named_parameters())
-        for axis in groups.axes():
-            if axis.dim is None or not axis.reads or axis.tensor not in tensors:
-                continue
-            scale = torch.ones(len(axis.units.group))
-            for number in axis.units.numbers:
-                places = torch.from_numpy(axis.units.places(number, groups[number].size))
-                scale[places] = gates[groups[number].name][:, None]
-            tensor = tensors[axis.tensor]
-            tensor.mul_(scale.view([-1 if dim == axis.dim else 1 for dim in range(tensor.dim())]))
+        groups = channel_groups(whole, inputs)
+        gates = [draw_gates([self._gate(group.name)], None, False).flatten() for group in groups]
+        rescale(dict(whole.named_parameters()), groups, written=[torch.ones_like(gate) for gate in gates], read=gates)
         return whole
 
 

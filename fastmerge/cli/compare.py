@@ -130,7 +130,8 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
             f"methods are compared, and all but gates run, in one process; start fastmerge without torchrun, not {several} "
             "times"
         )
-    with continuing.alone(options, Processes(torch.device("cpu"))) as processes:
+    processes = Processes(torch.device("cpu"))
+    with continuing.alone(options, processes):
         finished = continuing.begin(options, processes)
         if not finished:
             _run(options, methods, epochs, student)

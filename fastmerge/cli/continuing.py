@@ -115,11 +115,8 @@ def complete(
 
 
 @contextlib.contextmanager
-def alone(options: argparse.Namespace, processes: Processes) -> Iterator[Processes]:
+def alone(options: argparse.Namespace, processes: Processes) -> Iterator[None]:
     """Makes DIR and keeps other runs out of it, until the block or the first of these processes ends; not for a dry run.
-
-    Yields:
-        The processes.
 
     Raises:
         ValueError: Another run is in DIR; the message says which process it is.
@@ -128,7 +125,7 @@ def alone(options: argparse.Namespace, processes: Processes) -> Iterator[Process
     with contextlib.ExitStack() as closing:
         if not getattr(options, "dry_run", False):
             processes.done_by_first(lambda: _hold(options.out, closing))
-        yield processes
+        yield
 
 
 def _hold(out: Path, closing: contextlib.ExitStack) -> None:
@@ -230,15 +227,18 @@ def how_to_go_on(options: argparse.Namespace) -> str:
         return ""
     several = os.environ.get("LOCAL_WORLD_SIZE", "1")
     program = "fastmerge" if several == "1" else f"torchrun --nproc-per-node {several} -m fastmerge"
-    return f"; go on with: {program} {options.words[0]} --out {shlex.quote(str(options.out))} --resume"
+    return f"; go on with: {_again(options.words, options.out, program)}"
 
 
 def unfinished(out: Path) -> str:
     """What to say of the run in a directory that has not come to its end; empty where it has, or there is none."""
     if not (out / _COMMAND).is_file() or (noted := _noted(out))["finished"]:
         return ""
-    command = f"fastmerge {noted['words'][0]} --out {shlex.quote(str(out))} --resume"
-    return f"{out} holds a run that is not finished; go on with: {command}"
+    return f"{out} holds a run that is not finished; go on with: {_again(noted['words'], out)}"
+
+
+def _again(words: Sequence[str], out: Path, program: str = "fastmerge") -> str:
+    return f"{program} {words[0]} --out {shlex.quote(str(out))} --resume"
 
 
 def _note(options: argparse.Namespace, finished: bool) -> None:

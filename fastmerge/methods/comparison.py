@@ -239,7 +239,7 @@ def compare(
     }
     same |= fingerprints(teachers)
     kept = _Kept(None if checkpoint_dir is None else Path(checkpoint_dir), resume, same)
-    how = {"progress": progress} | ({"checkpoint_seconds": checkpoint_seconds} if checkpoint_dir is not None else {})
+    how = {"progress": progress, "checkpoint_seconds": checkpoint_seconds}
     run = _Comparison(teachers, train_loader, val_loader, setting, seed, common, warmup, how, kept, callback)
     for number, teacher in enumerate(teachers):
         name = f"teacher {number}"

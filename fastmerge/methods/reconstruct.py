@@ -207,19 +207,34 @@ def balance(network: nn.Module, family: Family) -> None:
         torch.where((w > 0) & (r > 0), (r / w.clamp_min(1e-12)).pow(0.25).clamp(1e-2, 1e2), 1.0)
         for w, r in zip(written, read, strict=True)
     ]
-    for axis in groups.axes():
-        if axis.tensor not in tensors or axis.dim is None or not axis.units.numbers:
-            continue
-        scale = torch.ones(len(axis.units.group), dtype=torch.float64)
-        for number in axis.units.numbers:
-            places = torch.from_numpy(axis.units.places(number, groups[number].size))
-            scale[places] = (1 / factors[number] if axis.reads else factors[number])[:, None]
-        tensor = tensors[axis.tensor]
-        tensor.mul_(scale.to(tensor).view([-1 if d == axis.dim else 1 for d in range(tensor.dim())]))
+    rescale(tensors, groups, written=factors, read=[1 / factor for factor in factors])
     after = _outputs(network, family)
     if any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(after, before, strict=True)):
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
+
+
+@torch.no_grad()
+def rescale(
+    tensors: Mapping[str, Tensor], groups: ChannelGroups, *, written: Sequence[Tensor], read: Sequence[Tensor]
+) -> None:
+    """Multiplies each channel's weights by one factor where it is written, and by another where it is read, in place.
+
+    Args:
+        tensors: of a network, by name; others that hold its channels are left as they are.
+        groups: of the network.
+        written, read: the factors of each group, (places,).
+    """
+    for axis in groups.axes():
+        if axis.tensor not in tensors or axis.dim is None or not axis.units.numbers:
+            continue
+        factors = read if axis.reads else written
+        scale = torch.ones(len(axis.units.group), dtype=torch.float64)
+        for number in axis.units.numbers:
+            places = torch.from_numpy(axis.units.places(number, groups[number].size))
+            scale[places] = factors[number][:, None].to(scale)
+        tensor = tensors[axis.tensor]
+        tensor.mul_(scale.to(tensor).view([-1 if d == axis.dim else 1 for d in range(tensor.dim())]))
 
 
 def _outputs(network: nn.Module, family: Family) -> list[Tensor]:
