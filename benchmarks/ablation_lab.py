@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.ablation_variants import Variant
+from fastmerge.batch_statistics import ENOUGH_SAMPLES
 from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place, seed_for
 from fastmerge.experiments.run import teacher
@@ -19,7 +20,6 @@ from fastmerge.history import EpochRecord, History
 from fastmerge.merging.api import trainer_for
 from fastmerge.merging.stages import finetune, learn_importance
 from fastmerge.merging.trainer import Trainer
-from fastmerge.recalibration import ENOUGH_SAMPLES
 from fastmerge.stack import BigStack, Stack
 
 

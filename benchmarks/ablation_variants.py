@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmerge.batch_statistics import has_statistics, recalibrate
 from fastmerge.big_student import BigStudent
 from fastmerge.channels.groups import OUTPUT
-from fastmerge.recalibration import has_statistics, recalibrate
 
 BASE = "paper"
 DRAWS = 4  # of the base, for what chance does

@@ -25,8 +25,8 @@ from benchmarks.contenders import big
 from benchmarks.effort import Effort
 from benchmarks.race import Contender, UnavailableError, race
 from benchmarks.steps import Step
-from fastmerge.data.choosing import cores, dali_is_there
-from fastmerge.data.loading import image_loaders
+from fastmerge.data.decoding import cores
+from fastmerge.data.loading import dali_is_there, image_loaders
 from fastmerge.data.preparing import prepare
 
 SIDE = 224

@@ -20,7 +20,7 @@ from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
 from fastmerge.experiments.recipes import digits
 from fastmerge.merging.options import Plan
-from fastmerge.methods.training import DISTILL
+from fastmerge.methods.distill import DISTILL
 
 REPLICATES, ROUNDS = 20, 5
 

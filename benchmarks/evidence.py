@@ -34,15 +34,14 @@ from fastmerge.data.dataset import Dataset, image_dataset
 from fastmerge.data.decoding import OnBadImage
 from fastmerge.experiments.column import Column
 from fastmerge.experiments.lab import Lab
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import digits
+from fastmerge.experiments.recipes import Recipe, digits
 from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import STRATEGIES, short, strategy
 from fastmerge.lock_step import Family
 from fastmerge.merging import stages
 from fastmerge.merging.options import Options, Plan
+from fastmerge.methods.distill import DISTILL
 from fastmerge.methods.reconstruct import refit, rescale
-from fastmerge.methods.training import DISTILL
 from fastmerge.methods.transplant import magnitudes
 from fastmerge.networks import LeNet, ResNetCifar
 from fastmerge.reporting.results import write_json

@@ -15,10 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastmerge.data.arrays import ImageArrays, load_npz
-from fastmerge.data.cifar import find_cifar, load_cifar
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES
+from fastmerge.data.arrays import ImageArrays, find_cifar, load_cifar, load_npz
+from fastmerge.experiments.recipes import RECIPES, Recipe
 from fastmerge.experiments.run import run
 from fastmerge.reporting.report import write_report
 

@@ -24,8 +24,7 @@ from benchmarks.published import MEASUREMENTS, Measurement
 from benchmarks.report import machine
 from benchmarks.results import Contenders, cases
 from fastmerge.big_student import BigStudent
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.recipes import RECIPES, Recipe
 from fastmerge.merging.estimate import Part
 from fastmerge.reporting.tables import table
 

@@ -11,6 +11,7 @@ _checkout = Path(__file__).resolve().parent.parent
 if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "csrc" / "compact.h").is_file():
     __path__.append(str(_checkout))
 
+from fastmerge.batch_statistics import recalibrate
 from fastmerge.big_student import BigStudent
 from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups, permute
 from fastmerge.environment import Information, info
@@ -20,7 +21,6 @@ from fastmerge.history import History
 from fastmerge.lock_step import activations
 from fastmerge.mergeability import Report, check
 from fastmerge.merging import merge
-from fastmerge.recalibration import recalibrate
 from fastmerge.schedules import QuadraticLambda
 
 __all__ = [

@@ -20,12 +20,10 @@ from fastmerge.narrowing.closing import (
     fitting_multiple,
     unsettled,
 )
-from fastmerge.narrowing.compression import Compressor
+from fastmerge.narrowing.compression import Compressor, TracedStudent, runs_at_its_width
 from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link, check_state
 from fastmerge.narrowing.parts import activation_counts, consecutive_parts
-from fastmerge.narrowing.shrinkable import find_shrinkable
-from fastmerge.narrowing.shrinking import Shrinking, carry_over
-from fastmerge.narrowing.traced_student import TracedStudent, runs_at_its_width
+from fastmerge.narrowing.shrinking import Shrinking, carry_over, find_shrinkable
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.heads import SeparateHeads
@@ -68,7 +66,7 @@ class BigStudent(GatedNetwork):
             channels, by name of the channel group; None: as many as a teacher. Groups whose number of channels the network's
             code relies on are refused. The student is a network of the teachers' class with other widths, like one that the
             class's constructor builds with these widths. If the class's code contains a width (``x.view(-1, 400)``), it is a
-            :class:`~fastmerge.narrowing.traced_student.TracedStudent` with the same names of weights.
+            :class:`~fastmerge.narrowing.compression.TracedStudent` with the same names of weights.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
             eval and in training mode. The second comparison is made once per class and shape of large networks in a process.
 

@@ -1,425 +1,353 @@
-"""Networks by name, and their weights in files."""
+"""What a run that was stopped needs to go on: its checkpoints, its random states, and requests to stop.
+
+Checkpoints are the last two states of a run, each one safetensors file, whole, checked, and of this very run. safetensors is
+imported where files are, so that a merge without checkpoints runs where it is missing. Ctrl-C and SIGTERM are requests that a
+run meets at the next step's end, with a checkpoint, instead of in its middle.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import difflib
-import functools
-import importlib
+import hashlib
 import json
-import logging
-import os
-import pathlib
-import pickle
-import re
-import sys
+import random
+import signal
+import threading
 import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastmerge.files import atomic
 
-LOG = logging.getLogger("fastmerge")
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")  # the last is DeepSpeed's
-_EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these before every name
-_AVERAGED = "n_averaged"  # beside the weights of torch.optim.swa_utils.AveragedModel
-_LIGHTNING = "pytorch-lightning_version"
-_INDEX = ".index.json"
-# What training programs keep beside the weights. None of it runs anything; Lightning's dictionaries become plain ones.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    pathlib.PosixPath,
-    (pathlib.PosixPath, "pathlib._local.PosixPath"),
-    *(
-        (dict, f"{package}.AttributeDict")
-        for package in (
-            "lightning_fabric.utilities.data",
-            "lightning.fabric.utilities.data",
-            "pytorch_lightning.utilities.parsing",
-        )
-    ),
-]
-_LISTED = 4
-TIMM = "timm:"
-HUB = "hf-hub:"
-_ON_HUB = ("model.safetensors", "pytorch_model.bin")
+FORMAT = "fastmerge checkpoint"
+VERSION = 2
+_KEPT = 2
+_HEADER = "run"
 
 
-def build_network(name: str, **arguments: Any) -> nn.Module:
-    """Builds a network with fresh weights.
+class Snapshots:
+    """The checkpoints of one run in a directory of its own, ``000001.safetensors`` and so on.
+
+    A file holds the state's tensors and, as JSON in its metadata, the rest: no pickle. It appears under its name when it
+    is whole, and the one before it stays, so that no crash and no full disk costs more than the work since then.
 
     Args:
-        name: A torchvision classification model (``resnet18``); ``timm:NAME``, one of timm's, or ``timm:hf-hub:OWNER/NAME``,
-            which timm finds on the Hugging Face hub; or ``module:function``: a class or function that returns the network, in a
-            module on the path or in the current directory.
-        arguments: For the model or factory, such as ``num_classes=10``.
-
-    Raises:
-        ValueError: There is no such model, module or factory, or it does not take these arguments.
-        TypeError: What the factory returns is not a module.
+        directory: Made when the first one is written.
+        options: What the run depends on, JSON values; a checkpoint of other options is refused.
     """
-    find = _timm_factory if name.startswith(TIMM) else own_factory if ":" in name else _torchvision_factory
-    factory = find(name)
-    if name in ("googlenet", "inception_v3"):
-        arguments = {"init_weights": False} | arguments  # their scipy initialisation takes a minute and warns
-    try:
-        network = factory(**arguments)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever the user's code raises
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
-        raise ValueError(f"could not build {name}({given}): {kind}{error}") from error
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"{name} must return a torch.nn.Module; it returned a {type(network).__name__}")
-    return network
 
+    def __init__(self, directory: str | Path, options: dict[str, Any]) -> None:
+        self.directory = Path(directory)
+        self.options: dict[str, Any] = json.loads(json.dumps(options))
+        self._passed_over: set[Path] = set()
 
-def _torchvision_factory(name: str) -> Callable[..., Any]:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise ValueError(
-            f"the model {name} is looked up in torchvision, which is not installed (pip install torchvision); for your own "
-            "network give module:function"
-        ) from error
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ValueError(
-            f"torchvision has no classification model {name}{_near(name, known)}; for your own network give module:function"
-        )
-    return models.get_model_builder(name)
+    def files(self) -> list[Path]:
+        """Those there are, the newest last."""
+        found = (path for path in self.directory.glob("*.safetensors") if path.stem.isdecimal())
+        return sorted(found, key=lambda path: int(path.stem))
 
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes a checkpoint and removes the last good one but two; those that :meth:`load` passed over stay.
 
-def _timm_factory(name: str) -> Callable[..., Any]:
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(f"{name} is a model of timm, which is not installed (pip install timm)") from error
-    model = name.removeprefix(TIMM)
-    if not model.startswith(HUB) and not timm.is_model(model):  # timm fetches the hub's by itself
-        raise ValueError(f"timm has no model {model}{_near(model, timm.list_models())}")
-    return functools.partial(timm.create_model, model)
+        Where the disk is full or fails, it warns, and the checkpoints before stay.
 
+        Raises:
+            TypeError: The state holds what a checkpoint can't.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
-def _near(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, 3)
-    return f"; near it: {', '.join(found)}" if found else ""
-
-
-def own_factory(name: str) -> Callable[..., Any]:
-    """The class or function that ``module:function`` names."""
-    module_name, _, path = name.partition(":")
-    with _current_directory_on_path():
+        structure, tensors = pack(state)
+        text = json.dumps({"torch": torch.__version__, "options": self.options, "state": structure})
+        before = self.files()
+        good = [file for file in before if file not in self._passed_over]
+        self._remove_partial()
+        path = self.directory / f"{int(before[-1].stem) + 1 if before else 1:06d}.safetensors"
+        metadata = {"format": FORMAT, "version": str(VERSION), _HEADER: text, "checksum": _checksum(text, tensors)}
         try:
-            target: Any = importlib.import_module(module_name)
-        except Exception as error:  # whatever the user's module raises
-            kind = "" if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: "
-            raise ValueError(f"could not import {module_name!r} of {name!r}: {kind}{error}") from error
-    for attribute in path.split("."):
-        if not hasattr(target, attribute):
-            raise ValueError(f"{module_name} has no {path!r}; give module:function")
-        target = getattr(target, attribute)
-    if not callable(target):
-        raise ValueError(
-            f"{name} must be a class or function that returns the network; it is a {type(target).__name__}"
-        )
-    return target
+            with atomic(path) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            kept = f"the last one, {good[-1]}, stays" if good else "there is none yet"
+            warnings.warn(f"could not write the checkpoint {path} ({error}); {kept}", stacklevel=2)
+            return
+        for old in good[: 1 - _KEPT]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest good state, or None where there is no checkpoint. One that can't be used is warned of and passed over.
+
+        Raises:
+            ValueError: There are checkpoints but no good one, or they are of a run with other options; the message names
+                the file, and the option that differs.
+        """
+        problems = []
+        for path in reversed(self.files()):
+            try:
+                header, state = read_snapshot(path)
+            except ValueError as error:
+                problems.append(str(error))
+                self._passed_over.add(path)
+                continue
+            for problem in problems:
+                warnings.warn(f"{problem}; going back to {path}", stacklevel=3)
+            self._check_options(path, header["options"])
+            return state
+        if problems:
+            raise ValueError(f"there is no good checkpoint to continue from: {'; '.join(problems)}")
+        return None
+
+    def _remove_partial(self) -> None:
+        """Removes what a process that was killed in writing left half written."""
+        for path in self.directory.glob(".*-*.safetensors"):
+            if path.name[1:].partition("-")[0].isdecimal():
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def _check_options(self, path: Path, found: dict[str, Any]) -> None:
+        for name in [*self.options, *found]:
+            now, then = self.options.get(name), found.get(name)
+            if now != then:
+                raise ValueError(
+                    f"{path} is of a run with {name} {_short(then)}; this one has {_short(now)}. Continue with the same "
+                    "options, or begin a run in another directory"
+                )
 
 
-@contextlib.contextmanager
-def _current_directory_on_path() -> Iterator[None]:
-    # A console script, unlike python -m, does not have it there.
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
-
-
-def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
-    """Reads the weights of a checkpoint, to the CPU, as training programs write them.
-
-    * ``.safetensors`` and ``.pt`` files, the latter by ``torch.load(weights_only=True)``, which runs no code, and compared
-      with the checksums that their zip holds; or the index of sharded weights, ``model.safetensors.index.json``.
-    * The state dict itself, or inside ``{"state_dict": ...}``, ``model_state_dict``, ``model``, ``net``, ``network`` or
-      ``module``.
-    * Names as DistributedDataParallel, torch.compile and AveragedModel write them: their prefix is dropped.
-
-    Args:
-        path: The file, or ``hf-hub:OWNER/NAME``, a repository on the Hugging Face hub, whose ``model.safetensors`` or
-            ``pytorch_model.bin`` is fetched by huggingface_hub into its cache.
-        ema: Takes the exponential moving average of the weights, where one lies beside them (``state_dict_ema``,
-            ``model_ema``, ``ema`` and so on). Without it the log says that there is one.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds more than weights, or none; a tensor is quantised, sparse or without values; or
-            there is no moving average.
-    """
-    weights, _, averaged = _read(Path(path), ema)
-    if ema and not averaged:
-        raise ValueError(f"{path} holds no moving average of weights under {', '.join(_EMA)}")
-    return weights
-
-
-def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> None:
-    """Loads the weights of a checkpoint into a network, strictly.
-
-    Names that all begin with one more prefix, such as the ``model.`` of a LightningModule, fit without it. What a Lightning
-    checkpoint holds besides the network is left out.
-
-    Args:
-        network: Of the checkpoint's architecture.
-        path, ema: As :func:`read_weights`.
+def read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint: (header, state), tensors on the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: As :func:`read_weights`; or the checkpoint is of another network: the message says what is missing,
-            unexpected, misshapen, or of another kind of number; or a parameter is not finite.
+        ValueError: It is damaged, not one of fastmerge's, or of another version; the message names it.
     """
-    path = Path(path)
-    weights, lightning, averaged = _read(path, ema)
-    own = network.state_dict()
-    weights, prefix = _without_prefix(path, weights, own, lightning, ema and not averaged)
-    if ema and not averaged and not _of_average(prefix):
-        raise ValueError(f"{path} holds no moving average of weights under {', '.join(_EMA)}")
-    fits = f"{path} does not fit {type(network).__name__}"
-    if strange := [name for name in own if name in weights and not isinstance(weights[name], Tensor)]:
-        raise ValueError(f"{fits}: {_listed(strange)} are not tensors in it")
-    both = {
-        name: (weights[name], value) for name, value in own.items() if name in weights and isinstance(value, Tensor)
-    }
-    shapes = [
-        (name, tuple(came.shape), tuple(needed.shape))
-        for name, (came, needed) in both.items()
-        if came.shape != needed.shape
-    ]
-    if shapes:
-        raise ValueError(f"{fits}: {_misfit(shapes)}")
-    if kinds := [
-        f"{name} is {_dtype(came)} in it and {_dtype(needed)} in the network"
-        for name, (came, needed) in both.items()
-        if not _is_of_kind(came, needed)
-    ]:
-        raise ValueError(f"{fits}: {_listed(kinds)}; weights are not converted from one kind of number to another")
-    missing, unexpected = network.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        lists = [f"{what} {_listed(names)}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
-        raise ValueError(f"{fits}: it {' and '.join(lists)}")
-    if broken := [name for name, value in network.named_parameters() if not torch.isfinite(value).all()]:
-        raise ValueError(
-            f"{path} has weights that are NaN or infinite: {_listed(broken)}; this network can't be merged"
-        )
+    from safetensors import SafetensorError, safe_open
 
-
-def _read(path: Path, ema: bool) -> tuple[dict[str, Tensor], bool, bool]:
-    """Weights, whether Lightning wrote them, and whether they are a moving average."""
-    if str(path).startswith(HUB):
-        path = _from_hub(str(path).removeprefix(HUB))
-    content: Any = _sharded(path) if path.name.endswith(_INDEX) else _content(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no state dict; save the weights with torch.save(network.state_dict(), path)")
-    lightning = _LIGHTNING in content
-    averages = [key for key in _EMA if isinstance(content.get(key), Mapping)]
-    beside = [key for key in content if key not in averages]
-    if averages and not ema:
-        LOG.info("%s holds a moving average of weights (%s), which is not taken without --ema", path, averages[0])
-    outer = content
-    if ema and averages:
-        content = content[averages[0]]
-    while wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None):
-        content = content[wrapper]
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        only = f" but for a moving average ({averages[0]}), which --ema takes" if averages and not ema else ""
-        keys = f"; its keys are {_listed(map(repr, outer))}" if beside and not only else ""
-        raise ValueError(
-            f"{path} holds no state dict{only}{keys}; save the weights with torch.save(network.state_dict(), path)"
-        )
-    if strange := [name for name in content if not isinstance(name, str)]:
-        raise ValueError(
-            f"{path} holds no state dict: names of weights are strings; it has {_listed(map(repr, strange))}"
-        )
-    weights = dict(content)
-    averaged = ema and (bool(averages) or _AVERAGED in weights)
-    for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
-        if all(name.startswith(prefix) or name == _AVERAGED for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name != _AVERAGED}
-    if unusual := [f"{name} is {kind}" for name, value in weights.items() if (kind := _unusual(value))]:
-        raise ValueError(
-            f"{path} holds no plain tensors: {_listed(unusual)}; save the weights as floating-point numbers"
-        )
-    return weights, lightning, averaged
-
-
-def _content(path: Path) -> Any:
-    """What a file holds, with nothing of it run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        with path.open("rb") as file:
-            begins = file.read(9)
-        if begins[8:] == b"{":  # safetensors, whatever its name: the header's length, and JSON
-            return load_file(path)
-        _check_zip(path)
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of its own ways to make quantised and sparse tensors
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if named:
-            raise ValueError(
-                f"{path} holds Python objects ({named[1]}), which are not loaded because they could run code; save the weights "
-                "alone: torch.save(network.state_dict(), path)"
-            ) from error
-        if isinstance(error, pickle.UnpicklingError):  # torch says at length what it advises against
-            raise ValueError(
-                f"{path} is damaged or holds no weights: it is neither a safetensors file nor one that torch.save wrote"
-            ) from error
-        raise ValueError(f"{path} is damaged or holds no weights ({type(error).__name__}: {error})") from error
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    version = metadata.get("version", "")
+    if metadata.get("format") != FORMAT or not version.isdecimal():
+        raise ValueError(f"{path} is no checkpoint of a fastmerge run")
+    if int(version) != VERSION:  # before the checksum, which other versions make otherwise
+        raise ValueError(f"{path} is of version {version} of the format, and this fastmerge reads version {VERSION}")
+    if metadata.get("checksum") != _checksum(metadata.get(_HEADER, ""), tensors):
+        raise ValueError(f"{path} is damaged (its checksum does not fit its content)")
+    header = json.loads(metadata[_HEADER])
+    return header, unpack(header["state"], tensors)
 
 
-def _from_hub(name: str) -> Path:
-    """The weights of a repository on the Hugging Face hub."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise ValueError(
-            f"{HUB}{name} is a repository of Hugging Face's, for which huggingface_hub is not installed (pip install "
-            "huggingface_hub)"
-        ) from error
-    for file in _ON_HUB:
-        with contextlib.suppress(EntryNotFoundError):
-            return Path(hf_hub_download(name, file))
-    raise FileNotFoundError(f"{HUB}{name} has no {' and no '.join(_ON_HUB)}, or the hub can't be reached")
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    total = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
 
 
-def _check_zip(path: Path) -> None:
-    """Compares a zip's content with its checksums, which torch.load does not; torch may have been told to write none."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(part.CRC for part in archive.infolist()) and (part := archive.testzip()):
-                raise ValueError(f"the checksum of {part} in it differs")
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _sharded(path: Path) -> dict[str, Tensor]:
-    """The weights of all files that an index names; they lie beside it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        files: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        if any(Path(file).name != file for file in files.values()):
-            raise ValueError("it names files in other folders")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no index of sharded weights ({type(error).__name__}: {error})") from error
-    weights: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        weights |= _content(path.parent / file)
-    if lacking := files.keys() - weights.keys():
-        raise ValueError(f"{path} names weights that its files do not hold: {_listed(sorted(lacking))}")
-    return weights
+_PLAIN = (type(None), bool, int, float, str)
 
 
-def _without_prefix(
-    path: Path, weights: dict[str, Tensor], own: Mapping[str, Any], lightning: bool, average: bool
-) -> tuple[dict[str, Tensor], str]:
-    """The weights by the network's own names, where all of these stand behind one prefix; and the prefix."""
-    first = next(iter(own), "")
-    if not own or own.keys() <= weights.keys():
-        return weights, ""
-    prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
-    fitting = [
-        prefix
-        for prefix in prefixes
-        if all(prefix + name in weights for name in own)
-        and (lightning or all(name.startswith(prefix) for name in weights))
-    ]
-    if len(fitting) > 1:  # Lightning callbacks hold averages beside the network
-        fitting = [prefix for prefix in fitting if _of_average(prefix) == average]
-    if len(fitting) > 1:
-        raise ValueError(f"{path} holds this network more than once, under {_listed(fitting)}; save one of them alone")
-    if not fitting:
-        return weights, ""
-    (prefix,) = fitting
-    if beside := [name for name in weights if not name.startswith(prefix)]:
-        LOG.info("%s: the weights under %s are taken; left out are %s", path, prefix, _listed(beside))
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, prefix
-
-
-def _of_average(prefix: str) -> bool:
-    return "ema" in re.split(r"[._]", prefix)
-
-
-def _unusual(value: Any) -> str:
-    """What keeps a tensor's values from being read, or an empty string."""
-    if not isinstance(value, Tensor):
-        return ""
-    if value.is_quantized:
-        return f"quantised ({_dtype(value)})"
-    if value.is_meta:
-        return "on the meta device, without values"
-    return "" if value.layout is torch.strided else f"sparse ({str(value.layout).removeprefix('torch.')})"
-
-
-def _is_of_kind(came: Tensor, needed: Tensor) -> bool:
-    """Whether both are floating-point, complex, or neither; counts that were averaged may be whole floating-point numbers."""
-    if came.is_complex() or needed.is_complex():
-        return came.is_complex() and needed.is_complex()
-    if came.is_floating_point() and not needed.is_floating_point():
-        return bool((came.double() == came.double().round()).all())
-    return came.is_floating_point() == needed.is_floating_point()
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _misfit(shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
-    sizes = {(came[:1], needed[:1]) for _, came, needed in shapes}
-    # Of another width, the inputs of layers would differ too; where only outputs do, and in one way, it is the classes.
-    if len(sizes) == 1 and all(came[1:] == needed[1:] and came and needed for _, came, needed in shapes):
-        came, needed = shapes[0][1][0], shapes[0][2][0]
-        names = ", ".join(name for name, _, _ in shapes)
-        return f"it has {came} classes and the network {needed} ({names}); build the network for {came}"
-    return _listed([f"{name} is {came} in it and {needed} in the network" for name, came, needed in shapes])
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
-    """Writes the weights of a network as safetensors, atomically.
-
-    Tensors that share memory are each written in full, so that the file loads strictly, without metadata, anywhere.
+def pack(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Takes state apart.
 
     Args:
-        weights: The network, or its state dict.
-        path: The file; its directory is made if missing.
+        value: Tensors, plain values, and dicts (keys str or int), lists, tuples and Counters of such.
+        path: What names of tensors begin with.
+
+    Returns:
+        (structure, tensors): JSON values in which ``{"tensor": name}`` stands for a tensor, and copies of the tensors by
+        name, contiguous and on the CPU.
 
     Raises:
-        OSError: It can't be written; a file that was there before stays.
+        TypeError: Something else is in it; the message says where.
     """
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    # clone() keeps a channels-last layout, which safetensors refuses.
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    try:
-        with atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}") from error
+    if isinstance(value, Tensor):
+        return {"tensor": path}, {path: value.detach().cpu().clone(memory_format=torch.contiguous_format)}
+    if type(value) in _PLAIN:
+        return value, {}
+    tensors: dict[str, Tensor] = {}
+
+    def inner(item: Any, name: Any) -> Any:
+        structure, found = pack(item, f"{path}/{name}" if path else str(name))
+        tensors.update(found)
+        return structure
+
+    if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        return {kind: [[key, inner(item, key)] for key, item in value.items()]}, tensors
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [inner(item, index) for index, item in enumerate(value)]}, tensors
+    raise TypeError(
+        f"a checkpoint holds tensors, numbers, strings, lists and dicts; {path} is a {type(value).__name__}"
+    )
+
+
+def unpack(structure: Any, tensors: dict[str, Tensor]) -> Any:
+    """Puts state together again from what :func:`pack` returned."""
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind in ("dict", "counter"):
+        found = {key: unpack(item, tensors) for key, item in content}
+        return Counter(found) if kind == "counter" else found
+    items = [unpack(item, tensors) for item in content]
+    return items if kind == "list" else tuple(items)
+
+
+def fingerprint(tensors: nn.Module | Mapping[str, Any]) -> str:
+    """64 bits of the SHA-256 of names, shapes, dtypes and values.
+
+    Args:
+        tensors: By name; what is no tensor is left out. Of a network, its state dict's.
+    """
+    digest = hashlib.sha256()
+    for name, value in (tensors.state_dict() if isinstance(tensors, nn.Module) else tensors).items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(teachers: Sequence[nn.Module]) -> dict[str, str]:
+    """Which teachers these are."""
+    return {f"teacher {index}": fingerprint(teacher) for index, teacher in enumerate(teachers)}
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """What :func:`restore_random_states` needs, as tensors and plain values."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    states["numpy"] = (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
+    return states
+
+
+def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Goes back to random states; a GPU's stays as it is where the states were taken without one."""
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def loader_state(loader: Any) -> dict[str, Any]:
+    """The states of a loader's own generators, and what its ``state_dict`` gives, if it has one."""
+    state: dict[str, Any] = {"generators": [generator.get_state() for generator in _generators(loader)]}
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        state["state"] = loader.state_dict()
+    return state
+
+
+def restore_loader_state(loader: Any, state: dict[str, Any]) -> None:
+    """Puts a loader back to where :func:`loader_state` was taken of it or of its like."""
+    for generator, saved in zip(_generators(loader), state["generators"], strict=False):
+        generator.set_state(saved)
+    if "state" in state:
+        loader.load_state_dict(state["state"])
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    owners.append(getattr(owners[-1], "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    unique = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
+    return list(unique.values())
+
+
+_OWN_TO_PYTHON = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run ended at a signal's request.
+
+    Attributes:
+        number: The signal's; a process that ends for it exits with 128 + number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopRequests:
+    """Within this context the first SIGINT or SIGTERM is kept for :meth:`raise_if_any`; a second one acts as ever.
+
+    In a process whose parent sees to its end, where ``ends_by_parent`` is set, a second one does nothing: the first came to
+    all processes of a job, and the second is the parent's, which had it too.
+
+    Signals for which the program has a handler of its own are left to it, as are all outside the main thread.
+
+    Args:
+        enabled: Whether to.
+
+    Attributes:
+        number: The signal that came, or None.
+    """
+
+    ends_by_parent = False
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.number: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._at_childs_end: Any = None
+
+    def __enter__(self) -> StopRequests:
+        if self.enabled and threading.current_thread() is threading.main_thread():
+            for number, usual in _OWN_TO_PYTHON.items():
+                if signal.getsignal(number) == usual:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._give_back()
+        if self._at_childs_end is not None:
+            signal.signal(signal.SIGCHLD, self._at_childs_end)
+            self._at_childs_end = None
+
+    def raise_if_any(self) -> None:
+        """Raises Interrupted where a signal came."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        # A DataLoader's workers may have had the signal, too. At their end PyTorch raises an error wherever this process is;
+        # when the next batch is asked for, it finds out anyway.
+        if self._at_childs_end is None and callable(before := signal.getsignal(signal.SIGCHLD)):
+            self._at_childs_end = before
+            signal.signal(signal.SIGCHLD, _nothing)
+        if not StopRequests.ends_by_parent:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """A handler that lets a signal pass."""

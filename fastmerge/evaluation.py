@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import cross_entropy
 
+from fastmerge.batch_statistics import single_samples_named
 from fastmerge.history import Score
 from fastmerge.processes import Processes
-from fastmerge.recalibration import single_samples_named
 from fastmerge.stack import Stack
 
 Criterion = Callable[[Any, Any], Tensor]

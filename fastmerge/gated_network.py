@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmerge.channels.groups import ChannelGroups
-from fastmerge.channels.outputs import Name
-from fastmerge.channels.traced_network import samples_in
+from fastmerge.channels.traced_network import Name, samples_in
 from fastmerge.gates import HardConcrete
 from fastmerge.isolation import ONE_THREAD, without_search
 from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.programs import Programs
-from fastmerge.narrowing.shrinkable import find_shrinkable
+from fastmerge.narrowing.shrinking import find_shrinkable
 from fastmerge.self_check import check_exact
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
@@ -28,8 +27,7 @@ from fastmerge.wide.heads import Parts
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import attach_missing
 from fastmerge.wide.norms import WideBatchNorm
-from fastmerge.wide.population import Population
-from fastmerge.wide.widths import Keep, check_widths, student_widths
+from fastmerge.wide.population import Keep, Population, check_widths, student_widths
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of typing from Python 3.11

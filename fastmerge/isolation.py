@@ -6,6 +6,7 @@ Two threads that each change and restore them would restore what the other had c
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import logging
@@ -13,14 +14,15 @@ import random
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 # What says on standard error how an export goes.
@@ -161,3 +163,13 @@ class _Here:
         if is_here:
             self.asked(sys._getframe(1))
         return is_here
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def copied(network: Network) -> Network:
+    """What ``copy.deepcopy`` gives, in half the time: empty dicts and sets, such as every module has for hooks, are ready."""
+    attributes = (value for module in network.modules() for value in vars(module).values())
+    with without_search():
+        return copy.deepcopy(network, {id(v): type(v)() for v in attributes if type(v) in (OrderedDict, set) and not v})

@@ -13,13 +13,12 @@ from fastmerge.big_student import BigStudent
 from fastmerge.channels.aten import op_name
 from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.groups import ChannelGroups, Choice, choice_warning
-from fastmerge.channels.outputs import Name
-from fastmerge.channels.traced_network import TracedNetwork, module_path
+from fastmerge.channels.traced_network import Name, TracedNetwork, module_path
 from fastmerge.isolation import quietly
 from fastmerge.problems import Problem, UnmergeableError
 from fastmerge.validation import differences, kind_of, same_teachers, teacher_errors
 from fastmerge.wide.blueprint import code_errors, common_buffers, join_heads, read_network
-from fastmerge.wide.widths import Keep
+from fastmerge.wide.population import Keep
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmerge.channels.examples import Inputs
-from fastmerge.copies import copied
 from fastmerge.cpu_convolutions import faster
-from fastmerge.isolation import undisturbed
+from fastmerge.isolation import copied, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}

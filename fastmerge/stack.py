@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim import SGD, Optimizer
 
+from fastmerge.batch_statistics import recalibrate
 from fastmerge.big_student import BigStudent
-from fastmerge.recalibration import recalibrate
 from fastmerge.replay import replayed
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge import HardConcrete, merge
+from fastmerge.checkpoints import Snapshots
 from fastmerge.merging import compiling
-from fastmerge.resuming.snapshots import Snapshots
 from teachers import OPEN
 
 BATCH, STEPS, VALIDATION = 12, 4, 11

@@ -16,8 +16,7 @@ from ddp_merge import fixed_gates
 from fastmerge import HardConcrete
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.experiments import lab
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import resnet18_imagewoof
+from fastmerge.experiments.recipes import Recipe, resnet18_imagewoof
 from fastmerge.experiments.run import run as run_recipe
 from fastmerge.merging.trainer import Trainer
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import sine
+from fastmerge.experiments.recipes import Recipe, sine
 from fastmerge.experiments.run import run
 from fastmerge.merging.options import Options, Plan
 from killing import die

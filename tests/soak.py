@@ -35,8 +35,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import torch  # noqa: E402
 
-from fastmerge.checkpoints import build_network, save_weights  # noqa: E402
 from fastmerge.cli import main as fastmerge  # noqa: E402
+from fastmerge.weights import build_network, save_weights  # noqa: E402
 from image_files import write_tree  # noqa: E402
 
 NETWORKS = """

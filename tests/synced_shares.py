@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.synced_batch_norm import SyncedBatchNorm
+from fastmerge.batch_statistics import SyncedBatchNorm
 
 SHAPES = ((7, 3), (9, 5, 4, 3), (8, 2, 6))
 

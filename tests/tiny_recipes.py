@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmerge.data.dataset import Dataset
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import sine
+from fastmerge.experiments.recipes import Recipe, sine
 from fastmerge.experiments.run import run
 from fastmerge.networks import small_lenet
 

@@ -1,7 +1,7 @@
 """Which channels of a network live and die together: found by running it on channel ids.
 
 `ids` runs the graphs of `tracing` on ids instead of numbers, layers (`layer_calls`) by their own rule, every other operation by
-`rules`, and fills a `record`. From that `grouping` makes the `groups`: `signatures` says which of them can change places.
+`rules`, and fills a `record`. From that `grouping` makes the `groups`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.grouping import group_channels
-from fastmerge.channels.groups import ChannelGroup, ChannelGroups
+from fastmerge.channels.groups import ChannelGroup, ChannelGroups, permute
 from fastmerge.channels.ids import run_on_ids
-from fastmerge.channels.permutation import permute
 from fastmerge.channels.tracing import trace
 
 __all__ = ["ChannelGroup", "ChannelGroups", "channel_groups", "permute"]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmerge.channels.traced_network import samples_in
-from fastmerge.copies import copied
-from fastmerge.isolation import undisturbed
+from fastmerge.isolation import copied, undisturbed
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

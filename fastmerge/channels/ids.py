@@ -34,10 +34,9 @@ from fastmerge.channels.aten import (
     writes_in_place,
 )
 from fastmerge.channels.layer_calls import LayerCall, layer_calls, weight_nodes
-from fastmerge.channels.outputs import predictions
 from fastmerge.channels.record import NO_ID, IdRecord, IdRun, LayerRecord, compact
 from fastmerge.channels.rules import apply_rule, has_own_rule
-from fastmerge.channels.traced_network import CONSTANT, TracedNetwork, module_path, samples_in, tensor_at
+from fastmerge.channels.traced_network import CONSTANT, TracedNetwork, module_path, predictions, samples_in, tensor_at
 from fastmerge.isolation import undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 

@@ -27,12 +27,10 @@ from torch.utils import _pytree as pytree
 
 from fastmerge import isolation
 from fastmerge.channels.aten import bind, has_effects, op_name
-from fastmerge.channels.modes import in_eval_mode, is_torchs, takes_one, told_in_both
-from fastmerge.channels.plain_layers import complete_sliced_weights, part_computed_biases
+from fastmerge.channels.same_code import in_eval_mode, is_torchs, takes_one, told_in_both
 from fastmerge.channels.traced_network import CONSTANT, MODES, TracedNetwork, add_constant, module_path
-from fastmerge.channels.written_norms import recognise_norms
-from fastmerge.copies import copied
-from fastmerge.isolation import exporting, undisturbed
+from fastmerge.channels.written_layers import complete_sliced_weights, part_computed_biases, recognise_norms
+from fastmerge.isolation import copied, exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
 

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 
 import torch
 
-from fastmerge.cli import check, compare, continuing, data, info, merge, report, run
+from fastmerge.checkpoints import Interrupted
+from fastmerge.cli import check, compare, data, info, merge, report, resume, run
 from fastmerge.cli.torchrun import is_first_to_say
 from fastmerge.data.decoding import BadImageError
 from fastmerge.data.epochs import EmptyBatchError, ReaderLostError, readers_watched
 from fastmerge.processes import ProcessLostError
-from fastmerge.resuming.stop_requests import Interrupted
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 _FAILED = (FloatingPointError, MemoryError, torch.OutOfMemoryError, ProcessLostError, ReaderLostError)
@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
         with _plain_messages(), readers_watched(), _memory_watched():
-            status = options.command(continuing.complete(options, words, _parsed))
+            status = options.command(resume.complete(options, words, _parsed))
     except KeyboardInterrupt as error:
         if is_first:
-            print(f"fastmerge: interrupted{continuing.how_to_go_on(options)}", file=sys.stderr)
+            print(f"fastmerge: interrupted{resume.how_to_go_on(options)}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except _BAD_INPUT + _FAILED as error:
         message = " ".join(str(error).split())
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         elif is_first_to_say(message, isinstance(error, _OF_ONE_PROCESS)):
             lost = is_first and isinstance(error, ProcessLostError)
-            then = continuing.how_to_go_on(options) if lost else ""
+            then = resume.how_to_go_on(options) if lost else ""
             print(f"fastmerge: error: {message}{then}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED) else 2
     return status or 0

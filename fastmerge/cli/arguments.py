@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmerge.checkpoints import TIMM, build_network, load_weights, own_factory
 from fastmerge.data.augmentation import AUGMENTATIONS
 from fastmerge.merging.options import Options
+from fastmerge.weights import TIMM, build_network, load_weights, own_factory
 
 
 def integer(least: int) -> Callable[[str], int]:
@@ -141,7 +141,7 @@ def load_teachers(options: argparse.Namespace, classes: Sequence[int] | int | No
             takes too, as ``num_classes`` or ``classes``.
 
     Raises:
-        ValueError, TypeError, OSError: see :func:`~fastmerge.checkpoints.build_network` and ``load_weights``.
+        ValueError, TypeError, OSError: see :func:`~fastmerge.weights.build_network` and ``load_weights``.
     """
     given = options.classes or classes
     each = list(given) if isinstance(given, Sequence) else [given] * len(options.teachers)

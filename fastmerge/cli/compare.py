@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmerge.checkpoints import save_weights
-from fastmerge.cli import continuing
+from fastmerge.cli import resume
 from fastmerge.cli.arguments import add_images, add_options, add_teachers, integer, load_teachers, method_option, names
 from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
@@ -41,6 +40,7 @@ from fastmerge.methods.registry import checked
 from fastmerge.processes import Processes
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import read_comparison, write_json
+from fastmerge.weights import save_weights
 
 SUMMARY = "compare methods on your own trained networks"
 # What is read of the options of fastmerge merge, which may name a method, too.
@@ -79,7 +79,7 @@ def _strategies(methods: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge compare``."""
-    add = continuing.adder(parser)
+    add = resume.adder(parser)
     add_teachers(add)
     add("--data", type=Path, required=True, metavar="PATH", help="image tree or .npz")
     add("--out", type=Path, required=True, metavar="DIR", help="where tables and networks go")
@@ -131,14 +131,14 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
             "times"
         )
     processes = Processes(torch.device("cpu"))
-    with continuing.alone(options, processes):
-        finished = continuing.begin(options, processes)
+    with resume.alone(options, processes):
+        finished = resume.begin(options, processes)
         if not finished:
             _run(options, methods, epochs, student)
         table = write_report(options.out)
         print(f"the comparison in {options.out} is finished\n\n{table}" if finished else f"\n{table}")
         if not finished:
-            continuing.finish(options)
+            resume.finish(options)
             print(f"\ncompare.json, compare.md, compare.png and {student or 'networks'} in {options.out}")
     rows = read_comparison(options.out)["rows"]
     errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
@@ -163,7 +163,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
     )
     teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
     rows: list[Row] = []
-    made_by = {"config": continuing.config(options), "environment": environment()}
+    made_by = {"config": resume.config(options), "environment": environment()}
 
     def note(row: Row, network: nn.Module | None) -> None:
         if not rows:  # all is checked by now
@@ -190,7 +190,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, stude
         baseline=student is None,
         callback=note,
         progress=False if options.quiet else None,
-        checkpoint_dir=options.out / continuing.CHECKPOINTS,
+        checkpoint_dir=options.out / resume.CHECKPOINTS,
         checkpoint_seconds=options.checkpoint_seconds,
         resume=options.resume,
     )

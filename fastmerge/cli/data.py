@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from fastmerge.cli.arguments import integer
-from fastmerge.cli.planning import checked_with_bar
+from fastmerge.cli.dry_run import checked_with_bar
 from fastmerge.data.decoding import ON_BAD_IMAGE
 from fastmerge.data.preparing import Summary, prepare
 

@@ -26,14 +26,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmerge.checkpoints import save_weights
-from fastmerge.cli import compare, continuing
+from fastmerge.cli import compare, resume
 from fastmerge.cli.arguments import add_images, add_options, add_teachers, chosen, integer, load_teachers, precision
-from fastmerge.cli.planning import add_planning, checked_images, plan
+from fastmerge.cli.dry_run import add_planning, checked_images, plan
 from fastmerge.cli.torchrun import at_work
-from fastmerge.data.choosing import LOADERS
 from fastmerge.data.decoding import ON_BAD_IMAGE
-from fastmerge.data.loading import image_loaders
+from fastmerge.data.loading import LOADERS, image_loaders
 from fastmerge.environment import environment
 from fastmerge.history import EpochRecord
 from fastmerge.merging import merge
@@ -46,6 +44,7 @@ from fastmerge.processes import Processes, share_of
 from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write_json
+from fastmerge.weights import save_weights
 from fastmerge.wide.heads import SeparateHeads
 
 SUMMARY = "merge your own trained networks"
@@ -53,7 +52,7 @@ SUMMARY = "merge your own trained networks"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge merge``."""
-    add = continuing.adder(parser)
+    add = resume.adder(parser)
     add_teachers(add)
     add(
         "--data",
@@ -88,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--autocast", choices=("bfloat16", "float16"), help="mixed precision")
     add_planning(add)
-    continuing.add_tensorboard(add)
+    resume.add_tensorboard(add)
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -99,7 +98,7 @@ def command(options: argparse.Namespace) -> int:
             raise ValueError(
                 f"--method {options.method} makes no network of the teachers' class; fastmerge compare scores it"
             )
-        others = continuing.chosen_beyond(options, compare.READS | {"method", "merge_epochs"})
+        others = resume.chosen_beyond(options, compare.READS | {"method", "merge_epochs"})
         if others:
             raise ValueError(f"--method {options.method} takes no {', '.join(others)}: only --method gates does")
         (options.data,) = _one_or_each(options, 1)
@@ -113,8 +112,8 @@ def command(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace, device: str, processes: Processes) -> None:
     if options.dry_run:
-        continuing.check(options)
-    elif continuing.begin(options, processes):
+        resume.check(options)
+    elif resume.begin(options, processes):
         if processes.is_first:
             print(f"the merge in {options.out} is finished\n\n{write_report(options.out)}")
         return
@@ -157,14 +156,14 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         return
     if processes.is_first:
         print("\n".join(map(str, filter(None, (why, cost)))))
-    with continuing.epoch_log(options, processes, ("stage", "epoch")) as log:
+    with resume.epoch_log(options, processes, ("stage", "epoch")) as log:
         note = None if log is None else _noting(log, options.merge_epochs)
         student, history = merge(
             teachers,
             train,
             val_loader=val,
             **given | {"progress": False if options.quiet else None, "callback": note},
-            checkpoint_dir=options.out / continuing.CHECKPOINTS,
+            checkpoint_dir=options.out / resume.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
         )
@@ -173,14 +172,14 @@ def _merge(options: argparse.Namespace, device: str, processes: Processes) -> No
         return
     network = student.network if isinstance(student, SeparateHeads) else student  # of the teachers' class
     save_weights(network, options.out / "student.safetensors")
-    config = continuing.config(options) | {"device": device, "processes": processes.size}
+    config = resume.config(options) | {"device": device, "processes": processes.size}
     config["data"] = paths[0] if len(paths) == 1 else paths
     config |= {"images_left_out": len(left_out)} if left_out else {}
     more = {"left_out": left_out, "config": config, "environment": environment()}
     write_json(options.out / "history.json", history.to_dict() | more)
     print(write_report(options.out))
     print(f"\nstudent.safetensors, history.json, log.jsonl, report.md and plots in {options.out}")
-    continuing.finish(options)
+    resume.finish(options)
 
 
 def _one_or_each(options: argparse.Namespace, count: int) -> list[Path]:

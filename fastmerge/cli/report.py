@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastmerge.cli import continuing
+from fastmerge.cli import resume
 from fastmerge.reporting.report import write_report
 
 SUMMARY = "table and plots of a run's directory"
@@ -22,7 +22,7 @@ def command(options: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError, ValueError: As ``write_report``; of a run without results yet the message says how to go on.
     """
-    unfinished = continuing.unfinished(options.directory)
+    unfinished = resume.unfinished(options.directory)
     try:
         print(write_report(options.directory))
     except FileNotFoundError as error:

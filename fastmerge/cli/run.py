@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from fastmerge.cli import continuing
+from fastmerge.cli import resume
 from fastmerge.cli.arguments import STEPS, add_options, chosen, fraction, integer, names, precision
-from fastmerge.cli.planning import add_planning, checked_images, plan
+from fastmerge.cli.dry_run import add_planning, checked_images, plan
 from fastmerge.cli.torchrun import at_work
 from fastmerge.data.loading import LOADERS
 from fastmerge.experiments.place import Place
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.recipes import RECIPES, Recipe
 from fastmerge.experiments.rehearsal import estimate_run
 from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import STRATEGIES
@@ -37,7 +36,7 @@ SUMMARY = "run an experiment: train teachers, merge them, and compare with other
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastmerge run``."""
-    add = continuing.adder(parser)
+    add = resume.adder(parser)
     add("recipe", nargs="?", required=True, choices=list(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
     add(
         "--strategy",
@@ -80,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with several processes, train the teachers of recipes that read images side by side, each by its share of them",
     )
     add_planning(add)
-    continuing.add_tensorboard(add)
+    resume.add_tensorboard(add)
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -95,14 +94,14 @@ def command(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Processes) -> None:
     out: Path = options.out
     if options.dry_run:
-        continuing.check(options)
+        resume.check(options)
         print(_plan(options, recipe, device))
         return
-    if continuing.begin(options, processes):
+    if resume.begin(options, processes):
         if processes.is_first:
             print(f"the run in {out} is finished\n\n{write_report(out)}")
         return
-    with continuing.epoch_log(options, processes, ("strategy", "replicates", "stage", "network", "epoch")) as log:
+    with resume.epoch_log(options, processes, ("strategy", "replicates", "stage", "network", "epoch")) as log:
         run(
             recipe,
             options.strategy,
@@ -118,7 +117,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
             data_path=options.data,
             progress=False if options.quiet else None,
             workers=options.workers,
-            checkpoint_dir=out / continuing.CHECKPOINTS,
+            checkpoint_dir=out / resume.CHECKPOINTS,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             note=None if log is None else _noting(log),
@@ -128,7 +127,7 @@ def _run(options: argparse.Namespace, recipe: Recipe, device: str, processes: Pr
         print(write_report(out))
         students = "students, " if "student" in options.strategy else ""
         print(f"\nresults, {students}log.jsonl, report.md and plots in {out}")
-        continuing.finish(options)
+        resume.finish(options)
 
 
 def _plan(options: argparse.Namespace, recipe: Recipe, device: str) -> str:

@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fastmerge.cli import continuing
-from fastmerge.cli.planning import check_planning
+from fastmerge.cli import resume
+from fastmerge.cli.dry_run import check_planning
 from fastmerge.processes import Processes
 
 
@@ -26,12 +26,12 @@ def at_work(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Pro
         device: As :func:`join_processes` takes it.
 
     Raises:
-        ValueError, OSError: As :func:`check_planning` and :func:`continuing.alone`.
+        ValueError, OSError: As :func:`check_planning` and :func:`resume.alone`.
     """
     device, processes = join_processes(device)
     try:
         check_planning(options, processes)
-        with processes.watched(), continuing.alone(options, processes):
+        with processes.watched(), resume.alone(options, processes):
             yield device, processes
     finally:
         if dist.is_available() and dist.is_initialized():

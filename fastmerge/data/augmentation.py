@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmerge.data.draws import uniforms
+from fastmerge.data.epochs import uniforms
 
 # A sample's draws, by what they decide. Tries of a crop come in pairs: its area and its shape.
 CROP_TRIES = 10

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastmerge.data.arrays import load_npz
-from fastmerge.data.choosing import cores
-from fastmerge.data.cifar import find_cifar, load_cifar
-from fastmerge.data.decoding import BadImageError, OnBadImage, bad_files, check_header, in_threads, read_image
+from fastmerge.data.arrays import find_cifar, load_cifar, load_npz
+from fastmerge.data.decoding import BadImageError, OnBadImage, bad_files, check_header, cores, in_threads, read_image
 from fastmerge.data.trees import find_trees, listed
 
 Check = Literal["headers", "whole"]

@@ -14,8 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fastmerge.data.choosing import cores
-from fastmerge.data.decoding import JPEG_END, BadImageError, BadImages, OnBadImage, in_threads, open_image, read_image
+from fastmerge.data.decoding import (
+    JPEG_END,
+    BadImageError,
+    BadImages,
+    OnBadImage,
+    cores,
+    in_threads,
+    open_image,
+    read_image,
+)
 from fastmerge.data.trees import image_files, listed
 from fastmerge.files import held
 

@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from fastmerge import methods
+from fastmerge.batch_statistics import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.big_student import BigStudent
+from fastmerge.checkpoints import fingerprint
 from fastmerge.evaluation import evaluate
 from fastmerge.experiments.column import Column, Curve, curve_of, joined, mean_curve, picked
 from fastmerge.experiments.place import Loaders, Place, seed_for
-from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import Recipe
 from fastmerge.history import EpochRecord, History, Score
 from fastmerge.merging.api import merge_by, train_by
 from fastmerge.merging.options import Options, Plan
 from fastmerge.methods.cost import Operations
-from fastmerge.methods.training import DISTILL
-from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
-from fastmerge.resuming.snapshots import fingerprint
+from fastmerge.methods.distill import DISTILL
 from fastmerge.stack import Stack
 
 Note = Callable[[dict[str, Any]], object]

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmerge.data.dataset import Dataset, SameForAll, StackedBatches, held_out
 from fastmerge.data.loading import ImageLoaders, image_loaders
 from fastmerge.evaluation import Setting
-from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import Recipe
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes, share_of
 

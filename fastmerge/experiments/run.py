@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmerge.checkpoints import save_weights
 from fastmerge.environment import environment
 from fastmerge.experiments.column import Column
 from fastmerge.experiments.lab import Lab, Note
 from fastmerge.experiments.place import Place, asked_for
-from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import Recipe
 from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.experiments.workers import Job, run_jobs
 from fastmerge.files import atomic
@@ -27,6 +26,7 @@ from fastmerge.merging.checks import check_device
 from fastmerge.merging.compiling import LOG
 from fastmerge.processes import Processes, Split
 from fastmerge.reporting import results as results_files
+from fastmerge.weights import save_weights
 
 
 def run(

@@ -24,8 +24,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from fastmerge import methods
 from fastmerge.experiments.column import Column
 from fastmerge.experiments.lab import Lab, lengths
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.methods.training import DISTILL
+from fastmerge.experiments.recipes import Recipe
+from fastmerge.methods.distill import DISTILL
 from fastmerge.schedules import scaled_lam_step
 
 Work = Callable[[Lab, Sequence[Column]], Column]

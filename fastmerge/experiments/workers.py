@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from fastmerge.checkpoints import Interrupted, StopRequests
 from fastmerge.environment import cores
 from fastmerge.merging.progress import peak_memory
 from fastmerge.processes import ProcessLostError
-from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 
 Note = Callable[[dict[str, Any]], object]
 

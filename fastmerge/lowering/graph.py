@@ -18,13 +18,10 @@ from fastmerge.channels.aten import LAYER_NORMS, bind, is_size, op_name, writes_
 from fastmerge.channels.groups import AxisUnits
 from fastmerge.channels.layer_calls import LayerCall, untransposed
 from fastmerge.channels.traced_network import module_path
-from fastmerge.lowering.channelwise import Placement, is_norm, joined_call
-from fastmerge.lowering.computed_weights import compute_weight
-from fastmerge.lowering.fusion import NormUse, fuse
-from fastmerge.lowering.patterns import Lowered
-from fastmerge.lowering.values import JoinedValue, Memory, Value, Values, nodes_of
+from fastmerge.lowering.computed_weights import column_weights, compute_weight
+from fastmerge.lowering.fusion import Lowered, NormUse, fuse
+from fastmerge.lowering.values import JoinedValue, Memory, Placement, Value, Values, is_norm, joined_call, nodes_of
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.computed_weights import column_weights
 from fastmerge.wide.layer_norm import gated_layer_norm, gated_scalars, tied_linear
 from fastmerge.wide.network import attach_gate
 from fastmerge.wide.population import Population

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastmerge.checkpoints import Snapshots, StopRequests, fingerprints
 from fastmerge.data.epochs import readers_watched
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
@@ -32,10 +33,8 @@ from fastmerge.merging.stages import finetune, train_student
 from fastmerge.merging.state import MergeState
 from fastmerge.merging.trainer import Trainer
 from fastmerge.processes import Processes
-from fastmerge.resuming.snapshots import Snapshots, fingerprints
-from fastmerge.resuming.stop_requests import StopRequests
 from fastmerge.wide.heads import SeparateHeads
-from fastmerge.wide.widths import Keep
+from fastmerge.wide.population import Keep
 
 
 def merge(

@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
 from fastmerge.channels.examples import few_samples
+from fastmerge.checkpoints import Snapshots, fingerprints
 from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, as_tuple, class_dimension, has_classes, length_of
 from fastmerge.isolation import quietly
 from fastmerge.processes import Processes
-from fastmerge.resuming.snapshots import Snapshots, fingerprints
 from fastmerge.stack import Stack
 
 Schedule = Callable[[Optimizer], LRScheduler]

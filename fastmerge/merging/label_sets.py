@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastmerge.checkpoints import loader_state, restore_loader_state
 from fastmerge.evaluation import Criterion, as_tuple, has_classes
 from fastmerge.merging.checks import check_classes, check_loader, examples_of, listed_teachers
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
-from fastmerge.resuming.random_states import loader_state, restore_loader_state
 from fastmerge.stack import Stack
 from fastmerge.wide.blueprint import join_heads
 from fastmerge.wide.heads import Parts

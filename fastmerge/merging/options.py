@@ -36,7 +36,7 @@ from fastmerge.schedules import (
 )
 from fastmerge.stack import BigStack
 from fastmerge.wide.heads import HEADS
-from fastmerge.wide.widths import Keep
+from fastmerge.wide.population import Keep
 
 GateSchedule = Literal["quadratic", "budget"]
 CompactAt = float | Literal["settled"] | None

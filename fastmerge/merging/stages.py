@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastmerge.big_student import BigStudent
 from fastmerge.channels.groups import choice_warning
+from fastmerge.checkpoints import fingerprint
 from fastmerge.history import mean_of
 from fastmerge.isolation import quietly
 from fastmerge.merging.label_sets import PartCriterion, Reached
@@ -22,7 +23,6 @@ from fastmerge.merging.layerwise import Parts
 from fastmerge.merging.options import Options
 from fastmerge.merging.trainer import Trainer, open_probabilities
 from fastmerge.narrowing.closing import UnsettledGatesWarning, listed, unsettled
-from fastmerge.resuming.snapshots import fingerprint
 from fastmerge.stack import BigStack, Stack
 
 _MOVED = 0.01

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmerge.checkpoints import Snapshots, loader_state, random_states, restore_loader_state, restore_random_states
 from fastmerge.evaluation import Tally, length_of
 from fastmerge.history import History, Stage
 from fastmerge.processes import Processes, seed_of_rank
-from fastmerge.resuming.random_states import loader_state, random_states, restore_loader_state, restore_random_states
-from fastmerge.resuming.snapshots import Snapshots
 from fastmerge.stack import tensors_of
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from fastmerge.batch_statistics import SyncedBatchNorm
 from fastmerge.big_student import BigStudent
 from fastmerge.evaluation import Setting, Tally
 from fastmerge.merging.compiling import Compiler
@@ -23,7 +24,6 @@ from fastmerge.merging.replayed_step import ReplayedStep
 from fastmerge.processes import Processes, without_averaging
 from fastmerge.schedules import GateWeight
 from fastmerge.stack import Stack
-from fastmerge.synced_batch_norm import SyncedBatchNorm
 
 Step = Callable[[list[Any], Tally], None]
 Outcome = tuple[Any, dict[str, Tensor]]

@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data.distributed import DistributedSampler
 
+from fastmerge.batch_statistics import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.big_student import BigStudent
+from fastmerge.checkpoints import Interrupted, StopRequests, random_states
 from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, length_of, samples_in
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.distillation import TaughtSetting
@@ -23,9 +25,6 @@ from fastmerge.merging.progress import Progress
 from fastmerge.merging.state import MergeState
 from fastmerge.merging.steps import Steps
 from fastmerge.processes import Processes, ProcessLostError, seed_of_rank
-from fastmerge.recalibration import ENOUGH_SAMPLES, has_statistics, recalibrate
-from fastmerge.resuming.random_states import random_states
-from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from fastmerge.schedules import GateWeight
 from fastmerge.stack import BigStack, Stack
 

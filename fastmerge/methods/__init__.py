@@ -8,7 +8,7 @@ from fastmerge.methods.average import average
 from fastmerge.methods.combination import combine, own_places, places_of_kept
 from fastmerge.methods.comparison import Row, compare
 from fastmerge.methods.cost import Prediction, predict
-from fastmerge.methods.distill import distill
+from fastmerge.methods.distill import distill, train
 from fastmerge.methods.ensemble import Ensemble, ensemble
 from fastmerge.methods.gates import gates
 from fastmerge.methods.rebasin import rebasin
@@ -17,7 +17,6 @@ from fastmerge.methods.registry import METHODS, Method, Outcome, apply, register
 from fastmerge.methods.repair import repair
 from fastmerge.methods.samples import family_of
 from fastmerge.methods.soup import soup
-from fastmerge.methods.training import train
 from fastmerge.methods.transplant import largest, transplant
 from fastmerge.methods.zipit import zipit
 from fastmerge.wide.blueprint import join_heads

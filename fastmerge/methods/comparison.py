@@ -19,16 +19,21 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fastmerge.checkpoints import (
+    fingerprints,
+    loader_state,
+    random_states,
+    restore_loader_state,
+    restore_random_states,
+)
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
 from fastmerge.merging.checks import check_device, check_loader, listed_teachers
 from fastmerge.merging.options import Options, plain
 from fastmerge.methods.cost import Meter
+from fastmerge.methods.distill import train
 from fastmerge.methods.registry import METHODS, apply, checked
-from fastmerge.methods.training import train
 from fastmerge.reporting.results import write_json
-from fastmerge.resuming.random_states import loader_state, random_states, restore_loader_state, restore_random_states
-from fastmerge.resuming.snapshots import fingerprints
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class _Kept:
         """A row that is not fine-tuned yet, and what its method made; None where it is to be made, with a warning if again."""
         if name not in self.rows:
             return None
-        from fastmerge.checkpoints import load_weights  # needs safetensors
+        from fastmerge.weights import load_weights  # needs safetensors
 
         network = copy.deepcopy(like)
         try:
@@ -133,7 +138,7 @@ class _Kept:
     def begin(self, row: Row, network: nn.Module) -> None:
         """Keeps a row and its network, which is to be fine-tuned."""
         if self.directory is not None:
-            from fastmerge.checkpoints import save_weights
+            from fastmerge.weights import save_weights
 
             save_weights(network, self.of(row.name) / "network.safetensors")
         self._write(row)

@@ -12,7 +12,7 @@ from fastmerge.channels.aten import bind, op_name
 from fastmerge.channels.traced_network import tensor_at
 from fastmerge.lock_step import Family, Moment
 from fastmerge.methods.average import average
-from fastmerge.methods.matching import align
+from fastmerge.methods.rebasin import align
 from fastmerge.methods.registry import register
 from fastmerge.methods.samples import family_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.gates import HardConcrete
-from fastmerge.narrowing.shrinkable import Shrinkable
+from fastmerge.narrowing.shrinking import Shrinkable
 from fastmerge.wide.population import Population
 
 _NEAR = 0.1

@@ -3,7 +3,6 @@
 `analysis` says what is known of a teacher's graphs, `network` builds the modules from it: `layers` (convolutions, grouped ones
 too, and linear layers), `norms`, `layer_norm`. What flows between them is explained in `layers`, and gated by `streams` with
 what `gate_matrix` draws. Where a forward begins, `gate_matrix` hands out the gates and `weights` the
-weights, all at once; `computed_weights` are those that layers compute first. `population` counts the candidates left, `widths`
-how many the student has, and `heads` are the last layers of teachers of different label sets. `template` keeps a teacher
-without its weights, and `blueprint` all that stays the same while the modules are trained.
+weights, all at once. `population` counts the candidates left and how many the student has, and `heads` are the last layers of
+teachers of different label sets. `blueprint` keeps all that stays the same while the modules are trained.
 """

@@ -11,23 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmerge.channels.code_key import code_key, without_batch
 from fastmerge.channels.examples import Inputs, example_arguments, few_samples, two_samples
-from fastmerge.channels.grouping import group_channels
+from fastmerge.channels.grouping import group_channels, mixing_tensors
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import changed_tensors, run_on_ids
-from fastmerge.channels.outputs import Name, predictions
-from fastmerge.channels.signatures import mixing_tensors
-from fastmerge.channels.traced_network import MODES, TracedNetwork
+from fastmerge.channels.same_code import code_key, without_batch
+from fastmerge.channels.traced_network import MODES, Name, TracedNetwork, predictions
 from fastmerge.channels.tracing import trace
-from fastmerge.copies import copied
-from fastmerge.isolation import without_search
+from fastmerge.isolation import copied, without_search
 from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
 from fastmerge.validation import check_teachers, code_difference, same_graphs, teacher_errors
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.heads import HEADS, Parts, find_heads, find_parts, joined
-from fastmerge.wide.network import Layout, build_network
-from fastmerge.wide.template import StudentTemplate
+from fastmerge.wide.network import Layout, StudentTemplate, build_network
 
 
 @dataclass

@@ -20,8 +20,7 @@ from benchmarks.ablation_variants import BASE, OneDrawPerBatch, fold_gates, fold
 from fastmerge import BigStudent
 from fastmerge.data.dataset import Dataset
 from fastmerge.experiments.place import Place
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES, digits
+from fastmerge.experiments.recipes import RECIPES, Recipe, digits
 from fastmerge.networks import ResNetCifar, small_lenet
 from teachers import make_batch, make_teachers, relative_error
 

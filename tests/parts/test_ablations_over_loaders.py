@@ -19,8 +19,7 @@ from benchmarks.ablation_lab import Ablation
 from benchmarks.ablation_report import section
 from benchmarks.ablation_variants import BASE
 from fastmerge import BigStudent
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES, resnet20_cifar100
+from fastmerge.experiments.recipes import RECIPES, Recipe, resnet20_cifar100
 from fastmerge.merging.options import Plan
 
 # So short a stage leaves the gates where they are.

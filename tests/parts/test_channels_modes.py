@@ -13,8 +13,7 @@ from torch import Tensor, fx, nn
 from architectures import BY_NAME
 from fastmerge import BigStudent
 from fastmerge.channels import tracing
-from fastmerge.channels.code_key import code_key
-from fastmerge.channels.modes import told_in_both
+from fastmerge.channels.same_code import code_key, told_in_both
 from fastmerge.channels.traced_network import TracedNetwork
 from fastmerge.channels.tracing import trace
 

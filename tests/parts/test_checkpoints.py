@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from fastmerge.checkpoints import build_network, load_weights, read_weights, save_weights
+from fastmerge.weights import build_network, load_weights, read_weights, save_weights
 from full_disk import files_of_at_most
 
 
@@ -253,7 +253,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         temporary.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastmerge.checkpoints.save_file", fail)
+    monkeypatch.setattr("fastmerge.weights.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_weights(network(), path)
     assert path.read_bytes() == before

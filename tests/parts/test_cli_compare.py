@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cli_files import MODEL, SOURCE, make
 from fastmerge import methods
-from fastmerge.checkpoints import load_weights
+from fastmerge.checkpoints import Snapshots
 from fastmerge.cli import main
 from fastmerge.cli.compare import as_run
 from fastmerge.evaluation import Criterion
@@ -26,7 +26,7 @@ from fastmerge.history import Score
 from fastmerge.methods.comparison import Row, compare
 from fastmerge.reporting.results import write_json
 from fastmerge.reporting.tables import comparison_table
-from fastmerge.resuming.snapshots import Snapshots
+from fastmerge.weights import load_weights
 from small_task import VAL, X, Y, train_loader, train_teachers
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")

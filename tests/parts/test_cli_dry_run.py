@@ -14,7 +14,7 @@ import ddp_recipe
 from cli_files import arguments
 from fastmerge.big_student import BigStudent
 from fastmerge.cli import main
-from fastmerge.cli.planning import describe
+from fastmerge.cli.dry_run import describe
 from fastmerge.experiments.recipes import RECIPES
 from fastmerge.merging.estimate import Estimate, Part
 from image_files import spoil, write_tree
@@ -163,7 +163,7 @@ def test_what_can_not_be_is_found_out(recipe, tmp_path, monkeypatch, capsys, mor
 
 def test_a_disk_without_room_is_found_out(recipe, place, monkeypatch, capsys) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("fastmerge.cli.planning.shutil.disk_usage", lambda path: usage(9, 9, 1000))
+    monkeypatch.setattr("fastmerge.cli.dry_run.shutil.disk_usage", lambda path: usage(9, 9, 1000))
     for words in ([*recipe, "--strategy", "student"], [*arguments(), "--dry-run"]):
         assert main(words) == 2
         assert re.search(r"checkpoints need up to \d.\d GiB in .*out, where 0.0 GiB are free", capsys.readouterr().err)
@@ -172,7 +172,7 @@ def test_a_disk_without_room_is_found_out(recipe, place, monkeypatch, capsys) ->
 def test_room_is_for_what_a_run_keeps(recipe, tmp_path, monkeypatch) -> None:
     """Two checkpoints of each teacher, and of the merge a third, which is being written; with momentum and buffers."""
     rooms: list[int] = []
-    monkeypatch.setattr("fastmerge.cli.planning.check_room", lambda path, needed: rooms.append(needed))
+    monkeypatch.setattr("fastmerge.cli.dry_run.check_room", lambda path, needed: rooms.append(needed))
     assert main([*recipe, "--strategy", "student"]) == 0
     big = BigStudent(*(ddp_recipe.network(2, 1) for _ in range(2)), example_inputs=torch.zeros(2, 3, 16, 16))
     big.link()

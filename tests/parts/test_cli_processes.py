@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import ddp_merge
 from ddp_merge import near
-from fastmerge.checkpoints import save_weights
+from fastmerge.weights import save_weights
 from gloo import command, counted, together
 from image_files import spoil, write_tree
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastmerge.copies import copied
+from fastmerge.isolation import copied
 
 
 def test_a_copy_has_hooks_sets_and_weights_of_its_own() -> None:

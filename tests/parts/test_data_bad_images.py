@@ -18,8 +18,8 @@ from torch import nn
 from fastmerge.cli import main
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.data.decoding import BadImageError, BadImageWarning, read_image
-from fastmerge.data.folders import load_folder
 from fastmerge.data.loading import image_loaders
+from fastmerge.data.trees import load_folder
 from fastmerge.experiments.recipes import RECIPES, resnet18_imagewoof
 from image_files import pixels, spoil, write_odd_images, write_tree
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastmerge.data.arrays import find_cifar, load_cifar
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, colour_maps, draw_changes, map_colours
-from fastmerge.data.cifar import find_cifar, load_cifar
 from fastmerge.data.loading import image_loaders
 
 

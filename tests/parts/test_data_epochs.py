@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, draw_changes, draw_crops
-from fastmerge.data.cutting import centre_crop, random_crop
-from fastmerge.data.draws import order, uniforms
-from fastmerge.data.epochs import Batches
+from fastmerge.data.decoding import centre_crop, random_crop
+from fastmerge.data.epochs import Batches, order, uniforms
 from fastmerge.data.loading import image_loaders
 from fastmerge.evaluation import Setting, evaluate
 from image_files import write_tree

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmerge.data.folders import load_folder
-from fastmerge.data.trees import find_trees
+from fastmerge.data.trees import find_trees, load_folder
 
 Image = pytest.importorskip("PIL.Image")
 

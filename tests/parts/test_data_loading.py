@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge.data import choosing, torch_loader
+from fastmerge.data import loading, torch_loader
 from fastmerge.data.augmentation import AUGMENTATIONS, Augmentation, Changes, colour_maps, draw_changes
 from fastmerge.data.epochs import ReaderLostError
 from fastmerge.data.loading import IMAGENET_MEAN, IMAGENET_STD, image_loaders
@@ -267,26 +267,26 @@ def test_unusual_images_are_read(tmp_path, loader):
 def test_what_reads_is_chosen_and_said(tree, arrays, monkeypatch):
     assert make(arrays, "auto", image_size=None).why.startswith("loader device: 54 images of 0 MiB stay on cpu")
     assert make(tree, "auto", augmentation="small").why.startswith("loader device: 22 image files, decoded once")
-    monkeypatch.setattr(choosing, "dali_is_there", lambda: True)
+    monkeypatch.setattr(loading, "dali_is_there", lambda: True)
     assert make(tree, "auto").why == "loader dali: 22 image files are decoded on the CPU, in 1 thread"
     assert make(tree, "auto", dtype=torch.bfloat16).why.endswith("DALI gives no bfloat16")
     on_gpu = mock.Mock(
         device=torch.device("cuda"), dtype=torch.float32, size=8, workers=2, augmentation=mock.Mock(crops=True)
     )
     trees = (mock.Mock(files=["a"]), mock.Mock(files=["b"]))
-    loader, why = choosing.choose_for_trees(trees, "auto", on_gpu)
+    loader, why = loading.choose_for_trees(trees, "auto", on_gpu)
     assert (loader, why.partition("; ")[2]) == (
         "torch",
         "DALI has not been tried on a GPU yet (loader='dali' takes it)",
     )
-    assert choosing.choose_for_trees(trees, "dali", on_gpu)[0] == "dali"
-    monkeypatch.setattr(choosing, "dali_is_there", lambda: False)
+    assert loading.choose_for_trees(trees, "dali", on_gpu)[0] == "dali"
+    monkeypatch.setattr(loading, "dali_is_there", lambda: False)
     chosen = make(tree, "auto", workers=0)
     assert chosen.why.startswith(
         "loader torch: 22 image files are decoded by Pillow in this process; DALI is not installed"
     )
     assert make(tree, "torch").why.endswith("as asked for")
-    monkeypatch.setattr(choosing, "_room", lambda device: 100)
+    monkeypatch.setattr(loading, "_room", lambda device: 100)
     assert make(arrays, "auto", image_size=None).loader == "torch"
     assert make(tree, "auto", augmentation="small").loader == "torch"
 
@@ -304,10 +304,10 @@ def test_dalis_outputs_are_bound_to_torchs_stream(tree, device, monkeypatch):
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
-    assert choosing.cores() == 12
+    assert loading.cores() == 12
     for processes, each in ((4, 3), (16, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert choosing.cores() == each
+        assert loading.cores() == each
 
 
 def test_workers_give_what_one_process_gives(tree):
@@ -520,7 +520,7 @@ def test_grey_arrays_have_no_colours_to_change(tmp_path):
 
 
 def test_dali_that_is_missing_is_named(tree, monkeypatch):
-    monkeypatch.setattr(choosing, "dali_is_there", lambda: False)
+    monkeypatch.setattr(loading, "dali_is_there", lambda: False)
     with pytest.raises(ImportError, match=r"needs NVIDIA DALI: pip install 'fastmerge\[dali\]'"):
         make(tree, "dali")
 

@@ -15,7 +15,7 @@ from fastmerge import methods
 from fastmerge.experiments.column import Column
 from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.place import Place
-from fastmerge.experiments.recipe import Recipe
+from fastmerge.experiments.recipes import Recipe
 from fastmerge.experiments.run import teacher
 from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.merging.options import Plan

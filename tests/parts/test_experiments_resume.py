@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import killed_run
-from fastmerge.resuming.snapshots import Snapshots, read_snapshot
-from fastmerge.resuming.stop_requests import Interrupted
+from fastmerge.checkpoints import Interrupted, Snapshots, read_snapshot
 from killed_run import recipe, train
 from killing import assert_killed
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge.checkpoints import load_weights
 from fastmerge.data.dataset import StackedBatches
 from fastmerge.experiments import lab
 from fastmerge.experiments.place import Place, seed_for
@@ -20,6 +19,7 @@ from fastmerge.experiments.strategies import strategy as registered
 from fastmerge.merging import stages
 from fastmerge.merging.options import Plan
 from fastmerge.networks import SineMLP
+from fastmerge.weights import load_weights
 from tiny_recipes import four_classes, images_recipe, points_recipe, run_quietly, tiny_images
 
 AT_EQUAL_EPOCHS = ["student", "bo3", "one", "bo3-big", "one-big"]

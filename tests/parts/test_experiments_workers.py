@@ -13,9 +13,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from fastmerge.checkpoints import Interrupted, StopRequests
 from fastmerge.experiments.workers import Bar, Job, run_jobs
 from fastmerge.processes import ProcessLostError
-from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 
 
 def jobs(work, count: int = 2, folder=None, needs=(), **more) -> list[Job]:

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastmerge.checkpoints import read_weights
+from fastmerge.checkpoints import Snapshots, read_snapshot
 from fastmerge.compaction import compact_
 from fastmerge.data.arrays import load_npz
 from fastmerge.data.decoding import FORMATS, BadImageError, check_header, read_image
-from fastmerge.resuming.snapshots import Snapshots, read_snapshot
+from fastmerge.weights import read_weights
 from image_files import pixels
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))

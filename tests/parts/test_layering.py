@@ -24,8 +24,8 @@ LAYERS = [
     ["experiments"],
     ["methods"],
     ["merging"],
-    ["gate_budget", "evaluation", "history", "checkpoints", "mergeability", "stack"],
-    ["data", "environment", "files", "networks", "processes", "reporting", "resuming"],
+    ["gate_budget", "evaluation", "history", "weights", "mergeability", "stack"],
+    ["data", "environment", "files", "networks", "processes", "reporting", "checkpoints"],
     ["big_student", "lock_step"],
     ["gated_network"],
     ["narrowing"],
@@ -37,13 +37,13 @@ LAYERS = [
 ]
 # What these import of fastmerge, whatever lies below them.
 ALONE = {
+    "checkpoints": {"files"},
     "data": {"data", "files"},
     "environment": set(),
     "files": set(),
     "kernels": {"_batch_norm", "kernels"},
     "networks": {"networks"},
     "reporting": {"files", "reporting"},
-    "resuming": {"files", "resuming"},
 }
 # Imported inside the functions that need them, so that a missing one is missed only there.
 OPTIONAL = {"PIL", "huggingface_hub", "matplotlib", "nvidia", "sklearn", "timm", "torchvision", "triton"}

@@ -17,10 +17,9 @@ from torch.nn.functional import cross_entropy
 
 import killed_merge
 from fastmerge import merge
+from fastmerge.checkpoints import Interrupted, Snapshots, StopRequests, read_snapshot
 from fastmerge.evaluation import Tally
 from fastmerge.files import atomic
-from fastmerge.resuming.snapshots import Snapshots, read_snapshot
-from fastmerge.resuming.stop_requests import Interrupted, StopRequests
 from full_disk import files_of_at_most
 from killed_merge import run, run_until
 from killing import assert_killed

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastmerge
-from fastmerge.cli import continuing, merge, run
+from fastmerge.cli import merge, resume, run
 from fastmerge.experiments.recipes import sine
 from fastmerge.merging.options import Options
 
@@ -46,7 +46,7 @@ def test_the_command_line_has_the_flags_of_the_options() -> None:
 
 def test_a_checkpoint_is_compared_by_what_changes_the_result() -> None:
     free = {each.name for each in fields(Options) if not each.metadata["compared"]}
-    assert free <= continuing._FREE
+    assert free <= resume._FREE
     compared = Options(autocast=torch.float16, milestones=(3, 4)).compared()
     assert set(compared) == {each.name for each in fields(Options)} - free
     assert {"accumulate", "device", "progress", "callback", "checkpoint_dir"} <= free

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fastmerge
 from fastmerge.channels.groups import Choice
-from fastmerge.checkpoints import save_weights
 from fastmerge.cli import main
 from fastmerge.problems import Problem, UnmergeableError
+from fastmerge.weights import save_weights
 
 IMAGES = torch.randn(2, 3, 8, 8)
 WORDS = torch.randn(2, 4, 5)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastmerge
-from fastmerge.recalibration import has_statistics
+from fastmerge.batch_statistics import has_statistics
 from teachers import make_batch
 
 

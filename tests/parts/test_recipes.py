@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastmerge.big_student import BigStudent
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES, curve, lenet_imagewoof, sine
+from fastmerge.experiments.recipes import RECIPES, Recipe, curve, lenet_imagewoof, sine
 from fastmerge.experiments.run import run
 from fastmerge.merging.options import Plan
 from fastmerge.reporting.tables import paper_mean

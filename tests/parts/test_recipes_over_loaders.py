@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from fastmerge.cli import main
-from fastmerge.data import folders, loading
+from fastmerge.data import loading
 from fastmerge.data.augmentation import Augmentation
 from fastmerge.experiments import lab
-from fastmerge.experiments.recipe import Recipe
-from fastmerge.experiments.recipes import RECIPES
+from fastmerge.experiments.recipes import RECIPES, Recipe
 from fastmerge.experiments.run import run
 from fastmerge.merging import compiling
 
@@ -146,8 +145,7 @@ def test_images_are_listed_and_read_once_in_a_run(tree: Path, monkeypatch: pytes
         monkeypatch.setattr(module, name, count)
 
     counted(loading, "find_trees")
-    counted(folders, "read_tree")
-    monkeypatch.setattr(loading, "read_tree", folders.read_tree)
+    counted(loading, "read_tree")
     strategies = run_small(tree, loader=loader, workers=0)["strategies"]
     assert len(strategies) == 3
     assert counts == {"find_trees": 1} | ({"read_tree": 3} if loader == "device" else {})

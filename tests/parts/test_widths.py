@@ -13,7 +13,7 @@ from architectures import BY_NAME, teachers_of
 from fastmerge.cli.arguments import keep
 from fastmerge.history import EpochRecord
 from fastmerge.narrowing.closing import UnsettledGatesWarning
-from fastmerge.narrowing.traced_student import TracedStudent
+from fastmerge.narrowing.compression import TracedStudent
 from fastmerge.networks import LeNet, ResNetCifar
 from teachers import OPEN, TOLERANCE, calibrate, disturb_weights, make_batch, make_teachers, mean_output, relative_error
 
