@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks.evidence_report import OWN, RESULTS, WARM
 from fastmerge.big_student import BigStudent
-from fastmerge.channels import channel_groups
+from fastmerge.channels.grouping import channel_groups
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.augmentation import flip_and_shift
 from fastmerge.data.dataset import Dataset, image_dataset
@@ -37,6 +37,7 @@ from fastmerge.experiments.lab import Lab
 from fastmerge.experiments.recipes import Recipe, digits
 from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import STRATEGIES, short, strategy
+from fastmerge.gates import draw_gates
 from fastmerge.lock_step import Family
 from fastmerge.merging import stages
 from fastmerge.merging.options import Options, Plan
@@ -45,7 +46,6 @@ from fastmerge.methods.reconstruct import refit, rescale
 from fastmerge.methods.transplant import magnitudes
 from fastmerge.networks import LeNet, ResNetCifar
 from fastmerge.reporting.results import write_json
-from fastmerge.wide.gate_matrix import draw_gates
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_EQUAL_COST = [

@@ -46,7 +46,7 @@ from fastmerge.merging.label_sets import LabelSets, PartCriterion
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks import LeNet, ResNetCifar
-from fastmerge.reporting.plots import new_figure, save_figure
+from fastmerge.reporting.report import new_figure, save_figure
 from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "experiments"

@@ -49,7 +49,7 @@ from fastmerge.merging.layerwise import phases, stage_networks
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import counted_step, kept_for_backward, step_operations
 from fastmerge.networks import LeNet
-from fastmerge.reporting.plots import new_figure, save_figure
+from fastmerge.reporting.report import new_figure, save_figure
 from fastmerge.reporting.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "experiments"

@@ -26,7 +26,7 @@ from fastmerge.experiments.place import Place
 from fastmerge.experiments.strategies import short_teachers, strategy
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import predict
-from fastmerge.reporting.plots import new_figure, save_figure
+from fastmerge.reporting.report import new_figure, save_figure
 from fastmerge.reporting.tables import holm, paired, probability, summarise, table
 
 ROOT = Path(__file__).resolve().parent.parent

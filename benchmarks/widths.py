@@ -40,7 +40,7 @@ from fastmerge.data.dataset import load_digits
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import step_operations
 from fastmerge.networks import LeNet
-from fastmerge.reporting.plots import new_figure, save_figure
+from fastmerge.reporting.report import new_figure, save_figure
 from fastmerge.reporting.tables import table
 
 OUT = Path(__file__).resolve().parent / "results" / "experiments" / "widths.json"

@@ -13,7 +13,8 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "
 
 from fastmerge.batch_statistics import recalibrate
 from fastmerge.big_student import BigStudent
-from fastmerge.channels import ChannelGroup, ChannelGroups, channel_groups, permute
+from fastmerge.channels.grouping import channel_groups
+from fastmerge.channels.groups import ChannelGroup, ChannelGroups, permute
 from fastmerge.environment import Information, info
 from fastmerge.gate_budget import GateBudget
 from fastmerge.gates import HardConcrete

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastmerge.gated_network import GatedNetwork
+from fastmerge.gates import checked_candidates, kept_candidates
 from fastmerge.narrowing.closing import (
     Compaction,
     UnsettledGatesWarning,
@@ -25,7 +26,6 @@ from fastmerge.narrowing.optimizer_state import StateCarrier, carry_through_link
 from fastmerge.narrowing.parts import activation_counts, consecutive_parts
 from fastmerge.narrowing.shrinking import Shrinking, carry_over, find_shrinkable
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.gate_matrix import checked_candidates, kept_candidates
 from fastmerge.wide.heads import SeparateHeads
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.population import Population

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.traced_network import Name, samples_in
-from fastmerge.gates import HardConcrete
+from fastmerge.gates import GroupMeans, HardConcrete, draw_gates, given_gates
 from fastmerge.isolation import ONE_THREAD, without_search
 from fastmerge.kernels.gate import open_probability
 from fastmerge.lowering.fusion import NormUse
@@ -22,7 +22,6 @@ from fastmerge.narrowing.shrinking import find_shrinkable
 from fastmerge.self_check import check_exact
 from fastmerge.wide.analysis import Analysis
 from fastmerge.wide.blueprint import build
-from fastmerge.wide.gate_matrix import GroupMeans, draw_gates, given_gates
 from fastmerge.wide.heads import Parts
 from fastmerge.wide.layers import WideLayer
 from fastmerge.wide.network import attach_missing

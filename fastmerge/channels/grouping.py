@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from fastmerge.channels.examples import example_arguments
 from fastmerge.channels.groups import OUTPUT, SHARED, AxisUnits, ChannelGroup, ChannelGroups
+from fastmerge.channels.ids import run_on_ids
 from fastmerge.channels.record import NO_ID, IdRecord, compact
+from fastmerge.channels.tracing import trace
 from fastmerge.problems import Problem, UnmergeableError
 
 
@@ -224,6 +228,24 @@ def _axes(record: IdRecord) -> list[np.ndarray]:
 
 
 _ATTRIBUTES = set(dir(nn.ModuleDict()))
+
+
+def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:
+    """Finds the channel groups of a network: which channels a merge would choose among.
+
+    Args:
+        model: any network that ``torch.export`` can trace; it is not changed.
+        example_inputs: a tensor (N, C, ...), a tuple of positional arguments, a dict of keyword arguments, or a pair of both;
+            inferred for networks with one image, signal or vector input.
+
+    Returns:
+        The groups; ``print`` shows them as a table.
+
+    Raises:
+        ValueError: if the network can't be traced or merged, naming the layer.
+    """
+    inputs = example_arguments(model, example_inputs)
+    return group_channels(run_on_ids(trace(model, inputs), pytree.tree_leaves(inputs)))
 
 
 def group_channels(record: IdRecord) -> ChannelGroups:

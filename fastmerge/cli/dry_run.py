@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastmerge.cli.arguments import integer
-from fastmerge.data.checking import Check, CheckedImages, check_images
 from fastmerge.data.decoding import OnBadImage
+from fastmerge.data.preparing import Check, CheckedImages, check_images
 from fastmerge.merging.estimate import Estimate
 from fastmerge.merging.progress import peak_memory
 from fastmerge.processes import Processes
@@ -73,7 +73,7 @@ def checked_images(options: argparse.Namespace, path: Path) -> str:
     """What the check of the images found, in a sentence with a list of those that can't be read; empty for arrays.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: As :func:`~fastmerge.data.checking.check_images`.
+        FileNotFoundError, ValueError, ImportError: As :func:`~fastmerge.data.preparing.check_images`.
     """
     check: Check = options.check_images or "headers"
     workers = options.workers or None
@@ -95,7 +95,7 @@ def checked_with_bar(
     quiet: bool,
     found: Callable[[str, str], object] | None = None,
 ) -> CheckedImages | None:
-    """As :func:`~fastmerge.data.checking.check_images`, with a bar on stderr where that is a terminal.
+    """As :func:`~fastmerge.data.preparing.check_images`, with a bar on stderr where that is a terminal.
 
     Args:
         path: of the data.

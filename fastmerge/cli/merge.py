@@ -41,9 +41,8 @@ from fastmerge.merging.options import Options
 from fastmerge.methods import METHODS
 from fastmerge.methods.cost import predict
 from fastmerge.processes import Processes, share_of
-from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
-from fastmerge.reporting.results import write_json
+from fastmerge.reporting.results import EpochLog, write_json
 from fastmerge.weights import save_weights
 from fastmerge.wide.heads import SeparateHeads
 

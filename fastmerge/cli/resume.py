@@ -21,7 +21,7 @@ from fastmerge.cli.arguments import seconds
 from fastmerge.files import atomic, held
 from fastmerge.merging.options import Options
 from fastmerge.processes import Processes
-from fastmerge.reporting.epoch_log import EpochLog, check_tensorboard
+from fastmerge.reporting.results import EpochLog, check_tensorboard
 
 CHECKPOINTS = "checkpoints"
 _COMMAND = "command.json"

@@ -28,8 +28,8 @@ from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.merging.checks import check_device
 from fastmerge.processes import Processes
-from fastmerge.reporting.epoch_log import EpochLog
 from fastmerge.reporting.report import write_report
+from fastmerge.reporting.results import EpochLog
 
 SUMMARY = "run an experiment: train teachers, merge them, and compare with other uses of the same epochs"
 

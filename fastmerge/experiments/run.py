@@ -25,7 +25,7 @@ from fastmerge.history import History
 from fastmerge.merging.checks import check_device
 from fastmerge.merging.compiling import LOG
 from fastmerge.processes import Processes, Split
-from fastmerge.reporting import results as results_files
+from fastmerge.reporting.results import write as write_results
 from fastmerge.weights import save_weights
 
 
@@ -337,7 +337,7 @@ def write(out: Path, recipe: Recipe, results: dict[str, Any], found: dict[str, l
         arrays: dict[str, Any] = {name: _drawn(columns, x) for name, columns in found.items()}
         with atomic(out / "curves.npz") as temporary:
             np.savez(temporary, **arrays, x=x.squeeze(1).numpy(), true=true.squeeze(1).numpy())
-    results_files.write(out, results, _history(recipe, found))
+    write_results(out, results, _history(recipe, found))
 
 
 @torch.no_grad()

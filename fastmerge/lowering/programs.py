@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from fastmerge.gates import hand_out_gates
 from fastmerge.lowering.fusion import NormUse
 from fastmerge.lowering.graph import lower
 from fastmerge.lowering.values import changes_reshaped
 from fastmerge.wide.analysis import Analysis
-from fastmerge.wide.gate_matrix import hand_out_gates
 from fastmerge.wide.layers import GroupedLayer, WideLayer
 from fastmerge.wide.population import Population
 from fastmerge.wide.streams import GateStreams

@@ -118,7 +118,7 @@ class GateStreams(nn.Module):
         """Gates each value.
 
         Args:
-            gates: (N or 1, channels of all streams), from ``gate_matrix.hand_out_gates``, or None for open gates.
+            gates: (N or 1, channels of all streams), from ``gates.hand_out_gates``, or None for open gates.
             values: T streams or one joined tensor, with N·k samples; the k parts of one sample, side by side, share its
                 gates.
         """

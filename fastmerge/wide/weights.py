@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastmerge.gates import is_traced
 from fastmerge.kernels.direct import apply
-from fastmerge.wide.gate_matrix import is_traced
 
 Weight = tuple[Tensor, ...]  # a tensor of all teachers and, where it was cut, each teacher's
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from cli_files import arguments
 from fastmerge.cli import main
 from fastmerge.files import held
-from fastmerge.reporting.epoch_log import EpochLog
+from fastmerge.reporting.results import EpochLog
 from killing import die
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmerge.data import checking, decoding
-from fastmerge.data.checking import check_images
+from fastmerge.data import decoding, preparing
 from fastmerge.data.decoding import BadImageError, bad_files
+from fastmerge.data.preparing import check_images
 from image_files import spoil, write_odd_images, write_tree
 
 Image = pytest.importorskip("PIL.Image")
@@ -108,7 +108,7 @@ def every_kind(tree: Path) -> list[Path]:
 
 
 def test_without_pillow_nothing_is_decoded(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(preparing.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="decoding images needs Pillow: pip install pillow"):
         check_images(tree, check="whole")
 
@@ -119,7 +119,7 @@ def test_arrays_are_read_anyway(tmp_path: Path) -> None:
 
 
 def test_without_pillow_it_says_so(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(preparing.importlib.util, "find_spec", lambda name: None)
     found = check_images(tree)
     assert str(found) == "85 images, whose headers were not read: that needs Pillow (pip install pillow)"
 
@@ -127,17 +127,17 @@ def test_without_pillow_it_says_so(tree: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_interrupt_ends_it_at_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C during a look at a million files does not wait for the rest."""
     looked: list[str] = []
-    monkeypatch.setattr(checking, "_CHUNK", 1)
-    monkeypatch.setattr(checking, "_THREADS", 1)
-    monkeypatch.setattr(checking, "cores", lambda: 1)
+    monkeypatch.setattr(preparing, "_CHUNK", 1)
+    monkeypatch.setattr(preparing, "_THREADS", 1)
+    monkeypatch.setattr(preparing, "cores", lambda: 1)
 
     def interrupt(done: int, total: int, bad: dict[str, str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checking, "_DECODED", 1)
+    monkeypatch.setattr(preparing, "_DECODED", 1)
     for check, name in (("headers", "check_header"), ("whole", "read_image")):
         looked.clear()
-        monkeypatch.setattr(checking, name, slow(looked))
+        monkeypatch.setattr(preparing, name, slow(looked))
         with pytest.raises(KeyboardInterrupt):
             check_images(tree, tell=interrupt, check=check)
         assert len(looked) < 10

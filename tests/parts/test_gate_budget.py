@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 import fastmerge
 from fastmerge.gate_budget import GateBudget
 from fastmerge.gated_network import GatedNetwork
+from fastmerge.gates import GroupMeans
 from fastmerge.networks import small_lenet
-from fastmerge.wide.gate_matrix import GroupMeans
 
 
 class GatesAlone:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import fastmerge.reporting.epoch_log as module
+import fastmerge.reporting.results as module
 from cli_files import arguments
 from fastmerge.cli import main
-from fastmerge.reporting.epoch_log import EpochLog
+from fastmerge.reporting.results import EpochLog
 from full_disk import files_of_at_most
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection, PathCollection
 
-from fastmerge.reporting import plots
+from fastmerge.reporting import report
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import write
 
@@ -42,7 +42,7 @@ def arrays():
 
 
 def test_every_replicate_is_a_dot_and_the_paper_a_diamond():
-    axes = plots.plot_strategies(RESULTS).axes[0]
+    axes = report.plot_strategies(RESULTS).axes[0]
     dots = [part.get_offsets()[:, 1].tolist() for part in axes.collections if isinstance(part, PathCollection)]
     assert dots == [[0.07, 0.08, 0.09, 0.1, 0.11], [0.077], [0.2, 0.3], [0.249]]
     assert [label.get_text().split("\n")[0] for label in axes.get_xticklabels()] == ["student", "one"]
@@ -52,7 +52,7 @@ def test_every_replicate_is_a_dot_and_the_paper_a_diamond():
 
 
 def test_the_median_replicate_stands_for_its_strategy():
-    axes = plots.plot_learned(arrays()).axes[0]
+    axes = report.plot_learned(arrays()).axes[0]
     *behind, true, median = axes.get_lines()
     assert len(behind) == 3
     assert np.allclose(true.get_ydata(), [0, 0.25, 0.5, 0.75, 1])
@@ -63,7 +63,7 @@ def test_the_median_replicate_stands_for_its_strategy():
 @pytest.mark.parametrize("groups", [2, 20])
 def test_gates_show_each_group_and_lambda(groups):
     gates = HISTORY["gates"] | {"open_probability": {f"layer{i}": [0.9, i / groups] for i in range(groups)}}
-    top, bottom = plots.plot_gates(gates).axes[:2]
+    top, bottom = report.plot_gates(gates).axes[:2]
     assert [line.get_ydata()[-1] for line in top.get_lines()[:groups]] == [i / groups for i in range(groups)]
     assert list(top.get_lines()[-1].get_ydata()) == [0.5, 0.5]
     assert list(bottom.get_lines()[0].get_ydata()) == [0.1, 0.4]
@@ -71,14 +71,14 @@ def test_gates_show_each_group_and_lambda(groups):
 
 
 def test_training_curves_are_the_median_over_the_replicates():
-    loss, test = plots.plot_training(HISTORY["curves"], HISTORY["stages"]).axes
+    loss, test = report.plot_training(HISTORY["curves"], HISTORY["stages"]).axes
     assert [list(line.get_ydata()) for line in loss.get_lines()[:2]] == [[3, 2, 1], [4, 2]]
     assert list(test.get_lines()[0].get_ydata()) == [4, 3, 1]
     assert [line.get_xdata()[0] for line in loss.get_lines()[2:]] == [1, 2]
 
 
 def test_the_legend_names_strategies_that_the_first_panel_lacks():
-    panel, _ = plots.plot_training(
+    panel, _ = report.plot_training(
         {"one": {"train_loss": [2, 1], "val_loss": [2, 1]}, "repair": {"val_loss": [3, 2]}}
     ).axes
     assert [text.get_text() for text in panel.get_legend().get_texts()] == ["one", "repair"]
@@ -86,7 +86,7 @@ def test_the_legend_names_strategies_that_the_first_panel_lacks():
 
 
 def test_epochs_without_a_score_leave_no_gap():
-    (accuracy,) = plots.plot_training(
+    (accuracy,) = report.plot_training(
         {"student": {"epochs": [1, 2, 3, 4], "val_accuracy": [None, 0.5, None, 0.7]}}
     ).axes
     (line,) = accuracy.get_lines()
@@ -111,6 +111,6 @@ def test_a_report_writes_what_the_run_allows(tmp_path):
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, fastmerge.reporting.plots, fastmerge.reporting.report; print('matplotlib' in sys.modules)"
+    code = "import sys, fastmerge.reporting.report; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import BY_NAME, merged
-from fastmerge.wide import gate_matrix, weights
-from fastmerge.wide.gate_matrix import GroupMeans, hand_out_gates
+from fastmerge import gates
+from fastmerge.gates import GroupMeans, hand_out_gates
+from fastmerge.wide import weights
 from fastmerge.wide.weights import hand_out_weights
 
 RUNS = [
@@ -157,4 +158,4 @@ def test_compilers_see_the_weights_themselves() -> None:
     parameters = [nn.Parameter(torch.randn(4, 3))]
     with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
         assert hand_out_weights(parameters, (2,))[0][0] is parameters[0]
-        assert gate_matrix.hand_out_gates(parameters[0], [(0, 2)])[0].grad_fn.name() == "SliceBackward0"
+        assert gates.hand_out_gates(parameters[0], [(0, 2)])[0].grad_fn.name() == "SliceBackward0"
