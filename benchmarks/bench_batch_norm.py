@@ -11,6 +11,7 @@ Eager and compiled are the reference: ``F.batch_norm``, add, ReLU, max-pooling, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,6 +150,8 @@ def cut_contender(cut: dict[str, Any], layer: str, kind: str) -> Contender:
 @pytest.mark.parametrize("layer", CUT_LAYERS, ids=[layer.replace(" ", "-") for layer in CUT_LAYERS])
 def bench_cuts(benchmark: BenchmarkFixture, layer: str, kind: str, effort: Effort) -> None:
     benchmark.group = benchmark.extra_info["case"] = f"BatchNorm cuts, {layer} {kind} bf16 cuda"
-    makers = {name: (lambda cut=cut: cut_contender(cut, layer, kind)) for name, cut in CUTS.items()}
+    makers: dict[str, Callable[[], Contender]] = {}
+    for name, cut in CUTS.items():
+        makers[name] = partial(cut_contender, cut, layer, kind)
     makers["copy"] = lambda: contender("copy", layer, kind, torch.bfloat16)
     race(benchmark, makers, effort, "cuda")

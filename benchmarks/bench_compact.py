@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def close_gates(network: fastmerge.BigStudent, share: float) -> None:
     """Closes gates for good, chosen at random: in all, the dropped ones among them, a share of each group's candidates."""
     generator = torch.Generator().manual_seed(0)
     for group in network.groups:
-        gate = network.gates[group.name]
+        gate: Any = network.gates[group.name]
         count, candidates = len(gate.loc), network.num_teachers * group.size
         loc = torch.full((count,), OPEN)
         loc[torch.randperm(count, generator=generator)[: max(0, count - candidates + int(share * candidates))]] = CLOSED

@@ -6,6 +6,9 @@ place of the extension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from fastmerge.kernels.compact import compact_reference
@@ -38,7 +41,7 @@ def select(weight: Tensor, keep_out: Tensor, keep_in: Tensor | None) -> Tensor:
     return rows if keep_in is None else rows.index_select(1, keep_in)
 
 
-OPERATIONS = {"fused": compact_, "torch": compact_in_torch, "index_select": select}
+OPERATIONS: dict[str, Callable[..., Any]] = {"fused": compact_, "torch": compact_in_torch, "index_select": select}
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 

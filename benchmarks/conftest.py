@@ -55,7 +55,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 @pytest.fixture
 def effort(request: pytest.FixtureRequest) -> Effort:
     names = ("rounds", "seconds", "until", "contenders", "careful")
-    return Effort(*map(request.config.getoption, names), request.config.stash[_JOURNAL])
+    asked = {"asked" if name == "rounds" else name: request.config.getoption(name) for name in names}
+    return Effort(**asked, journal=request.config.stash[_JOURNAL])
 
 
 @pytest.fixture(autouse=True)

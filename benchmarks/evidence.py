@@ -27,14 +27,16 @@ from torch.nn import functional as F
 
 from benchmarks.evidence_report import OWN, RESULTS, WARM
 from fastmerge.big_student import BigStudent
+from fastmerge.channels import rules
 from fastmerge.channels.grouping import channel_groups
+from fastmerge.channels.record import IdRun
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.augmentation import flip_and_shift
 from fastmerge.data.dataset import Dataset, image_dataset
 from fastmerge.data.decoding import OnBadImage
 from fastmerge.experiments.column import Column
 from fastmerge.experiments.lab import Lab
-from fastmerge.experiments.recipes import Recipe, digits
+from fastmerge.experiments.recipes import LoadData, Recipe, digits
 from fastmerge.experiments.run import run
 from fastmerge.experiments.strategies import STRATEGIES, short, strategy
 from fastmerge.gates import draw_gates
@@ -46,6 +48,7 @@ from fastmerge.methods.reconstruct import refit, rescale
 from fastmerge.methods.transplant import magnitudes
 from fastmerge.networks import LeNet, ResNetCifar
 from fastmerge.reporting.results import write_json
+from fastmerge.wide import blueprint
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_EQUAL_COST = [
@@ -59,6 +62,7 @@ AT_EQUAL_EPOCHS = [
     *("choice: magnitude", "choice: magnitude, strong"),
 ]
 LEAST_SQUARES = "choice: least squares"
+TIED = "choice: tied streams"
 WARMED = ["ours", "restart", "reconstruct-distill", "repair-distill"]
 ALL = (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, LEAST_SQUARES, *(f"{WARM}{name}" for name in WARMED))
 
@@ -109,15 +113,39 @@ class ByMagnitudeStrongly(ByMagnitude):
     strength = 1.0
 
 
-def _beginning(name: str, big: type[BigStudent]) -> None:
+class TiedStreams(BigStudent):
+    """A big student whose LayerNorms tie the channels that they normalise, in place of weighing them by gates.
+
+    A residual stream has one gate for all its channels, so that the student takes it from one teacher.
+    """
+
+    def __init__(self, *teachers: nn.Module, **options: Any) -> None:
+        weighted = rules._layer_norm
+
+        def tied(run: IdRun, func: Any, args: Any, kwargs: Any) -> Any:
+            made = weighted(run, func, args, kwargs)
+            assert run.node is not None
+            run.record.normalised.pop((run.mode, run.node.name), None)
+            channels = made.ids.flatten(0, -2)[0]
+            run.record.tie(channels[:1], channels)
+            return made
+
+        with patch.object(rules, "_layer_norm", tied), patch.object(blueprint, "_KNOWN", type(blueprint._KNOWN)()):
+            super().__init__(*teachers, **options)
+
+
+def _with(name: str, big: type[BigStudent]) -> None:
+    """The recipe's merge by another big student."""
+
     @strategy(f"choice: {name}")
-    def begun(lab: Lab, teachers: Sequence[Column]) -> Column:
+    def merged(lab: Lab, teachers: Sequence[Column]) -> Column:
         with patch.object(stages, "BigStudent", big):
             return lab.merge(teachers, f"choice-{name.replace(', ', '-')}")
 
 
-_beginning("magnitude", ByMagnitude)
-_beginning("magnitude, strong", ByMagnitudeStrongly)
+_with("magnitude", ByMagnitude)
+_with("magnitude, strong", ByMagnitudeStrongly)
+_with(TIED.removeprefix("choice: "), TiedStreams)
 
 
 class Compensated(BigStudent):
@@ -185,7 +213,7 @@ for _name in WARMED:
 def recipe_of(
     name: str,
     make_network: Callable[[int, int], nn.Module],
-    load_data: Callable[[Path | None, int, OnBadImage], Dataset],
+    load_data: LoadData,
     unit: int,
     batch_size: int,
     **more: Any,
@@ -407,6 +435,7 @@ PARTS = {
         12,
         150,
         "cifar100.npz",
+        (*AT_EQUAL_COST, *AT_EQUAL_EPOCHS, TIED),
     ),
     # By then a transformer's teachers have converged. Merges without training are left out, but for the best two.
     "vit-long": Part(
@@ -417,7 +446,7 @@ PARTS = {
         "cifar100.npz",
         [
             *("ours", "ours-plain", "one", "one-cosine", "bo3", "restart", "cyclic-swa", "distill"),
-            *("rebasin", "reconstruct", "ensemble", "ensemble-3", OWN, "choice: all"),
+            *("rebasin", "reconstruct", "ensemble", "ensemble-3", OWN, "choice: all", TIED),
         ],
     ),
 }

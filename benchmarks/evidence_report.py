@@ -46,6 +46,7 @@ _CHOICES = {
     "choice: all": "distill, link late and third together",
     "choice: magnitude": "gates begin more open where their channel's weights are larger",
     "choice: magnitude, strong": "the same, twice as strong",
+    "choice: tied streams": "one gate for a transformer's residual stream, in place of LayerNorms weighted by gates",
     "choice: least squares": "compression makes up for dropped channels by least squares, as `reconstruct` does",
 }
 

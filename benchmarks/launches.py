@@ -287,7 +287,7 @@ def _fake(network: nn.Module, mode: FakeTensorMode) -> None:
 
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
-            tensors.update({name: twin(t) for name, t in tensors.items() if t is not None})
+            tensors.update({name: twin(t) for name, t in tensors.items() if t is not None})  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ class MergeTask:
         widest, steps = max(len(parameter) for parameter in network.gate_parameters()), self.epochs * self.steps
         gate_lr = fitting_gate_lr(steps)
         lam = fastmerge.QuadraticLambda(LAM_START, fitting_lam_step(self.epochs, steps, widest, LAM_START, gate_lr))
-        optimizers = [
+        optimizers: list[torch.optim.Optimizer] = [
             SGD(network.weight_parameters(), LR, MOMENTUM),
             SGD(network.gate_parameters(), gate_lr, GATE_MOMENTUM),
         ]
@@ -89,7 +89,7 @@ class MergeTask:
         tensors = {name: tensor.expand_as(wide[name]) for name, tensor in naive.network.state_dict().items()}
         big.network.load_state_dict(tensors)
         big.gates.load_state_dict(naive.gates.state_dict())
-        return big.compress(in_place=True)  # type: ignore[no-any-return]
+        return big.compress(in_place=True)
 
     def merged(self, batches: TimedBatches, **options: Any) -> tuple[nn.Module, float]:
         """The merge stage of fastmerge, and compression; what share of the channels left before it."""

@@ -52,7 +52,7 @@ class Contender:
     step: Callable[[], object]
     facts: dict[str, Any] = field(default_factory=dict)
     floor: Callable[[], float] | None = None
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], object] = lambda: None
     before: Callable[[], object] = lambda: None
     more: Callable[[list[float]], dict[str, Any]] = lambda samples: {}
 
@@ -261,11 +261,12 @@ class Race:
         self.effort.journal.keep(self.benchmark, found[-1] if found else [])
 
     def _settle(self, name: str, samples: list[Sample], paired: bool) -> None:
-        times = {"samples": [sample.whole for sample in samples], "paired": paired}
+        found = [sample.whole for sample in samples]
+        times: dict[str, Any] = {"samples": found, "paired": paired}
         times["cpu_seconds"] = statistics.median(sample.cpu for sample in samples)
         if self.device == "cuda":
             times["queue_seconds"] = statistics.median(sample.queued for sample in samples)
-        self.results[name] |= times | self.runners[name].more(times["samples"])
+        self.results[name] |= times | self.runners[name].more(found)
 
     def _timed(self, contender: Contender, prepared: bool = False) -> Sample:
         if not prepared:

@@ -77,7 +77,8 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
 
 def readme(runs: dict[str, dict[str, Any]]) -> str:
     """The README's block: the targets that were measured, and on what."""
-    rows, machines = [], []
+    rows: list[list[str]] = []
+    machines: list[str] = []
     for run in runs.values():
         found = [_target_row(target, ratios) for target, ratios in _target_rows(run) if ratios is not None]
         if found:

@@ -100,7 +100,7 @@ class GraphedTraining:
         self.loss = losses["loss"].detach()
 
 
-def make_optimizers(network: nn.Module) -> list[Optimizer]:
+def make_optimizers(network: Any) -> list[Optimizer]:
     """SGD for the weights and, where there are gates, one for them, as the paper has it."""
     if not hasattr(network, "gate_parameters"):
         return [SGD(network.parameters(), lr=1e-3, momentum=0.9)]

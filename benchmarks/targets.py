@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks import names as who
 from benchmarks.results import CPU_TIME, LAUNCHES, STAGE, TIME
@@ -107,7 +108,7 @@ def _stage(case: str) -> list[Target]:
     """A merge stage as long as the paper's, with students that are no worse: as the paper has it, and at its cheapest."""
     name = f"naive dense / merge stage, same accuracy, {case.split()[0]}"
     forms = {"": who.MERGE, ", link_at=0.5, compact_at=0": who.MERGE_COMPACTED}
-    more = {"at_least": True, "measure": STAGE, "same_accuracy": True}
+    more: dict[str, Any] = {"at_least": True, "measure": STAGE, "same_accuracy": True}
     return [
         Target(f"{name}{form}", f"merge, {case}", who.NAIVE, contender, 2.0, 3.0, **more)
         for form, contender in forms.items()

@@ -133,9 +133,10 @@ def pruned_to(teachers: Sequence[nn.Module], width: float) -> nn.Module:
         own = writes.weight.flatten(1).norm(dim=1)
         read = reads.weight.flatten(2) if reads.weight.dim() > 2 else reads.weight.unflatten(1, (group.size, -1))
         keep[group.name] = (own * read.transpose(0, 1).flatten(1).norm(dim=1)).topk(big.widths[group.name]).indices
-    student = big.compress(keep=keep)
+    student: Any = big.compress(keep=keep)
+    teacher: Any = teachers[0]
     student.fc3.weight *= len(teachers)  # of the mean, only this teacher's part is there
-    student.fc3.bias.copy_(teachers[0].fc3.bias)
+    student.fc3.bias.copy_(teacher.fc3.bias)
     return student
 
 

@@ -1,8 +1,8 @@
 """Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
 ``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md,
-ablations.md, evidence.md, layer-norms.md, label-sets.md, layerwise.md, many-teachers.md and widths.md are made whole. In
-every other page what stands between one of these lines and ``<!-- end -->`` is made anew:
+ablations.md, evidence.md, label-sets.md, layerwise.md, many-teachers.md and widths.md are made whole. In every other page what
+stands between one of these lines and ``<!-- end -->`` is made anew:
 
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
 * ``<!-- evidence -->``: one row for each file of docs/results/evidence;
@@ -30,7 +30,6 @@ from benchmarks import (  # noqa: E402
     evidence_report,
     hours,
     label_sets,
-    layer_norms,
     layerwise,
     loader_tables,
     many_teachers,
@@ -104,7 +103,6 @@ def main() -> None:
         BENCHMARKS: report.page(report.load()),
         ABLATIONS: ablation_report.page(ablation_report.load()),
         DOCS / "evidence.md": evidence_report.page(evidence_report.load()),
-        DOCS / "layer-norms.md": layer_norms.page(json.loads(layer_norms.OUT.read_text(encoding="utf-8"))),
         DOCS / "label-sets.md": label_sets.page(label_sets.load()),
         DOCS / "layerwise.md": layerwise.page(*layerwise.load()),
         DOCS / "many-teachers.md": many_teachers.page(many_teachers.load()),

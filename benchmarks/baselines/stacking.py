@@ -53,9 +53,10 @@ def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
 def _layer(like: nn.Module, weight: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
     layer: nn.Module
     if isinstance(like, nn.Conv2d):
+        made: Any = nn.Conv2d  # whose attributes are typed more loosely than its arguments
         size, stride, padding = like.kernel_size, like.stride, like.padding
         inputs = weight.shape[1] * groups
-        layer = nn.Conv2d(inputs, weight.shape[0], size, stride, padding, groups=groups, bias=bias is not None)
+        layer = made(inputs, weight.shape[0], size, stride, padding, groups=groups, bias=bias is not None)
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     layer.to(weight)
