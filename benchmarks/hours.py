@@ -2,17 +2,16 @@
 
 A stage takes ``epochs · steps · s`` on one GPU, with the ``s`` of a step of the recipe's batch as it was measured. P GPUs take
 at best a P-th of it, and at worst, as far as messages go, ``epochs · steps · 2 (P - 1) / P · gradients / bandwidth`` longer.
-Until a GPU has run it, ``s`` is what it is to be expected from others' measurements of plain networks, and the least that
-the operations and bytes of a step take by a GPU's data sheet.
+Until a GPU has run it, ``s`` is what is to be expected from others' measurement of a plain network.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ import torch
 from benchmarks import names
 from benchmarks.cases import Case
 from benchmarks.counting import Ceilings, step_work
-from benchmarks.published import MEASUREMENTS, Measurement
 from benchmarks.report import machine
 from benchmarks.results import Contenders, cases
 from fastmerge.big_student import BigStudent
@@ -33,28 +31,19 @@ IMAGES, CLASSES = 1_281_167, 1000  # ImageNet-1k's training images
 LATE = 0.25  # of the merge stage before linking, where it is not the recipe's
 GPUS = (1, 8, 64)
 BANDWIDTH = 1e10  # bytes per second that a GPU sends, the default of --bandwidth
-BOUNDS = (
-    "A lower bound: the least time that the operations and bytes of each step can take, by the data sheet of an {card} "
-    "({tera:.0f} TFLOP/s, {bandwidth:g} TB/s). No run can be faster."
-)
 UNMEASURED = (
     "Not measured yet: no GPU has run it. `make gpu OUT=folder` on a machine with one times the steps; with its JSON in "
-    "benchmarks/results, `make docs` puts the hours here. Until then, these are estimates from the speed at which others have "
-    "trained plain networks. They assume that a step of the merge stage is slower than a plain step by as much as it has more "
-    "operations and bytes (`benchmarks/counting.py`). For several GPUs the first number assumes that a share of the batch "
-    "takes its share of the time; small shares take more. The second number adds the time to send all gradients after the "
-    "backward pass, at {sent:g} GB/s. Validation and start-up are left out."
+    "benchmarks/results, `make docs` puts the hours here. Until then, these are estimates for an A100 (SXM, 80 GB), on which "
+    "others have trained a ResNet-50 with {rate:,} images/s in mixed precision and batches of {batch} ([source]({source})): "
+    "{efficiency:.2f} of what its data sheet allows. They assume that a step of the merge stage is slower than a plain step by "
+    "as much as it has more operations and bytes (`benchmarks/counting.py`). For several GPUs the first number assumes that a "
+    "share of the batch takes its share of the time; small shares take more. The second number adds the time to send all "
+    "gradients after the backward pass, at {sent:g} GB/s. Validation and start-up are left out."
 )
-PUBLISHED = (
-    "**{card}**: a {network} trains on {rate:,.0f} images/s, in mixed precision and batches of {batch} "
-    "([source]({source})). That is {efficiency:.2f} of what the card's data sheet allows."
-)
-SCALED = (
-    " {gpus} of them train it {gain:.2f} times as fast as one, with {batch} images for each. Here a step has {total} images, "
-    "{share} for each, so expect a smaller gain."
-)
-# NVIDIA's data sheet of the H200 SXM: dense bfloat16 on tensor cores, memory, last cache.
-CARD, SHEET = "H200", Ceilings(flops=989e12, bandwidth=4.8e12, cache=50 * 2**20)
+# What others have measured, and the A100's data sheet: dense float16 on tensor cores with float32 sums, memory, last cache.
+RATE, MEASURED = 2470, replace(Case("resnet50", 256, 224, "fp16", "cuda"), teachers=1)
+SOURCE = "https://github.com/NVIDIA/DeepLearningExamples/tree/master/PyTorch/Classification/ConvNets/resnet50v1.5"
+SHEET = Ceilings(flops=312e12, bandwidth=2.039e12, cache=40 * 2**20)
 _LOADERS = (names.DALI, names.DATALOADER)
 
 
@@ -76,36 +65,27 @@ def tables(runs: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(found) or _unmeasured(recipe)
 
 
+def efficiency() -> float:
+    """The least time of a measured step by the data sheet / the time that it took."""
+    return SHEET.seconds(step_work(MEASURED, False)) * RATE / MEASURED.batch
+
+
+def expected(case: Case, dense: bool) -> float:
+    """Seconds of a step of T networks side by side with the efficiency that was measured; ``dense`` as in ``step_work``."""
+    return SHEET.seconds(step_work(case, dense)) / efficiency()
+
+
 def _unmeasured(recipe: Recipe) -> str:
-    """What is to be expected of cards that others have measured, and what no run can be faster than."""
+    """What is to be expected of a card that others have measured."""
     case = Case("resnet18", recipe.batch_size, recipe.image_size, "bf16", "cuda")
-    parts = [UNMEASURED.format(sent=BANDWIDTH / 1e9)]
-    for published in MEASUREMENTS:
-        parts += [_said(published, recipe), _table(recipe, _steps(partial(published.seconds, case)), {})]
-    bounds = BOUNDS.format(card=CARD, tera=SHEET.flops / 1e12, bandwidth=SHEET.bandwidth / 1e12)
-    least = _steps(lambda dense: SHEET.seconds(step_work(case, dense)))
-    return "\n\n".join([*parts, bounds, _table(recipe, least, {})])
-
-
-def _steps(seconds: Callable[[bool], float]) -> dict[str, float]:
-    """By contender, seconds of a step, from those of two networks side by side that are or are not linked densely."""
-    return {names.TEACHERS: seconds(False), names.UNLINKED: seconds(False), names.LINKED: seconds(True)}
-
-
-def _said(published: Measurement, recipe: Recipe) -> str:
-    batch = published.case.batch
-    text = PUBLISHED.format(
-        card=published.card,
-        network=published.case.network.replace("resnet", "ResNet-"),
-        rate=published.rate,
-        batch=batch,
-        source=published.source,
-        efficiency=published.efficiency,
+    apart, linked = (expected(case, dense) for dense in (False, True))
+    told = {"rate": RATE, "batch": MEASURED.batch, "source": SOURCE, "sent": BANDWIDTH / 1e9}
+    return "\n\n".join(
+        [
+            UNMEASURED.format(efficiency=efficiency(), **told),
+            _table(recipe, {names.TEACHERS: apart, names.UNLINKED: apart, names.LINKED: linked}, {}),
+        ]
     )
-    if not published.gpus:
-        return text
-    share, gain = recipe.batch_size // published.gpus, published.gpus_rate / published.rate
-    return text + SCALED.format(gpus=published.gpus, gain=gain, batch=batch, total=recipe.batch_size, share=share)
 
 
 def _section(
