@@ -1,4 +1,4 @@
-"""docs/evidence.md from the results of benchmarks/evidence.py."""
+"""What docs/evidence.md shows of the results of benchmarks/evidence.py."""
 
 from __future__ import annotations
 
@@ -50,30 +50,6 @@ _CHOICES = {
     "choice: least squares": "compression makes up for dropped channels by least squares, as `reconstruct` does",
 }
 
-_SETTING = """\
-## How it was measured
-
-There are several data sets ({PARTS}), each with several replicates. Within a replicate all strategies start
-from the same teachers, read the data in the same order, and are tested on the same images: differences are paired.
-
-*cost* is the number of operations of all forward and backward passes, in epochs of one network. The operations of merging
-methods and the teachers' forward passes for distillation count too. Each data set has a unit U of epochs. Teachers train for 2U
-each. Every strategy is fine-tuned until it has cost 6U, as `one` and `bo3` do; an ensemble costs only its teachers.
-
-Choices (the better teacher, the best of three, a weight decay) are made on a tenth of the training data that no network trains
-on. Test images are used only at the end. Learning rates, momentum and the steps at which the rate falls are the same for all.
-Distillation is `τ² KL` at temperature 2 with weight 1/2. These two numbers and the merge stage of a third were found in earlier
-trials on digits and MNIST, with other seeds but with the same test data; no other data was used to choose them. So what digits
-and MNIST say of ours is flattered by that choice, and the other data sets are the test of it.
-
-The networks are small, so that a CPU can train many of them; digits' LeNet has fewer weights than a linear classifier of the
-same images. Replicates differ in the networks' first weights, the order of the data and the draws of gates. The training and
-test images are the same for all of a data set: errors and p say nothing about other images.
-
-*p* is of Student's two-sided paired t-test, corrected by Holm's method for all comparisons of its table. Differences with
-p < {SURE} are called sure, and are in bold. `make evidence DATA=folder` runs everything again; docs/results/evidence/ has the
-values of every replicate."""
-
 
 def read(path: Path) -> dict[str, Any]:
     """The results in a file, NaN where JSON has null."""
@@ -109,59 +85,15 @@ def corrected(every: dict[str, dict[str, Any]], base: str, others: list[str]) ->
     return dict(zip(found, holm(list(found.values())), strict=True))
 
 
-def page(every: dict[str, dict[str, Any]]) -> str:
-    """The whole file."""
-    sections = [
-        "# Is merging worth what it costs?",
-        verdict(every),
-        _SETTING.replace("{SURE}", f"{SURE:g}").replace("{PARTS}", ", ".join(every)),
-        "## Ours less each other strategy, at equal cost",
-        _READING,
-        overview(every, OURS, _others(), MEANINGS),
-        "## What each choice is worth, at equal epochs",
-        _CHOICES_ARE,
-        overview(every, OWN, [name for name in _CHOICES if name != OWN], _CHOICES, flipped=True),
-        "## What a warm-up is worth",
-        _WARM_IS,
-        warmed(every),
-        *(section(name, results) for name, results in every.items()),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-_READING = "By data set: the difference of the test accuracy in points, its p, and the difference of the test loss."
-
-_CHOICES_ARE = """\
-`student` is the recipe's merge with the paper's number of epochs; its cost is above 6U. Each other row changes one choice. It
-shows the row less `student`, in points of test accuracy and in test loss.
-
-A merge stage a third as long costs less. Its accuracy is surely better on ResNet-20 and the transformer, and nowhere visibly
-worse; its test loss is higher on Imagewoof. Linking late costs less, too, without a visible loss of accuracy. So both are the
-defaults of `merge()`: 10 epochs of merging, linked after a quarter of them, and 50 of fine-tuning. Gates whose learning rate
-fits the length of the stage, another default, are better than the paper's (the row `paper`) on Imagewoof, surely, and on
-ResNet-20, nearly so.
-
-Distillation lowers the test loss on digits and MNIST, without a visible loss of accuracy. It is not a default: it makes an
-epoch of fine-tuning two thirds dearer, and where networks [had not converged](layer-norms.md), distilled students were clearly
-worse. By the rule of the [ablations](ablations.md) a default differs from the paper's if a choice is clearly better on more
-than one data set, or as good for less.
-
-Gates that begin more open where weights are larger are surely better on Imagewoof alone, in accuracy: the test loss is higher
-there. With twice the strength it is higher on MNIST, too, and lower on ResNet-20 and the transformer. So the library's gates
-begin alike, as the paper's do.
-
-Compression that makes up for dropped channels by least squares makes no sure difference. On Imagewoof students are rather less
-accurate with it. On digits and MNIST, where dropped channels are closed, it changes nothing visible. So `compress()` does not
-do it."""
-
-
-_WARM_IS = f"""\
-All strategies fine-tune from the full learning rate. `{WARM}NAME` is NAME with a tenth of its fine-tuning in which the rate
-rises to it. Each row shows the strategy with the warm-up less the one without, in points of test accuracy and in test loss.
-
-Only `reconstruct-distill` needs it, on digits. Its fitted weights and the teachers' gradients make the first steps too large:
-most ReLUs of the last layers die in some replicates, and fine-tuning ends below where it began. With the warm-up
-`reconstruct-distill` is level with ours. The others lose nothing by it. So fine-tune after `reconstruct` with a `warmup`."""
+def blocks(every: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What docs/evidence.md shows of the results."""
+    return {
+        **verdict(every),
+        "overview": overview(every, OURS, _others(), MEANINGS),
+        "choices": overview(every, OWN, [name for name in _CHOICES if name != OWN], _CHOICES, flipped=True),
+        "warm-ups": warmed(every),
+        "parts": "\n\n".join(section(name, results) for name, results in every.items()),
+    }
 
 
 def _others() -> list[str]:
@@ -169,7 +101,7 @@ def _others() -> list[str]:
     return [*(name for name in MEANINGS if name != OURS), *_TAUGHT]
 
 
-def verdict(every: dict[str, dict[str, Any]]) -> str:
+def verdict(every: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Where ours is not ahead, and where it is, in words."""
     sure = corrected(every, OURS, _others())
     kinds: dict[str, Callable[[float, float], bool]] = {
@@ -190,20 +122,7 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
     alone = [_one_by_one(part, results, len(sure)) for part, results in every.items()]
     kinds_of = zip(lines["behind"], lines["no sure difference from"], alone, strict=True)
     not_ahead = [line for each in kinds_of for line in each if line]
-    return "\n\n".join(
-        [
-            "*ours* is `fastmerge.merge(distill=0.5)`, at the cost of training one network all along: a merge stage a third "
-            "as long as the paper's, linked after a quarter of it, and then distillation. The first two are the defaults of "
-            "`merge()`, distillation is not; all three were chosen on digits and MNIST. The tables below say what the other "
-            "strategies are.",
-            "**Where ours is not ahead**, at equal cost. Each number is the test accuracy of ours less that of the other, in "
-            "points, ± its standard error:",
-            "\n".join(not_ahead),
-            *(why for part, why in _WHY.items() if part in every),
-            "**Where ours is ahead:**",
-            "\n".join(lines["ahead of"]),
-        ]
-    )
+    return {"not ahead": "\n".join(not_ahead), "ahead": "\n".join(lines["ahead of"])}
 
 
 def _one_by_one(part: str, results: dict[str, Any], comparisons: int) -> str:
@@ -223,27 +142,6 @@ def _one_by_one(part: str, results: dict[str, Any], comparisons: int) -> str:
         f"each one by itself) ours is behind {', '.join(names[False]) or 'none'}, and ahead of "
         f"{', '.join(names[True]) or 'none'}."
     )
-
-
-_WHY = {
-    "imagewoof28": """\
-On Imagewoof a merge stage has 54 steps, too few for the gates to settle. Before fine-tuning (*at once*) the student is far
-below a teacher, and the few epochs of fine-tuning that the cost leaves do not make up for it. With more of them, at more cost
-(`choice: all`), it is level with the best.""",
-    "resnet20": """\
-The teachers of ResNet-20 and of the transformer have not converged: `one`, trained three times as long, is far ahead of the
-best of three of their length (`bo3`), and of two or three of them side by side (`ensemble`, `ensemble-3`). The longer one
-network trains, the better it is. So even the plain mean of the weights (`average`), on ResNet-20 no better than chance at once,
-scores above ours: it keeps twenty epochs for fine-tuning. Ours has a merge stage of 54 steps, as on Imagewoof, which costs as
-much as about ten epochs, and two fifths of what its fine-tuning costs goes to the teachers' forward passes. So `ours-plain`
-scores above ours there, and `choice: third`, with seventeen epochs of fine-tuning, above both.""",
-    "vit-long": """\
-In `vit-long` the same transformer's teachers have nearly converged: three times their length (`one`) gains three points, not
-eleven. Ours is now level with two networks side by side (`ensemble`), but still below one network of its cost, in accuracy;
-its test loss is lower. The merge stage of a linked transformer is dear, and with distillation the student gets half as many
-epochs of fine-tuning as `ours-plain`, and a quarter of those of `restart`. With the recipe's own stages, at half as much cost
-again, `student` is level with the best.""",
-}
 
 
 def summary(every: dict[str, dict[str, Any]]) -> str:

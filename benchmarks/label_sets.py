@@ -271,29 +271,14 @@ KINDS = (
 )  # training, and its measure
 
 
-def page(measured: dict[str, dict[str, Any]]) -> str:
-    """docs/label-sets.md from the records by task."""
+def blocks(measured: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What docs/label-sets.md shows of the records by task."""
     there = {name: found for name, found in measured.items() if found["replicates"]}
-    parts = [
-        "# Teachers of different label sets",
-        "Can two teachers that know different classes be merged into one network that knows the classes of both? First, "
-        "where another use of the same cost is better or as good. The strategies are explained below the tables.",
-        *(conclusion(TASKS[n], found["replicates"]) for n, found in there.items()),
+    tables = [
+        part for n, found in there.items() for part in _section(TASKS[n], found["replicates"], found["environment"])
     ]
-    parts += ["![Accuracy less that of a merge](pictures/label-sets.png)", INTRODUCTION]
-    for name, found in there.items():
-        parts += _section(TASKS[name], found["replicates"], found["environment"])
-    parts += [
-        "Each half of the classes is a task, with one teacher. Every strategy costs as much as training a teacher three times, "
-        "in counted operations. Both teachers cost two of these, so merges and other methods have one left for merging and "
-        "fine-tuning. One teacher that is trained further has two left, and a fresh network has all three.",
-        "*per task* is the mean over both halves of the accuracy among their own classes, *over all classes* the accuracy "
-        f"among all classes. *difference* is the row's accuracy less that of *{WHAT[BASE]}* in the same replicate, in points, "
-        "± its standard error. *at once* is both accuracies (per task / over all classes) before fine-tuning; for a merge that "
-        f"is after its merge stage. The weight of distillation is {DISTILL:g}. Learning rates were chosen on a replicate that "
-        "is not among these.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    verdicts = [conclusion(TASKS[n], found["replicates"]) for n, found in there.items()]
+    return {"verdict": "\n\n".join(verdicts), "tables": "\n\n".join(tables)}
 
 
 def _section(task: Task, records: Sequence[dict[str, Any]], made: dict[str, Any]) -> list[str]:
@@ -329,29 +314,6 @@ def _section(task: Task, records: Sequence[dict[str, Any]], made: dict[str, Any]
     )
     parts.append(f"{made_with(made)}.")
     return parts
-
-
-INTRODUCTION = """`BigStudent(t1, t2, heads="concatenate")` merges teachers of one architecture that were trained on
-different classes. Their last layers may differ in the number of classes, all other layers may not. The student is of the
-teachers' class with K<sub>1</sub> + K<sub>2</sub> outputs, in the teachers' order. Its weights load strictly into a network
-that you build with so many classes. With open gates each part of the output is exactly its teacher's logits.
-
-```python
-student, history = fastmerge.merge([t1, t2], [loader1, loader2], heads="concatenate")
-```
-
-* **Data.** With one loader per teacher, each step takes a batch of each, and targets count the teacher's own classes from 0.
-  With one loader for all, targets count all classes: those of the second teacher begin at K<sub>1</sub>. A merge warns after
-  its first epoch if the classes of a teacher never came.
-* **Loss.** A sample trains only the part of the output that belongs to its own teacher. With `distill=w` the other parts learn
-  their teachers' outputs in the fine-tuning. With `all_classes=True` a sample trains all parts, as one classifier.
-* **Output.** `heads="separate"` makes the student return a tuple of the parts.
-* **Command line.** `fastmerge merge --heads concatenate --data a/ --data b/`, with the other options as usual.
-
-Networks that end with a softmax over all classes can't be merged this way: let them return logits.
-
-Other methods merge such teachers too: `networks, parts = fastmerge.methods.join_heads([t1, t2])` gives networks of one
-architecture, whose mean output is both teachers' outputs side by side."""
 
 
 def values(records: Sequence[dict[str, Any]], strategy: str, score: str) -> list[float]:

@@ -260,43 +260,21 @@ def plot(counted: dict[str, Any]) -> Any:
     return figure
 
 
-INTRODUCTION = """`merge(layerwise=K)`, or `fastmerge merge --layerwise K`, divides the channel groups by depth into K
-consecutive parts with about equally many activations. It learns the gates of one part after another, each in 1/K of the merge
-stage. While a part is learned, only its groups have the channels of all teachers. Earlier parts have the channels that were
-chosen. Later parts have n/T channels of each teacher, those with the largest weights; the others are dropped for the time
-being. When the turn of a part comes, its dropped channels come back with their teachers' weights, and all other weights stay as
-they were trained.
-
-```python
-student, history = fastmerge.merge([t1, t2], loader, layerwise=2)
-```
-
-For each part fastmerge builds an ordinary big student with some gates fixed. It compresses exactly, and can be checkpointed and
-resumed like any other. It is built on the teachers' device: with the teachers on the CPU and `device="cuda"`, the GPU never
-holds more than the big student of one part. Some groups can't lose channels during a merge because of the network's code (see
-`big.compact()`). They stay wide all along and are learned with the first part. In torchvision's ViT these are the residual
-stream and the heads, so only its MLPs get narrower. K is at most the number of groups that can be narrowed; a larger K is
-refused before the first epoch."""
-
-
-def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
-    """docs/layerwise.md from the records."""
-    parts = ["# Merging in parts of the depth", conclusion(counted, measured), INTRODUCTION]
-    if counted.get("networks"):
-        rows = [row for found in counted["networks"] for row in memory_rows(found)]
-        header = ["network", "merge stage", "peak memory", "times one network's", "operations per step"]
-        parts += [
-            "## Memory and cost",
-            "![Memory over operations](pictures/layerwise.png)",
-            table(header, rows, markdown=True),
-            f"Two teachers, float32, {IMAGES['ResNet-18']} images of 224 × 224 a step; the ViT has 12 blocks of width 192. "
-            "Memory is counted on a CPU, not measured on a GPU: weights, gradients, SGD's momentum, and what autograd keeps of "
-            "the forward pass. For `layerwise` it is that of the largest part. Operations of a step are relative to one "
-            "network's; for `layerwise` they are the mean over the parts, all linked. Early compaction (`compact_at`) begins "
-            "with the whole big student, so its peak is the same. The rows with activation checkpointing count what "
-            f"`torch.utils.checkpoint` would keep with the best of {', '.join(map(str, SEGMENTS))} segments, at the cost of "
-            "another forward pass; fastmerge has no option for it.",
-        ]
+def blocks(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What docs/layerwise.md shows of the counts and the records."""
+    rows = [row for found in counted["networks"] for row in memory_rows(found)]
+    header = ["network", "merge stage", "peak memory", "times one network's", "operations per step"]
+    memory = [
+        table(header, rows, markdown=True),
+        f"Two teachers, float32, {IMAGES['ResNet-18']} images of 224 × 224 a step; the ViT has 12 blocks of width 192. "
+        "Memory is counted on a CPU, not measured on a GPU: weights, gradients, SGD's momentum, and what autograd keeps of "
+        "the forward pass. For `layerwise` it is that of the largest part. Operations of a step are relative to one "
+        "network's; for `layerwise` they are the mean over the parts, all linked. Early compaction (`compact_at`) begins "
+        "with the whole big student, so its peak is the same. The rows with activation checkpointing count what "
+        f"`torch.utils.checkpoint` would keep with the best of {', '.join(map(str, SEGMENTS))} segments, at the cost of "
+        "another forward pass; fastmerge has no option for it.",
+    ]
+    parts = []
     for task, what in TASKS.items():
         records = measured[task]["replicates"]
         if not records:
@@ -324,7 +302,8 @@ def page(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
             f"PyTorch {made['torch']}, {made['cpu']['name']}, one core. Written by `make docs` from "
             "benchmarks/results/experiments/layerwise-*.json, which `python -m benchmarks.layerwise` fills."
         )
-    return "\n\n".join(parts) + "\n"
+    found = {"memory": memory, "accuracy": parts}
+    return {"verdict": conclusion(counted, measured), **{name: "\n\n".join(each) for name, each in found.items()}}
 
 
 def whole(records: Sequence[dict[str, Any]]) -> list[float]:
@@ -376,10 +355,7 @@ def conclusion(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> 
             f"not offer, {with_it[1].partition(',')[0]} would take {with_it[3]} times the memory and {with_it[4]} times the "
             "operations."
         )
-    return (
-        "A merge can learn the gates of the network part by part, to save memory. Where parts lose, first:\n\n"
-        + "\n".join(sentences)
-    )
+    return "\n".join(sentences)
 
 
 def load() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

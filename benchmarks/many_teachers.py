@@ -113,33 +113,12 @@ def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {name: read(file) for name, file in files.items() if file.exists()}
 
 
-def page(every: dict[str, dict[str, Any]]) -> str:
-    """docs/many-teachers.md."""
-    if not every:
-        return f"# Many teachers\n\nNot measured yet; `python -m benchmarks.many_teachers` does so.\n\n{_SETTING}\n"
-    sections = [
-        "# Many teachers",
-        verdict(every),
-        "![Test accuracy by the number of teachers](pictures/many-teachers.png)",
-    ]
-    return "\n\n".join([*sections, _SETTING, *(_section(name, results) for name, results in every.items())]) + "\n"
-
-
-_SETTING = """\
-## How it was measured
-
-All strategies of a data set cost the same, in counted operations: 6U epochs of one network. Two teachers train for 2U each, so
-T teachers train for 4U / T each. There are three ways to use them:
-
-* *At once* (`ours`, `ours-3`, `ours-4`, `ours-8`) merges all T in one merge, like `ours` in [evidence](evidence.md). The more
-  its epochs cost, the shorter the merge stage.
-* *Pair by pair* (`recursive-4`, `recursive-8`) merges pairs of teachers, then pairs of the students, until one is left. All
-  merge stages together are as long as the one of two teachers, and the last student gets half of the fine-tuning.
-* *Side by side* is the mean of the T teachers' outputs, without a merge: T networks.
-
-The rest of the 6U, after teachers and merge stages, is fine-tuning, with distillation from the networks that were merged.
-Within a replicate all strategies use the same networks as teachers, the first T of them, trained for different times.
-`fastmerge run RECIPE --strategy NAME` runs a strategy."""
+def blocks(every: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What docs/many-teachers.md shows of the results."""
+    return {
+        "verdict": verdict(every),
+        "parts": "\n\n".join(_section(name, results) for name, results in every.items()),
+    }
 
 
 def _merged() -> list[str]:
@@ -169,11 +148,7 @@ def verdict(every: dict[str, dict[str, Any]]) -> str:
         said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
         highest = [f"{max(line, key=lambda t: _mean(results, line[t]))} {label}" for label, line in LINES.items()]
         lines.append(f"* {_length(part, results)}: {said}. The best numbers of teachers are {', '.join(highest)}.")
-    start = (
-        "Is a merge of three, four or eight teachers better than one of two, at equal cost? Each number is the test accuracy "
-        "with more teachers less that with two, in points, ± its standard error:"
-    )
-    return "\n\n".join([start, "\n".join(lines)])
+    return "\n".join(lines)
 
 
 def _mean(results: dict[str, Any], name: str) -> float:

@@ -144,13 +144,9 @@ WHAT = {"merged": "merged", "pruned": "one teacher, pruned", "fresh": "fresh net
 COLOURS = {"merged": "#D55E00", "pruned": "#0072B2", "fresh": "#009E73"}
 
 
-def page(measured: dict[str, Any]) -> str:
-    """docs/widths.md from the records."""
+def blocks(measured: dict[str, Any]) -> dict[str, str]:
+    """What docs/widths.md shows of the records."""
     records = measured["replicates"]
-    title = "# Students of other widths"
-    if not records:
-        missing = "What merging brings at other widths has not been measured; `python -m benchmarks.widths` does so."
-        return f"{title}\n\n{missing}\n\n{INTRODUCTION}\n"
     first = records[0]
     rows = []
     for key in first["accuracy"]["merged"]:
@@ -164,10 +160,6 @@ def page(measured: dict[str, Any]) -> str:
     teachers = [100 * value for record in records for value in record["teachers"]]
     made = measured["environment"]
     parts = [
-        title,
-        conclusion(records),
-        INTRODUCTION,
-        "![Test accuracy by the student's width](pictures/widths.png)",
         table(header, rows, markdown=True),
         f"Test accuracy in %, ± its standard error; differences are within a replicate. The network: {network.__doc__} The "
         f"data: scikit-learn's digits, n = {len(records)} replicates. Each strategy has 3E epochs, E = {first['epochs']}. "
@@ -177,27 +169,7 @@ def page(measured: dict[str, Any]) -> str:
         f"{made_with(made)}. Written by `make docs` from "
         "benchmarks/results/experiments/widths.json, which `python -m benchmarks.widths` fills.",
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-INTRODUCTION = """`BigStudent(t1, t2, keep=0.5)` learns to keep half as many channels as a teacher has, `keep=1.5` one and a
-half times as many. Any fraction from 1/4 to the number of teachers T works. `keep={name: width}` sets it by channel group, as a
-fraction or a number of channels; the other groups keep a teacher's width. `fastmerge.channel_groups(network)` has the names.
-The gate loss, `GateBudget`, `compact()` and `compress()` use these widths.
-
-```python
-student, history = fastmerge.merge([t1, t2], loader, keep=0.5)
-```
-
-On the command line: `fastmerge merge --keep 0.5`, or `--keep conv1=0.5,layer2=96` by channel group.
-`fastmerge check --keep ...` says what stands in the way.
-
-The student is of the teachers' class, with narrower or wider layers. If your class takes widths as arguments, a network that
-you build with these widths loads the student's weights strictly. If the class's code contains a width, such as
-`x.view(-1, 400)`, the student is the traced network with the same names of weights. Grouped and depthwise convolutions and
-GroupNorm get fewer or more blocks. Layers with LayerNorm, RMSNorm or one value for all channels (the slope of a PReLU) can have
-any width below the channels of all teachers together. Groups whose number of channels the code relies on (chunks, shuffles,
-attention heads, InstanceNorm, `F.normalize`) are refused by name."""
+    return {"verdict": conclusion(records), "table": "\n\n".join(parts)}
 
 
 def _values(records: Sequence[dict[str, Any]], strategy: str, key: str) -> list[float]:
@@ -241,11 +213,7 @@ def conclusion(records: Sequence[dict[str, Any]]) -> str:
                 verdicts[verdict_of(found, "ahead", "behind")].append(key)
         said = "; ".join(f"{verdict} at {', '.join(found)}" for verdict, found in verdicts.items() if found)
         sentences.append(f"* A merge compared with *{WHAT[strategy]}* of the same width: {said}.")
-    start = (
-        "`merge(keep=...)` makes a student that is narrower or wider than its teachers. First, the widths at which this does "
-        "not help, by test accuracy at equal epochs (*ahead* and *behind* mean by more than two standard errors):"
-    )
-    return f"{start}\n\n" + "\n".join(sentences)
+    return "\n".join(sentences)
 
 
 def main() -> None:

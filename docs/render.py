@@ -1,9 +1,9 @@
 """Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
-``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md,
-ablations.md, evidence.md, label-sets.md, layerwise.md, many-teachers.md and widths.md are made whole. In every other page what
-stands between one of these lines and ``<!-- end -->`` is made anew:
+``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md
+and ablations.md are made whole. In every other page what stands between one of these lines and ``<!-- end -->`` is made anew:
 
+* ``<!-- EXPERIMENT: NAME -->``: what a script in benchmarks/ makes of its results, as one of its ``blocks``;
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
 * ``<!-- evidence -->``: one row for each file of docs/results/evidence;
 * ``<!-- coverage -->``: a summary of docs/coverage.json;
@@ -18,6 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,27 @@ README = DOCS.parent / "README.md"
 BENCHMARKS = DOCS / "benchmarks.md"
 ABLATIONS = DOCS / "ablations.md"
 COVERAGE = DOCS / "coverage.md"
-_BLOCK = re.compile(
-    r"(<!-- (results: (?P<name>[\w-]+)|evidence|coverage|building|benchmarks|loaders|hours) -->\n).*?(<!-- end -->)",
-    re.DOTALL,
-)
+_BLOCK = re.compile(r"(<!-- (?P<kind>[a-z-]+)(: (?P<name>[\w -]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+# The blocks of pages on one experiment each, by name.
+_EXPERIMENTS: dict[str, Callable[[], dict[str, str]]] = {
+    "evidence": cache(lambda: evidence_report.blocks(evidence_report.load())),
+    "label-sets": cache(lambda: label_sets.blocks(label_sets.load())),
+    "layerwise": cache(lambda: layerwise.blocks(*layerwise.load())),
+    "many-teachers": cache(lambda: many_teachers.blocks(many_teachers.load())),
+    "widths": cache(lambda: widths.blocks(trials.load_records(widths.OUT))),
+}
 
 
 def rendered(text: str) -> str:
     """The text with every block filled anew."""
-    return _BLOCK.sub(lambda block: f"{block[1]}{_content(block[2], block['name'])}\n{block[4]}", text)
+    return _BLOCK.sub(lambda block: f"{block[1]}{_content(block['kind'], block['name'])}\n{block[5]}", text)
 
 
 def _content(kind: str, name: str | None) -> str:
+    if kind == "results":
+        return _results(DOCS / "results" / str(name))
     if name is not None:
-        return _results(DOCS / "results" / name)
+        return _EXPERIMENTS[kind]()[name]
     if kind == "evidence":
         return evidence_report.summary(evidence_report.load())
     if kind == "coverage":
@@ -102,11 +110,6 @@ def main() -> None:
     files = {
         BENCHMARKS: report.page(report.load()),
         ABLATIONS: ablation_report.page(ablation_report.load()),
-        DOCS / "evidence.md": evidence_report.page(evidence_report.load()),
-        DOCS / "label-sets.md": label_sets.page(label_sets.load()),
-        DOCS / "layerwise.md": layerwise.page(*layerwise.load()),
-        DOCS / "many-teachers.md": many_teachers.page(many_teachers.load()),
-        DOCS / "widths.md": widths.page(trials.load_records(widths.OUT)),
     }
     pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}
     files |= {page: rendered(page.read_text(encoding="utf-8")) for page in sorted(pages)}

@@ -31,14 +31,15 @@ def test_label_sets() -> None:
         one["scores"]["merged, own"]["task"] = one["scores"]["joint, own"]["task"] + by
     found = {"replicates": [better, worse], "environment": environment()}
     measured = {"mnist": found, "cifar100": {"replicates": []}}
-    page = label_sets.page(measured)
+    blocks = label_sets.blocks(measured)
     assert [text.get_text() for text in label_sets.plot(measured).axes[0].get_yticklabels()][::5] == [
         "one network",
         "merged, distilled",
     ]
-    assert re.search(r"\*\*worse\*\*: .*one network, trained on all classes from fresh weights \(-50.05 ± 0.05\)", page)
-    assert page.count("\n| merged ") == 2
-    assert page.index("does not help") < page.index("heads=")
+    assert re.search(
+        r"\*\*worse\*\*: .*one network, trained on all classes from fresh weights \(-50.05 ± 0.05\)", blocks["verdict"]
+    )
+    assert blocks["tables"].count("\n| merged ") == 2
 
 
 def test_widths() -> None:
@@ -48,10 +49,12 @@ def test_widths() -> None:
     record |= {"epochs": 1, "merge_epochs": 1}
     for key in record["accuracy"]["merged"]:
         record["accuracy"]["merged"][key] = record["accuracy"]["fresh"][key] - 0.1
-    assert "has not been measured" in widths.page({"replicates": []})
-    page = widths.page({"replicates": [record, copy.deepcopy(record)], "environment": environment()})
+    blocks = widths.blocks({"replicates": [record, copy.deepcopy(record)], "environment": environment()})
     assert len(widths.plot([record, copy.deepcopy(record)]).axes[0].lines) >= len(widths.WHAT)
-    assert "A merge compared with *fresh network* of the same width: behind at 0.25, 0.5, 1, 1.5, 2." in page
+    assert (
+        "A merge compared with *fresh network* of the same width: behind at 0.25, 0.5, 1, 1.5, 2." in blocks["verdict"]
+    )
+    assert blocks["table"].splitlines()[2].startswith("| 0.25 ")
 
 
 def test_parts_of_the_depth() -> None:
@@ -65,10 +68,10 @@ def test_parts_of_the_depth() -> None:
     records = {"replicates": [record, copy.deepcopy(record)], "environment": environment()}
     torch.manual_seed(0)
     counted = layerwise.memory("ResNet-18", lambda: layerwise.network(28), torch.randn(2, 1, 28, 28))
-    page = layerwise.page({"networks": [counted]}, {"digits": records, "mnist": {"replicates": []}})
-    assert "**behind**: 2 parts (-10.00 ± 0.00), 4 parts (-10.00 ± 0.00)" in page
-    assert "on 1,000 images of MNIST has not been measured" in page
-    assert page.index("Where parts lose") < page.index("layerwise=K")
+    blocks = layerwise.blocks({"networks": [counted]}, {"digits": records, "mnist": {"replicates": []}})
+    assert "**behind**: 2 parts (-10.00 ± 0.00), 4 parts (-10.00 ± 0.00)" in blocks["verdict"]
+    assert "on 1,000 images of MNIST has not been measured" in blocks["verdict"]
+    assert "| 2 parts " in blocks["accuracy"]
     assert [text.get_text() for text in layerwise.plot({"networks": [counted]}).axes[0].texts][3:5] == [
         "layerwise=2",
         "layerwise=4",

@@ -167,24 +167,22 @@ def results(**values: list[float]) -> dict:
     return {"strategies": strategies, "config": config, "environment": made, "what": "toys", "minutes": 3.2}
 
 
-def test_the_page_begins_with_where_ours_is_not_ahead() -> None:
+def test_where_ours_is_not_ahead_and_where_it_is() -> None:
     better = {"one": [0.4, 0.41, 0.39, 0.4], "restart": [0.5, 0.7, 0.5, 0.5], "ensemble": [0.9, 0.91, 0.92, 0.9]}
-    page = evidence_report.page(
+    blocks = evidence_report.blocks(
         {"toys": results(ours=[0.6, 0.6, 0.6, 0.61], student=[0.5] * 4, paper=[0.4] * 4, **better)}
     )
-    _, _, first, lines, second, ahead = page.split("\n\n")[:6]
-    assert first.startswith("**Where ours is not ahead**, at equal cost")
-    assert lines.splitlines()[0].startswith("* toys: behind `ensemble` -30.50 ± 0.")
-    assert lines.splitlines()[1] == "* toys: no sure difference from `restart`."
-    assert lines.splitlines()[2] == (
+    lines = blocks["not ahead"].splitlines()
+    assert lines[0].startswith("* toys: behind `ensemble` -30.50 ± 0.")
+    assert lines[1] == "* toys: no sure difference from `restart`."
+    assert lines[2] == (
         "* toys: with only 4 replicates hardly any difference is sure after the correction for 3 comparisons. The mean of ours "
         "is below that of 1 of the 3. Without the correction (p < 0.05 for each one by itself) ours is behind `ensemble`, and "
         "ahead of `one`."
     )
-    assert second == "**Where ours is ahead:**"
-    assert ahead.startswith("* toys: ahead of `one` +20.25 ± 0.")
-    assert "| paper" in page
-    assert "toys; 1,000 test images" in page
+    assert blocks["ahead"].startswith("* toys: ahead of `one` +20.25 ± 0.")
+    assert "| paper" in blocks["choices"]
+    assert "toys; 1,000 test images" in blocks["parts"]
 
 
 def test_the_page_has_a_row_for_each_strategy_with_a_warm_up() -> None:

@@ -39,17 +39,18 @@ def results() -> dict:
 
 
 def test_the_page_says_first_where_more_teachers_are_ahead_and_where_behind() -> None:
-    page = many_teachers.page({"toys": results()})
-    line = next(line for line in page.splitlines() if line.startswith("* toys"))
+    blocks = many_teachers.blocks({"toys": results()})
+    line = blocks["verdict"]
     assert line.startswith("* toys (two teachers train for 24 epochs each): behind: `ours-8` -19.95 ")
     assert "`recursive-8` -19.95 ± 0.02; ahead: `ours-3` +10.05 ± 0.02; no clear difference: `ours-4` " in line
     assert line.endswith("The best numbers of teachers are 3 at once, 2 pair by pair, 3 side by side, unmerged.")
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in blocks["parts"].splitlines() if row.startswith("| ")
+    ]
     three = next(row for row in rows if row[0] == "ours-3")
     assert three[1:6] == ["3", "16", "6", "6", "–"]
     assert three[7] == "**+10.05 ± 0.02**"
     assert ["8", "8.0", "32.0", "8.0", "8.0"] in rows
-    assert many_teachers.page({}).startswith("# Many teachers\n\nNot measured yet")
 
 
 def test_the_picture_has_a_panel_for_each_part(tmp_path: Path) -> None:
