@@ -1,4 +1,4 @@
-"""docs/ablations.md from the results of benchmarks/ablations.py."""
+"""What docs/ablations.md shows of the results of benchmarks/ablations.py."""
 
 from __future__ import annotations
 
@@ -16,51 +16,19 @@ from fastmerge.reporting.tables import table
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "ablations"
 _CHANCE = 0.02  # at most so often differences of zero are in bold
 
-_INTRODUCTION = f"""\
-What each choice of the merge is worth. Each *variant* changes one choice of the paper's setting (`{BASE}`). Every replicate has
-two teachers of its own. All variants share them, and start with the same gates. `{BASE}` may be run several times with other
-random draws of batches and gates, because chance alone changes a student by more than most choices do.
-
-* *difference* is the variant's student less the mean of the `{BASE}` runs in the same replicate, as a mean over replicates ±
-  its standard error. It is bold where Student's t-test gives p < {_CHANCE:g}. The rows of `{BASE}` have it too, and show the
-  size of chance. Variants that only change the compressed student, or drop channels late, share the draws of the first `{BASE}`
-  run until then, and are compared with that run.
-* *compressed* is the same difference before fine-tuning.
-* *P[g > 0]* is the range of the mean probability of an open gate, over channel groups and replicates, at the end of the merge
-  stage. It should be 1/2.
-
-Written by `python docs/render.py` from docs/results/ablations/, which `python -m benchmarks.ablations` fills. ResNet-20's
-figures are older (commit 9851da4)."""
-
-_SHORT = "How much each choice changes the student's score after fine-tuning; what each is stands below the tables."
-
-_DEFAULTS = """\
-**Defaults.** The paper's choice is the default unless another is clearly better in more than one recipe, or as good for less.
-So the defaults are: λ, a draw for every sample, the head and the weights as compression gives them, and no early compaction
-(which saves time). There are four exceptions. The recipes share the first two, which `--paper` turns off:
-
-* Gates learn faster in a short stage (`gate_lr` is fitted to its steps), so that they open or close for good, and compression
-  does not choose by chance. Here no difference is sure after fine-tuning. In the [evidence](evidence.md), where `paper` lacks
-  it, the student on Imagewoof is surely better with it, and that on ResNet-20 nearly so.
-* BatchNorm's statistics are estimated again at compression. This makes up for the accuracy that compression costs before
-  fine-tuning (*compressed* below). After fine-tuning it changes nothing, since fine-tuning estimates them too.
-* `merge()` links after a quarter of the merge stage, which costs less.
-* `merge()` spends a sixth of its epochs on the merge stage, not half of them, which costs less, too, and is surely better on
-  two data sets of the [evidence](evidence.md), which has measured both."""
-
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All results, in the order of the files' names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def page(every: list[dict[str, Any]]) -> str:
-    """The whole file."""
-    return "\n\n".join(["# Ablations", _INTRODUCTION, overview(every), *map(section, every)]) + "\n"
+def blocks(every: list[dict[str, Any]]) -> dict[str, str]:
+    """What docs/ablations.md shows of the results."""
+    return {"overview": overview(every), "recipes": "\n\n".join(map(section, every))}
 
 
 def overview(every: list[dict[str, Any]]) -> str:
-    """A row per choice, with what it changes of the student in each recipe; and the defaults that follow."""
+    """A row per choice, with what it changes of the student in each recipe."""
     titles = [title(results) for results in every]
     cells: dict[str, dict[str, str]] = {}
     for column, results in zip(titles, every, strict=True):
@@ -69,7 +37,7 @@ def overview(every: list[dict[str, Any]]) -> str:
                 row = cells.setdefault(_choice(name), {})
                 row[column] = _difference(variant["replicates"], _compared(results["variants"], variant), "student")
     rows = [[name, *(row.get(column, "–") for column in titles)] for name, row in cells.items()]
-    return "\n\n".join(["## In short", _SHORT, table(["choice", *titles], rows, markdown=True), _DEFAULTS])
+    return table(["choice", *titles], rows, markdown=True)
 
 
 def title(results: dict[str, Any]) -> str:

@@ -41,30 +41,11 @@ def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return runs
 
 
-def page(runs: dict[str, dict[str, Any]]) -> str:
-    """The whole of docs/benchmarks.md."""
-    parts = [
-        "# Benchmarks",
-        "Written by `make docs` from benchmarks/results. `make bench` runs the benchmarks that this machine can run; "
-        "`make gpu OUT=folder` runs all of them on a machine with a GPU.",
-        "A *case* is a network, image size, batch size and dtype on a device. Its *contenders* take turns in one process, one "
-        "training step (or one whole merge stage) each: forward, loss with gate loss, backward, SGD with momentum on weights "
-        "and gates, and a wait for the device. A ratio is the median over these pairs, beside its quartiles. A *target* is the "
-        "ratio that the library aims at, a *stretch* a better one.",
-        "* *block-diagonal* (*unlinked*) and *dense* (*linked*) are the big student before and after `link()`.\n"
-        "* *naive dense* is the big student as the paper's authors write it: doubled convolutions and BatchNorms, and an "
-        "elementwise gate per channel group; channels-last, autocast, gates in the activations' dtype. *groups=T* is the same "
-        "with grouped convolutions.\n"
-        "* *teachers* trains the two teachers one after the other, without gates, and keeps the activations of one network at "
-        "a time.\n"
-        "* *GFLOP/s* and *GB/s* are the operations that a step needs and the bytes that it must move at least, over its time.\n"
-        "* On a GPU, *queued* is the time that the CPU takes for a step, *busy* the time that the device takes, in "
-        "milliseconds.",
-        "## Targets",
-        "\n\n".join(_targets(runs)),
-    ]
+def blocks(runs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What docs/benchmarks.md shows of the runs."""
+    targets, parts = _targets(runs), []
     if not any(_has_gpu(run) for run in runs.values()):
-        parts.insert(4, NO_GPU)
+        targets.insert(0, NO_GPU)
     for name, run in runs.items():
         parts += [f"## {name}", machine(run)]
         together = raced_cases(run)
@@ -72,7 +53,7 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
             if case not in together:
                 parts += [f"### {case}", *_tables(case, contenders, run.get("before")), *_problems(contenders)]
         parts += convolutions(run)
-    return "\n\n".join(parts) + "\n"
+    return {"targets": "\n\n".join(targets), "runs": "\n\n".join(parts)}
 
 
 def readme(runs: dict[str, dict[str, Any]]) -> str:

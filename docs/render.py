@@ -1,7 +1,7 @@
 """Writes the tables of README.md and of the pages in docs/ from committed results: no figure in them is typed by hand.
 
-``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. benchmarks.md
-and ablations.md are made whole. In every other page what stands between one of these lines and ``<!-- end -->`` is made anew:
+``python docs/render.py`` writes them; ``python docs/render.py --check`` only says whether they are up to date. What stands
+between one of these lines and ``<!-- end -->`` is made anew:
 
 * ``<!-- EXPERIMENT: NAME -->``: what a script in benchmarks/ makes of its results, as one of its ``blocks``;
 * ``<!-- results: NAME -->``: the table of docs/results/NAME/results.json;
@@ -42,12 +42,12 @@ from fastmerge.reporting.results import read  # noqa: E402
 from fastmerge.reporting.tables import caption, differences_table, results_table  # noqa: E402
 
 README = DOCS.parent / "README.md"
-BENCHMARKS = DOCS / "benchmarks.md"
-ABLATIONS = DOCS / "ablations.md"
 COVERAGE = DOCS / "coverage.md"
 _BLOCK = re.compile(r"(<!-- (?P<kind>[a-z-]+)(: (?P<name>[\w -]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 # The blocks of pages on one experiment each, by name.
 _EXPERIMENTS: dict[str, Callable[[], dict[str, str]]] = {
+    "ablations": cache(lambda: ablation_report.blocks(ablation_report.load())),
+    "benchmarks": cache(lambda: report.blocks(report.load())),
     "evidence": cache(lambda: evidence_report.blocks(evidence_report.load())),
     "label-sets": cache(lambda: label_sets.blocks(label_sets.load())),
     "layerwise": cache(lambda: layerwise.blocks(*layerwise.load())),
@@ -107,12 +107,8 @@ def _share(networks: dict[str, Any], chosen: Callable[[str], bool]) -> str:
 
 def main() -> None:
     """Writes or checks the files."""
-    files = {
-        BENCHMARKS: report.page(report.load()),
-        ABLATIONS: ablation_report.page(ablation_report.load()),
-    }
-    pages = {README, *DOCS.glob("*.md")} - {*files, COVERAGE}
-    files |= {page: rendered(page.read_text(encoding="utf-8")) for page in sorted(pages)}
+    pages = sorted({README, *DOCS.glob("*.md")})
+    files = {page: rendered(page.read_text(encoding="utf-8")) for page in pages}
     if "--check" in sys.argv[1:]:
         old = [
             path.name for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text

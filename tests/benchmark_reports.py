@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import blocks
+
 MACHINE = {
     "fastmerge": "0.1.0",
     "commit": "0123456789abcdef0123456789abcdef01234567",
@@ -54,3 +56,8 @@ def _benchmark(group: str, name: str, data: Sequence[float], extra: dict[str, An
     param = name.partition("[")[2].rstrip("]") or None
     stats = {"data": list(data), "rounds": len(data)}
     return {"group": group, "name": name, "param": param, "extra_info": extra, "stats": stats}
+
+
+def text_of(runs: dict[str, dict[str, Any]]) -> str:
+    """All that docs/benchmarks.md shows of runs."""
+    return "\n\n".join(blocks(runs).values())

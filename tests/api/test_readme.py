@@ -1,4 +1,4 @@
-"""The README says what is true: its examples run, and its tables are those of the committed results."""
+"""The README says what is true: its examples run, and its tables and those of the docs are those of the committed results."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def test_examples_run_as_they_stand() -> None:
     assert not torch.allclose(names["big"](x), mean)
 
 
-def test_tables_are_those_of_the_results() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_tables_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert docs_renderer().rendered(text) == text
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import ablation_lab, ablations
 from benchmarks.ablation_lab import Ablation
-from benchmarks.ablation_report import base_of, load, overview, page, paired, section
+from benchmarks.ablation_report import base_of, overview, paired, section
 from benchmarks.ablation_variants import BASE, OneDrawPerBatch, fold_gates, foldable_groups, rescale_head, variants
 from fastmerge import BigStudent
 from fastmerge.data.dataset import Dataset
@@ -220,10 +220,6 @@ def test_clear_differences_are_bold() -> None:
     assert f"| {BASE}" not in short
     results["config"]["autocast"] = "bfloat16"
     assert "in batches of 4, bfloat16. The teachers" in section(results)
-
-
-def test_the_page_is_that_of_the_results() -> None:
-    assert (DOCS / "ablations.md").read_text(encoding="utf-8") == page(load())
 
 
 def test_runs_beside_each_other_are_put_together(run, tmp_path):

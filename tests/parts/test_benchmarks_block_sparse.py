@@ -8,10 +8,9 @@ import pytest
 import torch
 from fastmerge.kernels.block_conv.choice import SPLIT
 
-from benchmark_reports import raced, report
+from benchmark_reports import raced, report, text_of
 from benchmarks.bench_block_sparse import CASES, LAYERS, PASSES, PATTERNS, Layer, flops, functions, pattern
 from benchmarks.convolution_tables import convolutions, fastest
-from benchmarks.report import page
 
 SMALL = Layer("small", 2, 32, 64, 3, 2, 5)
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -67,7 +66,7 @@ def sparse(contenders: dict[str, dict[str, Any]], step: str = "forward") -> dict
 
 
 def test_a_row_for_each_shape_pass_and_pattern() -> None:
-    text = page({"a-card": report([sparse(CONTENDERS), sparse(CONTENDERS, "input gradient")], gpu=True)})
+    text = text_of({"a-card": report([sparse(CONTENDERS), sparse(CONTENDERS, "input gradient")], gpu=True)})
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "a layer bf16 " in line
     ]

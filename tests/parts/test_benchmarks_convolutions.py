@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmark_reports import raced, report
+from benchmark_reports import raced, report, text_of
 from benchmarks.convolution_tables import convolutions
 from benchmarks.journal import joined
-from benchmarks.report import page
 
 CHOICE = {
     "key": "A Card | weight gradient bfloat16 | 2 streams | 256x64x56x56 to 64, kernel 3x3, stride 1, padding 1x1",
@@ -24,13 +23,13 @@ def cells(line: str) -> list[str]:
 def test_what_whole_steps_chose_is_published() -> None:
     made = report([], gpu=True)
     made["machine_info"]["convolution_choices"] = [CHOICE]
-    (row,) = [cells(line) for line in page({"a-card": made}).splitlines() if line.startswith("| weight gradient")]
+    (row,) = [cells(line) for line in text_of({"a-card": made}).splitlines() if line.startswith("| weight gradient")]
     assert row[1].startswith("2 streams of 256x64x56x56 to 64, kernel 3x3, stride 1")
     assert row[1].endswith("bfloat16")
     assert row[2:] == ["0.5", "–", "0.375", "triton 64x64x3 p264 w4 s4"]
     (target,) = [
         line
-        for line in page({"a-card": made}).splitlines()
+        for line in text_of({"a-card": made}).splitlines()
         if line.startswith("| Triton / T cuDNN conv") and "0.75" in line
     ]
     assert cells(target)[0].endswith("weight gradient")

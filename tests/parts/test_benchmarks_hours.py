@@ -13,7 +13,6 @@ from benchmarks import names
 from benchmarks.cases import Case
 from benchmarks.counting import step_work
 from benchmarks.hours import IMAGES, MEASURED, RATE, SHEET, SOURCE, efficiency, expected, tables
-from docs_renderer import docs_renderer
 from fastmerge.experiments.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,10 +119,3 @@ def test_each_precision_has_a_table() -> None:
     text = tables({"x": report([raced(CASE, STEP), raced(CASE.replace("bf16", "fp16"), STEP)], gpu=True)})
     assert "A step of 256 images in bf16" in text
     assert "A step of 256 images in fp16" in text
-
-
-def test_the_committed_page_is_that_of_the_committed_results() -> None:
-    render = docs_renderer()
-    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert "<!-- hours -->" in text
-    assert render.rendered(text) == text

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark_reports import raced, report
+from benchmark_reports import raced, report, text_of
 from benchmarks import contenders, names
 from benchmarks.bench_launches import thin
 from benchmarks.cases import NETWORKS, Case
 from benchmarks.compare import compare
 from benchmarks.launches import counted, pretending
-from benchmarks.report import page
 from benchmarks.results import LAUNCHES, cases
 from benchmarks.steps import Step
 from fastmerge.networks import ResNetCifar
@@ -106,6 +105,6 @@ def test_one_launch_more_is_worse_however_tolerant() -> None:
 
 def test_counts_stand_beside_those_of_an_earlier_commit() -> None:
     after = report(_run(80, 1.5)) | {"before": report(_run(90))}
-    (row,) = [line for line in page({"launches": after}).splitlines() if line.startswith("| unlinked")]
+    (row,) = [line for line in text_of({"launches": after}).splitlines() if line.startswith("| unlinked")]
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["80", "90"]
     assert [cell.strip() for cell in row.split("|")[-3:-1]] == ["1.50", "2.00"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from benchmark_reports import raced, report
 from benchmarks import names
 from benchmarks.loader_tables import NONE, tables
-from docs_renderer import docs_renderer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,10 +33,3 @@ def test_images_per_second_by_loader_and_files() -> None:
 def test_without_figures_it_says_how_to_get_them() -> None:
     assert tables({}) == tables({"steps": report([raced("step, x cpu", {"a": [1.0]})])}) == NONE
     assert "bench-data:" in (ROOT / "Makefile").read_text(encoding="utf-8")
-
-
-def test_the_committed_page_is_that_of_the_committed_results() -> None:
-    render = docs_renderer()
-    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    assert "<!-- loaders -->" in text
-    assert render.rendered(text) == text
