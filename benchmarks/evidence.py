@@ -27,9 +27,7 @@ from torch.nn import functional as F
 
 from benchmarks.evidence_report import OWN, RESULTS, WARM
 from fastmerge.big_student import BigStudent
-from fastmerge.channels import rules
 from fastmerge.channels.grouping import channel_groups
-from fastmerge.channels.record import IdRun
 from fastmerge.data.arrays import ImageArrays, load_npz
 from fastmerge.data.augmentation import flip_and_shift
 from fastmerge.data.dataset import Dataset, image_dataset
@@ -48,7 +46,6 @@ from fastmerge.methods.reconstruct import refit, rescale
 from fastmerge.methods.transplant import magnitudes
 from fastmerge.networks import LeNet, ResNetCifar
 from fastmerge.reporting.results import write_json
-from fastmerge.wide import blueprint
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_EQUAL_COST = [
@@ -86,6 +83,7 @@ def _third(recipe: Recipe) -> dict[str, Any]:
 _choice("distill", lambda recipe: {"distill": DISTILL})
 _choice("link late", lambda recipe: {"link_at": 0.25})
 _choice("third", _third)
+_choice("tied streams", lambda recipe: {"tie_streams": True})
 _choice("all", lambda recipe: _third(recipe) | {"link_at": 0.25, "distill": DISTILL})
 
 
@@ -113,27 +111,6 @@ class ByMagnitudeStrongly(ByMagnitude):
     strength = 1.0
 
 
-class TiedStreams(BigStudent):
-    """A big student whose LayerNorms tie the channels that they normalise, in place of weighing them by gates.
-
-    A residual stream has one gate for all its channels, so that the student takes it from one teacher.
-    """
-
-    def __init__(self, *teachers: nn.Module, **options: Any) -> None:
-        weighted = rules._layer_norm
-
-        def tied(run: IdRun, func: Any, args: Any, kwargs: Any) -> Any:
-            made = weighted(run, func, args, kwargs)
-            assert run.node is not None
-            run.record.normalised.pop((run.mode, run.node.name), None)
-            channels = made.ids.flatten(0, -2)[0]
-            run.record.tie(channels[:1], channels)
-            return made
-
-        with patch.object(rules, "_layer_norm", tied), patch.object(blueprint, "_KNOWN", type(blueprint._KNOWN)()):
-            super().__init__(*teachers, **options)
-
-
 def _with(name: str, big: type[BigStudent]) -> None:
     """The recipe's merge by another big student."""
 
@@ -145,7 +122,6 @@ def _with(name: str, big: type[BigStudent]) -> None:
 
 _with("magnitude", ByMagnitude)
 _with("magnitude, strong", ByMagnitudeStrongly)
-_with(TIED.removeprefix("choice: "), TiedStreams)
 
 
 class Compensated(BigStudent):

@@ -67,6 +67,9 @@ class BigStudent(GatedNetwork):
             code relies on are refused. The student is a network of the teachers' class with other widths, like one that the
             class's constructor builds with these widths. If the class's code contains a width (``x.view(-1, 400)``), it is a
             :class:`~fastmerge.narrowing.compression.TracedStudent` with the same names of weights.
+        tie_streams: whether the channels of a stream that LayerNorms or RMSNorms take together, such as a transformer's
+            residual stream, have one gate per teacher, so that the student takes the stream from one teacher. Otherwise they
+            are chosen one by one, and a norm's statistics weigh them by their gates.
         verify: whether to compare it with the teachers, and with the network that it compresses to, on the example inputs, in
             eval and in training mode. The second comparison is made once per class and shape of large networks in a process.
 

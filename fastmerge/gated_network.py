@@ -46,6 +46,7 @@ class GatedNetwork(nn.Module):
         outputs: names of the outputs that are predictions, or None for those that no parameter follows.
         heads: what becomes of the teachers' outputs: their mean, or each teacher's own, in one tensor or in a tuple.
         keep: how many channels of each group the student has, where not as many as a teacher.
+        tie_streams: whether channels that a LayerNorm takes together are kept together.
         verify: whether to compare it with the teachers, and with what it compresses to.
 
     Attributes:
@@ -62,11 +63,12 @@ class GatedNetwork(nn.Module):
         outputs: Sequence[Name] | None = None,
         heads: str = "average",
         keep: Keep = None,
+        tie_streams: bool = False,
         verify: bool = True,
     ) -> None:
         super().__init__()
         self.heads = heads
-        self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs, outputs, heads)
+        self._blueprint, analysis, self.network, inputs = build(teachers, example_inputs, outputs, heads, tie_streams)
         self.groups: ChannelGroups = self._blueprint.groups
         self.num_teachers = len(teachers)
         self._asked, self.widths = keep, student_widths(self.groups, self.num_teachers, keep)

@@ -96,6 +96,7 @@ def check(
     outputs: Sequence[Name] | None = None,
     heads: str = "average",
     keep: Keep = None,
+    tie_streams: bool = False,
     verify: bool = True,
 ) -> Report:
     """Says whether networks can be merged, with every reason why not, and how many channels can be chosen.
@@ -109,6 +110,7 @@ def check(
         outputs: which outputs are predictions.
         heads: what becomes of the teachers' outputs, as :class:`~fastmerge.BigStudent` takes it.
         keep: how many channels the student is to have, as :class:`~fastmerge.BigStudent` takes it.
+        tie_streams: as :class:`~fastmerge.BigStudent` takes it.
         verify: whether to compare what is built with the networks.
 
     Returns:
@@ -131,13 +133,14 @@ def check(
     try:
         inputs = example_arguments(first, example_inputs)
         common = frozenset() if problems else common_buffers(list(networks.values()))
-        traced, groups, *_ = read_network(first, inputs, outputs, common)
+        traced, groups, *_ = read_network(first, inputs, outputs, common, tie_streams)
         if number == 0:
             alike = {n: t for n, t in networks.items() if n == 0 or _is_alike(first, t, n)}
             problems += [problem for error in code_errors(traced, alike, inputs) for problem in error.problems]
         if not problems:
             with quietly():  # of what is noted below
-                BigStudent(*teachers, example_inputs=example_inputs, outputs=outputs, keep=keep, verify=verify)
+                built: dict[str, Any] = {"outputs": outputs, "keep": keep, "tie_streams": tie_streams, "verify": verify}
+                BigStudent(*teachers, example_inputs=example_inputs, **built)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the user's code raises

@@ -173,6 +173,7 @@ def run_on_ids(
     example_inputs: Sequence[Any],
     predicted: Mapping[str, Collection[int]] | None = None,
     constants: Collection[str] = (),
+    tie_streams: bool = False,
 ) -> IdRecord:
     """Runs both graphs of a network on ids.
 
@@ -181,12 +182,13 @@ def run_on_ids(
         example_inputs: what its graphs take, flat; float tensors of shape (N, C, ...).
         predicted: per mode the positions of the flat outputs that are predictions; None: see ``outputs.predictions``.
         constants: names of buffers that are the same for all teachers.
+        tie_streams: whether channels that a LayerNorm or RMSNorm takes together can only be kept together.
 
     Raises:
         ValueError: naming the layer, if it can't be merged.
     """
     record = IdRecord()
-    run = IdRun(record)
+    run = IdRun(record, tie_streams)
     predicted = predictions(traced) if predicted is None else predicted
     calls = {mode: layer_calls(graph, traced.root) for mode, graph in traced.graphs.items()}
     called = _called_weights(traced, calls)

@@ -211,6 +211,7 @@ class IdRun:
 
     Args:
         record: to write to.
+        tie_streams: whether channels that a LayerNorm or RMSNorm takes together can only be kept together.
 
     Attributes:
         ids: the channel ids of a tensor, in a tensor of its shape.
@@ -220,8 +221,8 @@ class IdRun:
         node: the node that is run.
     """
 
-    def __init__(self, record: IdRecord) -> None:
-        self.record = record
+    def __init__(self, record: IdRecord, tie_streams: bool = False) -> None:
+        self.record, self.tie_streams = record, tie_streams
         self.ids = WeakIdKeyDictionary()
         self.written: dict[int, Tensor] = {}  # by address of memory that ids were written to
         self.kept_alive: list[Tensor] = []  # so that the address stays its own

@@ -346,7 +346,10 @@ def _group_norm(run: IdRun, args: Any) -> Computed:
 
 
 def _layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
-    """Statistics over one dimension of channels, weighted by gates, leave them apart; others make all of them one channel."""
+    """Statistics over one dimension of channels, weighted by gates, leave them apart; others make all of them one channel.
+
+    Where streams are tied, a teacher's channels have its own statistics, and are kept together.
+    """
     x: Tensor = run.ids[args[0]]
     arguments = bound(func, args, kwargs)
     parameters = [arguments.get(name) for name in ("weight", "bias")]
@@ -357,6 +360,12 @@ def _layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
     for vector in vectors:
         run.record.unite(vector, x)
         x = _fill(x, vector)
+    if run.tie_streams:
+        assert run.node is not None
+        rows = compact(x).flatten(0, -2).unique(dim=0)
+        run.record.tie(rows[:, :1], rows)
+        run.record.mixed.append((run.where(), op_name(run.node), np.unique(rows[rows != NO_ID].numpy())))
+        return Computed(x, vectors)
     apart = not vectors and not bool(run.record.constant_ids(compact(x)).any())
     if apart and run.node is not None and bool((x != x[(slice(0, 1),) * (x.dim() - 1)]).any()):
         run.record.normalised_apart[run.mode, run.node.name] = x

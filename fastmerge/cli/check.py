@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="shape of one sample, such as 3 224 224; default fits the first layer",
     )
-    add_options(parser.add_argument, names=("heads", "keep"))
+    add_options(parser.add_argument, names=("heads", "keep", "tie_streams"))
 
 
 def command(options: argparse.Namespace) -> int:
@@ -38,6 +38,7 @@ def command(options: argparse.Namespace) -> int:
     if options.input is not None:
         dtype = next((p.dtype for p in teachers[0].parameters() if p.is_floating_point()), torch.float32)
         inputs = torch.randn(2, *options.input, generator=torch.Generator().manual_seed(0)).to(dtype)
-    report = check(*teachers, example_inputs=inputs, heads=options.heads, keep=options.keep)
+    asked = {"heads": options.heads, "keep": options.keep, "tie_streams": options.tie_streams}
+    report = check(*teachers, example_inputs=inputs, **asked)
     print(report)
     return 0 if report.ok else 1

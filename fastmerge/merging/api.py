@@ -83,6 +83,7 @@ def merge(
     heads: Literal["average", "concatenate", "separate"] = "average",
     all_classes: bool = False,
     keep: Keep = None,
+    tie_streams: bool = False,
     layerwise: int = 1,
 ) -> tuple[nn.Module, History]:
     """Merges trained teachers of one architecture into a student of that architecture.
@@ -184,6 +185,8 @@ def merge(
         all_classes: With ``heads``, whether each sample is trained among the classes of all teachers instead.
         keep: How many channels the student has, as a fraction of a teacher's, or by name of the channel group; None is as
             many as a teacher (see :class:`BigStudent`).
+        tie_streams: Whether channels that a LayerNorm takes together are kept together (see :class:`BigStudent`). In a short
+            merge stage a transformer's student is better with it (docs/evidence.md).
         layerwise: Number K of consecutive parts of the depth whose gates are learned one after another, in 1/K of the merge
             stage each. Only one part at a time has the channels of all teachers, so a step takes less memory and time; the
             student is a different one (see :mod:`fastmerge.merging.layerwise`, and docs/layerwise.md for what it costs). Where

@@ -48,7 +48,7 @@ class Parts:
         if isinstance(teachers[0], Stack):
             raise ValueError("layerwise goes with networks, not with a Stack of replicates; merge them one by one")
         self.teachers, self.examples, self.options = teachers, examples, options
-        big = BigStudent(*teachers, example_inputs=examples, keep=options.keep, verify=verify)
+        big = BigStudent(*teachers, example_inputs=examples, **options.of_big, verify=verify)
         self.groups = big.parts(options.layerwise)
         self.ends = [round((k + 1) * options.merge_epochs / options.layerwise) for k in range(options.layerwise)]
         self._others = representatives(big.groups, teachers, big.widths)
@@ -84,7 +84,7 @@ class Parts:
             number: of the part.
             chosen: the candidates of the groups of all parts before.
         """
-        big = BigStudent(*self.teachers, example_inputs=self.examples, keep=self.options.keep, verify=False)
+        big = BigStudent(*self.teachers, example_inputs=self.examples, **self.options.of_big, verify=False)
         own = self.groups[number]
         big.fix({name: chosen.get(name, other) for name, other in self._others.items() if name not in own})
         big.compact()  # block by block first: what is dropped need not be linked
@@ -110,7 +110,7 @@ def stage_networks(
 ) -> Iterator[tuple[str, BigStudent, Options]]:
     """The big students that a merge stage trains one after another, as they are at first: a name, each, its own options."""
     if options.layerwise == 1:
-        yield "", BigStudent(*teachers, example_inputs=examples, keep=options.keep, verify=verify), options
+        yield "", BigStudent(*teachers, example_inputs=examples, **options.of_big, verify=verify), options
         return
     parts = Parts(teachers, examples, options, verify)
     for number in range(len(parts)):

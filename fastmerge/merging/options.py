@@ -186,6 +186,12 @@ class Options:
         flag=float,
         merging=True,
     )
+    tie_streams: bool = option(
+        False,
+        "one gate per teacher for the channels that LayerNorms take together, so that the student has one teacher's",
+        flag=bool,
+        merging=True,
+    )
     warmup: int = option(0, "epochs of the fine-tuning in which lr rises to its value", least=0, flag=int)
     schedule: Schedule | None = option(None, "maker of the fine-tuning's scheduler", compared=False)
     optimizer: Callable[..., Optimizer] | None = option(None, "maker of the weights' optimizer, in place of SGD")
@@ -303,6 +309,11 @@ class Options:
     def is_linked_in(self, epoch: int) -> bool:
         """Whether the big student is linked in an epoch of the merge stage, counted from 0: in the last one, unless in none."""
         return self.link_at < 1 and epoch >= min(self.link_at * self.merge_epochs, self.merge_epochs - 1)
+
+    @property
+    def of_big(self) -> dict[str, Any]:
+        """What a :class:`~fastmerge.BigStudent` takes of them."""
+        return {"keep": self.keep, "tie_streams": self.tie_streams}
 
     @property
     def linked_epochs(self) -> int:

@@ -78,8 +78,8 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, options: Options, trai
 def widened(teachers: Sequence[nn.Module], examples: Any, options: Options) -> Any:
     """The big student of some teachers; of stacks of teachers, the stack of their big students."""
     if not isinstance(teachers[0], Stack):
-        return BigStudent(*teachers, example_inputs=examples, keep=options.keep)
-    return BigStack([BigStudent(*each, example_inputs=examples, keep=options.keep) for each in _columns(teachers)])
+        return BigStudent(*teachers, example_inputs=examples, **options.of_big)
+    return BigStack([BigStudent(*each, example_inputs=examples, **options.of_big) for each in _columns(teachers)])
 
 
 def _columns(stacks: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:
@@ -93,7 +93,7 @@ def blank_student(teachers: Sequence[nn.Module], examples: Any, options: Options
         return copy.deepcopy(teachers[0])
     students = []
     for each in _columns(teachers) if isinstance(teachers[0], Stack) else [teachers]:
-        big = BigStudent(*each, example_inputs=examples, keep=options.keep, verify=False)
+        big = BigStudent(*each, example_inputs=examples, **options.of_big, verify=False)
         students.append(big.compress(in_place=True, keep={name: range(width) for name, width in big.widths.items()}))
     return Stack(students) if isinstance(teachers[0], Stack) else students[0]
 

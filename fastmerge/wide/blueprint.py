@@ -40,6 +40,7 @@ class Blueprint:
         outputs: which the user named, if any.
         dtype: of the teachers.
         common: names of buffers that are the same in all teachers.
+        tie_streams: whether channels that a LayerNorm takes together are kept together.
         parts: where each teacher's outputs lie in the output, where they do not give their mean.
     """
 
@@ -52,6 +53,7 @@ class Blueprint:
     outputs: Sequence[Name] | None
     dtype: torch.dtype
     common: frozenset[str]
+    tie_streams: bool
     parts: Parts | None = None
 
     def __post_init__(self) -> None:
@@ -89,12 +91,13 @@ class Blueprint:
         like = next(x for x in leaves if isinstance(x, Tensor))
         given: Inputs = pytree.tree_unflatten(leaves, self.traced.in_spec)
         teacher = self.template.blank(like.device, dtype)
-        traced, groups, *_ = read_network(teacher, two_samples(given), self.outputs, self.common)
+        how = self.outputs, self.common, self.tie_streams
+        traced, groups, *_ = read_network(teacher, two_samples(given), *how)
         if not traced.is_for(leaves, mode):  # one sample, for which it does something else
             try:
-                traced, groups, *_ = read_network(teacher, given, self.outputs, self.common)
+                traced, groups, *_ = read_network(teacher, given, *how)
             except UnmergeableError:  # a BatchNorm takes no single value in training, but in eval mode
-                traced, groups, *_ = read_network(teacher, given, self.outputs, self.common, modes=(mode,))
+                traced, groups, *_ = read_network(teacher, given, *how, modes=(mode,))
         is_open = {m: is_open for m, is_open in traced.is_open.items() if traced.is_for(leaves, m)}
         if same_graphs(self.traced, traced):
             return None, is_open
@@ -129,6 +132,7 @@ def read_network(
     inputs: Inputs,
     outputs: Sequence[Name] | None,
     common: frozenset[str] = frozenset(),
+    tie_streams: bool = False,
     modes: Sequence[str] = MODES,
 ) -> _Known:
     """A network's graphs and channel groups, the (mode, node name) pairs that do not commute with a mean, its predictions.
@@ -138,10 +142,11 @@ def read_network(
         inputs: that it is run on.
         outputs: which outputs are predictions; see ``channels.outputs.predictions``.
         common: names of buffers that are the same in all teachers; see :func:`common_buffers`.
+        tie_streams: see :class:`~fastmerge.BigStudent`.
         modes: whose graphs; see ``channels.tracing.trace``.
     """
     code = code_key(teacher, inputs)
-    asked = None if outputs is None else tuple(outputs), common, modes
+    asked = None if outputs is None else tuple(outputs), common, tie_streams, modes
     # none, or that of the inputs and, where it is not 1, that of inputs of any other batch size
     keys: list[Hashable] = [(each, *asked) for each in (code, code and without_batch(code)) if each is not None]
     key = next((key for key in keys if key in _KNOWN), None)
@@ -153,11 +158,11 @@ def read_network(
     predicted = predictions(traced, outputs)
     leaves, is_open = pytree.tree_leaves(inputs), all(traced.is_open[mode] for mode in traced.graphs)
     leaves = few_samples(leaves) if is_open else leaves
-    record = run_on_ids(traced, leaves, predicted)
+    record = run_on_ids(traced, leaves, predicted, tie_streams=tie_streams)
     groups = group_channels(record)
     constant = (common & mixing_tensors(record)) - changed_tensors(traced)
     if constant:  # that would keep what it meets from one teacher as a whole
-        other = run_on_ids(traced, leaves, predicted, constant)
+        other = run_on_ids(traced, leaves, predicted, constant, tie_streams)
         others = group_channels(other)
         if others.choice.fixed < groups.choice.fixed or constant.intersection(record.without_channels):
             record, groups = other, others
@@ -236,7 +241,11 @@ def join_heads(
 
 @without_search()
 def build(
-    teachers: Sequence[nn.Module], example_inputs: Any, outputs: Sequence[Name] | None = None, heads: str = "average"
+    teachers: Sequence[nn.Module],
+    example_inputs: Any,
+    outputs: Sequence[Name] | None = None,
+    heads: str = "average",
+    tie_streams: bool = False,
 ) -> tuple[Blueprint, Analysis, nn.Module, Inputs]:
     """Finds out all about networks that are to be one big student.
 
@@ -245,6 +254,7 @@ def build(
         example_inputs: what the user gave, if anything.
         outputs: which outputs are predictions; see ``channels.outputs.predictions``.
         heads: one of :data:`~fastmerge.wide.heads.HEADS`.
+        tie_streams: see :class:`~fastmerge.BigStudent`.
 
     Returns:
         The blueprint, the first teacher's analysis, the wide modules, and the inputs that the teachers were run on.
@@ -260,7 +270,7 @@ def build(
         teachers, parts = join_heads(teachers, example_inputs, outputs)
     check_teachers(teachers)
     inputs, common = example_arguments(teachers[0], example_inputs), common_buffers(teachers)
-    traced, groups, nonlinear, predicted = read_network(teachers[0], inputs, outputs, common)
+    traced, groups, nonlinear, predicted = read_network(teachers[0], inputs, outputs, common, tie_streams)
     for error in code_errors(traced, dict(enumerate(teachers)), inputs):
         raise error
     if not len(groups):
@@ -272,5 +282,7 @@ def build(
     template = StudentTemplate(teachers[0], layout)
     template.strip(traced.root)
     dtype = next(teachers[0].parameters()).dtype
-    blueprint = Blueprint(template, traced, groups, layout, analysis.each, predicted, outputs, dtype, common, parts)
+    blueprint = Blueprint(
+        template, traced, groups, layout, analysis.each, predicted, outputs, dtype, common, tie_streams, parts
+    )
     return blueprint, analysis, network, inputs
