@@ -159,9 +159,24 @@ class _Here:
         self.thread, self.asked = threading.get_ident(), asked
 
     def __bool__(self) -> bool:
+        return self._answer(sys._getframe(1))
+
+    # code computes with what should be a bool: is_tracing |= is_fake_tensor(x)
+    def __or__(self, other: Any) -> Any:
+        return self._answer(sys._getframe(1)) | other
+
+    def __and__(self, other: Any) -> Any:
+        return self._answer(sys._getframe(1)) & other
+
+    def __xor__(self, other: Any) -> Any:
+        return self._answer(sys._getframe(1)) ^ other
+
+    __ror__, __rand__, __rxor__ = __or__, __and__, __xor__
+
+    def _answer(self, frame: FrameType) -> bool:
         is_here = threading.get_ident() == self.thread
         if is_here:
-            self.asked(sys._getframe(1))
+            self.asked(frame)
         return is_here
 
 

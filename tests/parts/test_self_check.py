@@ -156,6 +156,16 @@ class AsksForItsClass(Net):
         return torch.relu(h) if type(h) is Tensor else h
 
 
+class ComputesWithTheAnswer(Net):
+    """As Hugging Face's transformers do: what asks gives a bool, to be joined with others."""
+
+    def between(self, h: Any) -> Any:
+        answer: Any = torch.compiler.is_exporting()
+        answer |= type(h) is nn.Parameter
+        assert (answer and True, answer ^ False, False | answer) == (bool(answer),) * 3
+        return torch.relu(h) if answer & True else torch.nn.functional.relu(h)
+
+
 class AsksInOneLine(Net):
     """Is told so by a function that it knows by another name, and does the same."""
 
@@ -176,8 +186,9 @@ def test_code_that_asks_who_runs_it_is_named(kind: type[nn.Module]) -> None:
     assert "does something that tracing does not see, such as a question about a tensor's type" in other
 
 
-def test_code_that_asks_who_runs_it_and_does_the_same_is_merged() -> None:
-    big = fastmerge.BigStudent(AsksInOneLine(), AsksInOneLine(), example_inputs=X)
+@pytest.mark.parametrize("kind", [AsksInOneLine, ComputesWithTheAnswer])
+def test_code_that_asks_who_runs_it_and_does_the_same_is_merged(kind: type[nn.Module]) -> None:
+    big = fastmerge.BigStudent(kind(), kind(), example_inputs=X)
     assert [question.rpartition(":")[0] for question in big._blueprint.traced.questions] == [__file__]
 
 
