@@ -113,7 +113,8 @@ class GatedNetwork(nn.Module):
         """Within this context every gate is 1: until trained, the output is exactly the mean of the teachers' outputs.
 
         Some networks apply a function after their last layer (SqueezeNet's final ReLU, a log-softmax). Here the mean is taken
-        after it; otherwise it is taken in the last layer, since only that mean can be compressed into one network.
+        after it; otherwise it is taken in the last layer, since only that mean can be compressed into one network. Outputs of
+        whole numbers (an argmax) have no mean: here they are what most teachers say, the least of several.
         """
         before, self._gates_open = self._gates_open, True
         try:

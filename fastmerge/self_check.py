@@ -457,4 +457,6 @@ class _HeldStill(TorchDispatchMode):
         still = {"dropout_p": 0.0, "dropout": 0.0}
         still |= {"p": 0.0} if "dropout" in name else {"training": False} if name.startswith("rrelu") else {}
         out = func(**{key: still.get(key, value) for key, value in given.items()})
+        if name == "randperm":
+            return out.sort(descending=True).values
         return out.fill_(_HELD[name]) if name in _HELD else out

@@ -35,7 +35,7 @@ def example_arguments(model: nn.Module, given: Any = None) -> Inputs:
     name, root = type(model).__name__, copied(model)
     if given is not None:
         register_dataclasses(given)
-        inputs = _arguments(given)
+        inputs = pytree.tree_map_only(Tensor, _plain, _arguments(given))
         if any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
             raise ValueError(f"example_inputs of {name} hold a tensor without elements; it is read from samples")
         inputs = two_samples(inputs)
@@ -78,6 +78,20 @@ def _arguments(given: Any) -> Inputs:
             f"{type(given).__name__}"
         )
     return inputs
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor without what libraries add to its class (MONAI's MetaTensor, torchvision's Image).
+
+    Raises:
+        ValueError: it is sparse or nested.
+    """
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"one of layout {str(tensor.layout).removeprefix('torch.')}"
+        raise ValueError(
+            f"example_inputs need dense tensors; got {kind}. Let the networks take its dense form, or what it consists of"
+        )
+    return tensor.as_subclass(Tensor)
 
 
 def with_samples(inputs: Any, count: int) -> Any:

@@ -86,11 +86,13 @@ class TracedNetwork:
         Raises:
             TypeError: if they are not structured like the example inputs, naming the arguments.
         """
+        numbered_args, numbered_kwargs = numbered(self.in_spec)
+        if kwargs.keys() == numbered_kwargs.keys():  # in whatever order
+            kwargs = {name: kwargs[name] for name in numbered_kwargs}
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         if spec == self.in_spec:
             return leaves
         given = self.signature.bind(*args, **kwargs).arguments
-        numbered_args, numbered_kwargs = numbered(self.in_spec)
         places = self.signature.bind(*numbered_args, **numbered_kwargs).arguments
         problems = [f"'{name}' is missing" for name in places if name not in given]
         problems += [f"'{name}' was not among them" for name in given if name not in places]

@@ -10,15 +10,19 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import random
 import re
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -56,6 +60,7 @@ def trace(
     traced = TracedNetwork(root, {}, in_spec, {}, type(model).__name__, signature, described)
     calls: dict[str, str] = {}
     questions: dict[str, None] = {}
+    seen = _Seen()
     for module, momentum in momenta:
         module.momentum = 0.1 if momentum is None else momentum  # a cumulative average reads its counter
     told, derived = told_in_both(root, inputs) if len(modes) > 1 else None, None
@@ -63,7 +68,11 @@ def trace(
         root.train(mode == "train")
         with undisturbed(grad=True):
             if derived is None:
-                program = _exported(model, root, mode, inputs, calls, questions)
+                program = _exported(model, root, mode, inputs, calls, questions, seen)
+                if seen.drawing:
+                    raise UnmergeableError(_drawing(type(model).__name__, mode, seen, calls))
+                if seen.gradients and _has_other_gradients(root.train(mode == "train"), program, inputs):
+                    raise UnmergeableError(_own_gradients(type(model).__name__, mode, seen))
             source = derived or _unlifted(program)
             if told is not None and mode == "train":
                 derived = in_eval_mode(source, told)
@@ -100,12 +109,13 @@ def _exported(
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
     calls: dict[str, str],
     questions: dict[str, None],
+    seen: _Seen,
 ) -> Any:
     args, kwargs = tuple(inputs[0]), dict(inputs[1])
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
     entered: list[str] = []
     error: Exception | None = None
-    with _exporting(root, entered, calls, questions):
+    with _exporting(root, entered, calls, questions, seen), _keywords_by_name(root, kwargs):
         # an open batch; where the code fixes a length that export took for it, whatever it leaves open; then none
         for dim in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
             entered.clear()
@@ -150,8 +160,84 @@ def _untraceable(name: str, mode: str, path: str, error: Exception) -> Problem:
 
 
 @contextmanager
+def _keywords_by_name(root: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Within it the signature of a forward that takes ``**kwargs`` has their names, without which an export fails."""
+    signature, forward = inspect.signature(root.forward), root.forward
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(parameters) == len(signature.parameters) or "forward" in vars(root):
+        yield
+        return
+
+    def named(*args: Any, **given: Any) -> Any:
+        return forward(*args, **given)
+
+    known = {p.name for p in parameters}
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in known]
+    named.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    root.forward = named
+    try:
+        yield
+    finally:
+        del root.forward
+
+
+@dataclass
+class _Seen:
+    """What a network did in an export that a graph of its operations has nothing of.
+
+    Attributes:
+        drawing: the path of the innermost module that drew random numbers of Python or NumPy, and whose they are.
+        gradients: what computes gradients of its own: autograd functions, and hooks of tensors, with file:line.
+    """
+
+    drawing: list[str] = field(default_factory=list)
+    gradients: dict[str, None] = field(default_factory=dict)
+
+
+def _drawing(name: str, mode: str, seen: _Seen, calls: Mapping[str, str]) -> Problem:
+    path, whose = seen.drawing
+    where = f"module '{path}'" if path else "its forward"
+    what = f"{name} can't be traced: {where} ({mode} mode) draws random numbers of {whose}, which a trace would fix"
+    return Problem(
+        what, "Draw them by torch.rand and use them as tensors: x * (torch.rand(()) < p)", path, calls.get(path, "")
+    )
+
+
+def _own_gradients(name: str, mode: str, seen: _Seen) -> Problem:
+    what = (
+        f"{name} has gradients of its own in {mode} mode, by {' and '.join(seen.gradients)}; a big student would have those of "
+        "what its forward computes"
+    )
+    remedy = (
+        "Compute what has these gradients, such as x + (f(x) - x).detach() for a straight-through estimator, or make it a "
+        "torch.library.custom_op with register_autograd"
+    )
+    return Problem(what, remedy)
+
+
+def _has_other_gradients(root: nn.Module, program: Any, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> bool:
+    """Whether the parameters of a network have other gradients than those of its exported program."""
+    values = {name: p.detach().clone().requires_grad_() for name, p in root.named_parameters() if p.is_floating_point()}
+    found = []
+    for network in (copied(root), program.module()):
+        torch.manual_seed(0)
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(inputs[0]), dict(inputs[1])))
+        output = torch.func.functional_call(network, values, args, kwargs)
+        leaves = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+        weights = [torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=y.device).view_as(y) for y in leaves]
+        found.append(torch.autograd.grad(leaves, [*values.values()], weights, allow_unused=True))
+    own, traced = (
+        [0.0 * p.double() if g is None else g.double() for g, p in zip(each, values.values(), strict=True)]
+        for each in found
+    )
+    whole = sum(float(a.norm()) for a in own)
+    # rounding is far less, another gradient far more; some parameters' gradients are rounding alone
+    return any(float((a - b).norm()) > 0.1 * float(a.norm()) + 1e-3 * whole for a, b in zip(own, traced, strict=True))
+
+
+@contextmanager
 def _exporting(
-    root: nn.Module, entered: list[str], calls: dict[str, str], questions: dict[str, None]
+    root: nn.Module, entered: list[str], calls: dict[str, str], questions: dict[str, None], seen: _Seen
 ) -> Iterator[None]:
     """A record of modules for the time of an export.
 
@@ -160,17 +246,31 @@ def _exporting(
         entered: gets the paths of the modules that the forward is in when it fails.
         calls: gets by path the line of code outside torch that calls a module.
         questions: gets the lines of code outside torch that ask whether they are being compiled or exported.
+        seen: gets what the graph will have nothing of.
     """
     paths = {id(module): name for name, module in root.named_modules()}
+    thread, register_hook = threading.get_ident(), Tensor.register_hook
+    states: list[tuple[Any, Any]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
         path = paths.get(id(module), "")
         entered.append(path)
+        states.append(_generators())
         if path not in calls:
             calls[path] = _caller(sys._getframe(1))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        entered.pop()  # after a failure nobody does, and the path says where it was
+        path, before = entered.pop(), states.pop()  # after a failure nobody does, and the path says where it was
+        drawn = [name for name, a, b in zip(("Python", "NumPy"), before, _generators(), strict=True) if a != b]
+        if drawn and not seen.drawing:
+            seen.drawing += [path, drawn[0]]
+        if module is root:
+            seen.gradients |= dict.fromkeys(_autograd_functions(output))
+
+    def hook(tensor: Tensor, *args: Any) -> Any:
+        if threading.get_ident() == thread and (line := _caller(sys._getframe(1))):
+            seen.gradients[f"a hook of a tensor ({line})"] = None
+        return register_hook(tensor, *args)
 
     def ask(frame: FrameType) -> None:
         if _is_own(frame.f_code.co_filename):
@@ -180,13 +280,42 @@ def _exporting(
     for module in root.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     fx.proxy.CapturedTraceback = _OwnLine  # type: ignore[assignment, misc]
+    Tensor.register_hook = hook  # type: ignore[method-assign]
+    frozen = [p for p in root.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
+        for p in frozen:
+            p.requires_grad_(True)  # so that what computes gradients is seen; a big student trains all
         with exporting(ask):
             yield
     finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        Tensor.register_hook = register_hook  # type: ignore[method-assign]
         fx.proxy.CapturedTraceback = traceback_of  # type: ignore[misc]
         for handle in handles:
             handle.remove()
+
+
+def _generators() -> tuple[Any, Any]:
+    """The states of the random numbers of Python and NumPy."""
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    return random.getstate(), (np.asarray(keys).tobytes(), position)
+
+
+def _autograd_functions(output: Any) -> Iterator[str]:
+    """The autograd functions outside torch that some tensors come from, with file:line."""
+    nodes = [x.grad_fn for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    known = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and not function.__module__.startswith("torch."):
+            code = function.backward.__code__
+            yield f"the autograd function {function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
 
 
 class _OwnLine:

@@ -44,9 +44,14 @@ def concatenate_joined(tensors: Sequence[Tensor], num_teachers: int, dim: int) -
 
 
 def mean_of_streams(*values: Any) -> Any:
-    """The teachers' mean of a tensor; anything else (a size, a flag) is the same for all."""
+    """The teachers' mean of a tensor; of class numbers and flags, what most of them give, the least of several.
+
+    Anything else (a size) is the same for all.
+    """
     if not isinstance(values[0], Tensor):
         return values[0]
+    if not (values[0].is_floating_point() or values[0].is_complex()):
+        return torch.stack([value.long() for value in values]).mode(0).values.to(values[0].dtype)
     return sum(values[1:], values[0]) / len(values)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +89,108 @@ def test_code_without_one_shape_or_state(part: type[Branching], problem: str) ->
     for teacher in teachers:
         teacher.branching = part()
     assert problem in refusal(*teachers)
+
+
+class DroppingItself(Branching):
+    """Stochastic depth as it is often written: what was drawn while it was traced would hold for good."""
+
+    numbers: Any = random
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = self.numbers.random()
+        return self.conv(x * float(drawn > 0.5)) if self.training else self.conv(x)
+
+
+class DroppingByNumPy(DroppingItself):
+    numbers = np.random
+
+
+@pytest.mark.parametrize(("part", "whose"), [(DroppingItself, "Python"), (DroppingByNumPy, "NumPy")])
+def test_random_numbers_that_a_trace_would_fix(part: type[Branching], whose: str) -> None:
+    teachers = [DataDependent(), DataDependent()]
+    for teacher in teachers:
+        teacher.branching = part()
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    assert f"module 'branching' (train mode) draws random numbers of {whose}" in refusal(*teachers)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return -dy
+
+
+class Swish(torch.autograd.Function):
+    """Keeps less for its gradients, which are those of what it computes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return dy * x.sigmoid() * (1 + x * (1 - x.sigmoid()))
+
+
+def hooked(x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda dx: -dx)
+    return x
+
+
+@torch.library.custom_op("fastmerge_tests::reversed", mutates_args=())
+def reversed_op(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+reversed_op.register_fake(torch.empty_like)
+reversed_op.register_autograd(lambda ctx, dy: -dy)
+
+
+class WithGradients(nn.Module):
+    """BatchNorm takes all gradients from the bias before it, but for rounding."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.norm, self.last = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.function(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("function", "named"), [(Reversed.apply, "the autograd function Reversed ("), (hooked, "a hook of a tensor (")]
+)
+def test_gradients_that_tracing_loses(function: Callable[[Tensor], Tensor], named: str, frozen: bool) -> None:
+    teachers = [WithGradients(function).requires_grad_(not frozen) for _ in range(2)]
+    message = refusal(*teachers)
+    assert f"WithGradients has gradients of its own in train mode, by {named}{__file__}:" in message
+    assert all(p.requires_grad is not frozen for p in teachers[0].parameters())
+    assert torch.Tensor.register_hook.__module__ == "torch._tensor"
+
+
+@pytest.mark.parametrize(
+    "function", [Swish.apply, lambda x: reversed_op(x)], ids=["the same gradients", "an operation"]
+)
+def test_gradients_of_ones_own_that_are_kept(function: Callable[[Tensor], Tensor]) -> None:
+    teachers = [WithGradients(function).double().eval() for _ in range(2)]
+    x = IMAGES.double()
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    with big.open_gates():
+        big(x).square().sum().backward()
+    mean = sum((teacher(x) for teacher in teachers), torch.zeros(())) / 2
+    mean.square().sum().backward()
+    own = torch.cat([teacher.first.weight.grad for teacher in teachers])
+    torch.testing.assert_close(big.network.get_submodule("first").weight.grad, own)
 
 
 def test_channel_groups_refuses_the_same() -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -371,6 +372,80 @@ def test_keyword_inputs() -> None:
     image, vector = inputs("two_inputs")
     assert torch.equal(big(image, vector=vector), big(image, vector))
     assert torch.equal(big(image=image, vector=vector), big(image, vector))
+
+
+class TakingAnyKeywords(nn.Module):
+    """As a wrapper of a Hugging Face network takes a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, *args: Tensor, **batch: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(args[0] if args else batch["a"]) - self.first(batch["b"])))
+
+
+@torch.no_grad()
+def test_any_keywords_in_any_order() -> None:
+    a, b = torch.randn(2, 4, 3)
+    for example in ({"a": a, "b": b}, ((a,), {"b": b})):
+        teachers = [TakingAnyKeywords().eval(), TakingAnyKeywords().eval()]
+        big = fastmerge.BigStudent(*teachers, example_inputs=example)
+        args, batch = example if isinstance(example, tuple) else ((), dict(reversed(example.items())))
+        with big.open_gates():
+            torch.testing.assert_close(big(*args, **batch), sum(t(*args, **batch) for t in teachers) / 2)
+        student = big.compress(keep={"first": range(6)})
+        gates = {"first": torch.tensor([1.0] * 6 + [0.0] * 6)}
+        torch.testing.assert_close(student(*args, **batch), big(*args, gates=gates, **batch))
+        assert "forward" not in vars(student)
+
+
+class LibrarysTensor(Tensor):
+    """As MONAI's MetaTensor does, it remembers how often it was changed."""
+
+    changes = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(out, LibrarysTensor):
+            out.changes = 1 + max([x.changes for x in args if isinstance(x, LibrarysTensor)], default=0)
+            return out.as_subclass(LibrarysTensor) if out.changes < 3 else out + 1
+        return out
+
+
+def test_examples_of_a_librarys_class_are_plain_tensors() -> None:
+    teachers = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)) for _ in range(2)]
+    x = torch.randn(2, 1, 6, 6)
+    big = fastmerge.BigStudent(*teachers, example_inputs=x.as_subclass(LibrarysTensor))
+    with big.open_gates():
+        torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
+    with pytest.raises(ValueError, match="example_inputs need dense tensors; got one of layout sparse_coo"):
+        fastmerge.BigStudent(*teachers, example_inputs=x.to_sparse())
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.last(torch.relu(self.first(x)))
+        return y, y.argmax(1), y[:, 0] > 0
+
+
+@torch.no_grad()
+def test_class_numbers_are_those_of_most_teachers() -> None:
+    x = torch.randn(32, 3)
+    teachers = [Deciding().eval() for _ in range(3)]
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    with big.open_gates():
+        mean, numbers, flags = big(x)
+    said = torch.stack([teacher(x)[1] for teacher in teachers])
+    assert (numbers.dtype, flags.dtype) == (torch.int64, torch.bool)
+    assert torch.equal(numbers, said.mode(0).values)
+    assert torch.equal(flags, sum(teacher(x)[2].long() for teacher in teachers) >= 2)
+    torch.testing.assert_close(mean, sum(teacher(x)[0] for teacher in teachers) / 3)
 
 
 class Wrapped(nn.Module):
