@@ -180,6 +180,8 @@ def pack(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     """
     if isinstance(value, Tensor):
         return {"tensor": path}, {path: value.detach().cpu().clone(memory_format=torch.contiguous_format)}
+    if isinstance(value, (np.bool_, np.number)):  # such as a learning rate of np.logspace
+        value = value.item()
     if type(value) in _PLAIN:
         return value, {}
     tensors: dict[str, Tensor] = {}

@@ -124,7 +124,8 @@ def merge(
             group to 1/T by a :class:`~fastmerge.GateBudget` and needs no λ, but a loader with a length.
         finetune_lr: Learning rate at the start of the fine-tuning; None is ``lr``.
         milestones: Epochs of the fine-tuning after which the learning rate is divided by ten; None is at two thirds.
-        warmup: Epochs of the fine-tuning in which the learning rate rises to its value, linearly from 0.0001.
+        warmup: Epochs of the fine-tuning in which the learning rate rises to its value, linearly from 0.0001, or from
+            a tenth of it where that is less.
         schedule: Makes a learning rate scheduler for the fine-tuning, stepped once an epoch, in place of milestones.
             It is tried out before the first epoch, on a throw-away optimizer.
         optimizer: ``optimizer(parameters)`` makes the optimizer of the weights, in both stages, in place of SGD, such as

@@ -8,9 +8,10 @@ is compared by and what recipes choose all follow from the fields of :class:`Opt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from numbers import Real
+from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fastmerge.big_student import BigStudent
+from fastmerge.checkpoints import fingerprint
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.gate_budget import GateBudget
 from fastmerge.history import EpochRecord
@@ -53,7 +55,7 @@ class Plan:
         epochs: passes over the training data.
         lr: learning rate, after the warm-up.
         milestones: epochs after which it is divided by ten.
-        warmup: epochs in which it rises, linearly from 0.0001.
+        warmup: epochs in which it rises, linearly from 0.0001, or from a tenth of it where that is less.
     """
 
     epochs: int
@@ -71,7 +73,8 @@ class Plan:
     def factor(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 0, over :attr:`lr`."""
         if epoch < self.warmup:
-            return (_WARM_FROM + (self.lr - _WARM_FROM) * epoch / self.warmup) / self.lr
+            start = min(_WARM_FROM, self.lr / 10)  # below what it rises to, however small that is
+            return (start + (self.lr - start) * epoch / self.warmup) / self.lr
         return float(0.1 ** sum(epoch >= milestone for milestone in self.milestones))
 
     def schedule(self, optimizer: Optimizer) -> LRScheduler:
@@ -381,6 +384,10 @@ class Options:
         return SGD(big.gate_parameters(), self.gate_lr, GATE_MOMENTUM)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) >= 0
+
+
 def check(each: Field[Any], value: Any) -> None:
     """Checks a value against the range of its field.
 
@@ -417,9 +424,24 @@ def check(each: Field[Any], value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """An option as a JSON value that is the same in another process: of a function, a class or a dtype its name."""
-    if isinstance(value, (list, tuple)):
+    """An option as a JSON value that is the same in another process.
+
+    Of a function, a class or a dtype it is the name; of another object its class, the plain values among its attributes, and
+    what its tensors hold. An address, as in the ``str`` of a partial or an object, would be another one there.
+    """
+    if isinstance(value, (list, tuple, range)):
         return [plain(each) for each in value]
-    if isinstance(value, (type(None), bool, int, float)):
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (type(None), bool, int, float, str)):
         return value
-    return getattr(value, "__qualname__", str(value))
+    if isinstance(value, Real):  # NumPy's
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, (torch.dtype, torch.device, Path)) or hasattr(value, "__qualname__"):
+        return getattr(value, "__qualname__", str(value))
+    if isinstance(value, partial):
+        return [plain(value.func), plain(value.args), plain(value.keywords)]
+    state = {"weights": fingerprint(value)} if isinstance(value, nn.Module) else {}
+    attributes = getattr(value, "__dict__", {}).items()
+    options = {name: each for name, each in attributes if isinstance(each, (bool, int, float, str))}
+    return [type(value).__qualname__, options | state]

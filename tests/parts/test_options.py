@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import re
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import fastmerge
+from fastmerge.checkpoints import pack, unpack
 from fastmerge.cli import merge, resume, run
 from fastmerge.experiments.recipes import sine
-from fastmerge.merging.options import Options
+from fastmerge.merging.options import Options, Plan
 
 LOADERS = ("teachers", "train_loader", "val_loader")
 
@@ -55,6 +61,53 @@ def test_a_checkpoint_is_compared_by_what_changes_the_result() -> None:
         "cross_entropy",
         [3, 4],
     )
+
+
+class Focal(torch.nn.Module):
+    def __init__(self, power: float, weight: float) -> None:
+        super().__init__()
+        self.power = power
+        self.register_buffer("weight", torch.full((3,), weight))
+
+
+class Weighted:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.weight * cross_entropy(output, target)
+
+
+@pytest.mark.parametrize(
+    ("make", "other"),
+    [
+        (lambda: partial(cross_entropy, label_smoothing=0.1), partial(cross_entropy, label_smoothing=0.2)),
+        (lambda: Weighted(0.5), Weighted(0.6)),
+        (lambda: Focal(2.0, 1.0), Focal(3.0, 1.0)),
+        (lambda: Focal(2.0, 1.0), Focal(2.0, 4.0)),
+        (lambda: torch.nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss(label_smoothing=0.1)),
+        (lambda: Weighted(0.5).__call__, cross_entropy),
+    ],
+)
+def test_functions_are_compared_by_what_they_are_not_by_where_they_lie(make: Any, other: Any) -> None:
+    first, again = (Options(criterion=make(), optimizer=partial(make(), 1)).compared() for _ in range(2))
+    assert first == again == json.loads(json.dumps(first))
+    assert not re.search("0x[0-9a-f]{6}", json.dumps(first))
+    assert Options(criterion=other).compared()["criterion"] != first["criterion"]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Options(lr=np.float32(0.5)).compared()["lr"] == 0.5
+    structure, tensors = pack({"lr": np.float64(0.01), "epoch": np.int64(3), "nesterov": np.bool_(True)})
+    assert unpack(json.loads(json.dumps(structure)), tensors) == {"lr": 0.01, "epoch": 3, "nesterov": True}
+
+
+def test_a_warm_up_rises_to_the_smallest_learning_rate() -> None:
+    for lr in (0.1, 1e-3, 2e-5):
+        rates = [lr * Plan(epochs=4, lr=lr, warmup=3).factor(epoch) for epoch in range(4)]
+        assert rates == sorted(rates)
+        assert rates[0] == pytest.approx(min(1e-4, lr / 10))
+        assert rates[-1] == pytest.approx(lr)
 
 
 @pytest.mark.parametrize(
