@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ class Setting:
         device: Where networks and batches go.
         criterion: ``criterion(output, target)``, a mean over the batch.
         autocast: Dtype of ``torch.autocast``, or None for none.
-        channels_last: Whether networks and four-dimensional inputs are laid out channels-last.
+        channels_last: Whether networks and inputs of images or volumes are laid out channels-last.
     """
 
     device: torch.device
@@ -46,7 +46,7 @@ class Setting:
         """Moves a network, in place, to the device and layout."""
         network.to(self.device)
         if self.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network._apply(_channels_last)
         return network
 
     def batches(self, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
@@ -67,14 +67,18 @@ class Setting:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _input(self, value: Tensor) -> Tensor:
-        if self.channels_last and value.dim() == 4:
-            return value.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return value.to(self.device, non_blocking=True)
+        value = value.to(self.device, non_blocking=True)
+        return _channels_last(value) if self.channels_last else value
 
     def _target(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return [self._target(item) for item in value]
         return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return tensor if layout is None else tensor.to(memory_format=layout)
 
 
 def as_tuple(inputs: Any) -> tuple[Tensor, ...]:
@@ -88,8 +92,11 @@ def samples_in(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
 
 
 def length_of(loader: Any) -> int | None:
-    """Batches of an epoch, where a loader has a length."""
-    return len(loader) if isinstance(loader, Sized) else None
+    """Batches of an epoch, where a loader has a length: a DataLoader always has ``__len__``, which may fail."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def has_classes(output: Any, target: Any) -> bool:
@@ -98,6 +105,21 @@ def has_classes(output: Any, target: Any) -> bool:
         return False
     integer = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     return integer and output.dim() >= 2 and target.shape == output.shape[:1] + output.shape[2:]
+
+
+def logits_of(output: Any) -> Tensor:
+    """A network's output, as what it is distilled from.
+
+    Raises:
+        ValueError: It is not one tensor of logits.
+    """
+    if isinstance(output, Tensor) and output.dim() >= 2:
+        return output
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ValueError(
+        f"distillation needs networks with one output, logits (N, K); got {got}. Wrap the networks in a module that returns "
+        "the logits alone, or train without distillation"
+    )
 
 
 def class_dimension(output: Tensor, target: Any, criterion: Criterion) -> int:
@@ -269,7 +291,19 @@ class Measured:
         totals = totals if processes is None else processes.sum(totals)
         pairs = zip(totals[len(self._sums) :], totals, strict=False)
         means = dict(zip(self._sums, (value / n if n else math.nan for value, n in pairs), strict=True))
-        return {name: means[name] if name in means else float(self.metrics[name].compute()) for name in self.metrics}
+        computed = {name: metric.compute() for name, metric in self.metrics.items() if name not in means}
+        return {name: means[name] if name in means else _number(name, computed[name]) for name in self.metrics}
+
+
+def _number(name: str, found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        came = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"metric {name!r} must give one number from compute(); it gave {came}. Average it, or name each number's metric "
+            "by itself (of a torchmetrics.MetricCollection, pass its items)"
+        ) from None
 
 
 def _value_of(name: str, found: Any, samples: int) -> tuple[float, int]:

@@ -47,7 +47,7 @@ def teacher_errors(teachers: Sequence[Any]) -> Iterator[UnmergeableError]:
     yield from _global_hooks()
     networks: dict[int, nn.Module] = {}
     for number, teacher in enumerate(teachers):
-        yield from _of_module(number, teacher)
+        yield from errors_of_teacher(number, teacher)
         if isinstance(teacher, nn.Module):
             networks[number] = teacher
     if len(teachers) < 2:
@@ -131,10 +131,15 @@ def _error(what: str, remedy: str = "", where: str = "", code: str = "") -> Unme
     return UnmergeableError(Problem(what, remedy, where, code))
 
 
-def _of_module(number: int, teacher: Any) -> Iterator[UnmergeableError]:
+def errors_of_teacher(number: int, teacher: Any) -> Iterator[UnmergeableError]:
+    """What is wrong with a teacher by itself, one error each."""
     what = f"BigStudent needs networks (torch.nn.Module); teacher {number} is a {type(teacher).__name__}"
     if not isinstance(teacher, nn.Module):
-        yield WrongTeacherError(Problem(what, "Load it into a network of its class"))
+        listed = isinstance(teacher, (list, tuple)) and any(isinstance(each, nn.Module) for each in teacher)
+        remedy = (
+            "Pass the networks one by one: BigStudent(*networks)" if listed else "Load it into a network of its class"
+        )
+        yield WrongTeacherError(Problem(what, remedy))
         return
     wrapper = type(teacher).__name__
     if isinstance(teacher, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -19,11 +19,14 @@ from fastmerge.evaluation import Criterion, Setting
 from fastmerge.history import EpochRecord, History
 from fastmerge.merging.checks import (
     check_checkpoints,
+    check_criterion,
+    check_each_teacher,
     check_loader,
     check_metrics,
     check_optimizer,
     check_processes,
     check_schedule,
+    check_together,
     examples_of,
 )
 from fastmerge.merging.label_sets import with_label_sets
@@ -209,6 +212,7 @@ def merge(
     Source: M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
     """
     given = {name: value for name, value in locals().items() if name not in ("teachers", "train_loader", "val_loader")}
+    check_together(given)
     return merge_by(Options(**given), teachers, train_loader, val_loader)
 
 
@@ -231,11 +235,13 @@ def merge_by(
         also: what checkpoints are compared by besides, JSON values.
         count: operations per sample of a network's training, for the history.
     """
-    check_optimizer(options.optimizer)
-    check_metrics(options.metrics)
+    check_each_teacher(teachers)
+    check_criterion(options.criterion)
+    check_metrics(options.metrics, val_loader)
     check_schedule(options.schedule, options.finetune_epochs, options.finetune_plan.lr, options.momentum)
     options, teachers, train_loader, val_loader, parts = with_label_sets(options, teachers, train_loader, val_loader)
     setting = options.setting(teachers[0])
+    check_optimizer(options.optimizer, setting.device, carried=options.carries_optimizer)
     history = History(len(teachers))
     same = (also or {}) | fingerprints(teachers)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count) as trainer:
@@ -307,6 +313,8 @@ def trainer_for(
     cuda = [setting.device] if setting.device.type == "cuda" else []
     shown = options.progress if Processes(setting.device).is_first else False
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
         readers_watched(),
         torch.random.fork_rng(cuda, enabled=options.seed is not None),
         StopRequests(enabled=snapshots is not None) as stop,

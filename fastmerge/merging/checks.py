@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +19,19 @@ from torch.utils._pytree import tree_map
 from fastmerge.channels.examples import few_samples
 from fastmerge.checkpoints import Snapshots, fingerprints
 from fastmerge.data.epochs import EpochLoader
-from fastmerge.evaluation import Setting, as_tuple, class_dimension, has_classes, length_of
+from fastmerge.evaluation import Setting, as_tuple, class_dimension, has_classes, length_of, logits_of
 from fastmerge.isolation import quietly
+from fastmerge.narrowing.optimizer_state import check_state
 from fastmerge.processes import Processes
 from fastmerge.stack import Stack
+from fastmerge.validation import errors_of_teacher
 
 Schedule = Callable[[Optimizer], LRScheduler]
+
+_AS_PAIRS = (
+    ". Let its collate_fn give pairs: of a dict ((batch['input_ids'], batch['attention_mask']), batch['labels']), with several "
+    "inputs in the order of the forward's arguments"
+)
 
 
 def listed_teachers(teachers: Sequence[nn.Module]) -> list[nn.Module]:
@@ -86,16 +96,73 @@ def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: 
         ) from error
 
 
-def check_optimizer(make: Callable[..., Optimizer] | None) -> None:
-    """Makes an optimizer of a throw-away parameter.
+def check_each_teacher(teachers: Sequence[Any]) -> None:
+    """Raises what is wrong with one of the teachers by itself, such as a parameter that is not initialised."""
+    for number, teacher in enumerate(teachers if isinstance(teachers, (list, tuple)) else ()):
+        if isinstance(teacher, nn.Module) and not isinstance(teacher, Stack):
+            error = next(errors_of_teacher(number, teacher), None)
+            if error is not None:
+                raise error
+
+
+def check_together(options: Mapping[str, Any]) -> None:
+    """Raises a ValueError where one argument of merge() would be passed over because of another."""
+
+    def given(*names: str) -> str:
+        return next((name for name in names if options[name]), "")
+
+    if options["resume"] and options["checkpoint_dir"] is None:
+        raise ValueError("resume=True needs the checkpoint_dir that the merge wrote its checkpoints to")
+    if options["schedule"] is not None and (name := given("warmup", "milestones")):
+        raise ValueError(f"merge takes schedule or {name}, not both; write the {name} into the schedule")
+    if options["optimizer"] is not None and (name := given("weight_decay", "finetune_lr")):
+        raise ValueError(
+            f"merge takes optimizer or {name}, not both: an optimizer sets its own, in both stages. A schedule can scale its "
+            "learning rate"
+        )
+
+
+def check_criterion(criterion: Any) -> None:
+    """Looks at a criterion that says what it does: a module, or a partial of a function.
 
     Raises:
-        ValueError: it can't be made of parameters alone, or is none.
+        ValueError: It is a sum over the batch.
+    """
+    keywords = criterion.keywords if isinstance(criterion, partial) else {}
+    reduction = keywords.get("reduction", getattr(criterion, "reduction", "mean"))
+    if reduction == "sum":
+        raise ValueError(
+            f"merge needs a criterion that is the mean over the batch; this one has reduction={reduction!r}"
+        )
+    trained = [name for name, p in criterion.named_parameters() if p.requires_grad] if _is_module(criterion) else []
+    if trained:
+        warnings.warn(
+            f"merge trains no parameters of the criterion; it has {', '.join(trained[:3])}, which stay as they are. Call "
+            "requires_grad_(False) on it if that is meant, or move them into the networks",
+            stacklevel=4,
+        )
+
+
+def _is_module(value: Any) -> TypeGuard[nn.Module]:
+    return isinstance(value, nn.Module)
+
+
+def check_optimizer(make: Callable[..., Optimizer] | None, device: torch.device, *, carried: bool) -> None:
+    """Makes an optimizer of throw-away parameters, and lets it take a step.
+
+    Args:
+        make: the user's function.
+        device: of the parameters.
+        carried: whether its state has to follow parameters that change their shape.
+
+    Raises:
+        ValueError: it can't be made of parameters alone, is none, can't take a step alone, or keeps what can't be carried.
     """
     if make is None:
         return
+    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((3, 2), (3,))]
     try:
-        made = make([nn.Parameter(torch.zeros(1))])
+        made = make(parameters)
     except Exception as error:  # whatever the user's function raises
         raise ValueError(
             "merge needs an optimizer, a function of parameters that makes an optimizer, such as "
@@ -105,12 +172,32 @@ def check_optimizer(make: Callable[..., Optimizer] | None) -> None:
         raise ValueError(
             f"merge needs an optimizer, a function that makes an optimizer; it returned a {type(made).__name__}"
         )
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        with torch.enable_grad():
+            made.step()
+    except Exception as error:  # whatever an optimizer asks for
+        raise ValueError(
+            f"merge needs an optimizer whose step() takes no arguments and dense gradients; {type(made).__name__}'s failed "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if carried:
+        try:
+            check_state("merge", made, dict.fromkeys(parameters, "a weight"))
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).partition('. Leave')[0]}. In the merge stage weights grow by linking and shrink by compact_at: "
+                "pass link_at=0 and no compact_at, or another optimizer"
+            ) from error
 
 
-def check_metrics(metrics: Any) -> None:
-    """Raises a TypeError where metrics are not functions or objects by name."""
+def check_metrics(metrics: Any, val_loader: Any) -> None:
+    """Raises a TypeError where metrics are not functions or objects by name, a ValueError where nothing is measured."""
     if metrics is None:
         return
+    if val_loader is None and metrics:
+        raise ValueError("metrics are measured on the validation data; pass a val_loader")
     if not isinstance(metrics, Mapping):
         raise TypeError(f"merge needs metrics by name, such as {{'top5': f}}; got a {type(metrics).__name__}")
     for name, metric in metrics.items():
@@ -136,6 +223,9 @@ def check_processes(processes: Processes, train_loader: Iterable[Any], teachers:
 
 def check_checkpoints(snapshots: Snapshots, resume: bool) -> None:
     """Checkpoints are only gone on from, never written over: a merge without resume needs a directory without any."""
+    there = next(path for path in (snapshots.directory, *snapshots.directory.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"merge needs a checkpoint_dir, a directory that can be written to; {there} can't be")
     files = snapshots.files()
     if files and not resume:
         raise ValueError(
@@ -183,8 +273,8 @@ def check_loader(
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             came = f"output {_describe(output)}, target {_describe(target)}"
             raise ValueError(f"the criterion failed on {name}'s first batch, {came}: {error}") from error
-    if distilled and isinstance(output, Tensor):
-        class_dimension(output, target, setting.criterion)
+    if distilled:
+        class_dimension(logits_of(output), target, setting.criterion)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
         raise ValueError(
             f"the criterion must return a 0-d tensor, the mean over the batch; it returned {_describe(loss)}"
@@ -214,12 +304,13 @@ def pairs(name: str, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...]
     number = -1
     for number, batch in enumerate(iterator):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise TypeError(f"{name} must yield pairs (input, target); it yields {_describe(batch)}")
+            raise TypeError(f"{name} must yield pairs (input, target); it yields {_describe(batch)}{_AS_PAIRS}")
         inputs, target = as_tuple(batch[0]), batch[1]
         for value in inputs:
             if not isinstance(value, Tensor) or value.dim() == 0:
                 raise TypeError(
                     f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}"
+                    + ("" if isinstance(value, Tensor) else _AS_PAIRS)
                 )
             if not number and not len(value):
                 raise ValueError(f"{name}'s first batch has no samples: its input is {_describe(value)}")

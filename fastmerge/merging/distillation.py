@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fastmerge.evaluation import Setting, class_dimension
+from fastmerge.evaluation import Setting, class_dimension, logits_of
 from fastmerge.merging.label_sets import LabelSets, PartCriterion
 from fastmerge.stack import Stack
 
@@ -73,13 +73,7 @@ class TaughtSetting(Setting):
         """
         with self.precision():
             said = [teacher(*inputs) for teacher in self.teachers]
-        for output in said:
-            if not isinstance(output, Tensor) or output.dim() < 2:
-                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
-                    f"distillation needs networks with one output, logits (N, K); got {got}. Merge with distill=0"
-                )
-        return torch.stack(said).mean(0)
+        return torch.stack([logits_of(output) for output in said]).mean(0)
 
     def heard(self, inputs: tuple[Tensor, ...], target: Any) -> tuple[Any, Tensor]:
         """A training batch's own target, and what the teachers say of it."""

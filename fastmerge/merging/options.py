@@ -207,14 +207,14 @@ class Options:
     metrics: Mapping[str, Any] | None = option(None, "what else validation measures", compared=False)
     criterion: Criterion = option(cross_entropy, "the loss")
     device: torch.device | str | None = option(None, "where to train", compared=False)
-    autocast: torch.dtype | None = option(None, "dtype of mixed precision")
+    autocast: torch.dtype | None = option(None, "dtype of mixed precision", choices=(torch.bfloat16, torch.float16))
     channels_last: bool = option(False, "channels-last layout", flag=bool)
     cuda_graph: bool | None = option(None, "whether steps are captured as a CUDA graph", compared=False)
     seed: int | None = option(None, "seed that makes the merge repeatable", least=0, flag=int)
     progress: bool | None = option(None, "whether to show a progress bar", compared=False)
     callback: Callable[[EpochRecord], object] | None = option(None, "called after every epoch", compared=False)
     checkpoint_dir: str | Path | None = option(None, "where checkpoints go", compared=False)
-    checkpoint_seconds: float = option(300.0, "least seconds between two checkpoints", compared=False)
+    checkpoint_seconds: float = option(300.0, "least seconds between two checkpoints", least=0.0, compared=False)
     resume: bool = option(False, "whether to go on from a checkpoint", compared=False)
     accumulate: int = option(
         1, "parts in which the images of a step are read, to save memory", least=1, compared=False, flag=int
@@ -261,6 +261,16 @@ class Options:
             )
         if self.all_classes and self.heads == "average":
             raise ValueError('all_classes goes with heads="concatenate" or "separate"')
+        for name in ("milestones", "merge_milestones"):
+            at = getattr(self, name)
+            if at is None:
+                continue
+            if isinstance(at, str) or not isinstance(at, Iterable) or not all(_is_whole(epoch) for epoch in at):
+                raise ValueError(f"merge needs {name}, whole numbers of epochs such as (20, 40); got {at!r}")
+        for name in ("criterion", "callback"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"merge needs {name}, a function; got a {type(function).__name__}")
 
     def setting(self, network: nn.Module) -> Setting:
         """Device, precision, layout and criterion; the device is the network's where none is chosen.
@@ -317,6 +327,12 @@ class Options:
     def of_big(self) -> dict[str, Any]:
         """What a :class:`~fastmerge.BigStudent` takes of them."""
         return {"keep": self.keep, "tie_streams": self.tie_streams}
+
+    @property
+    def carries_optimizer(self) -> bool:
+        """Whether parameters change their shape in the merge stage, and what the optimizer keeps for them with them."""
+        linked = [self.is_linked_in(epoch) for epoch in range(self.merge_epochs)]
+        return linked != sorted(linked, reverse=True) or any(map(self.compacts_after, range(1, self.merge_epochs)))
 
     @property
     def linked_epochs(self) -> int:

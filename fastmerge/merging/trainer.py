@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data.distributed import DistributedSampler
 
 from fastmerge.batch_statistics import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.big_student import BigStudent
@@ -163,9 +162,11 @@ class Trainer:
         epoch, lr = len(self.history.stage(stage)) + 1, optimizers[0].param_groups[0]["lr"]
         linked = None if lam is None else network.linked
         for loader in getattr(self.train_loader, "loaders", [self.train_loader]):
-            sampler = getattr(loader, "sampler", None)
-            if isinstance(sampler, DistributedSampler):  # it shuffles by the number of the epoch alone
-                sampler.set_epoch(len(self.history.epochs))
+            for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+                if callable(
+                    set_epoch := getattr(sampler, "set_epoch", None)
+                ):  # it shuffles by the number of the epoch alone
+                    set_epoch(len(self.history.epochs))
         # several processes read their losses together, since all must know where one came upon NaN
         tally = Tally() if self.processes.size == 1 else Tally(every=sys.maxsize)
         random = None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 import fastmerge.merging.options as options_module
@@ -20,7 +20,7 @@ from fastmerge.merging import merge
 from fastmerge.merging.checks import examples_of
 from fastmerge.merging.stages import gate_warnings, origins, undecided_warnings
 from fastmerge.schedules import QuadraticLambda, fitting_gate_lr, fitting_lam_step
-from small_task import SHORT, TRAIN, VAL, SmallNet, copies, train_loader, train_teachers
+from small_task import SHORT, TRAIN, VAL, SmallNet, X, Y, copies, train_loader, train_teachers
 
 # Stages this short leave the gates where they are, which only some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -386,6 +386,60 @@ def test_a_distributed_sampler_shuffles_anew_each_epoch(teachers):
     assert len(epochs) == 3
     assert epochs[0] == first
     assert len({tuple(order) for order in epochs}) == 3
+
+
+def test_any_sampler_that_counts_epochs_is_told(teachers):
+    epochs = []
+
+    class Shuffling(BatchSampler):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    loader = DataLoader(TRAIN, batch_sampler=Shuffling(SequentialSampler(TRAIN), 64, drop_last=False))
+    merge(teachers, loader, **SHORT)
+    assert epochs == [0, 1, 2]
+
+
+class Streamed(IterableDataset):
+    """Has no length, and so its DataLoader has none."""
+
+    def __iter__(self):
+        for first in range(0, 256, 32):
+            yield X[first : first + 32], Y[first : first + 32]
+
+
+class Counted(Streamed):
+    def __len__(self):
+        return 8
+
+
+def test_a_dataset_without_a_length(teachers):
+    loader, options = DataLoader(Streamed(), batch_size=None), SHORT | {"gate_lr": 0.2, "distill": 0.5}
+    student, history = merge(teachers, loader, val_loader=loader, **options)
+    twin, same = merge(teachers, DataLoader(Counted(), batch_size=None), val_loader=loader, **options)
+    assert [record.train for record in history.epochs] == [record.train for record in same.epochs]
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ValueError, match="needs a train_loader with a length"):
+        merge(teachers, loader, gate_schedule="budget", **SHORT)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whoever_calls_it_without_gradients(teachers, mode):
+    with mode():
+        student, _ = merge(teachers, train_loader(), **SHORT)
+        assert not torch.is_grad_enabled()
+    twin, _ = merge(teachers, train_loader(), **SHORT)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), twin.parameters(), strict=True))
+
+
+def test_volumes_in_the_channels_last_layout():
+    class Volume(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Conv3d(4, 2, 3))
+
+    loader = [(torch.randn(2, 1, 6, 6, 6), torch.randint(2, (2, 2, 2, 2)))]
+    student, _ = merge([Volume(), Volume()], loader, channels_last=True, **SHORT)
+    assert student[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_inputs_are_cut_to_two_samples_where_all_count_the_samples() -> None:

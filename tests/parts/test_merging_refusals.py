@@ -1,6 +1,7 @@
 """merge() where it can't go: bad input is refused before the first epoch, divergence stops it with step and cause."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -149,6 +150,23 @@ def classes(n):
     return [(X[:8], torch.arange(8) % n)]
 
 
+class Several:
+    """A metric, and a network, that give a dict."""
+
+    class Network(SmallNet):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    def update(self, output, target):
+        pass
+
+    def reset(self):
+        pass
+
+    def compute(self):
+        return {"precision": 1.0, "recall": 0.0}
+
+
 BAD = [
     ("no list", lambda t: {"teachers": t[0]}, TypeError, r"merge\(\[t1, t2\], loader\); got a SmallNet"),
     ("one", lambda t: {"teachers": t[:1]}, ValueError, "at least two teachers; got 1"),
@@ -219,6 +237,74 @@ BAD = [
         ValueError,
         "val_loader's first batch has no samples",
     ),
+    (
+        "sum",
+        lambda t: {"criterion": functools.partial(cross_entropy, reduction="sum")},
+        ValueError,
+        "a criterion that is the mean over the batch; this one has reduction='sum'",
+    ),
+    ("criterion's name", lambda t: {"criterion": "cross_entropy"}, TypeError, "needs criterion, a function; got a str"),
+    ("callback", lambda t: {"callback": 3}, TypeError, "needs callback, a function; got a int"),
+    ("autocast", lambda t: {"autocast": "bfloat16"}, ValueError, "torch.bfloat16 or torch.float16; got 'bfloat16'"),
+    ("milestones", lambda t: {"milestones": ["a"]}, ValueError, r"milestones, whole numbers of epochs .* got \['a'\]"),
+    ("one milestone", lambda t: {"merge_milestones": 3}, ValueError, "merge_milestones, whole numbers .*; got 3"),
+    ("seconds", lambda t: {"checkpoint_seconds": "5"}, ValueError, "checkpoint_seconds, .* of at least 0; got '5'"),
+    ("resume", lambda t: {"resume": True}, ValueError, "resume=True needs the checkpoint_dir"),
+    (
+        "directory",
+        lambda t: {"checkpoint_dir": __file__},
+        ValueError,
+        "checkpoint_dir, a directory that can be written",
+    ),
+    ("metrics", lambda t: {"metrics": {"a": cross_entropy}}, ValueError, "pass a val_loader"),
+    (
+        "metric of several",
+        lambda t: {"metrics": {"a": Several()}, "val_loader": [(X[:8], Y[:8])]},
+        ValueError,
+        r"'a' must give one number from compute\(\); it gave a dict",
+    ),
+    (
+        "schedule and warmup",
+        lambda t: {"schedule": functools.partial(lr_scheduler.StepLR, step_size=1), "warmup": 1},
+        ValueError,
+        "takes schedule or warmup, not both",
+    ),
+    (
+        "optimizer and finetune_lr",
+        lambda t: {"optimizer": torch.optim.Adam, "finetune_lr": 0.1},
+        ValueError,
+        "takes optimizer or finetune_lr, not both",
+    ),
+    ("closure", lambda t: {"optimizer": torch.optim.LBFGS}, ValueError, r"LBFGS's failed \(TypeError: .*closure"),
+    (
+        "state by row",
+        lambda t: {"optimizer": torch.optim.Adafactor, "compact_at": 0.5},
+        ValueError,
+        "can't carry Adafactor's 'row_var' .* pass link_at=0 and no compact_at, or another optimizer",
+    ),
+    (
+        "dict batch",
+        lambda t: {"train_loader": [{"image": X[:8], "label": Y[:8]}]},
+        TypeError,
+        r"it yields a dict\. Let its collate_fn give pairs",
+    ),
+    ("dict input", lambda t: {"train_loader": [({"image": X[:8]}, Y[:8])]}, TypeError, "Let its collate_fn give pairs"),
+    (
+        "not initialised",
+        lambda t: {"teachers": [nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.LazyLinear(3))]},
+        ValueError,
+        r"parameter '0\.weight' of teacher 0 is not initialised",
+    ),
+    (
+        "no logits to distil",
+        lambda t: {
+            "teachers": [Several.Network(), Several.Network()],
+            "criterion": lambda o, y: cross_entropy(o["logits"], y),
+            "distill": 0.5,
+        },
+        ValueError,
+        r"needs networks with one output, logits \(N, K\); got dict\. Wrap the networks",
+    ),
     ("nan", lambda t: {"criterion": lambda o, y: o.sum() * torch.nan}, ValueError, "teacher 0's loss on train_loader"),
 ]
 
@@ -230,7 +316,25 @@ def test_what_can_not_work_is_refused_before_the_first_epoch(teachers, change, e
 
     arguments = {"teachers": teachers, "train_loader": train_loader()} | SHORT | change(teachers)
     with pytest.raises(error, match=message):
-        merge(arguments.pop("teachers"), arguments.pop("train_loader"), callback=never, **arguments)
+        merge(arguments.pop("teachers"), arguments.pop("train_loader"), **{"callback": never} | arguments)
+
+
+def test_parameters_of_the_criterion_are_not_trained_and_it_says_so(teachers):
+    class Margin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, output, target):
+            return cross_entropy(output * self.scale, target)
+
+    with pytest.warns(UserWarning, match="trains no parameters of the criterion; it has scale, which stay as they are"):
+        merge(teachers, train_loader(), criterion=Margin(), **SHORT)
+    merge(teachers, train_loader(), criterion=Margin().requires_grad_(False), **SHORT)
+
+
+def test_an_optimizer_whose_state_is_not_carried_may_keep_what_it_likes(teachers):
+    merge(teachers, train_loader(), optimizer=torch.optim.Adafactor, link_at=0.0, **SHORT)
 
 
 def test_an_input_without_values_is_none_without_samples():
