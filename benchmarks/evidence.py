@@ -422,7 +422,7 @@ PARTS = {
         "cifar100.npz",
         [
             *("ours", "ours-plain", "one", "one-cosine", "bo3", "restart", "cyclic-swa", "distill"),
-            *("rebasin", "reconstruct", "ensemble", "ensemble-3", OWN, "choice: all", TIED),
+            *("rebasin", "reconstruct", "ensemble", "ensemble-3", OWN, "choice: all"),
         ],
     ),
 }
