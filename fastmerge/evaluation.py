@@ -193,7 +193,8 @@ class Tally:
             *(x.flatten(0, 1) if stacked and isinstance(x, Tensor) else x for x in (output, target))
         ):
             right = (output.detach().argmax(1 + stacked) == target).float().flatten(stacked)
-            values["accuracy"] = right.mean(-1) if samples else right.sum(-1)
+            counted = (target != -100).float().flatten(stacked)  # cross_entropy's ignore_index
+            values["accuracy"] = right.sum(-1) / counted.sum(-1).clamp(min=1)
         self._pending.append((samples, values))
         return len(self._pending) >= self.every and self.read()
 

@@ -232,8 +232,8 @@ class GatedNetwork(nn.Module):
         if torch.compiler.is_compiling():
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
             raise ValueError(
-                f"this big student was compiled before it had seen inputs of shape {shapes} in {dtype}; call it once on "
-                "such inputs before you compile it"
+                f"this big student was compiled or exported before it had seen inputs of shape {shapes} in {dtype}; call it "
+                "once on such inputs before"
             )
         with ONE_THREAD:
             analysis, is_open = self._blueprint.analyse_for(inputs, dtype, mode)

@@ -37,6 +37,8 @@ from fastmerge.channels.written_layers import complete_sliced_weights, part_comp
 from fastmerge.isolation import copied, exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
 
+_AS_INPUT = "Let the forward take it as an input and return it"
+
 
 def trace(
     model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]], modes: Sequence[str] = MODES
@@ -71,6 +73,11 @@ def trace(
                 program = _exported(model, root, mode, inputs, calls, questions, seen)
                 if seen.drawing:
                     raise UnmergeableError(_drawing(type(model).__name__, mode, seen, calls))
+                if seen.changes and (counting := _counting(root.train(mode == "train"), inputs)):
+                    what = (
+                        f"{type(model).__name__} keeps '{counting}' from one forward for the next, outside its buffers"
+                    )
+                    raise UnmergeableError(Problem(what, _AS_INPUT, counting.rpartition(".")[0], ""))
                 if seen.gradients and _has_other_gradients(root.train(mode == "train"), program, inputs):
                     raise UnmergeableError(_own_gradients(type(model).__name__, mode, seen))
             source = derived or _unlifted(program)
@@ -188,10 +195,29 @@ class _Seen:
     Attributes:
         drawing: the path of the innermost module that drew random numbers of Python or NumPy, and whose they are.
         gradients: what computes gradients of its own: autograd functions, and hooks of tensors, with file:line.
+        changes: whether a number among the attributes of a module became another one.
     """
 
     drawing: list[str] = field(default_factory=list)
     gradients: dict[str, None] = field(default_factory=dict)
+    changes: bool = False
+
+
+def _numbers(root: nn.Module) -> dict[str, int | float]:
+    """The numbers among the attributes of all modules."""
+    attributes = ((path, *item) for path, module in root.named_modules() for item in vars(module).items())
+    return {f"{path}.{name}".lstrip("."): value for path, name, value in attributes if type(value) in (int, float)}
+
+
+def _counting(root: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> str:
+    """The attribute, if any, that every forward changes; what the first one finds out of its inputs stays the same."""
+    network, found = copied(root), []
+    for _ in range(2):
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(inputs[0]), dict(inputs[1])))
+        with torch.no_grad():
+            network(*args, **kwargs)
+        found.append(_numbers(network))
+    return next((name for name, value in found[1].items() if name in found[0] and value != found[0][name]), "")
 
 
 def _drawing(name: str, mode: str, seen: _Seen, calls: Mapping[str, str]) -> Problem:
@@ -219,7 +245,7 @@ def _has_other_gradients(root: nn.Module, program: Any, inputs: tuple[tuple[Any,
     """Whether the parameters of a network have other gradients than those of its exported program."""
     values = {name: p.detach().clone().requires_grad_() for name, p in root.named_parameters() if p.is_floating_point()}
     found = []
-    for network in (copied(root), program.module()):
+    for network in (copied(root), program.module(check_guards=False)):
         torch.manual_seed(0)
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(inputs[0]), dict(inputs[1])))
         output = torch.func.functional_call(network, values, args, kwargs)
@@ -251,20 +277,24 @@ def _exporting(
     paths = {id(module): name for name, module in root.named_modules()}
     thread, register_hook = threading.get_ident(), Tensor.register_hook
     states: list[tuple[Any, Any]] = []
+    numbers: list[dict[str, int | float]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
         path = paths.get(id(module), "")
         entered.append(path)
         states.append(_generators())
+        if module is root:
+            numbers.append(_numbers(root))
         if path not in calls:
             calls[path] = _caller(sys._getframe(1))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        path, before = entered.pop(), states.pop()  # after a failure nobody does, and the path says where it was
-        drawn = [name for name, a, b in zip(("Python", "NumPy"), before, _generators(), strict=True) if a != b]
+        path, state = entered.pop(), states.pop()  # after a failure nobody does, and the path says where it was
+        drawn = [name for name, a, b in zip(("Python", "NumPy"), state, _generators(), strict=True) if a != b]
         if drawn and not seen.drawing:
             seen.drawing += [path, drawn[0]]
         if module is root:
+            seen.changes |= numbers.pop() != _numbers(root)
             seen.gradients |= dict.fromkeys(_autograd_functions(output))
 
     def hook(tensor: Tensor, *args: Any) -> Any:
@@ -422,7 +452,7 @@ def _cleaned(
             if isinstance(tensor, FakeTensor):
                 path, code = _place(node, calls)
                 what = f"{type(root).__name__} keeps '{node.target}' from one forward for the next, outside its buffers"
-                raise UnmergeableError(Problem(what, "Let the forward take it as an input and return it", path, code))
+                raise UnmergeableError(Problem(what, _AS_INPUT, path, code))
             name = f"{str(node.target).replace('.', '_')}_{_digest(tensor)}"
             traced.constants[name] = tensor
             add_constant(root, name, traced.constants[name].clone())

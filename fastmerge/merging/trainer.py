@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -204,8 +205,8 @@ class Trainer:
         )
         self.history.epochs.append(record)
         self.bar.end_epoch(record)
-        ends = self.options.callback is not None and self.processes.is_first and self.options.callback(record) is True
-        self._ended = bool(self.processes.most(ends)[0])
+        said = self.options.callback(record) if self.options.callback is not None and self.processes.is_first else None
+        self._ended = bool(self.processes.most(isinstance(said, (bool, np.bool_)) and bool(said))[0])
 
     def _operations(self, network: nn.Module, epoch: int) -> float | None:
         """Per sample; of teachers the forward pass alone, a third of both, in the first epoch where they are asked once."""

@@ -77,11 +77,38 @@ class KeepingItsState(Branching):
         return self.conv(self.state)
 
 
+class Annealing(Branching):
+    """What counts is a number, and what a trace has seen of it would hold for good."""
+
+    step, size = 0, 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
+        self.size = x.shape[-1]  # another one, but always the same
+        return self.conv(x) / (1 + self.step)
+
+
+class RememberingASize(Branching):
+    size = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = int(x.shape[-1])
+        return self.conv(x) / self.size
+
+
+def test_a_size_that_is_remembered_is_no_state() -> None:
+    teachers = [DataDependent(), DataDependent()]
+    for teacher in teachers:
+        teacher.branching = RememberingASize()
+    fastmerge.BigStudent(*teachers, example_inputs=IMAGES)
+
+
 @pytest.mark.parametrize(
     ("part", "problem"),
     [
         (SelectingByValue, "'branching' makes a tensor whose shape depends on the values of another (index)"),
         (KeepingItsState, "keeps 'branching.state' from one forward for the next"),
+        (Annealing, "keeps 'branching.step' from one forward for the next"),
     ],
 )
 def test_code_without_one_shape_or_state(part: type[Branching], problem: str) -> None:

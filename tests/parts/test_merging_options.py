@@ -6,6 +6,7 @@ import copy
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,21 @@ def test_a_metric_that_gives_no_number_is_named_before_the_first_epoch(trained: 
     ):
         run(trained, metrics={"odd": lambda output, target: found}, callback=seen.append)
     assert not seen
+
+
+def test_targets_that_are_ignored_are_not_counted(trained: list[nn.Module]) -> None:
+    (x, y), ignored = VAL[0], torch.arange(len(VAL[0][1])) % 3 == 0
+    val = [(x, y.masked_fill(ignored, -100))]
+    student, history = merge(copies(trained), train_loader(), val_loader=val, **SHORT)
+    with torch.no_grad():
+        right = (student(x).argmax(1) == y)[~ignored].float().mean()
+    assert history.borders["student"].accuracy == pytest.approx(float(right))
+
+
+@pytest.mark.parametrize(("said", "epochs"), [(np.bool_(True), 1), (1, 2), (None, 2)])
+def test_what_a_callback_says_to_end_a_stage(trained: list[nn.Module], said: Any, epochs: int) -> None:
+    _, history = merge(copies(trained), train_loader(), callback=lambda record: said, **SHORT)
+    assert len(history.stage("merge")) == epochs
 
 
 def test_a_callback_ends_a_stage_and_a_merge_that_goes_on_leaves_it_ended(
