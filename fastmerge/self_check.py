@@ -61,7 +61,8 @@ def check_exact(teachers: Sequence[nn.Module], big: Any, example_inputs: Inputs)
     if size > _PRECISE and own != torch.float64:
         trials.insert(0, _Trial(teachers, big, inputs, torch.float32))
     shapes = [[name, tuple(p.shape)] for name, p in teachers[0].named_parameters()] + [_shape(x) for x in leaves]
-    known = (type(teachers[0]), repr(teachers[0]), str(shapes), len(teachers), big.heads, tuple(big.widths.values()))
+    asked = big.heads, big._blueprint.tie_streams, tuple(big.widths.values())
+    known = (type(teachers[0]), repr(teachers[0]), str(shapes), len(teachers), asked)
     with undisturbed([*teachers[0].parameters(), *leaves]):
         _compare(trials, _Trial.open_gates, own)
         if size <= _SMALL or known not in _CHECKED:
@@ -145,8 +146,9 @@ class _Trial:
     def big(self) -> Any:
         big = self._given[1]
         if self.rebuilt:
-            options = {"outputs": big._blueprint.outputs, "heads": big.heads, "keep": big._asked, "verify": False}
-            return self._joined(type(big)(*self.teachers, example_inputs=self.inputs, **options))
+            plan = big._blueprint
+            options = {"outputs": plan.outputs, "heads": big.heads, "keep": big._asked, "tie_streams": plan.tie_streams}
+            return self._joined(type(big)(*self.teachers, example_inputs=self.inputs, **options, verify=False))
         cast = self._joined(copied(big)._apply(lambda t: _cast(t, self.dtype)))
         # the graphs as they are: what their code does in another precision is tried later
         cast._blueprint.dtype = self.dtype

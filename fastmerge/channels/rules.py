@@ -362,6 +362,7 @@ def _layer_norm(run: IdRun, func: Any, args: Any, kwargs: Any) -> Computed:
         x = _fill(x, vector)
     if run.tie_streams:
         assert run.node is not None
+        x = _fill(x, compact(x).amax(-1, keepdim=True))  # zeros among them take the statistics, too
         rows = compact(x).flatten(0, -2).unique(dim=0)
         run.record.tie(rows[:, :1], rows)
         run.record.mixed.append((run.where(), op_name(run.node), np.unique(rows[rows != NO_ID].numpy())))

@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastmerge
@@ -43,6 +45,26 @@ def test_their_channels_are_one_place(name: str) -> None:
         (each,) = [each for each in apart if each.name == group]
         assert each.size > 1
     assert fastmerge.check(*teachers, example_inputs=x, tie_streams=True).groups.choice.fixed > apart.choice.fixed
+
+
+class Padded(nn.Module):
+    """A LayerNorm takes zeros together with channels, and gives other values than zeros for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(F.layer_norm(F.pad(self.first(x).relu(), (2, 0)), (8,)))
+
+
+def test_zeros_that_are_taken_together_with_them() -> None:
+    teachers, x = [Padded().double() for _ in range(2)], torch.randn(BATCH, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="normalises channels of the network's input together with hidden ones"):
+        BigStudent(*teachers, example_inputs=x)
+    big = BigStudent(*teachers, example_inputs=x, tie_streams=True)
+    opened, compressed = exactness(big, (x,), mean_output(teachers, (x,)))
+    assert max(*opened, *compressed) <= TOLERANCE[torch.float64]
 
 
 def test_a_student_has_one_teachers() -> None:
