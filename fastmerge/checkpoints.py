@@ -271,10 +271,15 @@ def restore_loader_state(loader: Any, state: dict[str, Any]) -> None:
         loader.load_state_dict(state["state"])
 
 
+def samplers_of(loader: Any) -> list[Any]:
+    """A loader's sampler, its batch sampler and that one's own sampler, as far as it has them, each once."""
+    of_batches = getattr(loader, "batch_sampler", None)
+    found = getattr(loader, "sampler", None), of_batches, getattr(of_batches, "sampler", None)
+    return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
+
 def _generators(loader: Any) -> list[torch.Generator]:
-    owners = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    owners.append(getattr(owners[-1], "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
+    found = [getattr(owner, "generator", None) for owner in (loader, *samplers_of(loader))]
     unique = {id(generator): generator for generator in found if isinstance(generator, torch.Generator)}
     return list(unique.values())
 

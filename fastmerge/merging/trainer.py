@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fastmerge.batch_statistics import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.big_student import BigStudent
-from fastmerge.checkpoints import Interrupted, StopRequests, random_states
+from fastmerge.checkpoints import Interrupted, StopRequests, random_states, samplers_of
 from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, length_of, samples_in
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.distillation import TaughtSetting
@@ -163,10 +163,8 @@ class Trainer:
         epoch, lr = len(self.history.stage(stage)) + 1, optimizers[0].param_groups[0]["lr"]
         linked = None if lam is None else network.linked
         for loader in getattr(self.train_loader, "loaders", [self.train_loader]):
-            for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-                if callable(
-                    set_epoch := getattr(sampler, "set_epoch", None)
-                ):  # it shuffles by the number of the epoch alone
+            for sampler in samplers_of(loader):
+                if callable(set_epoch := getattr(sampler, "set_epoch", None)):  # some shuffle by its number alone
                     set_epoch(len(self.history.epochs))
         # several processes read their losses together, since all must know where one came upon NaN
         tally = Tally() if self.processes.size == 1 else Tally(every=sys.maxsize)

@@ -411,13 +411,19 @@ def test_a_distributed_sampler_shuffles_anew_each_epoch(teachers):
 def test_any_sampler_that_counts_epochs_is_told(teachers):
     epochs = []
 
-    class Shuffling(BatchSampler):
+    class Counting:
         def set_epoch(self, epoch):
-            epochs.append(epoch)
+            epochs.append((type(self).__name__, epoch))
 
-    loader = DataLoader(TRAIN, batch_sampler=Shuffling(SequentialSampler(TRAIN), 64, drop_last=False))
+    class OfBatches(Counting, BatchSampler):
+        pass
+
+    class Within(Counting, SequentialSampler):
+        pass
+
+    loader = DataLoader(TRAIN, batch_sampler=OfBatches(Within(TRAIN), 64, drop_last=False))
     merge(teachers, loader, **SHORT)
-    assert epochs == [0, 1, 2]
+    assert epochs == [(name, epoch) for epoch in range(3) for name in ("OfBatches", "Within")]
 
 
 class Streamed(IterableDataset):
