@@ -68,7 +68,7 @@ def trace(
     told, derived = told_in_both(root, inputs) if len(modes) > 1 else None, None
     for mode in modes:
         root.train(mode == "train")
-        with undisturbed(grad=True):
+        with undisturbed(leaves, grad=True):
             if derived is None:
                 program = _exported(model, root, mode, inputs, calls, questions, seen)
                 if seen.drawing:

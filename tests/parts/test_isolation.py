@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import proxy_tensor
 
 from fastmerge import BigStudent, merge
+from fastmerge.channels import tracing
 from fastmerge.isolation import undisturbed
 from small_task import SmallNet, train_loader
 
@@ -142,3 +143,17 @@ def test_two_merges_in_two_threads() -> None:
         assert all(parameter.isfinite().all() for parameter in student.parameters())
         assert len(history.stage("merge")) == 2
     assert process_state() == found
+
+
+def test_tracing_leaves_the_random_numbers_of_the_inputs_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are compared after a seed, which PyTorch gives to all devices; the state of a tensor's card is kept."""
+    x, kept = torch.randn(2, 4), []
+
+    def watched(tensors: Any = (), grad: bool = False) -> Any:
+        kept.append(any(tensor is x for tensor in tensors))
+        return undisturbed(tensors, grad)
+
+    monkeypatch.setattr(tracing, "undisturbed", watched)
+    tracing.trace(Calling(), ((x,), {}))
+    assert kept
+    assert all(kept)
