@@ -124,7 +124,7 @@ coverage-zoo: $(READY) ## the same for timm, transformers, segmentation_models_p
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[zoo]"
 	$(BIN)/python -m benchmarks.coverage --libraries
 
-docs: $(READY) ## README.md's tables and docs/benchmarks.md from the committed results
+docs: $(READY) ## all tables of README.md and docs/ from the committed results
 	$(BIN)/python docs/render.py
 
 docs-site: $(READY) ## all pages and the API reference as a website in build/site

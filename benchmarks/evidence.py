@@ -5,7 +5,7 @@
 The folder holds mnist.npz, imagewoof28.npz (as ``fastmerge data`` writes it, 28 pixels a side) and cifar100.npz; parts whose
 file is missing are left out. Each part is one run of fastmerge's strategies: within a replicate all start from the same
 teachers. A part that is finished is kept, in docs/results/evidence/PART.json, and gets the strategies and replicates that it
-lacks. One that was stopped goes on from its checkpoints in runs/evidence/. docs/render.py makes docs/evidence.md of the files.
+lacks. One that was stopped goes on from its checkpoints in runs/evidence/. docs/render.py fills docs/evidence.md from them.
 """
 
 from __future__ import annotations

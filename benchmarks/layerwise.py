@@ -302,8 +302,11 @@ def blocks(counted: dict[str, Any], measured: dict[str, dict[str, Any]]) -> dict
             f"PyTorch {made['torch']}, {made['cpu']['name']}, one core. Written by `make docs` from "
             "benchmarks/results/experiments/layerwise-*.json, which `python -m benchmarks.layerwise` fills."
         )
-    found = {"memory": memory, "accuracy": parts}
-    return {"verdict": conclusion(counted, measured), **{name: "\n\n".join(each) for name, each in found.items()}}
+    return {
+        "verdict": conclusion(counted, measured),
+        "memory": "\n\n".join(memory),
+        "accuracy": "\n\n".join(parts),
+    }
 
 
 def whole(records: Sequence[dict[str, Any]]) -> list[float]:

@@ -4,7 +4,7 @@
 
 Runs parts of benchmarks/evidence.py, one at three times its length too, as docs/results/many-teachers/NAME.json, and draws
 docs/pictures/many-teachers.png; a part that is there is kept, one that was stopped goes on from runs/many-teachers/.
-docs/render.py makes docs/many-teachers.md of the files.
+docs/render.py fills docs/many-teachers.md from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the README's table, from the committed JSON of runs.
+"""What docs/benchmarks.md and the README show of the committed JSON of runs.
 
 Targets stand beside results, whatever the results are. A ratio is the median over pairs of samples, taken in turn in one
 process.

@@ -180,7 +180,7 @@ def run_on_ids(
     Args:
         traced: the network; its buffers change (BatchNorm statistics), as it runs in training mode too.
         example_inputs: what its graphs take, flat; float tensors of shape (N, C, ...).
-        predicted: per mode the positions of the flat outputs that are predictions; None: see ``outputs.predictions``.
+        predicted: per mode the positions of the flat outputs that are predictions; None: see :func:`predictions`.
         constants: names of buffers that are the same for all teachers.
         tie_streams: whether channels that a LayerNorm or RMSNorm takes together can only be kept together.
 

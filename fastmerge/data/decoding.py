@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-import math
-from collections.abc import Sequence
-
 from numpy.typing import NDArray
 
 from fastmerge.data.augmentation import Augmentation, draw_crops
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 OnBadImage = Literal["raise", "skip"]
-JPEG_END = b"\xff\xd9"
 ON_BAD_IMAGE: tuple[OnBadImage, ...] = ("raise", "skip")
-# Pillow goes by a file's content, not by its name, and has readers that start other programs (EPS) or are little tested.
+JPEG_END = b"\xff\xd9"
 _AHEAD = 4  # items per thread that wait their turn, so that a million images need no memory
+# Pillow goes by a file's content, not by its name, and has readers that start other programs (EPS) or are little tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 
 

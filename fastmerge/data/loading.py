@@ -31,7 +31,7 @@ _MOST_DECODED = 2 * 2**30  # bytes of a tree that is decoded once and held witho
 
 @dataclass(frozen=True)
 class Choice:
-    """What :func:`~fastmerge.data.loading.image_loaders` was asked for.
+    """What :func:`image_loaders` was asked for.
 
     Attributes:
         batch_size: Of validation and of training.

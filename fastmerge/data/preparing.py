@@ -1,6 +1,6 @@
-"""Trees of images before training: made small, and looked through for files that can't be read.
+"""Images before training: trees of them made small, and all looked through for what can't be read.
 
-What a fast network waits for is the decoding of large JPEGs.
+A fast network waits for the decoding of large JPEGs, so they are made small once.
 """
 
 from __future__ import annotations

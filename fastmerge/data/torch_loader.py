@@ -96,9 +96,8 @@ class DeviceLoader(EpochLoader):
             changes, windows = None, torch.from_numpy(order)[None].to(self.images.device)
         else:
             changes = draw_changes(self.augmentation, self.batches.seed, epoch, order)
-            windows = changes.windows(order).to(
-                self.images.device
-            )  # once an epoch, so that no batch waits for the host
+            # once an epoch, so that no batch waits for the host
+            windows = changes.windows(order).to(self.images.device)
         ends = np.cumsum([len(part) for part in parts])
         for end, part in zip(ends.tolist(), parts, strict=True):
             piece = slice(end - len(part), end)

@@ -127,7 +127,7 @@ def compute_weight(
         program: how a teacher computes it.
         tensors: per tensor that it reads, that of all teachers.
         lengths: of the dimensions of all teachers' parameter in one.
-        columns: what :func:`~fastmerge.lowering.computed_weights.column_weights` gave; None where rows are a teacher's own.
+        columns: what :func:`column_weights` gave; None where rows are a teacher's own.
     """
     return _Rows(graph, program, dict(tensors), lengths, columns).run()
 

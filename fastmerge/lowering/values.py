@@ -31,6 +31,21 @@ from fastmerge.channels.aten import (
 from fastmerge.wide.streams import concatenate_joined, mean_of_streams, split_streams
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where the channels lie in a joined tensor.
+
+    Attributes:
+        dim: the dimension, from 0.
+        channels: of one teacher.
+        rank: number of dimensions.
+    """
+
+    dim: int
+    channels: int
+    rank: int
+
+
 @dataclass
 class Memory:
     """What joined values that may share memory have in common.
@@ -130,21 +145,6 @@ Shape = tuple[int, ...]
 _SPATIAL_DIMS = {f"{name}{d}d": d for name in SPATIAL for d in (1, 2, 3)}
 _REDUCTIONS = {"mean", "sum", "amax", "amin"}
 _RESHAPED = {*RESHAPES, "flatten", "unflatten"}
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the channels lie in a joined tensor.
-
-    Attributes:
-        dim: the dimension, from 0.
-        channels: of one teacher.
-        rank: number of dimensions.
-    """
-
-    dim: int
-    channels: int
-    rank: int
 
 
 @dataclass(frozen=True)

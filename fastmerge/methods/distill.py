@@ -89,7 +89,7 @@ def distill(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     temperature: float = 2.0,
-    weight: float = 0.5,
+    weight: float = DISTILL,
     criterion: Criterion = cross_entropy,
     how: Mapping[str, Any] | None = None,
 ) -> nn.Module:

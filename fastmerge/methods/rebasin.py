@@ -18,47 +18,6 @@ from fastmerge.methods.samples import family_of, second_moments
 _SWEEPS = 50
 
 
-def align(family: Family, by: str = "weights", seed: int = 0) -> list[nn.Module]:
-    """The networks with their channels in the order of the first one's.
-
-    By weights, of more than two networks each is matched in turn to the mean of the others, until nothing changes.
-
-    Args:
-        family: the networks and samples.
-        by: "weights" or "activations".
-        seed: of the order in which groups are matched.
-
-    Raises:
-        ValueError: ``by`` is neither.
-    """
-    first, *others = family.networks
-    groups = family.groups
-    if by == "activations":
-        found = second_moments(family, family.networks, weighted=False)
-        aligned = [first]
-        for t, other in enumerate(others, 1):
-            orders = {
-                group.name: _assign(found[group.name].unflatten(1, (-1, group.size))[: group.size, t])
-                for group in groups
-                if group.name in found
-            }
-            aligned.append(permute(other, groups, orders))
-        return aligned
-    if by != "weights":
-        raise ValueError(f'channels are matched by "weights" or "activations"; got {by!r}')
-    aligned = [first, *(permute(other, groups, match_weights([first], other, groups, seed)) for other in others)]
-    for _ in range(_SWEEPS if len(others) > 1 else 0):
-        changed = False
-        for t in range(len(aligned)):
-            rest = [network for number, network in enumerate(aligned) if number != t]
-            orders = match_weights(rest, aligned[t], groups, seed, front_to_back=False)
-            if any(not np.array_equal(order, np.arange(len(order))) for order in orders.values()):
-                aligned[t], changed = permute(aligned[t], groups, orders), True
-        if not changed:
-            break
-    return aligned
-
-
 @torch.no_grad()
 def match_weights(
     references: Sequence[nn.Module],
@@ -156,6 +115,47 @@ def _assign(gain: Tensor) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment  # takes long to import
 
     return np.asarray(linear_sum_assignment(gain.double().cpu().numpy(), maximize=True)[1])
+
+
+def align(family: Family, by: str = "weights", seed: int = 0) -> list[nn.Module]:
+    """The networks with their channels in the order of the first one's.
+
+    By weights, of more than two networks each is matched in turn to the mean of the others, until nothing changes.
+
+    Args:
+        family: the networks and samples.
+        by: "weights" or "activations".
+        seed: of the order in which groups are matched.
+
+    Raises:
+        ValueError: ``by`` is neither.
+    """
+    first, *others = family.networks
+    groups = family.groups
+    if by == "activations":
+        found = second_moments(family, family.networks, weighted=False)
+        aligned = [first]
+        for t, other in enumerate(others, 1):
+            orders = {
+                group.name: _assign(found[group.name].unflatten(1, (-1, group.size))[: group.size, t])
+                for group in groups
+                if group.name in found
+            }
+            aligned.append(permute(other, groups, orders))
+        return aligned
+    if by != "weights":
+        raise ValueError(f'channels are matched by "weights" or "activations"; got {by!r}')
+    aligned = [first, *(permute(other, groups, match_weights([first], other, groups, seed)) for other in others)]
+    for _ in range(_SWEEPS if len(others) > 1 else 0):
+        changed = False
+        for t in range(len(aligned)):
+            rest = [network for number, network in enumerate(aligned) if number != t]
+            orders = match_weights(rest, aligned[t], groups, seed, front_to_back=False)
+            if any(not np.array_equal(order, np.arange(len(order))) for order in orders.values()):
+                aligned[t], changed = permute(aligned[t], groups, orders), True
+        if not changed:
+            break
+    return aligned
 
 
 @register("rebasin", needs="weights", source="S. Ainsworth et al., Git Re-Basin (arXiv 2209.04836)")

@@ -60,7 +60,7 @@ def sources_of(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tenso
     """Fills each place of a dimension with the indices of the candidate that was kept for it, in order.
 
     Where other numbers of candidates are kept than a teacher has channels, the dimension is that much shorter or longer; there
-    the places lie in order (``wide.widths``).
+    the places lie in order, which ``check_widths`` has checked.
     """
     group, index, resized = torch.from_numpy(units.group), torch.arange(len(units.group)), {}
     teacher = torch.zeros_like(index)

@@ -140,10 +140,10 @@ def read_network(
     Args:
         teacher: the network.
         inputs: that it is run on.
-        outputs: which outputs are predictions; see ``channels.outputs.predictions``.
+        outputs: which outputs are predictions; see :func:`~fastmerge.channels.traced_network.predictions`.
         common: names of buffers that are the same in all teachers; see :func:`common_buffers`.
         tie_streams: see :class:`~fastmerge.BigStudent`.
-        modes: whose graphs; see ``channels.tracing.trace``.
+        modes: whose graphs; see :func:`~fastmerge.channels.tracing.trace`.
     """
     code = code_key(teacher, inputs)
     asked = None if outputs is None else tuple(outputs), common, tie_streams, modes
@@ -252,7 +252,7 @@ def build(
     Args:
         teachers: two or more networks.
         example_inputs: what the user gave, if anything.
-        outputs: which outputs are predictions; see ``channels.outputs.predictions``.
+        outputs: which outputs are predictions; see :func:`~fastmerge.channels.traced_network.predictions`.
         heads: one of :data:`~fastmerge.wide.heads.HEADS`.
         tie_streams: see :class:`~fastmerge.BigStudent`.
 

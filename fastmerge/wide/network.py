@@ -1,4 +1,4 @@
-"""The modules of the big student under the teachers' own paths, where each teacher's tensor went, the student's template."""
+"""The big student's modules under the teachers' own paths: built, where each tensor lies, and the student's template."""
 
 from __future__ import annotations
 
