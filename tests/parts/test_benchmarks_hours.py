@@ -1,4 +1,4 @@
-"""The hours in docs/scaling.md, from made-up JSON and from what is committed."""
+"""The hours in docs/scaling.md, from made-up JSON, and without a measured step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rendered benchmarks: results beside targets, misses as plain as hits, and the committed page up to date."""
+"""Rendered benchmarks: results beside targets, misses as plain as hits."""
 
 from __future__ import annotations
 

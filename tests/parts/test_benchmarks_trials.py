@@ -1,4 +1,4 @@
-"""Trials of label sets, widths and parts of the depth: a small replicate runs, and the page says where it does not help."""
+"""Trials of label sets, widths and parts of the depth: a small replicate runs, and the page shows where merging is no help."""
 
 import copy
 import re

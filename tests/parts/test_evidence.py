@@ -1,4 +1,4 @@
-"""The script of the evidence: its parts, what it keeps, and the page."""
+"""The script of the evidence: its parts, what it keeps, and what the page shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of many teachers, and what merging them costs."""
+"""What the page of many teachers shows, and what merging them costs."""
 
 from __future__ import annotations
 
