@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,22 @@ def other_teachers(rank: int, size: int) -> Any:
 
 def uneven(rank: int, size: int) -> Any:
     return run(rank, size, train=batches(BATCH * STEPS, BATCH, 0, 1)[: STEPS - rank])
+
+
+class Streamed:
+    """Batches, nobody knows how many."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def streamed(rank: int, size: int, **options: Any) -> dict[str, Any]:
+    """The second process has two batches more than the first."""
+    own = batches(BATCH * STEPS, BATCH, rank, size)
+    return merged(rank, size, train=Streamed(own + own[: 2 * rank]), lam_step=1.0, gate_lr=0.2, **options)
 
 
 def has_checkpoint(directory: Path) -> bool:

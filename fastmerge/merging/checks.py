@@ -29,8 +29,8 @@ from fastmerge.validation import errors_of_teacher
 Schedule = Callable[[Optimizer], LRScheduler]
 
 _AS_PAIRS = (
-    ". Let its collate_fn give pairs: of a dict ((batch['input_ids'], batch['attention_mask']), batch['labels']), with several "
-    "inputs in the order of the forward's arguments"
+    ". Let its collate_fn give pairs, such as ((batch['input_ids'], batch['attention_mask']), batch['labels']) of a dict, with "
+    "several inputs in the order of the forward's arguments"
 )
 
 
@@ -310,7 +310,7 @@ def pairs(name: str, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...]
             if not isinstance(value, Tensor) or value.dim() == 0:
                 raise TypeError(
                     f"{name} must yield tensors of shape (batch, ...) as inputs; it yields {_describe(value)}"
-                    + ("" if isinstance(value, Tensor) else _AS_PAIRS)
+                    + (_AS_PAIRS if hasattr(value, "keys") else "")
                 )
             if not number and not len(value):
                 raise ValueError(f"{name}'s first batch has no samples: its input is {_describe(value)}")

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -237,16 +237,28 @@ class Trainer:
     def _steps(self, tally: Tally) -> Iterator[list[Any]]:
         """The epoch's batches that are left, as many at a time as make a step."""
         batches = self.setting.batches(self._stoppable(self.state.batches(tally)))
-        while step := list(islice(batches, self.options.accumulate)):
+        for step in self._together(batches, self.options.accumulate):
             if self.watch is not None:
                 for _, target in step:
                     self.watch(target)
             yield step
 
+    def _together(self, batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+        """So many batches at a time. Processes whose loaders have no length ask each other, so that all end together."""
+        asks = self.processes.size > 1 and length_of(self.train_loader) is None
+        while True:
+            step = list(islice(batches, size))
+            if asks:
+                step = step[: -int(self.processes.most(-len(step))[0])]
+            if not step:
+                return
+            yield step
+
     def _samples(self, network: nn.Module, count: int) -> Iterator[Any]:
         """Batches of so many training samples, or of all there are; processes that sync read so many together."""
         sharing = self.processes.size if self._run.syncs else 1
-        for inputs, target in self.setting.batches(self._stoppable(iter(self.train_loader))):
+        batches = self.setting.batches(self._stoppable(iter(self.train_loader)))
+        for inputs, target in chain.from_iterable(self._together(batches, 1)) if self._run.syncs else batches:
             yield inputs, target
             count -= sharing * samples_in(network, inputs)
             (left,) = self.processes.most(count) if self._run.syncs else (count,)

@@ -18,6 +18,7 @@ from ddp_merge import (
     normed,
     other_teachers,
     shown,
+    streamed,
     uneven,
 )
 from gloo import together
@@ -82,6 +83,13 @@ def test_processes_with_unequal_loaders_are_refused():
     assert set(found.values()) == {
         "ValueError: processes that merge together need equally many batches each; they have [4, 3]. Use a DistributedSampler"
     }
+
+
+def test_processes_whose_loaders_have_no_length_end_an_epoch_together():
+    found, alone = together(2, streamed), streamed(0, 1)
+    for rank in range(2):
+        assert isinstance(found[rank], dict), found
+        assert_close(found[rank], alone)
 
 
 def test_processes_with_unequal_teachers_are_refused():
