@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 
 from fastmerge.batch_statistics import single_samples_named
 from fastmerge.history import Score
@@ -71,9 +72,8 @@ class Setting:
         return _channels_last(value) if self.channels_last else value
 
     def _target(self, value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return [self._target(item) for item in value]
-        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+        """Tensors in lists, dicts and named tuples, such as a detector's boxes, go to the device, too."""
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), value)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

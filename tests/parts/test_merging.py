@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -447,6 +448,28 @@ def test_a_dataset_without_a_length(teachers):
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), twin.parameters(), strict=True))
     with pytest.raises(ValueError, match="needs a train_loader with a length"):
         merge(teachers, loader, gate_schedule="budget", **SHORT)
+
+
+class Pair(NamedTuple):
+    labels: torch.Tensor
+    weights: list[torch.Tensor]
+
+
+def test_targets_keep_their_structure_and_go_to_the_device(teachers):
+    def criterion(output, target):
+        if isinstance(target, dict):
+            target = target["pair"]
+        return (cross_entropy(output, target.labels, reduction="none") * target.weights[0]).mean()
+
+    for target in (pair := Pair(Y[:8], [torch.ones(8)]), {"pair": pair, "names": ["a"]}):
+        student, _ = merge(teachers, [(X[:8], target)], criterion=criterion, **SHORT)
+    plain, _ = merge(teachers, [(X[:8], Y[:8])], **SHORT)
+    for one, other in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    ((_, moved),) = Setting(torch.device("meta"), criterion).batches([(X[:8], {"pair": pair, "names": ["a"]})])
+    assert moved["names"] == ["a"]
+    assert moved["pair"].labels.is_meta
+    assert moved["pair"].weights[0].is_meta
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
