@@ -25,7 +25,7 @@ from fastmerge.channels.tracing import trace
 from fastmerge.problems import Problem, UnmergeableError
 
 
-def connected(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _connected(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """The smallest member of each id's connected component.
 
     Args:
@@ -47,7 +47,7 @@ def connected(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndar
             label = label[label]
 
 
-def occurrence(values: np.ndarray) -> np.ndarray:
+def _occurrence(values: np.ndarray) -> np.ndarray:
     """For each element, how many equal ones stand before it."""
     order = np.argsort(values, kind="stable")
     sorted_values = values[order]
@@ -58,7 +58,7 @@ def occurrence(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def mix(*values: Any) -> np.ndarray:
+def _mix(*values: Any) -> np.ndarray:
     """A 64-bit hash of equally long integer arrays, element by element (splitmix64 rounds)."""
     h: NDArray[np.uint64] = np.array(0x9E3779B97F4A7C15, dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -70,7 +70,7 @@ def mix(*values: Any) -> np.ndarray:
     return h
 
 
-def signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
+def _signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
     """Two 64-bit hashes per id, equal within a unit: uint64 (ids, 2).
 
     Args:
@@ -81,10 +81,10 @@ def signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
 
     def add(ids: np.ndarray, *values: Any) -> None:
         for column in (0, 1):
-            np.add.at(total[:, column], unit[ids], mix(column + 1, *values))
+            np.add.at(total[:, column], unit[ids], _mix(column + 1, *values))
 
     for number, ids in enumerate(_axes(record)):
-        add(ids, np.full(len(ids), 3), np.full(len(ids), number), occurrence(unit[ids]), role[ids])
+        add(ids, np.full(len(ids), 3), np.full(len(ids), number), _occurrence(unit[ids]), role[ids])
     labels: dict[str, int] = {}
     for label, ids in [("values", issue.ids) for issue in record.issues] + record.patterns:
         number = labels.setdefault(label, len(labels))
@@ -94,14 +94,14 @@ def signatures(record: IdRecord, unit: np.ndarray) -> np.ndarray:
     return total[unit]
 
 
-def settle_tensors(record: IdRecord) -> None:
+def _settle_tensors(record: IdRecord) -> None:
     """Finds the dimension of channels of every tensor outside layers, now that it is known which ids are one channel.
 
     Its ids are left along that dimension alone. A tensor without one is kept from one teacher as a whole.
     """
     waiting = {name: ids for name, ids in record.tensors.items() if sum(size > 1 for size in ids.shape) > 1}
     while waiting:
-        label = torch.from_numpy(connected(record.count, record.united))
+        label = torch.from_numpy(_connected(record.count, record.united))
         for name in list(waiting):
             ids = waiting[name]
             channels = label[compact(ids)]
@@ -122,11 +122,11 @@ def settle_tensors(record: IdRecord) -> None:
         waiting = {name: ids for name, ids in record.tensors.items() if sum(size > 1 for size in ids.shape) > 1}
 
 
-def settle_norms(record: IdRecord) -> None:
+def _settle_norms(record: IdRecord) -> None:
     """Tells normalisations over channels from those within each position, such as of each head's query, which is kept whole."""
     if not record.normalised_apart:
         return
-    label = torch.from_numpy(connected(record.count, record.united))
+    label = torch.from_numpy(_connected(record.count, record.united))
     for call, ids in record.normalised_apart.items():
         small = compact(ids)
         channels = label[small].flatten(0, -2)
@@ -136,7 +136,7 @@ def settle_norms(record: IdRecord) -> None:
             record.normalised[call] = small.flatten(0, -2)[0].numpy()
 
 
-def settle_scalars(record: IdRecord, kind: np.ndarray, unit: np.ndarray) -> dict[str, np.ndarray]:
+def _settle_scalars(record: IdRecord, kind: np.ndarray, unit: np.ndarray) -> dict[str, np.ndarray]:
     """Finds the tensors of one element that act on channels to choose among and are no channel themselves.
 
     One that is a channel, too, or acts on the network's output alone becomes one with all that it acts on.
@@ -178,7 +178,7 @@ def settle_scalars(record: IdRecord, kind: np.ndarray, unit: np.ndarray) -> dict
 
 def mixing_tensors(record: IdRecord) -> set[str]:
     """Names of tensors without a dimension of channels, or whose channels are among those that an operation mixed."""
-    label = connected(record.count, record.united)
+    label = _connected(record.count, record.united)
     mixed = np.unique(label[np.concatenate([ids for _, _, ids in record.mixed] or [np.zeros(0, dtype=np.int64)])])
     meeting = {n for n, ids in record.tensors.items() if np.isin(label[np.unique(ids.numpy())], mixed).any()}
     return meeting | set(record.without_channels)
@@ -189,7 +189,7 @@ def _along(channels: Tensor, dim: int) -> Tensor:
     return channels[tuple(slice(None) if d == dim else slice(0, 1) for d in range(channels.dim()))]
 
 
-def axis_of(ids: np.ndarray) -> int | None:
+def _axis_of(ids: np.ndarray) -> int | None:
     """The dimension that a parameter's ids lie along; None if one id stands for the whole tensor."""
     long = [d for d in range(ids.ndim) if ids.shape[d] > 1]
     return long[0] if len(long) == 1 else None
@@ -204,12 +204,12 @@ def _roles(record: IdRecord, unit: np.ndarray) -> np.ndarray:
     """
     role = np.zeros(record.count, dtype=np.uint64)
     for number, ids in enumerate(_issuing(record)):
-        role[ids] = mix(np.full(len(ids), number), occurrence(unit[ids]))
+        role[ids] = _mix(np.full(len(ids), number), _occurrence(unit[ids]))
     labels: dict[str, int] = {}
     for issue in record.issues:
         number = labels.setdefault(issue.label, len(labels))
         operands = [np.where(ids == NO_ID, np.uint64(0), role[ids]) for ids in issue.sources]
-        role[issue.ids] = mix(np.full(len(issue.ids), number), *operands)
+        role[issue.ids] = _mix(np.full(len(issue.ids), number), *operands)
     return role
 
 
@@ -223,7 +223,7 @@ def _axes(record: IdRecord) -> list[np.ndarray]:
     axes = [ids for layer in record.layers.values() for ids in (layer.inputs, layer.outputs)]
     for tensor in record.tensors.values():
         ids = tensor.numpy()
-        axes.append(np.unique(ids) if axis_of(ids) is None else ids.reshape(-1))
+        axes.append(np.unique(ids) if _axis_of(ids) is None else ids.reshape(-1))
     return axes
 
 
@@ -262,14 +262,14 @@ class _Grouping:
 
     def __init__(self, record: IdRecord) -> None:
         self.record = record
-        settle_tensors(record)
-        settle_norms(record)
+        _settle_tensors(record)
+        _settle_norms(record)
         self.scalars: dict[str, np.ndarray] = {}
         if record.scalars:
-            unit = connected(record.count, record.united + record.tied)
-            self.scalars = settle_scalars(record, _kinds(record, unit), unit)
-        self.channel = connected(record.count, record.united)
-        self.unit = connected(record.count, record.united + record.tied)
+            unit = _connected(record.count, record.united + record.tied)
+            self.scalars = _settle_scalars(record, _kinds(record, unit), unit)
+        self.channel = _connected(record.count, record.united)
+        self.unit = _connected(record.count, record.united + record.tied)
         self.kind = _kinds(record, self.unit)
         own = [int(self.unit[int(record.tensors[name].flatten()[0])]) for name in self.scalars]
         self.kind[np.isin(self.unit, own)] = SHARED
@@ -280,13 +280,13 @@ class _Grouping:
     def result(self) -> ChannelGroups:
         """Numbers groups and places in the order of the network and names them."""
         candidates = np.unique(self.unit[self.kind == 0])
-        found = signatures(self.record, self.unit)[candidates]
+        found = _signatures(self.record, self.unit)[candidates]
         _, first, inverse = np.unique(found, axis=0, return_index=True, return_inverse=True)
         number = np.argsort(np.argsort(first))[inverse.reshape(-1)] if len(candidates) else np.zeros(0, dtype=np.int64)
         group = np.full(self.record.count, 0, dtype=np.int64)
         place = np.zeros(self.record.count, dtype=np.int64)
         group[candidates] = number
-        place[candidates] = occurrence(number)
+        place[candidates] = _occurrence(number)
         group = np.where(self.kind == 0, group[self.unit], self.kind)
         place = np.where(self.kind == 0, place[self.unit], 0)
 
@@ -296,7 +296,7 @@ class _Grouping:
         named = self._named_groups(group, place)
         single = [number for number, found in enumerate(named) if found.size == 1]
         layers = self.record.layers
-        tensors = {n: (axis_of(ids.numpy()), units(self._along(n))) for n, ids in self.record.tensors.items()}
+        tensors = {n: (_axis_of(ids.numpy()), units(self._along(n))) for n, ids in self.record.tensors.items()}
         tensors |= {n: (None, _all_of(np.unique(group[ids]), named)) for n, ids in self.scalars.items()}
         for weight, layer in layers.items():
             if layer.call.groups > 1:  # whole blocks, so that only the weight's first dimension is chosen among

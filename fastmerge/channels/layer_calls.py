@@ -77,7 +77,7 @@ def sources_of(weight: fx.Node) -> list[fx.Node] | None:
     return [node for node in weight.graph.nodes if node in found]
 
 
-def weight_norm(weight: fx.Node, names: Collection[str]) -> tuple[str, WeightNorm] | None:
+def _weight_norm(weight: fx.Node, names: Collection[str]) -> tuple[str, WeightNorm] | None:
     """The parameter v of a weight ``g · v / ‖v‖``, and the rest of it; None if it is none."""
     if op_name(weight) != "_weight_norm":
         return None
@@ -87,7 +87,7 @@ def weight_norm(weight: fx.Node, names: Collection[str]) -> tuple[str, WeightNor
     return str(a["v"].target), WeightNorm(str(a["g"].target), a["dim"])
 
 
-def row_program(weight: fx.Node, root: nn.Module) -> RowProgram | None:
+def _row_program(weight: fx.Node, root: nn.Module) -> RowProgram | None:
     """How a weight is computed row by row; None if it is computed in another way, or by operations that are not known."""
     nodes = sources_of(weight)
     shape = weight.meta.get("shape")
@@ -342,10 +342,10 @@ def _layer_call(node: fx.Node, root: nn.Module, names: Collection[str]) -> Layer
     if weight is not None and len(untransposed(operand).meta["shape"]) != geometry.spatial_dims + 2:
         return None
     if weight is None:
-        normed = weight_norm(operand, names)
+        normed = _weight_norm(operand, names)
         if normed is not None:
             weight, norm = normed
-        elif geometry.out_dim == 0 and (rows := row_program(operand, root)) is not None:
+        elif geometry.out_dim == 0 and (rows := _row_program(operand, root)) is not None:
             weight = _parameter_of(rows.parameter, names)
     elif operand.op != "get_attr":
         geometry = replace(geometry, kind="matmul" if geometry.kind == "linear" else "linear")

@@ -62,7 +62,7 @@ class Choice:
         return self.augmentation if training else None
 
 
-def choose_for_arrays(path: str | Path, arrays: ImageArrays, asked: str, choice: Choice) -> tuple[Loader, str]:
+def _choose_for_arrays(path: str | Path, arrays: ImageArrays, asked: str, choice: Choice) -> tuple[Loader, str]:
     """The loader for arrays, and the reason.
 
     Raises:
@@ -281,7 +281,7 @@ def image_loaders(
     )
     if isinstance(data, ImageArrays):
         _check_arrays(path, data, image_size, choice.augmentation)
-        name, why = choose_for_arrays(path, data, loader, choice)
+        name, why = _choose_for_arrays(path, data, loader, choice)
     else:
         name, why = choose_for_trees(data, loader, choice)
     train, val, held = _make_loaders(data, name, choice, held_out)

@@ -49,7 +49,7 @@ def column_weights(
     return torch.cat(own), torch.cat(shares)
 
 
-def spread(weights: Tensor, lengths: Sequence[int], shape: Sequence[int]) -> Tensor:
+def _spread(weights: Tensor, lengths: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Weights of columns as a tensor that lies like a value.
 
     Args:
@@ -60,7 +60,7 @@ def spread(weights: Tensor, lengths: Sequence[int], shape: Sequence[int]) -> Ten
     return weights.view(*weights.shape, *[1] * (len(lengths) - 2)).expand(tuple(lengths)).reshape(tuple(shape))
 
 
-def weighted_reduction(
+def _weighted_reduction(
     name: str, x: Tensor, weights: Tensor, dims: Sequence[int], keepdim: bool, correction: float = 0
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A reduction of ATen's in which each element counts by a weight.
@@ -89,7 +89,7 @@ def weighted_reduction(
     return (var, whole) if name.endswith("mean") else var
 
 
-def weighted_norm(
+def _weighted_norm(
     x: Tensor, weights: Tensor, dims: Sequence[int], scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> Tensor:
     """``(x − mean) / √(var + eps) · scale + shift`` over some dimensions, each element counting by a weight.
@@ -101,14 +101,14 @@ def weighted_norm(
         scale, shift: of dimension 1, or None.
         eps: see above.
     """
-    var, mean = weighted_reduction("var_mean", x, weights, dims, keepdim=True)
+    var, mean = _weighted_reduction("var_mean", x, weights, dims, keepdim=True)
     y = (x - mean) * (var + eps).rsqrt()
     shape = [-1 if d == 1 else 1 for d in range(x.dim())]
     y = y if scale is None else y * scale.view(shape)
     return y if shift is None else y + shift.view(shape)
 
 
-def joined_weight(weight: Tensor, shares: Tensor) -> Tensor:
+def _joined_weight(weight: Tensor, shares: Tensor) -> Tensor:
     """A computed weight, columns of other teachers scaled by how much they count."""
     return weight * shares.view(*shares.shape, *[1] * (weight.dim() - 2))
 
@@ -152,7 +152,7 @@ class _Rows:
         if self.columns is None:
             return weight
         shares = self.graph.call_function(operator.getitem, (self.columns, 1))
-        return self.graph.call_function(joined_weight, (weight, shares))
+        return self.graph.call_function(_joined_weight, (weight, shares))
 
     def _operation(self, node: fx.Node, name: str) -> fx.Node:
         if name in ("batch_norm", "layer_norm"):
@@ -175,7 +175,7 @@ class _Rows:
         present = {axis for own in axes for axis in own}
         lengths = tuple(n if axis in present else 1 for axis, n in enumerate(self.lengths))
         weights = self.graph.call_function(operator.getitem, (self.columns, 0))
-        return self.graph.call_function(spread, (weights, lengths, self._sizes(source)))
+        return self.graph.call_function(_spread, (weights, lengths, self._sizes(source)))
 
     def _reduction(self, node: fx.Node, name: str) -> fx.Node:
         arguments, source = bind(node), node.all_input_nodes[0]
@@ -185,7 +185,7 @@ class _Rows:
             return self._same(node)
         keeps = bool(arguments.get("keepdim", False))
         args = (name, self.values[source], weights, dims, keeps, correction_of(arguments))
-        return self.graph.call_function(weighted_reduction, args)
+        return self.graph.call_function(_weighted_reduction, args)
 
     def _norm(self, a: Mapping[str, Any], name: str) -> fx.Node:
         """Statistics of a row: of all dimensions but the rows' of a batch normalisation, or of the last ones."""
@@ -198,7 +198,7 @@ class _Rows:
             x = self.values[source]
             weights = self.graph.call_function(torch.ones_like, (x,))
         scale, shift = (self.values.get(a[key]) for key in ("weight", "bias"))
-        return self.graph.call_function(weighted_norm, (self.values[source], weights, dims, scale, shift, a["eps"]))
+        return self.graph.call_function(_weighted_norm, (self.values[source], weights, dims, scale, shift, a["eps"]))
 
     def _same(self, node: fx.Node) -> fx.Node:
         arguments = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)

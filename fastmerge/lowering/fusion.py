@@ -180,7 +180,7 @@ def _pair(value: Any) -> Any:
     return values * 2 if len(values) == 1 else values
 
 
-def why_alone(lowered: Lowered, norm: fx.Node) -> str:
+def _why_alone(lowered: Lowered, norm: fx.Node) -> str:
     """Why no pattern was found after a normalisation."""
     user = _only_user(lowered, norm)
     if user is None:
@@ -233,7 +233,7 @@ def fuse(lowered: Lowered, nodes: Iterator[fx.Node]) -> list[NormUse]:
             calls.append(_rewrite(lowered, pattern))
             uses[node] = NormUse(name, pattern.parts)
         else:
-            uses[node] = NormUse(name, reason=why_alone(lowered, node))
+            uses[node] = NormUse(name, reason=_why_alone(lowered, node))
     for node, use in uses.items():
         if node in lowered.norms and not use.fused and added.issuperset(lowered.values[node]):
             (call,) = {part.args[0] for part in lowered.values[node]}

@@ -19,7 +19,7 @@ _SWEEPS = 50
 
 
 @torch.no_grad()
-def match_weights(
+def _match_weights(
     references: Sequence[nn.Module],
     network: nn.Module,
     groups: ChannelGroups,
@@ -145,12 +145,12 @@ def align(family: Family, by: str = "weights", seed: int = 0) -> list[nn.Module]
         return aligned
     if by != "weights":
         raise ValueError(f'channels are matched by "weights" or "activations"; got {by!r}')
-    aligned = [first, *(permute(other, groups, match_weights([first], other, groups, seed)) for other in others)]
+    aligned = [first, *(permute(other, groups, _match_weights([first], other, groups, seed)) for other in others)]
     for _ in range(_SWEEPS if len(others) > 1 else 0):
         changed = False
         for t in range(len(aligned)):
             rest = [network for number, network in enumerate(aligned) if number != t]
-            orders = match_weights(rest, aligned[t], groups, seed, front_to_back=False)
+            orders = _match_weights(rest, aligned[t], groups, seed, front_to_back=False)
             if any(not np.array_equal(order, np.arange(len(order))) for order in orders.values()):
                 aligned[t], changed = permute(aligned[t], groups, orders), True
         if not changed:

@@ -35,7 +35,7 @@ _LABELS |= {"val_loss": "validation loss", "val_accuracy": "validation accuracy"
 _NAMED_GROUPS = 8
 
 
-def save_plots(out: str | Path, history: dict[str, Any] | None, results: dict[str, Any] | None = None) -> list[Path]:
+def _save_plots(out: str | Path, history: dict[str, Any] | None, results: dict[str, Any] | None = None) -> list[Path]:
     """Draws every plot that the files of a run (or, without results, of a merge) allow, as PNG files in ``out``.
 
     Returns:
@@ -199,7 +199,7 @@ def plot_training(curves: dict[str, Any], stages: dict[str, dict[str, float]] | 
     return figure
 
 
-def plot_comparison(rows: Sequence[dict[str, Any]]) -> Any:
+def _plot_comparison(rows: Sequence[dict[str, Any]]) -> Any:
     """Per method a line from its score at once to that after fine-tuning."""
     drawn = [row for row in rows if row["at_once"] is not None]
     figure, axes = new_figure(6.4, 1.2 + 0.35 * len(drawn))
@@ -293,7 +293,7 @@ def write_report(out: str | Path) -> str:
         return _merge_report(out)
     results, history = read(out)
     tables = [results_table(results, markdown=True), caption(results), differences_table(results, markdown=True)]
-    plots = _plot_sections(save_plots(out, history, results))
+    plots = _plot_sections(_save_plots(out, history, results))
     _write(out / "report.md", results["recipe"], [*filter(None, tables), *plots], results)
     shown = [results_table(results), differences_table(results), caption(results)]
     return "\n\n".join(filter(None, shown))
@@ -304,7 +304,7 @@ def _comparison_report(out: Path) -> str:
     rows = comparison["rows"]
     sections = [comparison_table(rows, markdown=True)]
     if importlib.util.find_spec("matplotlib") is not None:
-        save_figure(plot_comparison(rows), out / "compare.png")
+        save_figure(_plot_comparison(rows), out / "compare.png")
         sections.append("![Accuracy against cost](compare.png)")
     _write(out / "compare.md", "Comparison", sections, comparison)
     return comparison_table(rows)
@@ -314,7 +314,7 @@ def _merge_report(out: Path) -> str:
     history = read_merge(out)
     notes = [f"Warning: {warning}." for warning in history["warnings"]]
     channels = f"## Channels\n\n{groups_table(history, markdown=True)}"
-    plots = _plot_sections(save_plots(out, history))
+    plots = _plot_sections(_save_plots(out, history))
     _write(out / "report.md", "merge", [borders_table(history, markdown=True), *notes, channels, *plots], history)
     return "\n\n".join([borders_table(history), *notes])
 
