@@ -39,14 +39,14 @@ def example_arguments(model: nn.Module, given: Any = None) -> Inputs:
         if any(isinstance(x, Tensor) and not x.numel() for x in pytree.tree_leaves(inputs)):
             raise ValueError(f"example_inputs of {name} hold a tensor without elements; it is read from samples")
         inputs = two_samples(inputs)
-        error = _failure(root, inputs)
+        error = failure(root, inputs)
         if error is not None:
             shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
             raise ValueError(f"{name} does not run on the example_inputs of shape {shapes}: {error}")
         return inputs
     last_error: Exception | None = None
     for candidate in _candidates(root):
-        last_error = _failure(root, ((candidate,), {}), keeps_batch=True)
+        last_error = failure(root, ((candidate,), {}), keeps_batch=True)
         if last_error is None:
             return (candidate,), {}
     raise ValueError(
@@ -129,7 +129,7 @@ def register_dataclasses(value: Any) -> None:
         register_dataclasses(value)
 
 
-def _failure(root: nn.Module, inputs: Inputs, keeps_batch: bool = False) -> Exception | None:
+def failure(root: nn.Module, inputs: Inputs, keeps_batch: bool = False) -> Exception | None:
     """Why the network does not run on these inputs, if so.
 
     Args:

@@ -267,6 +267,8 @@ class Options:
                 continue
             if isinstance(at, str) or not isinstance(at, Iterable) or not all(_is_whole(epoch) for epoch in at):
                 raise ValueError(f"merge needs {name}, whole numbers of epochs such as (20, 40); got {at!r}")
+        if self.ema == 1:
+            raise ValueError("merge needs ema below 1: at 1 the average would stay what it was after the first step")
         for name in ("criterion", "callback"):
             function = getattr(self, name)
             if function is not None and not callable(function):

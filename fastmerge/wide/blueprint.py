@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmerge.channels.examples import Inputs, example_arguments, few_samples, two_samples
+from fastmerge.channels.examples import Inputs, example_arguments, failure, few_samples, two_samples
 from fastmerge.channels.grouping import group_channels, mixing_tensors
 from fastmerge.channels.groups import ChannelGroups
 from fastmerge.channels.ids import changed_tensors, run_on_ids
@@ -85,14 +85,22 @@ class Blueprint:
             other batch sizes of two or more, too.
 
         Raises:
-            ValueError: if the network can't be traced for them, or its channels belong together in another way.
+            ValueError: if the network does not run on them or can't be traced for them, or its channels belong together in
+                another way.
         """
         leaves = [_cast(x.detach(), dtype) if isinstance(x, Tensor) else x for x in inputs]
         like = next(x for x in leaves if isinstance(x, Tensor))
         given: Inputs = pytree.tree_unflatten(leaves, self.traced.in_spec)
         teacher = self.template.blank(like.device, dtype)
         how = self.outputs, self.common, self.tie_streams
-        traced, groups, *_ = read_network(teacher, two_samples(given), *how)
+        shapes = ", ".join(str(tuple(x.shape)) for x in leaves if isinstance(x, Tensor))
+        try:
+            traced, groups, *_ = read_network(teacher, two_samples(given), *how)
+        except UnmergeableError:
+            why = failure(teacher, two_samples(given))
+            if why is not None:
+                raise ValueError(f"{self.traced.name} does not run on inputs of shape {shapes}: {why}") from why
+            raise
         if not traced.is_for(leaves, mode):  # one sample, for which it does something else
             try:
                 traced, groups, *_ = read_network(teacher, given, *how)
@@ -102,7 +110,6 @@ class Blueprint:
         if same_graphs(self.traced, traced):
             return None, is_open
         if not groups.same_channels(self.groups):
-            shapes = ", ".join(str(tuple(x.shape)) for x in leaves if isinstance(x, Tensor))
             raise ValueError(
                 f"{type(teacher).__name__}'s channels belong together in another way for inputs of shape {shapes} than for the "
                 "example inputs; build the big student with example_inputs of the shape that it is trained with"

@@ -253,6 +253,13 @@ def test_example_inputs_that_do_not_fit() -> None:
     assert "without elements" in refusal(resnet(), resnet(), example_inputs=IMAGES[:0])
 
 
+def test_inputs_that_the_teachers_can_not_read() -> None:
+    big = fastmerge.BigStudent(WithGradients(torch.relu), WithGradients(torch.relu), example_inputs=IMAGES)
+    message = r"WithGradients does not run on inputs of shape \(2, 5, 8, 8\): Given groups=1, weight of size \[6, 3"
+    with pytest.raises(ValueError, match=message):
+        big(torch.randn(2, 5, 8, 8))
+
+
 def test_input_without_a_batch_dimension() -> None:
     big = fastmerge.BigStudent(resnet(), resnet(), example_inputs=IMAGES).eval()
     with pytest.raises(ValueError, match="batch dimension"):

@@ -127,6 +127,7 @@ def test_a_warm_up_rises_to_the_smallest_learning_rate() -> None:
         ({"gate_schedule": "linear"}, "gate_schedule, .* quadratic or budget; got 'linear'"),
         ({"compact_at": "soon"}, "compact_at, .* 'settled' or None; got 'soon'"),
         ({"accumulate": 0}, "accumulate, .* at least 1; got 0"),
+        ({"ema": 1.0}, "ema below 1"),
     ],
 )
 def test_what_is_out_of_range_is_named(wrong: dict[str, Any], message: str) -> None:
