@@ -136,8 +136,8 @@ def merge(
             ``functools.partial(torch.optim.AdamW, lr=1e-3)``; it then sets its own lr, momentum and weight decay.
             Milestones, warm-up and ``schedule`` scale its learning rate. The gates keep their own SGD.
         clip_norm: Largest norm of the weights' gradients, in both stages; larger gradients are scaled down to it.
-        ema: Decay of a moving average over the weights of the fine-tuning, above 0 and below 1. The average is what is scored, and what
-            the student becomes.
+        ema: Decay of a moving average over the weights of the fine-tuning, above 0 and below 1. The average is what is
+            scored, and what the student becomes.
         metrics: What else is measured on the validation data, by name: functions ``f(output, target)`` that return the mean
             over a batch, or ``(mean, samples)`` where it is over fewer samples than the batch has; or objects with
             ``update(output, target)``, ``compute()`` and ``reset()`` such as torchmetrics'. ``history`` has them as
