@@ -170,7 +170,10 @@ def errors_of_teacher(number: int, teacher: Any) -> Iterator[UnmergeableError]:
 
 
 def _hooks(module: nn.Module, what: str, path: str) -> Iterator[UnmergeableError]:
-    """Hooks of containers are part of what is traced; those of the network and of its layers are not."""
+    """Forward hooks of containers are part of what is traced; those of the network and of its layers are not, nor others."""
+    if module._backward_pre_hooks or module._backward_hooks:
+        what_is = f"{what} has backward hooks, which a merge would lose"
+        yield _error(what_is, "remove them (handle.remove()) until the student is made", path)
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     has_tensors = any(True for _ in module.parameters(recurse=False))
     if not hooks or (path and not has_tensors):

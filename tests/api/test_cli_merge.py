@@ -95,7 +95,7 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "5",
     ]
     words += ["--checkpoint-seconds", "7", "--resume", "--accumulate", "5"]
-    words += ["--compile", "--sync-batch-norm", "--no-recalibrate"]
+    words += ["--compile", "--sync-batch-norm", "--no-recalibrate", "--tie-streams"]
     seen = {}
 
     def record(teachers, loader, *, val_loader, **options):
@@ -113,7 +113,14 @@ def test_every_option_reaches_the_merge(place, monkeypatch):
         "sizes": [1, 1],
     }
     rest |= {"checkpoint_seconds": 7, "checkpoint_dir": Path("out/checkpoints"), "resume": True, "accumulate": 5}
-    rest |= {"compile": True, "sync_batch_norm": True, "recalibrate": False, "heads": "average", "all_classes": False}
+    rest |= {
+        "compile": True,
+        "sync_batch_norm": True,
+        "recalibrate": False,
+        "tie_streams": True,
+        "heads": "average",
+        "all_classes": False,
+    }
     assert callable(seen.pop("callback"))
     assert seen == given | rest
 

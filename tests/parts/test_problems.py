@@ -55,6 +55,8 @@ def test_several_problems_are_all_listed() -> None:
     teachers = [Residual() for _ in range(4)]
     teachers[1].stem.weight.data[0, 0] = torch.nan
     teachers[1].inner.register_forward_hook(lambda module, args, output: 2 * output)
+    teachers[2].inner.register_full_backward_hook(lambda module, into, out: None)
+    teachers[2].register_full_backward_pre_hook(lambda module, out: None)
     teachers[2].head = nn.Linear(6, 5)
     teachers[2].outer.bias = teachers[1].outer.bias
     teachers[3].scale = 0.5
@@ -64,6 +66,8 @@ def test_several_problems_are_all_listed() -> None:
     for where, what in [
         ("stem.weight", "'stem.weight' of teacher 1 holds NaN"),
         ("inner", "layer 'inner' of teacher 1 has forward hooks"),
+        ("inner", "layer 'inner' of teacher 2 has backward hooks"),
+        ("", "teacher 2 has backward hooks"),
         ("head.weight", "head.weight is (4, 6) in teacher 0 and (5, 6) in teacher 2"),
         ("outer.bias", "teachers 1 and 2 share the memory of 'outer.bias'"),
         ("", "teacher 4 is a str"),
