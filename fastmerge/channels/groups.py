@@ -61,7 +61,7 @@ class Choice:
 
     def __str__(self) -> str:
         fixed = (
-            f"{self.fixed} of them ({self.fixed_share:.0%}) in groups of one place, where there is nothing to choose"
+            f"{self.fixed} of them ({self.fixed_share:.0%}) in groups of one place, kept from one teacher as a whole"
         )
         found = f"{self.groups} channel group{'s' if self.groups != 1 else ''}, {self.channels} hidden channels"
         return f"{found}, {fixed}" if self.fixed or not self.channels else found

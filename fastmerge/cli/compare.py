@@ -139,7 +139,9 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
         print(f"the comparison in {options.out} is finished\n\n{table}" if finished else f"\n{table}")
         if not finished:
             resume.finish(options)
-            print(f"\ncompare.json, compare.md, compare.png and {student or 'networks'} in {options.out}")
+            made = [each for each in ("compare.json", "compare.md", "compare.png", student) if each is not None]
+            there = [name for name in made if (options.out / name).exists()]
+            print(f"\n{', '.join(there)}{' and networks' if student is None else ''} in {options.out}")
     rows = read_comparison(options.out)["rows"]
     errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     if student is None or not errors:

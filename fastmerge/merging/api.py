@@ -111,7 +111,8 @@ def merge(
             step takes a batch of each), or one loader whose targets number the classes of all teachers, teacher 0's first.
         val_loader: The same for validation: scored after epochs (see ``val_every``), and before and after each stage.
         merge_epochs: Length of the merge stage, at least 1. An epoch of it costs as much as two to four of the fine-tuning,
-            so it pays to make it short and the fine-tuning long; but gates need a few hundred steps to settle.
+            so it pays to make it short and the fine-tuning long; but gates need about a hundred steps to settle, and more than
+            one epoch: λ only grows between epochs.
         finetune_epochs: Length of the fine-tuning, at least 0.
         link_at: Fraction of the merge stage in which the big student is block-diagonal, which costs less compute; the
             off-diagonal weights are trained after it. It becomes dense at the first epoch that starts at or after this
@@ -190,8 +191,8 @@ def merge(
         all_classes: With ``heads``, whether each sample is trained among the classes of all teachers instead.
         keep: How many channels the student has, as a fraction of a teacher's, or by name of the channel group; None is as
             many as a teacher (see :class:`BigStudent`).
-        tie_streams: Whether channels that a LayerNorm takes together are kept together (see :class:`BigStudent`). In a short
-            merge stage a transformer's student is better with it (docs/evidence.md).
+        tie_streams: Whether channels that a LayerNorm takes together are kept together (see :class:`BigStudent`). With
+            teachers that had not converged, a transformer's student was better for it (docs/evidence.md).
         layerwise: Number K of consecutive parts of the depth whose gates are learned one after another, in 1/K of the merge
             stage each. Only one part at a time has the channels of all teachers, so a step takes less memory and time; the
             student is a different one (see :mod:`fastmerge.merging.layerwise`, and docs/layerwise.md for what it costs). Where

@@ -160,17 +160,22 @@ def learn_importance(
             done = big.compact(optimizer, gate_optimizer, settled=options.compact_at == "settled")
             trainer.history.compactions.append({"epoch": now + 1, **asdict(done)})
     after = {name: value for name, value in open_probabilities(big).items() if names is None or name in names}
-    _warn(gate_warnings(before, after, big.target, lam_step) + undecided_warnings(big), trainer)
+    found = gate_warnings(before, after, big.target, lam_step, options.merge_epochs) + undecided_warnings(big)
+    _warn(found, trainer)
 
 
 def _warn(found: Sequence[str], trainer: Trainer) -> None:
     trainer.history.warnings += found
     for warning in found if trainer.processes.is_first else ():
-        warnings.warn(warning, stacklevel=6)
+        warnings.warn(warning, stacklevel=7)
 
 
 def gate_warnings(
-    before: dict[str, Any], after: dict[str, Any], target: float | Mapping[str, float], lam_step: float | None
+    before: dict[str, Any],
+    after: dict[str, Any],
+    target: float | Mapping[str, float],
+    lam_step: float | None,
+    epochs: int = 2,
 ) -> list[str]:
     """Says which channel groups' mean P[g > 0] did not move in the merge stage, or did not arrive where they should.
 
@@ -178,6 +183,7 @@ def gate_warnings(
         before, after: Mean P[g > 0] by group, before and after the stage.
         target: 1/T, or by group the part of the candidates that is kept.
         lam_step: What there is to change; None for a budget that steers itself.
+        epochs: Length of the stage. λ does not grow within a single one.
     """
     sizes = {len(value) for value in after.values() if isinstance(value, list)}
     before, after = ({name: mean_of(value) for name, value in each.items()} for each in (before, after))
@@ -186,6 +192,8 @@ def gate_warnings(
     if still:
         found = {"still": f"P[g>0] did not move in {listed(still, after)}; chance decides which channels stay"} | found
     raised = "gate_lr or merge_epochs" if lam_step is None else f"lam_step (now {lam_step:g}), gate_lr or merge_epochs"
+    if lam_step is not None and epochs == 1:
+        raised = "merge_epochs, since λ only grows between epochs, or take gate_schedule='budget'"
     lowered = "" if lam_step is None else f"lower lam_step (now {lam_step:g}) or "
     remedies = {"still": f"raise {raised}", "above": f"raise {raised}", "below": f"{lowered}raise merge_epochs"}
     whose = f"mean of {max(sizes)} replicates: " if sizes else ""

@@ -223,7 +223,8 @@ def rescale(
     Args:
         tensors: of a network, by name; others that hold its channels are left as they are.
         groups: of the network.
-        written, read: the factors of each group, (places,).
+        written: the factors of what is written of each group, (places,).
+        read: the factors of what is read of it, (places,).
     """
     for axis in groups.axes():
         if axis.tensor not in tensors or axis.dim is None or not axis.units.numbers:

@@ -270,9 +270,12 @@ def test_the_callback_sees_each_epoch_and_an_interrupt_leaves_nothing_behind(tea
 
 
 def test_gates_that_do_not_arrive_are_warned_of(teachers):
-    with pytest.warns(UserWarning, match=r"did not move in 2 of 2 channel groups, .*raise lam_step \(now 5\), gate_lr"):
+    with pytest.warns(
+        UserWarning, match=r"did not move in 2 of 2 channel groups, .*raise lam_step \(now 5\), gate_lr"
+    ) as found:
         _, history = merge(teachers, train_loader(), **SHORT | {"gate_lr": 1e-7})
     assert len(history.warnings) == 1
+    assert found[0].filename == __file__  # where merge() was called
     with pytest.warns(UserWarning, match=r"above 1/T = 0\.50 in [12] of 2 channel groups, \w+ \(0\.[6-9]"):
         merge(teachers, train_loader(), **SHORT | {"lam_start": 4.0, "lam_step": 0.5})
 
@@ -286,6 +289,8 @@ def test_gate_warnings_tell_the_groups_apart():
     assert below.startswith("P[g>0] is below 1/T = 0.33 in 6 of 9 channel groups, g0 (0.20), g1 (0.20)")
     assert "g3 (0.20) and 2 more; " in below
     assert gate_warnings(before, dict.fromkeys(before, 0.3), 1 / 3, 0.05) == []
+    (alone,) = gate_warnings({"g": 0.9}, {"g": 0.9}, 1 / 2, 0.05, epochs=1)
+    assert alone.endswith("raise merge_epochs, since λ only grows between epochs, or take gate_schedule='budget'")
 
 
 @pytest.mark.parametrize(
