@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     methods = f"of {', '.join(METHODS)}, or your own that the module of --model registers; default all but your own"
     add("--methods", type=names, default=list(METHODS), metavar="NAMES", help=methods)
     add_method_options(add)
-    add("--epochs", type=integer(1), default=30, metavar="N", help="epochs of methods that train; default 30")
+    add("--epochs", type=integer(1), metavar="N", help="epochs of methods that train; default each method's own")
     add_options(add, names=("finetune_epochs", "lr", "momentum", "weight_decay", "warmup"))
     add_images(add)
     add("--seed", type=integer(0), default=0, metavar="S", help="of the data's order and all else; default 0")
@@ -110,13 +110,13 @@ def command(options: argparse.Namespace) -> None:
     run(options, options.methods, options.epochs)
 
 
-def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None = None) -> int:
+def run(options: argparse.Namespace, methods: Sequence[str], epochs: int | None, student: str | None = None) -> int:
     """Runs methods as options of a command say.
 
     Args:
         options: of the command.
         methods: names.
-        epochs: of those that train.
+        epochs: of those that train; None: of each as many as it has by default.
         student: what the file of the one method's network is called; None: each has its method's name, beside a baseline.
 
     Returns:
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int, studen
     return 1
 
 
-def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int, student: str | None) -> None:
+def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int | None, student: str | None) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device, nn.Identity())
     loaders = image_loaders(
@@ -205,14 +205,19 @@ def _by_method(given: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any
     return found
 
 
-def _cost(methods: Sequence[str], finetune_epochs: int, epochs: int, alone: bool) -> str:
+def _cost(methods: Sequence[str], finetune_epochs: int, epochs: int | None, alone: bool) -> str:
     """What is known beforehand of what methods will take, in epochs of training one network."""
-    trained = [name for name in methods if checked(name).needs == "training"]
-    networks = sum(checked(name).one_network for name in methods)
+    known = {name: checked(name) for name in methods}
+    networks = sum(method.one_network for method in known.values())
     itself = f"{methods[0]} itself takes" if alone else "methods themselves take"
     said = f"cost: {networks * finetune_epochs} epochs of training one network in fine-tuning, and what {itself}"
+    trained = [
+        f"{method.options['epochs'] if epochs is None else epochs} dearer epochs of {name}"
+        for name, method in known.items()
+        if method.needs == "training" and "epochs" in method.options
+    ]
     if trained:
-        said += f", {epochs} dearer epochs of {' and of '.join(trained)} among it"
+        said += f", {' and '.join(trained)} among it"
     return said if alone else f"{said}; then a teacher is trained on for as long as the dearest"
 
 

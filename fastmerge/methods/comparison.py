@@ -165,7 +165,7 @@ def compare(
     methods: Sequence[str],
     *,
     finetune_epochs: int = 50,
-    epochs: int = 30,
+    epochs: int | None = None,
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
@@ -188,7 +188,7 @@ def compare(
         val_loader: to score on.
         methods: names, of :data:`~fastmerge.methods.METHODS`.
         finetune_epochs: that each network is trained for afterwards.
-        epochs: of the methods that train.
+        epochs: of the methods that train; None: of each as many as it has by default.
         lr: learning rate of all training.
         momentum: of all training.
         weight_decay: of all training.
@@ -224,10 +224,11 @@ def compare(
         finetune_epochs=finetune_epochs, finetune_lr=lr, momentum=momentum, weight_decay=weight_decay, warmup=warmup
     )
     given = {name: dict((options or {}).get(name, {})) for name in methods}
+    length = {} if epochs is None else {"epochs": epochs}
     common: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "criterion": criterion}
     for name, own in given.items():
         known = checked(name, own).options
-        given[name] = {key: value for key, value in ({"epochs": epochs} | common).items() if key in known} | own
+        given[name] = {key: value for key, value in (length | common).items() if key in known} | own
     setting = Setting(check_device(None, teachers[0]), criterion)
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)
@@ -314,7 +315,13 @@ class _Comparison:
         try:
             with self._alike(), warnings.catch_warnings():
                 outcome = apply(name, self.teachers, self.train_loader, **options)
-            row = Row(name, self.score(outcome.network), None, float(options.get("epochs", 0)), outcome.cost)
+            row = Row(
+                name,
+                self.score(outcome.network),
+                None,
+                float({**METHODS[name].options, **options}.get("epochs", 0)),
+                outcome.cost,
+            )
             return dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
         except Exception as error:  # whatever it is, the others get their rows
             return _failed(name, error), None

@@ -22,7 +22,7 @@ def gates(
     teachers: Sequence[nn.Module],
     batches: Iterable[Any],
     *,
-    epochs: int = 30,
+    epochs: int = 10,
     lr: float = 0.01,
     momentum: float = 0.9,
     weight_decay: float = 0.0,

@@ -1,5 +1,6 @@
 """``fastmerge compare`` from files to files."""
 
+import inspect
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+import fastmerge
 from cli_files import MODEL, SOURCE, make
 from fastmerge import methods
 from fastmerge.checkpoints import Snapshots
@@ -24,6 +26,7 @@ from fastmerge.evaluation import Criterion
 from fastmerge.files import held
 from fastmerge.history import Score
 from fastmerge.methods.comparison import Row, compare
+from fastmerge.methods.registry import METHODS
 from fastmerge.reporting.results import write_json
 from fastmerge.reporting.tables import comparison_table
 from fastmerge.weights import load_weights
@@ -430,6 +433,13 @@ def test_each_network_is_fine_tuned_with_the_same_batches() -> None:
     alone = compare(teachers, train_loader(), VAL, ["repair"], finetune_epochs=1)
     after = compare(teachers, train_loader(), VAL, ["distill", "repair"], finetune_epochs=1, epochs=1)
     assert alone[-2].tuned == after[-2].tuned
+
+
+def test_methods_that_train_do_so_for_as_long_as_each_does_by_default() -> None:
+    assert inspect.signature(fastmerge.merge).parameters["merge_epochs"].default == METHODS["gates"].options["epochs"]
+    rows = compare(train_teachers(2), train_loader(), VAL, ["gates", "distill"], finetune_epochs=0, baseline=False)
+    assert [row.epochs for row in rows[2:]] == [METHODS[name].options["epochs"] for name in ("gates", "distill")]
+    assert len({row.epochs for row in rows[2:]}) == 2
 
 
 def test_each_row_reads_a_loader_with_a_generator_of_its_own_in_the_same_order() -> None:
