@@ -47,7 +47,7 @@ class Setting:
         """Moves a network, in place, to the device and layout."""
         network.to(self.device)
         if self.channels_last:
-            network._apply(_channels_last)
+            network._apply(lambda tensor: tensor.to(memory_format=_layout(tensor)))
         return network
 
     def batches(self, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
@@ -68,17 +68,17 @@ class Setting:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _input(self, value: Tensor) -> Tensor:
-        value = value.to(self.device, non_blocking=True)
-        return _channels_last(value) if self.channels_last else value
+        layout = _layout(value) if self.channels_last else torch.preserve_format
+        return value.to(self.device, non_blocking=True, memory_format=layout)
 
     def _target(self, value: Any) -> Any:
         """Tensors in lists, dicts and named tuples, such as a detector's boxes, go to the device, too."""
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), value)
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    return tensor if layout is None else tensor.to(memory_format=layout)
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """Channels-last for images and volumes."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.preserve_format)
 
 
 def as_tuple(inputs: Any) -> tuple[Tensor, ...]:

@@ -72,7 +72,8 @@ def trace(
             if derived is None:
                 program = _exported(model, root, mode, inputs, calls, questions, seen)
                 if seen.drawing:
-                    raise UnmergeableError(_drawing(type(model).__name__, mode, seen, calls))
+                    path = _drawing_module(root.train(mode == "train"), inputs)
+                    raise UnmergeableError(_drawing(type(model).__name__, mode, path, seen.drawing, calls))
                 if seen.changes and (counting := _counting(root.train(mode == "train"), inputs)):
                     what = (
                         f"{type(model).__name__} keeps '{counting}' from one forward for the next, outside its buffers"
@@ -193,12 +194,12 @@ class _Seen:
     """What a network did in an export that a graph of its operations has nothing of.
 
     Attributes:
-        drawing: the path of the innermost module that drew random numbers of Python or NumPy, and whose they are.
+        drawing: whose random numbers were drawn, Python's or NumPy's, if any.
         gradients: what computes gradients of its own: autograd functions, and hooks of tensors, with file:line.
         changes: whether a number among the attributes of a module became another one.
     """
 
-    drawing: list[str] = field(default_factory=list)
+    drawing: str = ""
     gradients: dict[str, None] = field(default_factory=dict)
     changes: bool = False
 
@@ -213,15 +214,36 @@ def _counting(root: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]
     """The attribute, if any, that every forward changes; what the first one finds out of its inputs stays the same."""
     network, found = copied(root), []
     for _ in range(2):
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(inputs[0]), dict(inputs[1])))
-        with torch.no_grad():
-            network(*args, **kwargs)
+        _run(network, inputs)
         found.append(_numbers(network))
     return next((name for name, value in found[1].items() if name in found[0] and value != found[0][name]), "")
 
 
-def _drawing(name: str, mode: str, seen: _Seen, calls: Mapping[str, str]) -> Problem:
-    path, whose = seen.drawing
+def _drawing_module(root: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> str:
+    """The path of the innermost module that draws random numbers of Python or NumPy."""
+    network, states, found = copied(root), list[tuple[Any, Any]](), list[str]()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        states.append(_generators())
+
+    def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        if states.pop() != _generators():
+            found.append(path)
+
+    for path, module in network.named_modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(functools.partial(leave, path))
+    _run(network, inputs)
+    return next(iter(found), "")
+
+
+def _run(network: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(inputs[0]), dict(inputs[1])))
+    with torch.no_grad():
+        network(*args, **kwargs)
+
+
+def _drawing(name: str, mode: str, path: str, whose: str, calls: Mapping[str, str]) -> Problem:
     where = f"module '{path}'" if path else "its forward"
     what = f"{name} can't be traced: {where} ({mode} mode) draws random numbers of {whose}, which a trace would fix"
     return Problem(
@@ -276,25 +298,23 @@ def _exporting(
     """
     paths = {id(module): name for name, module in root.named_modules()}
     thread, register_hook = threading.get_ident(), Tensor.register_hook
-    states: list[tuple[Any, Any]] = []
-    numbers: list[dict[str, int | float]] = []
+    before: list[tuple[Any, ...]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
         path = paths.get(id(module), "")
         entered.append(path)
-        states.append(_generators())
         if module is root:
-            numbers.append(_numbers(root))
+            before.append((*_generators(), _numbers(root)))
         if path not in calls:
             calls[path] = _caller(sys._getframe(1))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        path, state = entered.pop(), states.pop()  # after a failure nobody does, and the path says where it was
-        drawn = [name for name, a, b in zip(("Python", "NumPy"), state, _generators(), strict=True) if a != b]
-        if drawn and not seen.drawing:
-            seen.drawing += [path, drawn[0]]
+        entered.pop()  # after a failure nobody does, and the path says where it was
         if module is root:
-            seen.changes |= numbers.pop() != _numbers(root)
+            *states, numbers = before.pop()
+            drawn = [name for name, a, b in zip(("Python", "NumPy"), states, _generators(), strict=True) if a != b]
+            seen.drawing = next(iter(drawn), seen.drawing)
+            seen.changes |= numbers != _numbers(root)
             seen.gradients |= dict.fromkeys(_autograd_functions(output))
 
     def hook(tensor: Tensor, *args: Any) -> Any:

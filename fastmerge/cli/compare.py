@@ -212,9 +212,9 @@ def _cost(methods: Sequence[str], finetune_epochs: int, epochs: int | None, alon
     itself = f"{methods[0]} itself takes" if alone else "methods themselves take"
     said = f"cost: {networks * finetune_epochs} epochs of training one network in fine-tuning, and what {itself}"
     trained = [
-        f"{method.options['epochs'] if epochs is None else epochs} dearer epochs of {name}"
+        f"{count} dearer epochs of {name}"
         for name, method in known.items()
-        if method.needs == "training" and "epochs" in method.options
+        if method.needs == "training" and "epochs" in method.options and (count := epochs or method.epochs)
     ]
     if trained:
         said += f", {' and '.join(trained)} among it"

@@ -101,8 +101,7 @@ def merge(
     Within a process group of torch.distributed (``torchrun``) the processes merge together, with
     DistributedDataParallel. Each reads its own share of the data, in training equally many batches, and gets the same
     student. Where loaders have no length, an epoch ends for all when it ends for the first. Each draws its own gates. The
-    first one writes checkpoints, shows progress and calls the callback. A merge may
-    continue with fewer or more processes.
+    first one writes checkpoints, shows progress and calls the callback. A merge may continue with fewer or more processes.
 
     Args:
         teachers: Two or more trained networks of one architecture.

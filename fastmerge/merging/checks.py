@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,20 +131,18 @@ def check_criterion(criterion: Any) -> None:
     keywords = criterion.keywords if isinstance(criterion, partial) else {}
     reduction = keywords.get("reduction", getattr(criterion, "reduction", "mean"))
     if reduction == "sum":
-        raise ValueError(
-            f"merge needs a criterion that is the mean over the batch; this one has reduction={reduction!r}"
-        )
-    trained = [name for name, p in criterion.named_parameters() if p.requires_grad] if _is_module(criterion) else []
+        raise ValueError("merge needs a criterion that is the mean over the batch; this one has reduction='sum'")
+    trained = (
+        [name for name, p in criterion.named_parameters() if p.requires_grad]
+        if isinstance(criterion, nn.Module)
+        else []
+    )
     if trained:
         warnings.warn(
             f"merge trains no parameters of the criterion; it has {', '.join(trained[:3])}, which stay as they are. Call "
             "requires_grad_(False) on it if that is meant, or move them into the networks",
             stacklevel=4,
         )
-
-
-def _is_module(value: Any) -> TypeGuard[nn.Module]:
-    return isinstance(value, nn.Module)
 
 
 def check_optimizer(make: Callable[..., Optimizer] | None, device: torch.device, *, carried: bool) -> None:

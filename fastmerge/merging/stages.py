@@ -175,7 +175,7 @@ def gate_warnings(
     after: dict[str, Any],
     target: float | Mapping[str, float],
     lam_step: float | None,
-    epochs: int = 2,
+    epochs: int,
 ) -> list[str]:
     """Says which channel groups' mean P[g > 0] did not move in the merge stage, or did not arrive where they should.
 

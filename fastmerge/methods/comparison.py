@@ -315,13 +315,8 @@ class _Comparison:
         try:
             with self._alike(), warnings.catch_warnings():
                 outcome = apply(name, self.teachers, self.train_loader, **options)
-            row = Row(
-                name,
-                self.score(outcome.network),
-                None,
-                float({**METHODS[name].options, **options}.get("epochs", 0)),
-                outcome.cost,
-            )
+            trained = float(options.get("epochs", METHODS[name].epochs))
+            row = Row(name, self.score(outcome.network), None, trained, outcome.cost)
             return dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
         except Exception as error:  # whatever it is, the others get their rows
             return _failed(name, error), None

@@ -46,6 +46,12 @@ class Method:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
+    @property
+    def epochs(self) -> int:
+        """For how many epochs it trains by default, as far as it says so."""
+        default = self.options.get("epochs")
+        return default if isinstance(default, int) else 0
+
 
 METHODS: dict[str, Method] = {}
 

@@ -283,12 +283,12 @@ def test_gates_that_do_not_arrive_are_warned_of(teachers):
 def test_gate_warnings_tell_the_groups_apart():
     before = {"still": 0.9, "far": 0.9, "near": 0.9, **{f"g{i}": 0.9 for i in range(6)}}
     after = before | {"still": 0.895, "far": 0.7, "near": 0.41} | {f"g{i}": 0.2 for i in range(6)}
-    still, above, below = gate_warnings(before, after, 1 / 3, 0.05)
+    still, above, below = gate_warnings(before, after, 1 / 3, 0.05, epochs=2)
     assert still.startswith("P[g>0] did not move in 1 of 9 channel groups, still (0.90);")
     assert above.startswith("P[g>0] is above 1/T = 0.33 in 1 of 9 channel groups, far (0.70);")
     assert below.startswith("P[g>0] is below 1/T = 0.33 in 6 of 9 channel groups, g0 (0.20), g1 (0.20)")
     assert "g3 (0.20) and 2 more; " in below
-    assert gate_warnings(before, dict.fromkeys(before, 0.3), 1 / 3, 0.05) == []
+    assert gate_warnings(before, dict.fromkeys(before, 0.3), 1 / 3, 0.05, epochs=2) == []
     (alone,) = gate_warnings({"g": 0.9}, {"g": 0.9}, 1 / 2, 0.05, epochs=1)
     assert alone.endswith("raise merge_epochs, since λ only grows between epochs, or take gate_schedule='budget'")
 
