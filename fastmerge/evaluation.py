@@ -186,7 +186,10 @@ class Tally:
 
         Raises:
             NotFiniteError: A loss of one of the last batches is NaN or Inf.
+            ValueError: The batch has no samples.
         """
+        if not samples:
+            raise ValueError(f"batch {self.steps_begun + 1} of an epoch has no samples; let the loader leave it out")
         values = {name: loss.detach().float() for name, loss in losses.items()}
         stacked = int(next(iter(values.values())).dim())
         if output is not None and has_classes(

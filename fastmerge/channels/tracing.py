@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from fastmerge import isolation
 from fastmerge.channels.aten import bind, has_effects, op_name
 from fastmerge.channels.same_code import in_eval_mode, is_torchs, takes_one, told_in_both
-from fastmerge.channels.traced_network import CONSTANT, MODES, TracedNetwork, add_constant, module_path
+from fastmerge.channels.traced_network import CONSTANT, MODES, TracedNetwork, add_constant
 from fastmerge.channels.written_layers import complete_sliced_weights, part_computed_biases, recognise_norms
 from fastmerge.isolation import copied, exporting, undisturbed
 from fastmerge.problems import Problem, UnmergeableError
@@ -427,11 +427,6 @@ def _inline_regions(module: fx.GraphModule) -> None:
                 user.replace_all_uses_with(outputs[user.args[1]])
                 graph.erase_node(user)
             graph.erase_node(node)
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise ValueError(
-                f"'{module_path(node)}' uses {node.target}, which fastmerge can't follow; write it in another way"
-            )
 
 
 def _unlifted(program: Any) -> fx.Graph:
@@ -449,6 +444,8 @@ def _cleaned(
     source: fx.Graph, constants: Mapping[str, Any], traced: TracedNetwork, calls: Mapping[str, str]
 ) -> fx.Graph:
     """A graph without assertions and identities, with plain metadata; the constants that it reads are put below the root."""
+    for node in source.nodes:
+        _check_target(node, calls)
     root = traced.root
     tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
     first = {id(tensor): name for name, tensor in reversed(tensors)}
@@ -487,6 +484,16 @@ def _cleaned(
     complete_sliced_weights(graph)
     part_computed_biases(graph)
     return graph
+
+
+def _check_target(node: fx.Node, calls: Mapping[str, str]) -> None:
+    """Refuses what is no operation on tensors: control flow, such as torch.cond, and transforms, such as torch.vmap."""
+    transforms = getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
+    if transforms or isinstance(node.target, torch._ops.HigherOrderOperator):
+        path, code = _place(node, calls)
+        uses = "torch.vmap or another transform of torch.func" if transforms else str(node.target)
+        what = f"'{path or 'forward'}' uses {uses}, which fastmerge can't follow"
+        raise UnmergeableError(Problem(what, "Write it with plain operations on tensors", path, code))
 
 
 def _is_identity(node: fx.Node) -> bool:

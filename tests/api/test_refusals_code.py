@@ -69,6 +69,16 @@ class SelectingByValue(Branching):
         return self.conv(x[x.sum((1, 2, 3)) > 0])
 
 
+class CentringEach(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.vmap(lambda sample: sample - sample.mean())(x))
+
+
+class ChoosingInGraph(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,)))
+
+
 class KeepingItsState(Branching):
     state: Tensor | float = 0.0
 
@@ -107,11 +117,13 @@ def test_a_size_that_is_remembered_is_no_state() -> None:
     ("part", "problem"),
     [
         (SelectingByValue, "'branching' makes a tensor whose shape depends on the values of another (index)"),
+        (CentringEach, "'branching' uses torch.vmap or another transform of torch.func"),
+        (ChoosingInGraph, "'branching' uses cond, which fastmerge can't follow"),
         (KeepingItsState, "keeps 'branching.state' from one forward for the next"),
         (Annealing, "keeps 'branching.step' from one forward for the next"),
     ],
 )
-def test_code_without_one_shape_or_state(part: type[Branching], problem: str) -> None:
+def test_code_that_is_no_graph_of_operations(part: type[Branching], problem: str) -> None:
     teachers = [DataDependent(), DataDependent()]
     for teacher in teachers:
         teacher.branching = part()

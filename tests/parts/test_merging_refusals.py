@@ -41,6 +41,11 @@ def test_a_loader_that_runs_dry_is_said_to(teachers):
         merge(teachers, Once(), **SHORT)
 
 
+def test_a_batch_without_samples_is_said_to_be_one(teachers):
+    with pytest.raises(ValueError, match="batch 2 of an epoch has no samples"):
+        merge(teachers, [(X[:8], Y[:8]), (X[:0], Y[:0]), (X[8:16], Y[8:16])], **SHORT)
+
+
 @pytest.mark.parametrize(
     ("schedule", "failed"),
     [
