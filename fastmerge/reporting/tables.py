@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 # Mean test losses (sine) and accuracies of M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), Tables 1 and 2.
@@ -17,6 +18,7 @@ _PAPERS_MEANS = {
     "resnet18-imagenet": {"student": 0.7047, "bo3": 0.6976, "one": 0.7028},
 }
 
+_NONE = "–"  # the entry of a cell that has none
 _COMPARED = ["method", "at once", "fine-tuned", "loss", "epochs", "cost", "MiB", "seconds"]
 _COMPARED_CAPTION = (
     "At once and fine-tuned: accuracy on the validation data (loss, where there are no classes); loss: after fine-tuning. "
@@ -104,7 +106,9 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
-    """Lays out cells in aligned columns, the first to the left and the others to the right."""
+    """Lays out cells in aligned columns, the first to the left and the others to the right, but for columns of dashes alone."""
+    known = [not column or not rows or any(row[column] != _NONE for row in rows) for column in range(len(header))]
+    header, *rows = ([*compress(cells, known)] for cells in (header, *rows))
     lengths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -179,7 +183,7 @@ def differences_table(results: dict[str, Any], *, markdown: bool = False) -> str
 
 def probability(p: float) -> str:
     """A p-value in two digits at the most."""
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return _NONE if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def borders_table(history: dict[str, Any], *, markdown: bool = False) -> str:
@@ -213,10 +217,10 @@ def comparison_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) 
     cells = []
     for row in rows:
         if row["error"]:
-            cells.append([row["name"], *["–"] * (len(_COMPARED) - 1)])
+            cells.append([row["name"], *[_NONE] * (len(_COMPARED) - 1)])
             continue
         last = row["tuned"] or row["at_once"]
-        memory = "–" if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
+        memory = _NONE if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
         numbers = [f"{row['epochs']:g}", f"{row['cost']:.2f}", memory, f"{row['seconds']:.1f}"]
         cells.append([row["name"], _score(row["at_once"]), _score(row["tuned"]), _number(last["loss"]), *numbers])
     failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
@@ -264,8 +268,8 @@ def _mean(values: Sequence[float | None] | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+    return _NONE if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def _score(score: dict[str, Any] | None) -> str:
-    return "–" if score is None else _number(score["loss" if score["accuracy"] is None else "accuracy"])
+    return _NONE if score is None else _number(score["loss" if score["accuracy"] is None else "accuracy"])

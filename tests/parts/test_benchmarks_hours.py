@@ -96,7 +96,7 @@ def test_other_steps_are_no_figures_of_it(case: str) -> None:
     assert 1 < rates[1] / rates[2] < 4  # of the products there are at most four times as many
     # A ResNet-18 of 224 pixels takes 3 x 3.6 GFLOP and more to train on an image, which no card of 312 TFLOP/s does faster.
     assert rates[0] < 312e12 / 10.8e9
-    assert float(found["fine-tune"][3]) == pytest.approx(90 * STEPS * 256 / rates[0] / 3600, rel=0.02)
+    assert float(found["fine-tune"][2]) == pytest.approx(90 * STEPS * 256 / rates[0] / 3600, rel=0.02)
     assert "gpu:" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 

@@ -41,6 +41,12 @@ def test_columns_are_aligned():
     assert table(["a", "b"], [["x", "22"]], markdown=True) == "| a |  b |\n|---|---:|\n| x | 22 |"
 
 
+def test_a_column_without_entries_is_left_out():
+    assert table(["a", "b", "c"], [["x", "–", "1"], ["–", "–", "–"]]) == "a  c\n-  -\nx  1\n–  –"
+    assert table(["a", "b"], [["–", "–"]]) == "a\n-\n–"
+    assert table(["a", "b"], []) == "a  b\n-  -"
+
+
 def test_the_papers_mean_stands_beside_the_runs():
     header, _, student, one = results_table(results()).splitlines()
     assert header.split()[:8] == ["strategy", "epochs", "n", "min", "max", "median", "mean", "std"]
