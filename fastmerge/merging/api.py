@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,10 +240,15 @@ def merge_by(
     check_each_teacher(teachers)
     check_criterion(options.criterion)
     check_metrics(options.metrics, val_loader)
-    check_schedule(options.schedule, options.finetune_epochs, options.finetune_plan.lr, options.momentum)
-    options, teachers, train_loader, val_loader, parts = with_label_sets(options, teachers, train_loader, val_loader)
+    with torch.random.fork_rng([], enabled=options.seed is not None):  # a loader that is looked at may draw
+        options, teachers, train_loader, val_loader, parts = with_label_sets(
+            options, teachers, train_loader, val_loader
+        )
     setting = options.setting(teachers[0])
-    check_optimizer(options.optimizer, setting.device, carried=options.carries_optimizer)
+    kept = options.checkpoint_dir is not None
+    make = partial(options.optimizer_of, lr=options.finetune_plan.lr)
+    optimizer = check_optimizer(make, setting.device, carried=options.carries_optimizer, kept=kept)
+    check_schedule(options.schedule, options.finetune_epochs, optimizer, kept=kept)
     history = History(len(teachers))
     same = (also or {}) | fingerprints(teachers)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count) as trainer:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_structure
 
+from fastmerge.batch_statistics import single_samples_named
 from fastmerge.channels.examples import few_samples
-from fastmerge.checkpoints import Snapshots, fingerprints
+from fastmerge.checkpoints import Snapshots, fingerprints, pack
 from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, as_tuple, class_dimension, has_classes, length_of, logits_of
-from fastmerge.isolation import quietly
+from fastmerge.isolation import quietly, undisturbed
 from fastmerge.narrowing.optimizer_state import check_state
 from fastmerge.processes import Processes
 from fastmerge.stack import Stack
@@ -72,18 +73,25 @@ def examples_of(inputs: Sequence[Tensor], teacher: nn.Module) -> Tensor | tuple[
     return examples[0] if len(examples) == 1 else examples
 
 
-def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: float) -> None:
+def check_schedule(schedule: Schedule | None, epochs: int, optimizer: Optimizer, *, kept: bool) -> None:
     """Makes a fine-tuning's learning rate scheduler for a throw-away optimizer, and steps it as often as it will be.
 
+    Args:
+        schedule: the user's function.
+        epochs: of the fine-tuning.
+        optimizer: of the kind that it will be for, as :func:`check_optimizer` returns it.
+        kept: whether its state has to fit into a checkpoint.
+
     Raises:
-        ValueError: it can't be made of an optimizer alone, or can't be stepped so often without arguments.
+        ValueError: it can't be made of an optimizer alone, can't be stepped so often without arguments, or keeps what a
+            checkpoint can't hold.
     """
     if schedule is None:
         return
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr, momentum)
     what = "making it"
     try:
-        step = schedule(optimizer).step
+        scheduler = schedule(optimizer)
+        step = scheduler.step
         with quietly("Detected call of .lr_scheduler.step"):
             for epoch in range(epochs):
                 what = f"its step after epoch {epoch + 1} of {epochs}"
@@ -93,6 +101,19 @@ def check_schedule(schedule: Schedule | None, epochs: int, lr: float, momentum: 
             "merge needs a schedule, a function of the optimizer that makes a scheduler whose step() takes no arguments; "
             f"{what} failed ({type(error).__name__}: {error}). Pass its arguments by functools.partial or a lambda; a "
             "scheduler that needs a loss, such as ReduceLROnPlateau, can't be used"
+        ) from error
+    if kept:
+        _check_kept("a schedule", scheduler)
+
+
+def _check_kept(option: str, made: Any) -> None:
+    """Raises a ValueError where a checkpoint can't hold the state of what an option made."""
+    try:
+        pack(made.state_dict())
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"merge with a checkpoint_dir needs {option} whose state_dict() a checkpoint can hold; that of this "
+            f"{type(made).__name__} it can't ({error})"
         ) from error
 
 
@@ -145,19 +166,22 @@ def check_criterion(criterion: Any) -> None:
         )
 
 
-def check_optimizer(make: Callable[..., Optimizer] | None, device: torch.device, *, carried: bool) -> None:
+def check_optimizer(make: Callable[..., Optimizer], device: torch.device, *, carried: bool, kept: bool) -> Optimizer:
     """Makes an optimizer of throw-away parameters, and lets it take a step.
 
     Args:
         make: the user's function.
         device: of the parameters.
         carried: whether its state has to follow parameters that change their shape.
+        kept: whether its state has to fit into a checkpoint.
+
+    Returns:
+        The throw-away optimizer.
 
     Raises:
-        ValueError: it can't be made of parameters alone, is none, can't take a step alone, or keeps what can't be carried.
+        ValueError: it can't be made of parameters alone, is none, has no learning rate, can't take a step alone, or keeps what
+            can't be carried or what a checkpoint can't hold.
     """
-    if make is None:
-        return
     parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((3, 2), (3,))]
     try:
         made = make(parameters)
@@ -169,6 +193,11 @@ def check_optimizer(make: Callable[..., Optimizer] | None, device: torch.device,
     if not isinstance(made, Optimizer):
         raise ValueError(
             f"merge needs an optimizer, a function that makes an optimizer; it returned a {type(made).__name__}"
+        )
+    if not all("lr" in group for group in made.param_groups):
+        raise ValueError(
+            f"merge needs an optimizer with a learning rate, 'lr' in each of its param_groups, which its schedules scale; this "
+            f"{type(made).__name__} has none"
         )
     try:
         for parameter in parameters:
@@ -188,6 +217,9 @@ def check_optimizer(make: Callable[..., Optimizer] | None, device: torch.device,
                 f"{str(error).partition('. Leave')[0]}. In the merge stage weights grow by linking and shrink by compact_at: "
                 "pass link_at=0 and no compact_at, or another optimizer"
             ) from error
+    if kept:
+        _check_kept("an optimizer", made)
+    return made
 
 
 def check_metrics(metrics: Any, val_loader: Any) -> None:
@@ -268,7 +300,7 @@ def check_loader(
         try:
             with setting.precision():
                 loss = setting.criterion(output, target)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             came = f"output {_describe(output)}, target {_describe(target)}"
             raise ValueError(f"the criterion failed on {name}'s first batch, {came}: {error}") from error
     if distilled:
@@ -281,7 +313,42 @@ def check_loader(
         raise ValueError(
             f"teacher {number}'s loss on {name}'s first batch is {loss.item()}; look at its weights and the targets"
         )
+    if name.startswith("train_loader") and not isinstance(probe, Stack):
+        _check_in_training(name, probe, on_device, target, output, setting, distilled=distilled)
     return inputs
+
+
+def _check_in_training(
+    name: str,
+    probe: nn.Module,
+    inputs: tuple[Tensor, ...],
+    target: Any,
+    output: Any,
+    setting: Setting,
+    *,
+    distilled: bool,
+) -> None:
+    """What a network gives in training mode may be another structure than in eval mode; students are trained by it, too.
+
+    Raises:
+        ValueError: It can't be trained on: the criterion fails, or it is ``distilled`` and not one tensor of logits.
+    """
+    with undisturbed(inputs), setting.precision(), single_samples_named(inputs):
+        trained = probe.train()(*inputs)
+        if tree_structure(trained) == tree_structure(output):
+            return
+        what = f"in training mode the teachers give {_describe(trained)}, in eval mode {_describe(output)}"
+        if distilled:
+            raise ValueError(
+                f"distillation needs networks with one output, logits (N, K); {what}. Wrap the networks in a module that "
+                "returns the logits alone, or train without distillation"
+            )
+        try:
+            setting.criterion(trained, target)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"the criterion failed on {name}'s first batch: {what}, and it has to take both: {error}"
+            ) from error
 
 
 def pairs(name: str, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:

@@ -98,10 +98,10 @@ def estimate(
     Raises:
         TypeError, ValueError: As :func:`fastmerge.merge`.
     """
-    plan, teachers, train_loader, val_loader, _ = with_label_sets(plan, teachers, train_loader, val_loader)
-    setting = replace(setting, criterion=plan.criterion)
     devices = [setting.device] if setting.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
+        plan, teachers, train_loader, val_loader, _ = with_label_sets(plan, teachers, train_loader, val_loader)
+        setting = replace(setting, criterion=plan.criterion)
         inputs = check_loader("train_loader", train_loader, teachers[0], setting, distilled=plan.distill > 0)
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)

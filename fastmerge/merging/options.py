@@ -72,7 +72,7 @@ class Plan:
 
     def factor(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 0, over :attr:`lr`."""
-        if epoch < self.warmup:
+        if epoch < self.warmup and self.lr:
             start = min(_WARM_FROM, self.lr / 10)  # below what it rises to, however small that is
             return (start + (self.lr - start) * epoch / self.warmup) / self.lr
         return float(0.1 ** sum(epoch >= milestone for milestone in self.milestones))
@@ -391,10 +391,18 @@ class Options:
     def weight_optimizer(self, network: Any, lr: float) -> Optimizer:
         """Of a network's weights, or of a big student's without its gates."""
         big = isinstance(network, (BigStudent, BigStack))
-        parameters = network.weight_parameters() if big else network.parameters()
-        if self.optimizer is not None:
-            return self.optimizer(parameters)
-        return SGD(parameters, lr, self.momentum, weight_decay=self.weight_decay)
+        return self.optimizer_of(network.weight_parameters() if big else network.parameters(), lr)
+
+    def optimizer_of(self, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+        """Of parameters, by SGD where no other optimizer is chosen."""
+        parameters = list(parameters)  # who sorts them into groups goes through them more than once
+        if self.optimizer is None:
+            return SGD(parameters, lr, self.momentum, weight_decay=self.weight_decay)
+        made = self.optimizer(parameters)
+        for group in getattr(made, "param_groups", ()):
+            if isinstance(group.get("lr"), torch.Tensor):  # which schedulers change in place, for all who share it
+                group["lr"] = group["lr"].clone()
+        return made
 
     def gate_optimizer(self, big: BigStudent | BigStack) -> Optimizer:
         """Of the gates."""

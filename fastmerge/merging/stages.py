@@ -67,7 +67,6 @@ def _merged(teachers: Sequence[nn.Module], examples: Any, options: Options, trai
         if trainer.state.stage is None:
             with big.open_gates():
                 trainer.score("big student, gates open", big)
-        trainer.history.warnings = []
         learn_importance(big, options.fitted(big, trainer.steps), trainer)
     trainer.score("big student", big, trainer.history.stage("merge")[-1].val)
     trainer.history.kept = origins(big)
@@ -105,8 +104,6 @@ def _learned_in_parts(parts: Parts, trainer: Trainer) -> Any:
     chosen = parts.chosen(state, start)
     big: Any = None
     trainer.own_random_numbers()
-    if not start:  # a checkpoint has those of the parts before
-        trainer.history.warnings = []
     for number in range(start, len(parts)):
         before, big = big, parts.build(number, chosen)
         if before is not None:
@@ -165,7 +162,8 @@ def learn_importance(
 
 
 def _warn(found: Sequence[str], trainer: Trainer) -> None:
-    trainer.history.warnings += found
+    known = trainer.history.warnings  # where a merge goes on, with those before
+    known += [warning for warning in found if warning not in known]
     for warning in found if trainer.processes.is_first else ():
         warnings.warn(warning, stacklevel=7)
 
@@ -227,7 +225,7 @@ def finetune(student: nn.Module, options: Options, trainer: Trainer, teachers: S
     if teachers and options.distill:
         trainer.teach(teachers)
     optimizer = options.weight_optimizer(student, plan.lr)
-    plan = replace(plan, lr=optimizer.param_groups[0]["lr"])
+    plan = replace(plan, lr=float(optimizer.param_groups[0]["lr"]))
     scheduler = (plan.schedule if options.schedule is None else options.schedule)(optimizer)
     parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
     average = None

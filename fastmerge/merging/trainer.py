@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         self.options, self.train_loader, self.val_loader, self.setting = options, train_loader, val_loader, setting
         self.history, self.state, self.stop, self.bar, self.count = history, state, stop, bar, count
-        self.processes, self._stage_epochs, self._ended = processes, 0, False
+        self.processes, self._is_last, self._ended = processes, False, False
         self.after_step: Callable[[], object] | None = None
         self.watch: Callable[[Any], object] | None = None  # told of each batch's targets
         self._run = Steps(setting, options, processes, bar)
@@ -129,9 +129,8 @@ class Trainer:
         """
         done = self.state.begin(stage, network, {**parts, "scaler": self._run.scaler}, total, first)
         self.bar.start(stage, total, self.train_loader, done)
-        self._stage_epochs = total
         for epoch in range(done, total):
-            self._ended = False
+            self._is_last, self._ended = epoch + 1 == total, False
             yield epoch
             with self._whereabouts():
                 self.state.end_epoch(epoch + 1, last=epoch + 1 == total, ended=self._ended)
@@ -160,7 +159,7 @@ class Trainer:
             FloatingPointError: A loss became NaN or Inf; the message says where and what is likely to blame.
             ProcessLostError: Another process of the merge ended.
         """
-        epoch, lr = len(self.history.stage(stage)) + 1, optimizers[0].param_groups[0]["lr"]
+        epoch, lr = len(self.history.stage(stage)) + 1, float(optimizers[0].param_groups[0]["lr"])
         linked = None if lam is None else network.linked
         for loader in getattr(self.train_loader, "loaders", [self.train_loader]):
             for sampler in samplers_of(loader):
@@ -178,7 +177,7 @@ class Trainer:
                     raise FloatingPointError(f"{blame}{self.state.whereabouts()}") from None
                 random = random_states(self.setting.device)
                 score = tally.score(self.processes)
-                scored = epoch % self.options.val_every == 0 or epoch == self._stage_epochs
+                scored = epoch % self.options.val_every == 0 or self._is_last
                 ended = f"after epoch {epoch} of the {stage} stage"
                 val = (
                     self._evaluate(scored_as or network, ended, lr) if scored and self.val_loader is not None else None

@@ -340,6 +340,28 @@ def test_a_merge_says_whose_classes_never_come(task) -> None:
     assert [bool(re.match(says, warning)) for warning in history.warnings].count(True) == 1
 
 
+def test_a_merge_that_goes_on_keeps_what_it_warned_of(task, tmp_path) -> None:
+    teachers, (batches, _), _ = task
+
+    def stop(record) -> None:
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+
+    common = {"checkpoint_dir": tmp_path, "checkpoint_seconds": 0.0}
+    with pytest.warns(UserWarning, match="no target in the first epoch"), pytest.raises(KeyboardInterrupt):
+        fastmerge.merge(teachers, batches, **OPTIONS, **common, callback=stop)
+    _, history = fastmerge.merge(teachers, batches, **OPTIONS, **common, resume=True)
+    assert ["no target" in warning for warning in history.warnings].count(True) == 1
+
+
+def test_a_merge_with_a_seed_leaves_the_callers_random_numbers_alone(task) -> None:
+    teachers, data, _ = task
+    loaders = [torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True) for batches in data]
+    before = torch.get_rng_state()
+    fastmerge.merge(teachers, loaders, **OPTIONS | {"merge_epochs": 1, "finetune_epochs": 0})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_of_no_batch_at_all_every_teacher_is_named() -> None:
     said = Reached(LabelSets((3, 2))).warnings(Processes.alone(torch.device("cpu")))
     assert [re.search(r"\d\.\.\d", warning)[0] for warning in said] == ["0..2", "3..4"]

@@ -188,6 +188,14 @@ def test_a_callback_ends_a_part(teachers: list[nn.Module], loader: list[Any]) ->
     assert [record.linked for record in history.stage("merge")] == [False, True, True]
 
 
+def test_the_last_epoch_is_scored_after_a_part_that_a_callback_ended(
+    teachers: list[nn.Module], loader: list[Any]
+) -> None:
+    options = OPTIONS | {"val_every": 9, "callback": lambda record: record.epoch == 1}
+    _, history = fastmerge.merge(teachers, loader, val_loader=loader, **options)
+    assert [record.val is not None for record in history.stage("merge")] == [False, False, True]
+
+
 def test_parts_have_about_equally_many_activations() -> None:
     assert consecutive_parts([4.0, 1, 1, 2, 2], 2) == [range(2), range(2, 5)]
     assert consecutive_parts([3.0, 1, 1, 3], 3) == [range(1), range(1, 3), range(3, 4)]

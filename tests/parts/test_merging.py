@@ -171,7 +171,7 @@ def test_weights_and_gates_have_their_own_optimizers(teachers, monkeypatch):
 
     monkeypatch.setattr(options_module, "SGD", Recorded)
     merge(teachers, train_loader(), lr=0.02, momentum=0.8, weight_decay=1e-3, finetune_lr=0.03, gate_lr=0.4, **SHORT)
-    weights, gates, student = made
+    _, weights, gates, student = made  # the first is tried out
     assert gates == (2 * (6 + 16), 0.4, 0.9, 0)
     assert weights[1:] == (0.02, 0.8, 1e-3)
     assert student == (sum(p.numel() for p in SmallNet().parameters()), 0.03, 0.8, 1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,37 @@ def test_an_optimizer_of_the_users_trains_both_stages(trained: list[nn.Module]) 
             ValueError, match=r"merge needs an optimizer, a function (of parameters )?that makes an optimizer"
         ):
             run(trained, optimizer=wrong if wrong is not torch.optim.SGD else lambda: None)
+
+
+def test_a_function_that_goes_through_the_parameters_twice_makes_an_optimizer_of_all(trained: list[nn.Module]) -> None:
+    counts: list[list[int]] = []
+
+    def of_two_groups(parameters: Any) -> torch.optim.Optimizer:
+        groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]]
+        counts.append([len(group) for group in groups])
+        return torch.optim.SGD([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "lr": 0.02}], 0.01)
+
+    def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda epoch: 0.5**epoch, lambda epoch: 1.0])
+
+    _, history = run(trained, optimizer=of_two_groups, schedule=halving, finetune_epochs=2)
+    assert counts[-1] == [3, 5]
+    assert [record.lr for record in history.stage("finetune")] == [0.01, 0.005]
+
+
+def test_a_learning_rate_may_be_a_tensor_and_stays_the_users(trained: list[nn.Module]) -> None:
+    rate = torch.tensor(1e-3)
+    options: dict[str, Any] = {"optimizer": functools.partial(torch.optim.AdamW, lr=rate), "finetune_epochs": 2}
+    _, history = run(trained, **options, milestones=(1,), merge_milestones=(1,))
+    assert float(rate) == pytest.approx(1e-3)
+    assert [record.lr for record in history.epochs] == pytest.approx([1e-3, 1e-4, 1e-3, 1e-4])
+    assert json.loads(json.dumps(history.record()))["epochs"][0]["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_learning_rate_may_be_zero(trained: list[nn.Module], warmup: int) -> None:
+    _, history = run(trained, optimizer=functools.partial(torch.optim.SGD, lr=0.0), warmup=warmup)
+    assert {record.lr for record in history.epochs} == {0.0}
 
 
 def test_gradients_are_clipped(trained: list[nn.Module]) -> None:

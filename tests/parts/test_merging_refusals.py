@@ -172,6 +172,29 @@ class Several:
         return {"precision": 1.0, "recall": 0.0}
 
 
+class AuxiliaryInTraining(SmallNet):
+    def forward(self, x):
+        output = super().forward(x)
+        return (output, output) if self.training else output
+
+
+class Rateless(torch.optim.SGD):
+    def __init__(self, parameters):
+        super().__init__(parameters, 0.1)
+        del self.param_groups[0]["lr"]
+
+
+class UnkeptSGD(torch.optim.SGD):
+    def state_dict(self):
+        return {"state": set()}
+
+
+class Unkept(lr_scheduler.LambdaLR):
+    def __init__(self, optimizer):
+        super().__init__(optimizer, lambda epoch: 1.0)
+        self.seen = {1}
+
+
 BAD = [
     ("no list", lambda t: {"teachers": t[0]}, TypeError, r"merge\(\[t1, t2\], loader\); got a SmallNet"),
     ("one", lambda t: {"teachers": t[:1]}, ValueError, "at least two teachers; got 1"),
@@ -299,6 +322,58 @@ BAD = [
         lambda t: {"teachers": [nn.Sequential(nn.LazyLinear(3)), nn.Sequential(nn.LazyLinear(3))]},
         ValueError,
         r"parameter '0\.weight' of teacher 0 is not initialised",
+    ),
+    (
+        "no learning rate",
+        lambda t: {"optimizer": Rateless},
+        ValueError,
+        r"needs an optimizer with a learning rate, 'lr' in each of its param_groups",
+    ),
+    (
+        "a schedule of another optimizer",
+        lambda t: {
+            "optimizer": torch.optim.Adagrad,
+            "schedule": functools.partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=9),
+        },
+        ValueError,
+        r"making it failed \(ValueError: optimizer must support momentum",
+    ),
+    (
+        "a schedule that no checkpoint holds",
+        lambda t: {"schedule": Unkept, "checkpoint_dir": "nowhere"},
+        ValueError,
+        r"needs a schedule whose state_dict\(\) a checkpoint can hold; that of this Unkept it can't",
+    ),
+    (
+        "an optimizer that no checkpoint holds",
+        lambda t: {"optimizer": UnkeptSGD, "checkpoint_dir": "nowhere"},
+        ValueError,
+        r"needs an optimizer whose state_dict\(\) a checkpoint can hold; that of this UnkeptSGD it can't",
+    ),
+    (
+        "no key for the criterion",
+        lambda t: {
+            "teachers": [Several.Network(), Several.Network()],
+            "criterion": lambda o, y: cross_entropy(o["x"], y),
+        },
+        ValueError,
+        "the criterion failed on train_loader's first batch, output a dict",
+    ),
+    (
+        "another output in training mode",
+        lambda t: {"teachers": [AuxiliaryInTraining(), AuxiliaryInTraining()]},
+        ValueError,
+        "the criterion failed on train_loader's first batch: in training mode the teachers give a tuple of 2, in eval mode",
+    ),
+    (
+        "several outputs in training mode to distil",
+        lambda t: {
+            "teachers": [AuxiliaryInTraining(), AuxiliaryInTraining()],
+            "criterion": lambda o, y: cross_entropy(o if isinstance(o, torch.Tensor) else o[0], y),
+            "distill": 0.5,
+        },
+        ValueError,
+        "distillation needs networks with one output.*; in training mode the teachers give a tuple of 2",
     ),
     (
         "no logits to distil",
