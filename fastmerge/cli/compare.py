@@ -20,22 +20,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from fastmerge.cli import resume
 from fastmerge.cli.arguments import add_images, add_options, add_teachers, integer, load_teachers, method_option, names
 from fastmerge.data.loading import image_loaders
 from fastmerge.environment import environment
+from fastmerge.evaluation import Setting
 from fastmerge.experiments.recipes import RECIPES
 from fastmerge.experiments.strategies import STRATEGIES
 from fastmerge.merging.checks import check_device
+from fastmerge.merging.options import Options
 from fastmerge.methods import METHODS
 from fastmerge.methods.comparison import Row, compare
+from fastmerge.methods.cost import predict
 from fastmerge.methods.registry import checked
 from fastmerge.processes import Processes
 from fastmerge.reporting.report import write_report
@@ -137,13 +141,17 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int | None,
             _run(options, methods, epochs, student)
         table = write_report(options.out)
         print(f"the comparison in {options.out} is finished\n\n{table}" if finished else f"\n{table}")
+        rows = read_comparison(options.out)["rows"]
+        errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
         if not finished:
-            resume.finish(options)
+            if not errors:
+                resume.finish(options)
             made = [each for each in ("compare.json", "compare.md", "compare.png", student) if each is not None]
             there = [name for name in made if (options.out / name).exists()]
             print(f"\n{', '.join(there)}{' and networks' if student is None else ''} in {options.out}")
-    rows = read_comparison(options.out)["rows"]
-    errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
+            if errors:
+                failed = ", ".join(row["name"] for row in rows if row["error"])
+                print(f"failed: {failed}{resume.how_to_go_on(options)}, which tries again")
     if student is None or not errors:
         return 0
     print(f"fastmerge: error: there is no {student}; {errors[0]}", file=sys.stderr)
@@ -165,11 +173,13 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int | None
     )
     teachers = [teacher.to(device).eval() for teacher in load_teachers(options, loaders.classes)]
     rows: list[Row] = []
+    given = _by_method(options.set)
+    chosen = {name: given.get(name, {}) for name in methods}
     made_by = {"config": resume.config(options), "environment": environment()}
 
     def note(row: Row, network: nn.Module | None) -> None:
         if not rows:  # all is checked by now
-            print(_cost(methods, options.finetune_epochs, epochs, student is not None))
+            print(_cost(teachers, loaders.train, chosen, options.finetune_epochs, epochs, alone=student is not None))
         rows.append(row)
         print(_line(row), flush=True)
         if row.name in METHODS and network is not None:
@@ -187,7 +197,7 @@ def _run(options: argparse.Namespace, methods: Sequence[str], epochs: int | None
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         warmup=options.warmup,
-        options=_by_method(options.set),
+        options=given,
         seed=options.seed or 0,
         baseline=student is None,
         callback=note,
@@ -205,20 +215,57 @@ def _by_method(given: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any
     return found
 
 
-def _cost(methods: Sequence[str], finetune_epochs: int, epochs: int | None, alone: bool) -> str:
-    """What is known beforehand of what methods will take, in epochs of training one network."""
-    known = {name: checked(name) for name in methods}
-    networks = sum(method.one_network for method in known.values())
-    itself = f"{methods[0]} itself takes" if alone else "methods themselves take"
-    said = f"cost: {networks * finetune_epochs} epochs of training one network in fine-tuning, and what {itself}"
-    trained = [
-        f"{count} dearer epochs of {name}"
-        for name, method in known.items()
-        if method.needs == "training" and "epochs" in method.options and (count := epochs or method.epochs)
-    ]
-    if trained:
-        said += f", {' and '.join(trained)} among it"
-    return said if alone else f"{said}; then a teacher is trained on for as long as the dearest"
+def _cost(
+    teachers: Sequence[nn.Module],
+    train_loader: Any,
+    methods: Mapping[str, Mapping[str, Any]],
+    finetune_epochs: int,
+    epochs: int | None,
+    *,
+    alone: bool,
+) -> str:
+    """What methods will cost together, with fine-tuning and the baseline, in epochs of training one network."""
+    setting = Setting(check_device(None, teachers[0]), cross_entropy)
+    networks, dearest, total, parts, open_ = 0, 0.0, 0.0, [], []
+    for name, own in methods.items():
+        method, cost = checked(name, own), 0.0
+        count = own.get("epochs", epochs or method.epochs) if method.needs == "training" else 0
+        if count:
+            found = _of_training(name, count, teachers, train_loader, setting, own)
+            cost = count if found is None else found
+            parts.append(f"{cost:.0f} for {count} epochs of {name}")
+            open_ += [name] * (found is None)
+        networks += method.one_network
+        total += cost
+        dearest = max(dearest, cost + finetune_epochs * method.one_network)
+    parts.insert(0, f"{networks * finetune_epochs} of fine-tuning")
+    total += networks * finetune_epochs
+    if not alone:
+        longest = max(finetune_epochs, round(dearest))
+        total += longest
+        parts.append(f"{longest} of the teacher that is trained on for as long as the dearest")
+    at_least = f"; the epochs of {' and '.join(open_)} may be dearer" if open_ else ""
+    return f"cost: about {total:.0f} epochs of training one network ({', '.join(parts)}){at_least}"
+
+
+def _of_training(
+    name: str,
+    epochs: int,
+    teachers: Sequence[nn.Module],
+    train_loader: Any,
+    setting: Setting,
+    own: Mapping[str, Any],
+) -> float | None:
+    """What a method's own training will cost; None where that is not known."""
+    if name == "distill":
+        return epochs * (1 + len(teachers) / 3)  # a forward pass is a third of a step
+    if name != "gates":
+        return None
+    plan = Options(merge_epochs=epochs, finetune_epochs=0, link_at=own.get("link_at", METHODS[name].options["link_at"]))
+    try:
+        return predict(teachers, train_loader, setting, plan).merge
+    except (TypeError, ValueError, RuntimeError):  # the row will say what is wrong
+        return None
 
 
 def _line(row: Row) -> str:

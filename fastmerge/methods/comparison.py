@@ -50,6 +50,7 @@ class Row:
         memory: bytes at the method's peak beyond those in use before; None where unknown.
         seconds: of the method and of fine-tuning; of one that was stopped, those since it went on.
         error: what went wrong, if anything did; then the scores are None.
+        warnings: what the method and fine-tuning warned of, each once.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Row:
     memory: int | None = None
     seconds: float = 0.0
     error: str = ""
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -69,7 +71,8 @@ class Row:
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """The row of :meth:`to_dict`, whose NaN and Inf JSON has as null."""
         scores = {key: values[key] and {"loss": math.nan, **_known(values[key])} for key in ("at_once", "tuned")}
-        return cls(**{**values, **{key: score and Score(**score) for key, score in scores.items()}})
+        read = {key: score and Score(**score) for key, score in scores.items()}
+        return cls(**{**values, **read, "warnings": tuple(values.get("warnings", ()))})
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Kept:
-    """What is finished of a comparison, in its directory, for one that goes on.
+    """What is finished of a comparison, in its directory, for one that goes on; rows that ended in an error are not.
 
     Args:
         directory: of checkpoints; None keeps nothing.
@@ -102,10 +105,12 @@ class _Kept:
             )
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            before, self.finished = dict(found["same"]), set(found["finished"])
-            self.rows = {row["name"]: Row.from_dict(row) for row in found["rows"]}
-            if unknown := self.finished - self.rows.keys():
+            before, finished = dict(found["same"]), set(found["finished"])
+            rows = {row["name"]: Row.from_dict(row) for row in found["rows"]}
+            if unknown := finished - rows.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(unknown))}")
+            self.rows = {name: row for name, row in rows.items() if not row.error}
+            self.finished = finished & self.rows.keys()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged, or of another version of fastmerge ({error}); remove {directory} to begin anew"
@@ -131,7 +136,8 @@ class _Kept:
             load_weights(network, self.of(name) / "network.safetensors")
         except (OSError, ValueError) as error:
             warnings.warn(f"{error}; {name} makes its network again", stacklevel=3)
-            shutil.rmtree(self.of(name) / "finetune", ignore_errors=True)
+            for stage in self.of(name).glob("finetune*"):
+                shutil.rmtree(stage, ignore_errors=True)
             return None
         return self.rows[name], network
 
@@ -204,7 +210,8 @@ def compare(
         progress: whether training shows a bar; None on a terminal.
         checkpoint_dir: a directory for checkpoints and finished rows; None keeps none.
         checkpoint_seconds: least seconds between two checkpoints.
-        resume: whether to go on from what is there; rows that were finished are not made again.
+        resume: whether to go on from what is there. Rows that were finished are not made again; those that ended in an error
+            are, and so is the baseline's where the dearest method now is one of them.
 
     Returns:
         A row for each teacher, one for each method, and one for the baseline. A method or fine-tuning that fails has its error
@@ -256,9 +263,10 @@ def compare(
             run.add(*run.made(name, own), finetune_epochs if METHODS[name].one_network else 0)
     best = min(range(len(teachers)), key=lambda number: _badness(run.rows[number].at_once))
     name = f"teacher {best}, trained on"
-    if baseline and not run.has(name):
-        dearest = max((row.cost for row in run.rows if row.name in METHODS), default=0.0)
-        run.add(Row(name, run.rows[best].at_once), teachers[best], max(finetune_epochs, round(dearest)))
+    dearest = max((row.cost for row in run.rows if row.name in METHODS), default=0.0)
+    longest = max(finetune_epochs, round(dearest))
+    if baseline and not run.has(name, longest):
+        run.add(Row(name, run.rows[best].at_once), teachers[best], longest)
     return run.rows
 
 
@@ -295,9 +303,12 @@ class _Comparison:
         self.rows: list[Row] = []
         self._random, self._order = random_states(setting.device), loader_state(train_loader)
 
-    def has(self, name: str) -> bool:
-        """Whether a row was finished before; then it is told of."""
+    def has(self, name: str, epochs: int | None = None) -> bool:
+        """Whether a row was finished before, of so many epochs if they are given; then it is told of."""
         if name not in self.kept.finished:
+            return False
+        if epochs not in (None, self.kept.rows[name].epochs):
+            self.kept.finished.discard(name)
             return False
         self._tell(self.kept.rows[name], None)
         return True
@@ -313,10 +324,10 @@ class _Comparison:
         if "how" in METHODS[name].options:
             options = {**options, "how": {**self._how(name, "method"), **(options.get("how") or {})}}
         try:
-            with self._alike(), warnings.catch_warnings():
+            with self._alike(), _noted() as warned:
                 outcome = apply(name, self.teachers, self.train_loader, **options)
             trained = float(options.get("epochs", METHODS[name].epochs))
-            row = Row(name, self.score(outcome.network), None, trained, outcome.cost)
+            row = Row(name, self.score(outcome.network), None, trained, outcome.cost, warnings=(*warned,))
             return dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
         except Exception as error:  # whatever it is, the others get their rows
             return _failed(name, error), None
@@ -332,9 +343,9 @@ class _Comparison:
     def _finetuned(self, row: Row, network: nn.Module, epochs: int) -> tuple[Row, nn.Module | None]:
         started = time.perf_counter()
         try:
-            with Meter() as meter, self._alike():
+            with Meter() as meter, self._alike(), _noted() as warned:
                 network = copy.deepcopy(network)
-                how = self._how(row.name, "finetune")
+                how = self._how(row.name, f"finetune{epochs}")  # a baseline may come to another length
                 train(network, self.train_loader, epochs=epochs, warmup=self.warmup, how=how, **self.common)
             row = dataclasses.replace(
                 row,
@@ -342,6 +353,7 @@ class _Comparison:
                 epochs=row.epochs + epochs,
                 cost=row.cost + meter.epochs(self.teachers[0], self.train_loader),
                 seconds=row.seconds + time.perf_counter() - started,
+                warnings=(*dict.fromkeys([*row.warnings, *warned]),),
             )
             return row, network
         except Exception as error:
@@ -368,6 +380,21 @@ class _Comparison:
             yield
         finally:
             restore_random_states(before, self.setting.device)
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[dict[str, None]]:
+    """Within, what is warned of is shown as ever, and kept, each text once."""
+    found: dict[str, None] = {}
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *more: Any, **options: Any) -> None:
+            found[" ".join(str(message).split())] = None
+            show(message, *more, **options)
+
+        warnings.showwarning = note
+        yield found
 
 
 def _failed(name: str, error: Exception) -> Row:

@@ -223,8 +223,9 @@ def comparison_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) 
         memory = _NONE if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
         numbers = [f"{row['epochs']:g}", f"{row['cost']:.2f}", memory, f"{row['seconds']:.1f}"]
         cells.append([row["name"], _score(row["at_once"]), _score(row["tuned"]), _number(last["loss"]), *numbers])
-    failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
-    return "\n\n".join([table(_COMPARED, cells, markdown=markdown), _COMPARED_CAPTION, *failed])
+    notes = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
+    notes += [f"Warning of {row['name']}: {each.rstrip('.')}." for row in rows for each in row.get("warnings", ())]
+    return "\n\n".join([table(_COMPARED, cells, markdown=markdown), _COMPARED_CAPTION, *notes])
 
 
 def paper_mean(recipe: str, strategy: str) -> float | None:

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,7 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     words = arguments("average")[1:-10]
     words += ["--method", "reconstruct", "--finetune-epochs", "0", "--batch-size", "16", "--device", "cpu"]
     assert main(["merge", *words]) == 0
-    assert capsys.readouterr().out.startswith(
-        "cost: 0 epochs of training one network in fine-tuning, and what reconstruct itself takes\n"
-    )
+    assert capsys.readouterr().out.startswith("cost: about 0 epochs of training one network (0 of fine-tuning)\n")
     load_weights(make(), place / "out" / "student.safetensors")
     table = (place / "out" / "compare.md").read_text()
     assert "| reconstruct" in table
@@ -131,6 +130,10 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     ):
         assert main(["merge", *words, *given]) == 2
         assert f"--method reconstruct takes no {named}: only --method gates does" in capsys.readouterr().err
+    for wrong, message in (("{", "is not JSON"), ("{}", "holds no rows of a comparison")):
+        (place / "out" / "compare.json").write_text(wrong)
+        assert main(["merge", "--out", "out", "--resume"]) == 2
+        assert f"error: out/compare.json {message}" in capsys.readouterr().err
     assert main(["merge", *words, "--method", "ensemble"]) == 2
     assert "--method ensemble makes no network of the teachers' class; fastmerge compare" in capsys.readouterr().err
 
@@ -165,12 +168,6 @@ def test_merge_with_a_method_that_fails_has_no_student_and_says_so(place: Path, 
         assert main(["merge", *given]) == 1
         assert "error: there is no student.safetensors; average: the loss became nan" in capsys.readouterr().err
     assert not (place / "out" / "student.safetensors").exists()
-    (place / "out" / "compare.json").write_text("{")
-    assert main(["merge", "--out", "out", "--resume"]) == 2
-    assert "error: out/compare.json is not JSON" in capsys.readouterr().err
-    (place / "out" / "compare.json").write_text("{}")
-    assert main(["merge", "--out", "out", "--resume"]) == 2
-    assert "error: out/compare.json holds no rows of a comparison" in capsys.readouterr().err
 
 
 def test_methods_take_options(place: Path, capsys) -> None:
@@ -182,11 +179,9 @@ def test_methods_take_options(place: Path, capsys) -> None:
         == 'reconstruct keeps "pivots" or channels of the largest "magnitude"; got \'luck\''
     )
     assert rows["average"]["error"] == ""
-    shown, said = (
-        capsys.readouterr().out,
-        "cost: 0 epochs of training one network in fine-tuning, and what methods themselves",
-    )
-    assert shown.startswith(f"{said} take; then a teacher is trained on for as long as the dearest\n")
+    shown = capsys.readouterr().out
+    assert shown.startswith("cost: about 0 epochs of training one network (0 of fine-tuning, 0 of the teacher that is ")
+    assert "failed: reconstruct; go on with: fastmerge compare --out out --resume, which tries again\n" in shown
     (place / "out").rename(place / "before")
     assert main([*words, "--set", "reconstruct.luck=1"]) == 2
     assert "method 'reconstruct' has no option luck; it has samples, " in capsys.readouterr().err
@@ -243,6 +238,112 @@ def test_a_comparison_has_one_process(place: Path, capsys, monkeypatch) -> None:
     assert main(arguments("average")) == 2
     assert "in one process; start fastmerge without torchrun, not 2 times" in capsys.readouterr().err
     assert not (place / "out").exists()
+
+
+OWN = """
+from pathlib import Path
+from fastmerge.methods import average, register
+
+@register("own", needs="training", source="this test")
+def own(teachers, batches, *, epochs=4):
+    \"\"\"Fails until there is a file.\"\"\"
+    if not Path("mended").exists():
+        raise RuntimeError("not mended")
+    Path("made").touch()
+    return average(teachers)
+"""
+
+
+def test_rows_that_failed_are_tried_again_and_those_alone(place: Path, capsys) -> None:
+    (place / "fastmerge_compare_tried_again.py").write_text(SOURCE + OWN)
+    words = arguments("own,average,reconstruct")
+    words[words.index("--model") + 1] = "fastmerge_compare_tried_again:make"
+    try:
+        assert main(words) == 0
+        first = {row["name"]: row for row in json.loads((place / "out" / "compare.json").read_text())["rows"]}
+        assert (first["own"]["error"], first["own"]["tuned"]) == ("not mended", None)
+        said = "own; go on with: fastmerge compare --out out --resume"
+        assert f"failed: {said}, which tries again\n" in capsys.readouterr().out
+        assert main(["report", "out"]) == 0
+        assert "out holds a run that is not finished; go on with: fastmerge compare" in capsys.readouterr().out
+        (place / "mended").touch()
+        assert main(["compare", "--out", "out", "--resume"]) == 0
+        assert "failed: " not in capsys.readouterr().out
+        then = {row["name"]: row for row in json.loads((place / "out" / "compare.json").read_text())["rows"]}
+        assert [*then] == [*first]
+        assert (then["own"]["error"], then["own"]["tuned"]) == ("", then["average"]["tuned"])
+        assert {name: row for name, row in then.items() if name != "own"} == {
+            name: row for name, row in first.items() if name != "own"
+        }
+        (place / "made").unlink()
+        assert main(["compare", "--out", "out", "--resume"]) == 0
+        assert capsys.readouterr().out.startswith("the comparison in out is finished\n")
+        assert not (place / "made").exists()
+    finally:
+        METHODS.pop("own", None)
+
+
+def test_the_baseline_is_trained_as_long_as_the_dearest_method_that_was_tried_again(tmp_path: Path) -> None:
+    teachers, mended = train_teachers(2), False
+
+    def dear(teachers: list[nn.Module], batches: Iterable[Any], *, epochs: int = 3) -> nn.Module:
+        """Fails, or trains."""
+        if not mended:
+            raise RuntimeError("not mended")
+        return methods.distill(teachers, batches, epochs=epochs)
+
+    methods.register("dear", needs="training", source="nobody")(dear)
+    options = {"finetune_epochs": 1, "checkpoint_dir": tmp_path / "kept", "checkpoint_seconds": 0.0}
+    try:
+        first = compare(teachers, train_loader(), VAL, ["dear", "average"], **options)
+        mended = True
+        then = compare(teachers, train_loader(), VAL, ["dear", "average"], resume=True, **options)
+        again = compare(teachers, train_loader(), VAL, ["dear", "average"], resume=True, **options)
+    finally:
+        del METHODS["dear"]
+    assert (first[2].error, first[-1].epochs) == ("not mended", 1)
+    assert (then[2].error, then[2].epochs, then[3]) == ("", 4, first[3])
+    assert then[-1].epochs == round(then[2].cost) > 4
+    assert again == then
+
+
+def test_the_cost_that_is_printed_first_is_what_all_come_to(place: Path, capsys) -> None:
+    (place / "fastmerge_compare_own_epochs.py").write_text(SOURCE + OWN)
+    words = arguments("gates,distill,average,ensemble,own")
+    words[words.index("--model") + 1] = "fastmerge_compare_own_epochs:make"
+    try:
+        assert main([*words, "--set", "distill.epochs=3", "--quiet"]) == 0
+    finally:
+        METHODS.pop("own", None)
+    said = capsys.readouterr().out.splitlines()[0]
+    rows = {row["name"]: row for row in json.loads((place / "out" / "compare.json").read_text())["rows"]}
+    gates, longest = rows["gates"]["cost"] - 1, 1 + 5
+    assert rows[next(name for name in rows if "trained on" in name)]["epochs"] == pytest.approx(longest, abs=1)
+    assert rows["distill"]["cost"] == pytest.approx(1 + 5, rel=0.15)  # of so few layers a forward pass takes more
+    total = 4 + gates + 5 + 1 + longest
+    assert said == (
+        f"cost: about {total:.0f} epochs of training one network (4 of fine-tuning, {gates:.0f} for 1 epochs of gates, 5 for 3 "
+        f"epochs of distill, 1 for 1 epochs of own, {longest:.0f} of the teacher that is trained on for as long as the dearest)"
+        "; the epochs of own may be dearer"
+    )
+
+
+def test_what_methods_warn_of_is_kept_with_their_rows(place: Path, capsys) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main([*arguments("average,gates"), "--quiet"]) == 0
+    printed = capsys.readouterr()
+    rows = {row["name"]: row for row in json.loads((place / "out" / "compare.json").read_text())["rows"]}
+    assert rows["average"]["warnings"] == []
+    assert rows["gates"]["warnings"]
+    for warning in rows["gates"]["warnings"]:
+        assert f"fastmerge: warning: {warning}\n" in printed.err
+        for text in (printed.out, (place / "out" / "compare.md").read_text()):
+            assert f"Warning of gates: {warning.rstrip('.')}.\n" in text
+    assert Row.from_dict(rows["gates"]).warnings == tuple(rows["gates"]["warnings"])
+    (before,) = [{key: value for key, value in rows["gates"].items() if key != "warnings"}]
+    assert Row.from_dict(before).warnings == ()
+    assert "Warning" not in comparison_table([before])
 
 
 class Stopped(BaseException):
