@@ -91,7 +91,7 @@ class QuadraticLambda:
 
     def terms(self, device: torch.device) -> tuple[Tensor, ...]:
         """λ as a 0-d tensor."""
-        return (torch.full((), self.value, device=device),)
+        return (torch.full((), self.value, dtype=torch.float32, device=device),)
 
     def weigh(self, big: BigStudent, terms: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """λ times the gate loss, and the gate loss."""

@@ -77,7 +77,7 @@ class ReplayedStep:
         if self._graphed is None:
             self._rates: list[Any] = rates
             return
-        self._rates = [torch.full((), rate, device=self.setting.device) for rate in rates]
+        self._rates = [torch.full((), rate, dtype=torch.float32, device=self.setting.device) for rate in rates]
         lie = [t.data_ptr() for t in [*self._tensors, *(b for *_, each in self._groups for b in each if b is not None)]]
         if lie != self._lie:
             self._lie = lie

@@ -44,8 +44,8 @@ class Population:
         self._rank = torch.cat([_rank(self.candidates[name], len(all_of)) for name, all_of in every.items()])
         self._sizes = torch.tensor([group.size for group in groups])
         self._kept = torch.tensor(
-            [(widths or {}).get(group.name, group.size) / group.size for group in groups]
-        ).double()
+            [(widths or {}).get(group.name, group.size) / group.size for group in groups], dtype=torch.float64
+        )
         self._first = torch.tensor([0, *(len(all_of) for all_of in every.values())]).cumsum(0)
         self._first_column = torch.tensor([0, *(len(left) for left in self.candidates.values())]).cumsum(0)
 

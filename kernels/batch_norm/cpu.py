@@ -68,7 +68,7 @@ def forward(
     y, residual, gate = empty_streams(norm.x), _all_in_rows(norm.residual, x), _gates(norm.gate)
     written = [_vector(t) for t in running] if training else [None, None]
     if training:
-        norm = norm._replace(mean=torch.empty(size), var=torch.empty(size))
+        norm = norm._replace(mean=_room(size), var=_room(size))
     weight, bias, mean, var = (_vector(t) for t in norm[1:5])
     _batch_norm.forward(
         shape,
@@ -106,8 +106,8 @@ def gradients(
     dx = room_like(norm.x[0], len(norm.x), distance_of(norm.x)).empty(norm.x[0].device) if needs[0] else None
     dresidual = empty_streams(norm.x) if needs[3] and changed else None
     size = len(norm.x) * x.shape[1]
-    dweight, dbias = (torch.empty(size) if need else None for need in needs[1:3])
-    dgate = torch.empty(gate.shape) if gate is not None and needs[4] else None
+    dweight, dbias = (_room(size) if need else None for need in needs[1:3])
+    dgate = _room(gate.shape) if gate is not None and needs[4] else None
     _batch_norm.backward(
         _shape(x),
         x.dtype == torch.bfloat16,
@@ -133,6 +133,11 @@ def gradients(
         for g, t in ((dweight, norm.weight), (dbias, norm.bias), (dgate, norm.gate))
     ]
     return dx, found[0], found[1], dresidual, found[2]
+
+
+def _room(size: int | Sequence[int]) -> Tensor:
+    """What the extension writes floats to, whatever PyTorch's default dtype and device are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:

@@ -99,6 +99,17 @@ def test_gradients_and_residuals_in_any_layout(layout: str) -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_whatever_the_default_dtype_is(dtype: torch.dtype) -> None:
+    case = laid_out(make((3, 5, 4, 3), torch.float32, samples=3), "channels-last")
+    torch.set_default_dtype(dtype)
+    try:
+        check_against_float64(case, TRAINING)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_extension
 def test_without_weights() -> None:
     case = laid_out(make((3, 5, 4, 3), torch.float32, samples=3), "channels-last") | {"weight": None, "bias": None}
     check_against_float64(case, TRAINING)
