@@ -148,6 +148,10 @@ def errors_of_teacher(number: int, teacher: Any) -> Iterator[UnmergeableError]:
     if wrapper == "OptimizedModule":
         what = f"teacher {number} is compiled"
         yield WrongTeacherError(Problem(what, "pass the network itself and compile the big student"))
+    if wrapper == "BigStudent":
+        what = f"teacher {number} is a BigStudent, whose gates can't be merged"
+        yield WrongTeacherError(Problem(what, "pass the network that its compress() returns"))
+        return
     for name, tensor in teacher.named_parameters():
         if isinstance(tensor, nn.parameter.UninitializedParameter):
             what = f"parameter '{name}' of teacher {number} is not initialised"

@@ -124,6 +124,12 @@ def check_each_teacher(teachers: Sequence[Any]) -> None:
             error = next(errors_of_teacher(number, teacher), None)
             if error is not None:
                 raise error
+            without_values = [name for name, tensor in teacher.named_parameters() if tensor.is_meta]
+            if without_values:
+                raise ValueError(
+                    f"merge needs teachers with weights; parameter '{without_values[0]}' of teacher {number} is on the meta "
+                    "device, which holds no values. Load its weights first"
+                )
 
 
 def check_together(options: Mapping[str, Any]) -> None:

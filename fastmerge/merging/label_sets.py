@@ -224,6 +224,8 @@ def with_label_sets(
     setting = options.setting(teachers[0])
     loaders = {"train_loader": train_loader, "val_loader": val_loader}
     each = {name: loader for name, loader in loaders.items() if _is_one_per_teacher(name, loader, len(teachers))}
+    # with all_classes the criterion never sees the part of a teacher alone
+    of_part = replace(setting, criterion=cross_entropy) if options.all_classes else setting
     for name, its in each.items():
         for number, loader in enumerate(its):
             try:
@@ -231,7 +233,7 @@ def with_label_sets(
             except TypeError:
                 what = f"merge needs loaders with a length where there is one per teacher; {name}[{number}] has none"
                 raise TypeError(what) from None
-            check_loader(f"{name}[{number}]", loader, teachers[number], setting, number)
+            check_loader(f"{name}[{number}]", loader, teachers[number], of_part, number)
     inputs, _ = next(iter(train_loader[0] if "train_loader" in each else train_loader))
     networks, parts = join_heads(teachers, examples_of(as_tuple(inputs), teachers[0]))
     found = {part for of_mode in parts.outputs.values() for part in of_mode.values()}

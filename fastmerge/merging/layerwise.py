@@ -67,7 +67,7 @@ class Parts:
     def options_of(self, number: int) -> Options:
         """The options of a part as if it were the whole merge stage: its epochs, and milestones counted from its first."""
         first = self.first(number)
-        milestones = [milestone - first for milestone in self.options.merge_milestones or ()]
+        milestones = [max(0, milestone - first) for milestone in self.options.merge_milestones or ()]
         link_at = self.options.link_at if number == 0 else 0.0
         return replace(
             self.options,

@@ -239,6 +239,7 @@ def finetune(student: nn.Module, options: Options, trainer: Trainer, teachers: S
         ):  # an epoch that a checkpoint goes on with may have no step left
             scheduler.step()
     trainer.after_step = None
+    optimizer.zero_grad()
     if average is not None and average.n_averaged:
         with torch.no_grad():
             for own, mean in zip(student.parameters(), average.module.parameters(), strict=True):

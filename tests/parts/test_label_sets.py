@@ -354,6 +354,20 @@ def test_a_merge_that_goes_on_keeps_what_it_warned_of(task, tmp_path) -> None:
     assert ["no target" in warning for warning in history.warnings].count(True) == 1
 
 
+def test_with_all_classes_the_criterion_may_weigh_all_of_them(task) -> None:
+    teachers, data, _ = task
+    weights = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0])
+    options = OPTIONS | {
+        "criterion": torch.nn.CrossEntropyLoss(weight=weights),
+        "merge_epochs": 1,
+        "finetune_epochs": 1,
+    }
+    student, _ = fastmerge.merge(teachers, data, **options, all_classes=True)
+    assert student(data[0][0][0]).shape[1:] == (5,)
+    with pytest.raises(ValueError, match="the criterion failed on train_loader\\[0\\]'s first batch"):
+        fastmerge.merge(teachers, data, **options)
+
+
 def test_a_merge_with_a_seed_leaves_the_callers_random_numbers_alone(task) -> None:
     teachers, data, _ = task
     loaders = [torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True) for batches in data]

@@ -188,6 +188,11 @@ def test_a_callback_ends_a_part(teachers: list[nn.Module], loader: list[Any]) ->
     assert [record.linked for record in history.stage("merge")] == [False, True, True]
 
 
+def test_milestones_are_those_of_the_whole_stage(teachers: list[nn.Module], loader: list[Any]) -> None:
+    _, history = fastmerge.merge(teachers, loader, **OPTIONS, merge_milestones=(1, 3))
+    assert [record.lr for record in history.stage("merge")] == pytest.approx([0.05, 0.005, 0.005, 0.0005])
+
+
 def test_the_last_epoch_is_scored_after_a_part_that_a_callback_ended(
     teachers: list[nn.Module], loader: list[Any]
 ) -> None:

@@ -58,6 +58,7 @@ def test_the_student_is_of_the_teachers_class_and_holds_the_task(trained, count)
         student, history = merge(teachers, train_loader(), val_loader=VAL, merge_epochs=12, finetune_epochs=4, seed=0)
     assert type(student) is SmallNet
     assert not student.training
+    assert all(parameter.grad is None for parameter in student.parameters())
     SmallNet().load_state_dict(student.state_dict())
     assert all(same(state, teacher.state_dict()) for state, teacher in zip(before, teachers, strict=True))
     assert [[part.training for part in teacher.modules()] for teacher in teachers] == modes
@@ -175,6 +176,21 @@ def test_weights_and_gates_have_their_own_optimizers(teachers, monkeypatch):
     assert gates == (2 * (6 + 16), 0.4, 0.9, 0)
     assert weights[1:] == (0.02, 0.8, 1e-3)
     assert student == (sum(p.numel() for p in SmallNet().parameters()), 0.03, 0.8, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_of_the_process_does_not_matter(teachers, dtype):
+    options = SHORT | {"compact_at": 0.5, "gate_lr": 20.0, "keep": 5 / 6}
+    expected, history = merge(teachers, train_loader(), **options)
+    torch.set_default_dtype(dtype)
+    try:
+        student, other = merge(teachers, train_loader(), **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(student.state_dict(), expected.state_dict())
+    assert [record.open_probability for record in other.epochs] == [
+        record.open_probability for record in history.epochs
+    ]
 
 
 def test_a_schedule_replaces_the_milestones(teachers):

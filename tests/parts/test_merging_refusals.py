@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
 import fastmerge.merging.stages as module
-from fastmerge import recalibrate
+from fastmerge import BigStudent, recalibrate
 from fastmerge.evaluation import Setting
 from fastmerge.merging import merge
 from fastmerge.merging.checks import check_loader
@@ -199,6 +199,18 @@ BAD = [
     ("no list", lambda t: {"teachers": t[0]}, TypeError, r"merge\(\[t1, t2\], loader\); got a SmallNet"),
     ("one", lambda t: {"teachers": t[:1]}, ValueError, "at least two teachers; got 1"),
     ("no network", lambda t: {"teachers": [t[0], 3]}, TypeError, "teacher 1 is a int"),
+    (
+        "no values",
+        lambda t: {"teachers": [copy.deepcopy(t[0]).to("meta"), t[1]]},
+        ValueError,
+        r"'conv\.weight' of teacher 0 is on the meta device, which holds no values",
+    ),
+    (
+        "big student",
+        lambda t: {"teachers": [BigStudent(*t, example_inputs=X[:2]), t[0]]},
+        TypeError,
+        r"teacher 0 is a BigStudent, .*pass the network that its compress\(\) returns",
+    ),
     ("other width", lambda t: {"teachers": [t[0], SmallNet(width=8)]}, ValueError, r"conv\.weight is \(6, 1, 3, 3\)"),
     ("no epoch", lambda t: {"merge_epochs": 0}, ValueError, "merge_epochs, .* a whole number of at least 1; got 0"),
     (
