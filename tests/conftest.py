@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,8 @@ except ImportError:  # on a GPU machine without the development packages, the te
 
 # Workers run beside each other and the tensors are small: threads would only wait for each other.
 torch.set_num_threads(1)
+# A shell starts jobs in the background, such as ``make test &`` in a script, with interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Each test of a file goes through the whole zoo: all of its networks' graphs are kept from one test to the next.
 blueprint._MOST_KNOWN = 512
 
