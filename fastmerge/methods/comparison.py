@@ -315,7 +315,7 @@ class _Comparison:
 
     def score(self, network: nn.Module) -> Score:
         """How good a network is on the validation data."""
-        return evaluate(network, self.val_loader, self.setting)
+        return evaluate(copy.deepcopy(network), self.val_loader, self.setting)  # which may have modes of its own
 
     def made(self, name: str, options: Mapping[str, Any]) -> tuple[Row, nn.Module | None]:
         """What a method makes, or made before the comparison was stopped; or the row of its error."""

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 
-from fastmerge.channels.examples import few_samples
+from fastmerge.channels.examples import few_samples, with_samples
 from fastmerge.data.epochs import EpochLoader
 from fastmerge.evaluation import Setting, as_tuple, length_of
 from fastmerge.merging.checks import check_loader
@@ -153,9 +153,10 @@ class Operations:
 
 def _epoch_operations(network: nn.Module, batches: Iterable[Any], *, backward: bool = True) -> float:
     """Operations of an epoch of training, or of its forward passes alone: a sample's of the first batch, times the samples."""
-    batch = next(iter(batches))
-    first = len(as_tuple(batch[0])[0])
-    return step_operations(network, [batch], backward=backward) / first * _samples_of(batches, first)
+    inputs = as_tuple(next(iter(batches))[0])
+    first, several = len(inputs[0]), with_samples(inputs, max(2, len(inputs[0])))  # BatchNorm can't train on one
+    operations = step_operations(network, [(several, None)], backward=backward)
+    return operations / len(several[0]) * _samples_of(batches, first)
 
 
 def _samples_of(batches: Iterable[Any], first: int) -> int:

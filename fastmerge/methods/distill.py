@@ -16,6 +16,7 @@ from fastmerge.merging.api import train_by
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import unwatched
 from fastmerge.methods.registry import register
+from fastmerge.methods.samples import check_batches
 
 DISTILL = 0.5  # weight of what teachers say, where they are asked
 
@@ -52,6 +53,9 @@ def train(
         distill: weight of the teachers' logits in the loss; the criterion has 1 - distill.
         temperature: of the teachers' and of the network's softmax.
         how: options of :func:`fastmerge.merge` that do not change what comes out: ``progress``, ``checkpoint_dir`` and so on.
+
+    Raises:
+        TypeError, ValueError: the batches can't be iterated again and again, or do not fit the network or the criterion.
     """
     options = Options(
         finetune_epochs=epochs,
@@ -65,6 +69,7 @@ def train(
         temperature=temperature,
         **{"progress": False, **(how or {})},
     )
+    check_batches("the loader", batches, network, criterion, distilled=bool(teachers))
     with unwatched() as meter, torch.enable_grad():
         history = train_by(options, network.requires_grad_(True), batches, teachers=teachers)
         if meter is not None:

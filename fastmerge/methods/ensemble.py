@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastmerge.channels.examples import register_dataclasses
 from fastmerge.methods.registry import register
 
 
 class Ensemble(nn.Module):
-    """The mean of several networks' outputs.
+    """The mean of several networks' outputs; of what is no floating-point tensor, the first network's.
 
     Args:
         networks: they are copied.
@@ -25,10 +26,17 @@ class Ensemble(nn.Module):
         self.networks = nn.ModuleList(copy.deepcopy(network) for network in networks)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        outputs = [pytree.tree_flatten(network(*inputs, **kwargs)) for network in self.networks]
-        each = zip(*(leaves for leaves, _ in outputs), strict=True)
-        means = [torch.stack(values).mean(0) if isinstance(values[0], Tensor) else values[0] for values in each]
-        return pytree.tree_unflatten(means, outputs[0][1])
+        outputs = [network(*inputs, **kwargs) for network in self.networks]
+        register_dataclasses(outputs)
+        flat = [pytree.tree_flatten(output) for output in outputs]
+        means = [_mean(values) for values in zip(*(leaves for leaves, _ in flat), strict=True)]
+        return pytree.tree_unflatten(means, flat[0][1])
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    has_mean = isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex())
+    return torch.stack([*values]).mean(0) if has_mean else first
 
 
 @register(

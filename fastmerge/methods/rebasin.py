@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastmerge.channels.groups import Axis, ChannelGroups, permute
 from fastmerge.lock_step import Family
-from fastmerge.methods.average import average
+from fastmerge.methods.average import mean_of
 from fastmerge.methods.registry import register
-from fastmerge.methods.samples import family_of, second_moments
+from fastmerge.methods.samples import exact, family_of, second_moments
 
 _SWEEPS = 50
 
@@ -100,7 +100,7 @@ def _match_weights(
 
 def _parameters(networks: Sequence[nn.Module]) -> dict[str, Tensor]:
     every = [dict(network.named_parameters()) for network in networks]
-    return {name: torch.stack([each[name].detach() for each in every]).mean(0) for name in every[0]}
+    return {name: torch.stack([exact(each[name].detach()) for each in every]).mean(0) for name in every[0]}
 
 
 def _rows(tensor: Tensor, dim: int, places: np.ndarray, part: np.ndarray | None) -> Tensor:
@@ -180,4 +180,4 @@ def rebasin(
     Source: S. Ainsworth et al., Git Re-Basin (arXiv 2209.04836).
     """
     family = family_of(teachers, batches, samples if by == "activations" else 2)
-    return average(align(family, by, seed))
+    return mean_of(align(family, by, seed))

@@ -15,7 +15,7 @@ from fastmerge.channels.traced_network import tensor_at
 from fastmerge.lock_step import Family, Moment
 from fastmerge.methods.combination import combine, places_of_kept
 from fastmerge.methods.registry import register
-from fastmerge.methods.samples import family_of, second_moments
+from fastmerge.methods.samples import exact, family_of, second_moments
 from fastmerge.methods.transplant import largest, magnitudes
 from fastmerge.narrowing.compression import sources_of
 
@@ -151,12 +151,13 @@ def _refit_norm(
     source = sources_of(units, groups, kept)
     picked = (source.teacher, source.index)
     moments = [
-        torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        torch.var_mean(exact(x), [d for d in range(x.dim()) if d != 1], correction=0)
         for x in moment.values(arguments["input"])
     ]
     variance, mean = (torch.stack(each[:-1])[picked] for each in zip(*moments, strict=True))
     running_mean, running_variance = (
-        torch.stack([tensor_at(network, name) for network in teachers])[picked] for name in (mean_name, variance_name)
+        torch.stack([exact(tensor_at(network, name)) for network in teachers])[picked]
+        for name in (mean_name, variance_name)
     )
     eps, (now, centre) = arguments["eps"], moments[-1]
     deviation = ((running_variance + eps) * now / variance.clamp_min(1e-12)).sqrt()
@@ -175,6 +176,7 @@ class LeastSquares:
     """
 
     def __init__(self, x: Tensor, ridge: float, centred: bool = True) -> None:
+        x = exact(x)
         self.mean = x.mean(1) if centred else x.new_zeros(len(x))
         self.x, self.centred = x - self.mean[:, None], centred
         gram = (self.x @ self.x.T).double()
@@ -183,10 +185,11 @@ class LeastSquares:
 
     def of(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(x's variables, y's) and (y's,)."""
-        mean = y.mean(1) if self.centred else y.new_zeros(len(y))
-        products = (self.x @ (y - mean[:, None]).T).double()
-        mix = torch.cholesky_solve(products, self.factor).to(y)
-        return mix, mean - self.mean @ mix
+        z = exact(y)
+        mean = z.mean(1) if self.centred else z.new_zeros(len(z))
+        products = (self.x @ (z - mean[:, None]).T).double()
+        mix = torch.cholesky_solve(products, self.factor).to(z)
+        return mix.to(y), (mean - self.mean @ mix).to(y)
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from fastmerge.merging.checks import listed_teachers
 from fastmerge.methods.cost import Meter, peak_memory
 from fastmerge.validation import check_teachers
 
@@ -113,13 +115,14 @@ def apply(name: str, teachers: Sequence[nn.Module], batches: Iterable[Any], **op
         ValueError: there is no such method, or it has no such option; and what the method raises.
         TypeError, ValueError: the teachers are not two or more of one class, structure and shapes, or not finite.
     """
-    method = checked(name, options)
+    method, teachers = checked(name, options), listed_teachers(teachers)
     check_teachers(teachers)
     started = time.perf_counter()
-    with peak_memory(teachers) as peak, Meter() as meter:
-        network = method.function(teachers, batches, **options)
-    seconds = time.perf_counter() - started
-    return Outcome(network, seconds, meter.epochs(teachers[0], batches), peak())
+    with torch.inference_mode(False):
+        with peak_memory(teachers) as peak, Meter() as meter:
+            network = method.function(teachers, batches, **options)
+        seconds = time.perf_counter() - started
+        return Outcome(network, seconds, meter.epochs(teachers[0], batches), peak())
 
 
 def checked(name: str, options: Iterable[str] = ()) -> Method:

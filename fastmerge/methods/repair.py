@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from fastmerge.channels.aten import bind, op_name
 from fastmerge.channels.traced_network import tensor_at
 from fastmerge.lock_step import Family, Moment
-from fastmerge.methods.average import average
+from fastmerge.methods.average import mean_of
 from fastmerge.methods.rebasin import align
 from fastmerge.methods.registry import register
-from fastmerge.methods.samples import family_of
+from fastmerge.methods.samples import exact, family_of
 
 
 @register("repair", needs="samples", source="K. Jordan et al., REPAIR (arXiv 2211.08403)")
@@ -42,7 +42,7 @@ def repair(
     """
     family = family_of(teachers, batches, samples)
     aligned = [*teachers] if by is None else align(family, by, seed)
-    merged = average(aligned)
+    merged = mean_of(aligned)
     restore_statistics(merged, aligned, family)
     return merged
 
@@ -126,7 +126,7 @@ def _restore_norm(moment: Moment, merged: nn.Module, done: set[str]) -> None:
 def reset_statistics(moment: Moment, network: nn.Module) -> None:
     """Sets a BatchNorm's running statistics to those of what it is about to read, in the last of the networks."""
     arguments = bind(moment.node)
-    x = moment.values(arguments["input"])[-1]
+    x = exact(moment.values(arguments["input"])[-1])
     variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
     for key, value in (("running_mean", mean), ("running_var", variance)):
         tensor_at(network, str(arguments[key].target)).copy_(value)
@@ -137,7 +137,7 @@ def _wanted(outputs: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor, Tensor
     moments = []
     for output in outputs:
         dims = [d for d in range(output.dim()) if d != dim % output.dim()]
-        variance, mean = torch.var_mean(output, dims, correction=0)
+        variance, mean = torch.var_mean(exact(output), dims, correction=0)
         moments.append((mean, variance.sqrt()))
     means, deviations = (torch.stack(each[:-1]).mean(0) for each in zip(*moments, strict=True))
     return means, deviations, *moments[-1]

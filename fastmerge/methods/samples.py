@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmerge.checkpoints import loader_state, random_states, restore_loader_state, restore_random_states
+from fastmerge.evaluation import Criterion, Setting
 from fastmerge.lock_step import Family, rows_of
-from fastmerge.merging.checks import pairs
+from fastmerge.merging.checks import check_device, check_loader, pairs
+from fastmerge.methods.cost import unwatched
 
 
 def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: int = 2) -> Family:
@@ -22,12 +25,16 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
 
     Raises:
         TypeError, ValueError: the teachers can't be merged, the batches can't be iterated again and again or are no pairs, or
-            there is no sample, or one, which has no statistics.
+            there is no sample; or, where they are for statistics, one sample, or one that is not finite.
     """
     if samples < 2:
         raise ValueError(f"a method needs samples of at least 2; got {samples}")
     device, found, count = next(teachers[0].parameters()).device, list[tuple[Tensor, ...]](), 0
     for inputs, _ in pairs("batches", batches):
+        if samples > 2 and not all(x.isfinite().all() for x in inputs if x.is_floating_point()):
+            raise ValueError(
+                f"a method that takes means and deviations needs finite samples; batch {len(found)} holds NaN or Inf"
+            )
         found.append(inputs)
         count += len(found[-1][0])
         if count >= samples:
@@ -35,6 +42,25 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
     if count < 2 < samples:
         raise ValueError("a method that takes means and deviations needs two samples or more; the loader has one")
     return Family.of(teachers, tuple(torch.cat(each)[:samples].to(device) for each in zip(*found, strict=True)))
+
+
+def check_batches(
+    name: str, batches: Iterable[Any], network: nn.Module, criterion: Criterion, *, distilled: bool = False
+) -> None:
+    """Raises what :func:`fastmerge.merge` would of a loader; random numbers and the loader are left as they were."""
+    setting = Setting(check_device(None, network), criterion)
+    random, order = random_states(setting.device), loader_state(batches)
+    try:
+        with unwatched():
+            check_loader(name, batches, network, setting, distilled=distilled)
+    finally:
+        restore_random_states(random, setting.device)
+        restore_loader_state(batches, order)
+
+
+def exact(values: Tensor) -> Tensor:
+    """Values that can be squared and summed: float32 in place of 16 bits."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def second_moments(family: Family, networks: Sequence[nn.Module], *, weighted: bool) -> dict[str, Tensor]:
@@ -64,11 +90,11 @@ def second_moments(family: Family, networks: Sequence[nn.Module], *, weighted: b
         channels = moment.channels if numbers else []
         for number in numbers:
             group, places = groups[number], units.places(number, groups[number].size)
-            rows = torch.cat([rows_of(each, places) for each in channels])
+            rows = torch.cat([exact(rows_of(each, places)) for each in channels])
             rows = (rows - rows.mean(2, keepdim=True)).flatten(1)
             if weighted:
                 dim = 1 - int(weight in groups.transposed)
-                read = [rows_of(each[weight].detach().movedim(dim, 0), places).flatten(1) for each in tensors]
+                read = [exact(rows_of(each[weight].detach().movedim(dim, 0), places)).flatten(1) for each in tensors]
                 rows = rows * torch.cat(read).norm(dim=1, keepdim=True)
             else:
                 rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

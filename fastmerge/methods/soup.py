@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Criterion, Setting, evaluate
-from fastmerge.methods.average import average
+from fastmerge.methods.average import mean_of
 from fastmerge.methods.registry import register
+from fastmerge.methods.samples import check_batches
 
 
 @register("soup", needs="samples", source="M. Wortsman et al., Model soups (arXiv 2203.05482)")
@@ -29,19 +31,23 @@ def soup(
         held_out: what the loss is taken on, (input, target) batches that are not trained on; None: ``batches``.
         criterion: the loss.
 
+    Raises:
+        TypeError, ValueError: the data can't be iterated again and again, or does not fit the teachers or the criterion.
+
     Source: M. Wortsman et al., Model soups (arXiv 2203.05482).
     """
     setting = Setting(next(teachers[0].parameters()).device, criterion)
-    chosen_on = batches if held_out is None else held_out
+    name, chosen_on = ("the loader", batches) if held_out is None else ("held_out", held_out)
+    check_batches(name, chosen_on, teachers[0], criterion)
 
     def loss(network: nn.Module) -> float:
         return evaluate(network, chosen_on, setting).loss
 
-    losses = [loss(teacher) for teacher in teachers]
+    losses = [loss(copy.deepcopy(teacher)) for teacher in teachers]
     first, *others = sorted(range(len(teachers)), key=losses.__getitem__)
     taken, best = [teachers[first]], losses[first]
     for teacher in (teachers[number] for number in others):
-        reached = loss(average([*taken, teacher]))
+        reached = loss(mean_of([*taken, teacher]))
         if reached <= best:
             taken, best = [*taken, teacher], reached
-    return average(taken)
+    return mean_of(taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from dataclasses import replace
@@ -25,6 +26,7 @@ from fastmerge.merging.api import merge_by
 from fastmerge.merging.options import Options
 from fastmerge.methods.cost import Meter, step_operations
 from fastmerge.methods.repair import restore_statistics
+from fastmerge.methods.samples import check_batches
 from fastmerge.methods.zipit import zipped
 from small_task import VAL, X, Y, train_teachers
 from teachers import make_teachers, relative_error
@@ -380,6 +382,130 @@ def test_methods_by_name_take_networks_of_one_architecture(name: str) -> None:
     other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"teachers 0 and 1|teacher 1"):
         methods.apply(name, [first, other], [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))])
+
+
+@dataclasses.dataclass
+class Answer:
+    """What some networks give."""
+
+    logits: Tensor
+    classes: Tensor
+    flag: bool = True
+
+
+class Answering(nn.Module):
+    """A network with an output of a class of its own, and a state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 5)
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Answer:
+        logits = self.last(self.body(x).relu())
+        return Answer(logits, logits.argmax(1))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
+def test_an_ensembles_outputs_are_the_mean_whatever_holds_them() -> None:
+    teachers, x = [Answering(), Answering()], torch.randn(6, 3)
+    output, (a, b) = methods.ensemble(teachers)(x), (teacher(x) for teacher in teachers)
+    assert torch.equal(output.logits, torch.stack([a.logits, b.logits]).mean(0))
+    assert torch.equal(output.classes, a.classes)  # numbers of classes have no mean
+    assert output.flag
+
+
+def test_weights_are_averaged_beside_states_that_are_no_tensors() -> None:
+    teachers = [Answering(), Answering()]
+    merged = methods.average(teachers)
+    assert torch.equal(merged.last.weight, (teachers[0].last.weight + teachers[1].last.weight) / 2)
+    assert merged.state_dict()["_extra_state"] == {"version": 3}
+    with pytest.raises(ValueError, match=r"0.weight is \(4, 3\) in teacher 0 and \(5, 3\) in teacher 1"):
+        methods.average([nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 5))])
+
+
+@pytest.mark.parametrize("name", ["soup", "distill"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: iter(batches()), "the loader can be iterated only once"),
+        (lambda: [{"input": X, "target": Y}], "the loader must yield pairs .*; it yields a dict"),
+        (lambda: [(X[:32], Y[:32], Y[:32])], "the loader must yield pairs .*; it yields a tuple of 3"),
+        (lambda: [(X[:32].double(), Y[:32])], "the teachers can't read the loader's inputs of shape"),
+        (lambda: [(X[:32], Y[:32] + 3)], "the loader has targets 4..5; the teachers have 3 classes"),
+        (list, "the loader is empty"),
+    ],
+)
+def test_data_that_does_not_fit_is_named_before_anything_is_computed(name: str, data: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        methods.apply(name, trained(), data())
+
+
+def test_looking_at_the_data_leaves_random_numbers_as_they_are() -> None:
+    data = DataLoader(TensorDataset(X[:96], Y[:96]), 32, shuffle=True, generator=torch.Generator().manual_seed(0))
+    before, own = torch.get_rng_state(), data.generator.get_state()
+    check_batches("the loader", data, trained()[0], nn.functional.cross_entropy)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(data.generator.get_state(), own)
+
+
+@pytest.mark.parametrize("name", ["repair", "zipit", "reconstruct"])
+def test_samples_that_statistics_are_taken_of_are_finite(name: str) -> None:
+    data = [(X[:32], Y[:32]), (torch.full_like(X[:32], torch.nan), Y[:32])]
+    with pytest.raises(ValueError, match="needs finite samples; batch 1 holds NaN or Inf"):
+        methods.apply(name, trained(), data)
+
+
+def test_teachers_come_as_a_list() -> None:
+    with pytest.raises(TypeError, match=r"merge needs a list of teachers, .*; got a SmallNet"):
+        methods.apply("average", trained()[0], batches())
+    assert type(methods.apply("rebasin", (teacher for teacher in trained()), batches()).network) is type(trained()[0])
+
+
+def test_a_cost_is_counted_in_batches_of_one_and_in_inference_mode() -> None:
+    teachers = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval() for _ in range(2)]
+    x = torch.randn(20, 3)
+    found = [methods.apply("reconstruct", teachers, [(x[i : i + n], None) for i in range(0, 20, n)]) for n in (1, 20)]
+    with torch.inference_mode():
+        found.append(methods.apply("reconstruct", teachers, [(x, None)]))
+    assert [outcome.cost for outcome in found] == [pytest.approx(found[0].cost, rel=0.05)] * 3
+    assert not any(parameter.is_inference() for outcome in found for parameter in outcome.network.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_each_part_of_a_teacher_stays_in_its_mode(name: str) -> None:
+    teachers = [copy.deepcopy(teacher).train() for teacher in trained()[:2]]
+    for teacher in teachers:
+        next(teacher.children()).eval()
+    modes = [[module.training for module in teacher.modules()] for teacher in teachers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        methods.apply(name, teachers, batches(), **{"epochs": 1} if methods.METHODS[name].needs == "training" else {})
+    assert [[module.training for module in teacher.modules()] for teacher in teachers] == modes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_of_16_bits_are_matched_as_others(dtype: torch.dtype) -> None:
+    """The products of their values are too large for 16 bits."""
+    teacher = copy.deepcopy(teachers_of("lenet")[0])
+    other, teacher = shuffled(teacher, "lenet").to(dtype), teacher.to(dtype)
+    data = [(batches_of("lenet", 200)[0][0].to(dtype), torch.zeros(200))]
+    x = data[0][0]
+    for name, options, most in (
+        ("rebasin", {}, 0.0),
+        ("rebasin", {"by": "activations"}, 0.0),
+        ("zipit", {}, 0.0),
+        ("repair", {}, 0.0),
+        ("reconstruct", {}, 0.3),
+    ):
+        with torch.no_grad():
+            merged = methods.apply(name, [teacher, other], data, **options).network(x)
+            assert relative_error(merged.double(), teacher(x).double()) <= most, name
 
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
