@@ -214,8 +214,9 @@ def merge(
     Source: M. Pašen, V. Boža, "Merging of neural networks" (arXiv 2204.09973), section 2.
     """
     given = {name: value for name, value in locals().items() if name not in ("teachers", "train_loader", "val_loader")}
-    check_together(given)
-    return merge_by(Options(**given), teachers, train_loader, val_loader)
+    options = Options(**given)
+    check_together(vars(options))
+    return merge_by(options, teachers, train_loader, val_loader)
 
 
 def merge_by(

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
+from fractions import Fraction
 from functools import partial
 from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -248,11 +251,12 @@ class Options:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            check(each, getattr(self, each.name))
+            value = _as_pythons(getattr(self, each.name))
+            check(each, value)
+            object.__setattr__(self, each.name, value)
         at = self.compact_at
-        if at not in (None, "settled") and (
-            isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 <= at <= 1
-        ):
+        is_number = isinstance(at, (int, float)) and not isinstance(at, bool) and 0 <= at <= 1
+        if not (at is None or is_number or (isinstance(at, str) and at == "settled")):
             what = self.__dataclass_fields__["compact_at"].metadata["what"].partition(", or")[0]
             raise ValueError(f"merge needs compact_at, {what}, in 0..1, 'settled' or None; got {at!r}")
         if self.layerwise > self.merge_epochs:
@@ -265,10 +269,13 @@ class Options:
             at = getattr(self, name)
             if at is None:
                 continue
-            if isinstance(at, str) or not isinstance(at, Iterable) or not all(_is_whole(epoch) for epoch in at):
+            if isinstance(at, (str, torch.Tensor)) or not isinstance(at, Iterable) or not all(map(_is_whole, at)):
                 raise ValueError(f"merge needs {name}, whole numbers of epochs such as (20, 40); got {at!r}")
+            object.__setattr__(self, name, tuple(map(int, at)))
         if self.ema == 1:
             raise ValueError("merge needs ema below 1: at 1 the average would stay what it was after the first step")
+        if not isinstance(self.checkpoint_dir, (str, PathLike, type(None))):
+            raise TypeError(f"merge needs checkpoint_dir, a path; got a {type(self.checkpoint_dir).__name__}")
         for name in ("criterion", "callback"):
             function = getattr(self, name)
             if function is not None and not callable(function):
@@ -410,6 +417,13 @@ class Options:
         return SGD(big.gate_parameters(), self.gate_lr, GATE_MOMENTUM)
 
 
+def _as_pythons(value: Any) -> Any:
+    """Numbers of NumPy, fractions and tensors without dimensions as Python's own, which all that takes them understands."""
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and not value.dim()):
+        return value.item()
+    return float(value) if isinstance(value, Fraction) else value
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and int(value) >= 0
 
@@ -423,10 +437,14 @@ def check(each: Field[Any], value: Any) -> None:
     facts = each.metadata
     name, what = f"merge needs {each.name}", facts["what"].partition(";")[0]
     least, above, most = facts["least"], facts["above"], facts["most"]
-    if value is None:
+    if value is None and each.default is None:
+        return
+    if isinstance(each.default, bool):
+        if not isinstance(value, (bool, int)) or value not in (0, 1):
+            raise ValueError(f"{name}, {what}, True or False; got {value!r}")
         return
     if facts["choices"] is not None:
-        if value not in facts["choices"]:
+        if not any(isinstance(value, type(choice)) and value == choice for choice in facts["choices"]):
             kind = what.partition(":")[0]
             raise ValueError(f"{name}, {kind}: {' or '.join(map(str, facts['choices']))}; got {value!r}")
         return
@@ -434,11 +452,11 @@ def check(each: Field[Any], value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}, {what}, a whole number of at least {least}; got {value!r}")
         return
-    if (least is None and above is None) or isinstance(value, torch.Tensor):
+    if least is None and above is None:
         return
-    is_number = isinstance(value, Real)
     if (
-        not is_number
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
         or not abs(value) <= _LARGEST
         or (least is not None and value < least)
         or (above is not None and value <= above)

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from dataclasses import fields
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,26 @@ def test_functions_are_compared_by_what_they_are_not_by_where_they_lie(make: Any
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    assert Options(lr=np.float32(0.5)).compared()["lr"] == 0.5
+    options = Options(
+        lr=np.float32(0.5),
+        momentum=Fraction(1, 2),
+        gate_lr=torch.tensor(0.5),
+        compact_at=np.float32(0.5),
+        merge_epochs=np.int64(3),
+        recalibrate=np.bool_(False),
+        milestones=np.array([1, 2]),
+    )
+    values = [
+        options.lr,
+        options.momentum,
+        options.gate_lr,
+        options.compact_at,
+        options.merge_epochs,
+        options.recalibrate,
+    ]
+    assert values == [0.5, 0.5, 0.5, 0.5, 3, False]
+    assert [type(value) for value in values] == [float, float, float, float, int, bool]
+    assert options.compared()["milestones"] == [1, 2]
     structure, tensors = pack({"lr": np.float64(0.01), "epoch": np.int64(3), "nesterov": np.bool_(True)})
     assert unpack(json.loads(json.dumps(structure)), tensors) == {"lr": 0.01, "epoch": 3, "nesterov": True}
 
@@ -128,6 +148,16 @@ def test_a_warm_up_rises_to_the_smallest_learning_rate() -> None:
         ({"compact_at": "soon"}, "compact_at, .* 'settled' or None; got 'soon'"),
         ({"accumulate": 0}, "accumulate, .* at least 1; got 0"),
         ({"ema": 1.0}, "ema below 1"),
+        ({"temperature": None}, "temperature, .* a finite number above 0; got None"),
+        ({"temperature": torch.tensor(0.0)}, "temperature, .* a finite number above 0; got 0"),
+        ({"temperature": torch.ones(2)}, "temperature, .* a finite number above 0; got tensor"),
+        ({"warmup": None}, "warmup, .* a whole number of at least 0; got None"),
+        ({"weight_decay": True}, "weight_decay, .* a finite number of at least 0; got True"),
+        ({"recalibrate": np.ones(2)}, "recalibrate, .* True or False; got array"),
+        ({"tie_streams": "no"}, "tie_streams, .* True or False; got 'no'"),
+        ({"gate_schedule": np.ones(2)}, "gate_schedule, .* quadratic or budget; got array"),
+        ({"compact_at": np.ones(2)}, "compact_at, .* 'settled' or None; got array"),
+        ({"milestones": torch.tensor(1)}, r"milestones, whole numbers of epochs such as \(20, 40\); got 1"),
     ],
 )
 def test_what_is_out_of_range_is_named(wrong: dict[str, Any], message: str) -> None:
@@ -135,6 +165,11 @@ def test_what_is_out_of_range_is_named(wrong: dict[str, Any], message: str) -> N
         Options(**wrong)
     with pytest.raises(ValueError, match=message):
         fastmerge.merge([torch.nn.Linear(1, 1)] * 2, [], **wrong)
+
+
+def test_checkpoints_go_to_a_path() -> None:
+    with pytest.raises(TypeError, match="merge needs checkpoint_dir, a path; got a int"):
+        Options(checkpoint_dir=1)  # type: ignore[arg-type]
 
 
 def test_recipes_choose_among_the_options() -> None:
