@@ -84,6 +84,9 @@ class MergeState:
             parts: What else changes with it, by name: optimizers, λ, a scheduler, all with ``state_dict``.
             total: Epochs of the stage; all of them count as done where it was ended early.
             first: Those of them before this network's.
+
+        Raises:
+            ValueError: The checkpoint has the state of another kind of part, such as another scheduler.
         """
         self.network: Any = network
         self.parts = parts
@@ -99,6 +102,12 @@ class MergeState:
                 big.keep_only(left)
         _load_tensors(network, loaded["network"])
         for name, part in parts.items():
+            then, now = loaded.get("kinds", {}).get(name), type(part).__name__
+            if then not in (None, now):
+                raise ValueError(
+                    f"the checkpoint has the state of a {then} as the {name} of the {stage} stage, and this merge makes a "
+                    f"{now}; go on with the same one{self.whereabouts()}"
+                )
             part.load_state_dict(loaded["parts"][name])
         self._now["epoch"] = loaded["epoch"]
         if not loaded["step"]:
@@ -169,6 +178,7 @@ class MergeState:
                     "linked": self._now["stage"] == "merge" and self.network.linked,
                     "network": tensors_of(self.network),
                     "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                    "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
                     "processes": each,
                     "length": length_of(self.loader),
                     "accumulate": self.accumulate,
@@ -188,7 +198,8 @@ class MergeState:
             length = length_of(self.loader)
             steps = mine["tally"]["steps"] * (length / loaded["length"] if length and loaded["length"] else 1)
             mine["tally"] = _shared_tally([one["tally"] for one in each], size)
-            mine["tally"]["steps"] = self.accumulate * round(steps / self.accumulate)
+            most = round(steps) if length is None else length  # the epoch's last step may be of fewer batches
+            mine["tally"]["steps"] = min(self.accumulate * round(steps / self.accumulate), most)
         return mine
 
     def whereabouts(self) -> str:

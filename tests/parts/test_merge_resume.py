@@ -23,6 +23,7 @@ from fastmerge.files import atomic
 from full_disk import files_of_at_most
 from killed_merge import run, run_until
 from killing import assert_killed
+from small_task import X, Y
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
 
@@ -371,6 +372,40 @@ def test_within_an_epoch_it_goes_on_with_another_number_of_batches_per_step(tmp_
     monkeypatch.setattr(Tally, "score", spy)
     go(4, 2, resume=True)
     assert seen[0] == (12, 48)
+
+
+def test_an_epoch_that_ends_with_a_part_of_a_step_goes_on_with_other_steps(tmp_path):
+    """Three batches are one step and a half of two."""
+
+    def go(callback=None, **options):
+        loader = list(zip(X[:48].split(16), Y[:48].split(16), strict=True))
+        torch.manual_seed(1)
+        teachers = [killed_merge.DropNet().eval() for _ in range(2)]
+        numbers = {"merge_epochs": 1, "finetune_epochs": 0, "seed": 0, "checkpoint_seconds": 0}
+        return merge(teachers, loader, checkpoint_dir=tmp_path, callback=callback, **numbers, **options)
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(callback=stop)
+    assert place(tmp_path) == ("merge", 0, 3)
+    _, history = go(resume=True, accumulate=2)
+    assert len(history.epochs) == 1
+
+
+def test_within_the_fine_tuning_it_goes_on_with_the_same_kind_of_schedule(copied):
+    def stop(record):
+        if record.stage == "finetune":
+            raise KeyboardInterrupt
+
+    options = {"resume": True, "num_workers": 0, "checkpoint_seconds": 0}
+    with pytest.raises(KeyboardInterrupt):
+        run(copied, **options, callback=stop)
+    with pytest.raises(
+        ValueError, match=r"the state of a LambdaLR as the scheduler of the finetune stage, .* makes a StepLR"
+    ):
+        run(copied, **options, schedule=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1))
 
 
 def test_nan_gets_into_no_checkpoint(tmp_path, monkeypatch):
