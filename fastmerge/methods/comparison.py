@@ -34,6 +34,7 @@ from fastmerge.methods.cost import Meter
 from fastmerge.methods.distill import train
 from fastmerge.methods.registry import METHODS, apply, checked
 from fastmerge.reporting.results import write_json
+from fastmerge.validation import check_teachers
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,11 @@ def compare(
         Interrupted: a KeyboardInterrupt: Ctrl-C or SIGTERM came while a network trained, and a checkpoint was written.
     """
     teachers = listed_teachers(teachers)
+    check_teachers(teachers)
+    if isinstance(methods, str):
+        raise ValueError(f"methods: a list of names; got {methods!r}")
+    if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+        raise ValueError(f"epochs of the methods that train: a whole number of at least 1, or None; got {epochs}")
     if len(set(methods)) < len(methods):
         raise ValueError(f"methods: each one once; got {', '.join(methods)}")
     if unknown := set(options or ()) - set(methods):

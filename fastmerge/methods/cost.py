@@ -30,6 +30,23 @@ from fastmerge.stack import Stack
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """A product with all keys, and one with all values."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
+    """The first product again, and two for the gradients of each."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+# What torch.utils.flop_counter knows only as it is called on a GPU.
+_ON_A_CPU: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
 class _Counting(TorchDispatchMode):
     """Counts operations as ``torch.utils.flop_counter`` does, without its hooks on all modules."""
 
@@ -39,7 +56,7 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func._overloadpacket) or _ON_A_CPU.get(func._overloadpacket)
         if count is not None and not _is_meta(out):  # a trace computes nothing
             self.operations += count(*args, **(kwargs or {}), out_val=out)
         return out

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.methods.average import mean_of
+from fastmerge.methods.cost import unwatched
 from fastmerge.methods.registry import register
 from fastmerge.methods.samples import check_batches
 
@@ -43,11 +44,14 @@ def soup(
     def loss(network: nn.Module) -> float:
         return evaluate(network, chosen_on, setting).loss
 
-    losses = [loss(copy.deepcopy(teacher)) for teacher in teachers]
-    first, *others = sorted(range(len(teachers)), key=losses.__getitem__)
-    taken, best = [teachers[first]], losses[first]
-    for teacher in (teachers[number] for number in others):
-        reached = loss(mean_of([*taken, teacher]))
-        if reached <= best:
-            taken, best = [*taken, teacher], reached
+    with unwatched() as meter:
+        losses = [loss(copy.deepcopy(teacher)) for teacher in teachers]
+        first, *others = sorted(range(len(teachers)), key=losses.__getitem__)
+        taken, best = [teachers[first]], losses[first]
+        for teacher in (teachers[number] for number in others):
+            reached = loss(mean_of([*taken, teacher]))
+            if reached <= best:
+                taken, best = [*taken, teacher], reached
+        if meter is not None:
+            meter.add_forward(teachers[0], chosen_on, len(losses) + len(others))
     return mean_of(taken)

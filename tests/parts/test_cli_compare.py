@@ -571,3 +571,10 @@ def test_comparisons_that_make_no_sense_are_refused() -> None:
         compare(teachers, train_loader(), VAL, ["average", "average"])
     with pytest.raises(ValueError, match="got some for zipt"):
         compare(teachers, train_loader(), VAL, ["zipit"], options={"zipt": {}})
+    with pytest.raises(ValueError, match="methods: a list of names; got 'average'"):
+        compare(teachers, train_loader(), VAL, "average")
+    with pytest.raises(ValueError, match="a whole number of at least 1, or None; got 0"):
+        compare(teachers, train_loader(), VAL, ["gates"], epochs=0)
+    wider = type(teachers[0])(width=7)
+    with pytest.raises(ValueError, match=r"conv\.weight is \(6, .*\) in teacher 0 and \(7, .*\) in teacher 1"):
+        compare([teachers[0], wider], train_loader(), VAL, ["average"])

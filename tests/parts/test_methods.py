@@ -477,6 +477,21 @@ def test_a_cost_is_counted_in_batches_of_one_and_in_inference_mode() -> None:
     assert not any(parameter.is_inference() for outcome in found for parameter in outcome.network.parameters())
 
 
+def test_products_of_attention_are_counted() -> None:
+    """On a CPU, too; and in an encoder, which has an operation of its own where it needs no gradients."""
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)]
+    forward = 4 * 5 * (4 * 8 * 8 + 2 * 8 * 16 + 2 * 5 * 8)  # weights, then scores and their products with values
+    x = torch.randn(4, 5, 8)
+    found = step_operations(layers[0], [(x, None)], backward=False), step_operations(layers[0], [(x, None)])
+    assert found[0] == 2 * forward
+    assert found[1] == pytest.approx(
+        6 * forward, rel=0.1
+    )  # the inputs need no gradients, the scores are computed again
+    outcome = methods.apply("soup", layers, [(x, torch.randn(4, 5, 8))], criterion=nn.functional.mse_loss)
+    assert outcome.cost == pytest.approx(3 * found[0] / found[1])
+
+
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
 def test_each_part_of_a_teacher_stays_in_its_mode(name: str) -> None:
     teachers = [copy.deepcopy(teacher).train() for teacher in trained()[:2]]
