@@ -139,19 +139,19 @@ def _exported(
                 if "onstraint" not in str(raised) and "specializ" not in str(raised):
                     break
     assert error is not None
-    raise UnmergeableError(_untraceable(type(model).__name__, mode, entered[-1] if entered else "", error)) from error
+    raise UnmergeableError(_untraceable(root, mode, entered[-1] if entered else "", error)) from error
 
 
-def _untraceable(name: str, mode: str, path: str, error: Exception) -> Problem:
+def _untraceable(root: nn.Module, mode: str, path: str, error: Exception) -> Problem:
     """What to say of a network that torch.export can't follow.
 
     Args:
-        name: of its class.
+        root: the network.
         mode: in which it was run.
         path: of the module it was in.
         error: what was raised.
     """
-    code = _line_of(error)
+    name, code = type(root).__name__, _line_of(error)
     unknown = re.search(r"Found <class '([^']*)'> in output, which is not a known type", str(error))
     if unknown:
         what = f"{name} can't be traced: it returns a {unknown[1]} ({mode} mode), in which PyTorch can't find tensors"
@@ -162,9 +162,23 @@ def _untraceable(name: str, mode: str, path: str, error: Exception) -> Problem:
     reason = f"({type(error).__name__}: {_first_line(error)})"
     if re.search(r"data-dependent|DataDependent|unbacked|\.numpy\(\)", type(error).__name__ + str(error)):
         what = f"{name} can't be traced: {where} uses values of a tensor, or what torch.export can't follow {reason}"
-        return Problem(what, "Make the control flow independent of the data", path, code)
+        remedy = "Make the control flow independent of the data"
+        if mode == "train" and (drops := _layer_drops(root)):
+            remedy = f"LayerDrop can't be traced: let {', '.join(drops)} be 0 in each teacher"
+        return Problem(what, remedy, path, code)
     what = f"{name} can't be traced: {where} fails while torch.export follows it {reason}"
     return Problem(what, "Write that in another way", path, code)
+
+
+def _layer_drops(root: nn.Module) -> list[str]:
+    """Attributes that say how often whole layers are left out in training, such as ``encoder.layerdrop``."""
+    holders = [("config", getattr(root, "config", None)), *root.named_modules()]
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, holder in holders
+        for name, value in getattr(holder, "__dict__", {}).items()
+        if re.fullmatch(r"(\w+_)?layer_?drop", name) and isinstance(value, float) and value > 0
+    ]
 
 
 @contextmanager

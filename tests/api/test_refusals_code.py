@@ -64,6 +64,25 @@ def test_code_that_depends_on_the_data(part: type[Branching], capfd: pytest.Capt
     assert capfd.readouterr() == ("", "")
 
 
+class DroppingLayers(Branching):
+    layerdrop = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
+            return self.conv(0 * x)
+        return self.conv(x)
+
+
+def test_layer_drop_is_named() -> None:
+    teachers = [DataDependent(), DataDependent()]
+    for teacher in teachers:
+        teacher.branching = DroppingLayers()
+    fastmerge.BigStudent(*teachers, example_inputs=IMAGES)
+    for teacher in teachers:
+        teacher.branching.layerdrop = 0.1
+    assert "LayerDrop can't be traced: let branching.layerdrop be 0 in each teacher" in refusal(*teachers)
+
+
 class SelectingByValue(Branching):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x[x.sum((1, 2, 3)) > 0])
