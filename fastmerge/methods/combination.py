@@ -37,6 +37,16 @@ def places_of_kept(groups: ChannelGroups, count: int, kept: Mapping[str, Tensor]
     return found
 
 
+def check_weights(network: nn.Module) -> None:
+    """Raises a ValueError where a layer computes its weight from other tensors, so that its channels can't be combined."""
+    for path, module in network.named_modules():
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f"layer '{path}' computes its weights, so its channels can't be combined. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it in every teacher"
+            )
+
+
 @torch.no_grad()
 def combine(networks: Sequence[nn.Module], groups: ChannelGroups, places: Places) -> nn.Module:
     """A network whose channels are the means of candidates of several networks.
@@ -54,12 +64,7 @@ def combine(networks: Sequence[nn.Module], groups: ChannelGroups, places: Places
     Raises:
         ValueError: a layer computes its weight from other tensors, so that it can't be combined channel by channel.
     """
-    for path, module in networks[0].named_modules():
-        if parametrize.is_parametrized(module):
-            raise ValueError(
-                f"layer '{path}' computes its weights, so its channels can't be combined. Call "
-                "torch.nn.utils.parametrize.remove_parametrizations on it in every teacher"
-            )
+    check_weights(networks[0])
     result = copy.deepcopy(networks[0])
     tensors = [tensors_of(network) for network in (result, *networks)]
     shares = {name: _shares(each) for name, each in places.items()}

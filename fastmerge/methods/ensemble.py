@@ -15,7 +15,10 @@ from fastmerge.methods.registry import register
 
 
 class Ensemble(nn.Module):
-    """The mean of several networks' outputs; of what is no floating-point tensor, the first network's.
+    """The mean of several networks' outputs.
+
+    Whole numbers, such as those of classes, have no mean: they are what most networks say, the least of several. What is no
+    tensor is the first one's.
 
     Args:
         networks: they are copied.
@@ -35,8 +38,11 @@ class Ensemble(nn.Module):
 
 def _mean(values: Sequence[Any]) -> Any:
     first = values[0]
-    has_mean = isinstance(first, Tensor) and (first.is_floating_point() or first.is_complex())
-    return torch.stack([*values]).mean(0) if has_mean else first
+    if not isinstance(first, Tensor):
+        return first
+    if first.is_floating_point() or first.is_complex():
+        return torch.stack([*values]).mean(0)
+    return torch.stack([value.long() for value in values]).mode(0).values.to(first.dtype)
 
 
 @register(

@@ -19,6 +19,8 @@ from fastmerge.methods.samples import exact, family_of, second_moments
 from fastmerge.methods.transplant import largest, magnitudes
 from fastmerge.narrowing.compression import sources_of
 
+_NOISE = 1e-6  # of a channel's mean square, more than float32 rounds
+
 
 @register("reconstruct", needs="samples", source="as J. Luo et al., ThiNet (arXiv 1707.06342), here between teachers")
 @torch.no_grad()
@@ -65,7 +67,9 @@ def reconstruct(
 def pivots(products: Tensor, count: int) -> Tensor:
     """The candidates that explain all of them best, one after another; ascending.
 
-    A pivoted Cholesky decomposition of the inner products chooses as a column-pivoted QR does of what they are products of.
+    A pivoted Cholesky decomposition of the inner products chooses as a column-pivoted QR does of what they are products of. Of
+    two that the chosen ones explain wholly, it takes that which needs more of them: after a LayerNorm a channel is a sum of all
+    others, and still needed, while another teacher's equal one is not.
 
     Args:
         products: (T·n, T·n).
@@ -73,7 +77,9 @@ def pivots(products: Tensor, count: int) -> Tensor:
     """
     from scipy.linalg.lapack import dpstrf  # takes long to import
 
-    _, order, _, _ = dpstrf(products.double().cpu().numpy(), tol=0.0)
+    found = products.double().cpu()
+    found = found + torch.diag_embed((_NOISE * found.diagonal().mean()).expand(len(found)))
+    _, order, _, _ = dpstrf(found.numpy(), tol=0.0)
     chosen = torch.from_numpy(np.asarray(order, dtype=np.int64))[:count] - 1
     return chosen.sort().values
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.channels.groups import OUTPUT, ChannelGroups, squares
-from fastmerge.methods.combination import combine, places_of_kept
+from fastmerge.methods.combination import check_weights, combine, places_of_kept
 from fastmerge.methods.registry import register
 from fastmerge.methods.samples import family_of
 
@@ -42,7 +42,11 @@ def magnitudes(teachers: Sequence[nn.Module], groups: ChannelGroups) -> dict[str
 
     Returns:
         By name of the group float64 (T, n).
+
+    Raises:
+        ValueError: a layer computes its weight from other tensors.
     """
+    check_weights(teachers[0])
     found = {group.name: torch.zeros(len(teachers), group.size, dtype=torch.float64) for group in groups}
     for t, teacher in enumerate(teachers):
         biases = {name for name, _ in teacher.named_parameters() if name.rpartition(".")[2] == "bias"}

@@ -29,7 +29,7 @@ from fastmerge.methods.repair import restore_statistics
 from fastmerge.methods.samples import check_batches
 from fastmerge.methods.zipit import zipped
 from small_task import VAL, X, Y, train_teachers
-from teachers import make_teachers, relative_error
+from teachers import make_batch, make_teachers, relative_error
 
 NETWORKS = ("lenet", "resnet_projected_shortcut", "vision_transformer")  # no channel of theirs is 0 on all samples
 
@@ -163,6 +163,11 @@ def test_what_repair_can_not_do_is_said() -> None:
     ]
     with pytest.raises(ValueError, match=r"that of 0 is computed by weight normalisation"):
         methods.repair(normed, [(torch.randn(8, 3), None)])
+    for network in normed:
+        nn.utils.parametrizations.weight_norm(network[2], dim=None)  # one magnitude for all channels
+    for method in (methods.zipit, methods.transplant, methods.reconstruct):
+        with pytest.raises(ValueError, match=r"layer '0' computes its weights, so its channels can't be combined"):
+            method(normed, [(torch.randn(8, 3), None)])
     plain = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2)]
     for method in (methods.repair, methods.zipit, methods.reconstruct):
         with pytest.raises(ValueError, match="needs two samples or more; the loader has one"):
@@ -216,6 +221,15 @@ def test_reconstruct_of_a_permuted_network_computes_the_same(name: str) -> None:
     x = data[0][0]
     with torch.no_grad():
         assert relative_error(merged(x), teacher(x)) < 1e-4
+
+
+def test_reconstruct_of_two_equal_networks_with_layer_norm_is_the_network() -> None:
+    """A channel that is a sum of the others is kept, not the other network's copy of one that is kept already."""
+    x = make_batch(100, (4,))
+    (first,) = make_teachers(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)), (x,), 1)
+    merged = methods.reconstruct([first, copy.deepcopy(first)], [(x, None)], ridge=1e-10)
+    with torch.no_grad():
+        assert relative_error(merged(x), first(x)) < 1e-6
 
 
 def test_reconstruct_is_nearer_to_the_teachers_mean_than_other_one_shot_merges() -> None:
@@ -413,10 +427,13 @@ class Answering(nn.Module):
 
 
 def test_an_ensembles_outputs_are_the_mean_whatever_holds_them() -> None:
-    teachers, x = [Answering(), Answering()], torch.randn(6, 3)
-    output, (a, b) = methods.ensemble(teachers)(x), (teacher(x) for teacher in teachers)
-    assert torch.equal(output.logits, torch.stack([a.logits, b.logits]).mean(0))
-    assert torch.equal(output.classes, a.classes)  # numbers of classes have no mean
+    torch.manual_seed(0)
+    teachers, x = [Answering() for _ in range(3)], torch.randn(20, 3)
+    output, each = methods.ensemble(teachers)(x), [teacher(x) for teacher in teachers]
+    assert torch.equal(output.logits, torch.stack([one.logits for one in each]).mean(0))
+    counts = torch.stack([(torch.stack([one.classes for one in each]) == k).sum(0) for k in range(4)])
+    assert torch.equal(output.classes, counts.argmax(0))  # what most say
+    assert not torch.equal(output.classes, each[0].classes)
     assert output.flag
 
 
@@ -570,8 +587,11 @@ def test_every_network_takes_every_method_without_training(architecture: Archite
     assert_equal(methods.rebasin([first, fastmerge.permute(first, groups, orders)], data), first)
     computed = any("parametrizations" in name for name in first.state_dict())
     for name in ("zipit", "repair", "transplant", "reconstruct", "average", "ensemble"):
-        if computed and name in ("zipit", "transplant", "reconstruct"):
-            with pytest.raises(ValueError, match="computes its weights, so its channels can't be combined"):
+        if computed and name in ("zipit", "repair", "transplant", "reconstruct"):
+            refused = (
+                "is computed by weight normalisation" if name == "repair" else "computes its weights, so its channels"
+            )
+            with pytest.raises(ValueError, match=refused):
                 methods.METHODS[name].function([first, other], data)
             continue
         outputs = pytree.tree_leaves(methods.METHODS[name].function([first, other], data)(*x))
