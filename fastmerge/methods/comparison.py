@@ -221,6 +221,7 @@ def compare(
     Raises:
         ValueError, TypeError: there is no such method or option, a method stands twice, there are fewer than two teachers, they
             or the criterion can't work with the data, or the directory holds another comparison; before anything is run.
+        RuntimeError: a method changed a teacher, which all others work on.
         Interrupted: a KeyboardInterrupt: Ctrl-C or SIGTERM came while a network trained, and a checkpoint was written.
     """
     teachers = listed_teachers(teachers)
@@ -331,12 +332,22 @@ class _Comparison:
             options = {**options, "how": {**self._how(name, "method"), **(options.get("how") or {})}}
         try:
             with self._alike(), _noted() as warned:
-                outcome = apply(name, self.teachers, self.train_loader, **options)
+                try:
+                    outcome = apply(name, self.teachers, self.train_loader, **options)
+                finally:
+                    changed = self._changed()
             trained = float(options.get("epochs", METHODS[name].epochs))
             row = Row(name, self.score(outcome.network), None, trained, outcome.cost, warnings=(*warned,))
-            return dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
+            row, made = dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
         except Exception as error:  # whatever it is, the others get their rows
-            return _failed(name, error), None
+            row, made = _failed(name, error), None
+        if changed:
+            raise RuntimeError(f"method {name!r} changed {changed}, which all methods work on; let it change copies")
+        return row, made
+
+    def _changed(self) -> str:
+        """The names of the teachers whose weights are not what they were."""
+        return ", ".join(name for name, now in fingerprints(self.teachers).items() if now != self.kept.same[name])
 
     def add(self, row: Row, network: nn.Module | None, epochs: int = 0) -> None:
         """Fine-tunes a row's network for so many epochs, if there is one, and keeps the row."""
@@ -404,7 +415,10 @@ def _noted() -> Iterator[dict[str, None]]:
 
 
 def _failed(name: str, error: Exception) -> Row:
-    return Row(name, error=" ".join(str(error).split()) or type(error).__name__)
+    said, kind = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, (LookupError, AssertionError)) and said:  # which is a key, or a value, alone
+        said = f"{kind}: {said}"
+    return Row(name, error=said or kind)
 
 
 def _badness(score: Score | None) -> float:

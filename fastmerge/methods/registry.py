@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -61,17 +62,35 @@ METHODS: dict[str, Method] = {}
 def register(name: str, *, needs: Needs, source: str, one_network: bool = True) -> Callable[[Function], Function]:
     """Decorator that makes a function a method by name, for :func:`apply` and the command line.
 
+    The function's options are its keyword-only arguments, those after a ``*``.
+
     Args:
-        name: of the method.
+        name: of the method: letters, digits, spaces, - and _.
         needs: "weights", "samples" or "training": what it reads.
         source: the paper.
         one_network: whether the result is a network of the teachers' class.
 
     Raises:
-        ValueError: there is a method of this name.
+        ValueError: there is a method of this name, or a name, what it needs or the function is not of this form.
     """
+    if not re.fullmatch(r"[\w -]+", name) or name.startswith("teacher "):
+        raise ValueError(
+            f"a method needs a name of letters, digits, spaces, - and _, and not a teacher's; got {name!r}"
+        )
+    if needs not in get_args(Needs):
+        raise ValueError(f"method {name!r}: it needs one of {', '.join(get_args(Needs))}; got {needs!r}")
 
     def decorate(function: Function) -> Function:
+        positional = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        ]
+        if len(positional) > 2:
+            raise ValueError(
+                f"method {name!r}: options are keyword-only arguments; put a * before {positional[2]}, after the teachers and "
+                "batches"
+            )
         if name in METHODS and METHODS[name].function is not function:
             raise ValueError(
                 f"there is a method {name!r} already, {METHODS[name].function.__module__}; choose another name"
@@ -113,6 +132,7 @@ def apply(name: str, teachers: Sequence[nn.Module], batches: Iterable[Any], **op
 
     Raises:
         ValueError: there is no such method, or it has no such option; and what the method raises.
+        TypeError: it returns no network.
         TypeError, ValueError: the teachers are not two or more of one class, structure and shapes, or not finite.
     """
     method, teachers = checked(name, options), listed_teachers(teachers)
@@ -121,6 +141,10 @@ def apply(name: str, teachers: Sequence[nn.Module], batches: Iterable[Any], **op
     with torch.inference_mode(False):
         with peak_memory(teachers) as peak, Meter() as meter:
             network = method.function(teachers, batches, **options)
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"method {name!r} must return a network (torch.nn.Module); it returned a {type(network).__name__}"
+            )
         seconds = time.perf_counter() - started
         return Outcome(network, seconds, meter.epochs(teachers[0], batches), peak())
 

@@ -1,5 +1,6 @@
 """``fastmerge compare`` from files to files."""
 
+import copy
 import inspect
 import itertools
 import json
@@ -526,6 +527,26 @@ def test_a_method_that_fails_leaves_the_others_their_rows() -> None:
     assert by_name["broken"].error == "of no use here"
     assert by_name["average"].at_once is not None
     assert by_name["average"].tuned is None
+
+
+def test_a_method_that_changes_its_teachers_ends_the_comparison() -> None:
+    """What all rows after it are made of would not be what the first rows are of."""
+    teachers, mended = train_teachers(2), False
+
+    def careless(teachers: list[nn.Module], batches: Iterable[Any]) -> nn.Module:
+        """Trains a teacher, and fails."""
+        methods.train(copy.deepcopy(teachers[1]) if mended else teachers[1], batches, epochs=1)
+        raise KeyError("x")
+
+    methods.register("careless", needs="training", source="nobody")(careless)
+    try:
+        with pytest.raises(RuntimeError, match="method 'careless' changed teacher 1, which all methods work on"):
+            compare(teachers, train_loader(), VAL, ["careless", "average"], finetune_epochs=0)
+        mended = True
+        rows = compare(teachers, train_loader(), VAL, ["careless", "average"], finetune_epochs=0)
+    finally:
+        del METHODS["careless"]
+    assert [row.error for row in rows[2:4]] == ["KeyError: 'x'", ""]
 
 
 def test_each_network_is_fine_tuned_with_the_same_batches() -> None:

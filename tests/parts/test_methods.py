@@ -383,6 +383,18 @@ def test_methods_by_name() -> None:
         methods.apply("rebasin", trained(), batches(), again=1)
     with pytest.raises(ValueError, match="there is a method 'average' already"):
         methods.register("average", needs="weights", source="")(lambda teachers, batches: teachers[0])
+    with pytest.raises(ValueError, match=r"needs a name of letters, .*; got 'a/b'"):
+        methods.register("a/b", needs="weights", source="")
+    with pytest.raises(ValueError, match="one of weights, samples, training; got 'luck'"):
+        methods.register("lucky", needs="luck", source="")
+    with pytest.raises(ValueError, match=r"method 'late': options are keyword-only arguments; put a \* before samples"):
+        methods.register("late", needs="weights", source="")(lambda teachers, batches, samples=2: teachers[0])
+    methods.register("nothing", needs="weights", source="")(lambda teachers, batches: None)
+    try:
+        with pytest.raises(TypeError, match=r"'nothing' must return a network .*; it returned a NoneType"):
+            methods.apply("nothing", trained(), batches())
+    finally:
+        del methods.METHODS["nothing"]
     for function, wrong in ((methods.rebasin, {"by": "names"}), (methods.reconstruct, {"keep": "all"})):
         with pytest.raises(ValueError, match=repr(next(iter(wrong.values())))):
             function(trained(), batches(), **wrong)
