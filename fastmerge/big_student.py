@@ -199,7 +199,7 @@ class BigStudent(GatedNetwork):
         """
         for name, candidates in kept.items():
             gate = self._gate(name)
-            every = torch.arange(gate.channels) if gate.candidates is None else gate.candidates.cpu()
+            every = torch.arange(gate.channels, device="cpu") if gate.candidates is None else gate.candidates.cpu()
             gate.loc.copy_(torch.where(torch.isin(every, candidates.cpu()), _FIXED, -_FIXED))
             gate.fixed = True
 

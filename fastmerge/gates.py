@@ -151,8 +151,10 @@ def checked_candidates(
             raise ValueError(f"keep needs names of channel groups; got {name!r}, known are {', '.join(groups.names)}")
         gate, group = gates[name], groups[groups.names[name]]
         assert isinstance(gate, HardConcrete)
-        every = torch.arange(num_teachers * group.size) if gate.candidates is None else gate.candidates.cpu()
-        chosen = torch.as_tensor(given).cpu()
+        every = (
+            torch.arange(num_teachers * group.size, device="cpu") if gate.candidates is None else gate.candidates.cpu()
+        )
+        chosen = torch.as_tensor(given, device="cpu").cpu()
         integer = chosen.dim() == 1 and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
         if (
             not integer
@@ -329,10 +331,10 @@ class GroupMeans:
     def _constants(self, device: torch.device) -> tuple[Tensor, ...]:
         """Where groups begin, the group of each candidate, and the wholes; on a device from the start, for a graph's sake."""
         if device not in self._on:
-            counts = torch.tensor(self.sizes)
-            numbers = torch.arange(len(counts)).repeat_interleave(counts)
+            counts = torch.tensor(self.sizes, device="cpu")
+            numbers = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
             offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-            self._on[device] = tuple(t.to(device) for t in (offsets, numbers, torch.tensor(self.wholes)))
+            self._on[device] = tuple(t.to(device) for t in (offsets, numbers, torch.tensor(self.wholes, device="cpu")))
         return self._on[device]
 
 

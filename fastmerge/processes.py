@@ -243,7 +243,7 @@ def without_averaging(model: nn.Module, wanted: bool) -> AbstractContextManager[
 
 def seed_of_rank(states: Tensor, rank: int) -> int:
     """A seed for a process that has no random state of its own yet, from another's."""
-    digest = int(states.long().mul(torch.arange(1, len(states) + 1)).sum())
+    digest = int(states.long().mul(torch.arange(1, len(states) + 1, device="cpu")).sum())
     return (digest * 1_000_003 + rank) % 2**63
 
 

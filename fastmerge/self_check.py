@@ -89,7 +89,7 @@ class _Pair:
         """In float64. Equal infinities and NaNs are no difference; where one alone is not finite, it is as large as can be."""
         scale = self.scale()
         if self.actual is None or self.actual.shape != self.expected.shape:
-            return torch.full(self.expected.shape, scale, dtype=torch.float64)
+            return torch.full(self.expected.shape, scale, dtype=torch.float64, device="cpu")
         a, e = self.actual.double(), self.expected.double()
         same = (a == e) | (a.isnan() & e.isnan())
         return torch.where(same, 0, a - e).nan_to_num(scale, scale, -scale).cpu()
@@ -372,7 +372,7 @@ def _varied(example_inputs: Inputs) -> Inputs:
 
     def varied(x: Tensor) -> Tensor:
         if x.is_floating_point() and x.dim() and bool((x == x[:1]).all()):
-            factors = 0.5 + 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
+            factors = 0.5 + 0.5 * torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
             return factors if not x.any() else x * factors
         return x
 
@@ -399,7 +399,7 @@ def _disturb(big: Any, seed: int) -> None:
     """Gives every weight another value, off-diagonal ones too, and opens n of the T·n gates of every group, by chance."""
     generator = torch.Generator().manual_seed(seed)
     # a prime number of values: no two rows are the same
-    values = torch.randn(2**16 + 1, generator=generator, dtype=torch.float64)
+    values = torch.randn(2**16 + 1, generator=generator, dtype=torch.float64, device="cpu")
     for parameter in big.weight_parameters():
         size = parameter.norm().item() / max(1, parameter.numel()) ** 0.5
         noise, flat = values.to(parameter).clamp(-2, 2), parameter.detach().contiguous().view(-1)
@@ -410,9 +410,9 @@ def _disturb(big: Any, seed: int) -> None:
                 part.mul_(1 + 0.3 * noise[: len(part)]).add_(noise[: len(part)], alpha=0.3 if size < 0.1 else 0)
         if not parameter.is_contiguous():
             parameter.copy_(flat.view_as(parameter))
-        values = values.roll(int(torch.randint(len(values), (), generator=generator)))
+        values = values.roll(int(torch.randint(len(values), (), generator=generator, device="cpu")))
     for name, gate in big.gates.items():
-        chosen = torch.randperm(len(gate.loc), generator=generator)[: big.widths[name]]
+        chosen = torch.randperm(len(gate.loc), generator=generator, device="cpu")[: big.widths[name]]
         gate.loc.fill_(-_OPEN)
         gate.loc[chosen.to(gate.loc.device)] = _OPEN
 

@@ -166,7 +166,7 @@ def _candidates(root: nn.Module) -> Iterator[Tensor]:
         channels = first.in_channels
     for shape in _shapes(spatial, channels):
         generator = torch.Generator().manual_seed(0)
-        yield torch.randn(2, *shape, generator=generator).to(weight.device, weight.dtype)
+        yield torch.randn(2, *shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
 
 
 def _shapes(spatial: int, channels: int) -> Iterator[tuple[int, ...]]:

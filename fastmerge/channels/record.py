@@ -104,16 +104,16 @@ class IdRecord:
     without_channels: list[str] = field(default_factory=list)
     scalars: list[tuple[int, np.ndarray]] = field(default_factory=list)
     count: int = 0
-    _constant: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
-    _scalar: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
+    _constant: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool, device="cpu"))
+    _scalar: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool, device="cpu"))
 
     def new_ids(self, n: int) -> Tensor:
         """n fresh ids."""
         self.count += n
         if self.count > len(self._constant):
-            more = torch.zeros(max(self.count, 1024), dtype=torch.bool)
+            more = torch.zeros(max(self.count, 1024), dtype=torch.bool, device="cpu")
             self._constant, self._scalar = torch.cat([self._constant, more]), torch.cat([self._scalar, more])
-        return torch.arange(self.count - n, self.count)
+        return torch.arange(self.count - n, self.count, device="cpu")
 
     def constant(self, label: str, n: int) -> Tensor:
         """Ids for channels that are the same for all teachers, none of which can change places with another."""
@@ -187,7 +187,7 @@ class IdRecord:
         if len(ids) > 1:
             self.unite(ids[:1].expand(len(ids) - 1), ids[1:])
             self.mixed.append((where, why, ids.numpy()))
-        return ids[0] if len(ids) else torch.tensor(NO_ID)
+        return ids[0] if len(ids) else torch.tensor(NO_ID, device="cpu")
 
     def holds_in_eval_mode(self) -> None:
         """Notes for eval mode what was found in training, too."""
@@ -250,7 +250,7 @@ class IdRun:
         storage = tensor.untyped_storage()
         size = storage.nbytes() // tensor.element_size()
         if storage.data_ptr() not in self.written:
-            self.written[storage.data_ptr()] = torch.full((size,), NO_ID)
+            self.written[storage.data_ptr()] = torch.full((size,), NO_ID, device="cpu")
         memory = self.written[storage.data_ptr()]
         memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(ids)
         self.kept_alive.append(tensor)

@@ -174,7 +174,7 @@ def _move(run: IdRun, func: Any, args: Any, kwargs: Any) -> Any:
             return t
         if t in run.ids:
             return run.ids[t]
-        return torch.full(t.shape, NO_ID) if t.is_floating_point() else t.cpu()
+        return torch.full(t.shape, NO_ID, device="cpu") if t.is_floating_point() else t.cpu()
 
     return _out_of_place(func)(*tree_map(swap, args), **tree_map(swap, kwargs))
 
@@ -257,7 +257,7 @@ def _pointwise(run: IdRun, name: str, args: Any, kwargs: Any, out: Any) -> Compu
     every = [ids.expand(shape) for _, ids in hidden]
     scalars = [ids for ids in every if run.record.is_scalar(ids)]
     operands = [ids for ids in every if not run.record.is_scalar(ids)]
-    result = _united(run, name, operands, torch.tensor(NO_ID).expand(shape))
+    result = _united(run, name, operands, torch.tensor(NO_ID, device="cpu").expand(shape))
     if scalars and not (operands and _acts_on_channels(run, scalars, result)):
         operands, result = every, _united(run, name, scalars, result)
     for t in tensors:
@@ -305,7 +305,7 @@ def _fixed_positions(run: IdRun, constant: Tensor, ids: Tensor) -> None:
         assert run.node is not None
         label = f"constant in {run.node.name} of {run.mode}"
         sizes = [size if d in varying else 1 for d, size in enumerate(small.shape)]
-        where = torch.arange(math.prod(sizes)).view(sizes).expand(small.shape)
+        where = torch.arange(math.prod(sizes), device="cpu").view(sizes).expand(small.shape)
         meeting = torch.stack([where, small]).flatten(1)[:, small.flatten() != NO_ID]
         entries, met = torch.unique(meeting, dim=1).numpy()
         starts = np.flatnonzero(np.diff(entries, prepend=-1))

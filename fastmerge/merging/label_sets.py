@@ -43,7 +43,9 @@ class LabelSets:
     def owners(self, device: torch.device) -> Tensor:
         """The teacher of each class, int64 (K,)."""
         if device not in self._owners:
-            owners = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+            owners = torch.arange(len(self.sizes), device="cpu").repeat_interleave(
+                torch.tensor(self.sizes, device="cpu")
+            )
             self._owners[device] = owners.to(device)
         return self._owners[device]
 
@@ -106,7 +108,7 @@ class Reached:
 
     def __init__(self, sets: LabelSets) -> None:
         self.sets = sets
-        self._seen = torch.zeros(len(sets.sizes) + 1)  # the last: of targets that cross_entropy ignores
+        self._seen = torch.zeros(len(sets.sizes) + 1, device="cpu")  # the last: of targets that cross_entropy ignores
 
     def note(self, target: Tensor) -> None:
         """Adds a batch, without the device having to tell."""

@@ -191,7 +191,7 @@ def checked_choice(
 
 def _top_of_each(loc: Tensor, teacher: Tensor, count: int) -> Tensor:
     """A mask of the given number of largest ``loc`` of each teacher; ties go to the lower index."""
-    mask = torch.zeros(len(loc), dtype=torch.bool)
+    mask = torch.zeros(len(loc), dtype=torch.bool, device="cpu")
     for t in teacher.unique():
         own = (teacher == t).nonzero().flatten()
         mask[own[torch.sort(loc[own], descending=True, stable=True).indices[:count]]] = True

@@ -62,7 +62,7 @@ def sources_of(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tenso
     Where other numbers of candidates are kept than a teacher has channels, the dimension is that much shorter or longer; there
     the places lie in order, which ``check_widths`` has checked.
     """
-    group, index, resized = torch.from_numpy(units.group), torch.arange(len(units.group)), {}
+    group, index, resized = torch.from_numpy(units.group), torch.arange(len(units.group), device="cpu"), {}
     teacher = torch.zeros_like(index)
     for number in units.numbers:
         size, candidates = groups[number].size, kept[groups[number].name].cpu()
@@ -78,9 +78,11 @@ def sources_of(units: AxisUnits, groups: ChannelGroups, kept: Mapping[str, Tenso
     for number, start, end in runs(units):
         if number in resized:
             size, candidates = resized[number]
-            chosen = torch.arange(start, end).view(size, -1)[candidates % size]
+            chosen = torch.arange(start, end, device="cpu").view(size, -1)[candidates % size]
             owner = (candidates // size)[:, None].expand_as(chosen)
-            parts.append((owner.flatten(), chosen.flatten(), torch.zeros(chosen.numel(), dtype=torch.bool)))
+            parts.append(
+                (owner.flatten(), chosen.flatten(), torch.zeros(chosen.numel(), dtype=torch.bool, device="cpu"))
+            )
         else:
             parts.append((teacher[start:end], index[start:end], group[start:end] < 0))
     return Sources(*(torch.cat(each) for each in zip(*parts, strict=True)))
@@ -306,7 +308,7 @@ def _filled(x: Tensor, like: Tensor) -> Tensor:
     """Values for an input that is described: by chance where they may be fractions, else zeros."""
     if not x.is_floating_point():
         return torch.zeros_like(x, device=like.device)
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(like.device, x.dtype)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like.device, x.dtype)
 
 
 def _is_close(y: Any, expected: Any) -> bool:

@@ -145,7 +145,7 @@ class Selection(Cut):
             totals = self.sums.of(source.detach())
             source.detach().index_copy_(self.sums.dim, index[self.sums.entries].to(source.device), totals)
             del totals
-        rows = torch.arange(source.shape[0]) if self.rows is None else self.rows.sort().values
+        rows = torch.arange(source.shape[0], device="cpu") if self.rows is None else self.rows.sort().values
         compact_(source, rows, None if self.columns is None else self.columns.sort().values)
         return _reordered(source, self.rows, self.columns)
 
@@ -182,7 +182,7 @@ class BlockSelection(Cut):
         fits = source.shape[1] == self.columns.shape[1] and bool((self.row_teacher >= 0).all())
         if not fits or not is_compactable(source):
             return super().take(sources)
-        rows = self.rows[self.row_teacher, torch.arange(len(self.row_teacher))]
+        rows = self.rows[self.row_teacher, torch.arange(len(self.row_teacher), device="cpu")]
         compact_(source, rows.sort().values)
         teachers = self.row_teacher[rows.argsort()]
         step = max(1, SCRATCH_ELEMENTS // max(1, source[:1].numel()))
@@ -247,6 +247,6 @@ def _narrow(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     """As :func:`_select` of a tensor that is no longer needed: in its own memory where the indices ascend."""
     if dim > 1 or not _ascends(index) or not is_compactable(tensor):
         return _select(tensor, dim, index)
-    every = torch.arange(tensor.shape[0])
+    every = torch.arange(tensor.shape[0], device="cpu")
     compact_(tensor, *((index, None) if dim == 0 else (every, index)))
     return tensor

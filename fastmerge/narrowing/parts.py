@@ -50,7 +50,7 @@ def consecutive_parts(sizes: Sequence[float], count: int) -> list[range]:
 
 def magnitudes(groups: ChannelGroups, teacher: nn.Module) -> dict[str, Tensor]:
     """Per channel of each group the norm of the weights that write it times the norm of those that read it: (n,)."""
-    sums = [torch.zeros(2, group.size, dtype=torch.float64) for group in groups]
+    sums = [torch.zeros(2, group.size, dtype=torch.float64, device="cpu") for group in groups]
     for axis, number, own in squares(groups, dict(teacher.named_parameters())):
         if axis.dim is not None:
             sums[number][int(axis.reads)] += own

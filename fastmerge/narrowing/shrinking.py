@@ -177,10 +177,10 @@ class _Walk:
         if len(operands) != 1 or op_name(node) not in {*MOVEMENTS, *RESHAPES, "flatten"} or writes_in_place(node):
             return None
         ((source, place),) = operands.items()
-        numbers = torch.arange(math.prod(self.analysis.shapes[self.mode, source.name]))
+        numbers = torch.arange(math.prod(self.analysis.shapes[self.mode, source.name]), device="cpu")
         numbers = numbers.view(self.analysis.shapes[self.mode, source.name])
         found = set()
-        for left in (torch.arange(0, place.channels, 2), torch.arange(place.channels - 1)):
+        for left in (torch.arange(0, place.channels, 2, device="cpu"), torch.arange(place.channels - 1, device="cpu")):
             try:
                 whole, part = (
                     node.target(*(x if a is source else self._number(a) for a in node.args), **node.kwargs)  # type: ignore[operator]
@@ -263,7 +263,7 @@ class Move:
             return
         if not is_compactable(tensor):
             set_data(tensor, tensor.detach().clone())
-        rows = torch.arange(tensor.shape[0]) if self.rows is None else self.rows
+        rows = torch.arange(tensor.shape[0], device="cpu") if self.rows is None else self.rows
         if self.columns is None or self.columns.dim() == 1:
             compact_(tensor, rows, self.columns)
             return
@@ -274,7 +274,7 @@ class Move:
             for part in block.split(max(1, SCRATCH_ELEMENTS // max(1, block[:1].numel()))):
                 part[:, :count] = part.index_select(1, columns)
         del block, part
-        compact_(tensor, torch.arange(tensor.shape[0]), torch.arange(count))
+        compact_(tensor, torch.arange(tensor.shape[0], device="cpu"), torch.arange(count, device="cpu"))
 
 
 class Shrinking:

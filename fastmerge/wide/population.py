@@ -39,15 +39,19 @@ class Population:
         widths: Mapping[str, int] | None = None,
     ) -> None:
         self.groups, self.num_teachers, self.open_groups = groups, num_teachers, frozenset(open_groups)
-        every = {group.name: torch.arange(num_teachers * group.size) for group in groups}
+        every = {group.name: torch.arange(num_teachers * group.size, device="cpu") for group in groups}
         self.candidates: dict[str, Tensor] = {name: left.get(name, all_of).cpu() for name, all_of in every.items()}
         self._rank = torch.cat([_rank(self.candidates[name], len(all_of)) for name, all_of in every.items()])
-        self._sizes = torch.tensor([group.size for group in groups])
+        self._sizes = torch.tensor([group.size for group in groups], device="cpu")
         self._kept = torch.tensor(
-            [(widths or {}).get(group.name, group.size) / group.size for group in groups], dtype=torch.float64
+            [(widths or {}).get(group.name, group.size) / group.size for group in groups],
+            dtype=torch.float64,
+            device="cpu",
         )
-        self._first = torch.tensor([0, *(len(all_of) for all_of in every.values())]).cumsum(0)
-        self._first_column = torch.tensor([0, *(len(left) for left in self.candidates.values())]).cumsum(0)
+        self._first = torch.tensor([0, *(len(all_of) for all_of in every.values())], device="cpu").cumsum(0)
+        self._first_column = torch.tensor([0, *(len(left) for left in self.candidates.values())], device="cpu").cumsum(
+            0
+        )
 
     @classmethod
     def of(
@@ -88,7 +92,7 @@ class Population:
         """
         group, place = torch.from_numpy(units.group), torch.from_numpy(units.place)
         number = group.clamp(min=0)
-        candidate = torch.arange(self.num_teachers)[:, None] * self._sizes[number] + place
+        candidate = torch.arange(self.num_teachers, device="cpu")[:, None] * self._sizes[number] + place
         return torch.where(group >= 0, self._rank[self._first[number] + candidate], 0)
 
     def is_left(self, units: AxisUnits) -> Tensor:
@@ -117,8 +121,8 @@ class Population:
 
 
 def _rank(candidates: Tensor, count: int) -> Tensor:
-    rank = torch.full((count,), -1)
-    rank[candidates] = torch.arange(len(candidates))
+    rank = torch.full((count,), -1, device="cpu")
+    rank[candidates] = torch.arange(len(candidates), device="cpu")
     return rank
 
 

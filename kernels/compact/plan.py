@@ -84,7 +84,9 @@ def make_plan(tensor: Tensor, keeps: Sequence[Tensor | None]) -> Plan:
         run *= shape[order.pop()]
     strides = {d: tensor.stride(d) * itemsize for d in order}
     width = next(width for width in _WORDS if not any(length % width for length in (run, *strides.values())))
-    axes = [(torch.arange(shape[d]) if (k := keeps[d]) is None else k) * (strides[d] // width) for d in order]
+    axes = [
+        (torch.arange(shape[d], device="cpu") if (k := keeps[d]) is None else k) * (strides[d] // width) for d in order
+    ]
     # The split that leaves the smaller tables.
     outer_axes = min(range(len(axes) + 1), key=lambda n: _count(axes[:n]) + _count(axes[n:]))
     outer, inner = _sums(axes[:outer_axes]), _sums(axes[outer_axes:])
@@ -99,7 +101,7 @@ def _count(axes: Sequence[Tensor]) -> int:
 
 def _sums(axes: Sequence[Tensor]) -> Tensor:
     """All sums of one entry of each axis, the last axis moving fastest."""
-    total = torch.zeros(1, dtype=torch.int64)
+    total = torch.zeros(1, dtype=torch.int64, device="cpu")
     for axis in axes:
         total = (total[:, None] + axis).flatten()
     return total

@@ -193,6 +193,19 @@ def test_the_default_dtype_of_the_process_does_not_matter(teachers, dtype):
     ]
 
 
+def test_the_default_device_of_the_process_does_not_matter(teachers):
+    """As torch.set_default_device("cuda") is set in notebooks; whatever came to the meta device here would have no values."""
+    batches = list(zip(X.split(32), Y.split(32), strict=True))
+    options = SHORT | {"compact_at": 0.5, "gate_lr": 20.0, "keep": 5 / 6, "gate_schedule": "budget"}
+    expected, _ = merge(teachers, batches, **options)
+    torch.set_default_device("meta")
+    try:
+        student, _ = merge(teachers, batches, **options)
+    finally:
+        torch.set_default_device(None)
+    assert same(student.state_dict(), expected.state_dict())
+
+
 def test_a_schedule_replaces_the_milestones(teachers):
     short = SHORT | {"finetune_epochs": 4}
     _, history = merge(teachers, train_loader(), schedule=lambda optimizer: CosineAnnealingLR(optimizer, 4), **short)
