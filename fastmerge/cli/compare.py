@@ -244,8 +244,12 @@ def _cost(
         longest = max(finetune_epochs, round(dearest))
         total += longest
         parts.append(f"{longest} of the teacher that is trained on for as long as the dearest")
-    at_least = f"; the epochs of {' and '.join(open_)} may be dearer" if open_ else ""
-    return f"cost: about {total:.0f} epochs of training one network ({', '.join(parts)}){at_least}"
+    said = f"cost: about {total:.0f} epochs of training one network ({', '.join(parts)})"
+    if open_:
+        said += f"; the epochs of {' and '.join(open_)} may be dearer"
+    if any(checked(name).needs == "samples" for name in methods):
+        said += "; methods that read samples take some passes over these besides"
+    return said
 
 
 def _of_training(

@@ -28,7 +28,7 @@ from fastmerge.checkpoints import (
 )
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
-from fastmerge.merging.checks import check_device, check_loader, listed_teachers
+from fastmerge.merging.checks import check_device, check_loader, check_metrics, listed_teachers
 from fastmerge.merging.options import Options, plain
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.distill import train
@@ -179,6 +179,7 @@ def compare(
     warmup: int = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     criterion: Criterion = cross_entropy,
+    metrics: Mapping[str, Any] | None = None,
     seed: int = 0,
     baseline: bool = True,
     callback: Callable[[Row, nn.Module | None], object] | None = None,
@@ -202,6 +203,7 @@ def compare(
         warmup: epochs of fine-tuning in which the learning rate rises to its value; ``reconstruct`` may need some.
         options: further options, by name of the method.
         criterion: of the output and the target.
+        metrics: what else to score, by name, as :func:`fastmerge.merge`'s; they stand in ``row.tuned.metrics``.
         seed: each method and each fine-tuning begins with the same random numbers, and reads the training data in the same
             order.
         baseline: whether to train the teacher that scores best on alone, too, for as many epochs as the dearest of the methods
@@ -246,6 +248,7 @@ def compare(
     setting = Setting(check_device(None, teachers[0]), criterion)
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)
+    check_metrics(metrics, val_loader)
     same: dict[str, Any] = {name: plain(value) for name, value in common.items()} | {
         "finetune_epochs": finetune_epochs,
         "epochs": epochs,
@@ -253,6 +256,7 @@ def compare(
         "seed": seed,
         "baseline": baseline,
         "methods": [*methods],
+        "metrics": sorted(metrics) if metrics else None,
         "options": {
             name: {key: plain(own[key]) for key in own if key != "how"} for name, own in (options or {}).items()
         },
@@ -260,7 +264,7 @@ def compare(
     same |= fingerprints(teachers)
     kept = _Kept(None if checkpoint_dir is None else Path(checkpoint_dir), resume, same)
     how = {"progress": progress, "checkpoint_seconds": checkpoint_seconds}
-    run = _Comparison(teachers, train_loader, val_loader, setting, seed, common, warmup, how, kept, callback)
+    run = _Comparison(teachers, train_loader, val_loader, setting, metrics, seed, common, warmup, how, kept, callback)
     for number, teacher in enumerate(teachers):
         name = f"teacher {number}"
         if not run.has(name):
@@ -281,7 +285,7 @@ class _Comparison:
     """Networks that are made, trained and scored alike, one row after another.
 
     Args:
-        teachers, train_loader, val_loader, seed, warmup, callback: as :func:`compare`'s.
+        teachers, train_loader, val_loader, metrics, seed, warmup, callback: as :func:`compare`'s.
         setting: where networks are scored, and by which criterion.
         common: options of all training.
         how: options of all training that do not change what comes out.
@@ -297,6 +301,7 @@ class _Comparison:
         train_loader: Iterable[Any],
         val_loader: Iterable[Any],
         setting: Setting,
+        metrics: Mapping[str, Any] | None,
         seed: int,
         common: Mapping[str, Any],
         warmup: int,
@@ -305,7 +310,7 @@ class _Comparison:
         callback: Callable[[Row, nn.Module | None], object] | None,
     ) -> None:
         self.teachers, self.train_loader, self.val_loader, self.setting = teachers, train_loader, val_loader, setting
-        self.seed, self.common, self.warmup, self.how = seed, common, warmup, how
+        self.metrics, self.seed, self.common, self.warmup, self.how = metrics, seed, common, warmup, how
         self.kept, self.callback = kept, callback
         self.rows: list[Row] = []
         self._random, self._order = random_states(setting.device), loader_state(train_loader)
@@ -322,7 +327,8 @@ class _Comparison:
 
     def score(self, network: nn.Module) -> Score:
         """How good a network is on the validation data."""
-        return evaluate(copy.deepcopy(network), self.val_loader, self.setting)  # which may have modes of its own
+        own = copy.deepcopy(network)  # which may have modes of its own
+        return evaluate(own, self.val_loader, self.setting, metrics=self.metrics)
 
     def made(self, name: str, options: Mapping[str, Any]) -> tuple[Row, nn.Module | None]:
         """What a method makes, or made before the comparison was stopped; or the row of its error."""

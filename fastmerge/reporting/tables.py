@@ -21,11 +21,12 @@ _PAPERS_MEANS = {
 _NONE = "–"  # the entry of a cell that has none
 _COMPARED = ["method", "at once", "fine-tuned", "loss", "epochs", "cost", "MiB", "seconds"]
 _COMPARED_CAPTION = (
-    "At once and fine-tuned: accuracy on the validation data (loss, where there are no classes); loss: after fine-tuning. "
+    "At once and fine-tuned: accuracy on the validation data (loss, where there are no classes); loss and other "
+    "metrics: after fine-tuning. "
     "Epochs, cost and seconds: of the method and the fine-tuning, the teachers' own training not counted. Cost: counted "
-    "operations in epochs of training one teacher. MiB: the method's peak beyond what was in use before. The "
-    "first method pays for what is loaded once."
+    "operations in epochs of training one teacher."
 )
+_MEMORY_CAPTION = "MiB: the method's peak beyond what was in use before. The first method pays for what is loaded once."
 
 
 @dataclass(frozen=True)
@@ -214,18 +215,30 @@ def comparison_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) 
         rows: as ``Row.to_dict`` of ``fastmerge.methods.comparison`` gives them.
         markdown: Markdown for a file, else plain text for a terminal.
     """
+    metrics = [*dict.fromkeys(name for row in rows for name in _metrics_of(row))]
+    header = [*_COMPARED[:4], *metrics, *_COMPARED[4:]]
     cells = []
     for row in rows:
         if row["error"]:
-            cells.append([row["name"], *[_NONE] * (len(_COMPARED) - 1)])
+            cells.append([row["name"], *[_NONE] * (len(header) - 1)])
             continue
-        last = row["tuned"] or row["at_once"]
+        last, others = row["tuned"] or row["at_once"], _metrics_of(row)
         memory = _NONE if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
-        numbers = [f"{row['epochs']:g}", f"{row['cost']:.2f}", memory, f"{row['seconds']:.1f}"]
-        cells.append([row["name"], _score(row["at_once"]), _score(row["tuned"]), _number(last["loss"]), *numbers])
+        scores = [_score(row["at_once"]), _score(row["tuned"]), _number(last["loss"])]
+        scores += [_number(others.get(name)) for name in metrics]
+        cells.append(
+            [row["name"], *scores, f"{row['epochs']:g}", f"{row['cost']:.2f}", memory, f"{row['seconds']:.1f}"]
+        )
+    below = [_COMPARED_CAPTION, *[_MEMORY_CAPTION] * any(row["memory"] is not None for row in rows)]
     notes = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
     notes += [f"Warning of {row['name']}: {each.rstrip('.')}." for row in rows for each in row.get("warnings", ())]
-    return "\n\n".join([table(_COMPARED, cells, markdown=markdown), _COMPARED_CAPTION, *notes])
+    return "\n\n".join([table(header, cells, markdown=markdown), " ".join(below), *notes])
+
+
+def _metrics_of(row: dict[str, Any]) -> dict[str, float | None]:
+    """A row's other metrics, after fine-tuning where there was one."""
+    last = row["tuned"] or row["at_once"] or {}
+    return last.get("metrics") or {}
 
 
 def paper_mean(recipe: str, strategy: str) -> float | None:

@@ -120,7 +120,9 @@ def test_merge_takes_another_method(place: Path, capsys) -> None:
     words = arguments("average")[1:-10]
     words += ["--method", "reconstruct", "--finetune-epochs", "0", "--batch-size", "16", "--device", "cpu"]
     assert main(["merge", *words]) == 0
-    assert capsys.readouterr().out.startswith("cost: about 0 epochs of training one network (0 of fine-tuning)\n")
+    assert capsys.readouterr().out.startswith(
+        "cost: about 0 epochs of training one network (0 of fine-tuning); methods that read samples "
+    )
     load_weights(make(), place / "out" / "student.safetensors")
     table = (place / "out" / "compare.md").read_text()
     assert "| reconstruct" in table
@@ -527,6 +529,24 @@ def test_a_method_that_fails_leaves_the_others_their_rows() -> None:
     assert by_name["broken"].error == "of no use here"
     assert by_name["average"].at_once is not None
     assert by_name["average"].tuned is None
+
+
+def test_rows_have_other_metrics_too() -> None:
+    def top2(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output.topk(2).indices == target[:, None]).any(1).double().mean()
+
+    teachers = train_teachers(2)
+    rows = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, metrics={"top-2": top2})
+    x, y = (torch.cat(each) for each in zip(*VAL, strict=True))
+    with torch.no_grad():
+        assert rows[0].at_once.metrics["top-2"] == pytest.approx(float(top2(teachers[0](x), y)))
+    assert rows[2].tuned.metrics.keys() == {"top-2"}
+    assert Row.from_dict(json.loads(json.dumps(rows[2].to_dict()))) == rows[2]
+    header, _, _, _, average, *_ = comparison_table([row.to_dict() for row in rows]).splitlines()
+    assert header.split()[4:6] == ["loss", "top-2"]
+    assert average.split()[4] == f"{rows[2].tuned.metrics['top-2']:.4f}"
+    with pytest.raises(TypeError, match="metrics by name"):
+        compare(teachers, train_loader(), VAL, ["average"], metrics=[top2])
 
 
 def test_a_method_that_changes_its_teachers_ends_the_comparison() -> None:
