@@ -19,6 +19,8 @@ from fastmerge.problems import Problem, UnmergeableError, WrongTeacherError
 _ONE_ARCHITECTURE = "Pass networks that were made in the same way"
 _OR_HEADS = '; if only the last layers differ in their number of classes, pass heads="concatenate"'
 
+# Hooks that note outputs where the network itself asks for them, and change nothing.
+_NOTING = {"transformers.utils.output_capturing"}
 _HOOK_REMEDIES = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
@@ -179,6 +181,7 @@ def _hooks(module: nn.Module, what: str, path: str) -> Iterator[UnmergeableError
         what_is = f"{what} has backward hooks, which a merge would lose"
         yield _error(what_is, "remove them (handle.remove()) until the student is made", path)
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks = [hook for hook in hooks if getattr(hook, "__module__", "") not in _NOTING]
     has_tensors = any(True for _ in module.parameters(recurse=False))
     if not hooks or (path and not has_tensors):
         return

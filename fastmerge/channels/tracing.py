@@ -73,7 +73,7 @@ def trace(
                 program = _exported(model, root, mode, inputs, calls, questions, seen)
                 if seen.drawing:
                     path = _drawing_module(root.train(mode == "train"), inputs)
-                    raise UnmergeableError(_drawing(type(model).__name__, mode, path, seen.drawing, calls))
+                    raise UnmergeableError(_drawing(root, mode, path, seen.drawing, calls))
                 if seen.changes and (counting := _counting(root.train(mode == "train"), inputs)):
                     what = (
                         f"{type(model).__name__} keeps '{counting}' from one forward for the next, outside its buffers"
@@ -257,12 +257,13 @@ def _run(network: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]]) 
         network(*args, **kwargs)
 
 
-def _drawing(name: str, mode: str, path: str, whose: str, calls: Mapping[str, str]) -> Problem:
-    where = f"module '{path}'" if path else "its forward"
+def _drawing(root: nn.Module, mode: str, path: str, whose: str, calls: Mapping[str, str]) -> Problem:
+    where, name = f"module '{path}'" if path else "its forward", type(root).__name__
     what = f"{name} can't be traced: {where} ({mode} mode) draws random numbers of {whose}, which a trace would fix"
-    return Problem(
-        what, "Draw them by torch.rand and use them as tensors: x * (torch.rand(()) < p)", path, calls.get(path, "")
-    )
+    remedy = "Draw them by torch.rand and use them as tensors: x * (torch.rand(()) < p)"
+    if hasattr(getattr(root, "config", None), "mask_time_prob"):  # Hugging Face's networks for speech
+        remedy = "Switch SpecAugment off in each teacher: config.apply_spec_augment = False"
+    return Problem(what, remedy, path, calls.get(path, ""))
 
 
 def _own_gradients(name: str, mode: str, seen: _Seen) -> Problem:

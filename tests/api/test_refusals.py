@@ -226,6 +226,18 @@ def test_hooks(path: str, register: Callable[..., object]) -> None:
     assert "handle.remove()" in message
 
 
+def test_hooks_that_only_note_outputs() -> None:
+    """Hugging Face's networks have them from the first call on that asks for attentions or router logits."""
+
+    def note(module: nn.Module, args: object, output: Tensor) -> None:
+        return None
+
+    note.__module__ = "transformers.utils.output_capturing"
+    teachers = [conv_network(), conv_network()]
+    teachers[0][0].register_forward_hook(note)
+    fastmerge.BigStudent(*teachers)
+
+
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
 def test_hooks_of_all_modules(register: Callable[..., RemovableHandle]) -> None:
     handle = register(scaled)

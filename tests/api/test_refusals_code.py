@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -169,7 +170,12 @@ def test_random_numbers_that_a_trace_would_fix(part: type[Branching], whose: str
     for teacher in teachers:
         teacher.branching = part()
     before = random.getstate(), np.random.get_state()[1].tolist()
-    assert f"module 'branching' (train mode) draws random numbers of {whose}" in refusal(*teachers)
+    message = refusal(*teachers)
+    assert f"module 'branching' (train mode) draws random numbers of {whose}" in message
+    assert "by torch.rand" in message
+    for teacher in teachers:
+        teacher.config = types.SimpleNamespace(mask_time_prob=0.05)
+    assert "config.apply_spec_augment = False" in refusal(*teachers)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
