@@ -216,6 +216,7 @@ def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> Non
     ]:
         raise ValueError(f"{fits}: {_listed(kinds)}; weights are not converted from one kind of number to another")
     missing, unexpected = network.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if isinstance(own.get(name), Tensor)]  # others are not in files of weights
     if missing or unexpected:
         lists = [f"{what} {_listed(names)}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
         raise ValueError(f"{fits}: it {' and '.join(lists)}")
@@ -337,9 +338,16 @@ def _without_prefix(
     path: Path, weights: dict[str, Tensor], own: Mapping[str, Any], lightning: bool, average: bool
 ) -> tuple[dict[str, Tensor], str]:
     """The weights by the network's own names, where all of these stand behind one prefix; and the prefix."""
-    first = next(iter(own), "")
+    first = next((name for name, value in own.items() if isinstance(value, Tensor)), "")
     if not own or own.keys() <= weights.keys():
         return weights, ""
+    tensors = {name for name, value in own.items() if isinstance(value, Tensor)}
+    for prefix in {first.removesuffix(name) for name in weights if first.endswith(f".{name}")}:
+        # the network's own, which was taken for a wrapper's
+        if not re.sub("|".join(map(re.escape, _PREFIXES)), "", prefix) and tensors <= {
+            prefix + name for name in weights
+        }:
+            return {prefix + name: value for name, value in weights.items()}, ""
     prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
     fitting = [
         prefix
@@ -406,7 +414,8 @@ def _listed(names: Iterable[str]) -> str:
 def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
     """Writes the weights of a network as safetensors, atomically.
 
-    Tensors that share memory are each written in full, so that the file loads strictly, without metadata, anywhere.
+    Tensors that share memory are each written in full, so that the file loads strictly, without metadata, anywhere. What a
+    module adds to its state dict and is no tensor (``get_extra_state``) is left out.
 
     Args:
         weights: The network, or its state dict.
@@ -417,7 +426,11 @@ def save_weights(weights: nn.Module | Mapping[str, Tensor], path: str | Path) ->
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     # clone() keeps a channels-last layout, which safetensors refuses.
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
     try:
         with atomic(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})

@@ -34,6 +34,7 @@ from fastmerge.methods.cost import Meter
 from fastmerge.methods.distill import train
 from fastmerge.methods.registry import METHODS, apply, checked
 from fastmerge.reporting.results import write_json
+from fastmerge.stack import tensors_of
 from fastmerge.validation import check_teachers
 
 
@@ -130,11 +131,9 @@ class _Kept:
         """A row that is not fine-tuned yet, and what its method made; None where it is to be made, with a warning if again."""
         if name not in self.rows:
             return None
-        from fastmerge.weights import load_weights  # needs safetensors
-
         network = copy.deepcopy(like)
         try:
-            load_weights(network, self.of(name) / "network.safetensors")
+            _fill(network, self.of(name) / "network.safetensors")
         except (OSError, ValueError) as error:
             warnings.warn(f"{error}; {name} makes its network again", stacklevel=3)
             for stage in self.of(name).glob("finetune*"):
@@ -147,7 +146,7 @@ class _Kept:
         if self.directory is not None:
             from fastmerge.weights import save_weights
 
-            save_weights(network, self.of(row.name) / "network.safetensors")
+            save_weights(tensors_of(network), self.of(row.name) / "network.safetensors")
         self._write(row)
 
     def finish(self, row: Row) -> None:
@@ -418,6 +417,27 @@ def _noted() -> Iterator[dict[str, None]]:
 
         warnings.showwarning = note
         yield found
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, file: Path) -> None:
+    """Gives a network the tensors of a file, those that a state dict leaves out, too.
+
+    Raises:
+        OSError, ValueError: there is no such file, it is damaged, or another network's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error})") from error
+    own = tensors_of(network)
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in found.items()}:
+        raise ValueError(f"{file} holds another network")
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
 
 
 def _failed(name: str, error: Exception) -> Row:

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,7 +32,7 @@ from fastmerge.methods.comparison import Row, compare
 from fastmerge.methods.registry import METHODS
 from fastmerge.reporting.results import write_json
 from fastmerge.reporting.tables import comparison_table
-from fastmerge.weights import load_weights
+from fastmerge.weights import load_weights, save_weights
 from small_task import VAL, X, Y, train_loader, train_teachers
 
 pytestmark = pytest.mark.filterwarnings("ignore:P.g>0. is:UserWarning", "ignore:P.g>0. did not move:UserWarning")
@@ -466,6 +467,46 @@ def test_a_network_that_is_lost_is_made_again(tmp_path: Path, monkeypatch, damag
     with pytest.warns(UserWarning, match="network.safetensors.*; average makes its network again"):
         rows = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, checkpoint_dir=kept, resume=True)
     assert [row.tuned for row in rows] == [row.tuned for row in expected]
+
+
+class Stateful(nn.Module):
+    """A network whose state is more, and less, than its state dict's tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.register_buffer("shift", torch.rand(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x) + self.shift
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
+def test_a_network_goes_on_with_all_its_tensors(tmp_path: Path, monkeypatch) -> None:
+    teachers, kept = [Stateful(), Stateful()], tmp_path / "kept"
+    data = [(torch.randn(16, 4), torch.randint(0, 3, (16,)))]
+    expected = compare(teachers, data, data, ["average"], finetune_epochs=1)
+    save = Snapshots.save
+
+    def then_stop(*arguments: object, **options: object) -> None:
+        save(*arguments, **options)
+        raise Stopped
+
+    monkeypatch.setattr(Snapshots, "save", then_stop)
+    with pytest.raises(Stopped):
+        compare(teachers, data, data, ["average"], finetune_epochs=1, checkpoint_dir=kept, checkpoint_seconds=0)
+    shutil.rmtree(next((kept / "average").glob("finetune*")))
+    monkeypatch.setattr(Snapshots, "save", save)
+    rows = compare(teachers, data, data, ["average"], finetune_epochs=1, checkpoint_dir=kept, resume=True)
+    assert rows[2].tuned == expected[2].tuned
+    save_weights(teachers[0], tmp_path / "a.safetensors")
+    load_weights(teachers[1], tmp_path / "a.safetensors")
+    assert torch.equal(teachers[1].module[0].weight, teachers[0].module[0].weight)
 
 
 def test_what_functions_a_comparison_was_given_is_known_by_their_names(tmp_path: Path) -> None:
