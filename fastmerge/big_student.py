@@ -171,8 +171,10 @@ class BigStudent(GatedNetwork):
             Names of channel groups for each part; every group is in one.
 
         Raises:
-            ValueError: there are fewer groups that can lose channels than parts.
+            ValueError: there are fewer groups that can lose channels than parts, or no parts.
         """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"parts needs a whole number of at least 1; got {count!r}")
         analysis = self._blueprint.analyse()
         whole = find_shrinkable(analysis, self.network, self._population).whole
         free = [number for number in range(len(self.groups)) if number not in whole]
@@ -188,27 +190,34 @@ class BigStudent(GatedNetwork):
         return [[self.groups[number].name for number in part] for part in parts]
 
     @torch.no_grad()
-    def fix(self, kept: Mapping[str, Tensor]) -> None:
+    def fix(self, kept: Mapping[str, Tensor | Sequence[int]]) -> None:
         """Opens the gates of some candidates for good, and closes those of all others in their groups, in training too.
 
         No gradient moves such gates, and ``loc`` may not be changed by hand any more. :meth:`compact` drops what is closed;
         where all that is left of a group is open, nothing is multiplied by its gates any more.
 
         Args:
-            kept: by name of the group, the candidates.
+            kept: by name of the group, the candidates: as many as the student has, or more.
+
+        Raises:
+            TypeError, ValueError: these are no candidates that are left; nothing has changed then.
         """
-        for name, candidates in kept.items():
+        given = checked_candidates(self.groups, self.num_teachers, self.gates, self.widths, kept, what="fix", more=True)
+        for name, candidates in given.items():
             gate = self._gate(name)
             every = torch.arange(gate.channels, device="cpu") if gate.candidates is None else gate.candidates.cpu()
-            gate.loc.copy_(torch.where(torch.isin(every, candidates.cpu()), _FIXED, -_FIXED))
+            gate.loc.copy_(torch.where(torch.isin(every, candidates), _FIXED, -_FIXED))
             gate.fixed = True
 
     def adopt(self, other: BigStudent) -> None:
         """Takes the weights and statistics of all candidates that another big student of these teachers has, too.
 
         Raises:
+            TypeError: it is no big student.
             ValueError: one of them is not linked, or they are of teachers of different architectures.
         """
+        if not isinstance(other, BigStudent):
+            raise TypeError(f"adopt needs another BigStudent; got a {type(other).__name__}")
         if not (self.linked and other.linked):
             raise ValueError("adopt needs linked big students; call link() on both first")
         if other.num_teachers != self.num_teachers or not other.groups.same_channels(self.groups):

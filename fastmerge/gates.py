@@ -138,33 +138,53 @@ def kept_candidates(widths: Mapping[str, int], gates: nn.ModuleDict) -> dict[str
 
 
 def checked_candidates(
-    groups: ChannelGroups, num_teachers: int, gates: nn.ModuleDict, widths: Mapping[str, int], keep: Mapping[str, Any]
+    groups: ChannelGroups,
+    num_teachers: int,
+    gates: nn.ModuleDict,
+    widths: Mapping[str, int],
+    keep: Mapping[str, Any],
+    what: str = "keep",
+    more: bool = False,
 ) -> dict[str, Tensor]:
     """The candidates that a user wants to keep, ascending, by name of the group.
 
+    Args:
+        groups, num_teachers, gates: of the big student.
+        widths: how many the student has, by name of the group.
+        keep: what is given.
+        what: it is called.
+        more: whether there may be more of them than the student has.
+
     Raises:
+        TypeError: what is given are no numbers by name.
         ValueError: a name is no group's, or what is given are not as many of its candidates as the student has.
     """
+    if not isinstance(keep, Mapping):
+        raise TypeError(f"{what} needs candidates by name of their channel group; got a {type(keep).__name__}")
     kept = {}
     for name, given in keep.items():
         if name not in groups.names:
-            raise ValueError(f"keep needs names of channel groups; got {name!r}, known are {', '.join(groups.names)}")
+            raise ValueError(f"{what} needs names of channel groups; got {name!r}, known are {', '.join(groups.names)}")
         gate, group = gates[name], groups[groups.names[name]]
         assert isinstance(gate, HardConcrete)
         every = (
             torch.arange(num_teachers * group.size, device="cpu") if gate.candidates is None else gate.candidates.cpu()
         )
-        chosen = torch.as_tensor(given, device="cpu").cpu()
+        try:
+            chosen = torch.as_tensor(given, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.zeros(0)  # which is refused
         integer = chosen.dim() == 1 and not (chosen.is_floating_point() or chosen.dtype == torch.bool)
         if (
             not integer
-            or len(chosen.unique()) != widths[name]
-            or len(chosen) != widths[name]
+            or len(chosen.unique()) != len(chosen)
+            or not (len(chosen) == widths[name] or (more and len(chosen) > widths[name]))
             or not torch.isin(chosen, every).all()
         ):
             left = "" if gate.candidates is None else " that compact() has left"
+            number = f"{widths[name]} or more" if more else widths[name]
             raise ValueError(
-                f"keep needs {widths[name]} candidates of group '{name}', different numbers from 0 to "
+                f"{what} needs {number} candidates of group '{name}', different numbers from 0 to "
                 f"{num_teachers * group.size - 1}{left} (t·n + j is channel j of teacher t); got {given}"
             )
         kept[name] = chosen.long().sort().values
@@ -184,12 +204,15 @@ def given_gates(
         samples: N.
 
     Raises:
+        TypeError: gates are no tensor.
         ValueError: a name is no group's, or gates are of another shape.
     """
     for name, gates in given.items():
         if name not in names:
             raise ValueError(f"gates need names of channel groups; got {name!r}, known are {', '.join(names)}")
         size = sizes[names.index(name)]
+        if not isinstance(gates, Tensor):
+            raise TypeError(f"gates of group '{name}' need to be a tensor; got a {type(gates).__name__}")
         if gates.shape not in ((size,), (1, size), (samples, size)):
             raise ValueError(
                 f"gates of group '{name}' need the shape ({size},), or ({samples}, {size}) for a batch of {samples}; "

@@ -115,6 +115,43 @@ def test_gates_that_are_fixed_open_are_not_multiplied_by() -> None:
     assert not torch.equal(big.gates[second].loc, torch.ones(8))
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda big: big.fix({"nowhere": [0]}), ValueError, "fix needs names of channel groups; got 'nowhere'"),
+        (
+            lambda big: big.fix({"0": [0, 1, 8]}),
+            ValueError,
+            "fix needs 3 or more candidates of group '0'.* from 0 to 5",
+        ),
+        (lambda big: big.fix({"0": torch.rand(3)}), ValueError, "fix needs 3 or more candidates of group '0'"),
+        (lambda big: big.fix({"0": [0]}), ValueError, "fix needs 3 or more candidates of group '0'"),
+        (lambda big: big.fix({"0": None}), ValueError, "fix needs 3 or more candidates of group '0'"),
+        (lambda big: big.fix([0, 1, 2]), TypeError, "fix needs candidates by name of their channel group; got a list"),
+        (
+            lambda big: big.compress(keep=3),
+            TypeError,
+            "keep needs candidates by name of their channel group; got a int",
+        ),
+        (lambda big: big.compress(keep={"0": ["a"]}), ValueError, "keep needs 3 candidates of group '0'"),
+        (lambda big: big.parts(0), ValueError, "parts needs a whole number of at least 1; got 0"),
+        (lambda big: big.adopt(None), TypeError, "adopt needs another BigStudent; got a NoneType"),
+        (
+            lambda big: big(torch.ones(1, 2), gates={"0": [1.0] * 6}),
+            TypeError,
+            "gates of group '0' need to be a tensor",
+        ),
+    ],
+)
+def test_what_is_no_candidate_is_refused_and_changes_nothing(call: Any, error: type[Exception], says: str) -> None:
+    big = fastmerge.BigStudent(*(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)) for _ in range(2)))
+    before = big.gates["0"].loc.detach().clone()
+    with pytest.raises(error, match=says):
+        call(big)
+    assert torch.equal(big.gates["0"].loc, before)
+    assert not big.gates["0"].fixed
+
+
 def make() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)
