@@ -213,7 +213,7 @@ class Options:
     autocast: torch.dtype | None = option(None, "dtype of mixed precision", choices=(torch.bfloat16, torch.float16))
     channels_last: bool = option(False, "channels-last layout", flag=bool)
     cuda_graph: bool | None = option(None, "whether steps are captured as a CUDA graph", compared=False)
-    seed: int | None = option(None, "seed that makes the merge repeatable", least=0, flag=int)
+    seed: int | None = option(None, "seed that makes the merge repeatable", least=0, most=2**64 - 1, flag=int)
     progress: bool | None = option(None, "whether to show a progress bar", compared=False)
     callback: Callable[[EpochRecord], object] | None = option(None, "called after every epoch", compared=False)
     checkpoint_dir: str | Path | None = option(None, "where checkpoints go", compared=False)
@@ -449,8 +449,10 @@ def check(each: Field[Any], value: Any) -> None:
             raise ValueError(f"{name}, {kind}: {' or '.join(map(str, facts['choices']))}; got {value!r}")
         return
     if isinstance(least, int):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}, {what}, a whole number of at least {least}; got {value!r}")
+        too_large = most is not None and isinstance(value, int) and value > most
+        if isinstance(value, bool) or not isinstance(value, int) or value < least or too_large:
+            bound = f"of at least {least}" if most is None else f"in {least}..{most}"
+            raise ValueError(f"{name}, {what}, a whole number {bound}; got {value!r}")
         return
     if least is None and above is None:
         return

@@ -148,6 +148,7 @@ def test_a_warm_up_rises_to_the_smallest_learning_rate() -> None:
         ({"compact_at": "soon"}, "compact_at, .* 'settled' or None; got 'soon'"),
         ({"accumulate": 0}, "accumulate, .* at least 1; got 0"),
         ({"ema": 1.0}, "ema below 1"),
+        ({"seed": 2**64}, r"seed, .* a whole number in 0\.\.18446744073709551615; got 18446744073709551616"),
         ({"temperature": None}, "temperature, .* a finite number above 0; got None"),
         ({"temperature": torch.tensor(0.0)}, "temperature, .* a finite number above 0; got 0"),
         ({"temperature": torch.ones(2)}, "temperature, .* a finite number above 0; got tensor"),
