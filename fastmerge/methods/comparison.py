@@ -28,7 +28,7 @@ from fastmerge.checkpoints import (
 )
 from fastmerge.evaluation import Criterion, Setting, evaluate
 from fastmerge.history import Score
-from fastmerge.merging.checks import check_device, check_loader, check_metrics, listed_teachers
+from fastmerge.merging.checks import check_criterion, check_device, check_loader, check_metrics, listed_teachers
 from fastmerge.merging.options import Options, plain
 from fastmerge.methods.cost import Meter
 from fastmerge.methods.distill import train
@@ -244,6 +244,7 @@ def compare(
     for name, own in given.items():
         known = checked(name, own).options
         given[name] = {key: value for key, value in (length | common).items() if key in known} | own
+    check_criterion(criterion)
     setting = Setting(check_device(None, teachers[0]), criterion)
     check_loader("train_loader", train_loader, teachers[0], setting)
     check_loader("val_loader", val_loader, teachers[0], setting)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmerge.checkpoints import loader_state, random_states, restore_loader_state, restore_random_states
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.lock_step import Family, rows_of
-from fastmerge.merging.checks import check_device, check_loader, pairs
+from fastmerge.merging.checks import check_criterion, check_device, check_loader, pairs
 from fastmerge.methods.cost import unwatched
 
 
@@ -48,6 +48,7 @@ def check_batches(
     name: str, batches: Iterable[Any], network: nn.Module, criterion: Criterion, *, distilled: bool = False
 ) -> None:
     """Raises what :func:`fastmerge.merge` would of a loader; random numbers and the loader are left as they were."""
+    check_criterion(criterion)
     setting = Setting(check_device(None, network), criterion)
     random, order = random_states(setting.device), loader_state(batches)
     try:

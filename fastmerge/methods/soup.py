@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastmerge.evaluation import Criterion, Setting, evaluate
+from fastmerge.evaluation import Criterion, NotFiniteError, Setting, evaluate
 from fastmerge.methods.average import mean_of
 from fastmerge.methods.cost import unwatched
 from fastmerge.methods.registry import register
@@ -49,7 +49,10 @@ def soup(
         first, *others = sorted(range(len(teachers)), key=losses.__getitem__)
         taken, best = [teachers[first]], losses[first]
         for teacher in (teachers[number] for number in others):
-            reached = loss(mean_of([*taken, teacher]))
+            try:
+                reached = loss(mean_of([*taken, teacher]))
+            except NotFiniteError:  # of networks with nothing in common
+                continue
             if reached <= best:
                 taken, best = [*taken, teacher], reached
         if meter is not None:

@@ -653,6 +653,8 @@ def test_comparisons_that_make_no_sense_are_refused() -> None:
         compare(teachers, train_loader(), VAL, ["average", "average"])
     with pytest.raises(ValueError, match="got some for zipt"):
         compare(teachers, train_loader(), VAL, ["zipit"], options={"zipt": {}})
+    with pytest.raises(ValueError, match="a criterion that is the mean over the batch; this one has reduction='sum'"):
+        compare(teachers, train_loader(), VAL, ["average"], criterion=nn.CrossEntropyLoss(reduction="sum"))
     with pytest.raises(ValueError, match="methods: a list of names; got 'average'"):
         compare(teachers, train_loader(), VAL, "average")
     with pytest.raises(ValueError, match="a whole number of at least 1, or None; got 0"):

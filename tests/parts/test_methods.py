@@ -271,6 +271,16 @@ def test_soup_leaves_out_what_does_not_help() -> None:
     assert_equal(methods.soup([far, best, copy.deepcopy(best)], batches(), held_out=VAL), best)
 
 
+def test_soup_leaves_out_what_gives_no_number() -> None:
+    """Of each network alone the losses are finite; of their mean they are not."""
+    networks = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    for network, weight in zip(networks, (-1.0, 3.0), strict=True):
+        nn.init.constant_(network.weight, weight)
+    data = [(torch.ones(4, 1), torch.zeros(4, 1))]
+    merged = methods.soup(networks, data, criterion=lambda output, _: (output - 1).abs().mean() / (output != 1).all())
+    assert merged.weight.item() == -1.0
+
+
 def test_gates_are_a_method_like_the_others() -> None:
     teachers = trained()[:2]
     torch.manual_seed(0)
