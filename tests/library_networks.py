@@ -33,11 +33,25 @@ def _images(side: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (make_batch(batch, (3, side, side), dtype=dtype),)
 
 
+def _words(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Token ids."""
+    return (torch.randint(0, 30, (batch, 9), generator=torch.Generator().manual_seed(0)),)
+
+
 def _text(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Token ids and an attention mask."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(0, 30, (batch, 9), generator=generator)
-    return words, (torch.rand(batch, 9, generator=generator) > 0.2).long()
+    generator = torch.Generator().manual_seed(1)
+    return *_words(batch, dtype), (torch.rand(batch, 9, generator=generator) > 0.2).long()
+
+
+def _two_texts(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Token ids and an attention mask of an encoder, and token ids of a decoder."""
+    words, mask = _text(batch, dtype)
+    return words, mask, words.flip(1)[:, :5]
+
+
+def _sound(batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (make_batch(batch, (1200,), dtype=dtype),)
 
 
 def _timm(name: str) -> nn.Module:
@@ -126,15 +140,50 @@ _TRANSFORMERS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
         | {"decoder_hidden_size": 16},
     ),
 }
-_TEXT: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "bert": (
-        *("BertForSequenceClassification", "BertConfig"),
-        {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-        | {"vocab_size": 30, "max_position_embeddings": 16},
-    ),
+_ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 30,
+    "max_position_embeddings": 16,
+}
+_DECODER = _ENCODER | {"num_attention_heads": 4, "head_dim": 4, "use_cache": False, "pad_token_id": 0}
+_GROUPED = _DECODER | {"num_key_value_heads": 2}
+_SEQUENCES: dict[str, tuple[str, str, Callable[[int, torch.dtype], tuple[Tensor, ...]], dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", "BertConfig", _text, _ENCODER),
+    "albert": ("AlbertForSequenceClassification", "AlbertConfig", _text, _ENCODER | {"embedding_size": 8}),
+    "electra": ("ElectraForSequenceClassification", "ElectraConfig", _text, _ENCODER | {"embedding_size": 8}),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", _text, _ENCODER),
+    "deberta-v2": ("DebertaV2ForSequenceClassification", "DebertaV2Config", _text, _ENCODER),
+    "modernbert": ("ModernBertForSequenceClassification", "ModernBertConfig", _text, _ENCODER | {"pad_token_id": 0}),
     "distilbert": (
-        *("DistilBertForSequenceClassification", "DistilBertConfig"),
+        *("DistilBertForSequenceClassification", "DistilBertConfig", _text),
         {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 16},
+    ),
+    "gpt2": (
+        *("GPT2LMHeadModel", "GPT2Config", _words),
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 30, "n_positions": 16, "use_cache": False},
+    ),
+    "opt": ("OPTForCausalLM", "OPTConfig", _words, _DECODER | {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _words, _GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _words, _GROUPED),
+    "t5": (
+        *("T5ForConditionalGeneration", "T5Config", _two_texts),
+        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 30, "use_cache": False},
+    ),
+    "bart": (
+        *("BartForConditionalGeneration", "BartConfig", _two_texts),
+        {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "vocab_size": 30}
+        | {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 16}
+        | {"use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2},
+    ),
+    "wav2vec2": (  # without what draws random numbers of NumPy and leaves out layers
+        *("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", _sound),
+        _ENCODER
+        | {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+        | {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+        | {"apply_spec_augment": False, "layerdrop": 0.0},
     ),
 }
 _SEGMENTATION = [
@@ -150,7 +199,7 @@ _SEGMENTATION = [
     "upernet",
 ]
 _ENCODERS = ["mobilenet_v2", "timm-efficientnet-b0", "densenet121"]  # beside ResNet-18, of the U-Net alone
-_YOLO = ["yolov8n", "yolo11n", "yolov8n-cls", "yolo11n-cls"]
+_YOLO = ["yolov8n", "yolo11n", "yolo12n", "yolo26n", "yolov8n-cls", "yolo11n-cls"]
 
 NETWORKS: dict[str, LibraryNetwork] = {
     **{
@@ -165,9 +214,9 @@ NETWORKS: dict[str, LibraryNetwork] = {
     },
     **{
         f"transformers/{name}": LibraryNetwork(
-            "transformers", partial(_transformers, model, config, num_labels=4, **numbers), _text
+            "transformers", partial(_transformers, model, config, num_labels=4, **numbers), inputs
         )
-        for name, (model, config, numbers) in _TEXT.items()
+        for name, (model, config, inputs, numbers) in _SEQUENCES.items()
     },
     **{
         f"segmentation_models_pytorch/{architecture}-{encoder}": LibraryNetwork(

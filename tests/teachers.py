@@ -118,9 +118,15 @@ def calibrate(model: nn.Module, inputs: Sequence[Tensor], batches: int = 3) -> N
 
 
 def perturb_buffers(model: nn.Module, named: str = "") -> None:
-    """Moves every floating point buffer, or those with a part of the name, a little, so that no two teachers agree on one."""
+    """Moves every floating point buffer, or those with a part of the name, a little, so that no two teachers agree on one.
+
+    Those that are not saved, such as frequencies, are what the code makes of its numbers.
+    """
+    unsaved = {
+        f"{path}.{name}".lstrip(".") for path, m in model.named_modules() for name in m._non_persistent_buffers_set
+    }
     for name, buffer in model.named_buffers():
-        if not buffer.is_floating_point() or named not in name:
+        if not buffer.is_floating_point() or named not in name or name in unsaved:
             continue
         buffer.mul_(torch.empty_like(buffer).uniform_(0.8, 1.25))
         if "mean" in name:

@@ -238,6 +238,9 @@ def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroup
         example_inputs: a tensor (N, C, ...), a tuple of positional arguments, a dict of keyword arguments, or a pair of both;
             inferred for networks with one image, signal or vector input.
 
+    Buffers that are not saved (``persistent=False``), such as the frequencies of rotary positions, count as the same in all
+    teachers, as a big student finds out by comparing them.
+
     Returns:
         The groups; ``print`` shows them as a table.
 
@@ -245,7 +248,10 @@ def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroup
         ValueError: if the network can't be traced or merged, naming the layer.
     """
     inputs = example_arguments(model, example_inputs)
-    return group_channels(run_on_ids(trace(model, inputs), pytree.tree_leaves(inputs)))
+    unsaved = [
+        f"{path}.{name}".lstrip(".") for path, m in model.named_modules() for name in m._non_persistent_buffers_set
+    ]
+    return group_channels(run_on_ids(trace(model, inputs), pytree.tree_leaves(inputs), constants=unsaved))
 
 
 def group_channels(record: IdRecord) -> ChannelGroups:

@@ -129,8 +129,13 @@ def _by_square_root(x: fx.Node, scale: fx.Node, inverse: bool) -> _Norm | None:
             return None
         return _Norm(source, centred[1], float(eps), True)
     dim = _one_dim(mean) if op_name(mean) == "mean" else None
-    if dim is None or not _is_square(_first(mean), x):
+    if dim is None:
         return None
+    square = _first(mean)
+    if not _is_square(square, x):  # T5 casts what it squares alone, to float32: the product is of that dtype, too
+        cast = _first(square)
+        casts = op_name(cast) in ("to", "_to_copy") and cast.args[0] is x and _is_square(square, cast)
+        return _Norm(cast, dim, float(eps), False) if casts else None
     if centred is not None and centred[1] == dim:
         return _Norm(source, dim, float(eps), True)
     return _Norm(x, dim, float(eps), False)

@@ -21,10 +21,10 @@ from typing import Any
 
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from fastmerge import methods
 from fastmerge.experiments.column import Column
 from fastmerge.experiments.lab import Lab, lengths
 from fastmerge.experiments.recipes import Recipe
+from fastmerge.methods.average import mean_of
 from fastmerge.methods.distill import DISTILL
 from fastmerge.schedules import scaled_lam_step
 
@@ -220,7 +220,7 @@ def cyclic_swa(lab: Lab, teachers: Sequence[Column]) -> Column:
         ends.append(last)
     if any(network is None for network in last.networks):  # where a cycle diverged there is no mean
         return last
-    networks = [methods.average(each) for each in zip(*(end.networks for end in ends), strict=True)]
+    networks = [mean_of(each) for each in zip(*(end.networks for end in ends), strict=True)]
     return lab.scored(lab.recalibrated(networks), [last])
 
 

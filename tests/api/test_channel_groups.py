@@ -252,6 +252,45 @@ def test_written_norms_and_computed_weights_leave_channels_apart(name: str, size
     assert not found.kept_whole
 
 
+class CastNorm(nn.Module):
+    """T5's: what is squared alone is cast to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.gain * x.to(self.gain.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_casts_what_it_squares_leaves_channels_apart(dtype: torch.dtype) -> None:
+    teachers = [nn.Sequential(nn.Linear(3, 6), CastNorm(), nn.Linear(6, 2)).to(dtype) for _ in range(2)]
+    big = fastmerge.BigStudent(*teachers)
+    assert [group.size for group in big.groups] == [6]
+    x = torch.randn(4, 3, dtype=dtype)
+    with big.open_gates(), torch.no_grad():
+        torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2, rtol=0.02, atol=0.02)
+
+
+class Rotated(nn.Module):
+    """Multiplies its channels by numbers that are not saved."""
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.register_buffer("angles", torch.linspace(0, 1, 3), persistent=saved)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x).view(-1, 2, 3) * self.angles.cos()).flatten(1))
+
+
+@pytest.mark.parametrize(("saved", "sizes"), [(False, [2, 2, 2]), (True, [3])])
+def test_buffers_that_are_not_saved_are_the_same_in_all_teachers(saved: bool, sizes: list[int]) -> None:
+    assert [group.size for group in fastmerge.channel_groups(Rotated(saved))] == sizes
+
+
 def test_heads_of_cosine_attention_are_chosen_among_as_streams_are() -> None:
     groups = fastmerge.channel_groups(
         BY_NAME["cosine_attention"].make().double(), BY_NAME["cosine_attention"].inputs(2)
