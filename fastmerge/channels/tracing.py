@@ -507,7 +507,7 @@ def _check_target(node: fx.Node, calls: Mapping[str, str]) -> None:
     if transforms or isinstance(node.target, torch._ops.HigherOrderOperator):
         path, code = _place(node, calls)
         uses = "torch.vmap or another transform of torch.func" if transforms else str(node.target)
-        what = f"'{path or 'forward'}' uses {uses}, which fastmerge can't follow"
+        what = f"'{path or 'forward'}' uses {uses}{code and f' ({code})'}, which fastmerge can't follow"
         raise UnmergeableError(Problem(what, "Write it with plain operations on tensors", path, code))
 
 
@@ -550,9 +550,12 @@ def _check_shape(node: fx.Node, value: Tensor, calls: Mapping[str, str]) -> None
     if all(_hint(size) is not None for size in value.shape):
         return
     path, code = _place(node, calls)
-    what = f"'{path or node.name}' makes a tensor whose shape depends on the values of another ({op_name(node)})"
+    what = (
+        f"'{path or 'forward'}' makes a tensor whose shape depends on the values of another ({op_name(node)}"
+        f"{code and f', {code}'})"
+    )
     remedy = "Keep all elements, with zeros or a weight of 0 in the place of those left out"
-    raise UnmergeableError(Problem(what, remedy, path or node.name, code))
+    raise UnmergeableError(Problem(what, remedy, path, code))
 
 
 def _is_open(size: Any) -> bool:
