@@ -18,7 +18,7 @@ Places = Mapping[str, Tensor]
 
 def own_places(groups: ChannelGroups, count: int) -> dict[str, Tensor]:
     """Every channel in its own place: the plain average."""
-    return {group.name: torch.arange(group.size).repeat(count, 1) for group in groups}
+    return {group.name: torch.arange(group.size, device="cpu").repeat(count, 1) for group in groups}
 
 
 def places_of_kept(groups: ChannelGroups, count: int, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -31,8 +31,8 @@ def places_of_kept(groups: ChannelGroups, count: int, kept: Mapping[str, Tensor]
     """
     found = {}
     for group in groups:
-        places = torch.full((count * group.size,), -1)
-        places[kept[group.name]] = torch.arange(group.size)
+        places = torch.full((count * group.size,), -1, device="cpu")
+        places[kept[group.name]] = torch.arange(group.size, device="cpu")
         found[group.name] = places.view(count, group.size)
     return found
 
@@ -92,8 +92,8 @@ def _moved(
 ) -> Tensor:
     """One network's part in a tensor of the result, along one dimension."""
     length = len(axis.units.group)
-    index = torch.arange(length)
-    share = torch.full((length,), 1.0 if axis.reads else 1 / count, dtype=torch.float64)
+    index = torch.arange(length, device="cpu")
+    share = torch.full((length,), 1.0 if axis.reads else 1 / count, dtype=torch.float64, device="cpu")
     for number in axis.units.numbers:
         group = groups[number]
         where, to = torch.from_numpy(axis.units.places(number, group.size)), places[group.name][t]
@@ -103,7 +103,7 @@ def _moved(
         return tensor * float(share.mean())
     valid = (index >= 0).nonzero().flatten()
     scale = share[valid].to(tensor).view([-1 if d == axis.dim else 1 for d in range(tensor.dim())])
-    if len(valid) == length and torch.equal(index, torch.arange(length)):
+    if len(valid) == length and torch.equal(index, torch.arange(length, device="cpu")):
         return tensor * scale
     moved = tensor.index_select(axis.dim, valid.to(tensor.device)) * scale
     return torch.zeros_like(tensor).index_add_(axis.dim, index[valid].to(tensor.device), moved)

@@ -56,7 +56,7 @@ def _match_weights(
 
     def match(number: int, known: set[int] | None) -> bool:
         size = groups[number].size
-        gain = torch.zeros(size, size, dtype=torch.float64)
+        gain = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         for axis in axes[number]:
             assert axis.dim is not None
             other = others.get((axis.tensor, 1 - axis.dim))

@@ -187,7 +187,9 @@ class LeastSquares:
         self.x, self.centred = x - self.mean[:, None], centred
         gram = (self.x @ self.x.T).double()
         size = gram.diagonal().mean().clamp_min(1e-12)
-        self.factor = torch.linalg.cholesky(gram + ridge * size * torch.eye(len(gram)).to(gram))
+        self.factor = torch.linalg.cholesky(
+            gram + ridge * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
 
     def of(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(x's variables, y's) and (y's,)."""
@@ -206,7 +208,7 @@ def balance(network: nn.Module, family: Family) -> None:
     weights beside small ones would make fine-tuning at the teachers' learning rate diverge now and then.
     """
     groups, before = family.groups, _outputs(network, family)
-    written, read = ([torch.zeros(group.size, dtype=torch.float64) for group in groups] for _ in range(2))
+    written, read = ([torch.zeros(group.size, dtype=torch.float64, device="cpu") for group in groups] for _ in range(2))
     tensors = dict(network.named_parameters())
     saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for axis, number, own in squares(groups, tensors):
@@ -239,7 +241,7 @@ def rescale(
         if axis.tensor not in tensors or axis.dim is None or not axis.units.numbers:
             continue
         factors = read if axis.reads else written
-        scale = torch.ones(len(axis.units.group), dtype=torch.float64)
+        scale = torch.ones(len(axis.units.group), dtype=torch.float64, device="cpu")
         for number in axis.units.numbers:
             places = torch.from_numpy(axis.units.places(number, groups[number].size))
             scale[places] = factors[number][:, None].to(scale)

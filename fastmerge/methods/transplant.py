@@ -47,7 +47,7 @@ def magnitudes(teachers: Sequence[nn.Module], groups: ChannelGroups) -> dict[str
         ValueError: a layer computes its weight from other tensors.
     """
     check_weights(teachers[0])
-    found = {group.name: torch.zeros(len(teachers), group.size, dtype=torch.float64) for group in groups}
+    found = {group.name: torch.zeros(len(teachers), group.size, dtype=torch.float64, device="cpu") for group in groups}
     for t, teacher in enumerate(teachers):
         biases = {name for name, _ in teacher.named_parameters() if name.rpartition(".")[2] == "bias"}
         biases.update(groups.biases.values())

@@ -43,7 +43,7 @@ def zipit(
     found = second_moments(family, teachers, weighted=False)
     places = {}
     for group in family.groups:
-        correlations = found.get(group.name, torch.eye(group.size).repeat(len(teachers), len(teachers)))
+        correlations = found.get(group.name, torch.eye(group.size, device="cpu").repeat(len(teachers), len(teachers)))
         places[group.name] = zipped(correlations, len(teachers), again, within)
     result = combine(teachers, family.groups, places)
     for moment in family.run([result]) if recalibrate else ():

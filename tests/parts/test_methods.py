@@ -249,6 +249,18 @@ def loss_of(network: nn.Module) -> float:
     return evaluate(network, VAL, Setting(torch.device("cpu"), nn.functional.cross_entropy)).loss
 
 
+@pytest.mark.parametrize("method", ["rebasin", "repair", "zipit", "transplant", "reconstruct"])
+def test_the_default_device_of_the_process_does_not_matter(method: str) -> None:
+    teachers, data = teachers_of(NETWORKS[0]), batches_of(NETWORKS[0])
+    expected = methods.apply(method, teachers, data).network
+    torch.set_default_device("meta")
+    try:
+        found = methods.apply(method, teachers, data).network
+    finally:
+        torch.set_default_device(None)
+    assert_equal(found, expected)
+
+
 @pytest.mark.parametrize("start", [0, None])
 def test_distill_learns_what_the_teachers_say(start: int | None) -> None:
     teachers = trained()[:2]
