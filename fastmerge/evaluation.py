@@ -329,7 +329,7 @@ def evaluate(
     processes: Processes | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Score:
-    """Scores a network in eval mode; its mode is restored.
+    """Scores a network in eval mode; the modes of all its modules are restored.
 
     Args:
         network: On the setting's device.
@@ -344,7 +344,7 @@ def evaluate(
     Raises:
         NotFiniteError: As ``Tally.add``, in all processes.
     """
-    mode = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         tally, measured = Tally(), Measured(metrics or {})
@@ -362,7 +362,8 @@ def evaluate(
                 raise NotFiniteError(*error.args, _has_finite_inputs(loader, setting, error.args[0])) from None
         return dataclasses.replace(tally.score(processes), metrics=measured.values(processes))
     finally:
-        network.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _has_finite_inputs(loader: Iterable[Any], setting: Setting, number: int) -> bool | None:

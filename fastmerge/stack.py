@@ -259,6 +259,13 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
+@torch.no_grad()
+def load_tensors(network: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Fills all that :func:`tensors_of` gives."""
+    for name, tensor in tensors_of(network).items():
+        tensor.copy_(values[name])
+
+
 def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
     """Puts a parameter or buffer in the place of another, of whatever shape."""
     path, _, leaf = name.rpartition(".")

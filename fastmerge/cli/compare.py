@@ -40,7 +40,6 @@ from fastmerge.merging.options import Options
 from fastmerge.methods import METHODS
 from fastmerge.methods.comparison import Row, compare
 from fastmerge.methods.cost import predict
-from fastmerge.methods.registry import checked
 from fastmerge.processes import Processes
 from fastmerge.reporting.report import write_report
 from fastmerge.reporting.results import read_comparison, write_json
@@ -142,19 +141,20 @@ def run(options: argparse.Namespace, methods: Sequence[str], epochs: int | None,
         table = write_report(options.out)
         print(f"the comparison in {options.out} is finished\n\n{table}" if finished else f"\n{table}")
         rows = read_comparison(options.out)["rows"]
-        errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
+        failed = [row for row in rows if row["error"]]
         if not finished:
-            if not errors:
+            if not failed:
                 resume.finish(options)
             made = [each for each in ("compare.json", "compare.md", "compare.png", student) if each is not None]
             there = [name for name in made if (options.out / name).exists()]
             print(f"\n{', '.join(there)}{' and networks' if student is None else ''} in {options.out}")
-            if errors:
-                failed = ", ".join(row["name"] for row in rows if row["error"])
-                print(f"failed: {failed}{resume.how_to_go_on(options)}, which tries again")
-    if student is None or not errors:
+            if failed:
+                print(
+                    f"failed: {', '.join(row['name'] for row in failed)}{resume.how_to_go_on(options)}, which tries again"
+                )
+    if student is None or not failed:
         return 0
-    print(f"fastmerge: error: there is no {student}; {errors[0]}", file=sys.stderr)
+    print(f"fastmerge: error: there is no {student}; {failed[0]['name']}: {failed[0]['error']}", file=sys.stderr)
     return 1
 
 
@@ -228,7 +228,7 @@ def _cost(
     setting = Setting(check_device(None, teachers[0]), cross_entropy)
     networks, dearest, total, parts, open_ = 0, 0.0, 0.0, [], []
     for name, own in methods.items():
-        method, cost = checked(name, own), 0.0
+        method, cost = METHODS[name], 0.0
         count = own.get("epochs", epochs or method.epochs) if method.needs == "training" else 0
         if count:
             found = _of_training(name, count, teachers, train_loader, setting, own)
@@ -247,7 +247,7 @@ def _cost(
     said = f"cost: about {total:.0f} epochs of training one network ({', '.join(parts)})"
     if open_:
         said += f"; the epochs of {' and '.join(open_)} may be dearer"
-    if any(checked(name).needs == "samples" for name in methods):
+    if any(METHODS[name].needs == "samples" for name in methods):
         said += "; methods that read samples take some passes over these besides"
     return said
 

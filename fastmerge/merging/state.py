@@ -15,7 +15,7 @@ from fastmerge.checkpoints import Snapshots, loader_state, random_states, restor
 from fastmerge.evaluation import Tally, length_of
 from fastmerge.history import History, Stage
 from fastmerge.processes import Processes, seed_of_rank
-from fastmerge.stack import tensors_of
+from fastmerge.stack import load_tensors, tensors_of
 
 
 class MergeState:
@@ -100,7 +100,7 @@ class MergeState:
                 big.link()
             if left := big.candidates_in(loaded["network"]):
                 big.keep_only(left)
-        _load_tensors(network, loaded["network"])
+        load_tensors(network, loaded["network"])
         for name, part in parts.items():
             then, now = loaded.get("kinds", {}).get(name), type(part).__name__
             if then not in (None, now):
@@ -210,12 +210,6 @@ class MergeState:
     def _resume_loader(self, random: dict[str, Any], loader: dict[str, Any]) -> None:
         restore_random_states(random, self.device)
         restore_loader_state(self.loader, loader)
-
-
-@torch.no_grad()
-def _load_tensors(network: nn.Module, saved: dict[str, Tensor]) -> None:
-    for name, tensor in tensors_of(network).items():
-        tensor.copy_(saved[name])
 
 
 def _of_another_rank(states: dict[str, Any], rank: int) -> dict[str, Any]:

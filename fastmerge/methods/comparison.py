@@ -34,7 +34,7 @@ from fastmerge.methods.cost import Meter
 from fastmerge.methods.distill import train
 from fastmerge.methods.registry import METHODS, apply, checked
 from fastmerge.reporting.results import write_json
-from fastmerge.stack import tensors_of
+from fastmerge.stack import load_tensors, tensors_of
 from fastmerge.validation import check_teachers
 
 
@@ -327,8 +327,7 @@ class _Comparison:
 
     def score(self, network: nn.Module) -> Score:
         """How good a network is on the validation data."""
-        own = copy.deepcopy(network)  # which may have modes of its own
-        return evaluate(own, self.val_loader, self.setting, metrics=self.metrics)
+        return evaluate(network, self.val_loader, self.setting, metrics=self.metrics)
 
     def made(self, name: str, options: Mapping[str, Any]) -> tuple[Row, nn.Module | None]:
         """What a method makes, or made before the comparison was stopped; or the row of its error."""
@@ -338,22 +337,17 @@ class _Comparison:
             options = {**options, "how": {**self._how(name, "method"), **(options.get("how") or {})}}
         try:
             with self._alike(), _noted() as warned:
-                try:
-                    outcome = apply(name, self.teachers, self.train_loader, **options)
-                finally:
-                    changed = self._changed()
+                outcome = apply(name, self.teachers, self.train_loader, **options)
             trained = float(options.get("epochs", METHODS[name].epochs))
             row = Row(name, self.score(outcome.network), None, trained, outcome.cost, warnings=(*warned,))
             row, made = dataclasses.replace(row, memory=outcome.memory, seconds=outcome.seconds), outcome.network
         except Exception as error:  # whatever it is, the others get their rows
             row, made = _failed(name, error), None
-        if changed:
-            raise RuntimeError(f"method {name!r} changed {changed}, which all methods work on; let it change copies")
+        if changed := [key for key, now in fingerprints(self.teachers).items() if now != self.kept.same[key]]:
+            raise RuntimeError(
+                f"method {name!r} changed {', '.join(changed)}, which all methods work on; let it change copies"
+            )
         return row, made
-
-    def _changed(self) -> str:
-        """The names of the teachers whose weights are not what they were."""
-        return ", ".join(name for name, now in fingerprints(self.teachers).items() if now != self.kept.same[name])
 
     def add(self, row: Row, network: nn.Module | None, epochs: int = 0) -> None:
         """Fine-tunes a row's network for so many epochs, if there is one, and keeps the row."""
@@ -420,7 +414,6 @@ def _noted() -> Iterator[dict[str, None]]:
         yield found
 
 
-@torch.no_grad()
 def _fill(network: nn.Module, file: Path) -> None:
     """Gives a network the tensors of a file, those that a state dict leaves out, too.
 
@@ -437,8 +430,7 @@ def _fill(network: nn.Module, file: Path) -> None:
     own = tensors_of(network)
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in found.items()}:
         raise ValueError(f"{file} holds another network")
-    for name, tensor in own.items():
-        tensor.copy_(found[name])
+    load_tensors(network, found)
 
 
 def _failed(name: str, error: Exception) -> Row:

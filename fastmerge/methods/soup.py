@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,7 +44,7 @@ def soup(
         return evaluate(network, chosen_on, setting).loss
 
     with unwatched() as meter:
-        losses = [loss(copy.deepcopy(teacher)) for teacher in teachers]
+        losses = [loss(teacher) for teacher in teachers]
         first, *others = sorted(range(len(teachers)), key=losses.__getitem__)
         taken, best = [teachers[first]], losses[first]
         for teacher in (teachers[number] for number in others):
