@@ -172,7 +172,7 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     weights, _, averaged = _read(Path(path), ema)
     if ema and not averaged:
         raise ValueError(f"{path} holds no moving average of weights under {', '.join(_EMA)}")
-    return weights
+    return _unwrapped(weights)
 
 
 def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> None:
@@ -192,16 +192,15 @@ def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> Non
     """
     path = Path(path)
     weights, lightning, averaged = _read(path, ema)
-    own = network.state_dict()
+    # what else a module adds to its state dict (get_extra_state) need not be in a file
+    own = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     weights, prefix = _without_prefix(path, weights, own, lightning, ema and not averaged)
     if ema and not averaged and not _of_average(prefix):
         raise ValueError(f"{path} holds no moving average of weights under {', '.join(_EMA)}")
     fits = f"{path} does not fit {type(network).__name__}"
     if strange := [name for name in own if name in weights and not isinstance(weights[name], Tensor)]:
         raise ValueError(f"{fits}: {_listed(strange)} are not tensors in it")
-    both = {
-        name: (weights[name], value) for name, value in own.items() if name in weights and isinstance(value, Tensor)
-    }
+    both = {name: (weights[name], value) for name, value in own.items() if name in weights}
     shapes = [
         (name, tuple(came.shape), tuple(needed.shape))
         for name, (came, needed) in both.items()
@@ -216,7 +215,7 @@ def load_weights(network: nn.Module, path: str | Path, ema: bool = False) -> Non
     ]:
         raise ValueError(f"{fits}: {_listed(kinds)}; weights are not converted from one kind of number to another")
     missing, unexpected = network.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if isinstance(own.get(name), Tensor)]  # others are not in files of weights
+    missing = [name for name in missing if name in own]
     if missing or unexpected:
         lists = [f"{what} {_listed(names)}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
         raise ValueError(f"{fits}: it {' and '.join(lists)}")
@@ -255,9 +254,8 @@ def _read(path: Path, ema: bool) -> tuple[dict[str, Tensor], bool, bool]:
         )
     weights = dict(content)
     averaged = ema and (bool(averages) or _AVERAGED in weights)
-    for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
-        if all(name.startswith(prefix) or name == _AVERAGED for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name != _AVERAGED}
+    if _AVERAGED in weights and all(name.startswith("module.") or name == _AVERAGED for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items() if name != _AVERAGED}
     if unusual := [f"{name} is {kind}" for name, value in weights.items() if (kind := _unusual(value))]:
         raise ValueError(
             f"{path} holds no plain tensors: {_listed(unusual)}; save the weights as floating-point numbers"
@@ -334,20 +332,22 @@ def _sharded(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by names without what DistributedDataParallel and torch.compile put before them."""
+    for prefix in (*_PREFIXES, *_PREFIXES):  # in either order
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
 def _without_prefix(
-    path: Path, weights: dict[str, Tensor], own: Mapping[str, Any], lightning: bool, average: bool
+    path: Path, weights: dict[str, Tensor], own: Mapping[str, Tensor], lightning: bool, average: bool
 ) -> tuple[dict[str, Tensor], str]:
     """The weights by the network's own names, where all of these stand behind one prefix; and the prefix."""
-    first = next((name for name, value in own.items() if isinstance(value, Tensor)), "")
-    if not own or own.keys() <= weights.keys():
-        return weights, ""
-    tensors = {name for name, value in own.items() if isinstance(value, Tensor)}
-    for prefix in {first.removesuffix(name) for name in weights if first.endswith(f".{name}")}:
-        # the network's own, which was taken for a wrapper's
-        if not re.sub("|".join(map(re.escape, _PREFIXES)), "", prefix) and tensors <= {
-            prefix + name for name in weights
-        }:
-            return {prefix + name: value for name, value in weights.items()}, ""
+    for named in (weights, unwrapped := _unwrapped(weights)):  # the network's own names may begin with "module."
+        if own.keys() <= named.keys():
+            return named, ""
+    first = next(iter(own))
     prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
     fitting = [
         prefix
@@ -360,7 +360,7 @@ def _without_prefix(
     if len(fitting) > 1:
         raise ValueError(f"{path} holds this network more than once, under {_listed(fitting)}; save one of them alone")
     if not fitting:
-        return weights, ""
+        return unwrapped, ""
     (prefix,) = fitting
     if beside := [name for name in weights if not name.startswith(prefix)]:
         LOG.info("%s: the weights under %s are taken; left out are %s", path, prefix, _listed(beside))

@@ -89,6 +89,28 @@ def test_averaged_models_are_read(tmp_path):
     load_weights(copy, tmp_path / "swa.pt", ema=True)  # an average, too
 
 
+class Holding(nn.Module):
+    """A network whose own names begin as a wrapper's, and whose state dict holds more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = network()
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel, AveragedModel])
+def test_a_networks_own_module_is_no_wrapper(tmp_path, wrap):
+    original, copy, path = Holding(), Holding(), tmp_path / "last.pt"
+    torch.save((original if wrap is nn.Identity else wrap(original)).state_dict(), path)
+    load_weights(copy, path)
+    assert equal(original.module, copy.module)
+
+
 def test_moving_averages_are_taken_when_asked_for(tmp_path, caplog):
     last, average, copy, path = network(), network(), network(), tmp_path / "last.pt"
     for key, prefix in (("state_dict_ema", ""), ("model_ema", "module."), ("ema", "")):
