@@ -205,8 +205,7 @@ class BigStudent(GatedNetwork):
         given = checked_candidates(self.groups, self.num_teachers, self.gates, self.widths, kept, what="fix", more=True)
         for name, candidates in given.items():
             gate = self._gate(name)
-            every = torch.arange(gate.channels, device="cpu") if gate.candidates is None else gate.candidates.cpu()
-            gate.loc.copy_(torch.where(torch.isin(every, candidates), _FIXED, -_FIXED))
+            gate.loc.copy_(torch.where(torch.isin(gate.numbers(), candidates), _FIXED, -_FIXED))
             gate.fixed = True
 
     def adopt(self, other: BigStudent) -> None:

@@ -89,6 +89,10 @@ class HardConcrete(nn.Module):
         """The deterministic gate ``clamp(sigmoid(loc) (zeta - gamma) + gamma, 0, 1)``, shape (channels,)."""
         return hard_concrete_mean(self.loc, gamma=self.gamma, zeta=self.zeta)
 
+    def numbers(self) -> Tensor:
+        """The candidates that are left: int64 (channels,) on the CPU."""
+        return torch.arange(self.channels, device="cpu") if self.candidates is None else self.candidates.cpu()
+
     def open_probability(self) -> Tensor:
         """``P[g > 0] = sigmoid(loc - beta log(-gamma / zeta))``, shape (channels,)."""
         return open_probability(self.loc, beta=self.beta, gamma=self.gamma, zeta=self.zeta)
@@ -167,9 +171,6 @@ def checked_candidates(
             raise ValueError(f"{what} needs names of channel groups; got {name!r}, known are {', '.join(groups.names)}")
         gate, group = gates[name], groups[groups.names[name]]
         assert isinstance(gate, HardConcrete)
-        every = (
-            torch.arange(num_teachers * group.size, device="cpu") if gate.candidates is None else gate.candidates.cpu()
-        )
         try:
             chosen = torch.as_tensor(given, device="cpu")
         except (TypeError, ValueError, RuntimeError):
@@ -179,7 +180,7 @@ def checked_candidates(
             not integer
             or len(chosen.unique()) != len(chosen)
             or not (len(chosen) == widths[name] or (more and len(chosen) > widths[name]))
-            or not torch.isin(chosen, every).all()
+            or not torch.isin(chosen, gate.numbers()).all()
         ):
             left = "" if gate.candidates is None else " that compact() has left"
             number = f"{widths[name]} or more" if more else widths[name]

@@ -141,9 +141,8 @@ def thinned(rows: Sequence[Tensor]) -> list[Tensor]:
     count = rows[0].shape[1]
     if count <= _MOST_COLUMNS:
         return [*rows]
-    chosen = (
-        torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:_MOST_COLUMNS].sort().values
-    )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
+    chosen = order[:_MOST_COLUMNS].sort().values
     return [each.index_select(1, chosen.to(each.device)) for each in rows]
 
 

@@ -229,6 +229,7 @@ def _find_samples(traced: TracedNetwork, record: IdRecord) -> None:
     besides the channels', of the batch's size.
     """
     samples = samples_in(traced.inputs)
+    in_order = torch.arange(samples, device="cpu")
     for mode, graph in traced.graphs.items():
         is_open = traced.is_open[mode]
         for node in graph.nodes:
@@ -241,15 +242,11 @@ def _find_samples(traced: TracedNetwork, record: IdRecord) -> None:
             if not is_open:
                 dims = [d for d, size in enumerate(shape) if size == samples and d != channels]
             if len(dims) == 1:
-                order = (
-                    torch.arange(samples, device="cpu")
-                    if shape[dims[0]] == samples
-                    else _samples_along(source, dims[0], samples)
-                )
-                k = shape[dims[0]] // samples
-                if order is None or torch.equal(order, torch.arange(samples, device="cpu").repeat_interleave(k)):
+                size = shape[dims[0]]
+                order, k = in_order if size == samples else _samples_along(source, dims[0], samples), size // samples
+                if order is None or torch.equal(order, in_order.repeat_interleave(k)):
                     record.sample_dims[key] = dims[0]
-                elif torch.equal(order, torch.arange(samples, device="cpu").repeat(k)):
+                elif torch.equal(order, in_order.repeat(k)):
                     record.sample_dims[key] = dims[0]
                     record.fast_samples.add(key)
 
@@ -268,9 +265,8 @@ def _samples_along(node: fx.Node, dim: int, samples: int) -> Tensor | None:
         if not isinstance(node.args[0], fx.Node):
             return None
         node = node.args[0]
-    numbers = (
-        torch.arange(samples, device="cpu").view([-1 if d == dims[0] else 1 for d in range(len(shape))]).expand(shape)
-    )
+    numbers = torch.arange(samples, device="cpu")
+    numbers = numbers.view([-1 if d == dims[0] else 1 for d in range(len(shape))]).expand(shape)
     for step in reversed(moved):
         if op_name(step) in RESHAPES:
             numbers = numbers.reshape(step.meta["shape"])

@@ -78,7 +78,7 @@ def pivots(products: Tensor, count: int) -> Tensor:
     from scipy.linalg.lapack import dpstrf  # takes long to import
 
     found = products.double().cpu()
-    found = found + torch.diag_embed((_NOISE * found.diagonal().mean()).expand(len(found)))
+    found = found + (_NOISE * found.diagonal().mean()).expand(len(found)).diag()
     _, order, _, _ = dpstrf(found.numpy(), tol=0.0)
     chosen = torch.from_numpy(np.asarray(order, dtype=np.int64))[:count] - 1
     return chosen.sort().values
@@ -187,9 +187,7 @@ class LeastSquares:
         self.x, self.centred = x - self.mean[:, None], centred
         gram = (self.x @ self.x.T).double()
         size = gram.diagonal().mean().clamp_min(1e-12)
-        self.factor = torch.linalg.cholesky(
-            gram + ridge * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
+        self.factor = torch.linalg.cholesky(gram + (ridge * size).expand(len(gram)).diag())
 
     def of(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(x's variables, y's) and (y's,)."""

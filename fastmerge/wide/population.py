@@ -48,10 +48,7 @@ class Population:
             dtype=torch.float64,
             device="cpu",
         )
-        self._first = torch.tensor([0, *(len(all_of) for all_of in every.values())], device="cpu").cumsum(0)
-        self._first_column = torch.tensor([0, *(len(left) for left in self.candidates.values())], device="cpu").cumsum(
-            0
-        )
+        self._first, self._first_column = _starts(every), _starts(self.candidates)
 
     @classmethod
     def of(
@@ -118,6 +115,11 @@ class Population:
         rank = self.rank(units)
         columns = torch.where(group >= 0, self._first_column[group.clamp(min=0)] + rank, self.total)
         return [row[left] for row, left in zip(columns, rank >= 0, strict=True)]
+
+
+def _starts(numbers: Mapping[str, Tensor]) -> Tensor:
+    """Where each group's begin when they stand one after another, and where the last end: int64 (G + 1,)."""
+    return torch.tensor([0, *map(len, numbers.values())], device="cpu").cumsum(0)
 
 
 def _rank(candidates: Tensor, count: int) -> Tensor:
