@@ -89,7 +89,7 @@ class Rehearsal(Lab):
         (network,) = networks
         assert network is not None
         train, val, setting = self.images.train, self.images.val, self.place.setting
-        check_loader("train_loader", train, network, setting)
+        check_loader("train_loader", train, network, setting, trained=True)
         check_loader("val_loader", val, network, setting)
         setting.place(network)
         part = Estimate([time_training("training", plan.epochs, network, train, setting)])

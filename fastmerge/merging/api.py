@@ -254,7 +254,9 @@ def merge_by(
     same = (also or {}) | fingerprints(teachers)
     with trainer_for(options, setting, train_loader, val_loader, history, processes, same, count) as trainer:
         check_processes(trainer.processes, train_loader, teachers)
-        inputs = check_loader("train_loader", train_loader, teachers[0], setting, distilled=options.distill > 0)
+        inputs = check_loader(
+            "train_loader", train_loader, teachers[0], setting, trained=True, distilled=options.distill > 0
+        )
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
         trainer.resume()

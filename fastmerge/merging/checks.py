@@ -271,17 +271,30 @@ def check_checkpoints(snapshots: Snapshots, resume: bool) -> None:
 
 
 def check_loader(
-    name: str, loader: Iterable[Any], teacher: nn.Module, setting: Setting, number: int = 0, *, distilled: bool = False
+    name: str,
+    loader: Iterable[Any],
+    teacher: nn.Module,
+    setting: Setting,
+    number: int = 0,
+    *,
+    trained: bool = False,
+    distilled: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Runs a teacher, of that number, and the criterion on the first batch of a loader.
+    """Runs a teacher and the criterion on the first batch of a loader.
+
+    Args:
+        name, loader, teacher, setting: What is checked together.
+        number: Of the teacher, for errors.
+        trained: Whether networks learn from this loader: then the criterion has to take outputs of training mode, too.
+        distilled: Whether they learn from the teachers' logits as well: then outputs have to be logits.
 
     Returns:
         The batch's inputs, as the loader gave them.
 
     Raises:
         TypeError: The loader can't be iterated again and again, or does not yield (input, target).
-        ValueError: It is empty, or the teacher or the criterion fails on its first batch, or gives NaN or Inf; or the outputs
-            are ``distilled`` and have no classes.
+        ValueError: It is empty, or the teacher or the criterion fails on its first batch, or gives NaN or Inf; or outputs
+            that are ``distilled`` have no classes.
     """
     inputs, target = next(pairs(name, loader))
     for value in inputs:
@@ -319,7 +332,7 @@ def check_loader(
         raise ValueError(
             f"teacher {number}'s loss on {name}'s first batch is {loss.item()}; look at its weights and the targets"
         )
-    if name.startswith("train_loader") and not isinstance(probe, Stack):
+    if trained and not isinstance(probe, Stack):
         _check_in_training(name, probe, on_device, target, output, setting, distilled=distilled)
     return inputs
 

@@ -102,7 +102,8 @@ def estimate(
     with torch.random.fork_rng(devices):
         plan, teachers, train_loader, val_loader, _ = with_label_sets(plan, teachers, train_loader, val_loader)
         setting = replace(setting, criterion=plan.criterion)
-        inputs = check_loader("train_loader", train_loader, teachers[0], setting, distilled=plan.distill > 0)
+        distilled = plan.distill > 0
+        inputs = check_loader("train_loader", train_loader, teachers[0], setting, trained=True, distilled=distilled)
         if val_loader is not None:
             check_loader("val_loader", val_loader, teachers[0], setting)
         examples = examples_of(inputs, teachers[0])

@@ -43,10 +43,8 @@ class LabelSets:
     def owners(self, device: torch.device) -> Tensor:
         """The teacher of each class, int64 (K,)."""
         if device not in self._owners:
-            owners = torch.arange(len(self.sizes), device="cpu").repeat_interleave(
-                torch.tensor(self.sizes, device="cpu")
-            )
-            self._owners[device] = owners.to(device)
+            sizes = torch.tensor(self.sizes, device="cpu")
+            self._owners[device] = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes).to(device)
         return self._owners[device]
 
     def owner_of(self, target: Tensor) -> Tensor:
@@ -235,7 +233,7 @@ def with_label_sets(
             except TypeError:
                 what = f"merge needs loaders with a length where there is one per teacher; {name}[{number}] has none"
                 raise TypeError(what) from None
-            check_loader(f"{name}[{number}]", loader, teachers[number], of_part, number)
+            check_loader(f"{name}[{number}]", loader, teachers[number], of_part, number, trained=name == "train_loader")
     inputs, _ = next(iter(train_loader[0] if "train_loader" in each else train_loader))
     networks, parts = join_heads(teachers, examples_of(as_tuple(inputs), teachers[0]))
     found = {part for of_mode in parts.outputs.values() for part in of_mode.values()}

@@ -82,7 +82,7 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Kept:
-    """What is finished of a comparison, in its directory, for one that goes on; rows that ended in an error are not.
+    """What is finished of a comparison, in its directory, for one that goes on. Rows that ended in an error are made again.
 
     Args:
         directory: of checkpoints; None keeps nothing.
@@ -125,7 +125,7 @@ class _Kept:
     def of(self, name: str) -> Path:
         """The directory of a row."""
         assert self.directory is not None
-        return self.directory / name.replace(" ", "-").replace(",", "")
+        return self.directory / name
 
     def begun(self, name: str, like: nn.Module) -> tuple[Row, nn.Module] | None:
         """A row that is not fine-tuned yet, and what its method made; None where it is to be made, with a warning if again."""
@@ -212,8 +212,8 @@ def compare(
         progress: whether training shows a bar; None on a terminal.
         checkpoint_dir: a directory for checkpoints and finished rows; None keeps none.
         checkpoint_seconds: least seconds between two checkpoints.
-        resume: whether to go on from what is there. Rows that were finished are not made again; those that ended in an error
-            are, and so is the baseline's where the dearest method now is one of them.
+        resume: whether to go on from what is there. Rows that were finished are not made again. Those that ended in an error
+            are, and so is the baseline where the dearest method now costs another number of epochs.
 
     Returns:
         A row for each teacher, one for each method, and one for the baseline. A method or fine-tuning that fails has its error
@@ -246,7 +246,7 @@ def compare(
         given[name] = {key: value for key, value in (length | common).items() if key in known} | own
     check_criterion(criterion)
     setting = Setting(check_device(None, teachers[0]), criterion)
-    check_loader("train_loader", train_loader, teachers[0], setting)
+    check_loader("train_loader", train_loader, teachers[0], setting, trained=True)
     check_loader("val_loader", val_loader, teachers[0], setting)
     check_metrics(metrics, val_loader)
     same: dict[str, Any] = {name: plain(value) for name, value in common.items()} | {
@@ -415,7 +415,7 @@ def _noted() -> Iterator[dict[str, None]]:
 
 
 def _fill(network: nn.Module, file: Path) -> None:
-    """Gives a network the tensors of a file, those that a state dict leaves out, too.
+    """Gives a network the tensors of a file, with those that a state dict leaves out.
 
     Raises:
         OSError, ValueError: there is no such file, it is damaged, or another network's.

@@ -250,7 +250,7 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
     plan, teachers, train_loader, _, _ = with_label_sets(plan, teachers, train_loader, None)
     setting = replace(setting, criterion=plan.criterion)
     with torch.random.fork_rng([setting.device] if setting.device.type == "cuda" else []):
-        inputs = check_loader("train_loader", train_loader, teachers[0], setting)
+        inputs = check_loader("train_loader", train_loader, teachers[0], setting, trained=True)
         few = tuple(x.float() if x.is_floating_point() else x for x in (value.cpu() for value in few_samples(inputs)))
         own = [copy.deepcopy(teacher).cpu().float() for teacher in teachers]
         example = few[0] if len(few) == 1 else few

@@ -69,7 +69,7 @@ def train(
         temperature=temperature,
         **{"progress": False, **(how or {})},
     )
-    check_batches("the loader", batches, network, criterion, distilled=bool(teachers))
+    check_batches("the loader", batches, network, criterion, trained=True, distilled=bool(teachers))
     with unwatched() as meter, torch.enable_grad():
         history = train_by(options, network.requires_grad_(True), batches, teachers=teachers)
         if meter is not None:

@@ -44,16 +44,14 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
     return Family.of(teachers, tuple(torch.cat(each)[:samples].to(device) for each in zip(*found, strict=True)))
 
 
-def check_batches(
-    name: str, batches: Iterable[Any], network: nn.Module, criterion: Criterion, *, distilled: bool = False
-) -> None:
-    """Raises what :func:`fastmerge.merge` would of a loader; random numbers and the loader are left as they were."""
+def check_batches(name: str, batches: Iterable[Any], network: nn.Module, criterion: Criterion, **options: bool) -> None:
+    """Checks a loader as ``check_loader`` does, whose options these are; random numbers and the loader stay as they were."""
     check_criterion(criterion)
     setting = Setting(check_device(None, network), criterion)
     random, order = random_states(setting.device), loader_state(batches)
     try:
         with unwatched():
-            check_loader(name, batches, network, setting, distilled=distilled)
+            check_loader(name, batches, network, setting, **options)
     finally:
         restore_random_states(random, setting.device)
         restore_loader_state(batches, order)

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -495,6 +496,23 @@ def test_weights_are_averaged_beside_states_that_are_no_tensors() -> None:
 def test_data_that_does_not_fit_is_named_before_anything_is_computed(name: str, data: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         methods.apply(name, trained(), data())
+
+
+class AuxiliaryInTraining(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.network(x), x) if self.training else self.network(x)
+
+
+def test_outputs_of_training_mode_are_looked_at_before_a_network_learns() -> None:
+    teachers = [AuxiliaryInTraining(teacher) for teacher in trained()[:2]]
+    message = "distillation needs networks with one output.*; in training mode the teachers give a tuple of 2"
+    with pytest.raises(ValueError, match=message):
+        methods.apply("distill", teachers, batches(), epochs=1)
+    methods.apply("soup", teachers, batches())  # which trains nothing
 
 
 def test_looking_at_the_data_leaves_random_numbers_as_they_are() -> None:
