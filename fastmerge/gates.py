@@ -156,11 +156,11 @@ def checked_candidates(
         groups, num_teachers, gates: of the big student.
         widths: how many the student has, by name of the group.
         keep: what is given.
-        what: it is called.
+        what: the argument's name, for errors.
         more: whether there may be more of them than the student has.
 
     Raises:
-        TypeError: what is given are no numbers by name.
+        TypeError: it is no mapping.
         ValueError: a name is no group's, or what is given are not as many of its candidates as the student has.
     """
     if not isinstance(keep, Mapping):

@@ -233,13 +233,13 @@ _ATTRIBUTES = set(dir(nn.ModuleDict()))
 def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:
     """Finds the channel groups of a network: which channels a merge would choose among.
 
+    Buffers that are not saved (``persistent=False``), such as the frequencies of rotary positions, count as the same in all
+    teachers. A big student compares them instead.
+
     Args:
         model: any network that ``torch.export`` can trace; it is not changed.
         example_inputs: a tensor (N, C, ...), a tuple of positional arguments, a dict of keyword arguments, or a pair of both;
             inferred for networks with one image, signal or vector input.
-
-    Buffers that are not saved (``persistent=False``), such as the frequencies of rotary positions, count as the same in all
-    teachers, as a big student finds out by comparing them.
 
     Returns:
         The groups; ``print`` shows them as a table.

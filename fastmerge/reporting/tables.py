@@ -107,7 +107,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
-    """Lays out cells in aligned columns, the first to the left and the others to the right, but for columns of dashes alone."""
+    """Lays out cells in aligned columns, the first to the left and the others to the right; columns of dashes are left out."""
     known = [not column or not rows or any(row[column] != _NONE for row in rows) for column in range(len(header))]
     header, *rows = ([*compress(cells, known)] for cells in (header, *rows))
     lengths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
