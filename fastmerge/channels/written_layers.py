@@ -118,8 +118,8 @@ def _by_square_root(x: fx.Node, scale: fx.Node, inverse: bool) -> _Norm | None:
         return None
     centred = _centred(x)
     source = x if centred is None else centred[0]
-    if op_name(mean) == "var" or (not op_name(mean) and op_name(_first(mean)) == "var_mean" and mean.args[1] == 0):
-        of = mean if op_name(mean) else _first(mean)
+    of = _first(mean) if _is_entry(mean, 0) else mean
+    if op_name(of) in ("var", "var_mean"):
         if (
             centred is None
             or _one_dim(of) != centred[1]
@@ -132,10 +132,11 @@ def _by_square_root(x: fx.Node, scale: fx.Node, inverse: bool) -> _Norm | None:
     if dim is None:
         return None
     square = _first(mean)
-    if not _is_square(square, x):  # T5 casts what it squares alone, to float32: the product is of that dtype, too
-        cast = _first(square)
-        casts = op_name(cast) in ("to", "_to_copy") and cast.args[0] is x and _is_square(square, cast)
-        return _Norm(cast, dim, float(eps), False) if casts else None
+    cast = _first(square)  # T5 casts what it squares alone, to float32: the product is of that dtype, too
+    if op_name(cast) in ("to", "_to_copy") and cast.args[0] is x and _is_square(square, cast):
+        return _Norm(cast, dim, float(eps), False)
+    if not _is_square(square, x):
+        return None
     if centred is not None and centred[1] == dim:
         return _Norm(source, dim, float(eps), True)
     return _Norm(x, dim, float(eps), False)
@@ -162,9 +163,7 @@ def _centred(x: fx.Node) -> tuple[fx.Node, int] | None:
     source, mean = x.args
     if not isinstance(source, fx.Node) or not isinstance(mean, fx.Node):
         return None
-    of = mean
-    if not op_name(mean) and mean.args[1] == 1:  # of variance and mean
-        of = _first(mean)
+    of = _first(mean) if _is_entry(mean, 1) else mean  # of variance and mean
     if op_name(of) not in ("mean", "var_mean") or of.args[0] is not source:
         return None
     dim = _one_dim(of)
@@ -195,8 +194,14 @@ def _one_dim(node: fx.Node) -> int | None:
 
 
 def _first(node: fx.Node) -> fx.Node:
-    source = node.args[0]
+    """The first argument, or the node itself where that is none, such as an input or a parameter."""
+    source = node.args[0] if node.args else None
     return source if isinstance(source, fx.Node) else node
+
+
+def _is_entry(node: fx.Node, number: int) -> bool:
+    """Whether a node picks the result of this number from an operation with several."""
+    return node.target is operator.getitem and node.args[1:] == (number,)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -272,6 +273,37 @@ def test_a_norm_that_casts_what_it_squares_leaves_channels_apart(dtype: torch.dt
     x = torch.randn(4, 3, dtype=dtype)
     with big.open_gates(), torch.no_grad():
         torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2, rtol=0.02, atol=0.02)
+
+
+class ScaledByInput(nn.Module):
+    """Code that looks like a normalisation, whose mean or variance is a parameter, an input, or the mean of one."""
+
+    def __init__(self, statistics: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.statistics = nn.Linear(6, 6), nn.Linear(6, 2), statistics
+        self.mean, self.var = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(2, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x) - self.mean) * torch.rsqrt(self.statistics(self, x) + 1e-5))
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        lambda own, x: own.var[0],
+        lambda own, x: own.mean.square(),
+        lambda own, x: own.mean,
+        lambda own, x: own.var.mean(-1, keepdim=True)[0],
+        lambda own, x: x.square(),
+        lambda own, x: x.square().mean(-1, keepdim=True),
+        lambda own, x: x.abs().mean(-1, keepdim=True),
+    ],
+)
+def test_what_only_looks_like_a_normalisation_is_none(statistics: Callable[..., torch.Tensor]) -> None:
+    teachers, x = [ScaledByInput(statistics).double() for _ in range(2)], torch.rand(4, 6).double()
+    big = fastmerge.BigStudent(*teachers, example_inputs=x)
+    with big.open_gates(), torch.no_grad():
+        torch.testing.assert_close(big(x), (teachers[0](x) + teachers[1](x)) / 2)
 
 
 class Rotated(nn.Module):
