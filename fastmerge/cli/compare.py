@@ -226,27 +226,24 @@ def _cost(
 ) -> str:
     """What methods will cost together, with fine-tuning and the baseline, in epochs of training one network."""
     setting = Setting(check_device(None, teachers[0]), cross_entropy)
-    networks, dearest, total, parts, open_ = 0, 0.0, 0.0, [], []
-    for name, own in methods.items():
-        method, cost = METHODS[name], 0.0
-        count = own.get("epochs", epochs or method.epochs) if method.needs == "training" else 0
-        if count:
-            found = _of_training(name, count, teachers, train_loader, setting, own)
-            cost = count if found is None else found
-            parts.append(f"{cost:.0f} for {count} epochs of {name}")
-            open_ += [name] * (found is None)
-        networks += method.one_network
-        total += cost
-        dearest = max(dearest, cost + finetune_epochs * method.one_network)
-    parts.insert(0, f"{networks * finetune_epochs} of fine-tuning")
-    total += networks * finetune_epochs
+    tuning = {name: finetune_epochs * METHODS[name].one_network for name in methods}
+    lengths = {name: own.get("epochs", epochs or METHODS[name].epochs) for name, own in methods.items()}
+    known = {
+        name: _of_training(name, length, teachers, train_loader, setting, methods[name])
+        for name, length in lengths.items()
+        if length and METHODS[name].needs == "training"
+    }
+    costs = {name: lengths[name] if cost is None else cost for name, cost in known.items()}
+    parts = [f"{sum(tuning.values())} of fine-tuning"]
+    parts += [f"{cost:.0f} for {lengths[name]} epochs of {name}" for name, cost in costs.items()]
+    total = sum(tuning.values()) + sum(costs.values())
     if not alone:
-        longest = max(finetune_epochs, round(dearest))
+        longest = max([finetune_epochs, *(round(tuning[name] + costs.get(name, 0)) for name in methods)])
         total += longest
         parts.append(f"{longest} of the teacher that is trained on for as long as the dearest")
     said = f"cost: about {total:.0f} epochs of training one network ({', '.join(parts)})"
-    if open_:
-        said += f"; the epochs of {' and '.join(open_)} may be dearer"
+    if unknown := [name for name, cost in known.items() if cost is None]:
+        said += f"; the epochs of {' and '.join(unknown)} may be dearer"
     if any(METHODS[name].needs == "samples" for name in methods):
         said += "; methods that read samples take some passes over these besides"
     return said
