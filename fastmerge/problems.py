@@ -13,7 +13,7 @@ class Problem:
         what: what is needed and what came, naming the layer.
         remedy: what to do; empty where there is nothing but another network.
         where: path of the module or tensor; empty for a network as a whole.
-        code: ``file:line`` of the user's code, where known.
+        code: ``file:line`` of the user's code, where known; messages name it.
     """
 
     what: str
@@ -22,9 +22,10 @@ class Problem:
     code: str = ""
 
     def __str__(self) -> str:
+        what = f"{self.what} ({self.code})" if self.code else self.what
         if not self.remedy:
-            return self.what
-        return f"{self.what}; {self.remedy}" if self.remedy[0].islower() else f"{self.what}. {self.remedy}"
+            return what
+        return f"{what}; {self.remedy}" if self.remedy[0].islower() else f"{what}. {self.remedy}"
 
 
 class UnmergeableError(ValueError):

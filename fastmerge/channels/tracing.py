@@ -157,8 +157,7 @@ def _untraceable(root: nn.Module, mode: str, path: str, error: Exception) -> Pro
         what = f"{name} can't be traced: it returns a {unknown[1]} ({mode} mode), in which PyTorch can't find tensors"
         remedy = "Let it return tensors, tuples or dicts (a Hugging Face cache: model.config.use_cache = False in each teacher)"
         return Problem(what, remedy, "", "")
-    where = f"module '{path}'" if path else "its forward"
-    where += f" ({mode} mode{code and f', {code}'})"
+    where = f"module '{path}' ({mode} mode)" if path else f"its forward ({mode} mode)"
     reason = f"({type(error).__name__}: {_first_line(error)})"
     if re.search(r"data-dependent|DataDependent|unbacked|\.numpy\(\)", type(error).__name__ + str(error)):
         what = f"{name} can't be traced: {where} uses values of a tensor, or what torch.export can't follow {reason}"
@@ -507,7 +506,7 @@ def _check_target(node: fx.Node, calls: Mapping[str, str]) -> None:
     if transforms or isinstance(node.target, torch._ops.HigherOrderOperator):
         path, code = _place(node, calls)
         uses = "torch.vmap or another transform of torch.func" if transforms else str(node.target)
-        what = f"'{path or 'forward'}' uses {uses}{code and f' ({code})'}, which fastmerge can't follow"
+        what = f"'{path or 'forward'}' uses {uses}, which fastmerge can't follow"
         raise UnmergeableError(Problem(what, "Write it with plain operations on tensors", path, code))
 
 
@@ -550,10 +549,7 @@ def _check_shape(node: fx.Node, value: Tensor, calls: Mapping[str, str]) -> None
     if all(_hint(size) is not None for size in value.shape):
         return
     path, code = _place(node, calls)
-    what = (
-        f"'{path or 'forward'}' makes a tensor whose shape depends on the values of another ({op_name(node)}"
-        f"{code and f', {code}'})"
-    )
+    what = f"'{path or 'forward'}' makes a tensor whose shape depends on the values of another ({op_name(node)})"
     remedy = "Keep all elements, with zeros or a weight of 0 in the place of those left out"
     raise UnmergeableError(Problem(what, remedy, path, code))
 

@@ -161,9 +161,9 @@ def test_a_size_that_is_remembered_is_no_state() -> None:
 @pytest.mark.parametrize(
     ("part", "problem"),
     [
-        (SelectingByValue, "'branching' makes a tensor whose shape depends on the values of another (index, "),
+        (SelectingByValue, "'branching' makes a tensor whose shape depends on the values of another (index) ("),
         (CentringEach, "'branching' uses torch.vmap or another transform of torch.func"),
-        (ChoosingInGraph, "'branching' uses cond ("),
+        (ChoosingInGraph, "'branching' uses cond, which fastmerge can't follow ("),
         (KeepingItsState, "keeps 'branching.state' from one forward for the next"),
         (Annealing, "keeps 'branching.step' from one forward for the next"),
     ],
