@@ -316,12 +316,7 @@ def check_loader(
         if setting.criterion is cross_entropy and has_classes(output, target):
             # a batch may show some of the classes alone; our own loaders know all
             check_classes(name, loader.labels if isinstance(loader, EpochLoader) else target, output.shape[1])
-        try:
-            with setting.precision():
-                loss = setting.criterion(output, target)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            came = f"output {_describe(output)}, target {_describe(target)}"
-            raise ValueError(f"the criterion failed on {name}'s first batch, {came}: {error}") from error
+        loss = _loss(name, setting, output, target, f"output {_describe(output)}, target {_describe(target)}")
     if distilled:
         class_dimension(logits_of(output), target, setting.criterion)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
@@ -352,8 +347,9 @@ def _check_in_training(
     Raises:
         ValueError: It can't be trained on: the criterion fails, or it is ``distilled`` and not one tensor of logits.
     """
-    with undisturbed(inputs), setting.precision(), single_samples_named(inputs):
-        trained = probe.train()(*inputs)
+    with undisturbed(inputs), single_samples_named(inputs):
+        with setting.precision():
+            trained = probe.train()(*inputs)
         if tree_structure(trained) == tree_structure(output):
             return
         what = f"in training mode the teachers give {_describe(trained)}, in eval mode {_describe(output)}"
@@ -362,12 +358,16 @@ def _check_in_training(
                 f"distillation needs networks with one output, logits (N, K); {what}. Wrap the networks in a module that "
                 "returns the logits alone, or train without distillation"
             )
-        try:
-            setting.criterion(trained, target)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise ValueError(
-                f"the criterion failed on {name}'s first batch: {what}, and it has to take both: {error}"
-            ) from error
+        _loss(name, setting, trained, target, f"{what}, and it has to take both")
+
+
+def _loss(name: str, setting: Setting, output: Any, target: Any, came: str) -> Any:
+    """What the criterion says of a loader's first batch; its errors say what came."""
+    try:
+        with setting.precision():
+            return setting.criterion(output, target)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"the criterion failed on {name}'s first batch, {came}: {error}") from error
 
 
 def pairs(name: str, loader: Iterable[Any]) -> Iterator[tuple[tuple[Tensor, ...], Any]]:

@@ -375,7 +375,7 @@ BAD = [
         "another output in training mode",
         lambda t: {"teachers": [AuxiliaryInTraining(), AuxiliaryInTraining()]},
         ValueError,
-        "the criterion failed on train_loader's first batch: in training mode the teachers give a tuple of 2, in eval mode",
+        "the criterion failed on train_loader's first batch, in training mode the teachers give a tuple of 2, in eval mode",
     ),
     (
         "several outputs in training mode to distil",
