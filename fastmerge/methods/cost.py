@@ -247,9 +247,9 @@ def predict(teachers: Sequence[nn.Module], train_loader: Any, setting: Setting, 
     Raises:
         TypeError, ValueError: As :func:`fastmerge.merge`.
     """
-    plan, teachers, train_loader, _, _ = with_label_sets(plan, teachers, train_loader, None)
-    setting = replace(setting, criterion=plan.criterion)
     with torch.random.fork_rng([setting.device] if setting.device.type == "cuda" else []):
+        plan, teachers, train_loader, _, _ = with_label_sets(plan, teachers, train_loader, None)
+        setting = replace(setting, criterion=plan.criterion)
         inputs = check_loader("train_loader", train_loader, teachers[0], setting, trained=True)
         few = tuple(x.float() if x.is_floating_point() else x for x in (value.cpu() for value in few_samples(inputs)))
         own = [copy.deepcopy(teacher).cpu().float() for teacher in teachers]

@@ -15,6 +15,7 @@ from architectures import BY_NAME
 from fastmerge.evaluation import Setting
 from fastmerge.merging.distillation import TaughtSetting, divergence, foreign_divergence
 from fastmerge.merging.label_sets import LabelSets, PartCriterion, Reached, TeachersLoader
+from fastmerge.merging.options import Options
 from fastmerge.networks import LeNet
 from fastmerge.processes import Processes
 from fastmerge.wide.blueprint import join_heads
@@ -368,11 +369,13 @@ def test_with_all_classes_the_criterion_may_weigh_all_of_them(task) -> None:
         fastmerge.merge(teachers, data, **options)
 
 
-def test_a_merge_with_a_seed_leaves_the_callers_random_numbers_alone(task) -> None:
+def test_a_merge_with_a_seed_and_its_prediction_leave_random_numbers_alone(task) -> None:
     teachers, data, _ = task
     loaders = [torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True) for batches in data]
-    before = torch.get_rng_state()
-    fastmerge.merge(teachers, loaders, **OPTIONS | {"merge_epochs": 1, "finetune_epochs": 0})
+    before, options = torch.get_rng_state(), OPTIONS | {"merge_epochs": 1, "finetune_epochs": 0}
+    fastmerge.merge(teachers, loaders, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    fastmerge.methods.predict(teachers, loaders, Setting(torch.device("cpu"), cross_entropy), Options(**options))
     assert torch.equal(torch.get_rng_state(), before)
 
 
