@@ -313,6 +313,17 @@ def check_loader(
             raise ValueError(f"the teachers can't read {name}'s inputs of shape {shapes}: {error}") from error
         if isinstance(probe, Stack):  # of whose networks the first stands for all
             output, target = tree_map(lambda value: value[0] if isinstance(value, Tensor) else value, (output, target))
+        if (
+            setting.criterion is cross_entropy
+            and isinstance(output, Tensor)
+            and output.dim() > 1
+            and output.shape[1] == 1
+        ):
+            raise ValueError(
+                f"cross_entropy, the default criterion, is always 0 for one class; the output for {name} is "
+                f"{_describe(output)}. Pass another one, such as "
+                "criterion=torch.nn.functional.binary_cross_entropy_with_logits"
+            )
         if setting.criterion is cross_entropy and has_classes(output, target):
             # a batch may show some of the classes alone; our own loaders know all
             check_classes(name, loader.labels if isinstance(loader, EpochLoader) else target, output.shape[1])

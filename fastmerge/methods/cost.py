@@ -198,8 +198,12 @@ def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in others:
-            saved[storage.data_ptr()] = storage.nbytes()
+        try:
+            address = storage.data_ptr()
+        except RuntimeError:  # a big student traces inputs of another shape meanwhile, on tensors without values
+            return tensor
+        if address not in others:
+            saved[address] = storage.nbytes()
             alive.append(tensor)
         return tensor
 

@@ -35,6 +35,12 @@ def family_of(teachers: Sequence[nn.Module], batches: Iterable[Any], samples: in
             raise ValueError(
                 f"a method that takes means and deviations needs finite samples; batch {len(found)} holds NaN or Inf"
             )
+        shapes = [[tuple(x.shape[1:]) for x in each] for each in (found[0] if found else inputs, inputs)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"a method that reads samples needs them of one shape; those of batch 0 are {shapes[0]}, of batch "
+                f"{len(found)} {shapes[1]}. Let the collate_fn make them alike, such as by padding"
+            )
         found.append(inputs)
         count += len(found[-1][0])
         if count >= samples:

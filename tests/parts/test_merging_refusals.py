@@ -439,6 +439,12 @@ def test_an_input_without_values_is_none_without_samples():
     assert [x.shape for x in found] == [(4, 3), (4, 0)]
 
 
+def test_one_class_and_the_default_criterion_are_refused():
+    teachers = [nn.Linear(3, 1) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"always 0 for one class; the output for train_loader is \(8, 1\) float32"):
+        merge(teachers, [(torch.randn(8, 3), torch.ones(8, 1))], **SHORT)
+
+
 def test_weights_that_are_not_finite_are_refused(teachers):
     with torch.no_grad():
         teachers[1].head.bias[0] = torch.nan

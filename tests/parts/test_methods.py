@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -260,6 +261,44 @@ def test_the_default_device_of_the_process_does_not_matter(method: str) -> None:
     finally:
         torch.set_default_device(None)
     assert_equal(found, expected)
+
+
+class AnyLength(nn.Module):
+    """Its graph is of one length of the sequence, so that a big student traces it again for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [torch.relu(self.hidden(x[:, t])) for t in range(x.shape[1])]
+        return self.head(torch.stack(steps).sum(0))
+
+
+def test_batches_of_several_shapes() -> None:
+    teachers = [AnyLength(), AnyLength()]
+    data = [(torch.randn(4, length, 3), torch.randint(0, 2, (4,))) for length in (3, 4, 5)]
+
+    class OtherFirst:
+        """Every pass begins with a new shape."""
+
+        length = 3
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            self.length += 1
+            return iter([(torch.randn(4, self.length, 3), data[0][1]), *data])
+
+        def __len__(self) -> int:
+            return 4
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        outcome = methods.apply("gates", teachers, OtherFirst(), epochs=2)
+    assert outcome.cost > 0
+    with pytest.raises(
+        ValueError, match=r"needs them of one shape; those of batch 0 are \[\(3, 3\)\], of batch 1 \[\(4, 3\)\]"
+    ):
+        methods.apply("repair", teachers, data)
 
 
 @pytest.mark.parametrize("start", [0, None])
