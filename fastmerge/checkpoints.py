@@ -16,7 +16,7 @@ import threading
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -269,6 +269,17 @@ def restore_loader_state(loader: Any, state: dict[str, Any]) -> None:
         generator.set_state(saved)
     if "state" in state:
         loader.load_state_dict(state["state"])
+
+
+@contextlib.contextmanager
+def aside(loader: Any, device: torch.device) -> Iterator[None]:
+    """What is read of a loader within it changes neither random numbers nor what the loader gives afterwards."""
+    states, order = random_states(device), loader_state(loader)
+    try:
+        yield
+    finally:
+        restore_random_states(states, device)
+        restore_loader_state(loader, order)
 
 
 def samplers_of(loader: Any) -> list[Any]:

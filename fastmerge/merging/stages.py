@@ -234,9 +234,8 @@ def finetune(student: nn.Module, options: Options, trainer: Trainer, teachers: S
         trainer.after_step = partial(average.update_parameters, student)
     for _ in trainer.epochs("finetune", plan.epochs, student, parts):
         trainer.epoch("finetune", student, [optimizer], None, None if average is None else average.module)
-        with quietly(
-            "Detected call of .lr_scheduler.step"
-        ):  # an epoch that a checkpoint goes on with may have no step left
+        # an epoch that a checkpoint goes on with may have no step left
+        with quietly("Detected call of .lr_scheduler.step"):
             scheduler.step()
     trainer.after_step = None
     optimizer.zero_grad()

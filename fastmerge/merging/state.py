@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -138,13 +137,6 @@ class MergeState:
             )
         restore_random_states(mine["random"], self.device)
         yield from batches
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is read of the training data within it changes nothing in the epochs after it."""
-        random, loader = random_states(self.device), loader_state(self.loader)
-        yield
-        self._resume_loader(random, loader)
 
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fastmerge.batch_statistics import ENOUGH_SAMPLES, has_statistics, recalibrate
 from fastmerge.big_student import BigStudent
-from fastmerge.checkpoints import Interrupted, StopRequests, random_states, samplers_of
+from fastmerge.checkpoints import Interrupted, StopRequests, aside, random_states, samplers_of
 from fastmerge.evaluation import NotFiniteError, Setting, Tally, evaluate, length_of, samples_in
 from fastmerge.history import EpochRecord, History, Score, Stage
 from fastmerge.merging.distillation import TaughtSetting
@@ -90,7 +90,8 @@ class Trainer:
         """Estimates BatchNorm's statistics anew on some training samples; of several processes that don't sync, the first's."""
         if not has_statistics(network):
             return
-        with self.state.aside(), self.setting.precision(), self._run.recalibration(), self.processes.watched():
+        reading = aside(self.train_loader, self.setting.device)
+        with reading, self.setting.precision(), self._run.recalibration(), self.processes.watched():
             samples = self._samples(network, ENOUGH_SAMPLES)
             if isinstance(network, Stack):
                 network.recalibrate(samples)

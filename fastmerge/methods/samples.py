@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmerge.checkpoints import loader_state, random_states, restore_loader_state, restore_random_states
+from fastmerge.checkpoints import aside
 from fastmerge.evaluation import Criterion, Setting
 from fastmerge.lock_step import Family, rows_of
 from fastmerge.merging.checks import check_criterion, check_device, check_loader, pairs
@@ -54,13 +54,8 @@ def check_batches(name: str, batches: Iterable[Any], network: nn.Module, criteri
     """Checks a loader as ``check_loader`` does, whose options these are; random numbers and the loader stay as they were."""
     check_criterion(criterion)
     setting = Setting(check_device(None, network), criterion)
-    random, order = random_states(setting.device), loader_state(batches)
-    try:
-        with unwatched():
-            check_loader(name, batches, network, setting, **options)
-    finally:
-        restore_random_states(random, setting.device)
-        restore_loader_state(batches, order)
+    with aside(batches, setting.device), unwatched():
+        check_loader(name, batches, network, setting, **options)
 
 
 def exact(values: Tensor) -> Tensor:

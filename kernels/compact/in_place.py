@@ -23,10 +23,8 @@ def compact_reference(tensor: Tensor, keeps: Sequence[Tensor | None], scratch_by
     order = memory_order(tensor.shape, tensor.stride())
     source = tensor.detach().permute(order)
     indices = [None if (keep := keeps[d]) is None else keep.to(tensor.device) for d in order]
-    if all(keep is None for keep in indices):
-        indices[0] = torch.arange(
-            source.shape[0], device=tensor.device
-        )  # holes between the elements close all the same
+    if all(keep is None for keep in indices):  # holes between the elements close all the same
+        indices[0] = torch.arange(source.shape[0], device=tensor.device)
     shape = [size if keep is None else len(keep) for size, keep in zip(source.shape, indices, strict=True)]
     if 0 in shape:
         return
