@@ -194,6 +194,8 @@ def gate_warnings(
         raised = "merge_epochs, since λ only grows between epochs, or take gate_schedule='budget'"
     lowered = "" if lam_step is None else f"lower lam_step (now {lam_step:g}) or "
     remedies = {"still": f"raise {raised}", "above": f"raise {raised}", "below": f"{lowered}raise merge_epochs"}
+    if {"above", "below"} <= found.keys():  # λ is too small for some groups and too large for others
+        remedies = dict.fromkeys(remedies, "raise merge_epochs")
     whose = f"mean of {max(sizes)} replicates: " if sizes else ""
     return [f"{whose}{problem}: {remedies[kind]}" for kind, problem in found.items()]
 

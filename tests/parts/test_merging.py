@@ -317,6 +317,10 @@ def test_gate_warnings_tell_the_groups_apart():
     assert above.startswith("P[g>0] is above 1/T = 0.33 in 1 of 9 channel groups, far (0.70);")
     assert below.startswith("P[g>0] is below 1/T = 0.33 in 6 of 9 channel groups, g0 (0.20), g1 (0.20)")
     assert "g3 (0.20) and 2 more; " in below
+    assert all(warning.endswith(": raise merge_epochs") for warning in (still, above, below))  # no λ fits them all
+    up, down = (gate_warnings(before, before | dict.fromkeys(before, p), 1 / 3, 0.05, epochs=2) for p in (0.7, 0.2))
+    assert up[0].endswith(": raise lam_step (now 0.05), gate_lr or merge_epochs")
+    assert down[0].endswith(": lower lam_step (now 0.05) or raise merge_epochs")
     assert gate_warnings(before, dict.fromkeys(before, 0.3), 1 / 3, 0.05, epochs=2) == []
     (alone,) = gate_warnings({"g": 0.9}, {"g": 0.9}, 1 / 2, 0.05, epochs=1)
     assert alone.endswith("raise merge_epochs, since λ only grows between epochs, or take gate_schedule='budget'")
