@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fastmerge.channels.same_code import is_torchs
 from fastmerge.checkpoints import (
     fingerprints,
     loader_state,
@@ -434,10 +436,12 @@ def _fill(network: nn.Module, file: Path) -> None:
 
 
 def _failed(name: str, error: Exception) -> Row:
-    said, kind = " ".join(str(error).split()), type(error).__name__
-    if isinstance(error, (LookupError, AssertionError)) and said:  # which is a key, or a value, alone
-        said = f"{kind}: {said}"
-    return Row(name, error=said or kind)
+    """The row of an error; of one that is no refusal it says the kind, and the innermost line outside PyTorch."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, (ValueError, FloatingPointError)):
+        *_, line = (f for f in traceback.extract_tb(error.__traceback__) if not is_torchs(f.filename))
+        said = f"{type(error).__name__}: {said} ({line.filename}:{line.lineno})"
+    return Row(name, error=said)
 
 
 def _badness(score: Score | None) -> float:
