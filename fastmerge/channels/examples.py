@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fastmerge.isolation import copied, undisturbed
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 _SIZES = (64, 32, 28, 96, 128, 224, 299, 16, 8, 48, 256, 20, 24, 40, 56, 84, 112, 160, 192, 384, 512)
+_LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -153,9 +154,26 @@ def failure(root: nn.Module, inputs: Inputs, keeps_batch: bool = False) -> Excep
     return None
 
 
+def example_batch(root: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Two samples of a shape: numbers, or for one length the rows of an embedding that is the network's first layer."""
+    generator, first = torch.Generator().manual_seed(0), _first(root, (*_LAYERS, nn.Embedding))
+    if isinstance(first, nn.Embedding) and len(shape) == 1:
+        rows = torch.randint(first.num_embeddings, (2, *shape), generator=generator, device="cpu")
+        return rows.to(first.weight.device)
+    weight = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.randn(2, *shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
+
+
+def _first(root: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
+    """The first module of some kinds in the order in which the network registers them."""
+    return next((module for module in root.modules() if isinstance(module, kinds)), None)
+
+
 def _candidates(root: nn.Module) -> Iterator[Tensor]:
-    """Inputs that the first layer takes: the first in the order in which the network registers them."""
-    first = next((module for module in root.modules() if isinstance(module, _LAYERS)), None)
+    """Inputs that the first layer takes."""
+    if isinstance(_first(root, (*_LAYERS, nn.Embedding)), nn.Embedding):  # which may be one of places, too
+        yield from (example_batch(root, (length,)) for length in _LENGTHS)
+    first = _first(root, _LAYERS)
     weight = None if first is None else first.weight
     if not isinstance(weight, Tensor):  # no layer, or none that computes with a plain weight
         weight = next((p for p in root.parameters() if p.dim() >= 2), None)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
+from fastmerge.channels.examples import example_batch
 from fastmerge.cli.arguments import add_options, add_teachers, integer, load_teachers
 from fastmerge.mergeability import check
 
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=integer(1),
         metavar="N",
-        help="shape of one sample, such as 3 224 224; default fits the first layer",
+        help="shape of one sample, such as 3 224 224, or 20 of a text; default fits the first layer",
     )
     add_options(parser.add_argument, names=("heads", "keep", "tie_streams"))
 
@@ -34,10 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     """Prints the report."""
     teachers = load_teachers(options)
-    inputs = None
-    if options.input is not None:
-        dtype = next((p.dtype for p in teachers[0].parameters() if p.is_floating_point()), torch.float32)
-        inputs = torch.randn(2, *options.input, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = None if options.input is None else example_batch(teachers[0], options.input)
     asked = {"heads": options.heads, "keep": options.keep, "tie_streams": options.tie_streams}
     report = check(*teachers, example_inputs=inputs, **asked)
     print(report)

@@ -235,6 +235,46 @@ def test_errors_pickle() -> None:
     assert [problem.where for problem in error.problems] == ["a", ""]
 
 
+class WordsMean(nn.Module):
+    def __init__(self, length: int = 20) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(30, 6), nn.Parameter(torch.randn(length, 6))
+        self.hidden, self.head = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(self.words(words) + self.places)).mean(1))
+
+
+class WithQueries(Residual):
+    """An embedding that is no input, before the layer that reads the images."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.queries = nn.Embedding(6, 6)
+        others = Residual()
+        for name, module in others.named_children():
+            self.add_module(name, module)
+        self.scale = others.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.queries.weight.mean()
+
+
+def test_words_are_inferred_where_an_embedding_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fastmerge.check(WordsMean(16), WordsMean(16)).ok
+    assert fastmerge.check(WithQueries(), WithQueries()).ok
+    (tmp_path / "fastmerge_check_test_words.py").write_text("from test_problems import WordsMean\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        save_weights(WordsMean(), tmp_path / f"{name}.pt")
+    words = ["check", "--model", "fastmerge_check_test_words:WordsMean", "--teachers", "a.pt", "b.pt"]
+    assert main(words) == 1
+    assert "pass example_inputs=x" in capsys.readouterr().out
+    assert main([*words, "--input", "20"]) == 0
+
+
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "fastmerge_check_test_net.py").write_text("from test_problems import Residual\n")
     monkeypatch.chdir(tmp_path)
