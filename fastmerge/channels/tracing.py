@@ -287,7 +287,10 @@ def _has_other_gradients(root: nn.Module, program: Any, inputs: tuple[tuple[Any,
         output = torch.func.functional_call(network, values, args, kwargs)
         leaves = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
         weights = [torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=y.device).view_as(y) for y in leaves]
-        found.append(torch.autograd.grad(leaves, [*values.values()], weights, allow_unused=True))
+        try:
+            found.append(torch.autograd.grad(leaves, [*values.values()], weights, allow_unused=True))
+        except RuntimeError:  # a function may change in place what the gradients of its operations would need
+            return True
     own, traced = (
         [0.0 * p.double() if g is None else g.double() for g, p in zip(each, values.values(), strict=True)]
         for each in found

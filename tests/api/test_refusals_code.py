@@ -214,6 +214,22 @@ class Reversed(torch.autograd.Function):
         return -dy
 
 
+class Masked(torch.autograd.Function):
+    """Changes in place what its own gradients keep afterwards alone, as DeBERTa's softmax did."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.softmax(x, 1)
+        y.masked_fill_(x < 0, 0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y * (dy - (y * dy).sum(1, keepdim=True))
+
+
 class Swish(torch.autograd.Function):
     """Keeps less for its gradients, which are those of what it computes."""
 
@@ -257,7 +273,12 @@ class WithGradients(nn.Module):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
-    ("function", "named"), [(Reversed.apply, "the autograd function Reversed ("), (hooked, "a hook of a tensor (")]
+    ("function", "named"),
+    [
+        (Reversed.apply, "the autograd function Reversed ("),
+        (Masked.apply, "the autograd function Masked ("),
+        (hooked, "a hook of a tensor ("),
+    ],
 )
 def test_gradients_that_tracing_loses(function: Callable[[Tensor], Tensor], named: str, frozen: bool) -> None:
     teachers = [WithGradients(function).requires_grad_(not frozen) for _ in range(2)]
