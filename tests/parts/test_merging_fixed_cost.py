@@ -83,9 +83,9 @@ def test_a_teacher_runs_once_on_the_first_batch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gated_network, "check_exact", lambda *_: None)
     CountedNet.forwards.clear()
     merge([CountedNet().eval() for _ in range(2)], train_loader(), recalibrate=False, **SHORT | {"finetune_epochs": 0})
-    # The first teacher runs in both modes to see whether the inputs fit, again to compare the modes, once on one sample, and
-    # is traced once for both modes; the second is known by then.
-    assert CountedNet.forwards == {"traced": 1, "run": 2 + 2 + 1 + 1}
+    # The first teacher runs in both modes to see whether the inputs fit, again to compare the modes, once on one sample, in
+    # both modes for the criterion, and is traced once for both modes; the second is known by then.
+    assert CountedNet.forwards == {"traced": 1, "run": 2 + 2 + 1 + 2}
 
 
 @pytest.mark.parametrize(("name", "graphs"), [("resnet_projected_shortcut", 1), ("squeezenet", 1), ("recurrent", 2)])
