@@ -156,12 +156,18 @@ def failure(root: nn.Module, inputs: Inputs, keeps_batch: bool = False) -> Excep
 
 def example_batch(root: nn.Module, shape: Sequence[int]) -> Tensor:
     """Two samples of a shape: numbers, or for one length the rows of an embedding that is the network's first layer."""
-    generator, first = torch.Generator().manual_seed(0), _first(root, (*_LAYERS, nn.Embedding))
-    if isinstance(first, nn.Embedding) and len(shape) == 1:
-        rows = torch.randint(first.num_embeddings, (2, *shape), generator=generator, device="cpu")
-        return rows.to(first.weight.device)
-    weight = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.randn(2, *shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
+    embedding = _first_embedding(root)
+    if embedding is not None and len(shape) == 1:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(embedding.num_embeddings, (2, *shape), generator=generator, device="cpu")
+        return rows.to(embedding.weight.device)
+    return _numbers(shape, next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0)))
+
+
+def _numbers(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Two samples of a shape, of a tensor's dtype and on its device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *shape, generator=generator, device="cpu").to(like.device, like.dtype)
 
 
 def _first(root: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
@@ -169,9 +175,15 @@ def _first(root: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module | N
     return next((module for module in root.modules() if isinstance(module, kinds)), None)
 
 
+def _first_embedding(root: nn.Module) -> nn.Embedding | None:
+    """The embedding that is the network's first layer, if it is one."""
+    first = _first(root, (*_LAYERS, nn.Embedding))
+    return first if isinstance(first, nn.Embedding) else None
+
+
 def _candidates(root: nn.Module) -> Iterator[Tensor]:
     """Inputs that the first layer takes."""
-    if isinstance(_first(root, (*_LAYERS, nn.Embedding)), nn.Embedding):  # which may be one of places, too
+    if _first_embedding(root) is not None:  # which may be one of places, too
         yield from (example_batch(root, (length,)) for length in _LENGTHS)
     first = _first(root, _LAYERS)
     weight = None if first is None else first.weight
@@ -182,9 +194,7 @@ def _candidates(root: nn.Module) -> Iterator[Tensor]:
     spatial, channels = weight.dim() - 2, weight.shape[1]
     if isinstance(first, nn.modules.conv._ConvNd):
         channels = first.in_channels
-    for shape in _shapes(spatial, channels):
-        generator = torch.Generator().manual_seed(0)
-        yield torch.randn(2, *shape, generator=generator, device="cpu").to(weight.device, weight.dtype)
+    yield from (_numbers(shape, weight) for shape in _shapes(spatial, channels))
 
 
 def _shapes(spatial: int, channels: int) -> Iterator[tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """``fastmerge compare`` from files to files."""
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -7,7 +8,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -450,20 +451,27 @@ def test_a_damaged_record_is_named(tmp_path: Path, change: Callable[[Any], str],
         compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=0, checkpoint_dir=kept, resume=True)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"x")])
-def test_a_network_that_is_lost_is_made_again(tmp_path: Path, monkeypatch, damage: Callable[[Path], object]) -> None:
-    teachers, kept = train_teachers(2), tmp_path / "kept"
-    expected = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1)
+@contextlib.contextmanager
+def stopped_by_the_first_checkpoint() -> Iterator[None]:
+    """Within it the first checkpoint of a training is written, and nothing after it."""
     save = Snapshots.save
 
     def then_stop(*arguments: object, **options: object) -> None:
         save(*arguments, **options)
         raise Stopped
 
-    monkeypatch.setattr(Snapshots, "save", then_stop)
-    with pytest.raises(Stopped):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Snapshots, "save", then_stop)
+        with pytest.raises(Stopped):
+            yield
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"x")])
+def test_a_network_that_is_lost_is_made_again(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    teachers, kept = train_teachers(2), tmp_path / "kept"
+    expected = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1)
+    with stopped_by_the_first_checkpoint():
         compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, checkpoint_dir=kept)
-    monkeypatch.setattr(Snapshots, "save", save)
     damage(kept / "average" / "network.safetensors")
     with pytest.warns(UserWarning, match="network.safetensors.*; average makes its network again"):
         rows = compare(teachers, train_loader(), VAL, ["average"], finetune_epochs=1, checkpoint_dir=kept, resume=True)
@@ -488,21 +496,13 @@ class Stateful(nn.Module):
         assert state == {"version": 3}
 
 
-def test_a_network_goes_on_with_all_its_tensors(tmp_path: Path, monkeypatch) -> None:
+def test_a_network_goes_on_with_all_its_tensors(tmp_path: Path) -> None:
     teachers, kept = [Stateful(), Stateful()], tmp_path / "kept"
     data = [(torch.randn(16, 4), torch.randint(0, 3, (16,)))]
     expected = compare(teachers, data, data, ["average"], finetune_epochs=1)
-    save = Snapshots.save
-
-    def then_stop(*arguments: object, **options: object) -> None:
-        save(*arguments, **options)
-        raise Stopped
-
-    monkeypatch.setattr(Snapshots, "save", then_stop)
-    with pytest.raises(Stopped):
+    with stopped_by_the_first_checkpoint():
         compare(teachers, data, data, ["average"], finetune_epochs=1, checkpoint_dir=kept, checkpoint_seconds=0)
     shutil.rmtree(next((kept / "average").glob("finetune*")))
-    monkeypatch.setattr(Snapshots, "save", save)
     rows = compare(teachers, data, data, ["average"], finetune_epochs=1, checkpoint_dir=kept, resume=True)
     assert rows[2].tuned == expected[2].tuned
     save_weights(teachers[0], tmp_path / "a.safetensors")

@@ -260,27 +260,30 @@ class WithQueries(Residual):
         return super().forward(x) + self.queries.weight.mean()
 
 
+def check_words(network: type[nn.Module], module: str) -> list[str]:
+    """The command line that checks two networks of a class of this file, whose weights it writes to the working directory."""
+    Path(f"{module}.py").write_text(f"from test_problems import {network.__name__}\n")
+    teachers = ["a.safetensors", "b.safetensors"]
+    for teacher in teachers:
+        save_weights(network(), teacher)
+    return ["check", "--model", f"{module}:{network.__name__}", "--teachers", *teachers]
+
+
 def test_words_are_inferred_where_an_embedding_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fastmerge.check(WordsMean(16), WordsMean(16)).ok
     assert fastmerge.check(WithQueries(), WithQueries()).ok
-    (tmp_path / "fastmerge_check_test_words.py").write_text("from test_problems import WordsMean\n")
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        save_weights(WordsMean(), tmp_path / f"{name}.pt")
-    words = ["check", "--model", "fastmerge_check_test_words:WordsMean", "--teachers", "a.pt", "b.pt"]
+    words = check_words(WordsMean, "fastmerge_check_test_words")
     assert main(words) == 1
     assert "pass example_inputs=x" in capsys.readouterr().out
     assert main([*words, "--input", "20"]) == 0
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "fastmerge_check_test_net.py").write_text("from test_problems import Residual\n")
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        save_weights(Residual(), tmp_path / f"{name}.safetensors")
-    words = ["check", "--model", "fastmerge_check_test_net:Residual", "--teachers", "a.safetensors", "b.safetensors"]
+    words = check_words(Residual, "fastmerge_check_test_net")
     assert main(words) == 0
     assert "22 hidden channels" in capsys.readouterr().out
     assert main([*words, "--input", "3", "9", "9"]) == 0
